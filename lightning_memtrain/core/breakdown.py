@@ -1,0 +1,185 @@
+"""What the ledger yields: frozen records that can be printed, compared and written as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from lightning_memtrain.core.categories import Category, CategoryBytes
+
+
+@dataclass(frozen=True)
+class ModuleMemory:
+    """Bytes of one module, live at the peak of the step.
+
+    A byte belongs to the innermost module, never to its parents as well, so the rows of a breakdown can be
+    added up. ``name`` is the module's path in the model (``""`` is the model itself and whatever ran
+    outside of its submodules).
+
+    Args:
+        name: path of the module in the model, as in ``named_modules()``.
+        type_name: class name of the module.
+        parameters_bytes: its own parameters.
+        buffers_bytes: its own buffers.
+        gradients_bytes: gradients of its own parameters.
+        optimizer_state_bytes: optimizer state of its own parameters.
+        produced_bytes: activations and temporaries live at the peak that ran out of this module.
+        saved_bytes: activations live at the peak that this module was the first to save for its backward.
+    """
+
+    name: str
+    type_name: str
+    parameters_bytes: int = 0
+    buffers_bytes: int = 0
+    gradients_bytes: int = 0
+    optimizer_state_bytes: int = 0
+    produced_bytes: int = 0
+    saved_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All that this module accounts for at the peak (what it saved is what some module produced)."""
+        return (
+            self.parameters_bytes
+            + self.buffers_bytes
+            + self.gradients_bytes
+            + self.optimizer_state_bytes
+            + self.produced_bytes
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain names and numbers, for JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModuleMemory:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class TimelineEvent:
+    """Live bytes at one moment of the step.
+
+    Args:
+        index: position on the timeline, from 0.
+        name: what happened, e.g. ``"forward block1.0.conv1"``, ``"backward"`` or ``"optimizer step"``.
+        held: bytes per category right after it.
+    """
+
+    index: int
+    name: str
+    held: CategoryBytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain names and numbers, for JSON."""
+        return {"index": self.index, "name": self.name, "held": self.held.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TimelineEvent:
+        """The inverse of :meth:`to_dict`."""
+        return cls(index=data["index"], name=data["name"], held=CategoryBytes(data["held"]))
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Storages that outlived the step in which they were made and are no part of the training state.
+
+    Args:
+        module: path of the module that made them; ``""`` is code outside of any submodule.
+        num_bytes: their bytes.
+        num_storages: how many there are.
+    """
+
+    module: str
+    num_bytes: int
+    num_storages: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain names and numbers, for JSON."""
+        return {"module": self.module, "num_bytes": self.num_bytes, "num_storages": self.num_storages}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Growth:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class MemoryBreakdown:
+    """Where every byte of a training step went.
+
+    Args:
+        device: the device whose storages were counted, e.g. ``"cuda:0"``.
+        at_peak: bytes per category at the moment when most bytes were live; adds up to :attr:`peak_bytes`.
+        maxima: the largest bytes of each category at any time; not at one moment, so no total is meaningful.
+        peak_event: the last timeline event before the peak.
+        recomputed_at_peak_bytes: the part of the activations at the peak that checkpointing recomputed.
+        recomputed_max_bytes: the largest part of the activations at any time that was recomputed.
+        start_bytes: live bytes when the ledger was entered.
+        end_bytes: live bytes when it was left.
+        modules: one row per module that held anything at the peak.
+        timeline: bytes per category at every event, in order.
+        growth: what outlived its step, largest first.
+        truth_bytes: the device allocator's own peak over the same time; ``None`` where it has none.
+    """
+
+    device: str
+    at_peak: CategoryBytes
+    maxima: CategoryBytes
+    peak_event: str = ""
+    recomputed_at_peak_bytes: int = 0
+    recomputed_max_bytes: int = 0
+    start_bytes: int = 0
+    end_bytes: int = 0
+    modules: tuple[ModuleMemory, ...] = ()
+    timeline: tuple[TimelineEvent, ...] = ()
+    growth: tuple[Growth, ...] = ()
+    truth_bytes: int | None = None
+
+    @property
+    def ledger_peak_bytes(self) -> int:
+        """Most bytes of tensor storages that were live at once."""
+        return self.at_peak.total_bytes - self.at_peak[Category.WORKSPACE]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The device allocator's peak where it is known, else the ledger's: the sum of :attr:`at_peak`."""
+        return self.at_peak.total_bytes
+
+    @property
+    def growth_bytes(self) -> int:
+        """All bytes that outlived their step."""
+        return sum(row.num_bytes for row in self.growth)
+
+    def with_truth(self, truth_bytes: int | None) -> MemoryBreakdown:
+        """The same breakdown laid beside the device allocator's peak.
+
+        The workspace row becomes ``truth_bytes - ledger_peak_bytes``, so that the rows add up to the truth
+        exactly. It can be negative on an allocator that saw fewer bytes than the ledger.
+
+        Args:
+            truth_bytes: the allocator's peak over the same time, or ``None`` if unknown (workspace 0).
+        """
+        workspace_bytes = 0 if truth_bytes is None else truth_bytes - self.ledger_peak_bytes
+        return replace(self, truth_bytes=truth_bytes, at_peak=self.at_peak.with_workspace(workspace_bytes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain names and numbers, for JSON."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in ("at_peak", "maxima"):
+            plain[name] = plain[name].to_dict()
+        for name in ("modules", "timeline", "growth"):
+            plain[name] = [row.to_dict() for row in plain[name]]
+        return plain
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MemoryBreakdown:
+        """The inverse of :meth:`to_dict`."""
+        rows: dict[str, Any] = dict(data)
+        for name in ("at_peak", "maxima"):
+            rows[name] = CategoryBytes(rows[name])
+        for name, row_type in (("modules", ModuleMemory), ("timeline", TimelineEvent), ("growth", Growth)):
+            rows[name] = tuple(row_type.from_dict(row) for row in rows[name])
+        return cls(**rows)

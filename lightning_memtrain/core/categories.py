@@ -1,0 +1,99 @@
+"""The words for what a live byte is used for, and byte counts per word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import Enum
+
+
+class Category(str, Enum):
+    """What a live tensor storage is used for.
+
+    The first seven are counted by the ledger. :attr:`WORKSPACE` is what the device allocator holds beyond
+    them (temporaries inside an operator, rounding, other users of the device), so that all rows together
+    are exactly the allocator's figure.
+
+    The three groups of Sohoni et al. 2019 (arXiv:1904.10631) are sums: *model* = parameters + buffers,
+    *optimizer* = gradients + optimizer state, *activations* = the rest.
+    """
+
+    PARAMETERS = "parameters"
+    GRADIENTS = "gradients"
+    OPTIMIZER_STATE = "optimizer_state"
+    ACTIVATIONS = "activations"
+    BUFFERS = "buffers"
+    INPUTS = "inputs"
+    TEMPORARY = "temporary"
+    WORKSPACE = "workspace"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class CategoryBytes(Mapping[Category, int]):
+    """Bytes per :class:`Category`; a category that is not given holds 0 bytes. Immutable.
+
+    Args:
+        bytes_by_category: bytes of each category; keys may be a :class:`Category` or its value.
+
+    Raises:
+        ValueError: if a key is no category.
+
+    Example:
+        >>> held = CategoryBytes({"parameters": 8, "activations": 24})
+        >>> held[Category.ACTIVATIONS], held[Category.GRADIENTS], held.total_bytes
+        (24, 0, 32)
+    """
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self, bytes_by_category: Mapping[Category, int] | Mapping[str, int] | None = None) -> None:
+        given = {Category(key): int(value) for key, value in (bytes_by_category or {}).items()}
+        self._bytes: dict[Category, int] = {category: given.get(category, 0) for category in Category}
+
+    def __getitem__(self, key: Category) -> int:
+        return self._bytes[Category(key)]
+
+    def __iter__(self) -> Iterator[Category]:
+        return iter(self._bytes)
+
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._bytes.values()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CategoryBytes) and self._bytes == other._bytes
+
+    def __repr__(self) -> str:
+        held = ", ".join(f"{key.value}={value}" for key, value in self._bytes.items() if value)
+        return f"CategoryBytes({held})"
+
+    @property
+    def total_bytes(self) -> int:
+        """All categories together."""
+        return sum(self._bytes.values())
+
+    @property
+    def model_bytes(self) -> int:
+        """Parameters and buffers: the *model* of Sohoni et al. 2019."""
+        return self[Category.PARAMETERS] + self[Category.BUFFERS]
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Gradients and optimizer state: the *optimizer* of Sohoni et al. 2019."""
+        return self[Category.GRADIENTS] + self[Category.OPTIMIZER_STATE]
+
+    @property
+    def activation_bytes(self) -> int:
+        """Everything else, workspace included: the *activations* of Sohoni et al. 2019."""
+        return self.total_bytes - self.model_bytes - self.optimizer_bytes
+
+    def with_workspace(self, workspace_bytes: int) -> CategoryBytes:
+        """The same counts with another workspace row."""
+        return CategoryBytes({**self._bytes, Category.WORKSPACE: workspace_bytes})
+
+    def to_dict(self) -> dict[str, int]:
+        """Plain names and numbers, for JSON."""
+        return {key.value: value for key, value in self._bytes.items()}

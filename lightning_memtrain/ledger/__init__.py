@@ -1,0 +1,17 @@
+"""Count live bytes exactly, and lay them beside what the device's allocator says."""
+
+from lightning_memtrain.ledger.memory_ledger import MemoryLedger, Survivor, parameter_device
+from lightning_memtrain.ledger.records import sum_growth
+from lightning_memtrain.ledger.truth import DeviceTruth, TruthReading, device_truth
+from lightning_memtrain.ledger.workspace import OpWorkspace
+
+__all__ = [
+    "DeviceTruth",
+    "MemoryLedger",
+    "OpWorkspace",
+    "Survivor",
+    "TruthReading",
+    "device_truth",
+    "parameter_device",
+    "sum_growth",
+]

@@ -1,0 +1,130 @@
+"""The book in which the life of every storage is written down."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+
+from lightning_memtrain.core import Category
+from lightning_memtrain.ledger.records import FROM_THE_START, Event, StorageRecord
+from lightning_memtrain.ledger.storages import storages_of, watch_release
+from lightning_memtrain.ledger.workspace import PeakEstimate
+
+#: What a training step leaves behind by right.
+TRAINING_STATE = (Category.PARAMETERS, Category.BUFFERS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
+
+
+class StorageBook:
+    """Knows all storages of one device, live and past, by the address of the storage.
+
+    Args:
+        device: tensors on other devices are passed over.
+        current_module: gives the path of the module at work, the producer of a new storage.
+        estimate: told of every allocation and release, if given.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        current_module: Callable[[], str],
+        estimate: PeakEstimate | None = None,
+    ) -> None:
+        self.device = device
+        self.records: list[StorageRecord] = []
+        self.events: list[Event] = []
+        self.live: dict[int, tuple[StorageRecord, weakref.ref[torch.UntypedStorage]]] = {}
+        self.tick = FROM_THE_START
+        self.is_open = True
+        self._current_module = current_module
+        self._estimate = estimate
+
+    def close(self) -> None:
+        """Leave everything as it is now: later releases are not written down."""
+        self.is_open = False
+
+    def mark(self, name: str) -> None:
+        """Write down a named moment."""
+        self.events.append(Event(self.tick, name))
+
+    def record_of(self, storage: torch.UntypedStorage) -> StorageRecord | None:
+        """The record of a live storage, or ``None`` if it is not in the book."""
+        entry = self.live.get(storage._cdata)
+        return entry[0] if entry is not None else None
+
+    def note_new(self, tensor: torch.Tensor) -> list[StorageRecord]:
+        """Write down the storages of an operator's result; return the records of those that are new."""
+        return self._note(tensor, Category.TEMPORARY, late=False)
+
+    def note_from_the_start(self, tensor: torch.Tensor, category: Category) -> None:
+        """Write down storages that were live before the first event, unless they are in the book."""
+        self._note(tensor, category, late=True)
+
+    def classify(self, tensor: torch.Tensor, category: Category, owner: str) -> None:
+        """Say what a tensor is used for: one of :data:`TRAINING_STATE`, of the module ``owner``.
+
+        A temporary was on its way to this use since it was made. Anything else was used otherwise until now.
+        """
+        self.note_from_the_start(tensor, category)
+        if tensor.device != self.device:
+            return
+        for storage in storages_of(tensor):
+            record, reference = self.live[storage._cdata]
+            if record.category not in TRAINING_STATE:
+                if record.category is not Category.TEMPORARY:
+                    record = record.continued(self._advance())
+                    self.records.append(record)
+                    self.live[storage._cdata] = (record, reference)
+                record.category = category
+            record.owner = record.owner or owner
+
+    def resize(self, storage: torch.UntypedStorage) -> None:
+        """Write down that a storage has another size now, if it is in the book."""
+        entry = self.live.get(storage._cdata)
+        if entry is None:
+            return
+        record = entry[0].continued(self._advance())
+        if self._estimate is not None:
+            self._estimate.free(record.num_bytes)
+            self._estimate.allocate(storage.nbytes())
+        record.num_bytes = storage.nbytes()
+        self.records.append(record)
+        self.live[storage._cdata] = (record, entry[1])
+
+    def _note(self, tensor: torch.Tensor, category: Category, late: bool) -> list[StorageRecord]:
+        if tensor.device != self.device:
+            return []
+        new = []
+        for storage in storages_of(tensor):
+            key = storage._cdata
+            entry = self.live.get(key)
+            if entry is not None:
+                if entry[0].num_bytes != storage.nbytes():
+                    self.resize(storage)
+                continue
+            record = StorageRecord(
+                storage.nbytes(),
+                FROM_THE_START if late else self._advance(),
+                category,
+                "" if late else self._current_module(),
+            )
+            self.records.append(record)
+            self.live[key] = (record, watch_release(storage, self._on_freed))
+            if self._estimate is not None:
+                self._estimate.allocate(record.num_bytes, late=late)
+            new.append(record)
+        return new
+
+    def _on_freed(self, key: int) -> None:
+        if not self.is_open:
+            return
+        entry = self.live.pop(key, None)
+        if entry is not None:
+            entry[0].died = self._advance()
+            if self._estimate is not None:
+                self._estimate.free(entry[0].num_bytes)
+
+    def _advance(self) -> int:
+        self.tick += 1
+        return self.tick

@@ -1,0 +1,361 @@
+"""The ledger: live bytes of tensor storages, counted exactly while anything runs inside it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy  # type: ignore[attr-defined]
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
+from torch.utils.hooks import RemovableHandle
+
+from lightning_memtrain.core import Category, MemoryBreakdown
+from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
+from lightning_memtrain.ledger.modules import NOT_IN_BACKWARD, ModuleWatch
+from lightning_memtrain.ledger.records import FROM_THE_START, TRANSIENT, StorageRecord, analyse
+from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
+from lightning_memtrain.ledger.storages import RESIZE_WATCH, storages_of, tensors_in
+from lightning_memtrain.ledger.workspace import OpWorkspace, PeakEstimate
+
+
+@dataclass(frozen=True)
+class Survivor:
+    """A storage that was live when its ledger was left and is no part of the training state.
+
+    It holds a weak reference only: looking at it keeps nothing alive.
+
+    Args:
+        module: path of the module that made it.
+        num_bytes: its size.
+        reference: weak reference to the storage.
+    """
+
+    module: str
+    num_bytes: int
+    reference: weakref.ref[torch.UntypedStorage]
+
+    @property
+    def alive(self) -> bool:
+        """Whether the storage still exists."""
+        return self.reference() is not None
+
+
+class MemoryLedger:
+    """Count live bytes of tensor storages on one device, by category, module and moment.
+
+    Everything that runs inside the ``with`` block is counted: forward, backward, recomputation, optimizer
+    steps, on CPU, CUDA or any other device, and on ``meta``, where the same numbers come out without any
+    memory being used. Storages are counted once however many tensors share them, from the moment when an
+    operator returns them until they are freed. Bytes that an operator uses only while it runs are not
+    tensors of the program and not counted: see :class:`~lightning_memtrain.ledger.OpWorkspace`.
+
+    A storage that was live before the block and shows up as an argument in it counts from the start: as an
+    input, or as a gradient when backward is the first to use it (communication buckets).
+
+    Args:
+        model: the module that is trained; gives names to bytes. Its parameters decide on the device.
+        optimizers: the optimizers whose state is to be told from activations.
+        inputs: the batch, in any nesting of lists, tuples and mappings.
+        device: count storages of this device instead of that of the parameters.
+        workspace: measure the bytes that each operator holds while it runs, so that
+            :attr:`predicted_peak_bytes` can be given.
+
+    Raises:
+        ValueError: if ``device`` is not given and ``model`` has no parameters, or has them on two devices.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> batch = torch.ones(16, 4)
+        >>> with MemoryLedger(model, optimizer, batch) as ledger:
+        ...     model(batch).sum().backward()
+        ...     optimizer.step()
+        >>> held = ledger.breakdown().maxima
+        >>> held[Category.PARAMETERS], held[Category.GRADIENTS], held[Category.INPUTS]
+        (196, 196, 256)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Optimizer | Sequence[Optimizer] = (),
+        inputs: Any = None,
+        *,
+        device: torch.device | str | None = None,
+        workspace: OpWorkspace | None = None,
+    ) -> None:
+        self._model = model
+        self._optimizers = tuple(optimizers) if isinstance(optimizers, Sequence) else (optimizers,)
+        self._inputs = inputs
+        self.device = torch.device(device) if device is not None else parameter_device(model)
+        self._modules = ModuleWatch(model, lambda name: self.mark(f"forward {name}"))
+        self._estimate = PeakEstimate(workspace) if workspace is not None else None
+        self._book = StorageBook(self.device, lambda: self._modules.current, self._estimate)
+        self._mode = _LedgerMode(self)
+        self._handles: list[RemovableHandle] = []
+        self._recomputed: list[StorageRecord] = []
+        self._last_step_tick: int | None = None
+        self._backward_module: str | None = None
+        self._entered = False
+
+    # ------------------------------------------------------------------ entering and leaving
+
+    def __enter__(self) -> MemoryLedger:
+        if self._entered:
+            raise RuntimeError(
+                "`MemoryLedger` was entered twice, but one ledger counts one block. "
+                "Make a new `MemoryLedger(model, ...)` for each block."
+            )
+        self._entered = True
+        self._scan_training_state()
+        for tensor in tensors_in(self._inputs):
+            self._book.note_from_the_start(tensor, Category.INPUTS)
+        self._inputs = None  # the ledger must not keep the batch alive
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter):
+                hook = self._gradient_hook(_owner(name))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+        for optimizer in self._optimizers:
+            self._handles.append(optimizer.register_step_post_hook(self._after_optimizer_step))
+        self._modules.__enter__()
+        SAVED_TENSOR_WATCH.add(self._on_saved)
+        RESIZE_WATCH.add(self._book.resize)
+        _push_mode(self._mode)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        _remove_mode(self._mode)
+        RESIZE_WATCH.remove(self._book.resize)
+        SAVED_TENSOR_WATCH.remove(self._on_saved)
+        self._modules.__exit__()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._settle_recomputed()
+        self._scan_training_state()
+        self._book.close()
+
+    # ------------------------------------------------------------------ reading
+
+    @property
+    def current_bytes(self) -> int:
+        """Bytes that are live now (or, after the block, were live at its end)."""
+        return sum(record.num_bytes for record, _ in self._book.live.values())
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """What the device allocator will have seen: the ledger's peak with the workspace of each operator.
+
+        Raises:
+            RuntimeError: if the ledger was made without ``workspace``.
+        """
+        if self._estimate is None:
+            raise RuntimeError(
+                "`MemoryLedger.predicted_peak_bytes` needs measured workspaces, but this ledger has none. "
+                "Make it with `MemoryLedger(..., workspace=OpWorkspace(device))`."
+            )
+        return self._estimate.peak_bytes()
+
+    def breakdown(self, *, per_module: bool = True, timeline: bool = True) -> MemoryBreakdown:
+        """What was counted so far.
+
+        Args:
+            per_module: whether to make the rows per module.
+            timeline: whether to make the rows per event.
+
+        Returns:
+            A frozen breakdown; its growth rows hold what was made before the last :meth:`next_step` (or,
+            without one, at any time), is still live and is no training state.
+        """
+        return analyse(
+            self._book.records,
+            self._book.events,
+            device=str(self.device),
+            module_types=self._modules.type_names,
+            grown=[record for record, _ in self._book.live.values() if self._outlived(record)],
+            per_module=per_module,
+            timeline=timeline,
+        )
+
+    def survivors(self) -> tuple[Survivor, ...]:
+        """What is still live of all that was made in the block and is no training state.
+
+        Returns:
+            Weak handles that can be asked later whether the storage still exists.
+        """
+        return tuple(
+            Survivor(record.producer, record.num_bytes, reference)
+            for record, reference in self._book.live.values()
+            if record.born != FROM_THE_START and record.category not in TRAINING_STATE
+        )
+
+    def mark(self, name: str) -> None:
+        """Put an event on the timeline.
+
+        Args:
+            name: what happens now, e.g. ``"optimizer step"``.
+        """
+        self._book.mark(name)
+
+    def next_step(self) -> None:
+        """Say that a training step is over, when one ledger counts several: what outlives it is growth."""
+        self._last_step_tick = self._book.tick
+        self.mark("next step")
+
+    # ------------------------------------------------------------------ what happens inside the block
+
+    def _on_arguments(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        if func is torch.ops.aten.lift_fresh.default:
+            return  # `torch.tensor(...)` makes its storage out of sight and shows it here first
+        in_backward = torch._C._current_graph_task_id() != NOT_IN_BACKWARD
+        category = Category.GRADIENTS if in_backward else Category.INPUTS
+        for tensor in tensors_in((args, kwargs)):
+            self._book.note_from_the_start(tensor, category)
+        if self._estimate is not None:
+            self._estimate.before(func, args, kwargs)
+
+    def _on_results(self, results: Any) -> None:
+        recomputing = self._modules.is_recomputing
+        if not recomputing:
+            if self._recomputed:
+                self._settle_recomputed()
+            self._mark_backward()
+        for tensor in tensors_in(results):
+            new = self._book.note_new(tensor)
+            if recomputing:
+                self._recomputed.extend(new)
+
+    def _on_saved(self, tensor: torch.Tensor) -> None:
+        self._book.note_from_the_start(tensor, Category.INPUTS)  # unless some operator made it in the block
+        if tensor.device != self.device:
+            return
+        for storage in storages_of(tensor):
+            record = self._book.record_of(storage)
+            if record is None:
+                continue
+            if record.category is Category.TEMPORARY:
+                record.category = Category.ACTIVATIONS
+                record.recomputed = self._modules.is_recomputing
+            if record.category is Category.ACTIVATIONS and record.saver is None:
+                record.saver = self._modules.current
+
+    def _gradient_hook(self, owner: str) -> Callable[[torch.Tensor], None]:
+        def after_accumulation(parameter: torch.Tensor) -> None:
+            if parameter.grad is not None:
+                self._book.classify(parameter.grad, Category.GRADIENTS, owner)
+
+        return after_accumulation
+
+    def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._scan_training_state()
+        self.mark("optimizer step")
+
+    def _settle_recomputed(self) -> None:
+        # What outlives the recomputation was recomputed to be used by backward; the rest was temporary.
+        for record in self._recomputed:
+            if record.died is None and record.category in TRANSIENT:
+                record.category = Category.ACTIVATIONS
+                record.recomputed = True
+                record.saver = record.saver or record.producer
+        self._recomputed.clear()
+
+    def _mark_backward(self) -> None:
+        if torch._C._current_graph_task_id() == NOT_IN_BACKWARD:
+            self._backward_module = None
+            return
+        module = self._modules.current
+        if module != self._backward_module:
+            self._backward_module = module
+            self.mark(f"backward {module}".rstrip())
+
+    def _scan_training_state(self) -> None:
+        """Find parameters, buffers, gradients and optimizer state again; any of them may be a new storage."""
+        owners: dict[Any, str] = {}
+        for name, parameter in self._model.named_parameters():
+            owners[parameter] = _owner(name)
+            self._book.classify(parameter, Category.PARAMETERS, _owner(name))
+            if parameter.grad is not None:
+                self._book.classify(parameter.grad, Category.GRADIENTS, _owner(name))
+        for name, buffer in self._model.named_buffers():
+            self._book.classify(buffer, Category.BUFFERS, _owner(name))
+        for optimizer in self._optimizers:
+            for key, state in optimizer.state.items():
+                for tensor in tensors_in(state):
+                    self._book.classify(tensor, Category.OPTIMIZER_STATE, owners.get(key, ""))
+
+    def _outlived(self, record: StorageRecord) -> bool:
+        if record.born == FROM_THE_START or record.category in (*TRAINING_STATE, Category.INPUTS):
+            return False
+        return self._last_step_tick is None or record.born <= self._last_step_tick
+
+
+class _LedgerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operator below autograd, with its arguments and results."""
+
+    def __init__(self, ledger: MemoryLedger) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._ledger = weakref.proxy(ledger)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._ledger._on_arguments(func, args, kwargs)
+        results = func(*args, **kwargs)
+        self._ledger._on_results(results)
+        return results
+
+
+def _remove_mode(mode: TorchDispatchMode) -> None:
+    """Take a mode off the stack, wherever on it: two ledgers may be left in the order of their entering."""
+    above: list[TorchDispatchMode] = []
+    while _get_current_dispatch_mode_stack():
+        top = _pop_mode()
+        if top is mode:
+            break
+        above.append(top)
+    for other in reversed(above):
+        _push_mode(other)
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def parameter_device(model: nn.Module) -> torch.device:
+    """The one device on which a model's parameters are.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The device, with its index.
+
+    Raises:
+        ValueError: if there are no parameters, or parameters on two devices.
+    """
+    devices: dict[torch.device, str] = {}
+    for name, parameter in model.named_parameters():
+        devices.setdefault(parameter.device, name)
+    if not devices:
+        raise ValueError(
+            f"`MemoryLedger(model)` must have parameters, which decide on the device to count on, "
+            f"but got a {type(model).__name__} with none. "
+            "Pass `device=...`, or build the model before the ledger (in `configure_model`, for instance)."
+        )
+    if len(devices) > 1:
+        found = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ValueError(
+            f"`MemoryLedger(model)` must have all parameters on one device, but got {found}. "
+            "Move the model to one device, or pass `device=...` to count on one of them."
+        )
+    return next(iter(devices))

@@ -1,0 +1,119 @@
+"""Which module of the model is running, in forward, in recomputation and in backward."""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+NOT_IN_BACKWARD = -1
+
+
+class ModuleWatch:
+    """Follows a model's submodules: their forward calls by hooks, their backward by autograd's numbering.
+
+    Autograd numbers the nodes of a forward pass in the order of their making. The numbers that were handed
+    out while a module ran tell, in backward, whose node is at work; so no backward hook is needed, which
+    would change the graph.
+
+    Args:
+        model: the model; its submodules are watched, compiled and scripted ones as a whole.
+        on_enter: called with a module's path when its forward begins.
+    """
+
+    def __init__(self, model: nn.Module, on_enter: Callable[[str], None]) -> None:
+        self._model = model
+        self._on_enter = on_enter
+        self._handles: list[RemovableHandle] = []
+        self._stack: list[str] = []
+        self._first_nodes: list[int] = [-1]
+        self._modules_of_nodes: list[str] = [""]
+        self._depth_at_backward: dict[int, int] = {}
+        self.type_names = {name: type(module).__name__ for name, module in model.named_modules()}
+
+    def __enter__(self) -> ModuleWatch:
+        for name, module in _watchable(self._model):
+            self._handles.append(module.register_forward_pre_hook(self._pre_hook(name)))
+            self._handles.append(module.register_forward_hook(self._post_hook, always_call=True))
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @property
+    def is_recomputing(self) -> bool:
+        """Whether a checkpointed region is being recomputed: a forward inside of a backward."""
+        if torch._C._current_graph_task_id() == NOT_IN_BACKWARD:
+            return False
+        if self._in_forward:
+            return True
+        # A checkpointed function may call no module; then only checkpoint's own hooks tell.
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
+
+    @property
+    def current(self) -> str:
+        """Path of the module at work; ``""`` outside of all submodules."""
+        if self._in_forward:
+            return self._stack[-1] if self._stack else ""
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return ""
+        # Nodes that accumulate gradients carry the largest unsigned number and belong to no module.
+        number = node._sequence_nr()
+        if number >= 2**63:
+            return ""
+        return self._modules_of_nodes[bisect_right(self._first_nodes, number) - 1]
+
+    @property
+    def _in_forward(self) -> bool:
+        # In backward, modules that were entered before it began do not count: a backward may be run by code
+        # inside of a module's forward.
+        task = torch._C._current_graph_task_id()
+        if task == NOT_IN_BACKWARD:
+            return True
+        return len(self._stack) > self._depth_at_backward.setdefault(task, len(self._stack))
+
+    def _pre_hook(self, name: str) -> Callable[..., None]:
+        def enter(module: nn.Module, args: Any) -> None:
+            _ = self._in_forward  # a backward that begins with this module's recomputation is noted before it
+            self._stack.append(name)
+            self._note_node()
+            self._on_enter(name)
+
+        return enter
+
+    def _post_hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._stack:
+            self._stack.pop()
+        self._note_node()
+
+    def _note_node(self) -> None:
+        # Recomputed nodes are never run by backward, and another thread may number them from zero.
+        if torch._C._current_graph_task_id() == NOT_IN_BACKWARD:
+            self._first_nodes.append(torch._C._autograd._get_sequence_nr())
+            self._modules_of_nodes.append(self._stack[-1] if self._stack else "")
+
+
+def _watchable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Submodules that take hooks without a recompilation, by path."""
+    # Importing dynamo takes seconds, and where nobody has, nothing is compiled.
+    dynamo = sys.modules.get("torch._dynamo")
+    opaque: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in opaque):
+            continue
+        compiled = module._compiled_call_impl is not None or (
+            dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+        )
+        if compiled or isinstance(module, torch.jit.ScriptModule):
+            opaque.append(f"{name}." if name else "")
+        elif name:
+            yield name, module

@@ -1,0 +1,208 @@
+"""Life of every storage, and the pure function that turns lives into a breakdown.
+
+The ledger only writes down when each storage was born and when it died, in ticks of a clock that advances
+with every such change. Peak, maxima, timeline and module rows all follow from that list afterwards, so
+that they cannot disagree with each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lightning_memtrain.core import (
+    Category,
+    CategoryBytes,
+    Growth,
+    MemoryBreakdown,
+    ModuleMemory,
+    TimelineEvent,
+)
+
+FROM_THE_START = 0
+TRANSIENT = (Category.ACTIVATIONS, Category.TEMPORARY)
+
+
+class StorageRecord:
+    """One storage of one size and one category, from tick ``born`` until before tick ``died``.
+
+    Args:
+        num_bytes: size of the storage.
+        born: tick of its allocation; :data:`FROM_THE_START` if it was live when the ledger was entered.
+        category: what it is used for.
+        producer: path of the module that made it.
+    """
+
+    __slots__ = ("born", "category", "died", "num_bytes", "owner", "producer", "recomputed", "saver")
+
+    def __init__(self, num_bytes: int, born: int, category: Category, producer: str = "") -> None:
+        self.num_bytes = num_bytes
+        self.born = born
+        self.died: int | None = None
+        self.category = category
+        self.producer = producer
+        self.saver: str | None = None  # module that saved it for backward
+        self.owner: str | None = None  # module whose parameter (gradient, state) or buffer it is
+        self.recomputed = False
+
+    def live_at(self, tick: int) -> bool:
+        """Whether the storage was live right after ``tick``."""
+        return self.born <= tick and (self.died is None or self.died > tick)
+
+    def continued(self, tick: int) -> StorageRecord:
+        """Close this record at ``tick`` and open the next one of the same storage, to be changed."""
+        successor = StorageRecord(self.num_bytes, tick, self.category, self.producer)
+        successor.saver, successor.owner, successor.recomputed = self.saver, self.owner, self.recomputed
+        self.died = tick
+        return successor
+
+
+@dataclass(frozen=True)
+class Event:
+    """A named moment of the step, right after ``tick``."""
+
+    tick: int
+    name: str
+
+
+def analyse(
+    records: Sequence[StorageRecord],
+    events: Sequence[Event],
+    *,
+    device: str,
+    module_types: Mapping[str, str],
+    grown: Iterable[StorageRecord] = (),
+    per_module: bool = True,
+    timeline: bool = True,
+) -> MemoryBreakdown:
+    """Turn the lives of storages into a breakdown.
+
+    Args:
+        records: every storage that was ever live.
+        events: named moments, in order of their ticks.
+        device: name of the device for the breakdown.
+        module_types: class name per module path.
+        grown: the records that outlived their step and are no training state.
+        per_module: whether to make the module rows.
+        timeline: whether to make the timeline rows.
+
+    Returns:
+        The breakdown without a truth. Among equal peaks the first counts.
+    """
+    categories = list(Category)
+    position = {category: index for index, category in enumerate(categories)}
+    changes: list[tuple[int, int, int, int]] = []  # tick, position of the category, bytes, recomputed bytes
+    for record in records:
+        column = position[record.category]
+        recomputed_bytes = record.num_bytes if record.recomputed else 0
+        changes.append((record.born, column, record.num_bytes, recomputed_bytes))
+        if record.died is not None:
+            changes.append((record.died, column, -record.num_bytes, -recomputed_bytes))
+    changes.sort(key=lambda change: change[0])
+
+    held = [0] * len(categories)
+    maxima = list(held)
+    at_peak = list(held)
+    total = peak = start_bytes = recomputed = recomputed_max = recomputed_at_peak = 0
+    peak_tick = FROM_THE_START
+    samples: list[TimelineEvent] = []
+    next_event = 0
+    index = 0
+    while index < len(changes):
+        tick = changes[index][0]
+        if timeline:
+            while next_event < len(events) and events[next_event].tick < tick:
+                samples.append(_sample(next_event, events[next_event].name, categories, held))
+                next_event += 1
+        # All changes of one tick are one moment: a storage changes its category in one.
+        touched = set()
+        while index < len(changes) and changes[index][0] == tick:
+            _, column, num_bytes, recomputed_bytes = changes[index]
+            held[column] += num_bytes
+            total += num_bytes
+            recomputed += recomputed_bytes
+            touched.add(column)
+            index += 1
+        for column in touched:
+            maxima[column] = max(maxima[column], held[column])
+        recomputed_max = max(recomputed_max, recomputed)
+        if tick == FROM_THE_START:
+            start_bytes = total
+        if total > peak:
+            peak, peak_tick, at_peak, recomputed_at_peak = total, tick, list(held), recomputed
+    if timeline:
+        for late in range(next_event, len(events)):
+            samples.append(_sample(late, events[late].name, categories, held))
+
+    before_peak = [event.name for event in events if event.tick <= peak_tick]
+    peak_event = before_peak[-1] if before_peak else ""
+    if timeline:
+        name = f"peak, in {peak_event}" if peak_event else "peak"
+        samples.insert(len(before_peak), _sample(len(before_peak), name, categories, at_peak))
+        samples = [TimelineEvent(i, sample.name, sample.held) for i, sample in enumerate(samples)]
+    return MemoryBreakdown(
+        device=device,
+        at_peak=CategoryBytes(dict(zip(categories, at_peak, strict=True))),
+        maxima=CategoryBytes(dict(zip(categories, maxima, strict=True))),
+        peak_event=peak_event,
+        recomputed_at_peak_bytes=recomputed_at_peak,
+        recomputed_max_bytes=recomputed_max,
+        start_bytes=start_bytes,
+        end_bytes=total,
+        modules=_module_rows(records, peak_tick, module_types) if per_module else (),
+        timeline=tuple(samples),
+        growth=sum_growth((record.producer, record.num_bytes) for record in grown),
+    )
+
+
+def _sample(index: int, name: str, categories: list[Category], held: list[int]) -> TimelineEvent:
+    return TimelineEvent(index, name, CategoryBytes(dict(zip(categories, held, strict=True))))
+
+
+def _module_rows(
+    records: Sequence[StorageRecord], peak_tick: int, module_types: Mapping[str, str]
+) -> tuple[ModuleMemory, ...]:
+    columns = {
+        Category.PARAMETERS: "parameters_bytes",
+        Category.BUFFERS: "buffers_bytes",
+        Category.GRADIENTS: "gradients_bytes",
+        Category.OPTIMIZER_STATE: "optimizer_state_bytes",
+    }
+    rows: dict[str, dict[str, int]] = {}
+
+    def add(module: str, column: str, num_bytes: int) -> None:
+        row = rows.setdefault(module, {})
+        row[column] = row.get(column, 0) + num_bytes
+
+    for record in records:
+        if not record.live_at(peak_tick):
+            continue
+        if record.category in TRANSIENT:
+            add(record.producer, "produced_bytes", record.num_bytes)
+            if record.saver is not None:
+                add(record.saver, "saved_bytes", record.num_bytes)
+        elif record.category in columns:
+            add(record.owner or "", columns[record.category], record.num_bytes)
+    order = {name: position for position, name in enumerate(module_types)}
+    return tuple(
+        ModuleMemory(name=name, type_name=module_types.get(name, ""), **row)
+        for name, row in sorted(rows.items(), key=lambda item: order.get(item[0], len(order)))
+    )
+
+
+def sum_growth(held: Iterable[tuple[str, int]]) -> tuple[Growth, ...]:
+    """Add up what outlived its step, per module, largest first.
+
+    Args:
+        held: module path and bytes of each storage.
+
+    Returns:
+        One row per module.
+    """
+    rows: dict[str, list[int]] = {}
+    for module, num_bytes in held:
+        row = rows.setdefault(module, [0, 0])
+        row[0] += num_bytes
+        row[1] += 1
+    ordered = sorted(rows.items(), key=lambda item: (-item[1][0], item[0]))
+    return tuple(Growth(module, num_bytes, count) for module, (num_bytes, count) in ordered)

@@ -1,0 +1,120 @@
+"""From tensors to the storages that hold their bytes, and a watch on the size of storages."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy  # type: ignore[attr-defined]
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+    """All tensors in arguments or results of an operator, a batch, or the state of an optimizer.
+
+    Lists, tuples, mappings, dataclass-like objects with ``__dict__`` of tensors are looked into; anything
+    else that is no tensor is passed over.
+    """
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple, set, frozenset)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif hasattr(tree, "values") and callable(
+        tree.values
+    ):  # also look-alikes of mappings, e.g. BatchEncoding
+        for item in tree.values():
+            yield from tensors_in(item)
+    elif hasattr(tree, "__dataclass_fields__"):
+        for name in tree.__dataclass_fields__:
+            yield from tensors_in(getattr(tree, name))
+
+
+def storages_of(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
+    """The storages behind a tensor: one for a strided tensor, one per component for others.
+
+    Wrapper subclasses (DTensor, quantised tensors) and sparse layouts hold their bytes in inner tensors.
+    Uninitialised parameters and opaque layouts have no storage that could be counted.
+    """
+    if type(tensor) not in _PLAIN:
+        if is_lazy(tensor):
+            return
+        if is_traceable_wrapper_subclass(tensor):
+            inner_names, _ = tensor.__tensor_flatten__()
+            for name in inner_names:
+                yield from storages_of(getattr(tensor, name))
+            return
+    layout = tensor.layout
+    if layout is torch.strided:
+        yield tensor.untyped_storage()
+    elif layout is torch.sparse_coo:
+        yield tensor._indices().untyped_storage()
+        yield tensor._values().untyped_storage()
+    elif layout in (torch.sparse_csr, torch.sparse_bsr):
+        for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values()):
+            yield part.untyped_storage()
+    elif layout in (torch.sparse_csc, torch.sparse_bsc):
+        for part in (tensor.ccol_indices(), tensor.row_indices(), tensor.values()):
+            yield part.untyped_storage()
+
+
+def watch_release(
+    storage: torch.UntypedStorage, on_freed: Callable[[int], None]
+) -> weakref.ref[torch.UntypedStorage]:
+    """Call ``on_freed`` with the storage's key when it is freed.
+
+    Args:
+        storage: the storage.
+        on_freed: a method. It is held weakly, so that a reference that is kept for long does not keep the
+            method's object.
+
+    Returns:
+        A weak reference, which must be kept for the call to happen.
+    """
+    key = storage._cdata
+    method = weakref.WeakMethod(on_freed)
+
+    def tell(reference: object) -> None:
+        call = method()
+        if call is not None:
+            call(key)
+
+    return weakref.ref(storage, tell)
+
+
+class ResizeWatch:
+    """Calls back when ``UntypedStorage.resize_`` changes a storage behind autograd's and dispatch's back.
+
+    FSDP frees and refills parameters this way. The method is replaced only while somebody watches.
+    """
+
+    def __init__(self) -> None:
+        self._callbacks: list[Callable[[torch.UntypedStorage], None]] = []
+        self._original = torch.UntypedStorage.resize_
+
+    def add(self, callback: Callable[[torch.UntypedStorage], None]) -> None:
+        """Call ``callback`` with every storage that was resized, until :meth:`remove`."""
+        if not self._callbacks:
+            original = self._original
+
+            def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+                result = original(storage, size)
+                for watcher in tuple(self._callbacks):
+                    watcher(storage)
+                return result
+
+            torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+        self._callbacks.append(callback)
+
+    def remove(self, callback: Callable[[torch.UntypedStorage], None]) -> None:
+        """Stop calling ``callback``."""
+        self._callbacks.remove(callback)
+        if not self._callbacks:
+            torch.UntypedStorage.resize_ = self._original  # type: ignore[method-assign]
+
+
+RESIZE_WATCH = ResizeWatch()
