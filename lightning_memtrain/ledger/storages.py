@@ -3,63 +3,77 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn.parameter import is_lazy  # type: ignore[attr-defined]
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+def tensors_in(tree: Any) -> list[torch.Tensor]:
     """All tensors in arguments or results of an operator, a batch, or the state of an optimizer.
 
-    Lists, tuples, mappings, dataclass-like objects with ``__dict__`` of tensors are looked into; anything
-    else that is no tensor is passed over.
+    Args:
+        tree: lists, tuples, sets, mappings (and look-alikes, such as the batches of tokenisers) and
+            dataclasses in any nesting; anything else that is no tensor is passed over.
+
+    Returns:
+        The tensors in the order in which they were found, with repetitions.
     """
+    found: list[torch.Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[torch.Tensor]) -> None:
     if isinstance(tree, torch.Tensor):
-        yield tree
+        found.append(tree)
     elif isinstance(tree, (list, tuple, set, frozenset)):
         for item in tree:
-            yield from tensors_in(item)
-    elif hasattr(tree, "values") and callable(
-        tree.values
-    ):  # also look-alikes of mappings, e.g. BatchEncoding
+            _collect(item, found)
+    elif tree is None or isinstance(tree, (int, float, str)):
+        return
+    elif callable(getattr(tree, "values", None)):
         for item in tree.values():
-            yield from tensors_in(item)
+            _collect(item, found)
     elif hasattr(tree, "__dataclass_fields__"):
         for name in tree.__dataclass_fields__:
-            yield from tensors_in(getattr(tree, name))
+            _collect(getattr(tree, name), found)
 
 
-def storages_of(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
+def storages_of(tensor: torch.Tensor) -> Sequence[torch.UntypedStorage]:
     """The storages behind a tensor: one for a strided tensor, one per component for others.
 
     Wrapper subclasses (DTensor, quantised tensors) and sparse layouts hold their bytes in inner tensors.
     Uninitialised parameters and opaque layouts have no storage that could be counted.
+
+    Args:
+        tensor: any tensor.
+
+    Returns:
+        The storages, without repetition of inner tensors.
     """
-    if type(tensor) not in _PLAIN:
-        if is_lazy(tensor):
-            return
-        if is_traceable_wrapper_subclass(tensor):
-            inner_names, _ = tensor.__tensor_flatten__()
-            for name in inner_names:
-                yield from storages_of(getattr(tensor, name))
-            return
-    layout = tensor.layout
-    if layout is torch.strided:
-        yield tensor.untyped_storage()
-    elif layout is torch.sparse_coo:
-        yield tensor._indices().untyped_storage()
-        yield tensor._values().untyped_storage()
-    elif layout in (torch.sparse_csr, torch.sparse_bsr):
-        for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values()):
-            yield part.untyped_storage()
-    elif layout in (torch.sparse_csc, torch.sparse_bsc):
-        for part in (tensor.ccol_indices(), tensor.row_indices(), tensor.values()):
-            yield part.untyped_storage()
+    if type(tensor) in _PLAIN and tensor.layout is torch.strided:  # nearly always, so this comes first
+        return (tensor.untyped_storage(),)
+    if is_lazy(tensor):
+        return ()
+    if is_traceable_wrapper_subclass(tensor):
+        inner_names, _ = tensor.__tensor_flatten__()
+        parts = [getattr(tensor, name) for name in inner_names]
+    elif tensor.layout is torch.strided:  # a subclass that holds its bytes itself, e.g. a fake tensor
+        return (tensor.untyped_storage(),)
+    elif tensor.layout is torch.sparse_coo:
+        parts = [tensor._indices(), tensor._values()]
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    else:
+        parts = []
+    return [storage for part in parts for storage in storages_of(part)]
 
 
 def watch_release(

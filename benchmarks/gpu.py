@@ -1,0 +1,204 @@
+"""Checks that need a CUDA device, and their measured results.
+
+    python3 -m benchmarks.gpu                                   # all that needs no data
+    python3 -m benchmarks.gpu training --data-dir DIR           # at most nine minutes; call again to go on
+
+Needs torch, lightning and torchmetrics, nothing else, and no network. Results are written to
+``benchmarks/results/gpu/*.json``. Without a CUDA device it says so and checks nothing.
+
+``rows`` compares, for each training step, what the ledger and the calibrated workspace predict with
+``torch.cuda.max_memory_allocated``. ``overhead`` is the time of Lightning training with the profiler over
+the time without. ``training`` trains WideResNet-28-2 on CIFAR-10 as in the memory report, in slices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.models import Step, transformer_step, wide_resnet_step
+from benchmarks.results_file import write_results
+from lightning_memtrain import MemoryLedger, MemoryProfiler, OpWorkspace, device_truth
+from lightning_memtrain.core import MIB
+from lightning_memtrain.recipes.cifar10_wrn28_2.data import CIFAR10DataModule
+from lightning_memtrain.recipes.cifar10_wrn28_2.module import WideResNetClassifier
+
+TOLERANCE = 0.01
+RUN_FOLDER = Path("runs") / "gpu-cifar10-wrn28-2"
+
+ROWS: dict[str, Callable[[str], Step]] = {
+    "WideResNet-28-2, batch 100": wide_resnet_step,
+    "WideResNet-28-2, batch 128": lambda device: wide_resnet_step(device, 128),
+    "WideResNet-28-2, batch 100, checkpointed blocks": lambda device: wide_resnet_step(
+        device, checkpointed=True
+    ),
+    "WideResNet-28-2, batch 100 in microbatches of 10": lambda d: wide_resnet_step(d, microbatch_size=10),
+    "12-layer transformer, width 768, batch 8 x 64 tokens": lambda device: transformer_step(
+        device, width=768
+    ),
+}
+
+
+def measure_row(make: Callable[[str], Step], device: torch.device) -> dict[str, float | bool]:
+    """Predict one step's peak and lay it beside the allocator's."""
+    truth = device_truth(device)
+    assert truth is not None
+    step = make(str(device))
+    step()  # makes the optimizer's state and the libraries' persistent workspaces
+    step()
+    gc.collect()
+    workspace = OpWorkspace(device)
+    with MemoryLedger(step.model, step.optimizer, step.inputs, workspace=workspace) as ledger:
+        truth.start()
+        step()
+        reading = truth.stop(ledger.breakdown(timeline=False).start_bytes)
+    assert reading is not None
+    ledger_bytes, measured_ops_bytes = ledger.breakdown().ledger_peak_bytes, ledger.predicted_peak_bytes
+    persistent_bytes = left_after_deleting(step, device)
+    predicted_bytes = measured_ops_bytes + persistent_bytes
+    return {
+        "ledger_mib": round(ledger_bytes / MIB, 2),
+        "predicted_mib": round(predicted_bytes / MIB, 2),
+        "truth_mib": round(reading.peak_bytes / MIB, 2),
+        "libraries_persistent_mib": round(persistent_bytes / MIB, 2),
+        "unmeasured_ops": len(workspace.unmeasured),
+        "error": round(predicted_bytes / reading.peak_bytes - 1, 5),
+        "within_tolerance": abs(predicted_bytes / reading.peak_bytes - 1) <= TOLERANCE,
+    }
+
+
+def left_after_deleting(step: Step, device: torch.device) -> int:
+    """Bytes that stay allocated without model, optimizer and batch: workspaces that libraries keep."""
+    if device.type != "cuda":
+        return 0
+    step.optimizer.state.clear()
+    step.optimizer.param_groups.clear()
+    step.model.to("meta")
+    step.inputs = ()
+    gc.collect()
+    return torch.cuda.memory_allocated(device)
+
+
+def rows(device: torch.device) -> dict[str, Any]:
+    """All rows; raises at the end if one misses the tolerance."""
+    results = {}
+    for name, make in ROWS.items():
+        results[name] = measure_row(make, device)
+        print(name, results[name])
+    return results
+
+
+def overhead(device: torch.device, num_steps: int = 200) -> dict[str, float]:
+    """Seconds per step of Lightning training with the profiler over those without, in turns."""
+    images, labels = torch.randn(20 * 100, 3, 32, 32), torch.randint(0, 10, (2000,))
+    loader = DataLoader(TensorDataset(images, labels), batch_size=100)
+    seconds: dict[str, list[float]] = {"plain": [], "profiled": []}
+    for turn in range(4):
+        for name in seconds:
+            profiler = [MemoryProfiler(every_n_steps=50, report_dir=RUN_FOLDER / "overhead")]
+            trainer = pl.Trainer(
+                accelerator=device.type,
+                devices=1,
+                max_steps=num_steps,
+                callbacks=list(profiler) if name == "profiled" else [],
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            began = time.perf_counter()
+            trainer.fit(WideResNetClassifier(), loader)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:  # the first turn warms up
+                seconds[name].append((time.perf_counter() - began) / num_steps)
+    ratio = statistics.median(b / a for a, b in zip(seconds["plain"], seconds["profiled"], strict=True))
+    return {
+        "plain_ms_per_step": round(1000 * statistics.median(seconds["plain"]), 3),
+        "profiled_ms_per_step": round(1000 * statistics.median(seconds["profiled"]), 3),
+        "profiled_over_plain": round(ratio, 4),
+    }
+
+
+class SliceTimer(Timer):
+    """Ends a slice at the end of an epoch; every slice has the whole time, not what earlier ones left."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Forget the time of earlier slices."""
+
+
+def training(device: torch.device, data_dir: str | None, minutes: float, max_epochs: int) -> dict[str, Any]:
+    """One slice of training WideResNet-28-2 on CIFAR-10; goes on from where the last slice ended."""
+    last = RUN_FOLDER / "checkpoints" / "last.ckpt"
+    profiler = MemoryProfiler(report_dir=RUN_FOLDER / "memory")
+    trainer = pl.Trainer(
+        accelerator=device.type,
+        devices=1,
+        max_epochs=max_epochs,
+        callbacks=[
+            ModelCheckpoint(dirpath=last.parent, save_last=True, save_top_k=0),
+            profiler,
+            SliceTimer(duration=datetime.timedelta(minutes=minutes), interval="epoch"),
+        ],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module, data = WideResNetClassifier(), CIFAR10DataModule(data_dir=data_dir)
+    trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+    finished = trainer.current_epoch >= max_epochs
+    accuracy = trainer.test(module, data, verbose=False)[0]["test/accuracy"]
+    print(
+        f"epoch {trainer.current_epoch} of {max_epochs}; {'finished' if finished else 'call again to go on'}"
+    )
+    assert profiler.report is not None
+    return {
+        "epochs": trainer.current_epoch,
+        "max_epochs": max_epochs,
+        "finished": finished,
+        "test_accuracy": round(float(accuracy), 4),
+        "peak_mib": round(profiler.report.stages["fit"].peak_bytes / MIB, 2),
+    }
+
+
+def main() -> None:
+    """Run what was asked for on the CUDA device, or say that there is none."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", default="all", choices=["all", "rows", "overhead", "training"])
+    parser.add_argument("--data-dir", default=None, help="folder of cifar-10-batches-py, for `training`")
+    parser.add_argument("--minutes", type=float, default=9.0, help="length of one slice of `training`")
+    parser.add_argument("--epochs", type=int, default=200, help="epochs of the whole `training`")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("No CUDA device here: nothing was checked.")
+        return
+    device = torch.device("cuda", 0)
+    if options.what == "training":
+        results = training(device, options.data_dir, options.minutes, options.epochs)
+        write_results("gpu/training", results, str(device))
+        return
+    if options.what in ("all", "rows"):
+        measured = rows(device)
+        write_results("gpu/rows", measured, str(device))
+        missed = [name for name, row in measured.items() if not row["within_tolerance"]]
+        if missed:
+            raise SystemExit(
+                f"predicted and measured peak differ by more than {TOLERANCE:.0%}: {', '.join(missed)}"
+            )
+    if options.what in ("all", "overhead"):
+        write_results("gpu/overhead", overhead(device), str(device))
+
+
+if __name__ == "__main__":
+    main()
