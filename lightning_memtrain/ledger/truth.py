@@ -96,8 +96,8 @@ class CpuTruth(DeviceTruth):
     """Every allocation and release of the CPU allocator, as seen by torch's own profiler.
 
     Uses the profiler without Kineto, which counts the same events and prints nothing. Its events begin at
-    the start, so what was live before must be given when the stretch ends. Allocations of other threads
-    (data loading) are not seen.
+    the start, so what was live before must be given when the stretch ends. The release of a block is seen
+    only if its allocation was, in this stretch or an earlier one. Other threads (data loading) are not seen.
     """
 
     def __init__(self) -> None:

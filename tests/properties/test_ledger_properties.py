@@ -46,7 +46,9 @@ def test_analysis_equals_a_naive_count(records, ticks):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["new", "view", "drop", "inplace"]), st.integers(0, 63)), max_size=30))
+@given(
+    st.lists(st.tuples(st.sampled_from(["new", "view", "drop", "inplace"]), st.integers(0, 63)), max_size=30)
+)
 def test_live_bytes_equal_the_bytes_of_distinct_storages(actions):
     model = torch.nn.Linear(1, 1)
     with MemoryLedger(model) as ledger:

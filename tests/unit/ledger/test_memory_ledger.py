@@ -342,7 +342,9 @@ def test_an_in_place_change_of_a_saved_tensor_is_still_refused(mlp):
         x = torch.ones(3, requires_grad=True)
         y = x.exp()
         y.add_(1)
-        with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*is at version 1; expected version 0"):
+        with pytest.raises(
+            RuntimeError, match=r"modified by an inplace operation.*is at version 1; expected version 0"
+        ):
             y.sum().backward()
 
 
@@ -397,12 +399,17 @@ def test_entering_twice_is_refused(mlp):
     ledger = MemoryLedger(mlp)
     with ledger:
         pass
-    with pytest.raises(RuntimeError, match=r"`MemoryLedger` was entered twice.*Make a new `MemoryLedger"), ledger:
+    with (
+        pytest.raises(RuntimeError, match=r"`MemoryLedger` was entered twice.*Make a new `MemoryLedger"),
+        ledger,
+    ):
         pass
 
 
 def test_a_model_without_parameters_is_refused():
-    with pytest.raises(ValueError, match=r"`MemoryLedger\(model\)` must have parameters.*got a ReLU with none.*Pass `device"):
+    with pytest.raises(
+        ValueError, match=r"`MemoryLedger\(model\)` must have parameters.*got a ReLU with none.*Pass `device"
+    ):
         MemoryLedger(nn.ReLU())
 
 
@@ -415,7 +422,9 @@ def test_a_model_without_parameters_can_be_counted_on_a_given_device():
 
 def test_parameters_on_two_devices_are_refused():
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1, device="meta"))
-    message = r"must have all parameters on one device, but got 0.weight on cpu, 1.weight on meta.*Move the model"
+    message = (
+        r"must have all parameters on one device, but got 0.weight on cpu, 1.weight on meta.*Move the model"
+    )
     with pytest.raises(ValueError, match=message):
         MemoryLedger(model)
 
@@ -423,3 +432,22 @@ def test_parameters_on_two_devices_are_refused():
 def test_prediction_without_workspace_is_refused(mlp):
     with pytest.raises(RuntimeError, match=r"needs measured workspaces.*workspace=OpWorkspace"):
         MemoryLedger(mlp).predicted_peak_bytes  # noqa: B018
+
+
+# ---------------------------------------------------------------------- compiled modules
+
+
+def test_compiled_modules_run_unchanged_and_are_seen_from_outside(batch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 1))
+    model(batch).sum().backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model[1] = torch.compile(model[1], backend="aot_eager")
+    with MemoryLedger(model, inputs=batch) as ledger:
+        model(batch).sum().backward()
+    assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
+    breakdown = ledger.breakdown()
+    assert breakdown.maxima[Category.GRADIENTS] == breakdown.maxima[Category.PARAMETERS]
+    assert "forward 1._orig_mod.0" not in [event.name for event in breakdown.timeline]
+    assert not model[1]._orig_mod._forward_hooks

@@ -29,7 +29,11 @@ class Chain(nn.Module):
 
     def forward(self, x):
         for block in self.blocks:
-            x = block(x) if self.use_reentrant is None else checkpoint(block, x, use_reentrant=self.use_reentrant)
+            x = (
+                block(x)
+                if self.use_reentrant is None
+                else checkpoint(block, x, use_reentrant=self.use_reentrant)
+            )
         return x
 
 
