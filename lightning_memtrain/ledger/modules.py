@@ -13,6 +13,11 @@ from torch.utils.hooks import RemovableHandle
 
 NOT_IN_BACKWARD = -1
 
+# Before torch 2.8 there is no such function, and only the recomputation of modules is recognised.
+_top_saved_tensors_hooks = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda tracing: None
+)
+
 
 class ModuleWatch:
     """Follows a model's submodules: their forward calls by hooks, their backward by autograd's numbering.
@@ -55,7 +60,7 @@ class ModuleWatch:
         if self._in_forward:
             return True
         # A checkpointed function may call no module; then only checkpoint's own hooks tell.
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        hooks = _top_saved_tensors_hooks(True)
         return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
 
     @property
