@@ -2,9 +2,9 @@
 
     python -m benchmarks.cifar10_input_pipeline [--steps 5] [--batch-size 100] [--threads 2]
 
-A turn is one training step on a batch that is there already, and as many batches as ``--batches`` from the
-recipe's loader, in the training process (``num_workers=0``): indexing, crop, flip and normalisation of noise in
-the shape of CIFAR-10. Times are CPU seconds of all threads; the median of the turns counts.
+A turn is one training step on a batch that is there already, and ``--batches`` batches from the recipe's
+loader, in the training process (``num_workers=0``): indexing, crop, flip and normalisation of noise in the
+shape of CIFAR-10. Times are CPU seconds of all threads; the median of the turns counts.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def main() -> None:
     results = {
         "loading_images_per_cpu_s": round(statistics.median(loading)),
         "training_images_per_cpu_s": round(statistics.median(training)),
-        "loading_over_training": round(statistics.median(a / b for a, b in zip(loading, training, strict=True)), 1),
+        "loading_over_training": round(
+            statistics.median(a / b for a, b in zip(loading, training, strict=True)), 1
+        ),
     }
     print(results)
     write_results("cifar10_input_pipeline", results)

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import gc
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,67 +25,22 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.models import Step, transformer_step, wide_resnet_step
+from benchmarks.memory_rows import WIDE_RESNET_ROWS, measure_row
+from benchmarks.models import transformer_step
 from benchmarks.results_file import write_results
-from lightning_memtrain import MemoryLedger, MemoryProfiler, OpWorkspace, device_truth
+from lightning_memtrain import MemoryProfiler
 from lightning_memtrain.core import MIB
 from lightning_memtrain.recipes.cifar10_wrn28_2.data import CIFAR10DataModule
 from lightning_memtrain.recipes.cifar10_wrn28_2.module import WideResNetClassifier
 
 TOLERANCE = 0.01
-RUN_FOLDER = Path("runs") / "gpu-cifar10-wrn28-2"
-
-ROWS: dict[str, Callable[[str], Step]] = {
-    "WideResNet-28-2, batch 100": wide_resnet_step,
-    "WideResNet-28-2, batch 128": lambda device: wide_resnet_step(device, 128),
-    "WideResNet-28-2, batch 100, checkpointed blocks": lambda device: wide_resnet_step(
-        device, checkpointed=True
-    ),
-    "WideResNet-28-2, batch 100 in microbatches of 10": lambda d: wide_resnet_step(d, microbatch_size=10),
+ROWS = {
+    **WIDE_RESNET_ROWS,
     "12-layer transformer, width 768, batch 8 x 64 tokens": lambda device: transformer_step(
         device, width=768
     ),
 }
-
-
-def measure_row(make: Callable[[str], Step], device: torch.device) -> dict[str, float | bool]:
-    """Predict one step's peak and lay it beside the allocator's."""
-    truth = device_truth(device)
-    assert truth is not None
-    step = make(str(device))
-    step()  # makes the optimizer's state and the libraries' persistent workspaces
-    step()
-    gc.collect()
-    workspace = OpWorkspace(device)
-    with MemoryLedger(step.model, step.optimizer, step.inputs, workspace=workspace) as ledger:
-        truth.start()
-        step()
-        reading = truth.stop(ledger.breakdown(timeline=False).start_bytes)
-    assert reading is not None
-    ledger_bytes, measured_ops_bytes = ledger.breakdown().ledger_peak_bytes, ledger.predicted_peak_bytes
-    persistent_bytes = left_after_deleting(step, device)
-    predicted_bytes = measured_ops_bytes + persistent_bytes
-    return {
-        "ledger_mib": round(ledger_bytes / MIB, 2),
-        "predicted_mib": round(predicted_bytes / MIB, 2),
-        "truth_mib": round(reading.peak_bytes / MIB, 2),
-        "libraries_persistent_mib": round(persistent_bytes / MIB, 2),
-        "unmeasured_ops": len(workspace.unmeasured),
-        "error": round(predicted_bytes / reading.peak_bytes - 1, 5),
-        "within_tolerance": abs(predicted_bytes / reading.peak_bytes - 1) <= TOLERANCE,
-    }
-
-
-def left_after_deleting(step: Step, device: torch.device) -> int:
-    """Bytes that stay allocated without model, optimizer and batch: workspaces that libraries keep."""
-    if device.type != "cuda":
-        return 0
-    step.optimizer.state.clear()
-    step.optimizer.param_groups.clear()
-    step.model.to("meta")
-    step.inputs = ()
-    gc.collect()
-    return torch.cuda.memory_allocated(device)
+RUN_FOLDER = Path("runs") / "gpu-cifar10-wrn28-2"
 
 
 def rows(device: torch.device) -> dict[str, Any]:
@@ -95,6 +48,7 @@ def rows(device: torch.device) -> dict[str, Any]:
     results = {}
     for name, make in ROWS.items():
         results[name] = measure_row(make, device)
+        results[name]["within_tolerance"] = abs(results[name]["error"]) <= TOLERANCE
         print(name, results[name])
     return results
 
