@@ -1,0 +1,41 @@
+"""See where the memory of a run went: the profiler callback, and its report in the terminal and elsewhere."""
+
+from lightning_memtrain.report.advice import largest_holders
+from lightning_memtrain.report.document import (
+    HTML_NAME,
+    JSON_NAME,
+    SCHEMA_VERSION,
+    Holder,
+    MemoryReport,
+    OutOfMemory,
+    StepPeak,
+)
+from lightning_memtrain.report.environment import environment
+from lightning_memtrain.report.html import render_html, save_html
+from lightning_memtrain.report.loggers import define_metrics, log_report, log_scalars
+from lightning_memtrain.report.metrics import breakdown_metrics
+from lightning_memtrain.report.oom import is_out_of_memory
+from lightning_memtrain.report.profiler import MemoryProfiler
+from lightning_memtrain.report.table import print_table, render_table
+
+__all__ = [
+    "HTML_NAME",
+    "JSON_NAME",
+    "SCHEMA_VERSION",
+    "Holder",
+    "MemoryProfiler",
+    "MemoryReport",
+    "OutOfMemory",
+    "StepPeak",
+    "breakdown_metrics",
+    "define_metrics",
+    "environment",
+    "is_out_of_memory",
+    "largest_holders",
+    "log_report",
+    "log_scalars",
+    "print_table",
+    "render_html",
+    "render_table",
+    "save_html",
+]

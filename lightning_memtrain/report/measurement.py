@@ -1,0 +1,131 @@
+"""One batch between two hooks: the ledger and the device's allocator, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_memtrain.core import MemoryBreakdown
+from lightning_memtrain.ledger import DeviceTruth, MemoryLedger, Survivor
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one batch, or one step of several batches, used.
+
+    Args:
+        breakdown: where the bytes went, with the allocator's peak; ``None`` if the ledger was off.
+        allocator_peak_bytes: the allocator's peak, ``None`` if it is not known.
+        survivors: what was left behind.
+    """
+
+    breakdown: MemoryBreakdown | None = None
+    allocator_peak_bytes: int | None = None
+    survivors: tuple[Survivor, ...] = ()
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The peak from the best source there is: the allocator, the ledger, none."""
+        if self.breakdown is not None and self.allocator_peak_bytes is None:
+            return self.breakdown.peak_bytes
+        return self.allocator_peak_bytes
+
+    def __add__(self, other: Measured) -> Measured:
+        """Both one after the other: the higher peak counts, and all that was left behind."""
+        breakdowns = [part.breakdown for part in (self, other) if part.breakdown is not None]
+        peaks = [part.allocator_peak_bytes for part in (self, other) if part.allocator_peak_bytes is not None]
+        return Measured(
+            breakdown=max(breakdowns, key=lambda breakdown: breakdown.peak_bytes, default=None),
+            allocator_peak_bytes=max(peaks, default=None),
+            survivors=self.survivors + other.survivors,
+        )
+
+
+class BatchMeasurement:
+    """Measures from :meth:`start` until :meth:`finish`.
+
+    Whoever starts it abandons it in the end, whatever happened; after :meth:`finish` that does nothing.
+
+    Args:
+        truth: reader of the allocator's peak, or ``None`` to do without.
+        ledger: a ledger that was not entered yet, or ``None`` to do without.
+    """
+
+    def __init__(self, truth: DeviceTruth | None, ledger: MemoryLedger | None) -> None:
+        self._truth = truth
+        self._ledger = ledger
+
+    @classmethod
+    def with_ledger(
+        cls,
+        truth: DeviceTruth | None,
+        model: nn.Module,
+        optimizers: Sequence[Any],
+        batch: Any,
+        device: torch.device,
+    ) -> BatchMeasurement:
+        """A measurement with a ledger.
+
+        Args:
+            truth: reader of the allocator's peak, or ``None`` to do without.
+            model: the module that is trained.
+            optimizers: its optimizers; those that are no torch optimizers (DeepSpeed's) are left out.
+            batch: the batch, in any nesting.
+            device: the device whose storages are counted.
+
+        Returns:
+            The measurement, not started yet.
+        """
+        torch_optimizers = [optimizer for optimizer in optimizers if isinstance(optimizer, Optimizer)]
+        return cls(truth, MemoryLedger(model, torch_optimizers, batch, device=device))
+
+    def start(self) -> None:
+        """Begin."""
+        if self._ledger is not None:
+            self._ledger.__enter__()
+        if self._truth is not None:
+            self._truth.start()
+
+    def mark(self, name: str) -> None:
+        """Put an event on the ledger's timeline, if the ledger is on."""
+        if self._ledger is not None:
+            self._ledger.mark(name)
+
+    def finish(self, *, per_module: bool, timeline: bool) -> Measured:
+        """End the measurement.
+
+        Args:
+            per_module: whether to make the breakdown's rows per module.
+            timeline: whether to make the breakdown's rows per event.
+
+        Returns:
+            What was measured.
+        """
+        ledger, self._ledger = self._ledger, None
+        breakdown: MemoryBreakdown | None = None
+        survivors: tuple[Survivor, ...] = ()
+        if ledger is not None:
+            ledger.__exit__(None, None, None)
+            breakdown = ledger.breakdown(per_module=per_module, timeline=timeline)
+            survivors = ledger.survivors()
+        truth, self._truth = self._truth, None
+        start_bytes = breakdown.start_bytes if breakdown is not None else 0
+        reading = truth.stop(start_bytes) if truth is not None else None
+        peak_bytes = reading.peak_bytes if reading is not None else None
+        if breakdown is not None:
+            breakdown = breakdown.with_truth(peak_bytes)
+        return Measured(breakdown, peak_bytes, survivors)
+
+    def abandon(self) -> None:
+        """End whatever is still going on and throw it away."""
+        truth, self._truth = self._truth, None
+        if truth is not None:
+            truth.stop()
+        ledger, self._ledger = self._ledger, None
+        if ledger is not None:
+            ledger.__exit__(None, None, None)

@@ -1,0 +1,350 @@
+"""The callback that shows where the memory of a Lightning run goes."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lightning_memtrain.core import MIB, MemoryBreakdown, ReportWarning
+from lightning_memtrain.ledger import DeviceTruth, device_truth
+from lightning_memtrain.ledger.truth import CpuTruth
+from lightning_memtrain.report.delivery import deliver
+from lightning_memtrain.report.document import MemoryReport
+from lightning_memtrain.report.growth import total_bytes
+from lightning_memtrain.report.loggers import define_metrics, log_scalars
+from lightning_memtrain.report.measurement import BatchMeasurement
+from lightning_memtrain.report.metrics import breakdown_metrics
+from lightning_memtrain.report.oom import is_out_of_memory
+from lightning_memtrain.report.recording import RunRecord, StageRecord
+from lightning_memtrain.report.schedule import LedgerSchedule
+from lightning_memtrain.report.trainer_state import (
+    evaluation_name,
+    kept_storages,
+    profiled_device,
+    stage_name,
+    uses_torch_profiler,
+)
+
+
+class MemoryProfiler(Callback):
+    """Shows where every byte of training, validation, test and prediction goes.
+
+    The ledger watches the first three steps of each stage and then every N-th; on an accelerator the
+    allocator's peak is read on every step. A step is all that leads to one update: under
+    ``accumulate_grad_batches`` it is the whole window of batches.
+
+    Metrics with fixed names in MiB (``memory/peak_mib``, ``memory/at_peak/activations_mib``, ...; those of
+    validation under ``memory/validate/``) go to every logger and into ``trainer.callback_metrics``, so that
+    ``EarlyStopping(monitor="memory/peak_mib")`` works. Training logs each watched step, the other stages log
+    once per epoch, the highest watched step. At the end, also after an error, there are a table in the
+    terminal, ``memory_report.json`` and ``memory_report.html``.
+
+    Growth is what watched steps leave behind, by the module that made it: storages that outlive the whole
+    step after their own and are no parameter, buffer, gradient, optimizer state, logged value or fixed-size
+    state of a metric. What a module leaves behind in one step only (a cache) is not growth.
+
+    Args:
+        every_n_steps: steps from one that the ledger watches to the next, after the first three; at least 1.
+        per_module: whether the report has a row per module.
+        timeline: whether the report has the events of the highest step.
+        report_dir: folder for the report; ``None`` is ``memory`` in the trainer's ``log_dir``. A later report
+            replaces an earlier one.
+
+    Raises:
+        TypeError: if ``every_n_steps`` is no integer.
+        ValueError: if ``every_n_steps`` is below 1.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        per_module: bool = True,
+        timeline: bool = True,
+        report_dir: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        self._schedule = LedgerSchedule(every_n_steps)
+        self._per_module = per_module
+        self._timeline = timeline
+        self._report_dir = None if report_dir is None else Path(report_dir)
+        self.report: MemoryReport | None = None
+        """The report of the latest run, once it is over."""
+        self._forget_run()
+
+    def _forget_run(self) -> None:
+        self._run: RunRecord | None = None
+        self._truth: DeviceTruth | None = None
+        self._batch: BatchMeasurement | None = None
+        self._model: weakref.ref[LightningModule] | None = None
+        self._folder: Path | None = None
+        self._finished = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Sent to spawned processes and copied by tuners; what is being measured stays here.
+        state = self.__dict__.copy()
+        state.update(_run=None, _truth=None, _batch=None, _model=None)
+        return state
+
+    @property
+    def every_n_steps(self) -> int:
+        """Steps from one that the ledger watches to the next."""
+        return self._schedule.every_n_steps
+
+    @property
+    def breakdowns(self) -> Mapping[str, MemoryBreakdown]:
+        """Per stage, the watched step with the highest peak so far."""
+        stages = self._run.stages if self._run is not None else {}
+        return {name: stage.highest for name, stage in stages.items() if stage.highest is not None}
+
+    # ------------------------------------------------------------------ begin and end of a run
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder (on all ranks together) and give W&B its axes."""
+        name = stage_name(trainer)
+        same_model = self._model is not None and self._model() is pl_module
+        if name == "fit" or not same_model:
+            self._forget_run()
+        elif self._run is not None:
+            # A test after a fit goes into the report of that fit.
+            self._run.forget_stage(name)
+            self._run.out_of_memory = None
+        self._finished = False
+        self._model = weakref.ref(pl_module)
+        self._folder = self._report_dir or Path(trainer.log_dir or trainer.default_root_dir) / "memory"
+        for logger in trainer.loggers:
+            define_metrics(logger)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a model that cannot be profiled."""
+        self._begin_run(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the ranks."""
+        self._compare_ranks(trainer, 0)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write, log and print the report."""
+        self._drop_batch()
+        self._finish(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave torch as it was found, and report on the failing step before the exception goes on."""
+        try:
+            self._end_failing_step(exception)
+            self._finish(trainer, pl_module)
+        except Exception as error:  # whatever goes wrong here must not hide the exception that matters
+            warnings.warn(
+                f"`MemoryProfiler` could not report on the step that failed: {type(error).__name__}: {error}",
+                ReportWarning,
+                stacklevel=2,
+            )
+
+    # ------------------------------------------------------------------ training
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin to measure a batch."""
+        self._begin_batch(trainer, pl_module, "fit", batch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End the measurement, and the step unless gradients are still to be accumulated."""
+        stage = self._end_batch()
+        if stage is None or trainer.fit_loop._should_accumulate():
+            return
+        self._end_step(trainer, pl_module, stage)
+        # A watched step is always logged; the others at the trainer's pace, the highest since the last time.
+        watched = stage.since_published.breakdown is not None
+        if watched or (self._reads_every_step and trainer._logger_connector.should_update_logs):
+            self._publish(trainer, stage, all_ranks=watched)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop a batch that was begun but skipped (``on_train_batch_start`` of the model returned -1)."""
+        self._drop_batch()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        """Mark the timeline."""
+        self._mark("backward")
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Mark the timeline."""
+        self._mark("optimizer step")
+
+    # ------------------------------------------------------------------ validation, test, prediction
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a model that cannot be profiled."""
+        self._begin_run(trainer, pl_module)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Begin to measure a batch, unless it is one of the sanity check."""
+        if not trainer.sanity_checking:
+            self._begin_batch(trainer, pl_module, evaluation_name(trainer), batch)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """End the measurement."""
+        self._end_step(trainer, pl_module, self._end_batch())
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the highest watched step of the epoch."""
+        self._drop_batch()
+        if self._run is not None and not trainer.sanity_checking:
+            # All ranks meet here, also those whose loader gave no batch.
+            self._publish(trainer, self._run.enter_stage(evaluation_name(trainer)), all_ranks=True)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
+
+    # ------------------------------------------------------------------ measuring
+
+    @property
+    def _reads_every_step(self) -> bool:
+        # Reading an accelerator's counters costs nothing, unlike writing down the CPU's allocations.
+        return self._truth is not None and not isinstance(self._truth, CpuTruth)
+
+    def _begin_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        device = profiled_device(pl_module)
+        if self._run is None or self._run.device != device:
+            self._run = RunRecord(device)
+        self._truth = device_truth(device)
+        if isinstance(self._truth, CpuTruth) and uses_torch_profiler(trainer):
+            self._truth = None  # only one profiler can record in a thread, and the user's goes first
+
+    def _begin_batch(self, trainer: Trainer, pl_module: LightningModule, name: str, batch: Any) -> None:
+        self._drop_batch()
+        assert self._run is not None
+        stage = self._run.enter_stage(name)
+        step = stage.open_step
+        if step is None:
+            number = trainer.fit_loop.epoch_loop._batches_that_stepped if name == "fit" else stage.num_steps
+            step = stage.begin_step(number, self._schedule.watches(stage.num_steps))
+        if step.watched:
+            self._batch = BatchMeasurement.with_ledger(
+                self._truth, pl_module, trainer.optimizers, batch, self._run.device
+            )
+        elif self._reads_every_step or self._schedule.watches(stage.num_steps):
+            # The CPU's record of allocations knows the size of a block that is freed only if it saw the block
+            # being made; most of what a step frees is from the step before, so it sees that one as well.
+            self._batch = BatchMeasurement(self._truth, None)
+        if self._batch is not None:
+            self._batch.start()
+
+    def _end_batch(self) -> StageRecord | None:
+        """Add what was measured to the open step; the stage it belongs to, if any is profiled."""
+        stage = self._run.current if self._run is not None else None
+        if stage is None or stage.open_step is None:
+            return None
+        if self._batch is not None:
+            batch, self._batch = self._batch, None
+            try:
+                measured = batch.finish(per_module=self._per_module, timeline=self._timeline)
+            finally:
+                batch.abandon()
+            if stage.open_step.watched or self._reads_every_step:
+                stage.open_step.measured += measured
+        return stage
+
+    def _end_step(self, trainer: Trainer, pl_module: LightningModule, stage: StageRecord | None) -> None:
+        if stage is not None and self._run is not None:
+            judging = stage.growth_watch.has_suspects
+            self._run.end_step(stage, kept_storages(trainer, pl_module) if judging else ())
+
+    def _drop_batch(self) -> None:
+        """Forget a batch that was begun and never ended."""
+        if self._batch is not None:
+            self._batch.abandon()
+            self._batch = None
+            if self._run is not None and self._run.current is not None:
+                self._run.current.open_step = None
+
+    def _mark(self, name: str) -> None:
+        if self._batch is not None:
+            self._batch.mark(name)
+
+    def _end_failing_step(self, exception: BaseException) -> None:
+        try:
+            stage = self._end_batch()
+        finally:
+            self._drop_batch()
+        if self._run is None:
+            return
+        if is_out_of_memory(exception):
+            self._run.end_out_of_memory(str(exception) or type(exception).__name__)
+        elif stage is not None:
+            self._run.end_step(stage, spared=None)
+
+    # ------------------------------------------------------------------ telling
+
+    def _publish(self, trainer: Trainer, stage: StageRecord, all_ranks: bool) -> None:
+        """Log what was measured since the last time; ``all_ranks`` says that every rank is here."""
+        measured = stage.take_unpublished()
+        metrics: dict[str, float] = {}
+        prefix = "memory" if stage.name == "fit" else f"memory/{stage.name}"
+        if all_ranks:
+            peak_bytes = measured.breakdown.peak_bytes if measured.breakdown is not None else 0
+            highest, lowest = self._compare_ranks(trainer, peak_bytes)
+            if measured.breakdown is not None:
+                metrics |= breakdown_metrics(measured.breakdown, stage.name, total_bytes(stage.growth))
+                metrics[f"{prefix}/ranks/max_peak_mib"] = highest / MIB
+                metrics[f"{prefix}/ranks/min_peak_mib"] = lowest / MIB
+        if self._reads_every_step and measured.allocator_peak_bytes is not None:
+            metrics[f"{prefix}/allocator_peak_mib"] = measured.allocator_peak_bytes / MIB
+        if metrics:
+            tensors = {key: torch.tensor(value, dtype=torch.float64) for key, value in metrics.items()}
+            trainer.callback_metrics.update(tensors)
+            log_scalars(trainer, metrics)
+
+    def _compare_ranks(self, trainer: Trainer, peak_bytes: int) -> tuple[int, int]:
+        """The highest and the lowest of the ranks' peaks; a collective, so all ranks have to call it."""
+        if self._run is None or trainer.world_size == 1:
+            return peak_bytes, peak_bytes
+        # The minimum is the maximum of the negatives: one collective for all.
+        run_peak_bytes = self._run.peak_bytes
+        peaks = torch.tensor([peak_bytes, -peak_bytes, run_peak_bytes, -run_peak_bytes])
+        reduced = trainer.strategy.reduce(peaks.to(trainer.strategy.root_device), reduce_op="max")
+        highest, lowest, run_highest, run_lowest = (abs(int(peak)) for peak in reduced.tolist())
+        self._run.ranks = {
+            "world_size": trainer.world_size,
+            "max_peak_bytes": run_highest,
+            "min_peak_bytes": run_lowest,
+        }
+        return highest, lowest
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._finished or self._run is None:
+            return
+        self._finished = True
+        report = self._run.report(pl_module)
+        name = stage_name(trainer)
+        # A test that failed before its first step has nothing to add to the report of the fit before.
+        if report is not None and self._folder is not None and (name == "fit" or name in report.stages):
+            self.report = report
+            deliver(report, trainer, self._folder)

@@ -1,0 +1,92 @@
+"""What the profiler has to know of the model and of Lightning's insides, in one place."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torchmetrics
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_memtrain.ledger.storages import storages_of, tensors_in
+
+
+def profiled_device(model: torch.nn.Module) -> torch.device:
+    """The device on which all parameters of a model are.
+
+    Args:
+        model: the module to profile.
+
+    Returns:
+        The device, with its index.
+
+    Raises:
+        ValueError: if there are no parameters, or parameters on two devices.
+    """
+    devices: dict[torch.device, str] = {}
+    for name, parameter in model.named_parameters():
+        devices.setdefault(parameter.device, name)
+    kind = type(model).__name__
+    if not devices:
+        raise ValueError(
+            f"`MemoryProfiler` needs a model with parameters, which decide on the device to profile, "
+            f"but got {kind} with none. Make its layers in `__init__` or `configure_model`, "
+            f"or train it without the profiler."
+        )
+    if len(devices) > 1:
+        found = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ValueError(
+            f"`MemoryProfiler` needs all parameters on one device, whose bytes it counts, "
+            f"but {kind} has {found}. Let the trainer move the whole model to one device, "
+            f"or train it without the profiler."
+        )
+    return next(iter(devices))
+
+
+def stage_name(trainer: Trainer) -> str:
+    """What the trainer was called to do: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``."""
+    fn = trainer.state.fn
+    return "fit" if fn is None else str(fn.value)
+
+
+def evaluation_name(trainer: Trainer) -> str:
+    """Which evaluation is going on, maybe inside of a fit: ``"validate"``, ``"test"`` or ``"predict"``."""
+    return "predict" if trainer.predicting else "test" if trainer.testing else "validate"
+
+
+def uses_torch_profiler(trainer: Trainer) -> bool:
+    """Whether the trainer profiles with torch's own profiler, which it may start at any time."""
+    # By name, so that a `pytorch_lightning` Trainer's is recognised, too.
+    return any(cls.__name__ == "PyTorchProfiler" for cls in type(getattr(trainer, "profiler", None)).__mro__)
+
+
+def kept_storages(trainer: Trainer, pl_module: LightningModule) -> set[int]:
+    """Storages that outlive steps by design and have a fixed size.
+
+    Args:
+        trainer: the running trainer, with its logged values, its batch (that of the step before, if steps
+            fetch their own) and the scale of the loss.
+        pl_module: the model, with its metrics.
+
+    Returns:
+        The ``_cdata`` of each storage.
+    """
+    values = (value for value in _kept_values(trainer, pl_module) if isinstance(value, torch.Tensor))
+    tensors = itertools.chain(values, tensors_in(getattr(trainer._results, "batch", None)))
+    return {storage._cdata for tensor in tensors for storage in storages_of(tensor)}
+
+
+def _kept_values(trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
+    yield from trainer.callback_metrics.values()
+    yield from trainer.logged_metrics.values()
+    yield from trainer.progress_bar_metrics.values()
+    # Every logged value is a metric, too.
+    for metric in (*(trainer._results or {}).values(), *pl_module.modules()):
+        if isinstance(metric, torchmetrics.Metric):
+            yield from vars(metric).values()
+            yield from metric._defaults.values()
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None:
+        yield from vars(scaler).values()

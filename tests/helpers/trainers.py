@@ -1,0 +1,50 @@
+"""Trainers for tests: on the CPU, silent, and leaving nothing outside of the test's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from lightning_memtrain.report import MemoryProfiler
+
+# Lightning 2.6 with torch 2.13, and Lightning's hints on performance.
+LIGHTNING_WARNINGS = (
+    "ignore:.*does not have many workers",
+    "ignore:.*LeafSpec",
+    "ignore:The number of training batches",
+)
+
+
+def quiet_trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
+    options = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    } | options
+    return Trainer(default_root_dir=folder, callbacks=list(callbacks), **options)
+
+
+def fit(model: LightningModule, callback: MemoryProfiler, folder: Path, **options: Any) -> Trainer:
+    trainer = quiet_trainer(folder, callback, **options)
+    trainer.fit(model)
+    return trainer
+
+
+def assert_torch_is_as_found(model: torch.nn.Module) -> None:
+    """No dispatch mode, saved-tensor hook, module hook or optimizer hook is left behind."""
+    assert _get_current_dispatch_mode_stack() == []
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    assert not torch._C._autograd._profiler_enabled()
+    for module in model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+    for parameter in model.parameters():
+        assert not parameter._post_accumulate_grad_hooks

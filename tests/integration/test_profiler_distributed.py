@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.pytorch.callbacks import EarlyStopping
+from torch import multiprocessing
+from torch.utils.data import DataLoader
+
+from lightning_memtrain.core import MIB, Category
+from lightning_memtrain.report import MemoryProfiler, MemoryReport
+from tests.helpers.boring_models import PARAMETER_BYTES, BoringModel, loader
+from tests.helpers.trainers import quiet_trainer
+
+WIDER = 256
+
+
+class Uneven(BoringModel):
+    """Rank 1 needs more memory than rank 0, and rank 0 has more batches to predict."""
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
+        wide = batch.repeat(WIDER * (1 + self.global_rank), 1)
+        loss = self.head(self.body(wide).relu()).mean()
+        self.log("loss", loss, on_epoch=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.body(batch.repeat(WIDER * (1 + self.global_rank), 1))
+
+    def predict_dataloader(self) -> DataLoader:
+        return loader(3)  # two batches for rank 0, one for rank 1
+
+
+def _run_rank(rank: int, port: int, folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    # As a launcher on a cluster would: Lightning finds that its processes were started by somebody else.
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank)
+    )
+    torch.set_num_threads(1)
+    profiler = MemoryProfiler(every_n_steps=3)
+    stopping = EarlyStopping(monitor="memory/ranks/max_peak_mib", mode="min", patience=5)
+    trainer = quiet_trainer(folder / "fit", profiler, stopping, strategy="ddp", devices=2, max_epochs=2)
+    trainer.fit(Uneven(num_batches=8, num_val_batches=4))
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    (folder / f"metrics_{rank}.json").write_text(json.dumps(metrics))
+
+    trainer = quiet_trainer(folder / "predict", MemoryProfiler(every_n_steps=1), strategy="ddp", devices=2)
+    trainer.predict(Uneven(), return_predictions=False)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left behind."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    multiprocessing.spawn(_run_rank, (find_free_network_port(), folder), nprocs=2)
+    return folder
+
+
+def _metrics(folder: Path, rank: int) -> dict[str, float]:
+    return json.loads((folder / f"metrics_{rank}.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_report_is_that_of_rank_0_with_the_extremes_of_all(folder: Path):
+    report = MemoryReport.load(folder / "fit" / "memory" / "memory_report.json")
+    assert [step.step for step in report.steps if step.stage == "fit"] == [0, 1, 2, 3, 6]
+    own = report.stages["fit"]
+    assert own.maxima[Category.PARAMETERS] == PARAMETER_BYTES
+    assert report.ranks == {
+        "world_size": 2,
+        "max_peak_bytes": round(_metrics(folder, 1)["memory/peak_mib"] * MIB),
+        "min_peak_bytes": own.peak_bytes,
+    }
+    assert report.growth == {"fit": (), "validate": ()}  # DDP's buckets are made once
+
+
+@pytest.mark.slow
+def test_all_ranks_know_the_extremes(folder: Path):
+    metrics = [_metrics(folder, rank) for rank in (0, 1)]
+    for prefix in ("memory", "memory/validate"):
+        peaks = [own[f"{prefix}/peak_mib"] for own in metrics]
+        assert peaks[0] < peaks[1]
+        for own in metrics:
+            assert own[f"{prefix}/ranks/min_peak_mib"] == peaks[0]
+            assert own[f"{prefix}/ranks/max_peak_mib"] == peaks[1]
+
+
+@pytest.mark.slow
+def test_ranks_with_different_numbers_of_batches_meet(folder: Path):
+    report = MemoryReport.load(folder / "predict" / "memory" / "memory_report.json")
+    assert [(step.stage, step.step) for step in report.steps] == [("predict", 0), ("predict", 1)]
+    assert report.ranks is not None
+    assert report.ranks["world_size"] == 2
