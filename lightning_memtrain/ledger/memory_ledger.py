@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch.utils._python_dispatch import (
     _pop_mode,
     _push_mode,
 )
-from torch.utils.hooks import RemovableHandle
 
 from lightning_memtrain.core import Category, MemoryBreakdown
 from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
@@ -103,7 +103,7 @@ class MemoryLedger:
         self._estimate = PeakEstimate(workspace) if workspace is not None else None
         self._book = StorageBook(self.device, lambda: self._modules.current, self._estimate)
         self._mode = _LedgerMode(self)
-        self._handles: list[RemovableHandle] = []
+        self._undo = ExitStack()
         self._recomputed: list[StorageRecord] = []
         self._last_step_tick: int | None = None
         self._backward_module: str | None = None
@@ -118,6 +118,18 @@ class MemoryLedger:
                 "Make a new `MemoryLedger(model, ...)` for each block."
             )
         self._entered = True
+        with ExitStack() as undo:  # undoes what was done so far if a later line fails
+            self._install(undo)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._undo.close()
+        self._settle_recomputed()
+        self._scan_training_state()
+        self._book.close()
+
+    def _install(self, undo: ExitStack) -> None:
         self._scan_training_state()
         for tensor in tensors_in(self._inputs):
             self._book.note_from_the_start(tensor, Category.INPUTS)
@@ -125,26 +137,17 @@ class MemoryLedger:
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter):
                 hook = self._gradient_hook(_owner(name))
-                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                undo.callback(handle.remove)
         for optimizer in self._optimizers:
-            self._handles.append(optimizer.register_step_post_hook(self._after_optimizer_step))
-        self._modules.__enter__()
+            undo.callback(optimizer.register_step_post_hook(self._after_optimizer_step).remove)
+        undo.enter_context(self._modules)
         SAVED_TENSOR_WATCH.add(self._on_saved)
+        undo.callback(SAVED_TENSOR_WATCH.remove, self._on_saved)
         RESIZE_WATCH.add(self._book.resize)
+        undo.callback(RESIZE_WATCH.remove, self._book.resize)
         _push_mode(self._mode)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        _remove_mode(self._mode)
-        RESIZE_WATCH.remove(self._book.resize)
-        SAVED_TENSOR_WATCH.remove(self._on_saved)
-        self._modules.__exit__()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._settle_recomputed()
-        self._scan_training_state()
-        self._book.close()
+        undo.callback(_remove_mode, self._mode)
 
     # ------------------------------------------------------------------ reading
 

@@ -37,14 +37,15 @@ class DeviceTruth(ABC):
         """Begin a stretch; the peak before it is forgotten."""
 
     @abstractmethod
-    def stop(self, start_bytes: int = 0) -> TruthReading | None:
+    def stop(self, start_bytes: int = 0, end_bytes: int | None = None) -> TruthReading | None:
         """End the stretch.
 
         Args:
             start_bytes: bytes that were live at the start, for a device that counts changes only.
+            end_bytes: bytes that are live now, for a device that can check its changes by them.
 
         Returns:
-            The figures, or ``None`` if they could not be taken this time (another profiler was running).
+            The figures, or ``None`` if they could not be taken this time.
         """
 
 
@@ -71,11 +72,12 @@ class AcceleratorTruth(DeviceTruth):
         self._start_bytes = self._memory.memory_allocated(self._device)
         self._start_retries = self._num_alloc_retries()
 
-    def stop(self, start_bytes: int = 0) -> TruthReading:
-        """End the stretch; ``start_bytes`` is not needed, since the counters are absolute.
+    def stop(self, start_bytes: int = 0, end_bytes: int | None = None) -> TruthReading:
+        """End the stretch; its counters are absolute and need no bytes to start from.
 
         Args:
-            start_bytes: ignored.
+            start_bytes: not needed.
+            end_bytes: not needed.
 
         Returns:
             The figures of the device's allocator.
@@ -96,8 +98,12 @@ class CpuTruth(DeviceTruth):
     """Every allocation and release of the CPU allocator, as seen by torch's own profiler.
 
     Uses the profiler without Kineto, which counts the same events and prints nothing. Its events begin at
-    the start, so what was live before must be given when the stretch ends. The release of a block is seen
-    only if its allocation was, in this stretch or an earlier one. Other threads (data loading) are not seen.
+    the start, so what was live before must be given when the stretch ends. Other threads (data loading) are
+    not seen.
+
+    The release of a block that was allocated outside of any stretch is missing from the events, or, if its
+    address was in use in an earlier stretch, comes with the size of that time. Either shows when the changes
+    do not lead from the bytes at the start to those at the end; such a stretch has no reading.
     """
 
     def __init__(self) -> None:
@@ -116,14 +122,15 @@ class CpuTruth(DeviceTruth):
         torch._C._autograd._enable_profiler_legacy(config)
         self._running = True
 
-    def stop(self, start_bytes: int = 0) -> TruthReading | None:
+    def stop(self, start_bytes: int = 0, end_bytes: int | None = None) -> TruthReading | None:
         """End the recording.
 
         Args:
             start_bytes: bytes that were live when it began.
+            end_bytes: bytes that are live now; ``None`` to do without the check.
 
         Returns:
-            The peak, or ``None`` if nothing was recorded because another profiler was running.
+            The peak, or ``None`` if another profiler was running, or the events do not lead to ``end_bytes``.
         """
         if not self._running:
             return None
@@ -135,6 +142,8 @@ class CpuTruth(DeviceTruth):
                 if event.kind() == "memory_alloc":
                     held += event.cpu_memory_usage()
                     peak = max(peak, held)
+        if end_bytes is not None and start_bytes + held != end_bytes:
+            return None
         return TruthReading(peak_bytes=start_bytes + peak, over_start_bytes=peak)
 
 

@@ -24,7 +24,8 @@ class StepPeak:
     """The peak of one step.
 
     Args:
-        step: number of the batch within its stage, from 0, counted over the whole run.
+        step: number of the step within its stage, from 0, counted over the whole run; in training an
+            optimizer step, as loggers count them.
         stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         peak_bytes: the device allocator's peak where it is known, else the ledger's.
         ledger: whether the ledger watched this step.
@@ -56,10 +57,10 @@ class OutOfMemory:
     """What was known when the device ran out of memory.
 
     Args:
-        step: number of the batch within its stage, from 0.
+        step: number of the step within its stage, from 0.
         stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         message: the first line of the device's own error.
-        held_bytes: bytes that were live when the allocation failed.
+        held_bytes: peak of the failing step until the allocation failed.
         holders: the largest holders, largest first.
     """
 

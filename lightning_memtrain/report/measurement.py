@@ -114,8 +114,8 @@ class BatchMeasurement:
             breakdown = ledger.breakdown(per_module=per_module, timeline=timeline)
             survivors = ledger.survivors()
         truth, self._truth = self._truth, None
-        start_bytes = breakdown.start_bytes if breakdown is not None else 0
-        reading = truth.stop(start_bytes) if truth is not None else None
+        ends = (breakdown.start_bytes, breakdown.end_bytes) if breakdown is not None else ()
+        reading = truth.stop(*ends) if truth is not None else None
         peak_bytes = reading.peak_bytes if reading is not None else None
         if breakdown is not None:
             breakdown = breakdown.with_truth(peak_bytes)

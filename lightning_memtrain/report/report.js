@@ -156,10 +156,13 @@
       point(to);
     });
     let drawn = 0;
+    const fit = () => {
+      const width = Math.round(box.clientWidth);
+      if (width !== drawn) { drawn = width; redraw(); }
+    };
+    queueMicrotask(fit); // as soon as the box is in the page
     // In the next frame: drawing changes the size that is being observed.
-    new ResizeObserver(() => requestAnimationFrame(() => {
-      if (Math.round(box.clientWidth) !== drawn) { drawn = Math.round(box.clientWidth); redraw(); }
-    })).observe(box);
+    new ResizeObserver(() => requestAnimationFrame(fit)).observe(box);
     return { box, redraw };
   }
 

@@ -471,7 +471,7 @@ class FakeCounters:
     def start(self) -> None:
         self.num_starts += 1
 
-    def stop(self, start_bytes: int = 0) -> Any:
+    def stop(self, start_bytes: int = 0, end_bytes: int | None = None) -> Any:
         from lightning_memtrain.ledger import TruthReading
 
         peak_bytes = 10_000 if self.num_starts == 4 else 5_000 + self.num_starts

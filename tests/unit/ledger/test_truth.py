@@ -88,3 +88,17 @@ def test_an_accelerator_without_own_peak_goes_through_torch_accelerator(monkeypa
     generic.current_accelerator = lambda: SimpleNamespace(type=current)
     monkeypatch.setattr(torch, "accelerator", generic)
     assert (device_truth(torch.device("mps")) is not None) is known
+
+
+def test_events_that_do_not_lead_to_the_end_are_no_reading():
+    truth = CpuTruth()
+    outside = torch.empty(1000)  # its release will be missing, or have the size of another time
+    truth.start()
+    inside = torch.empty(500)
+    del outside
+    assert truth.stop(start_bytes=4000, end_bytes=2000) is None
+    truth.start()
+    del inside
+    kept = torch.empty(100)
+    assert truth.stop(start_bytes=2000, end_bytes=400) == TruthReading(peak_bytes=2000, over_start_bytes=0)
+    del kept

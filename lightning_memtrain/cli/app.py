@@ -1,0 +1,194 @@
+"""The command line of ``memtrain``; only running and reporting import torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning_memtrain.__about__ import __version__
+from lightning_memtrain.cli import recipes
+from lightning_memtrain.cli.errors import INTERRUPTED, CommandError, did_you_mean
+
+_RUN_EPILOG = """\
+Any other option goes to LightningCLI, for example:
+  memtrain run RECIPE --trainer.max_epochs=10 --data.batch_size=50 --trainer.callbacks+=RichProgressBar
+`--print_config` prints the resolved configuration; `--trainer.callbacks.help=NAME` explains a callback.
+Ctrl-C ends a run after its current step with a checkpoint and a report; --resume goes on from there."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments after the command's name; ``None`` for those of the process.
+
+    Returns:
+        The exit code: 0, 1 if something is wrong with files, 2 if the command line is, 130 after Ctrl-C.
+    """
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except CommandError as error:
+        print(f"memtrain: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _dispatch(argv: list[str]) -> int:
+    parser = _parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
+    command, asks_for_help = argv[0], not {"-h", "--help"}.isdisjoint(argv)
+    if command == "run" and not asks_for_help:
+        return _run(argv[1:])
+    if command == "demo" and not asks_for_help:
+        return _demo(argv[1:])
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = parser.commands.get(command, parser).option_strings
+        raise CommandError(f"unknown argument `{unknown[0]}`.{did_you_mean(unknown[0], options)}")
+    args.function(args)
+    return 0
+
+
+def _recipes(args: argparse.Namespace) -> None:
+    for recipe in recipes.installed().values():
+        print(f"{recipe.name:28} {recipes.describe(recipe.config)}".rstrip())
+        for name, path in recipe.variants.items():
+            print(f"{f'  --variant {name}':28} {recipes.describe(path)}".rstrip())
+
+
+def _show(args: argparse.Namespace) -> None:
+    recipe = recipes.find(args.recipe)
+    path = recipe.variant(args.variant) if args.variant else recipe.config
+    print(path.read_text(encoding="utf-8"), end="")
+
+
+def _copy(args: argparse.Namespace) -> None:
+    folder = args.dir
+    recipes.find(args.recipe).copy_to(folder, force=args.force)
+    # Written so that it cannot be taken for a recipe's name.
+    path = folder if folder.is_absolute() or len(folder.parts) > 1 else f"./{folder}"
+    print(f"Copied to {folder}; run it with: memtrain run {path}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from lightning_memtrain.cli.report import show_report
+
+    show_report(args.path, open_page=args.open)
+
+
+def _run(argv: list[str]) -> int:
+    # By hand, because argparse would take the value of a LightningCLI option that follows for the recipe.
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    args, overrides = _run_options().parse_known_args(argv)
+    if args.resume is not None:
+        if name or args.variant or args.run_dir:
+            raise CommandError(
+                "--resume goes on with a run as it is; leave out recipe, --variant and --run-dir."
+            )
+        from lightning_memtrain.cli.run import resume
+
+        exit_code, folder = resume(args.resume, overrides)
+    elif name is None:
+        raise CommandError("`memtrain run` needs a recipe before its options; `memtrain recipes` lists them.")
+    else:
+        from lightning_memtrain.cli.run import run
+
+        exit_code, folder = run(recipes.find(name), args.variant, args.run_dir, overrides)
+    print(f"Run folder: {folder.path}")
+    return exit_code
+
+
+def _demo(argv: list[str]) -> int:
+    from lightning_memtrain.cli.demo import run_demo
+
+    args, overrides = _demo_options().parse_known_args(argv)
+    return run_demo(args.run_dir, overrides)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake as a :class:`CommandError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message}. See `{self.prog} --help`.")
+
+    @property
+    def option_strings(self) -> list[str]:
+        return list(self._option_string_actions)
+
+
+class _CommandParser(_Parser):
+    """The whole command line."""
+
+    def __init__(self) -> None:
+        summary = "Train in less memory and see where every byte goes."
+        super().__init__(prog="memtrain", description=summary, allow_abbrev=False)
+        self.add_argument("--version", action="version", version=f"memtrain {__version__}")
+        self._subparsers_action = self.add_subparsers(
+            metavar="COMMAND", title="commands", parser_class=_Parser
+        )
+        self.commands: dict[str, _Parser] = {}
+
+    def add(self, name: str, summary: str, options: _Parser | None = None) -> _Parser:
+        command = self._subparsers_action.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            allow_abbrev=False,
+            parents=[options] if options else [],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.commands[name] = command
+        return command
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action is self._subparsers_action and value not in self.commands:
+            hint = did_you_mean(str(value), self.commands)
+            raise CommandError(f"unknown command `{value}`.{hint} `memtrain --help` lists all.")
+        super()._check_value(action, value)
+
+
+def _parser() -> _CommandParser:
+    parser = _CommandParser()
+    parser.add("recipes", "list the recipes and their variants").set_defaults(function=_recipes)
+    show = parser.add("show", "print a recipe's YAML")
+    copy = parser.add("copy", "copy a recipe's folder, to be changed and run")
+    run = parser.add("run", "train by a recipe", _run_options())
+    report = parser.add("report", "print the memory report of a run")
+    parser.add("demo", "train WRN-28-2 on handwritten digits and show its memory", _demo_options())
+
+    recipe: dict[str, Any] = {
+        "metavar": "RECIPE",
+        "help": "a name that `memtrain recipes` lists, or a recipe's folder",
+    }
+    show.add_argument("recipe", **recipe)
+    show.add_argument("--variant", metavar="NAME", help="print what this variant lays over the recipe")
+    show.set_defaults(function=_show)
+    copy.add_argument("recipe", **recipe)
+    copy.add_argument("dir", metavar="DIR", type=Path, help="the new folder")
+    copy.add_argument("--force", action="store_true", help="overwrite files that are there")
+    copy.set_defaults(function=_copy)
+    run.add_argument("recipe", nargs="?", **recipe)
+    run.epilog = _RUN_EPILOG
+    report.add_argument("path", metavar="PATH", type=Path, help="a run's folder, or a memory_report.json")
+    report.add_argument("--open", action="store_true", help="open the HTML page in a browser, too")
+    report.set_defaults(function=_report)
+    return parser
+
+
+def _run_options() -> _Parser:
+    options = _demo_options()
+    options.add_argument("--variant", metavar="NAME", help="what to lay over the recipe")
+    options.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    return options
+
+
+def _demo_options() -> _Parser:
+    options = _Parser(prog="memtrain", add_help=False, allow_abbrev=False)
+    options.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder; default: runs/NAME-TIME")
+    return options

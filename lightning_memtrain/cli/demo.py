@@ -1,0 +1,41 @@
+"""``memtrain demo``: the whole of it in a few minutes on a CPU, without network and without questions."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from lightning_memtrain.cli.recipes import find
+from lightning_memtrain.cli.run import run
+
+# Techniques are added in the recipe's variants/demo.yaml; W&B is optional, so it is added here.
+RECIPE, VARIANT = "cifar10_wrn28_2", "demo"
+_WANDB = [
+    "--trainer.logger+=WandbLogger",
+    "--trainer.logger.project=memtrain",
+    "--trainer.logger.offline=true",
+]
+
+
+def run_demo(run_dir: Path | None, overrides: list[str]) -> int:
+    """Train the demo and say where its results are.
+
+    Args:
+        run_dir: as for ``memtrain run``.
+        overrides: options of LightningCLI.
+
+    Returns:
+        The exit code of the command.
+    """
+    has_wandb = find_spec("wandb") is not None
+    exit_code, folder = run(find(RECIPE), VARIANT, run_dir, [*(_WANDB if has_wandb else []), *overrides])
+    if has_wandb:
+        import wandb
+
+        wandb.finish()  # it would have the last word otherwise
+        offline = " ".join(str(path) for path in sorted(folder.path.glob("wandb/offline-run-*")))
+    else:
+        offline = "none, as wandb is not installed (pip install 'lightning-memtrain[wandb]')"
+    print(f"Memory report: {folder.path / 'memory' / 'memory_report.html'}")
+    print(f"W&B offline run: {offline}")
+    return exit_code

@@ -1,0 +1,111 @@
+"""LightningCLI, put into a run's folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import callbacks, loggers
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import lightning_memtrain
+from lightning_memtrain.cli.errors import CommandError
+from lightning_memtrain.cli.interrupt import StopOnInterrupt
+from lightning_memtrain.cli.messages import explain
+from lightning_memtrain.cli.metrics import RunMetrics
+from lightning_memtrain.cli.random_state import RandomState
+from lightning_memtrain.cli.run_folder import RunFolder
+
+
+class RecipeCLI(LightningCLI):
+    """Builds the model, the data and the Trainer of a run, and runs nothing yet.
+
+    Args:
+        folder: where all that the run writes goes.
+        args: options of LightningCLI, ``--config`` among them.
+        resumed: whether the folder holds the earlier part of the run.
+
+    Raises:
+        CommandError: if an option or its value is wrong.
+    """
+
+    def __init__(self, folder: RunFolder, args: Sequence[str], *, resumed: bool = False) -> None:
+        self.folder = folder
+        self.interrupt = StopOnInterrupt(folder.interrupt_checkpoint)
+        try:
+            super().__init__(
+                args=list(args),
+                run=False,
+                save_config_kwargs={"overwrite": resumed},
+                parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
+            )
+        except (argparse.ArgumentError, ValueError, MisconfigurationException) as error:
+            # The latter two when classes are made, which refuse wrong arguments and say what to do.
+            raise CommandError(self._explain(error)) from error
+
+    def _explain(self, error: Exception) -> str:
+        options = (option for action in self.parser._actions for option in action.option_strings)
+        class_names = [*callbacks.__all__, *loggers.__all__, *lightning_memtrain.__all__]
+        return explain(str(error), options, class_names)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what was passed, without Lightning's warning that ``sys.argv`` has arguments, too."""
+        self.config = parser.parse_args(args)
+
+    def instantiate_classes(self) -> None:
+        """Make the model and the data, and then the Trainer, whose files all go into the run's folder.
+
+        Raises:
+            CommandError: if files are to go elsewhere.
+        """
+        if self.config.trainer.default_root_dir is not None:
+            raise CommandError("`--trainer.default_root_dir` is the run folder; set it with --run-dir.")
+        self._asked = self.config
+        # Only what is made from it changes: the saved configuration must not name this folder, so that the
+        # folder can be moved before it is resumed.
+        self.config = self.config.clone()
+        for logger in _configured_loggers(self.config.trainer.logger):
+            if logger.class_path.endswith("WandbLogger"):
+                _place_wandb(logger, self.folder)
+        super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make the Trainer with what every run has: metrics, random state, and an end by Ctrl-C."""
+        self.config = self._asked
+        trainer = self.config_init.trainer
+        added: list[pl.Callback] = [RandomState()]
+        if trainer.enable_checkpointing is not False:
+            added += [*_default_checkpoint(trainer.callbacks), self.interrupt]
+        self.trainer_defaults = {"callbacks": added}
+        logger = trainer.logger
+        if logger is not False:
+            given = logger if isinstance(logger, list) else [] if logger in (None, True) else [logger]
+            logger = [RunMetrics(self.folder.path), *given]
+        return super().instantiate_trainer(default_root_dir=str(self.folder.path), logger=logger, **kwargs)
+
+
+def _default_checkpoint(configured: Any) -> list[callbacks.Checkpoint]:
+    # Lightning adds its own only where there is no other, and ours for Ctrl-C would count as one.
+    configured = configured if isinstance(configured, list) else [configured]
+    if any(isinstance(callback, callbacks.Checkpoint) for callback in configured):
+        return []
+    return [callbacks.ModelCheckpoint()]
+
+
+def _configured_loggers(configured: Any) -> list[Any]:
+    given = configured if isinstance(configured, list) else [configured]
+    return [logger for logger in given if hasattr(logger, "class_path")]
+
+
+def _place_wandb(logger: Any, folder: RunFolder) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("wandb") is None:
+        raise CommandError(
+            "this run logs to W&B, but wandb is not installed: pip install 'lightning-memtrain[wandb]'"
+        )
+    if logger.init_args.get("save_dir") in (None, "."):
+        logger.init_args.save_dir = str(folder.path)

@@ -1,0 +1,125 @@
+"""Start a run of a recipe, or go on with one."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_memtrain.cli.errors import INTERRUPTED, CommandError
+from lightning_memtrain.cli.recipes import Recipe, installed
+from lightning_memtrain.cli.run_folder import RunFolder, launched_by_first_process
+
+if TYPE_CHECKING:
+    from lightning_memtrain.cli.lightning_cli import RecipeCLI
+
+
+def run(
+    recipe: Recipe, variant: str | None, run_dir: Path | None, overrides: Sequence[str]
+) -> tuple[int, RunFolder]:
+    """Train by a recipe.
+
+    Args:
+        recipe: what to run.
+        variant: what to lay over it, if anything.
+        run_dir: an empty or new folder; ``None`` for one named after the recipe and the time.
+        overrides: options of LightningCLI.
+
+    Returns:
+        The exit code of the command, and the run's folder.
+    """
+    configs = [recipe.config, *([recipe.variant(variant)] if variant else [])]
+    folder = RunFolder.new(run_dir, f"{recipe.name}-{variant}" if variant else recipe.name)
+    _require_jsonargparse()
+    is_users_own = recipe not in installed().values()
+    if is_users_own:
+        recipe.make_importable()
+
+    from lightning_memtrain.cli.lightning_cli import RecipeCLI
+
+    cli = RecipeCLI(folder, [*(f"--config={config}" for config in configs), *overrides])
+    if is_users_own and not launched_by_first_process():
+        folder.keep_code(recipe)
+    return _fit(cli, None), folder
+
+
+def resume(run_dir: Path, overrides: Sequence[str]) -> tuple[int, RunFolder]:
+    """Go on with a run from its last checkpoint.
+
+    Args:
+        run_dir: the run's folder.
+        overrides: options of LightningCLI that shall differ from now on.
+
+    Returns:
+        The exit code of the command, and the run's folder.
+    """
+    folder = RunFolder.open(run_dir)
+    _require_jsonargparse()
+    checkpoint, global_step = folder.last_checkpoint()
+    kept = folder.kept_recipe()
+    if kept is not None:
+        kept.make_importable()
+
+    from lightning_memtrain.cli.lightning_cli import RecipeCLI
+
+    cli = RecipeCLI(folder, [f"--config={folder.config}", *overrides], resumed=True)
+    if not launched_by_first_process():
+        folder.drop_metrics_from(global_step)
+    return _fit(cli, checkpoint), folder
+
+
+def _fit(cli: RecipeCLI, checkpoint: Path | None) -> int:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        with cli.interrupt.listening(cli.trainer), warnings.catch_warnings():
+            if checkpoint is not None:
+                warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint)
+    except SystemExit as error:
+        # What Lightning makes of Ctrl-C; a SIGTERM is a class of its own.
+        if type(error) is not SystemExit or not cli.trainer.interrupted:
+            raise
+        _say_how_to_go_on(cli)
+        return INTERRUPTED
+    except MisconfigurationException as error:
+        raise CommandError(str(error)) from error
+    except (OSError, ValueError) as error:
+        if not _comes_from_data(error, cli.datamodule):
+            raise
+        raise CommandError(str(error), exit_code=1) from error
+    return INTERRUPTED if cli.interrupt.requested else 0
+
+
+def _say_how_to_go_on(cli: RecipeCLI) -> None:
+    if not cli.trainer.is_global_zero:
+        return
+    if cli.interrupt.saved:
+        steps = cli.trainer.global_step
+        message = f"stopped after {steps} steps; go on with: memtrain run --resume {cli.folder.path}"
+    else:
+        message = f"stopped at once, without a checkpoint; earlier ones are in {cli.folder.checkpoints}"
+    print(f"memtrain: {message}", file=sys.stderr)
+
+
+def _comes_from_data(error: BaseException, datamodule: object) -> bool:
+    """Whether the data module raised it when it got or read its data: files are wrong then, and not code."""
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if code.co_name in ("prepare_data", "setup") and trace.tb_frame.f_locals.get("self") is datamodule:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _require_jsonargparse() -> None:
+    for package in ("jsonargparse", "docstring_parser"):
+        if find_spec(package) is None:
+            raise CommandError(
+                f"running a recipe needs {package}, which is not installed. "
+                "Install it: pip install 'lightning-memtrain[cli]'"
+            )

@@ -1,0 +1,175 @@
+"""The folder of one run: its configuration, metrics, checkpoints and memory report."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from lightning_memtrain.cli.errors import CommandError
+from lightning_memtrain.cli.recipes import CONFIG, Recipe
+
+# Where the first process of a distributed run tells those it starts which folder it chose.
+_CHOSEN = "MEMTRAIN_RUN_DIR"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths in the folder of one run.
+
+    Args:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Every option of the run, as LightningCLI resolved it."""
+        return self.path / CONFIG
+
+    @property
+    def metrics(self) -> Path:
+        """What was logged, one row per step at which something was."""
+        return self.path / "metrics.csv"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints, as the recipe asks for them."""
+        return self.path / "checkpoints"
+
+    @property
+    def interrupt_checkpoint(self) -> Path:
+        """The checkpoint that Ctrl-C leaves."""
+        return self.checkpoints / "interrupted.ckpt"
+
+    @property
+    def code(self) -> Path:
+        """Code of the recipe that was run, if it was the user's own."""
+        return self.path / "recipe"
+
+    @classmethod
+    def new(cls, path: Path | None, label: str) -> RunFolder:
+        """Choose the folder of a new run, without making it: its options may still turn out wrong.
+
+        Args:
+            path: the folder, or ``None`` for ``runs/<label>-<timestamp>``.
+            label: names the recipe and the variant.
+
+        Returns:
+            The run's folder.
+
+        Raises:
+            CommandError: if the folder holds something already.
+        """
+        if launched_by_first_process():
+            # The path that was given, or else the timestamp of the first process.
+            return cls(path or Path(os.environ.get(_CHOSEN, f"runs/{label}")))
+        folder = path or _unused(Path("runs") / f"{label}-{datetime.now():%Y%m%d-%H%M%S}")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CommandError(
+                f"the run folder `{folder}` exists and is not an empty folder; name another one, "
+                f"or go on with the run in it: memtrain run --resume {folder}"
+            )
+        os.environ[_CHOSEN] = str(folder)
+        return cls(folder)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """The folder of an earlier run.
+
+        Args:
+            path: the folder.
+
+        Returns:
+            The run's folder.
+
+        Raises:
+            CommandError: if no run was started in it.
+        """
+        folder = cls(path)
+        if not folder.config.is_file():
+            what = "has no `config.yaml`" if path.is_dir() else "does not exist"
+            raise CommandError(f"`{path}` is no run folder to resume: it {what}.")
+        return folder
+
+    def keep_code(self, recipe: Recipe) -> None:
+        """Copy the code of a user's recipe, so that a resumed run goes on with the code it began with.
+
+        Args:
+            recipe: the recipe.
+        """
+        for source in sorted([*recipe.folder.rglob("*.py"), *recipe.folder.rglob("*.yaml")]):
+            target = self.code / recipe.folder.name / source.relative_to(recipe.folder)
+            if self.path.resolve() in source.parents:
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+    def kept_recipe(self) -> Recipe | None:
+        """What :meth:`keep_code` kept, or ``None`` if the run is of an installed recipe."""
+        for config in self.code.glob(f"*/{CONFIG}"):
+            return Recipe(config.parent.name, config.parent.resolve())
+        return None
+
+    def last_checkpoint(self) -> tuple[Path, int]:
+        """The checkpoint with most optimizer steps done; of several, the one written last.
+
+        Returns:
+            Its path, and how many steps those are.
+
+        Raises:
+            CommandError: if there is none, or one cannot be read.
+        """
+        import torch
+
+        found: list[tuple[int, float, Path]] = []
+        for path in sorted(self.checkpoints.glob("*.ckpt")):
+            try:
+                # Mapped into memory, so that tensors are not read.
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                found.append((int(content["global_step"]), path.stat().st_mtime, path))
+            except Exception as error:  # a damaged file can raise anything
+                raise CommandError(
+                    f"`{path}` cannot be read as a checkpoint ({type(error).__name__}); "
+                    "delete it to resume from an earlier one.",
+                    exit_code=1,
+                ) from error
+        if not found:
+            raise CommandError(f"there is no checkpoint in `{self.checkpoints}` to resume from.", exit_code=1)
+        global_step, _, path = max(found)
+        return path, global_step
+
+    def drop_metrics_from(self, step: int) -> None:
+        """Leave out what was logged after a checkpoint; the resumed run logs it again.
+
+        Args:
+            step: number of optimizer steps done in the checkpoint. Lightning counts logged steps from 0.
+        """
+        if not self.metrics.is_file():
+            return
+        with self.metrics.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            kept = [row for row in rows if int(row["step"]) < step]
+        scratch = self.metrics.with_suffix(".csv.part")
+        with scratch.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows.fieldnames or ["step"])
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(scratch, self.metrics)
+
+
+def launched_by_first_process() -> bool:
+    """Whether this is one of the further processes of a distributed run, which only the first one leads."""
+    return int(os.environ.get("LOCAL_RANK", "0")) > 0
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, or one with a number where another run began within the same second."""
+    candidate, number = folder, 2
+    while candidate.exists():
+        candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    return candidate

@@ -1,0 +1,81 @@
+"""For tests of the command line: runs of a tiny recipe, and a Ctrl-C at a chosen moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+ROOT = Path(__file__).parents[2]
+
+# Lightning's, about itself and about runs as small as those of tests.
+IGNORED = (
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
+    "ignore:.*LeafSpec.*is deprecated",
+    "ignore:.*does not have many workers",
+    "ignore:The number of training batches",
+)
+
+# WRN-10-1 on digits, six steps and one validation batch per epoch: 0.1 s per step.
+TINY = (
+    "cifar10_wrn28_2",
+    "--variant=smoke",
+    "--model.depth=10",
+    "--model.widen_factor=1",
+    "--data.batch_size=4",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=2",
+    "--trainer.max_steps=-1",
+    "--trainer.limit_train_batches=6",
+    "--trainer.limit_val_batches=1",
+    "--trainer.log_every_n_steps=1",
+)
+
+
+def memtrain(*args: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_memtrain.cli", *map(str, args)],
+        cwd=cwd,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a process that finds this checkout's tests and uses one thread."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
+
+
+class InterruptAt(Callback):
+    """Sends Ctrl-C in the middle of a training step, when gradients are there and parameters are not updated.
+
+    Args:
+        batch: number of the batch over the whole run, from 0.
+        times: how often.
+    """
+
+    def __init__(self, batch: int, times: int = 1) -> None:
+        self.batch = batch
+        self.times = times
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+
+
+class RaiseIn(Callback):
+    """Fails in the first training step, as a bug would."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        raise ValueError("a bug")
