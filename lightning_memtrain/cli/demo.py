@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,12 +28,16 @@ def run_demo(run_dir: Path | None, overrides: list[str]) -> int:
     Returns:
         The exit code of the command.
     """
+    # The memory table is to be the last that is printed, without W&B's history before it, or torch's remark
+    # that its profiler has not seen the first allocations.
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     has_wandb = find_spec("wandb") is not None
     exit_code, folder = run(find(RECIPE), VARIANT, run_dir, [*(_WANDB if has_wandb else []), *overrides])
     if has_wandb:
         import wandb
 
-        wandb.finish()  # it would have the last word otherwise
+        wandb.finish()  # completes its file
         offline = " ".join(str(path) for path in sorted(folder.path.glob("wandb/offline-run-*")))
     else:
         offline = "none, as wandb is not installed (pip install 'lightning-memtrain[wandb]')"

@@ -103,9 +103,10 @@ def _training_goes_on(logger: Logger) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        cure = f"Install what {type(logger).__name__} needs. " if isinstance(error, ImportError) else ""
         warnings.warn(
             f"{type(logger).__name__} could not log the memory report: {type(error).__name__}: {error}. "
-            f"Training goes on; the report's own files are not affected.",
+            f"{cure}Training goes on; the report's own files are not affected.",
             ReportWarning,
             stacklevel=3,
         )
