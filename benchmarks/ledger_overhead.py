@@ -41,33 +41,32 @@ def in_memtracker(step: Step) -> None:
     tracker.get_tracker_snapshot("peak")
 
 
-def cpu_seconds(run: Callable[[], None]) -> float:
-    """CPU time of all threads, which other processes on the machine disturb least."""
-    before = time.process_time()
+def seconds(run: Callable[[], None]) -> dict[str, float]:
+    """Wall time, which users wait for, and CPU time of all threads, which other processes disturb less."""
+    wall, cpu = time.perf_counter(), time.process_time()
     run()
-    return time.process_time() - before
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
 def measure(make: Callable[[str], Step], repeats: int) -> dict[str, float]:
     step = make("cpu")
     turns = {"plain": step, "ledger": lambda: in_ledger(step), "memtracker": lambda: in_memtracker(step)}
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    spent: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
     for turn in range(repeats + 1):
         for name, run in turns.items():
-            spent = cpu_seconds(run)
+            measured = seconds(run)
             if turn:  # the first turn warms up
-                seconds[name].append(spent)
-    ratios = {
-        name: statistics.median(b / a for a, b in zip(seconds["plain"], seconds[name], strict=True))
-        for name in ("ledger", "memtracker")
-    }
-    return {
-        "plain_cpu_s": round(statistics.median(seconds["plain"]), 3),
-        "ledger_cpu_s": round(statistics.median(seconds["ledger"]), 3),
-        "memtracker_cpu_s": round(statistics.median(seconds["memtracker"]), 3),
-        "ledger_over_plain": round(ratios["ledger"], 3),
-        "memtracker_over_plain": round(ratios["memtracker"], 3),
-    }
+                spent[name].append(measured)
+    results = {}
+    for clock in ("wall", "cpu"):
+        for name in turns:
+            median = statistics.median(one[clock] for one in spent[name])
+            results[f"{name}_{clock}_s"] = round(median, 3)
+        for name in ("ledger", "memtracker"):
+            pairs = zip(spent["plain"], spent[name], strict=True)
+            ratio = statistics.median(tracked[clock] / plain[clock] for plain, tracked in pairs)
+            results[f"{name}_over_plain_{clock}"] = round(ratio, 3)
+    return results
 
 
 def main() -> None:

@@ -48,8 +48,9 @@ class CategoryBytes(Mapping[Category, int]):
     __slots__ = ("_bytes",)
 
     def __init__(self, bytes_by_category: Mapping[Category, int] | Mapping[str, int] | None = None) -> None:
-        given = {Category(key): int(value) for key, value in (bytes_by_category or {}).items()}
-        self._bytes: dict[Category, int] = {category: given.get(category, 0) for category in Category}
+        self._bytes: dict[Category, int] = dict.fromkeys(Category, 0)
+        for key, value in (bytes_by_category or {}).items():
+            self._bytes[Category(key)] = int(value)
 
     def __getitem__(self, key: Category) -> int:
         return self._bytes[Category(key)]

@@ -1,6 +1,11 @@
 """Count live bytes exactly, and lay them beside what the device's allocator says."""
 
-from lightning_memtrain.ledger.memory_ledger import MemoryLedger, Survivor, parameter_device
+from lightning_memtrain.ledger.memory_ledger import (
+    MemoryLedger,
+    Survivor,
+    parameter_device,
+    parameter_devices,
+)
 from lightning_memtrain.ledger.records import sum_growth
 from lightning_memtrain.ledger.truth import DeviceTruth, TruthReading, device_truth
 from lightning_memtrain.ledger.workspace import OpWorkspace
@@ -13,5 +18,6 @@ __all__ = [
     "TruthReading",
     "device_truth",
     "parameter_device",
+    "parameter_devices",
     "sum_growth",
 ]

@@ -55,21 +55,32 @@ class StorageBook:
 
     def note_new(self, tensor: torch.Tensor) -> list[StorageRecord]:
         """Write down the storages of an operator's result; return the records of those that are new."""
-        return self._note(tensor, Category.TEMPORARY, late=False)
+        if tensor.device != self.device:
+            return []
+        new = []
+        for storage in storages_of(tensor):
+            if not self._is_known(storage):
+                new.append(self._write(storage, self._advance(), Category.TEMPORARY, self._current_module()))
+        return new
 
     def note_from_the_start(self, tensor: torch.Tensor, category: Category) -> None:
         """Write down storages that were live before the first event, unless they are in the book."""
-        self._note(tensor, category, late=True)
+        if tensor.device != self.device:
+            return
+        for storage in storages_of(tensor):
+            if not self._is_known(storage):
+                self._write(storage, FROM_THE_START, category, "")
 
     def classify(self, tensor: torch.Tensor, category: Category, owner: str) -> None:
         """Say what a tensor is used for: one of :data:`TRAINING_STATE`, of the module ``owner``.
 
         A temporary was on its way to this use since it was made. Anything else was used otherwise until now.
         """
-        self.note_from_the_start(tensor, category)
         if tensor.device != self.device:
             return
         for storage in storages_of(tensor):
+            if not self._is_known(storage):
+                self._write(storage, FROM_THE_START, category, "")
             record, reference = self.live[storage._cdata]
             if record.category not in TRAINING_STATE:
                 if record.category is not Category.TEMPORARY:
@@ -77,7 +88,8 @@ class StorageBook:
                     self.records.append(record)
                     self.live[storage._cdata] = (record, reference)
                 record.category = category
-            record.owner = record.owner or owner
+            if record.owner is None:
+                record.owner = owner
 
     def resize(self, storage: torch.UntypedStorage) -> None:
         """Write down that a storage has another size now, if it is in the book."""
@@ -92,29 +104,23 @@ class StorageBook:
         self.records.append(record)
         self.live[storage._cdata] = (record, entry[1])
 
-    def _note(self, tensor: torch.Tensor, category: Category, late: bool) -> list[StorageRecord]:
-        if tensor.device != self.device:
-            return []
-        new = []
-        for storage in storages_of(tensor):
-            key = storage._cdata
-            entry = self.live.get(key)
-            if entry is not None:
-                if entry[0].num_bytes != storage.nbytes():
-                    self.resize(storage)
-                continue
-            record = StorageRecord(
-                storage.nbytes(),
-                FROM_THE_START if late else self._advance(),
-                category,
-                "" if late else self._current_module(),
-            )
-            self.records.append(record)
-            self.live[key] = (record, watch_release(storage, self._on_freed))
-            if self._estimate is not None:
-                self._estimate.allocate(record.num_bytes, late=late)
-            new.append(record)
-        return new
+    def _is_known(self, storage: torch.UntypedStorage) -> bool:
+        entry = self.live.get(storage._cdata)
+        if entry is None:
+            return False
+        if entry[0].num_bytes != storage.nbytes():
+            self.resize(storage)
+        return True
+
+    def _write(
+        self, storage: torch.UntypedStorage, born: int, category: Category, producer: str
+    ) -> StorageRecord:
+        record = StorageRecord(storage.nbytes(), born, category, producer)
+        self.records.append(record)
+        self.live[storage._cdata] = (record, watch_release(storage, self._on_freed))
+        if self._estimate is not None:
+            self._estimate.allocate(record.num_bytes, late=born == FROM_THE_START)
+        return record
 
     def _on_freed(self, key: int) -> None:
         if not self.is_open:

@@ -223,7 +223,7 @@ class MemoryLedger:
             return  # `torch.tensor(...)` makes its storage out of sight and shows it here first
         in_backward = torch._C._current_graph_task_id() != NOT_IN_BACKWARD
         category = Category.GRADIENTS if in_backward else Category.INPUTS
-        for tensor in tensors_in((args, kwargs)):
+        for tensor in tensors_in((args, kwargs) if kwargs else args):
             self._book.note_from_the_start(tensor, category)
         if self._estimate is not None:
             self._estimate.before(func, args, kwargs)
@@ -334,6 +334,21 @@ def _owner(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def parameter_devices(model: nn.Module) -> dict[torch.device, str]:
+    """The devices on which a model's parameters are, each with the name of the first one there.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Names by device, in the order of the model.
+    """
+    devices: dict[torch.device, str] = {}
+    for name, parameter in model.named_parameters():
+        devices.setdefault(parameter.device, name)
+    return devices
+
+
 def parameter_device(model: nn.Module) -> torch.device:
     """The one device on which a model's parameters are.
 
@@ -346,9 +361,7 @@ def parameter_device(model: nn.Module) -> torch.device:
     Raises:
         ValueError: if there are no parameters, or parameters on two devices.
     """
-    devices: dict[torch.device, str] = {}
-    for name, parameter in model.named_parameters():
-        devices.setdefault(parameter.device, name)
+    devices = parameter_devices(model)
     if not devices:
         raise ValueError(
             f"`MemoryLedger(model)` must have parameters, which decide on the device to count on, "

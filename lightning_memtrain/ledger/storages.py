@@ -33,7 +33,10 @@ def _collect(tree: Any, found: list[torch.Tensor]) -> None:
         found.append(tree)
     elif isinstance(tree, (list, tuple, set, frozenset)):
         for item in tree:
-            _collect(item, found)
+            if isinstance(item, torch.Tensor):  # saves a call for most arguments of an operator
+                found.append(item)
+            elif item is not None:
+                _collect(item, found)
     elif tree is None or isinstance(tree, (int, float, str)):
         return
     elif callable(getattr(tree, "values", None)):

@@ -10,6 +10,7 @@ import torch
 import torchmetrics
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_memtrain.ledger import parameter_devices
 from lightning_memtrain.ledger.storages import storages_of, tensors_in
 
 
@@ -25,9 +26,7 @@ def profiled_device(model: torch.nn.Module) -> torch.device:
     Raises:
         ValueError: if there are no parameters, or parameters on two devices.
     """
-    devices: dict[torch.device, str] = {}
-    for name, parameter in model.named_parameters():
-        devices.setdefault(parameter.device, name)
+    devices = parameter_devices(model)
     kind = type(model).__name__
     if not devices:
         raise ValueError(
