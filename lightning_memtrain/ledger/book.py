@@ -9,7 +9,7 @@ import torch
 
 from lightning_memtrain.core import Category
 from lightning_memtrain.ledger.records import FROM_THE_START, Event, StorageRecord
-from lightning_memtrain.ledger.storages import storages_of, watch_release
+from lightning_memtrain.ledger.storages import StorageReference, storages_of
 from lightning_memtrain.ledger.workspace import PeakEstimate
 
 #: What a training step leaves behind by right.
@@ -21,24 +21,18 @@ class StorageBook:
 
     Args:
         device: tensors on other devices are passed over.
-        current_module: gives the path of the module at work, the producer of a new storage.
         estimate: told of every allocation and release, if given.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        current_module: Callable[[], str],
-        estimate: PeakEstimate | None = None,
-    ) -> None:
+    def __init__(self, device: torch.device, estimate: PeakEstimate | None = None) -> None:
         self.device = device
         self.records: list[StorageRecord] = []
         self.events: list[Event] = []
-        self.live: dict[int, tuple[StorageRecord, weakref.ref[torch.UntypedStorage]]] = {}
+        self.live: dict[int, tuple[StorageRecord, StorageReference]] = {}
         self.tick = FROM_THE_START
         self.is_open = True
-        self._current_module = current_module
         self._estimate = estimate
+        self._tell_freed = _teller(self)
 
     def close(self) -> None:
         """Leave everything as it is now: later releases are not written down."""
@@ -53,14 +47,22 @@ class StorageBook:
         entry = self.live.get(storage._cdata)
         return entry[0] if entry is not None else None
 
-    def note_new(self, tensor: torch.Tensor) -> list[StorageRecord]:
-        """Write down the storages of an operator's result; return the records of those that are new."""
+    def note_new(self, tensor: torch.Tensor, producer: str) -> list[StorageRecord]:
+        """Write down the storages of an operator's result that are new, made by the module ``producer``.
+
+        Args:
+            tensor: the result.
+            producer: path of the module.
+
+        Returns:
+            The records of the new storages.
+        """
         if tensor.device != self.device:
             return []
         new = []
         for storage in storages_of(tensor):
             if not self._is_known(storage):
-                new.append(self._write(storage, self._advance(), Category.TEMPORARY, self._current_module()))
+                new.append(self._write(storage, self._advance(), Category.TEMPORARY, producer))
         return new
 
     def note_from_the_start(self, tensor: torch.Tensor, category: Category) -> None:
@@ -117,12 +119,15 @@ class StorageBook:
     ) -> StorageRecord:
         record = StorageRecord(storage.nbytes(), born, category, producer)
         self.records.append(record)
-        self.live[storage._cdata] = (record, watch_release(storage, self._on_freed))
+        reference = StorageReference(storage, self._tell_freed)
+        reference.key = storage._cdata
+        self.live[reference.key] = (record, reference)
         if self._estimate is not None:
             self._estimate.allocate(record.num_bytes, late=born == FROM_THE_START)
         return record
 
-    def _on_freed(self, key: int) -> None:
+    def on_freed(self, key: int) -> None:
+        """Write down that a storage was freed, unless the book is closed."""
         if not self.is_open:
             return
         entry = self.live.pop(key, None)
@@ -134,3 +139,15 @@ class StorageBook:
     def _advance(self) -> int:
         self.tick += 1
         return self.tick
+
+
+def _teller(book: StorageBook) -> Callable[[StorageReference], None]:
+    """What is called when a storage is freed; references that are kept for long do not keep the book."""
+    weak_book = weakref.ref(book)
+
+    def tell(reference: StorageReference) -> None:
+        book = weak_book()
+        if book is not None:
+            book.on_freed(reference.key)
+
+    return tell

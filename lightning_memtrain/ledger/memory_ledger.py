@@ -99,9 +99,9 @@ class MemoryLedger:
         self._optimizers = tuple(optimizers) if isinstance(optimizers, Sequence) else (optimizers,)
         self._inputs = inputs
         self.device = torch.device(device) if device is not None else parameter_device(model)
-        self._modules = ModuleWatch(model, lambda name: self.mark(f"forward {name}"))
         self._estimate = PeakEstimate(workspace) if workspace is not None else None
-        self._book = StorageBook(self.device, lambda: self._modules.current, self._estimate)
+        self._book = StorageBook(self.device, self._estimate)
+        self._modules = ModuleWatch(model, self._book.mark)
         self._mode = _LedgerMode(self)
         self._undo = ExitStack()
         self._recomputed: list[StorageRecord] = []
@@ -229,13 +229,13 @@ class MemoryLedger:
             self._estimate.before(func, args, kwargs)
 
     def _on_results(self, results: Any) -> None:
-        recomputing = self._modules.is_recomputing
+        recomputing, producer = self._modules.is_recomputing, self._modules.current
         if not recomputing:
             if self._recomputed:
                 self._settle_recomputed()
-            self._mark_backward()
+            self._mark_backward(producer)
         for tensor in tensors_in(results):
-            new = self._book.note_new(tensor)
+            new = self._book.note_new(tensor, producer)
             if recomputing:
                 self._recomputed.extend(new)
 
@@ -273,11 +273,10 @@ class MemoryLedger:
                 record.saver = record.saver or record.producer
         self._recomputed.clear()
 
-    def _mark_backward(self) -> None:
+    def _mark_backward(self, module: str) -> None:
         if torch._C._current_graph_task_id() == NOT_IN_BACKWARD:
             self._backward_module = None
             return
-        module = self._modules.current
         if module != self._backward_module:
             self._backward_module = module
             self.mark(f"backward {module}".rstrip())

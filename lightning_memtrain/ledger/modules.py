@@ -28,12 +28,12 @@ class ModuleWatch:
 
     Args:
         model: the model; its submodules are watched, compiled and scripted ones as a whole.
-        on_enter: called with a module's path when its forward begins.
+        mark: called with ``"forward <path>"`` when a module's forward begins.
     """
 
-    def __init__(self, model: nn.Module, on_enter: Callable[[str], None]) -> None:
+    def __init__(self, model: nn.Module, mark: Callable[[str], None]) -> None:
         self._model = model
-        self._on_enter = on_enter
+        self._mark = mark
         self._handles: list[RemovableHandle] = []
         self._stack: list[str] = []
         self._first_nodes: list[int] = [-1]
@@ -91,7 +91,7 @@ class ModuleWatch:
             _ = self._in_forward  # a backward that begins with this module's recomputation is noted before it
             self._stack.append(name)
             self._note_node()
-            self._on_enter(name)
+            self._mark(f"forward {name}")
 
         return enter
 

@@ -8,7 +8,7 @@ that they cannot disagree with each other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lightning_memtrain.core import (
     Category,
@@ -57,8 +57,7 @@ class StorageRecord:
         return successor
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """A named moment of the step, right after ``tick``."""
 
     tick: int

@@ -79,28 +79,11 @@ def storages_of(tensor: torch.Tensor) -> Sequence[torch.UntypedStorage]:
     return [storage for part in parts for storage in storages_of(part)]
 
 
-def watch_release(
-    storage: torch.UntypedStorage, on_freed: Callable[[int], None]
-) -> weakref.ref[torch.UntypedStorage]:
-    """Call ``on_freed`` with the storage's key when it is freed.
+class StorageReference(weakref.ref[torch.UntypedStorage]):
+    """Weak reference to a storage that still knows, when the storage is freed, which one it was."""
 
-    Args:
-        storage: the storage.
-        on_freed: a method. It is held weakly, so that a reference that is kept for long does not keep the
-            method's object.
-
-    Returns:
-        A weak reference, which must be kept for the call to happen.
-    """
-    key = storage._cdata
-    method = weakref.WeakMethod(on_freed)
-
-    def tell(reference: object) -> None:
-        call = method()
-        if call is not None:
-            call(key)
-
-    return weakref.ref(storage, tell)
+    __slots__ = ("key",)
+    key: int
 
 
 class ResizeWatch:

@@ -451,3 +451,16 @@ def test_compiled_modules_run_unchanged_and_are_seen_from_outside(batch):
     assert breakdown.maxima[Category.GRADIENTS] == breakdown.maxima[Category.PARAMETERS]
     assert "forward 1._orig_mod.0" not in [event.name for event in breakdown.timeline]
     assert not model[1]._orig_mod._forward_hooks
+
+
+def test_a_ledger_is_freed_without_a_garbage_collection(mlp, batch):
+    gc.disable()  # a full collection takes longer than a small step, so ledgers must not call for one
+    try:
+        ledger = MemoryLedger(mlp, torch.optim.SGD(mlp.parameters(), lr=0.1), batch)
+        with ledger:
+            mlp(batch).sum().backward()
+        reference = weakref.ref(ledger)
+        del ledger
+        assert reference() is None
+    finally:
+        gc.enable()
