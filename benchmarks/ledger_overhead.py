@@ -1,20 +1,24 @@
 """What the ledger costs: the time of a training step with it, over the time without, beside MemTracker.
 
-    python -m benchmarks.ledger_overhead [--repeats 7] [--threads 2]
+    python -m benchmarks.ledger_overhead [--repeats 7] [--threads 1 2]
 
-Plain step, step in the ledger (breakdown included) and step in torch's MemTracker are run in turn; each
-ratio is the median over the turns, so that a machine whose speed drifts does not favour one of them.
+Plain step, step in a dispatch mode that does nothing (what any such tool costs at least), step in the ledger
+(breakdown included) and step in torch's MemTracker are run in turn; each ratio is the median over the turns,
+so that a machine whose speed drifts does not favour one of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.models import Step, resnet50_step, transformer_step, wide_resnet_step
 from benchmarks.results_file import write_results
@@ -33,6 +37,16 @@ def in_ledger(step: Step) -> None:
     ledger.breakdown()
 
 
+class EmptyMode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def in_empty_mode(step: Step) -> None:
+    with EmptyMode():
+        step()
+
+
 def in_memtracker(step: Step) -> None:
     tracker = MemTracker()
     tracker.track_external(step.model, step.optimizer, *step.inputs)
@@ -43,6 +57,7 @@ def in_memtracker(step: Step) -> None:
 
 def seconds(run: Callable[[], None]) -> dict[str, float]:
     """Wall time, which users wait for, and CPU time of all threads, which other processes disturb less."""
+    gc.collect()  # nobody pays for the garbage of the one before
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
@@ -50,7 +65,12 @@ def seconds(run: Callable[[], None]) -> dict[str, float]:
 
 def measure(make: Callable[[str], Step], repeats: int) -> dict[str, float]:
     step = make("cpu")
-    turns = {"plain": step, "ledger": lambda: in_ledger(step), "memtracker": lambda: in_memtracker(step)}
+    turns = {
+        "plain": step,
+        "empty_mode": lambda: in_empty_mode(step),
+        "ledger": lambda: in_ledger(step),
+        "memtracker": lambda: in_memtracker(step),
+    }
     spent: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
     for turn in range(repeats + 1):
         for name, run in turns.items():
@@ -62,7 +82,7 @@ def measure(make: Callable[[str], Step], repeats: int) -> dict[str, float]:
         for name in turns:
             median = statistics.median(one[clock] for one in spent[name])
             results[f"{name}_{clock}_s"] = round(median, 3)
-        for name in ("ledger", "memtracker"):
+        for name in ("empty_mode", "ledger", "memtracker"):
             pairs = zip(spent["plain"], spent[name], strict=True)
             ratio = statistics.median(tracked[clock] / plain[clock] for plain, tracked in pairs)
             results[f"{name}_over_plain_{clock}"] = round(ratio, 3)
@@ -72,13 +92,15 @@ def measure(make: Callable[[str], Step], repeats: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     results = {}
-    for name, make in MODELS.items():
-        results[name] = measure(make, options.repeats)
-        print(name, results[name])
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for name, make in MODELS.items():
+            key = f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+            results[key] = measure(make, options.repeats)
+            print(key, results[key])
     write_results("ledger_overhead", results)
 
 

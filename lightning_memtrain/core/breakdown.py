@@ -161,6 +161,9 @@ class MemoryBreakdown:
 
         Args:
             truth_bytes: the allocator's peak over the same time, or ``None`` if unknown (workspace 0).
+
+        Returns:
+            A new breakdown.
         """
         workspace_bytes = 0 if truth_bytes is None else truth_bytes - self.ledger_peak_bytes
         return replace(self, truth_bytes=truth_bytes, at_peak=self.at_peak.with_workspace(workspace_bytes))

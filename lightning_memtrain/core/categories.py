@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 
 
@@ -30,6 +30,9 @@ class Category(str, Enum):
         return self.value
 
 
+_POSITION = {category: position for position, category in enumerate(Category)}
+
+
 class CategoryBytes(Mapping[Category, int]):
     """Bytes per :class:`Category`; a category that is not given holds 0 bytes. Immutable.
 
@@ -45,36 +48,51 @@ class CategoryBytes(Mapping[Category, int]):
         (24, 0, 32)
     """
 
-    __slots__ = ("_bytes",)
+    __slots__ = ("_values",)
 
     def __init__(self, bytes_by_category: Mapping[Category, int] | Mapping[str, int] | None = None) -> None:
-        self._bytes: dict[Category, int] = dict.fromkeys(Category, 0)
+        values = [0] * len(_POSITION)
         for key, value in (bytes_by_category or {}).items():
-            self._bytes[Category(key)] = int(value)
+            values[_POSITION[Category(key)]] = int(value)
+        self._values = tuple(values)
+
+    @classmethod
+    def from_values(cls, values: Iterable[int]) -> CategoryBytes:
+        """Bytes in the order of :class:`Category`, one number each.
+
+        Args:
+            values: as many numbers as there are categories.
+
+        Returns:
+            The same numbers, by category.
+        """
+        made = cls.__new__(cls)
+        made._values = tuple(values)
+        return made
 
     def __getitem__(self, key: Category) -> int:
-        return self._bytes[Category(key)]
+        return self._values[_POSITION[Category(key)]]
 
     def __iter__(self) -> Iterator[Category]:
-        return iter(self._bytes)
+        return iter(_POSITION)
 
     def __len__(self) -> int:
-        return len(self._bytes)
+        return len(_POSITION)
 
     def __hash__(self) -> int:
-        return hash(tuple(self._bytes.values()))
+        return hash(self._values)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, CategoryBytes) and self._bytes == other._bytes
+        return isinstance(other, CategoryBytes) and self._values == other._values
 
     def __repr__(self) -> str:
-        held = ", ".join(f"{key.value}={value}" for key, value in self._bytes.items() if value)
+        held = ", ".join(f"{key.value}={value}" for key, value in self.items() if value)
         return f"CategoryBytes({held})"
 
     @property
     def total_bytes(self) -> int:
         """All categories together."""
-        return sum(self._bytes.values())
+        return sum(self._values)
 
     @property
     def model_bytes(self) -> int:
@@ -93,8 +111,8 @@ class CategoryBytes(Mapping[Category, int]):
 
     def with_workspace(self, workspace_bytes: int) -> CategoryBytes:
         """The same counts with another workspace row."""
-        return CategoryBytes({**self._bytes, Category.WORKSPACE: workspace_bytes})
+        return CategoryBytes({**self, Category.WORKSPACE: workspace_bytes})
 
     def to_dict(self) -> dict[str, int]:
         """Plain names and numbers, for JSON."""
-        return {key.value: value for key, value in self._bytes.items()}
+        return {key.value: value for key, value in self.items()}

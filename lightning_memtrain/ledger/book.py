@@ -9,7 +9,7 @@ import torch
 
 from lightning_memtrain.core import Category
 from lightning_memtrain.ledger.records import FROM_THE_START, Event, StorageRecord
-from lightning_memtrain.ledger.storages import StorageReference, storages_of
+from lightning_memtrain.ledger.storages import PLAIN_TENSORS, StorageReference, storages_of
 from lightning_memtrain.ledger.workspace import PeakEstimate
 
 #: What a training step leaves behind by right.
@@ -46,6 +46,17 @@ class StorageBook:
         """The record of a live storage, or ``None`` if it is not in the book."""
         entry = self.live.get(storage._cdata)
         return entry[0] if entry is not None else None
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether a plain tensor's storage is in the book with its present size; of others, ``False``.
+
+        Asked of every argument of every operator, so it looks at nothing else.
+        """
+        if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided:
+            return False
+        storage = tensor.untyped_storage()
+        entry = self.live.get(storage._cdata)
+        return entry is not None and entry[0].num_bytes == storage.nbytes()
 
     def note_new(self, tensor: torch.Tensor, producer: str) -> list[StorageRecord]:
         """Write down the storages of an operator's result that are new, made by the module ``producer``.

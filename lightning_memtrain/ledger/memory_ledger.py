@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import (
 
 from lightning_memtrain.core import Category, MemoryBreakdown
 from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
-from lightning_memtrain.ledger.modules import NOT_IN_BACKWARD, ModuleWatch
+from lightning_memtrain.ledger.modules import ModuleWatch, Moment
 from lightning_memtrain.ledger.records import FROM_THE_START, TRANSIENT, StorageRecord, analyse
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
 from lightning_memtrain.ledger.storages import RESIZE_WATCH, storages_of, tensors_in
@@ -104,6 +105,7 @@ class MemoryLedger:
         self._modules = ModuleWatch(model, self._book.mark)
         self._mode = _LedgerMode(self)
         self._undo = ExitStack()
+        self._num_scanned = 0
         self._recomputed: list[StorageRecord] = []
         self._last_step_tick: int | None = None
         self._backward_module: str | None = None
@@ -126,7 +128,8 @@ class MemoryLedger:
     def __exit__(self, *exc_info: object) -> None:
         self._undo.close()
         self._settle_recomputed()
-        self._scan_training_state()
+        if len(self._book.records) != self._num_scanned:
+            self._scan_training_state()
         self._book.close()
 
     def _install(self, undo: ExitStack) -> None:
@@ -221,21 +224,23 @@ class MemoryLedger:
     def _on_arguments(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         if func is torch.ops.aten.lift_fresh.default:
             return  # `torch.tensor(...)` makes its storage out of sight and shows it here first
-        in_backward = torch._C._current_graph_task_id() != NOT_IN_BACKWARD
-        category = Category.GRADIENTS if in_backward else Category.INPUTS
-        for tensor in tensors_in((args, kwargs) if kwargs else args):
-            self._book.note_from_the_start(tensor, category)
+        for tensor in tensors_in((*args, kwargs) if kwargs else args):
+            if not self._book.knows(tensor):
+                in_backward = self._modules.now().in_backward
+                self._book.note_from_the_start(tensor, Category.GRADIENTS if in_backward else Category.INPUTS)
         if self._estimate is not None:
             self._estimate.before(func, args, kwargs)
 
-    def _on_results(self, results: Any) -> None:
-        recomputing, producer = self._modules.is_recomputing, self._modules.current
+    def _on_results(self, func: Any, results: Any) -> None:
+        _, recomputing, module = now = self._modules.now()
         if not recomputing:
             if self._recomputed:
                 self._settle_recomputed()
-            self._mark_backward(producer)
+            self._mark_backward(now)
+        if _returns_arguments(func):
+            return
         for tensor in tensors_in(results):
-            new = self._book.note_new(tensor, producer)
+            new = self._book.note_new(tensor, module)
             if recomputing:
                 self._recomputed.extend(new)
 
@@ -249,9 +254,9 @@ class MemoryLedger:
                 continue
             if record.category is Category.TEMPORARY:
                 record.category = Category.ACTIVATIONS
-                record.recomputed = self._modules.is_recomputing
+                record.recomputed = self._modules.now().recomputing
             if record.category is Category.ACTIVATIONS and record.saver is None:
-                record.saver = self._modules.current
+                record.saver = self._modules.now().module
 
     def _gradient_hook(self, owner: str) -> Callable[[torch.Tensor], None]:
         def after_accumulation(parameter: torch.Tensor) -> None:
@@ -273,13 +278,12 @@ class MemoryLedger:
                 record.saver = record.saver or record.producer
         self._recomputed.clear()
 
-    def _mark_backward(self, module: str) -> None:
-        if torch._C._current_graph_task_id() == NOT_IN_BACKWARD:
+    def _mark_backward(self, now: Moment) -> None:
+        if not now.in_backward:
             self._backward_module = None
-            return
-        if module != self._backward_module:
-            self._backward_module = module
-            self.mark(f"backward {module}".rstrip())
+        elif now.module != self._backward_module:
+            self._backward_module = now.module
+            self.mark(f"backward {now.module}".rstrip())
 
     def _scan_training_state(self) -> None:
         """Find parameters, buffers, gradients and optimizer state again; any of them may be a new storage."""
@@ -295,6 +299,7 @@ class MemoryLedger:
             for key, state in optimizer.state.items():
                 for tensor in tensors_in(state):
                     self._book.classify(tensor, Category.OPTIMIZER_STATE, owners.get(key, ""))
+        self._num_scanned = len(self._book.records)
 
     def _outlived(self, record: StorageRecord) -> bool:
         if record.born == FROM_THE_START or record.category in (*TRAINING_STATE, Category.INPUTS):
@@ -313,8 +318,17 @@ class _LedgerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         self._ledger._on_arguments(func, args, kwargs)
         results = func(*args, **kwargs)
-        self._ledger._on_results(results)
+        self._ledger._on_results(func, results)
         return results
+
+
+@cache
+def _returns_arguments(func: Any) -> bool:
+    """Whether an operator gives back storages of its arguments only, with the sizes that they had."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or any(part in schema.name for part in ("resize", "set_", "lift")):
+        return False
+    return "out" not in schema.overload_name and all(value.alias_info is not None for value in schema.returns)
 
 
 def _remove_mode(mode: TorchDispatchMode) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,23 @@ NOT_IN_BACKWARD = -1
 _top_saved_tensors_hooks = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda tracing: None
 )
+
+# The number of autograd's nodes that accumulate gradients, which belong to no module.
+_ACCUMULATES_GRADIENT = 2**64 - 1
+
+
+class Moment(NamedTuple):
+    """What is running at one moment.
+
+    Args:
+        in_backward: whether a backward is going on.
+        recomputing: whether a checkpointed region is being recomputed: a forward inside of a backward.
+        module: path of the module at work; ``""`` outside of all submodules.
+    """
+
+    in_backward: bool
+    recomputing: bool
+    module: str
 
 
 class ModuleWatch:
@@ -52,30 +69,19 @@ class ModuleWatch:
             handle.remove()
         self._handles.clear()
 
-    @property
-    def is_recomputing(self) -> bool:
-        """Whether a checkpointed region is being recomputed: a forward inside of a backward."""
-        if torch._C._current_graph_task_id() == NOT_IN_BACKWARD:
-            return False
+    def now(self) -> Moment:
+        """What is running now."""
         if self._in_forward:
-            return True
+            recomputing = torch._C._current_graph_task_id() != NOT_IN_BACKWARD
+            return Moment(recomputing, recomputing, self._stack[-1] if self._stack else "")
         # A checkpointed function may call no module; then only checkpoint's own hooks tell.
         hooks = _top_saved_tensors_hooks(True)
-        return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
-
-    @property
-    def current(self) -> str:
-        """Path of the module at work; ``""`` outside of all submodules."""
-        if self._in_forward:
-            return self._stack[-1] if self._stack else ""
+        recomputing = hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
         node = torch._C._current_autograd_node()
-        if node is None:
-            return ""
-        # Nodes that accumulate gradients carry the largest unsigned number and belong to no module.
-        number = node._sequence_nr()
-        if number >= 2**63:
-            return ""
-        return self._modules_of_nodes[bisect_right(self._first_nodes, number) - 1]
+        number = node._sequence_nr() if node is not None else _ACCUMULATES_GRADIENT
+        if number == _ACCUMULATES_GRADIENT:
+            return Moment(True, recomputing, "")
+        return Moment(True, recomputing, self._modules_of_nodes[bisect_right(self._first_nodes, number) - 1])
 
     @property
     def _in_forward(self) -> bool:

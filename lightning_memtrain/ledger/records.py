@@ -111,7 +111,7 @@ def analyse(
         tick = changes[index][0]
         if timeline:
             while next_event < len(events) and events[next_event].tick < tick:
-                samples.append(_sample(next_event, events[next_event].name, categories, held))
+                samples.append(_sample(next_event, events[next_event].name, held))
                 next_event += 1
         # All changes of one tick are one moment: a storage changes its category in one.
         touched = set()
@@ -131,18 +131,18 @@ def analyse(
             peak, peak_tick, at_peak, recomputed_at_peak = total, tick, list(held), recomputed
     if timeline:
         for late in range(next_event, len(events)):
-            samples.append(_sample(late, events[late].name, categories, held))
+            samples.append(_sample(late, events[late].name, held))
 
     before_peak = [event.name for event in events if event.tick <= peak_tick]
     peak_event = before_peak[-1] if before_peak else ""
     if timeline:
         name = f"peak, in {peak_event}" if peak_event else "peak"
-        samples.insert(len(before_peak), _sample(len(before_peak), name, categories, at_peak))
+        samples.insert(len(before_peak), _sample(len(before_peak), name, at_peak))
         samples = [TimelineEvent(i, sample.name, sample.held) for i, sample in enumerate(samples)]
     return MemoryBreakdown(
         device=device,
-        at_peak=CategoryBytes(dict(zip(categories, at_peak, strict=True))),
-        maxima=CategoryBytes(dict(zip(categories, maxima, strict=True))),
+        at_peak=CategoryBytes.from_values(at_peak),
+        maxima=CategoryBytes.from_values(maxima),
         peak_event=peak_event,
         recomputed_at_peak_bytes=recomputed_at_peak,
         recomputed_max_bytes=recomputed_max,
@@ -154,8 +154,8 @@ def analyse(
     )
 
 
-def _sample(index: int, name: str, categories: list[Category], held: list[int]) -> TimelineEvent:
-    return TimelineEvent(index, name, CategoryBytes(dict(zip(categories, held, strict=True))))
+def _sample(index: int, name: str, held: list[int]) -> TimelineEvent:
+    return TimelineEvent(index, name, CategoryBytes.from_values(held))
 
 
 def _module_rows(

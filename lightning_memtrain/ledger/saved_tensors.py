@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from lightning_memtrain.ledger.storages import PLAIN_TENSORS
+
 _SavedCallback = Callable[[torch.Tensor], None]
 
 
@@ -40,10 +42,16 @@ class SavedTensorWatch:
     def _pack(self, tensor: torch.Tensor) -> _Saved:
         for callback in tuple(self._callbacks):
             callback(tensor)
-        # Keeping an operator's own output would tie its node to itself and keep both until a garbage
-        # collection; an alias shares storage and version counter, and has no node.
-        alias = tensor if tensor.is_leaf else tensor.detach()
-        return _Saved(alias, tensor._version)
+        return _Saved(tensor if tensor.is_leaf else _alias(tensor), tensor._version)
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    # Keeping an operator's own output would tie its node to itself and keep both until a garbage collection;
+    # an alias shares storage and version counter, and has no node. No mode need see how it is made.
+    if type(tensor) not in PLAIN_TENSORS:
+        return tensor.detach()
+    with torch._C._DisableTorchDispatch():
+        return tensor.detach()
 
 
 def _unpack(saved: _Saved) -> torch.Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+#: Types whose instances hold their bytes in one storage, unless their layout says otherwise.
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
@@ -59,7 +60,7 @@ def storages_of(tensor: torch.Tensor) -> Sequence[torch.UntypedStorage]:
     Returns:
         The storages, without repetition of inner tensors.
     """
-    if type(tensor) in _PLAIN and tensor.layout is torch.strided:  # nearly always, so this comes first
+    if type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided:  # nearly always, so this comes first
         return (tensor.untyped_storage(),)
     if is_lazy(tensor):
         return ()

@@ -158,7 +158,9 @@ def test_a_wandb_logger_without_wandb(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "wandb", None)
     recorder = WandbLogger()
     profiler = MemoryProfiler()
-    with pytest.warns(ReportWarning, match=r"WandbLogger could not log.*wandb.*Install what WandbLogger needs"):
+    with pytest.warns(
+        ReportWarning, match=r"WandbLogger could not log.*wandb.*Install what WandbLogger needs"
+    ):
         trainer = fit(BoringModel(num_batches=2), profiler, tmp_path, logger=recorder)
     assert trainer.state.finished
     assert recorder.memory_rows()

@@ -28,7 +28,7 @@ class Recorder:
         return lambda *args, **kwargs: self.calls.append((method, args, kwargs))
 
 
-class FakeLogger(Logger):
+class FakeLogger:
     """A logger of no known kind."""
 
     def __init__(self) -> None:
