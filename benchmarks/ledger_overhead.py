@@ -38,6 +38,8 @@ def in_ledger(step: Step) -> None:
 
 
 class EmptyMode(TorchDispatchMode):
+    """Sees every operator and does nothing."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
