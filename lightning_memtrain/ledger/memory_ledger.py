@@ -6,23 +6,17 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
 
 from lightning_memtrain.core import Category, MemoryBreakdown
 from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
 from lightning_memtrain.ledger.modules import ModuleWatch, Moment
+from lightning_memtrain.ledger.operators import OperatorWatch, returns_arguments
 from lightning_memtrain.ledger.records import FROM_THE_START, TRANSIENT, StorageRecord, analyse
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
 from lightning_memtrain.ledger.storages import RESIZE_WATCH, storages_of, tensors_in
@@ -96,14 +90,14 @@ class MemoryLedger:
         device: torch.device | str | None = None,
         workspace: OpWorkspace | None = None,
     ) -> None:
-        self._model = model
+        self._operatorsl = model
         self._optimizers = tuple(optimizers) if isinstance(optimizers, Sequence) else (optimizers,)
         self._inputs = inputs
         self.device = torch.device(device) if device is not None else parameter_device(model)
         self._estimate = PeakEstimate(workspace) if workspace is not None else None
         self._book = StorageBook(self.device, self._estimate)
         self._modules = ModuleWatch(model, self._book.mark)
-        self._mode = _LedgerMode(self)
+        self._operators = OperatorWatch()  # type: ignore[no-untyped-call]
         self._undo = ExitStack()
         self._num_scanned = 0
         self._recomputed: list[StorageRecord] = []
@@ -137,7 +131,7 @@ class MemoryLedger:
         for tensor in tensors_in(self._inputs):
             self._book.note_from_the_start(tensor, Category.INPUTS)
         self._inputs = None  # the ledger must not keep the batch alive
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self._operatorsl.named_parameters():
             if parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter):
                 hook = self._gradient_hook(_owner(name))
                 handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
@@ -149,8 +143,8 @@ class MemoryLedger:
         undo.callback(SAVED_TENSOR_WATCH.remove, self._on_saved)
         RESIZE_WATCH.add(self._book.resize)
         undo.callback(RESIZE_WATCH.remove, self._book.resize)
-        _push_mode(self._mode)
-        undo.callback(_remove_mode, self._mode)
+        self._operators.begin(self._on_arguments, self._on_results)
+        undo.callback(self._operators.end)
 
     # ------------------------------------------------------------------ reading
 
@@ -221,28 +215,40 @@ class MemoryLedger:
 
     # ------------------------------------------------------------------ what happens inside the block
 
+    # The next two run around every operator. They look first at what is nearly always the case: arguments
+    # that are tensors and in the book, and a result that is one tensor or an argument.
+
     def _on_arguments(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         if func is torch.ops.aten.lift_fresh.default:
             return  # `torch.tensor(...)` makes its storage out of sight and shows it here first
-        for tensor in tensors_in((*args, kwargs) if kwargs else args):
-            if not self._book.knows(tensor):
-                in_backward = self._modules.now().in_backward
-                self._book.note_from_the_start(tensor, Category.GRADIENTS if in_backward else Category.INPUTS)
+        knows = self._book.knows
+        for argument in args:
+            if isinstance(argument, torch.Tensor):
+                if not knows(argument):
+                    self._note_argument(argument)
+            elif isinstance(argument, (list, tuple)):
+                for tensor in tensors_in(argument):
+                    self._note_argument(tensor)
+        if kwargs:
+            for tensor in tensors_in(kwargs):
+                self._note_argument(tensor)
         if self._estimate is not None:
             self._estimate.before(func, args, kwargs)
 
     def _on_results(self, func: Any, results: Any) -> None:
-        _, recomputing, module = now = self._modules.now()
-        if not recomputing:
-            if self._recomputed:
-                self._settle_recomputed()
-            self._mark_backward(now)
-        if _returns_arguments(func):
+        now = self._modules.now()
+        if now.in_backward or self._backward_module is not None:
+            self._follow_backward(now)
+        if returns_arguments(func):
             return
-        for tensor in tensors_in(results):
-            new = self._book.note_new(tensor, module)
-            if recomputing:
+        for tensor in (results,) if isinstance(results, torch.Tensor) else tensors_in(results):
+            new = self._book.note_new(tensor, now.module)
+            if now.recomputing:
                 self._recomputed.extend(new)
+
+    def _note_argument(self, tensor: torch.Tensor) -> None:
+        in_backward = self._modules.now().in_backward
+        self._book.note_from_the_start(tensor, Category.GRADIENTS if in_backward else Category.INPUTS)
 
     def _on_saved(self, tensor: torch.Tensor) -> None:
         self._book.note_from_the_start(tensor, Category.INPUTS)  # unless some operator made it in the block
@@ -278,7 +284,10 @@ class MemoryLedger:
                 record.saver = record.saver or record.producer
         self._recomputed.clear()
 
-    def _mark_backward(self, now: Moment) -> None:
+    def _follow_backward(self, now: Moment) -> None:
+        if now.recomputing:
+            return
+        self._settle_recomputed()
         if not now.in_backward:
             self._backward_module = None
         elif now.module != self._backward_module:
@@ -288,12 +297,12 @@ class MemoryLedger:
     def _scan_training_state(self) -> None:
         """Find parameters, buffers, gradients and optimizer state again; any of them may be a new storage."""
         owners: dict[Any, str] = {}
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self._operatorsl.named_parameters():
             owners[parameter] = _owner(name)
             self._book.classify(parameter, Category.PARAMETERS, _owner(name))
             if parameter.grad is not None:
                 self._book.classify(parameter.grad, Category.GRADIENTS, _owner(name))
-        for name, buffer in self._model.named_buffers():
+        for name, buffer in self._operatorsl.named_buffers():
             self._book.classify(buffer, Category.BUFFERS, _owner(name))
         for optimizer in self._optimizers:
             for key, state in optimizer.state.items():
@@ -305,42 +314,6 @@ class MemoryLedger:
         if record.born == FROM_THE_START or record.category in (*TRAINING_STATE, Category.INPUTS):
             return False
         return self._last_step_tick is None or record.born <= self._last_step_tick
-
-
-class _LedgerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operator below autograd, with its arguments and results."""
-
-    def __init__(self, ledger: MemoryLedger) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._ledger = weakref.proxy(ledger)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self._ledger._on_arguments(func, args, kwargs)
-        results = func(*args, **kwargs)
-        self._ledger._on_results(func, results)
-        return results
-
-
-@cache
-def _returns_arguments(func: Any) -> bool:
-    """Whether an operator gives back storages of its arguments only, with the sizes that they had."""
-    schema = getattr(func, "_schema", None)
-    if schema is None or any(part in schema.name for part in ("resize", "set_", "lift")):
-        return False
-    return "out" not in schema.overload_name and all(value.alias_info is not None for value in schema.returns)
-
-
-def _remove_mode(mode: TorchDispatchMode) -> None:
-    """Take a mode off the stack, wherever on it: two ledgers may be left in the order of their entering."""
-    above: list[TorchDispatchMode] = []
-    while _get_current_dispatch_mode_stack():
-        top = _pop_mode()
-        if top is mode:
-            break
-        above.append(top)
-    for other in reversed(above):
-        _push_mode(other)
 
 
 def _owner(name: str) -> str:

@@ -53,6 +53,7 @@ class ModuleWatch:
         self._mark = mark
         self._handles: list[RemovableHandle] = []
         self._stack: list[str] = []
+        self._forward_moment = Moment(False, False, "")
         self._first_nodes: list[int] = [-1]
         self._modules_of_nodes: list[str] = [""]
         self._depth_at_backward: dict[int, int] = {}
@@ -71,9 +72,10 @@ class ModuleWatch:
 
     def now(self) -> Moment:
         """What is running now."""
+        if torch._C._current_graph_task_id() == NOT_IN_BACKWARD:
+            return self._forward_moment  # asked after every operator, so it is kept ready
         if self._in_forward:
-            recomputing = torch._C._current_graph_task_id() != NOT_IN_BACKWARD
-            return Moment(recomputing, recomputing, self._stack[-1] if self._stack else "")
+            return Moment(True, True, self._forward_moment.module)
         # A checkpointed function may call no module; then only checkpoint's own hooks tell.
         hooks = _top_saved_tensors_hooks(True)
         recomputing = hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
@@ -96,7 +98,7 @@ class ModuleWatch:
         def enter(module: nn.Module, args: Any) -> None:
             _ = self._in_forward  # a backward that begins with this module's recomputation is noted before it
             self._stack.append(name)
-            self._note_node()
+            self._note_change()
             self._mark(f"forward {name}")
 
         return enter
@@ -104,13 +106,15 @@ class ModuleWatch:
     def _post_hook(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._stack:
             self._stack.pop()
-        self._note_node()
+        self._note_change()
 
-    def _note_node(self) -> None:
+    def _note_change(self) -> None:
+        module = self._stack[-1] if self._stack else ""
+        self._forward_moment = Moment(False, False, module)
         # Recomputed nodes are never run by backward, and another thread may number them from zero.
         if torch._C._current_graph_task_id() == NOT_IN_BACKWARD:
             self._first_nodes.append(torch._C._autograd._get_sequence_nr())
-            self._modules_of_nodes.append(self._stack[-1] if self._stack else "")
+            self._modules_of_nodes.append(module)
 
 
 def _watchable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

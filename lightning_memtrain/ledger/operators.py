@@ -1,0 +1,59 @@
+"""A dispatch mode that shows every operator, and what is known of operators beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
+
+
+class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Shows every operator below autograd, with its arguments and results."""
+
+    _before: Callable[[Any, Any, Any], None]
+    _after: Callable[[Any, Any], None]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._before(func, args, kwargs)
+        results = func(*args, **kwargs)
+        self._after(func, results)
+        return results
+
+    def begin(self, before: Callable[[Any, Any, Any], None], after: Callable[[Any, Any], None]) -> None:
+        """Begin to watch.
+
+        Args:
+            before: called with operator, arguments and keyword arguments.
+            after: called with operator and results.
+        """
+        self._before, self._after = before, after
+        _push_mode(self)
+
+    def end(self) -> None:
+        """Stop watching, wherever on the stack: two ledgers may be left in the order of their entering."""
+        above: list[TorchDispatchMode] = []
+        while _get_current_dispatch_mode_stack():
+            top = _pop_mode()
+            if top is self:
+                break
+            above.append(top)
+        for other in reversed(above):
+            _push_mode(other)
+        del self._before, self._after  # they belong to the owner of this mode, and would keep it
+
+
+@cache
+def returns_arguments(func: Any) -> bool:
+    """Whether an operator gives back storages of its arguments only, with the sizes that they had."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or any(part in schema.name for part in ("resize", "set_", "lift")):
+        return False
+    return "out" not in schema.overload_name and all(value.alias_info is not None for value in schema.returns)
