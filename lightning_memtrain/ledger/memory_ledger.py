@@ -90,7 +90,7 @@ class MemoryLedger:
         device: torch.device | str | None = None,
         workspace: OpWorkspace | None = None,
     ) -> None:
-        self._operatorsl = model
+        self._model = model
         self._optimizers = tuple(optimizers) if isinstance(optimizers, Sequence) else (optimizers,)
         self._inputs = inputs
         self.device = torch.device(device) if device is not None else parameter_device(model)
@@ -131,7 +131,7 @@ class MemoryLedger:
         for tensor in tensors_in(self._inputs):
             self._book.note_from_the_start(tensor, Category.INPUTS)
         self._inputs = None  # the ledger must not keep the batch alive
-        for name, parameter in self._operatorsl.named_parameters():
+        for name, parameter in self._model.named_parameters():
             if parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter):
                 hook = self._gradient_hook(_owner(name))
                 handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
@@ -297,12 +297,12 @@ class MemoryLedger:
     def _scan_training_state(self) -> None:
         """Find parameters, buffers, gradients and optimizer state again; any of them may be a new storage."""
         owners: dict[Any, str] = {}
-        for name, parameter in self._operatorsl.named_parameters():
+        for name, parameter in self._model.named_parameters():
             owners[parameter] = _owner(name)
             self._book.classify(parameter, Category.PARAMETERS, _owner(name))
             if parameter.grad is not None:
                 self._book.classify(parameter.grad, Category.GRADIENTS, _owner(name))
-        for name, buffer in self._operatorsl.named_buffers():
+        for name, buffer in self._model.named_buffers():
             self._book.classify(buffer, Category.BUFFERS, _owner(name))
         for optimizer in self._optimizers:
             for key, state in optimizer.state.items():
