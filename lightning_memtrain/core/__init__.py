@@ -2,7 +2,10 @@
 
 from lightning_memtrain.core.breakdown import Growth, MemoryBreakdown, ModuleMemory, TimelineEvent
 from lightning_memtrain.core.categories import Category, CategoryBytes
-from lightning_memtrain.core.units import GIB, KIB, MIB, format_bytes
+from lightning_memtrain.core.marks import mark, watch_marks
+from lightning_memtrain.core.out_of_memory import is_out_of_memory
+from lightning_memtrain.core.technique import Setting, Technique, TechniqueRecord, is_technique
+from lightning_memtrain.core.units import GIB, KIB, MIB, format_bytes, parse_bytes
 from lightning_memtrain.core.warnings import NoEffectWarning, ReportWarning
 
 __all__ = [
@@ -16,6 +19,14 @@ __all__ = [
     "ModuleMemory",
     "NoEffectWarning",
     "ReportWarning",
+    "Setting",
+    "Technique",
+    "TechniqueRecord",
     "TimelineEvent",
     "format_bytes",
+    "is_out_of_memory",
+    "is_technique",
+    "mark",
+    "parse_bytes",
+    "watch_marks",
 ]

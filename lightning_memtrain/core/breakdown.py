@@ -123,6 +123,10 @@ class MemoryBreakdown:
         timeline: bytes per category at every event, in order.
         growth: what outlived its step, largest first.
         truth_bytes: the device allocator's own peak over the same time; ``None`` where it has none.
+        reserved_bytes: most bytes that the allocator had taken from the device, its free blocks among them;
+            ``None`` where it takes none ahead.
+        num_alloc_retries: how often the allocator had to give its free blocks back to go on; ``None``
+            likewise.
     """
 
     device: str
@@ -137,6 +141,8 @@ class MemoryBreakdown:
     timeline: tuple[TimelineEvent, ...] = ()
     growth: tuple[Growth, ...] = ()
     truth_bytes: int | None = None
+    reserved_bytes: int | None = None
+    num_alloc_retries: int | None = None
 
     @property
     def ledger_peak_bytes(self) -> int:
@@ -153,7 +159,13 @@ class MemoryBreakdown:
         """All bytes that outlived their step."""
         return sum(row.num_bytes for row in self.growth)
 
-    def with_truth(self, truth_bytes: int | None) -> MemoryBreakdown:
+    def with_truth(
+        self,
+        truth_bytes: int | None,
+        *,
+        reserved_bytes: int | None = None,
+        num_alloc_retries: int | None = None,
+    ) -> MemoryBreakdown:
         """The same breakdown laid beside the device allocator's peak.
 
         The workspace row becomes ``truth_bytes - ledger_peak_bytes``, so that the rows add up to the truth
@@ -161,12 +173,20 @@ class MemoryBreakdown:
 
         Args:
             truth_bytes: the allocator's peak over the same time, or ``None`` if unknown (workspace 0).
+            reserved_bytes: see :attr:`reserved_bytes`.
+            num_alloc_retries: see :attr:`num_alloc_retries`.
 
         Returns:
             A new breakdown.
         """
         workspace_bytes = 0 if truth_bytes is None else truth_bytes - self.ledger_peak_bytes
-        return replace(self, truth_bytes=truth_bytes, at_peak=self.at_peak.with_workspace(workspace_bytes))
+        return replace(
+            self,
+            at_peak=self.at_peak.with_workspace(workspace_bytes),
+            truth_bytes=truth_bytes,
+            reserved_bytes=reserved_bytes,
+            num_alloc_retries=num_alloc_retries,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain names and numbers, for JSON."""

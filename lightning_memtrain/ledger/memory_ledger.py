@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_memtrain.core import Category, MemoryBreakdown
+from lightning_memtrain.core import Category, MemoryBreakdown, watch_marks
 from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
 from lightning_memtrain.ledger.modules import ModuleWatch, Moment
 from lightning_memtrain.ledger.operators import OperatorWatch, returns_arguments
@@ -143,6 +143,7 @@ class MemoryLedger:
         undo.callback(SAVED_TENSOR_WATCH.remove, self._on_saved)
         RESIZE_WATCH.add(self._book.resize)
         undo.callback(RESIZE_WATCH.remove, self._book.resize)
+        undo.callback(watch_marks(self.mark))
         self._operators.begin(self._on_arguments, self._on_results)
         undo.callback(self._operators.end)
 
@@ -187,6 +188,28 @@ class MemoryLedger:
             per_module=per_module,
             timeline=timeline,
         )
+
+    @property
+    def tick(self) -> int:
+        """The clock by which records count: it advances whenever a storage is made, freed or resized."""
+        return self._book.tick
+
+    @property
+    def records(self) -> Sequence[StorageRecord]:
+        """The life of every storage so far."""
+        return self._book.records
+
+    def records_of(self, tensor: torch.Tensor) -> list[StorageRecord]:
+        """The records of the storages behind a tensor, as far as they are counted.
+
+        Args:
+            tensor: any tensor.
+
+        Returns:
+            One record per storage.
+        """
+        found = (self._book.record_of(storage) for storage in storages_of(tensor))
+        return [record for record in found if record is not None]
 
     def survivors(self) -> tuple[Survivor, ...]:
         """What is still live of all that was made in the block and is no training state.

@@ -14,7 +14,6 @@ from lightning_memtrain.report.environment import environment
 from lightning_memtrain.report.html import render_html, save_html
 from lightning_memtrain.report.loggers import define_metrics, log_report, log_scalars
 from lightning_memtrain.report.metrics import breakdown_metrics
-from lightning_memtrain.report.oom import is_out_of_memory
 from lightning_memtrain.report.profiler import MemoryProfiler
 from lightning_memtrain.report.table import print_table, render_table
 
@@ -30,7 +29,6 @@ __all__ = [
     "breakdown_metrics",
     "define_metrics",
     "environment",
-    "is_out_of_memory",
     "largest_holders",
     "log_report",
     "log_scalars",

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_memtrain.core import Growth, MemoryBreakdown
+from lightning_memtrain.core import Growth, MemoryBreakdown, TechniqueRecord
 
 SCHEMA_VERSION = 1
 JSON_NAME = "memory_report.json"
@@ -86,6 +86,7 @@ class MemoryReport:
         growth: per stage, what outlived its step over the run, largest first.
         ranks: ``world_size``, ``max_peak_bytes`` and ``min_peak_bytes`` of a distributed run, else ``None``.
         out_of_memory: what was known when the device ran out of memory, ``None`` if it did not.
+        techniques: what made the steps need less memory, with the settings in force at the end of the run.
     """
 
     model: str
@@ -97,6 +98,7 @@ class MemoryReport:
     growth: Mapping[str, tuple[Growth, ...]] = field(default_factory=dict)
     ranks: Mapping[str, int] | None = None
     out_of_memory: OutOfMemory | None = None
+    techniques: tuple[TechniqueRecord, ...] = ()
 
     @property
     def peak_stage(self) -> str | None:
@@ -117,6 +119,7 @@ class MemoryReport:
             "growth": {stage: [row.to_dict() for row in rows] for stage, rows in self.growth.items()},
             "ranks": None if self.ranks is None else dict(self.ranks),
             "out_of_memory": None if self.out_of_memory is None else asdict(self.out_of_memory),
+            "techniques": [record.to_dict() for record in self.techniques],
         }
 
     @classmethod
@@ -163,6 +166,8 @@ class MemoryReport:
                 },
                 ranks=data["ranks"],
                 out_of_memory=out_of_memory,
+                # Older files have no such entry.
+                techniques=tuple(TechniqueRecord.from_dict(row) for row in data.get("techniques", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(

@@ -189,9 +189,11 @@ def _markdown(report: MemoryReport, stage: str, report_dir: Path | None) -> str:
     """The tables of one stage as Markdown."""
     breakdown = report.stages[stage]
     source = "ledger" if breakdown.truth_bytes is None else "allocator"
+    techniques = [f"- {_cell(str(record))}" for record in report.techniques]
     lines = [
         f"**{_cell(report.model)}, {stage}: peak {format_bytes(breakdown.peak_bytes)}** ({source})",
         "",
+        *([*techniques, ""] if techniques else []),
         "| category | at peak MiB | max MiB |",
         "|---|--:|--:|",
     ]

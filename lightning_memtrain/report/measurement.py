@@ -117,8 +117,12 @@ class BatchMeasurement:
         ends = (breakdown.start_bytes, breakdown.end_bytes) if breakdown is not None else ()
         reading = truth.stop(*ends) if truth is not None else None
         peak_bytes = reading.peak_bytes if reading is not None else None
-        if breakdown is not None:
-            breakdown = breakdown.with_truth(peak_bytes)
+        if breakdown is not None and reading is not None:
+            breakdown = breakdown.with_truth(
+                peak_bytes,
+                reserved_bytes=reading.reserved_bytes,
+                num_alloc_retries=reading.num_alloc_retries,
+            )
         return Measured(breakdown, peak_bytes, survivors)
 
     def abandon(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from lightning_memtrain.core import MIB, MemoryBreakdown, ReportWarning
+from lightning_memtrain.core import MIB, MemoryBreakdown, ReportWarning, is_out_of_memory
 from lightning_memtrain.ledger import DeviceTruth, device_truth
 from lightning_memtrain.ledger.truth import CpuTruth
 from lightning_memtrain.report.delivery import deliver
@@ -21,7 +21,6 @@ from lightning_memtrain.report.growth import total_bytes
 from lightning_memtrain.report.loggers import define_metrics, log_scalars
 from lightning_memtrain.report.measurement import BatchMeasurement
 from lightning_memtrain.report.metrics import breakdown_metrics
-from lightning_memtrain.report.oom import is_out_of_memory
 from lightning_memtrain.report.recording import RunRecord, StageRecord
 from lightning_memtrain.report.schedule import LedgerSchedule
 from lightning_memtrain.report.trainer_state import (
@@ -29,6 +28,7 @@ from lightning_memtrain.report.trainer_state import (
     kept_storages,
     profiled_device,
     stage_name,
+    technique_records,
     uses_torch_profiler,
 )
 
@@ -45,6 +45,9 @@ class MemoryProfiler(Callback):
     ``EarlyStopping(monitor="memory/peak_mib")`` works. Training logs each watched step, the other stages log
     once per epoch, the highest watched step. At the end, also after an error, there are a table in the
     terminal, ``memory_report.json`` and ``memory_report.html``.
+
+    The report names the run's techniques (callbacks, strategy and precision plugin that satisfy
+    :class:`~lightning_memtrain.core.Technique`), with the settings in force at the end and what they changed.
 
     Growth is what watched steps leave behind, by the module that made it: storages that outlive the whole
     step after their own and are no parameter, buffer, gradient, optimizer state, logged value or fixed-size
@@ -342,7 +345,7 @@ class MemoryProfiler(Callback):
         if self._finished or self._run is None:
             return
         self._finished = True
-        report = self._run.report(pl_module)
+        report = self._run.report(pl_module, technique_records(trainer))
         name = stage_name(trainer)
         # A test that failed before its first step has nothing to add to the report of the fit before.
         if report is not None and self._folder is not None and (name == "fit" or name in report.stages):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_memtrain.core import Growth, MemoryBreakdown
+from lightning_memtrain.core import Growth, MemoryBreakdown, TechniqueRecord
 from lightning_memtrain.report.advice import largest_holders
 from lightning_memtrain.report.document import MemoryReport, OutOfMemory, StepPeak
 from lightning_memtrain.report.environment import environment
@@ -166,11 +166,12 @@ class RunRecord:
             holders=largest_holders(stage.latest),
         )
 
-    def report(self, model: nn.Module) -> MemoryReport | None:
+    def report(self, model: nn.Module, techniques: tuple[TechniqueRecord, ...] = ()) -> MemoryReport | None:
         """All that is known, as a report.
 
         Args:
             model: the module that was profiled.
+            techniques: what the techniques of the run say of themselves.
 
         Returns:
             The report, ``None`` if the ledger watched no step.
@@ -188,6 +189,7 @@ class RunRecord:
             growth={name: stage.growth_watch.largest for name, stage in watched.items()},
             ranks=self.ranks,
             out_of_memory=self.out_of_memory,
+            techniques=techniques,
         )
 
 

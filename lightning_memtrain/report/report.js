@@ -20,6 +20,8 @@
     workspace: "Allocator minus ledger: scratch memory inside operators and rounding.",
     ledger: "The exact sum of all live tensor storages.",
     allocator: "The peak that the device's own allocator counted.",
+    reserved: "What the allocator had taken from the device at most, its free blocks among it.",
+    "allocation retries": "How often the allocator found no free block and had to give its free blocks back first, which waits for the device.",
     produced: "Activations and temporaries live at the peak that the module made.",
     saved: "Activations live at the peak that the module was the first to save for its backward pass.",
   };
@@ -29,24 +31,25 @@
   const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
   const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
 
-  // Two decimals with ties to even, as Python rounds, so that page and terminal show the same digits.
-  function twoDecimals(value) {
-    const eighths = value * 8;
-    if (Number.isInteger(eighths) && eighths % 2) {
-      const low = Math.floor(value * 100);
-      return ((low % 2 ? low + 1 : low) / 100).toFixed(2);
+  // Ties go to even, as Python rounds, so that page and terminal show the same digits. A tie is exact only
+  // at an odd eighth (two decimals) or an odd quarter (one).
+  function rounded(value, decimals) {
+    const parts = value * 2 ** (decimals + 1);
+    if (Number.isInteger(parts) && parts % 2) {
+      const low = Math.floor(value * 10 ** decimals);
+      return ((low % 2 ? low + 1 : low) / 10 ** decimals).toFixed(decimals);
     }
-    return value.toFixed(2);
+    return value.toFixed(decimals);
   }
   function bytes(number) {
     for (const [factor, unit] of [[2 ** 30, "GiB"], [2 ** 20, "MiB"], [2 ** 10, "KiB"]]) {
-      if (Math.abs(number) >= factor) return `${twoDecimals(number / factor)} ${unit}`;
+      if (Math.abs(number) >= factor) return `${rounded(number / factor, 2)} ${unit}`;
     }
     return `${number} B`;
   }
   // Lets a long path break after its dots.
   const breakable = (path) => path.split(/(?<=\.)/).flatMap((part) => [part, el("wbr")]);
-  const share = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(1)}%` : "");
+  const share = (part, whole) => (whole ? `${rounded((part / whole) * 100, 1)}%` : "");
 
   // Text only ever enters the page as text nodes and attribute values, never as markup.
   function make(namespace, tag, attributes, children) {
@@ -83,9 +86,12 @@
       ["Reached after", stage.peak_event || "not recorded"],
       ["Ledger", bytes(ledger)],
       known ? ["Workspace", bytes(held.workspace)] : null,
+      stage.reserved_bytes !== null ? ["Reserved by the allocator", bytes(stage.reserved_bytes)] : null,
+      stage.num_alloc_retries ? ["Allocation retries in this step", stage.num_alloc_retries.toLocaleString("en")] : null,
       stage.recomputed_max_bytes ? ["Recomputed at the peak", bytes(stage.recomputed_at_peak_bytes)] : null,
       ["Growth over the run", grown ? bytes(grown) : "none"],
       report.ranks ? [`Over ${count(report.ranks.world_size, "rank")}`, `${bytes(report.ranks.min_peak_bytes)} to ${bytes(report.ranks.max_peak_bytes)}`] : null,
+      report.techniques.length ? ["Techniques", report.techniques.map((technique) => technique.name).join(", ")] : null,
     ];
     const groups = Object.entries(GROUPS).map(([group, members]) => [group, sum(members.map((member) => held[member]))]);
     return el("section", { class: "card", id: "headline", "aria-label": "Peak memory" },
@@ -149,7 +155,7 @@
     box.addEventListener("focus", () => { if (at === null) { box.setAttribute("aria-valuenow", 1); box.setAttribute("aria-valuetext", describe(0).text); } });
     box.addEventListener("keydown", (event) => {
       const now = at === null ? 0 : at;
-      const to = { ArrowLeft: now - 1, ArrowDown: now - 1, ArrowRight: at === null ? 0 : now + 1, ArrowUp: now + 1, PageDown: now - 20, PageUp: now + 20, Home: 0, End: length - 1 }[event.key];
+      const to = { ArrowLeft: now - 1, ArrowDown: now - 1, ArrowRight: at === null ? 0 : now + 1, ArrowUp: at === null ? 0 : now + 1, PageDown: now - 20, PageUp: now + 20, Home: 0, End: length - 1 }[event.key];
       if (event.key === "Escape") hide();
       if (to === undefined) return;
       event.preventDefault();
@@ -184,6 +190,25 @@
     });
   }
 
+  // What the ledger itself says; every other event is a mark that a technique or a user has set.
+  const LEDGER_WORDS = new Set(["step", "forward", "backward", "optimizer", "next", "peak", "peak,"]);
+  const firstWord = (name) => name.split(" ")[0];
+
+  // A mark lasts until the next one, the optimizer's step or the next step.
+  function spansOfMarks(all) {
+    const spans = [];
+    let open = null;
+    all.forEach((sample, index) => {
+      const isMark = !LEDGER_WORDS.has(firstWord(sample.name));
+      if (open && (isMark || sample.name === "optimizer step" || sample.name === "next step")) {
+        open.to = index;
+        open = null;
+      }
+      if (isMark) spans.push(open = { name: sample.name, from: index, to: all.length });
+    });
+    return spans;
+  }
+
   function timeline(stage) {
     const note = "Live bytes after every event of the step, stacked by category. Point at the chart, or focus it and use the arrow keys.";
     if (!stage.timeline.name.length) return card("timeline", "Timeline of one step", null, el("p", { class: "muted" }, "No timeline was recorded."));
@@ -191,7 +216,8 @@
     const categories = STACK.filter((category) => all.some((sample) => sample.held[category] > 0));
     const hidden = new Set();
     const shown = () => categories.filter((category) => !hidden.has(category));
-    const height = 340;
+    const spans = spansOfMarks(all);
+    const height = spans.length ? 362 : 340;
     // More samples than columns: keep the highest of each stretch, so that no peak is lost.
     const stretch = Math.ceil(all.length / 900);
     const points = [];
@@ -199,7 +225,7 @@
       const to = Math.min(all.length, from + stretch);
       let best = from;
       for (let index = from; index < to; index++) if (all[index].total > all[best].total) best = index;
-      points.push({ ...all[best], from, to });
+      points.push({ ...all[best], at: best, from, to });
     }
     const peak = points.reduce((best, sample, index) => (sample.total > points[best].total ? index : best), 0);
     const visibleTotal = (sample) => sum(shown().map((category) => sample.held[category]));
@@ -208,7 +234,7 @@
       const whole = hidden.size === 0;
       const highest = Math.max(1, ...points.map(visibleTotal));
       const top = (whole && stage.truth_bytes !== null ? Math.max(highest, stage.truth_bytes) : highest) * 1.04;
-      const f = frame(width, height, top, 44);
+      const f = frame(width, height, top, spans.length ? 66 : 44);
       const column = (f.right - f.left) / points.length;
       const x = (index) => f.left + index * column;
       const nodes = [...f.nodes];
@@ -236,6 +262,7 @@
           svg("text", { class: "strong halo", x: edge, y: below ? dot + 20 : Math.max(12, dot - 10), "text-anchor": "middle" }, `${stage.truth_bytes === null ? "" : "ledger "}peak ${bytes(points[peak].total)}`));
       }
       nodes.push(...phases(points, x, f.bottom + 8));
+      nodes.push(...marks(spans, (index) => x(Math.min(index / stretch, points.length)), f.bottom + 28));
       nodes.push(svg("text", { x: f.left, y: height - 4 }, count(all.length, "event")));
       return { nodes, bottom: f.bottom, x: (index) => x(index) + column / 2, index: (px) => Math.floor((px - f.left) / column) };
     }
@@ -245,9 +272,10 @@
       const rows = [...shown()].reverse().filter((category) => sample.held[category]).map((category) =>
         el("tr", {}, el("td", {}, swatch(category), label(category)), el("td", {}, bytes(sample.held[category]))));
       const total = visibleTotal(sample);
+      const span = spans.find(({ from, to }) => from < sample.at && sample.at < to);
       return {
-        title: sample.name, text: `${sample.name}: ${bytes(total)}`,
-        rows: [many > 1 ? el("span", { class: "muted" }, `highest of ${many} events`) : null,
+        title: sample.name, text: `${sample.name}${span ? `, in ${span.name}` : ""}: ${bytes(total)}`,
+        rows: [span ? el("span", { class: "block" }, `in ${span.name}`) : null, many > 1 ? el("span", { class: "muted" }, `highest of ${many} events`) : null,
           el("table", {}, rows, el("tr", { class: "total" }, el("td", {}, "total"), el("td", {}, bytes(total))))].filter(Boolean),
       };
     }
@@ -264,19 +292,47 @@
   // Neighbours whose names start with the same word ("forward", "backward") share one piece of the strip.
   function phases(points, x, y) {
     // The ledger adds an event of its own at the peak, named after the one that it lies in.
-    const word = (sample) => sample.name.replace(/^peak, in /, "").split(" ")[0];
+    const ownWord = (sample) => firstWord(sample.name.replace(/^peak, in /, ""));
+    // A mark has a strip of its own; here it goes with what comes after it, or else before it.
+    const words = points.map(ownWord).map((word) => (LEDGER_WORDS.has(word) ? word : null));
+    for (let index = words.length - 2; index >= 0; index--) words[index] ??= words[index + 1];
+    for (let index = 1; index < words.length; index++) words[index] ??= words[index - 1];
     const strips = [];
     const labels = [];
     let from = 0;
     for (let index = 1; index <= points.length; index++) {
-      if (index < points.length && word(points[index]) === word(points[from])) continue;
+      if (index < points.length && words[index] === words[from]) continue;
       const width = x(index) - x(from);
       const same = points.slice(from, index).every((sample) => sample.name === points[from].name);
-      const text = [points[from].name, word(points[from])].find((name, short) => (short || same) && name.length * 6.4 + 10 < width);
+      const text = [points[from].name, words[from] || ownWord(points[from])].find((name, short) => (short || same) && name.length * 6.4 + 10 < width);
       strips.push(svg("rect", { class: strips.length % 2 ? "phase odd" : "phase", x: x(from), y, width, height: 16 }));
       if (text) labels.push(svg("text", { x: x(from) + width / 2, y: y + 12, "text-anchor": "middle" }, text));
       from = index;
     }
+    return [...strips, ...labels];
+  }
+
+  // Marks in a row that begin with the same word ("microbatch 1 of 4") are labelled alike: all in full, all as
+  // "1/4", or, where there is no room for that, together.
+  function marks(spans, x, y) {
+    const strips = [];
+    const labels = [];
+    const fits = (text, width) => text.length * 6.4 + 6 < width;
+    const write = (text, from, to) => labels.push(svg("text", { x: (x(from) + x(to)) / 2, y: y + 12, "text-anchor": "middle" }, text));
+    const short = (name) => name.replace(/^.*?(\d+) of (\d+)$/, "$1/$2");
+    let first = 0;
+    spans.forEach((span, index) => {
+      strips.push(svg("rect", { class: index % 2 ? "mark odd" : "mark", x: x(span.from), y, width: Math.max(0, x(span.to) - x(span.from)), height: 16 }, svg("title", {}, span.name)));
+      const next = spans[index + 1];
+      if (next && firstWord(next.name) === firstWord(span.name) && next.from === span.to) return;
+      const row = spans.slice(first, index + 1);
+      first = index + 1;
+      const width = (one) => x(one.to) - x(one.from);
+      const style = [(name) => name, short].find((style) => row.every((one) => fits(style(one.name), width(one))));
+      const together = `${firstWord(span.name)} \u00d7 ${row.length}`;
+      if (style) row.forEach((one) => write(style(one.name), one.from, one.to));
+      else if (row.length > 1 && fits(together, x(span.to) - x(row[0].from))) write(together, row[0].from, span.to);
+    });
     return [...strips, ...labels];
   }
 
@@ -404,6 +460,19 @@
       el("ol", {}, failure.holders.map((holder) => el("li", {}, el("b", {}, `${holder.name}, ${bytes(holder.num_bytes)}: `), holder.advice))));
   }
 
+  const FIRST_EVENTS = 5;
+  function techniques() {
+    if (!report.techniques.length) return null;
+    const value = (setting) => setting === null ? "none" : setting === true ? "yes" : setting === false ? "no" : String(setting);
+    const list = (events) => el("ol", {}, events.map((event) => el("li", {}, event)));
+    return card("techniques", "Techniques", "What made the steps need less memory, with the settings in force at the end of the run.",
+      report.techniques.map(({ name, settings, events }) => el("div", { class: "technique" },
+        el("h3", {}, name),
+        el("dl", { class: "settings" }, Object.entries(settings).map(([key, setting]) => el("div", {}, el("dt", {}, key), el("dd", {}, value(setting))))),
+        !events.length ? null : events.length <= FIRST_EVENTS ? list(events)
+          : el("details", {}, el("summary", {}, count(events.length, "event")), list(events)))));
+  }
+
   const words = (entries) => el("dl", { class: "words" }, Object.entries(entries).map(([term, text]) => [el("dt", {}, term), el("dd", {}, text)]));
 
   // ---- page ---------------------------------------------------------------------------------------------
@@ -438,6 +507,7 @@
       tabList),
     outOfMemory(),
     names.length ? panel : el("section", { class: "card" }, "No step was profiled."),
+    techniques(),
     el("div", { class: "two" },
       card("environment", "Environment", null, words(report.environment)),
       el("section", { class: "card" }, el("details", {}, el("summary", {}, "What the words mean"), words(WORDS))))));

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import IO, TYPE_CHECKING
 
-from lightning_memtrain.core import MIB, Category, Growth, MemoryBreakdown, ModuleMemory, format_bytes
+from lightning_memtrain.core import (
+    MIB,
+    Category,
+    Growth,
+    MemoryBreakdown,
+    ModuleMemory,
+    TechniqueRecord,
+    format_bytes,
+)
 from lightning_memtrain.report.document import MemoryReport, OutOfMemory
 
 if TYPE_CHECKING:
@@ -13,6 +21,7 @@ if TYPE_CHECKING:
 
 _NUM_MODULES = 10
 _NUM_GROWTH_ROWS = 5
+_NUM_EVENTS = 5
 _BAR_WIDTH = 16
 
 
@@ -34,10 +43,12 @@ def render_table(report: MemoryReport) -> RenderableType:
     parts: list[RenderableType] = [title]
     if report.out_of_memory is not None:
         parts.append(_out_of_memory(report.out_of_memory))
+    parts += [_technique(record) for record in report.techniques]
     if not report.stages:
         parts.append(Text("No step was profiled."))
     for stage, breakdown in report.stages.items():
         parts += ["", _headline(report, stage, breakdown), _categories(breakdown), _groups(breakdown)]
+        parts += _allocator(breakdown)
         if breakdown.modules:
             parts.append(_modules(breakdown))
         parts += _growth(report.growth.get(stage, ()))
@@ -113,6 +124,20 @@ def _groups(breakdown: MemoryBreakdown) -> RenderableType:
     return Text("By group: " + ", ".join(rows))
 
 
+def _allocator(breakdown: MemoryBreakdown) -> list[RenderableType]:
+    from rich.text import Text
+
+    if breakdown.reserved_bytes is None:
+        return []
+    line = f"Reserved by the allocator: {format_bytes(breakdown.reserved_bytes)}"
+    retries = breakdown.num_alloc_retries or 0
+    if not retries:
+        return [Text(line)]
+    # Blocks of other sizes stood in the way, and each retry waits for the device.
+    times = f"{retries:,} {'time' if retries == 1 else 'times'}"
+    return [Text(f"{line}; it gave its free blocks back {times} to go on", style="yellow")]
+
+
 def _modules(breakdown: MemoryBreakdown) -> Table:
     from rich.text import Text
 
@@ -154,6 +179,19 @@ def _growth(rows: tuple[Growth, ...]) -> list[RenderableType]:
     if len(rows) > _NUM_GROWTH_ROWS:
         lines.append(Text(f"  and {len(rows) - _NUM_GROWTH_ROWS:,} more in the HTML report"))
     return lines
+
+
+def _technique(record: TechniqueRecord) -> RenderableType:
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    name, settings = record.name, str(record).removeprefix(record.name)
+    lines = [*record.events[:_NUM_EVENTS]]
+    if len(record.events) > _NUM_EVENTS:
+        lines.append(f"and {len(record.events) - _NUM_EVENTS:,} more in the HTML report")
+    title = Text.assemble("Technique: ", (name, "bold"), settings)
+    return Group(title, *(Padding(Text(line), (0, 0, 0, 2), expand=False) for line in lines))
 
 
 def _out_of_memory(failure: OutOfMemory) -> RenderableType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torchmetrics
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_memtrain.core import ReportWarning, TechniqueRecord, is_technique
 from lightning_memtrain.ledger import parameter_devices
 from lightning_memtrain.ledger.storages import storages_of, tensors_in
 
@@ -59,6 +61,34 @@ def uses_torch_profiler(trainer: Trainer) -> bool:
     """Whether the trainer profiles with torch's own profiler, which it may start at any time."""
     # By name, so that a `pytorch_lightning` Trainer's is recognised, too.
     return any(cls.__name__ == "PyTorchProfiler" for cls in type(getattr(trainer, "profiler", None)).__mro__)
+
+
+def technique_records(trainer: Trainer) -> tuple[TechniqueRecord, ...]:
+    """What the run's techniques say of themselves; one that cannot is left out with a warning.
+
+    Args:
+        trainer: the trainer whose callbacks, strategy and precision plugin are asked.
+
+    Returns:
+        One record per technique, in that order.
+    """
+    asked = (*trainer.callbacks, trainer.strategy, trainer.precision_plugin)  # type: ignore[attr-defined]
+    techniques = {id(candidate): candidate for candidate in asked if is_technique(candidate)}
+    records: list[TechniqueRecord] = []
+    for technique in techniques.values():
+        try:
+            record = technique.technique_record()
+            if not isinstance(record, TechniqueRecord):
+                raise TypeError(f"expected a TechniqueRecord, but got {record!r}")
+            records.append(record)
+        except Exception as error:  # neither the run nor its report may end by this
+            warnings.warn(
+                f"`MemoryProfiler` could not ask {type(technique).__name__} for its `technique_record()`, "
+                f"so the report does without: {type(error).__name__}: {error}",
+                ReportWarning,
+                stacklevel=2,
+            )
+    return tuple(records)
 
 
 def kept_storages(trainer: Trainer, pl_module: LightningModule) -> set[int]:

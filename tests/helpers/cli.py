@@ -53,7 +53,9 @@ def memtrain(*args: str | Path, cwd: Path, **env: str) -> subprocess.CompletedPr
 
 def environment(**changes: str) -> dict[str, str]:
     """The environment of a process that finds this checkout's tests and uses one thread."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
+    # A W&B service that this process has started would write the other one's files, when it likes to.
+    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    return {**own, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
 
 
 class InterruptAt(Callback):

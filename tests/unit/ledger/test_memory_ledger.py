@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from lightning_memtrain.core import Category
+from lightning_memtrain.core import Category, mark, marks
 from lightning_memtrain.ledger import MemoryLedger
 
 FLOAT = 4
@@ -321,6 +321,41 @@ def test_an_exception_in_mid_step_leaves_all_as_found_and_the_numbers_readable(m
     breakdown = ledger.breakdown()
     assert breakdown.ledger_peak_bytes == PARAMETERS + 256 + 2 * 512
     assert breakdown.peak_event == "forward act"
+
+
+def test_marks_come_onto_the_timelines_of_all_ledgers_that_are_entered(mlp, batch):
+    mark("too early")
+    with MemoryLedger(mlp) as outer:
+        mark("microbatch 1 of 2")
+        with MemoryLedger(mlp) as inner:
+            mark("microbatch 2 of 2")
+            loss = mlp(batch).sum()
+        mark("update")
+    mark("too late")
+    assert loss.shape == ()
+    forward = ["forward first", "forward act", "forward second"]
+
+    def names(ledger):
+        return [e.name for e in ledger.breakdown().timeline if not e.name.startswith("peak")]
+
+    assert names(inner) == ["microbatch 2 of 2", *forward]
+    assert names(outer) == ["microbatch 1 of 2", "microbatch 2 of 2", *forward, "update"]
+    assert not marks._listeners
+
+
+def test_marks_are_not_heard_after_an_error_inside_or_on_entering(mlp, monkeypatch):
+    with pytest.raises(ZeroDivisionError), MemoryLedger(mlp):
+        raise ZeroDivisionError
+    assert not marks._listeners
+    ledger = MemoryLedger(mlp)
+
+    def fail(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(ledger._operators, "begin", fail)
+    with pytest.raises(ZeroDivisionError), ledger:
+        pass
+    assert not marks._listeners
 
 
 def test_a_dropped_graph_is_freed_at_once(mlp, batch):

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lightning_memtrain.core import MIB
+from lightning_memtrain.core import MIB, TechniqueRecord
 from lightning_memtrain.report.document import (
     SCHEMA_VERSION,
     Holder,
@@ -23,7 +24,16 @@ def empty_report() -> MemoryReport:
     )
 
 
-@pytest.mark.parametrize("make", [tiny_report, out_of_memory_report, deep_report, empty_report])
+def technique_report() -> MemoryReport:
+    fit = tiny_report().stages["fit"]
+    fit = fit.with_truth(fit.truth_bytes, reserved_bytes=64 * MIB, num_alloc_retries=2)
+    record = TechniqueRecord("Microbatching", {"microbatch_size": 16, "budget": None}, ("step 3: halved",))
+    return replace(tiny_report(), stages={"fit": fit}, techniques=(record, TechniqueRecord("RigL")))
+
+
+@pytest.mark.parametrize(
+    "make", [tiny_report, out_of_memory_report, deep_report, empty_report, technique_report]
+)
 def test_saved_report_loads_equal(make, tmp_path: Path) -> None:
     report = make()
     path = tmp_path / "new" / "folder" / "memory_report.json"
@@ -41,6 +51,28 @@ def test_json_holds_plain_names_and_bytes() -> None:
     assert data["growth"]["fit"][0] == {"module": "head", "num_bytes": 3 * MIB, "num_storages": 12}
     assert data["out_of_memory"]["holders"][0]["name"] == "activations"
     assert data["ranks"] == {"world_size": 2, "max_peak_bytes": 56 * MIB, "min_peak_bytes": 55 * MIB}
+
+
+def test_json_holds_techniques_and_what_the_allocator_reserved() -> None:
+    data = json.loads(json.dumps(technique_report().to_dict()))
+    settings = {"microbatch_size": 16, "budget": None}
+    assert data["techniques"] == [
+        {"name": "Microbatching", "settings": settings, "events": ["step 3: halved"]},
+        {"name": "RigL", "settings": {}, "events": []},
+    ]
+    fit = data["stages"]["fit"]
+    assert (fit["reserved_bytes"], fit["num_alloc_retries"]) == (64 * MIB, 2)
+    assert tiny_report().to_dict()["stages"]["fit"]["reserved_bytes"] is None
+
+
+def test_an_older_file_without_these_entries_still_loads(tmp_path: Path) -> None:
+    path = tmp_path / "memory_report.json"
+    data = tiny_report().to_dict()
+    del data["techniques"]
+    for stage in data["stages"].values():
+        del stage["reserved_bytes"], stage["num_alloc_retries"]
+    path.write_text(json.dumps(data))
+    assert MemoryReport.load(path) == tiny_report()
 
 
 def test_loaded_rows_have_their_types(tmp_path: Path) -> None:
@@ -105,6 +137,9 @@ def test_other_json_is_refused(content: str, described: str, tmp_path: Path) -> 
         lambda data: data["stages"]["fit"]["at_peak"].update(unknown=1),
         lambda data: data.update(environment="linux"),
         lambda data: data.update(stages=[]),
+        lambda data: data.update(techniques=[{"name": "T", "settings": {}}]),
+        lambda data: data.update(techniques=[{"name": "T", "settings": {"a": []}, "events": []}]),
+        lambda data: data.update(techniques=None),
     ],
 )
 def test_damaged_entry_is_refused(damage, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_memtrain.core import ReportWarning
+from lightning_memtrain.core import ReportWarning, TechniqueRecord
 from lightning_memtrain.report.html import render_html
 from lightning_memtrain.report.loggers import define_metrics, log_report, log_scalars
 from tests.helpers.reports import deep_report, tiny_report
@@ -167,6 +168,14 @@ def test_tensorboard_text_lists_twenty_modules_and_no_folder_that_was_not_writte
     ((_, (_, text), _),) = logger.recorder.calls
     assert text.count("| blocks.") == 20
     assert "memory_report.html" not in text
+
+
+def test_tensorboard_text_lists_the_techniques() -> None:
+    logger = TensorBoardLogger()
+    techniques = (TechniqueRecord("Microbatching", {"mode": "a|b"}), TechniqueRecord("RigL"))
+    log_report(logger, replace(deep_report(), techniques=techniques), None)
+    ((_, (_, text), _),) = logger.recorder.calls
+    assert text.splitlines()[1:5] == ["", "- Microbatching(mode='a\\|b')", "- RigL()", ""]
 
 
 def test_mlflow_gets_both_files(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_memtrain.core import CategoryBytes, MemoryBreakdown
+from lightning_memtrain.core import CategoryBytes, MemoryBreakdown, TechniqueRecord
+from lightning_memtrain.ledger import DeviceTruth, MemoryLedger, TruthReading
 from lightning_memtrain.report import recording
 from lightning_memtrain.report.document import StepPeak
-from lightning_memtrain.report.measurement import Measured
+from lightning_memtrain.report.measurement import BatchMeasurement, Measured
 from lightning_memtrain.report.recording import RunRecord, thinned
 
 CPU = torch.device("cpu")
@@ -33,6 +34,30 @@ def test_of_several_batches_the_highest_counts():
 
 def test_the_allocator_has_the_last_word_on_the_peak():
     assert Measured(_breakdown(8).with_truth(11), 11).peak_bytes == 11
+
+
+def test_the_allocators_figures_are_laid_beside_the_ledgers():
+    class Allocator(DeviceTruth):
+        def start(self):
+            pass
+
+        def stop(self, start_bytes=0, end_bytes=None):
+            return TruthReading(500, 400, reserved_bytes=4096, num_alloc_retries=2)
+
+    batch = BatchMeasurement(Allocator(), MemoryLedger(nn.Linear(2, 1)))
+    batch.start()
+    breakdown = batch.finish(per_module=False, timeline=False).breakdown
+    assert breakdown is not None
+    assert (breakdown.truth_bytes, breakdown.reserved_bytes, breakdown.num_alloc_retries) == (500, 4096, 2)
+
+
+def test_the_report_holds_the_techniques():
+    run = RunRecord(CPU)
+    _take_step(run, Measured(_breakdown(8)))
+    record = TechniqueRecord("Microbatching", {"microbatch_size": 2})
+    report = run.report(nn.Linear(2, 1), (record,))
+    assert report is not None
+    assert report.techniques == (record,)
 
 
 def test_the_highest_step_of_each_stage_is_kept():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from lightning_memtrain.core import MIB, CategoryBytes, Growth, ModuleMemory
+from lightning_memtrain.core import MIB, CategoryBytes, Growth, ModuleMemory, TechniqueRecord
 from lightning_memtrain.report.document import MemoryReport
 from lightning_memtrain.report.table import print_table, render_table
 from tests.helpers.reports import deep_report, out_of_memory_report, tiny_report
@@ -78,6 +78,38 @@ def test_out_of_memory_comes_first_with_holders_and_advice() -> None:
     assert lines[3].startswith("  1. activations, 32.00 MiB: split the batch into microbatches")
     assert lines[4].startswith("  2. activations of body (Linear), 24.00 MiB: recompute")
     assert lines[5].startswith("  3. activations of head (Linear), 11.00 MiB: recompute")
+
+
+def test_a_technique_is_one_line_and_its_first_five_events() -> None:
+    record = TechniqueRecord(
+        "Microbatching", {"microbatch_size": 16, "mode": "auto"}, tuple(f"step {i}: halved" for i in range(7))
+    )
+    report = replace(out_of_memory_report(), techniques=(record, TechniqueRecord("[bold]RigL")))
+    lines = rendered(report, width=200)
+    start = lines.index("Technique: Microbatching(microbatch_size=16, mode='auto')")
+    assert lines[start - 3].startswith("  1. activations")  # right after what went wrong
+    assert lines[start + 1 : start + 6] == [f"  step {i}: halved" for i in range(5)]
+    assert lines[start + 6] == "  and 2 more in the HTML report"
+    assert lines[start + 7] == "Technique: [bold]RigL()"
+    few = replace(report, techniques=(replace(record, events=record.events[:5]),))
+    assert not [line for line in rendered(few) if line.startswith("  and ")]
+    assert not [line for line in rendered(tiny_report()) if "Technique" in line]
+
+
+@pytest.mark.parametrize(
+    ("retries", "line"),
+    [
+        (None, "Reserved by the allocator: 64.00 MiB"),
+        (0, "Reserved by the allocator: 64.00 MiB"),
+        (1, "Reserved by the allocator: 64.00 MiB; it gave its free blocks back 1 time to go on"),
+        (2, "Reserved by the allocator: 64.00 MiB; it gave its free blocks back 2 times to go on"),
+    ],
+)
+def test_what_the_allocator_reserved_is_shown_where_it_is_known(retries: int | None, line: str) -> None:
+    fit = tiny_report().stages["fit"]
+    known = fit.with_truth(fit.truth_bytes, reserved_bytes=64 * MIB, num_alloc_retries=retries)
+    assert line in rendered(replace(tiny_report(), stages={"fit": known}), width=120)
+    assert not [line for line in rendered(tiny_report()) if "Reserved" in line]
 
 
 def test_ranks_are_named() -> None:

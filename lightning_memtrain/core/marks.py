@@ -1,0 +1,49 @@
+"""Marks: a technique says what begins, and whoever watches the step hears it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+_listeners: dict[object, Callable[[str], None]] = {}
+
+
+def mark(name: str) -> None:
+    """Tell whoever watches the step that something begins; without watchers this costs nothing.
+
+    A :class:`~lightning_memtrain.MemoryLedger` watches while it is entered, so that marks come onto its
+    timeline. A mark lasts until the next one, or until the optimizer steps.
+
+    Args:
+        name: what begins, e.g. ``"microbatch 2 of 4"``. Marks that count should be written like this: the
+            report shortens the name to ``"2/4"`` where there is little room.
+
+    Example:
+        >>> heard = []
+        >>> undo = watch_marks(heard.append)
+        >>> mark("microbatch 1 of 2")
+        >>> undo()
+        >>> mark("microbatch 2 of 2")
+        >>> heard
+        ['microbatch 1 of 2']
+    """
+    if _listeners:
+        for listener in tuple(_listeners.values()):
+            listener(name)
+
+
+def watch_marks(listener: Callable[[str], None]) -> Callable[[], None]:
+    """Hear every :func:`mark` of this process from now on.
+
+    Args:
+        listener: called with each name, in the thread that marks.
+
+    Returns:
+        A function that ends the watch; further calls do nothing.
+    """
+    key = object()  # a listener may watch twice, and each watch ends by itself
+    _listeners[key] = listener
+
+    def undo() -> None:
+        _listeners.pop(key, None)
+
+    return undo
