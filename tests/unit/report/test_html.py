@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from lightning_memtrain.core import MIB, ModuleMemory, format_bytes
+from lightning_memtrain.core import (
+    MIB,
+    CategoryBytes,
+    MemoryBreakdown,
+    ModuleMemory,
+    TechniqueRecord,
+    TimelineEvent,
+    format_bytes,
+)
 from lightning_memtrain.report.document import MemoryReport, StepPeak
 from lightning_memtrain.report.html import render_html, save_html
 from tests.helpers.browser import Visit, visit
@@ -28,7 +36,20 @@ def hostile_report() -> MemoryReport:
     fit = replace(report.stages["fit"], modules=(module,), peak_event=HOSTILE)
     failure = replace(report.out_of_memory, message=HOSTILE)
     environment = {**report.environment, HOSTILE: HOSTILE}
-    return replace(report, model=HOSTILE, stages={"fit": fit}, out_of_memory=failure, environment=environment)
+    technique = TechniqueRecord(HOSTILE, {HOSTILE: HOSTILE}, (HOSTILE,))
+    report = replace(report, environment=environment, techniques=(technique,))
+    return replace(report, model=HOSTILE, stages={"fit": fit}, out_of_memory=failure)
+
+
+def marked_report(names: list[str]) -> MemoryReport:
+    """A stage whose timeline has these events, each of the same bytes, but for the one called 'peak, ...'."""
+    held = CategoryBytes({"parameters": MIB})
+    high = CategoryBytes({"parameters": MIB, "activations": MIB})
+    events = tuple(
+        TimelineEvent(i, name, high if name.startswith("peak") else held) for i, name in enumerate(names)
+    )
+    fit = MemoryBreakdown(device="cpu", at_peak=high, maxima=high, timeline=events)
+    return replace(tiny_report(), stages={"fit": fit}, steps=(), growth={})
 
 
 def test_page_asks_for_nothing_outside_of_itself() -> None:
@@ -51,7 +72,7 @@ def test_page_holds_the_whole_report() -> None:
     steps = data["steps"]["fit"]
     assert steps["count"] == 4
     assert steps["peak_bytes"] == [step["peak_bytes"] for step in plain["steps"]]
-    for name in ("model", "environment", "growth", "ranks", "out_of_memory", "created"):
+    for name in ("model", "environment", "growth", "ranks", "out_of_memory", "created", "techniques"):
         assert data[name] == plain[name]
     assert data["stages"]["fit"] == plain["stages"]["fit"]
 
@@ -247,14 +268,114 @@ def test_browser_draws_ten_thousand_events_in_few_columns_and_keeps_the_peak(tmp
     assert (more, rows) == ("Show all 200 modules", 20)
 
 
+def test_browser_shows_techniques_and_what_the_allocator_reserved(tmp_path: Path) -> None:
+    script = """
+      return {
+        names: texts("#techniques h3"), settings: texts("#techniques dt, #techniques dd"),
+        events: texts("#techniques li"), folded: texts("#techniques summary"),
+        lists: document.querySelectorAll("#techniques .technique > ol").length, tiles: texts(".tiles div"),
+      };"""
+    few, many = ("step 3: halved",), tuple(f"step {i}: grown" for i in range(7))
+    techniques = (
+        TechniqueRecord("Microbatching", {"size": 16, "budget": None, "recover": True, "exact": False}, few),
+        TechniqueRecord("RigL", {"sparsity": 0.8}, many),
+        TechniqueRecord("Plain"),
+    )
+    fit = tiny_report().stages["fit"]
+    fit = fit.with_truth(fit.truth_bytes, reserved_bytes=64 * MIB, num_alloc_retries=2)
+    report = replace(tiny_report(), stages={"fit": fit}, techniques=techniques)
+    shown = undisturbed(visit(render_html(report), tmp_path, script)).answer
+    assert shown["names"] == ["Microbatching", "RigL", "Plain"]
+    settings = ["size", "16", "budget", "none", "recover", "yes", "exact", "no", "sparsity", "0.8"]
+    assert shown["settings"] == settings
+    assert shown["events"] == [*few, *many]
+    assert (shown["folded"], shown["lists"]) == (["7 events"], 1)
+    for tile in (
+        "Reserved by the allocator64.00 MiB",
+        "Allocation retries in this step2",
+        "TechniquesMicrobatching, RigL, Plain",
+    ):
+        assert tile in shown["tiles"]
+
+
+_STRIPS = """
+  const strips = (name) => [...document.querySelectorAll(`#timeline-chart .${name}`)];
+  const widths = strips("mark").map((strip) => Math.round(Number(strip.getAttribute("width"))));
+  const spans = strips("mark").map((strip) => strip.textContent);
+  const [low] = strips("mark").map((strip) => Number(strip.getAttribute("y")));
+  const written = (y) => [...document.querySelectorAll("#timeline-chart text")]
+    .filter((label) => Number(label.getAttribute("y")) === y + 12).map((label) => label.textContent);
+  const phases = written(low - 20);
+"""
+
+
+@pytest.mark.parametrize(
+    ("width", "labels"),
+    [
+        (1200, ["microbatch 1 of 2", "microbatch 2 of 2"]),
+        (360, ["1/2", "2/2"]),
+    ],
+)
+def test_browser_gives_marks_a_strip_of_their_own(width: int, labels: list[str], tmp_path: Path) -> None:
+    script = f"""
+      page.style.width = "{width}px";
+      await until(() => drawn(document));
+      {_STRIPS}
+      const chart = document.querySelector("#timeline-chart");
+      const press = (key) => chart.dispatchEvent(new KeyboardEvent("keydown", {{ key }}));
+      const spoken = () => [chart.getAttribute("aria-valuetext"), text("#timeline-chart .tip .block")];
+      press("ArrowUp"); press("ArrowRight"); const heard = [spoken()];
+      for (let times = 0; times < 5; times++) press("ArrowRight");
+      heard.push(spoken());
+      press("End");
+      heard.push([chart.getAttribute("aria-valuetext"), document.querySelectorAll(".tip .block").length]);
+      return [spans, widths.map((size) => Math.round(10 * size / widths[0])), written(low), phases, heard];"""
+    part = ["forward body", "peak, in forward body", "backward", "backward body"]
+    names = ["microbatch 1 of 2", *part, "microbatch 2 of 2", *part, "optimizer step"]
+    page = render_html(marked_report(names))
+    spans, widths, written, phases, heard = undisturbed(visit(page, tmp_path, script)).answer
+    assert spans == ["microbatch 1 of 2", "microbatch 2 of 2"]
+    assert widths == [10, 10]
+    assert written == labels
+    # The marks do not interrupt the strip above theirs; on a phone, longer words do not fit into it.
+    wide = ["forward", "backward", "forward", "backward", "optimizer"]
+    assert phases == (wide if width == 1200 else ["forward", "forward"])
+    assert heard == [
+        ["forward body, in microbatch 1 of 2: 1.00 MiB", "in microbatch 1 of 2"],
+        ["forward body, in microbatch 2 of 2: 1.00 MiB", "in microbatch 2 of 2"],
+        ["optimizer step: 1.00 MiB", 0],
+    ]
+
+
+def test_browser_labels_very_many_marks_together(tmp_path: Path) -> None:
+    count = 200
+    names = [
+        name
+        for i in range(count)
+        for name in (f"microbatch {i + 1} of {count}", *["forward body"] * 9, *["backward body"] * 9)
+    ]
+    script = f"{_STRIPS} return [spans.length, widths[0], written(low), phases.length];"
+    page = render_html(marked_report([*names, "update", "optimizer step"]))
+    num_spans, width, written, num_phases = undisturbed(visit(page, tmp_path, script)).answer
+    assert num_spans == count + 1
+    assert 1 <= width <= 6
+    assert written == [f"microbatch \u00d7 {count}"]
+    assert num_phases == 0
+
+
+def test_browser_has_one_strip_where_nothing_was_marked(tmp_path: Path) -> None:
+    script = 'return [document.querySelectorAll(".mark").length, text("#timeline-chart svg") !== ""];'
+    assert undisturbed(visit(render_html(tiny_report()), tmp_path, script)).answer == [0, True]
+
+
 def test_browser_takes_hostile_names_as_text(tmp_path: Path) -> None:
     script = """
       const shown = [text("h1"), text("#modules tbody .mono"), text("#out-of-memory .mono")];
+      shown.push(...texts("#techniques h3, #techniques dt, #techniques dd, #techniques li"));
       return [document.title, ...shown, document.images.length];"""
-    title, heading, module, message, images = undisturbed(
-        visit(render_html(hostile_report()), tmp_path, script)
-    ).answer
-    assert (heading, module, message, images) == (HOSTILE, HOSTILE, HOSTILE, 0)
+    title, *shown, images = undisturbed(visit(render_html(hostile_report()), tmp_path, script)).answer
+    assert shown == [HOSTILE] * 7
+    assert images == 0
     assert title.startswith("Memory report: </script>")
 
 
@@ -273,6 +394,17 @@ def test_browser_writes_bytes_as_the_terminal_does(tmp_path: Path) -> None:
     assert shown == [format_bytes(size) if size else "0" for size in sizes]
 
 
+def test_browser_writes_shares_as_the_terminal_does(tmp_path: Path) -> None:
+    # Sixteenths meet ties of one decimal: Python and the page both go to the even digit.
+    sizes = {"parameters": 1, "gradients": 3, "optimizer_state": 5, "activations": 7}
+    held = CategoryBytes(sizes)
+    fit = MemoryBreakdown(device="cpu", at_peak=held, maxima=held)
+    page = render_html(replace(tiny_report(), stages={"fit": fit}))
+    shown = undisturbed(visit(page, tmp_path, 'return texts("#categories tbody td:nth-child(3)");')).answer
+    assert shown[:4] == [f"{size / 16:.1%}" for size in sizes.values()]
+    assert shown[:4] == ["6.2%", "18.8%", "31.2%", "43.8%"]
+
+
 def test_browser_shows_a_report_without_stages(tmp_path: Path) -> None:
     report = replace(tiny_report(), stages={}, steps=(), growth={})
     seen = undisturbed(visit(render_html(report), tmp_path, 'return texts("section.card")[0];'))
@@ -287,7 +419,7 @@ def test_page_works_in_a_frame_and_on_a_phone(tmp_path: Path) -> None:
       document.body.prepend(frame);
       await new Promise((done) => { frame.onload = done; });
       const inner = frame.contentDocument;
-      for (let tries = 0; tries < 40 && !inner.querySelector("#timeline-chart svg"); tries++) await settle();
+      await until(() => inner.querySelector("#timeline-chart svg") && drawn(inner));
       return [inner.querySelector("#peak").textContent, inner.querySelector("#timeline-chart svg") !== null,
         inner.documentElement.scrollWidth <= frame.clientWidth];"""
     page = json.dumps(render_html(tiny_report())).replace("<", "\\u003c")
