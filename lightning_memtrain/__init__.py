@@ -1,5 +1,6 @@
 """Train PyTorch Lightning models in a fraction of the memory, and see where every byte goes."""
 
+import sys as _sys
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING
@@ -15,42 +16,65 @@ if TYPE_CHECKING:
         ModuleMemory,
         NoEffectWarning,
         ReportWarning,
+        Technique,
+        TechniqueRecord,
         TimelineEvent,
     )
     from lightning_memtrain.ledger import MemoryLedger, OpWorkspace, device_truth
     from lightning_memtrain.report import MemoryProfiler, MemoryReport
+    from lightning_memtrain.techniques.microbatching import (
+        EarlyZeroGrad,
+        MemtrainDDPStrategy,
+        MemtrainFSDPStrategy,
+        Microbatching,
+        batchnorm_to_groupnorm,
+    )
 
 # Names are looked up at their first use, so that `memtrain --help` need not wait for torch.
 _ROOMS = {
     "Category": "core",
     "CategoryBytes": "core",
+    "EarlyZeroGrad": "techniques.microbatching",
     "Growth": "core",
     "MemoryBreakdown": "core",
     "MemoryLedger": "ledger",
     "MemoryProfiler": "report",
     "MemoryReport": "report",
+    "MemtrainDDPStrategy": "techniques.microbatching",
+    "MemtrainFSDPStrategy": "techniques.microbatching",
+    "Microbatching": "techniques.microbatching",
     "ModuleMemory": "core",
     "NoEffectWarning": "core",
     "OpWorkspace": "ledger",
     "ReportWarning": "core",
+    "Technique": "core",
+    "TechniqueRecord": "core",
     "TimelineEvent": "core",
+    "batchnorm_to_groupnorm": "techniques.microbatching",
     "device_truth": "ledger",
 }
 
 __all__ = [
     "Category",
     "CategoryBytes",
+    "EarlyZeroGrad",
     "Growth",
     "MemoryBreakdown",
     "MemoryLedger",
     "MemoryProfiler",
     "MemoryReport",
+    "MemtrainDDPStrategy",
+    "MemtrainFSDPStrategy",
+    "Microbatching",
     "ModuleMemory",
     "NoEffectWarning",
     "OpWorkspace",
     "ReportWarning",
+    "Technique",
+    "TechniqueRecord",
     "TimelineEvent",
     "__version__",
+    "batchnorm_to_groupnorm",
     "device_truth",
 ]
 
@@ -71,3 +95,9 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+# Strategies that are chosen by name have to be known before a Trainer looks for them. Whoever uses a Trainer
+# has imported Lightning, so this costs no import that was not made anyway.
+if "lightning.pytorch" in _sys.modules:
+    _import_module(f"{__name__}.techniques.microbatching.strategies")

@@ -1,0 +1,273 @@
+"""Every touch of what Lightning and torchmetrics keep private, checked once per run against what is expected.
+
+Proven by running with Lightning 2.4 to 2.6. If a release changes one of these names, :func:`check` says so
+before training starts; nothing is ever patched blindly.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection as ResultCollection
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+__all__ = ["Closure", "ClosureResult", "ResultCollection"]
+
+_EXPECTED = {
+    "_make_closure": ["kwargs", "optimizer", "batch_idx"],
+    "_make_backward_fn": ["optimizer"],
+    "_make_zero_grad_fn": ["batch_idx", "optimizer"],
+    "_training_step": ["kwargs"],
+}
+
+
+def check(trainer: Trainer) -> None:
+    """Refuse a Lightning whose training loop is not the one this was written for.
+
+    Args:
+        trainer: the trainer that is about to fit.
+
+    Raises:
+        MisconfigurationException: naming what is missing or different.
+    """
+    loop = getattr(getattr(trainer.fit_loop, "epoch_loop", None), "automatic_optimization", None)
+    different = [] if loop is not None else ["fit_loop.epoch_loop.automatic_optimization"]
+    for name, arguments in _EXPECTED.items() if loop is not None else ():
+        method = getattr(type(loop), name, None)
+        if method is None or list(inspect.signature(method).parameters)[1:] != arguments:
+            different.append(f"{type(loop).__name__}.{name}({', '.join(arguments)})")
+    if not isinstance(getattr(trainer.fit_loop.epoch_loop, "_results", None), dict):
+        different.append("fit_loop.epoch_loop._results")
+    if different:
+        import lightning
+
+        raise MisconfigurationException(
+            "`Microbatching` needs a training loop like that of Lightning 2.4 to 2.6, but Lightning "
+            f"{lightning.__version__} lacks {', '.join(different)}. Install lightning>=2.4,<2.7."
+        )
+
+
+def install_closure(trainer: Trainer, make: Callable[[Any, Any, int], Closure]) -> Callable[[], None]:
+    """Let the training loop make its closure (forward, zero_grad, backward of a batch) by another function.
+
+    Args:
+        trainer: the trainer.
+        make: makes a closure from the step's keyword arguments, the optimizer and the batch index.
+
+    Returns:
+        A function that takes it back.
+    """
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+    loop._make_closure = make  # type: ignore[method-assign, assignment]
+
+    def undo() -> None:
+        if loop.__dict__.get("_make_closure") is make:
+            del loop.__dict__["_make_closure"]
+
+    return undo
+
+
+def closure_replaced(trainer: Trainer) -> bool:
+    """Whether :func:`install_closure` is in force."""
+    return "_make_closure" in trainer.fit_loop.epoch_loop.automatic_optimization.__dict__
+
+
+def uses_static_graph(strategy: Any) -> bool:
+    """Whether DDP is to be told that every step runs the same graph."""
+    return bool(getattr(strategy, "_ddp_kwargs", {}).get("static_graph", False))
+
+
+def trainer_callbacks(model: Any) -> list[Any]:
+    """The callbacks of a module's trainer, to be added to; an empty list before it has one."""
+    if model is None or model._trainer is None:
+        return []
+    callbacks: list[Any] = model.trainer.callbacks
+    return callbacks
+
+
+def log_scalar(trainer: Trainer, name: str, value: float) -> None:
+    """Send one number to all loggers, at the step that the trainer counts for them, and to callbacks."""
+    trainer.callback_metrics[name] = torch.tensor(value)
+    for logger in trainer.loggers:
+        logger.log_metrics({name: value}, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def backward_fn(trainer: Trainer, optimizer: Any) -> Callable[[Tensor], None] | None:
+    """The loop's own backward, with all its hooks; ``None`` if backward is to be skipped."""
+    return trainer.fit_loop.epoch_loop.automatic_optimization._make_backward_fn(optimizer)
+
+
+def zero_grad_fn(trainer: Trainer, batch_idx: int, optimizer: Any) -> Callable[[], None] | None:
+    """The loop's own zero_grad, with all its hooks; ``None`` while gradients are accumulated."""
+    return trainer.fit_loop.epoch_loop.automatic_optimization._make_zero_grad_fn(batch_idx, optimizer)
+
+
+def training_step(trainer: Trainer, kwargs: Any) -> ClosureResult:
+    """Forward of one batch through the strategy, as the loop does it."""
+    return trainer.fit_loop.epoch_loop.automatic_optimization._training_step(kwargs)
+
+
+def results(trainer: Trainer) -> Any:
+    """The collection that ``self.log`` of the training loop writes to."""
+    return trainer.fit_loop.epoch_loop._results
+
+
+@contextmanager
+def results_replaced(trainer: Trainer, replacement: Any) -> Iterator[None]:
+    """Let ``self.log`` write elsewhere for a while."""
+    loop = trainer.fit_loop.epoch_loop
+    own = loop._results
+    loop._results = replacement
+    try:
+        yield
+    finally:
+        loop._results = own
+
+
+def results_state(collection: Any) -> Any:
+    """What to hand to :func:`restore_results`; references only: its tensors are never changed in place."""
+    return {key: (metric, dict(metric.__dict__)) for key, metric in collection.items()}
+
+
+def restore_results(collection: Any, state: Any) -> None:
+    """Set a result collection back.
+
+    Args:
+        collection: the collection.
+        state: of :func:`results_state`.
+    """
+    collection.clear()
+    for key, (metric, attributes) in state.items():
+        metric.__dict__.clear()
+        metric.__dict__.update(attributes)
+        collection[key] = metric
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Whether the current batch ends without an optimizer step."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def grad_scaler(trainer: Trainer) -> Any:
+    """The loss scaler of mixed precision, ``None`` without one."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+class MetricStates:
+    """The states of all metrics of a model, to be set back any number of times.
+
+    Tensors are copied, since metrics add to them in place; of lists, to which they append, only the list is.
+
+    Args:
+        model: the module whose metrics are meant.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        metrics = [module for module in model.modules() if isinstance(module, Metric)]
+        self._kept = [
+            (metric, {name: _copy(getattr(metric, name)) for name in metric._defaults}, metric._update_count)
+            for metric in metrics
+        ]
+
+    def tensors(self) -> list[Tensor]:
+        """The copies."""
+        return [x for _, state, _ in self._kept for x in state.values() if isinstance(x, Tensor)]
+
+    def restore(self) -> None:
+        """Set all states back."""
+        for metric, state, count in self._kept:
+            for name, value in state.items():
+                setattr(metric, name, _copy(value))
+            metric._update_count = count
+            metric._computed = None
+
+
+def _copy(state: Any) -> Any:
+    return state.detach().clone() if isinstance(state, Tensor) else list(state)
+
+
+class BatchMetrics:
+    """Lets torchmetrics' metrics see the chunks of a batch as one batch.
+
+    ``metric(...)`` returns and keeps the value of that call alone, which ``self.log(..., on_step=True)``
+    logs. Over chunks, the value of the whole batch is needed: each metric starts the batch empty, its state
+    after the last chunk is the batch's, and is merged into what it held before, as ``Metric.forward`` does.
+
+    Metrics whose state cannot be merged (``full_state_update``) and wrappers keep the value of the last
+    chunk.
+
+    Args:
+        model: the module whose metrics are meant.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        metrics = [module for module in model.modules() if isinstance(module, Metric)]
+        inside = {metric: [m for m in metric.modules() if isinstance(m, Metric)] for metric in metrics}
+        wrapped = {one for many in inside.values() if len(many) > 1 for one in many}
+        self._metrics = [
+            metric
+            for metric in metrics
+            if metric not in wrapped and metric.full_state_update is False and metric._defaults
+        ]
+        self._before: list[tuple[Metric, dict[str, Any], int]] = []
+
+    def begin(self) -> None:
+        """Begin a batch: put the states aside and let each metric start empty."""
+        self._before = []
+        for metric in self._metrics:
+            state = {name: getattr(metric, name) for name in metric._defaults}
+            self._before.append((metric, state, metric._update_count))
+            for name, default in metric._defaults.items():
+                # Not `metric.reset()`, which empties lists in place.
+                empty: Any = []
+                if isinstance(default, Tensor):
+                    empty = default.detach().clone().to(state[name].device)
+                setattr(metric, name, empty)
+            metric._update_count = 0
+            metric._computed = None
+
+    def end(self, logged_on_step: Container[int], num_chunks: int) -> None:
+        """End a batch: merge the states, and keep the batch's value where it is logged.
+
+        Args:
+            logged_on_step: identities of the metrics whose value of the step is logged.
+            num_chunks: chunks that were run.
+        """
+        for metric, state, count in self._before if num_chunks > 1 else ():
+            num_calls = metric._update_count
+            if num_calls == 0:
+                self._set(metric, state, count)
+                continue
+            if id(metric) in logged_on_step and metric._forward_cache is not None:
+                synchronizes, metric._to_sync = metric._to_sync, metric.dist_sync_on_step
+                metric._forward_cache = metric.compute()
+                metric._to_sync = synchronizes
+            metric._update_count = count + max(1, num_calls // num_chunks)
+            metric._computed = None
+            with torch.no_grad():
+                metric._reduce_states(state)
+
+    def keep(self) -> None:
+        """Let the batch be over: nothing can be taken back from here."""
+        self._before = []
+
+    def abandon(self) -> None:
+        """Forget the batch, even if it has ended: every metric is as it was before."""
+        for metric, state, count in self._before:
+            self._set(metric, state, count)
+        self._before = []
+
+    @staticmethod
+    def _set(metric: Metric, state: dict[str, Any], count: int) -> None:
+        for name, value in state.items():
+            setattr(metric, name, value)
+        metric._update_count = count
+        metric._computed = None

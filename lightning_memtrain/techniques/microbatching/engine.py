@@ -1,0 +1,272 @@
+"""One batch as several chunks: the closure that takes the place of Lightning's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_memtrain.core import mark
+from lightning_memtrain.ledger import MemoryLedger
+from lightning_memtrain.ledger.storages import tensors_in
+from lightning_memtrain.techniques.microbatching import _compat, parallel, sizing
+from lightning_memtrain.techniques.microbatching.chunks import Chunk, Splitter
+from lightning_memtrain.techniques.microbatching.logs import CallRecorder
+from lightning_memtrain.techniques.microbatching.normalization import BatchNormPolicy
+from lightning_memtrain.techniques.microbatching.outputs import BatchOutcome, merge_outputs
+from lightning_memtrain.techniques.microbatching.probe import Peak
+from lightning_memtrain.techniques.microbatching.recovery import Recovery
+from lightning_memtrain.techniques.microbatching.snapshot import BatchSnapshot
+
+Backward = Callable[[Tensor], None] | None
+
+
+class MicrobatchedClosure(_compat.Closure):
+    """zero_grad, then forward and backward of one chunk after the other.
+
+    Gradients are zeroed before the forward, not after it as Lightning does, since those of the first chunk
+    have to survive the forward of the second.
+
+    Args:
+        engine: runs the chunks.
+        kwargs: arguments of ``training_step`` by name; ``batch`` is the whole batch.
+        backward_fn: backward with all hooks; ``None`` to skip it.
+        zero_grad_fn: ``None`` while gradients are accumulated.
+    """
+
+    def __init__(
+        self,
+        engine: MicrobatchEngine,
+        kwargs: Any,
+        backward_fn: Backward,
+        zero_grad_fn: Callable[[], None] | None,
+    ) -> None:
+        super().__init__(step_fn=_never, backward_fn=backward_fn, zero_grad_fn=zero_grad_fn)
+        self._engine = engine
+        self._kwargs = kwargs
+
+    @torch.enable_grad()
+    def closure(self, *args: Any, **kwargs: Any) -> _compat.ClosureResult:
+        """Run the batch; an optimizer that evaluates several times calls it several times."""
+        if self._zero_grad_fn is not None:
+            self._zero_grad_fn()
+        result = self._engine.run(self._kwargs, self._backward_fn)
+        if result.loss is None:
+            self.warning_cache.warn(
+                "`training_step` returned `None`. If this was on purpose, ignore this warning..."
+            )
+        return result
+
+
+def _never() -> _compat.ClosureResult:
+    raise AssertionError("the chunks are run by the engine")
+
+
+class MicrobatchEngine:
+    """Runs batches as chunks for one trainer.
+
+    Args:
+        trainer: the trainer that fits.
+        model: its module.
+        splitter: splits and weighs.
+        size: how many chunks to make.
+        batchnorm: what batch normalisation does about chunks.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: LightningModule,
+        splitter: Splitter,
+        size: sizing.FixedSplit | sizing.AutoSize,
+        batchnorm: BatchNormPolicy,
+    ) -> None:
+        self.trainer = trainer
+        self.model = model
+        self.splitter = splitter
+        self._size = size
+        self._batchnorm = batchnorm
+        self._metrics = _compat.BatchMetrics(model)
+        # Where forward or backward communicates, all ranks must run equally many chunks.
+        self._in_step = trainer.world_size > 1 and (
+            parallel.is_sharded(trainer.strategy) or parallel.has_synchronized_batchnorm(model)
+        )
+
+    def make_closure(self, kwargs: Any, optimizer: Any, batch_idx: int) -> MicrobatchedClosure:
+        """Takes the place of the training loop's method of that name."""
+        backward = _compat.backward_fn(self.trainer, optimizer)
+        zero_grad = _compat.zero_grad_fn(self.trainer, batch_idx, optimizer)
+        return MicrobatchedClosure(self, kwargs, backward, zero_grad)
+
+    def run(self, kwargs: Any, backward: Backward) -> _compat.ClosureResult:
+        """Forward and backward of one batch.
+
+        Args:
+            kwargs: arguments of ``training_step`` by name.
+            backward: backward of a loss; ``None`` to skip it.
+
+        Returns:
+            Loss and further outputs of the whole batch.
+        """
+        if isinstance(self._size, sizing.AutoSize):
+            return Recovery(self, self._size).run(kwargs, backward)
+        batch = kwargs["batch"]
+        count = self._size.num_microbatches
+        if count is None:
+            assert self._size.microbatch_size is not None
+            count = self.splitter.num_microbatches(batch, self._size.microbatch_size)
+        return self.commit(self.run_chunks(kwargs, backward, self.chunks(batch, count)))
+
+    def chunks(self, batch: Any, count: int) -> list[Chunk]:
+        """The chunks to run, equally many on all ranks where they must be.
+
+        Args:
+            batch: the whole batch.
+            count: how many to make of it.
+
+        Returns:
+            At least one chunk.
+        """
+        if self._in_step:
+            count = parallel.highest_of_ranks(self.trainer, count)
+        chunks = self.splitter.split(batch, count)
+        if self._in_step:
+            # A rank with fewer chunks repeats its first one, at weight 0.
+            repeated = Chunk(chunks[0].batch, 0.0, chunks[0].num_samples, repeated=True)
+            chunks += [repeated] * (parallel.highest_of_ranks(self.trainer, len(chunks)) - len(chunks))
+        return chunks
+
+    def run_chunks(
+        self, kwargs: Any, backward: Backward, chunks: list[Chunk], communicate: bool = True
+    ) -> BatchOutcome:
+        """Forward and backward of chunks. What they log is kept back for :meth:`commit`.
+
+        Args:
+            kwargs: arguments of ``training_step`` by name.
+            backward: backward of a loss; ``None`` to skip it.
+            chunks: what to run.
+            communicate: whether the last backward averages gradients over ranks.
+
+        Returns:
+            All that came of it.
+        """
+        if len(chunks) > 1:
+            parallel.broadcast_buffers(self.trainer.strategy)
+            self._metrics.begin()
+        try:
+            with self._batchnorm.batch(len(chunks)):
+                if self._batchnorm.synchronizes:
+                    outcome = self._synchronized(kwargs, backward, chunks, communicate)
+                else:
+                    outcome = self._run_all(kwargs, backward, chunks, communicate)
+                self._batchnorm.finish()
+        except BaseException:
+            self._metrics.abandon()
+            raise
+        return outcome
+
+    def _run_all(
+        self, kwargs: Any, backward: Backward, chunks: list[Chunk], communicate: bool
+    ) -> BatchOutcome:
+        strategy, outcome = self.trainer.strategy, BatchOutcome(self.splitter.loss_reduction == "sum")
+        last = max((i for i, chunk in enumerate(chunks) if chunk.weight > 0 or self._in_step), default=0)
+        for index, chunk in enumerate(chunks):
+            if len(chunks) > 1:
+                mark(f"microbatch {index + 1} of {len(chunks)}")
+            with (
+                parallel.gradient_sync(strategy, enabled=communicate and index == last),
+                self._batchnorm.chunk(),
+                _compat.results_replaced(self.trainer, recorder := CallRecorder()),
+            ):
+                loss, extra = self._run_chunk(kwargs, backward, chunk)
+            if not chunk.repeated:
+                outcome.add(chunk, loss, self.trainer.accumulate_grad_batches, extra, recorder)
+        return outcome
+
+    def _synchronized(
+        self, kwargs: Any, backward: Backward, chunks: list[Chunk], communicate: bool
+    ) -> BatchOutcome:
+        """All chunks, normalised by the statistics of the whole batch, which a first pass finds."""
+        scaler, device = _compat.grad_scaler(self.trainer), self.trainer.strategy.root_device
+        before = BatchSnapshot(self.model, scaler, device, spared=self._batchnorm.running_statistics)
+        mark("batch statistics")
+        with self._batchnorm.statistics_pass(), _compat.results_replaced(self.trainer, CallRecorder()):
+            _compat.training_step(self.trainer, kwargs)
+        for sweep in range(1, self._batchnorm.num_sweeps + 1):
+            # The same noise in every pass, and nothing left of the pass before but what it learned.
+            before.restore()
+            self._metrics.abandon()
+            self._metrics.begin()
+            with self._batchnorm.sweep():
+                final = sweep == self._batchnorm.num_sweeps
+                outcome = self._run_all(kwargs, backward, chunks, communicate and final)
+        return outcome
+
+    def discard(self) -> None:
+        """Take back what :meth:`run_chunks` did to metrics: it went well here, but not on another rank."""
+        self._metrics.abandon()
+
+    def commit(self, outcome: BatchOutcome) -> _compat.ClosureResult:
+        """Log once for the whole batch, and merge what its chunks returned.
+
+        Args:
+            outcome: of :meth:`run_chunks`, on all ranks: ``sync_dist`` communicates here.
+
+        Returns:
+            Loss and further outputs of the whole batch.
+        """
+        try:
+            self._metrics.end({id(metric) for metric in outcome.logs.metrics_on_step()}, len(outcome.chunks))
+            outcome.logs.replay(_compat.results(self.trainer), outcome.num_samples)
+        except BaseException:
+            self._metrics.abandon()
+            raise
+        self._metrics.keep()
+        result = _compat.ClosureResult(None, extra=merge_outputs(outcome.extras, outcome.chunks))
+        result.loss = result.closure_loss = outcome.loss
+        return result
+
+    def _run_chunk(
+        self, kwargs: Any, backward: Backward, chunk: Chunk
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Forward and backward of one chunk; its loss, not yet weighed, and what else it returned."""
+        kwargs = type(kwargs)(kwargs)
+        kwargs["batch"] = chunk.batch
+        output = _compat.training_step(self.trainer, kwargs)
+        loss = output.closure_loss
+        # A chunk that does not count only runs for its outputs, and where ranks wait for each other.
+        if loss is not None and backward is not None and (chunk.weight > 0 or self._in_step):
+            # At weight 1 the loss is left alone, so that one chunk is plain Lightning to the bit.
+            backward(loss if chunk.weight == 1.0 else loss * chunk.weight)
+        return output.loss, output.extra
+
+    def probe(self, kwargs: Any, backward: Backward, count: int, held_bytes: int = 0) -> Peak:
+        """Run the first of ``count`` chunks in a ledger.
+
+        Args:
+            kwargs: arguments of ``training_step`` by name.
+            backward: backward of a loss; ``None`` to skip it.
+            count: chunks to make of the batch.
+            held_bytes: bytes that the ledger cannot know of, since they were there before and are not used.
+
+        Returns:
+            The peak of the last of them.
+        """
+        chunk, recorder = self.splitter.split(kwargs["batch"], count)[0], CallRecorder()
+        self._metrics.begin()
+        with ExitStack() as undo:
+            undo.callback(self._metrics.abandon)
+            undo.enter_context(self._batchnorm.batch(count))
+            undo.enter_context(self._batchnorm.chunk())
+            undo.enter_context(parallel.gradient_sync(self.trainer.strategy, enabled=False))
+            undo.enter_context(_compat.results_replaced(self.trainer, recorder))
+            ledger = undo.enter_context(MemoryLedger(self.model, self.trainer.optimizers, kwargs["batch"]))
+            loss, extra = self._run_chunk(kwargs, backward, chunk)
+        peak_bytes = ledger.breakdown(per_module=False, timeline=False).ledger_peak_bytes
+        # The last chunk finds there what all others returned and logged.
+        kept_bytes = sum(tensor.nbytes for tensor in tensors_in((loss, extra, recorder.logged_values())))
+        return Peak(chunk.num_samples or 1, peak_bytes + held_bytes + (count - 1) * kept_bytes)

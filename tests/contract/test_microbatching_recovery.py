@@ -1,0 +1,125 @@
+"""Running out of memory anywhere in a step leaves no trace: the run equals one in which it never happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+from torchmetrics import SumMetric
+
+from lightning_memtrain.techniques.microbatching import Microbatching
+from tests.helpers.faults import FailAtOp
+from tests.helpers.trainers import LIGHTNING_WARNINGS
+from tests.helpers.twin_runs import Run, assert_same_run, train
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in LIGHTNING_WARNINGS]
+
+NUM_SAMPLES = 8
+
+
+class Noisy(LightningModule):
+    """Dropout, batch normalisation, a metric and a buffer of its own: all that a second try must not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1)
+        ).double()
+        self.total = SumMetric()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.seen += batch.sum()
+        loss = self.net(batch).square().mean()
+        self.total.update(batch.new_tensor(len(batch)))
+        self.log("total", self.total, on_step=False, on_epoch=True)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class FailInStep(Callback):
+    """Fails at one operator of the closure of one batch.
+
+    Args:
+        batch_idx: the batch.
+        number: operators of its closure to let pass.
+    """
+
+    def __init__(self, batch_idx: int, number: int) -> None:
+        self.batch_idx = batch_idx
+        self.mode = FailAtOp(number)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.batch_idx:
+            self.mode.__enter__()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self._leave(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._leave(trainer)
+
+    def _leave(self, trainer: Any) -> None:
+        # From the optimizer's step on, parameters change and nothing can be run again.
+        if self.mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
+            self.mode.__exit__(None, None, None)
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(NUM_SAMPLES, 3, generator=generator, dtype=torch.float64) for _ in range(3)]
+
+
+class SizeFromBatch(Callback):
+    """Changes the size of the chunks before a batch, as a failure in it would, without the failure."""
+
+    def __init__(self, microbatching: Microbatching, batch_idx: int, size: int) -> None:
+        self.microbatching, self.batch_idx, self.size = microbatching, batch_idx, size
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.batch_idx:
+            state = self.microbatching.state_dict()
+            self.microbatching.load_state_dict(state | {"microbatch_size": self.size})
+
+
+def run(folder: Path, *callbacks: Callback, microbatching: Microbatching, accumulate: int) -> Run:
+    options = {"max_epochs": 1, "accumulate_grad_batches": accumulate}
+    return train(Noisy, batches(), folder, microbatching, *callbacks, **options)
+
+
+# Every operator, in two parts for two workers; a window only adds gradients that are set back.
+@pytest.mark.parametrize(("accumulate", "first", "stride"), [(1, 0, 2), (1, 1, 2), (3, 0, 4)])
+def test_a_failure_at_any_operator_leaves_no_trace(
+    accumulate: int, first: int, stride: int, tmp_path: Path
+) -> None:
+    auto = {"microbatch_size": "auto", "limit": "1GiB"}
+    never = run(tmp_path, microbatching=Microbatching(**auto), accumulate=accumulate)
+    spared = Microbatching(**auto)
+    without = run(tmp_path, SizeFromBatch(spared, 1, 4), microbatching=spared, accumulate=accumulate)
+    number, num_redone = first, 0
+    while True:
+        microbatching, failure = Microbatching(**auto), FailInStep(1, number)
+        failed = run(tmp_path, failure, microbatching=microbatching, accumulate=accumulate)
+        if not failure.mode.done:
+            break  # the step has no more operators
+        number += stride
+        if microbatching.microbatch_size == NUM_SAMPLES:
+            assert_same_run(never, failed, rtol=0, atol=0)  # failed before the batch was begun
+        else:
+            num_redone += 1
+            assert microbatching.technique_record().events[-1] == (
+                "step 1: out of memory at microbatch_size=8; microbatch_size=4 from here"
+                if accumulate == 1
+                else "step 0: out of memory at microbatch_size=8; microbatch_size=4 from here"
+            )
+            assert_same_run(without, failed, rtol=0, atol=0)
+    assert num_redone > 50 / stride
