@@ -1,15 +1,16 @@
 """The memory of one WideResNet-28-2 training step: counted, predicted, and as the allocator says.
 
-    python -m benchmarks.memory_rows [--repeats 5] [--threads 2]
+    python -m benchmarks.memory_rows [--repeats 16] [--threads 2]
 
-The time of a step is given as a ratio to the first row's; the rows are run in turn, and each ratio is the
-median over the turns.
+The time of a step is given as a ratio to the first row's; the rows are run in turn, in an order that changes
+from turn to turn, and each ratio is the median over the turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -76,9 +77,10 @@ def time_ratios(repeats: int) -> dict[str, float]:
     steps = {name: make("cpu") for name, make in WIDE_RESNET_ROWS.items()}
     first = next(iter(steps))
     ratios: dict[str, list[float]] = {name: [] for name in steps}
+    order = random.Random(0)
     for turn in range(repeats + 1):
         spent = {}
-        for name, step in steps.items():
+        for name, step in order.sample([*steps.items()], len(steps)):
             before = time.process_time()
             step()
             spent[name] = (time.process_time() - before) / len(step.inputs[0])
@@ -91,7 +93,7 @@ def time_ratios(repeats: int) -> dict[str, float]:
 def main() -> None:
     """Measure all rows on the CPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

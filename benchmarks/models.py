@@ -65,6 +65,20 @@ def transformer_step(device: str, batch_size: int = 8, *, num_layers: int = 12, 
     return Step(model, optimizer, (tokens,), _predict_next)
 
 
+def padded_transformer_step(device: str, batch_size: int = 100) -> Step:
+    """A small language model without dropout, on sequences of 8 to 64 tokens and padding (token 0), with SGD.
+
+    The loss is the mean over the tokens that are to be predicted, which are no padding.
+    """
+    with torch.device(device):
+        model = _LanguageModel(num_layers=2, width=64, dropout=0.0)
+        tokens = torch.randint(1, 1000, (batch_size, 65))
+        num_predicted = torch.randint(8, 65, (batch_size, 1))
+        tokens = tokens * (torch.arange(65) <= num_predicted)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return Step(model, optimizer, (tokens,), _predict_unpadded)
+
+
 def resnet50_step(device: str, batch_size: int = 8) -> Step:
     """ResNet-50 as configured in `transformers` (which must be installed), on 64x64 images, with SGD."""
     from transformers import ResNetConfig, ResNetForImageClassification
@@ -77,9 +91,9 @@ def resnet50_step(device: str, batch_size: int = 8) -> Step:
 
 
 class _LanguageModel(nn.Module):
-    def __init__(self, num_layers: int, width: int) -> None:
+    def __init__(self, num_layers: int, width: int, dropout: float = 0.1) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout, batch_first=True, norm_first=True)
         self.embed = nn.Embedding(1000, width)
         self.encoder = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
         self.head = nn.Linear(width, 1000)
@@ -94,6 +108,10 @@ def _classify(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
 
 def _predict_next(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def _predict_unpadded(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=0)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
