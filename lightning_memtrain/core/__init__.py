@@ -4,6 +4,7 @@ from lightning_memtrain.core.breakdown import Growth, MemoryBreakdown, ModuleMem
 from lightning_memtrain.core.categories import Category, CategoryBytes
 from lightning_memtrain.core.marks import mark, watch_marks
 from lightning_memtrain.core.out_of_memory import is_out_of_memory
+from lightning_memtrain.core.rehearsal import rehearsal, rehearsal_depth
 from lightning_memtrain.core.technique import Setting, Technique, TechniqueRecord, is_technique
 from lightning_memtrain.core.units import GIB, KIB, MIB, format_bytes, parse_bytes
 from lightning_memtrain.core.warnings import NoEffectWarning, ReportWarning
@@ -28,5 +29,7 @@ __all__ = [
     "is_technique",
     "mark",
     "parse_bytes",
+    "rehearsal",
+    "rehearsal_depth",
     "watch_marks",
 ]

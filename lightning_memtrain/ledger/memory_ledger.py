@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_memtrain.core import Category, MemoryBreakdown, watch_marks
+from lightning_memtrain.core import Category, MemoryBreakdown, rehearsal_depth, watch_marks
 from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
 from lightning_memtrain.ledger.modules import ModuleWatch, Moment
 from lightning_memtrain.ledger.operators import OperatorWatch, returns_arguments
@@ -104,6 +104,7 @@ class MemoryLedger:
         self._last_step_tick: int | None = None
         self._backward_module: str | None = None
         self._entered = False
+        self._depth = 0
 
     # ------------------------------------------------------------------ entering and leaving
 
@@ -114,6 +115,7 @@ class MemoryLedger:
                 "Make a new `MemoryLedger(model, ...)` for each block."
             )
         self._entered = True
+        self._depth = rehearsal_depth()
         with ExitStack() as undo:  # undoes what was done so far if a later line fails
             self._install(undo)
             self._undo = undo.pop_all()
@@ -274,6 +276,8 @@ class MemoryLedger:
         self._book.note_from_the_start(tensor, Category.GRADIENTS if in_backward else Category.INPUTS)
 
     def _on_saved(self, tensor: torch.Tensor) -> None:
+        if rehearsal_depth() != self._depth:
+            return
         self._book.note_from_the_start(tensor, Category.INPUTS)  # unless some operator made it in the block
         if tensor.device != self.device:
             return
@@ -289,7 +293,7 @@ class MemoryLedger:
 
     def _gradient_hook(self, owner: str) -> Callable[[torch.Tensor], None]:
         def after_accumulation(parameter: torch.Tensor) -> None:
-            if parameter.grad is not None:
+            if parameter.grad is not None and rehearsal_depth() == self._depth:
                 self._book.classify(parameter.grad, Category.GRADIENTS, owner)
 
         return after_accumulation

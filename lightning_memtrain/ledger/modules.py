@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_memtrain.core import rehearsal_depth
+
 NOT_IN_BACKWARD = -1
 
 # Before torch 2.8 there is no such function, and only the recomputation of modules is recognised.
@@ -57,9 +59,11 @@ class ModuleWatch:
         self._first_nodes: list[int] = [-1]
         self._modules_of_nodes: list[str] = [""]
         self._depth_at_backward: dict[int, int] = {}
+        self._rehearsal_depth = 0
         self.type_names = {name: type(module).__name__ for name, module in model.named_modules()}
 
     def __enter__(self) -> ModuleWatch:
+        self._rehearsal_depth = rehearsal_depth()
         for name, module in _watchable(self._model):
             self._handles.append(module.register_forward_pre_hook(self._pre_hook(name)))
             self._handles.append(module.register_forward_hook(self._post_hook, always_call=True))
@@ -96,6 +100,8 @@ class ModuleWatch:
 
     def _pre_hook(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any) -> None:
+            if rehearsal_depth() != self._rehearsal_depth:
+                return
             _ = self._in_forward  # a backward that begins with this module's recomputation is noted before it
             self._stack.append(name)
             self._note_change()
@@ -104,6 +110,8 @@ class ModuleWatch:
         return enter
 
     def _post_hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        if rehearsal_depth() != self._rehearsal_depth:
+            return
         if self._stack:
             self._stack.pop()
         self._note_change()

@@ -49,6 +49,21 @@ class OpCall:
     arguments: tuple[Hashable, ...]
     keywords: tuple[tuple[str, Hashable], ...]
 
+    def thaw(self, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments to run the call with, made up on a device.
+
+        Args:
+            device: where tensors are made.
+
+        Returns:
+            Positional and keyword arguments.
+
+        Raises:
+            TypeError: if one cannot be made up.
+        """
+        kwargs = {name: _thaw(argument, device) for name, argument in self.keywords}
+        return [_thaw(argument, device) for argument in self.arguments], kwargs
+
 
 class OpWorkspace:
     """A table of how many bytes an operator holds at most while it runs, its results included.
@@ -68,9 +83,8 @@ class OpWorkspace:
         truth = device_truth(self.device)
         if truth is None:
             raise ValueError(
-                f"`OpWorkspace(device)` must be a device whose allocator reports its peak, but got "
-                f"{self.device}. "
-                "Use the device on which the model will be trained, e.g. 'cpu' or 'cuda'."
+                "`OpWorkspace(device)` must be a device whose allocator reports its peak, but got "
+                f"{self.device}. Use the device on which the model will be trained, e.g. 'cpu' or 'cuda'."
             )
         self._truth = truth
         self._peaks: dict[OpCall, int] = {}
@@ -92,10 +106,9 @@ class OpWorkspace:
         return self._peaks[call]
 
     def _measure(self, call: OpCall) -> int:
-        with _disable_current_modes(), _kept_random_state(self.device), torch.no_grad():
+        with _disable_current_modes(), kept_random_state(self.device), torch.no_grad():
             try:
-                args = [_thaw(argument, self.device) for argument in call.arguments]
-                kwargs = {name: _thaw(argument, self.device) for name, argument in call.keywords}
+                args, kwargs = call.thaw(self.device)
                 self._truth.start()
                 try:
                     call.func(*args, **kwargs)
@@ -159,7 +172,8 @@ class PeakEstimate:
         return -(-num_bytes // unit) * unit
 
 
-def _kept_random_state(device: torch.device) -> AbstractContextManager[None]:
+def kept_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """A context after which random numbers go on as if nothing had been drawn in it."""
     if device.type == "cpu":
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)

@@ -11,6 +11,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from lightning_memtrain.core import rehearsal_depth
+
 # At this momentum a layer's running statistics are those of its last call alone.
 TAKE_THE_CALL = 1.0
 
@@ -233,12 +235,14 @@ class _Layer:
 
     def _hold(self, module: nn.Module, args: tuple[object, ...]) -> None:
         """Keep what is pooled so far while the layer overwrites it."""
-        if not torch.compiler.is_compiling() and self._first_count:
+        if not torch.compiler.is_compiling() and self._first_count and not rehearsal_depth():
             self._put_back()
             mean, variance, _ = self._buffers()
             self._held = mean.clone(), variance.clone()
 
     def _record(self, module: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
+        if not torch.compiler.is_compiling() and rehearsal_depth():
+            return
         count = output.numel() // output.size(1) * _num_replicas(self.module)
         mean, variance, _ = self._buffers()
         if count == 1:

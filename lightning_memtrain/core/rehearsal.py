@@ -1,0 +1,38 @@
+"""Rehearsals: a technique runs a step on tensors without data, and nobody who watches steps counts it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_depth = 0
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Run a step that is none: what is in it must not be counted, pooled or logged with real ones.
+
+    Dispatch modes are out of the way inside. Whoever follows steps by other means (hooks of modules, of saved
+    tensors) asks :func:`rehearsal_depth` and does nothing if it is another than when the watch began.
+
+    Example:
+        >>> with rehearsal():
+        ...     rehearsal_depth()
+        1
+        >>> rehearsal_depth()
+        0
+    """
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    global _depth
+    with _disable_current_modes():
+        _depth += 1
+        try:
+            yield
+        finally:
+            _depth -= 1
+
+
+def rehearsal_depth() -> int:
+    """How many rehearsals are going on, each within the other; 0 in a real step."""
+    return _depth
