@@ -22,6 +22,20 @@ if TYPE_CHECKING:
     )
     from lightning_memtrain.ledger import MemoryLedger, OpWorkspace, device_truth
     from lightning_memtrain.report import MemoryProfiler, MemoryReport
+    from lightning_memtrain.techniques.checkpointing import (
+        ActivationCheckpointing,
+        Budget,
+        CheckpointPolicy,
+        Every,
+        Full,
+        Modules,
+        Nested,
+        OffloadActivations,
+        Recomputed,
+        SelectiveOps,
+        Sqrt,
+        insert_checkpoints,
+    )
     from lightning_memtrain.techniques.microbatching import (
         EarlyZeroGrad,
         MemtrainDDPStrategy,
@@ -32,9 +46,14 @@ if TYPE_CHECKING:
 
 # Names are looked up at their first use, so that `memtrain --help` need not wait for torch.
 _ROOMS = {
+    "ActivationCheckpointing": "techniques.checkpointing",
+    "Budget": "techniques.checkpointing",
     "Category": "core",
     "CategoryBytes": "core",
+    "CheckpointPolicy": "techniques.checkpointing",
     "EarlyZeroGrad": "techniques.microbatching",
+    "Every": "techniques.checkpointing",
+    "Full": "techniques.checkpointing",
     "Growth": "core",
     "MemoryBreakdown": "core",
     "MemoryLedger": "ledger",
@@ -44,20 +63,32 @@ _ROOMS = {
     "MemtrainFSDPStrategy": "techniques.microbatching",
     "Microbatching": "techniques.microbatching",
     "ModuleMemory": "core",
+    "Modules": "techniques.checkpointing",
+    "Nested": "techniques.checkpointing",
     "NoEffectWarning": "core",
+    "OffloadActivations": "techniques.checkpointing",
     "OpWorkspace": "ledger",
+    "Recomputed": "techniques.checkpointing",
     "ReportWarning": "core",
+    "SelectiveOps": "techniques.checkpointing",
+    "Sqrt": "techniques.checkpointing",
     "Technique": "core",
     "TechniqueRecord": "core",
     "TimelineEvent": "core",
     "batchnorm_to_groupnorm": "techniques.microbatching",
     "device_truth": "ledger",
+    "insert_checkpoints": "techniques.checkpointing",
 }
 
 __all__ = [
+    "ActivationCheckpointing",
+    "Budget",
     "Category",
     "CategoryBytes",
+    "CheckpointPolicy",
     "EarlyZeroGrad",
+    "Every",
+    "Full",
     "Growth",
     "MemoryBreakdown",
     "MemoryLedger",
@@ -67,15 +98,22 @@ __all__ = [
     "MemtrainFSDPStrategy",
     "Microbatching",
     "ModuleMemory",
+    "Modules",
+    "Nested",
     "NoEffectWarning",
+    "OffloadActivations",
     "OpWorkspace",
+    "Recomputed",
     "ReportWarning",
+    "SelectiveOps",
+    "Sqrt",
     "Technique",
     "TechniqueRecord",
     "TimelineEvent",
     "__version__",
     "batchnorm_to_groupnorm",
     "device_truth",
+    "insert_checkpoints",
 ]
 
 # The wheel carries the recipes inside the package; a checkout has them beside it, where they are easier to

@@ -66,7 +66,8 @@ def storages_of(tensor: torch.Tensor) -> Sequence[torch.UntypedStorage]:
         return ()
     if is_traceable_wrapper_subclass(tensor):
         inner_names, _ = tensor.__tensor_flatten__()
-        parts = [getattr(tensor, name) for name in inner_names]
+        # Distributed tensors name their device mesh among these, too.
+        parts = [part for name in inner_names if isinstance(part := getattr(tensor, name), torch.Tensor)]
     elif tensor.layout is torch.strided:  # a subclass that holds its bytes itself, e.g. a fake tensor
         return (tensor.untyped_storage(),)
     elif tensor.layout is torch.sparse_coo:

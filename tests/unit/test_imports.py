@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = [
     "lightning_memtrain",
     *(f"lightning_memtrain.{room}" for room in ("core", "ledger", "report", "cli")),
-    "lightning_memtrain.techniques.microbatching",
+    *(f"lightning_memtrain.techniques.{name}" for name in ("checkpointing", "microbatching")),
 ]
 OPTIONAL = ("wandb", "jsonargparse", "sklearn", "fairseq")
 CORE_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "lightning", "torchmetrics", "lightning_memtrain"}

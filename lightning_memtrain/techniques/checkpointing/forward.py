@@ -1,0 +1,269 @@
+"""What takes the place of a module's forward while it is checkpointed."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from lightning_memtrain.techniques.checkpointing.call import Call, Unit
+from lightning_memtrain.techniques.checkpointing.segment import Segment
+from lightning_memtrain.techniques.checkpointing.state import ModuleState, Slot, shallow_copy
+from lightning_memtrain.techniques.checkpointing.surroundings import Surroundings
+from lightning_memtrain.techniques.checkpointing.writes import KeptBefore
+
+Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+"""Makes a context for the forward of a call and one for its recomputation."""
+
+
+class Group:
+    """Modules that are recomputed together where one feeds the next.
+
+    Args:
+        contexts: contexts for each call; by default none.
+    """
+
+    def __init__(self, contexts: Contexts | None = None) -> None:
+        self.contexts = contexts
+        self._open: _Open | None = None
+
+    def take(self, position: int, tensors: Collection[Tensor]) -> Segment:
+        """The segment that a call goes on with, or a new one; until it is given back, others begin their own.
+
+        A call goes on with the last segment if it comes later in the group than that one's calls, takes
+        something that they made, and no checkpoint around them begins or ends in between. So no segment
+        reaches into another forward pass, however the last one ended.
+
+        Args:
+            position: place of the module in the group.
+            tensors: arguments of the call.
+
+        Returns:
+            The segment.
+        """
+        segment = self._open.segment() if self._open is not None and self._open.is_within_reach else None
+        self._open = None
+        if (
+            segment is None
+            or segment.calls[-1].unit.position >= position
+            or all(segment.maker(tensor) is None for tensor in tensors)
+        ):
+            return Segment()
+        return segment
+
+    def give_back(self, segment: Segment) -> None:
+        """Let the next call go on with a segment."""
+        hook = _hook_around()
+        reference: Callable[[], Any] | None
+        try:
+            reference = weakref.ref(hook) if hook is not None else None
+        except TypeError:  # it is part of Python, which lives on anyway
+            reference = functools.partial(_as_it_is, hook)
+        self._open = _Open(weakref.ref(segment), reference)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": None}  # a copy begins anew
+
+
+class _Open(NamedTuple):
+    """A segment that calls may go on with while the same hook for saved tensors is in force."""
+
+    segment: weakref.ref[Segment]
+    hook: Callable[[], Any] | None
+
+    @property
+    def is_within_reach(self) -> bool:
+        hook = _hook_around()
+        return hook is None if self.hook is None else hook is not None and self.hook() is hook
+
+
+# Before torch 2.8 there is no such function.
+_top_hooks: Callable[[bool], Any] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda tracing: None
+)
+
+
+def _hook_around() -> Any:
+    hooks = _top_hooks(True)
+    return hooks[0] if hooks is not None else None
+
+
+class _Habits(NamedTuple):
+    """What forward changes, known once it has run: places of arguments and slots, and slots.
+
+    Args:
+        written: what it writes to in place.
+        assigned: which attributes it assigns.
+        draws_from_numpy: whether it draws random numbers there, whose state takes long to read.
+        fills_what_is_saved: whether it writes to tensors after autograd has saved them.
+        looks_back: whether it runs a backward of its own, which needs what was saved so far.
+    """
+
+    written: frozenset[Any]
+    assigned: frozenset[Slot]
+    draws_from_numpy: bool
+    fills_what_is_saved: bool
+    looks_back: bool
+
+
+class CheckpointedForward:
+    """Takes the place of a module's forward: runs it, and again in backward.
+
+    An attribute of the module, so its class, its parameters and their names stay what they are. It can be
+    copied and pickled with the module.
+
+    Args:
+        module: the module.
+        name: its path in the model.
+        group: what it is recomputed together with.
+        position: its place in the group.
+        path: which part of the group's levels it belongs to.
+    """
+
+    def __init__(
+        self, module: nn.Module, name: str, group: Group, position: int = 0, path: tuple[int, ...] = ()
+    ) -> None:
+        self.module = module
+        self.name = name
+        self.position = position
+        self.path = path
+        self._group = group
+        self._is_removed = False
+        # By the modes of the modules: in training a forward may change what it leaves alone otherwise.
+        self._habits: dict[tuple[bool, ...], _Habits] = {}
+        # `module.compile()` keeps the compiled forward in another attribute than an own forward.
+        self._attribute = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+        self._replaced = module.__dict__.get(self._attribute)
+
+    def install(self) -> None:
+        """Take the place of the module's forward."""
+        self.module.__dict__[self._attribute] = self
+
+    def remove(self) -> None:
+        """Give the forward back; where something else took its place since, do nothing from here."""
+        self._is_removed = True
+        if self.module.__dict__.get(self._attribute) is not self:
+            return
+        if self._replaced is None:
+            del self.module.__dict__[self._attribute]
+        else:
+            self.module.__dict__[self._attribute] = self._replaced
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        if self._replaced is not None:
+            return self._replaced(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward, keeping what it takes to run it again."""
+        if self._is_removed or not torch.is_grad_enabled():
+            return self.original(*args, **kwargs)
+        args, kwargs = _without_cache((args, kwargs), self.module)
+        flat, structure = tree_flatten((args, kwargs))
+        flat = [shallow_copy(value) for value in flat]  # as they are before the call
+        tensors = {place: value for place, value in enumerate(flat) if isinstance(value, Tensor)}
+        segment = self._group.take(self.position, tensors.values())
+        makers = {place: made for place, tensor in tensors.items() if (made := segment.maker(tensor))}
+
+        modules = [*self.module.modules()]
+        modes = tuple(module.training for module in modules)
+        habits = self._habits.get(modes)
+        state = ModuleState(modules, habits.assigned if habits is not None else None)
+        is_watched = habits is None and not _has_compiled(self.module)
+        known = None if is_watched else habits.written if habits is not None else ()
+        given = [*tensors.items(), *state.tensors]
+        writes = KeptBefore(given, known)
+        surroundings = Surroundings(
+            [tensor for _, tensor in given], habits is None or habits.draws_from_numpy
+        )
+        own, again = self._group.contexts() if self._group.contexts is not None else (nullcontext(),) * 2
+        unit = Unit(self.name, self.module, self.original, self.position, self.path)
+        call = Call(len(segment.calls), unit, surroundings, state, again, is_watched)
+
+        # What is saved is held until the call has ended if it may be needed so long: by a backward in the
+        # forward, or by autograd if the call turns out not to be one that can run again.
+        holds = habits is None or habits.looks_back or state.has_tensors_of_its_own
+        stretch = segment.stretch(self.path)
+        num_before = len(stretch)
+        try:
+            with stretch.saving(self.name, state.statistics, holds=holds), writes, own:
+                output = self.original(*args, **kwargs)
+        except BaseException:
+            stretch.forget_since(num_before)
+            raise
+        surroundings.call_ended()
+        if habits is None:
+            habits = _Habits(
+                written=frozenset(writes.before),
+                assigned=frozenset(state.assigned({*writes.before, *writes.missed})),
+                draws_from_numpy=surroundings.draws_from_numpy,
+                fills_what_is_saved=writes.fills_what_is_saved,
+                looks_back=stretch.looks_back,
+            )
+            self._habits[modes] = habits
+        if writes.missed and not holds:
+            raise RuntimeError(
+                f"`ActivationCheckpointing` cannot recompute {self.name!r}: its forward changes "
+                f"{self._named(writes.missed, tensors)} in place, which it did not in its first call. Let it "
+                "make a new tensor, or leave this module out."
+            )
+        if writes.missed:  # it cannot run again as it did, but the next call will know
+            self._habits[modes] = habits._replace(written=habits.written.union(writes.missed))
+            stretch.forget_since(num_before)
+            return output
+        self._refuse_entangled(writes.entangled(), tensors)
+        stretch.drop_since(num_before)
+        call.runs_to_its_end = habits.fills_what_is_saved
+        state.call_ended(writes.before)
+        call.keep(flat, structure, makers, writes.before)
+        segment.add(call, tree_flatten(output)[0])
+        self._group.give_back(segment)
+        return output
+
+    def _refuse_entangled(self, keys: list[Any], tensors: Collection[int]) -> None:
+        if keys:
+            raise RuntimeError(
+                f"`ActivationCheckpointing` cannot recompute {self.name!r}: what it writes to in place must "
+                f"not share memory with anything else that it is given, but {self._named(keys, tensors)} do. "
+                "Pass a copy (`.clone()`), write to none of them, or leave this module out."
+            )
+
+    def _named(self, keys: Collection[Any], tensors: Collection[int]) -> str:
+        names = (f"argument {key + 1}" if key in tensors else key.described(self.module) for key in keys)
+        return " and ".join(names)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _has_compiled(module: nn.Module) -> bool:
+    # `torch.compile(module)` keeps the module in this attribute; `module.compile()` in the other.
+    # Compiled code does not run under a dispatch mode.
+    return any("_orig_mod" in one._modules or one._compiled_call_impl is not None for one in module.modules())
+
+
+def _without_cache(arguments: Any, module: nn.Module) -> Any:
+    """Arguments without empty key-value caches of `transformers`.
+
+    Layers append to it, once more when they are recomputed; what they append is of no use in training. The
+    library's own checkpointing leaves it out, too.
+    """
+
+    def is_empty_cache(value: Any) -> bool:
+        if not hasattr(value, "get_seq_length") or not callable(getattr(value, "update", None)):
+            return False
+        layers = [i for part in module.modules() if isinstance(i := getattr(part, "layer_idx", None), int)]
+        return bool(layers) and all(value.get_seq_length(layer) == 0 for layer in layers)
+
+    if not any(is_empty_cache(value) for value in tree_flatten(arguments)[0]):
+        return arguments  # the very containers, for the module may add to them
+    return tree_map(lambda value: None if is_empty_cache(value) else value, arguments)

@@ -1,0 +1,146 @@
+"""What the tensors held that a call writes to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_memtrain.ledger.storages import storages_of, tensors_in
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; those of inference mode do not count.
+
+    Args:
+        tensor: any tensor.
+
+    Returns:
+        Its version, 0 if it has none.
+    """
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
+
+
+def copied(tensor: Tensor, requires_grad: bool) -> Tensor:
+    """A copy that may be written to.
+
+    Args:
+        tensor: what to copy.
+        requires_grad: whether the copy needs a gradient.
+
+    Returns:
+        The copy; it is no leaf, which may not be written to.
+    """
+    return tensor.detach().requires_grad_(requires_grad).clone()
+
+
+class KeptBefore:
+    """Keeps a copy of every tensor that a call writes to, as it was before.
+
+    What a call writes to is not known before it has run once. So in its first call a dispatch mode copies
+    each tensor right before the first operator that writes to it; those that are only read cost nothing.
+    Later calls copy what the first one wrote to.
+
+    Args:
+        tensors: what may be written to, with any keys.
+        known: keys of what earlier calls wrote to; ``None`` at the first call.
+    """
+
+    def __init__(self, tensors: Sequence[tuple[Any, Tensor]], known: Collection[Hashable] | None) -> None:
+        self._tensors = tensors
+        self._versions = [version_of(tensor) for _, tensor in tensors]
+        self._watch = WriteWatch([tensor for _, tensor in tensors]) if known is None else None
+        self._copies: dict[int, Tensor] = {}
+        for key, tensor in tensors if known else ():
+            if known and key in known and id(tensor) not in self._copies:
+                self._copies[id(tensor)] = tensor.detach().clone()
+        self.before: dict[Any, Tensor] = {}
+        """What was written to, as it was before."""
+        self.missed: list[Any] = []
+        """Keys of what was written to without a copy."""
+
+    @property
+    def fills_what_is_saved(self) -> bool:
+        """Whether, in a first call, an operator wrote to a tensor after autograd had saved it."""
+        return self._watch is not None and self._watch.fills_what_is_saved
+
+    def __enter__(self) -> KeptBefore:
+        if self._watch is not None:
+            self._watch.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._watch is not None:
+            self._watch.__exit__(*exc_info)  # type: ignore[no-untyped-call]
+            self._copies = self._watch.copies
+        for (key, tensor), version in zip(self._tensors, self._versions, strict=True):
+            if id(tensor) in self._copies:
+                self.before[key] = self._copies[id(tensor)]
+            elif version_of(tensor) != version:
+                self.missed.append(key)
+
+    def entangled(self) -> list[Any]:
+        """Keys of tensors that share memory and are written to, so that copies of each would be apart."""
+        written = [(key, tensor) for key, tensor in self._tensors if id(tensor) in self._copies]
+        owners: dict[int, set[int]] = {}
+        for _, tensor in written:
+            for storage in storages_of(tensor):
+                owners.setdefault(storage._cdata, set()).add(id(tensor))
+        several = {one for together in owners.values() if len(together) > 1 for one in together}
+        return [key for key, tensor in written if id(tensor) in several]
+
+
+class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Copies tensors right before they are written to.
+
+    Args:
+        tensors: which; without any, everything runs as under a watch, and nothing else happens.
+    """
+
+    def __init__(self, tensors: Collection[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.copies: dict[int, Tensor] = {}
+        """What was written to as it was before, by ``id``."""
+        self.fills_what_is_saved = False
+        """Whether an operator wrote to a tensor after autograd had saved it."""
+        self._watched: dict[int, list[Tensor]] = {}
+        for tensor in tensors:
+            for storage in storages_of(tensor):
+                self._watched.setdefault(storage._cdata, []).append(tensor)
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let torch compile functions meanwhile."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.fills_what_is_saved |= func is torch.ops.aten.rrelu_with_noise.default  # alone in this
+        for position, name in _written_arguments(func) if self._watched else ():
+            written = kwargs[name] if name in kwargs else args[position] if position < len(args) else None
+            for tensor in tensors_in(written):
+                for storage in storages_of(tensor):  # a write through any view of it counts
+                    for watched in self._watched.pop(storage._cdata, ()):
+                        if id(watched) not in self.copies:
+                            self.copies[id(watched)] = watched.detach().clone()
+        return func(*args, **kwargs)
+
+
+@cache
+def _written_arguments(func: Callable[..., Any]) -> tuple[tuple[int, str], ...]:
+    """Position and name of the arguments that an operator writes to."""
+    schema = getattr(func, "_schema", None)
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(schema.arguments if schema is not None else ())
+        # Batch normalisation writes to its running statistics and does not say so.
+        if argument.name in ("running_mean", "running_var")
+        or (argument.alias_info is not None and argument.alias_info.is_write)
+    )

@@ -1,0 +1,147 @@
+"""What every technique promises, for each of them and for every pair."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lightning_memtrain as mt
+from lightning_memtrain.core import is_technique
+from tests.helpers.trainers import LIGHTNING_WARNINGS, assert_torch_is_as_found, quiet_trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings(*LIGHTNING_WARNINGS),
+    # EarlyZeroGrad beside Microbatching, OffloadActivations on the CPU.
+    pytest.mark.filterwarnings("ignore::lightning_memtrain.NoEffectWarning"),
+]
+
+CASES: dict[str, Callable[[], Any]] = {
+    "Microbatching": lambda: mt.Microbatching(num_microbatches=3),
+    "EarlyZeroGrad": mt.EarlyZeroGrad,
+    "ActivationCheckpointing": lambda: mt.ActivationCheckpointing("full"),
+    "ActivationCheckpointing, auto": mt.ActivationCheckpointing,
+    "OffloadActivations": lambda: mt.OffloadActivations(min_bytes=1),
+}
+PAIRS = [pair for pair in itertools.combinations(CASES, 2) if pair[0] != pair[1].partition(",")[0]]
+IDENTITIES: dict[str, Callable[[], Any]] = {
+    "Microbatching": lambda: mt.Microbatching(num_microbatches=1),
+    "EarlyZeroGrad": mt.EarlyZeroGrad,
+    "ActivationCheckpointing": lambda: mt.ActivationCheckpointing(mt.Budget("1TiB")),
+    "OffloadActivations": lambda: mt.OffloadActivations(min_bytes="1TiB"),
+}
+WIDTH, ROWS, NUM_BATCHES = 8, 14, 5
+
+
+class SmallNet(LightningModule):
+    """Blocks without randomness; a batch can be split and parts of it recomputed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.GELU()) for _ in range(3))
+        )
+        self.head = nn.Linear(WIDTH, 1)
+        self.double()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = (self.head(self.blocks(batch)) - batch[:, :1]).square().mean()
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2), "interval": "step"}]
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        rows = torch.randn(ROWS * NUM_BATCHES, WIDTH, generator=torch.Generator().manual_seed(3)).double()
+        return DataLoader(rows, batch_size=ROWS)
+
+
+def fit(folder: Path, *callbacks: Any, max_epochs: int = 2, **options: Any) -> tuple[SmallNet, Trainer]:
+    seed_everything(1, verbose=False)
+    model = SmallNet()
+    checkpoint = options.pop("ckpt_path", None)
+    trainer = quiet_trainer(folder, *callbacks, max_epochs=max_epochs, gradient_clip_val=1.0, **options)
+    trainer.fit(model, ckpt_path=checkpoint)
+    return model, trainer
+
+
+def assert_same(one: nn.Module, other: nn.Module, **tolerance: float) -> None:
+    for (name, tensor), twin in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(tensor, twin, **(tolerance or {"rtol": 0.0, "atol": 0.0}), msg=name)
+
+
+def made(names: tuple[str, ...]) -> list[Any]:
+    return [CASES[name]() for name in names]
+
+
+@pytest.mark.parametrize("names", [(name,) for name in CASES] + PAIRS, ids=" + ".join)
+def test_an_exact_technique_trains_as_without(names: tuple[str, ...], tmp_path: Path) -> None:
+    plain, plain_trainer = fit(tmp_path)
+    techniques = made(names)
+    model, trainer = fit(tmp_path, *techniques)
+    assert all(technique.exact for technique in techniques)
+    assert_same(plain, model, rtol=1e-10, atol=1e-12)
+    assert trainer.global_step == plain_trainer.global_step == 2 * NUM_BATCHES
+    assert trainer.logged_metrics.keys() == plain_trainer.logged_metrics.keys()
+    for name, value in plain_trainer.logged_metrics.items():
+        torch.testing.assert_close(trainer.logged_metrics[name], value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_an_identity_setting_changes_nothing_at_all(name: str, tmp_path: Path) -> None:
+    plain, plain_trainer = fit(tmp_path)
+    model, trainer = fit(tmp_path, IDENTITIES[name]())
+    assert_same(plain, model)
+    assert trainer.logged_metrics == plain_trainer.logged_metrics
+
+
+@pytest.mark.parametrize("names", [(name,) for name in CASES] + PAIRS, ids=" + ".join)
+def test_a_run_that_is_resumed_equals_the_uninterrupted_one(names: tuple[str, ...], tmp_path: Path) -> None:
+    whole, _ = fit(tmp_path, *made(names))
+    _, first = fit(tmp_path, *made(names), max_epochs=1)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = fit(tmp_path, *made(names), ckpt_path=tmp_path / "half.ckpt")
+    assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_technique_leaves_model_and_torch_as_it_found_them(name: str, tmp_path: Path) -> None:
+    model, _ = fit(tmp_path, CASES[name]())
+    assert_torch_is_as_found(model)
+    untouched, _ = fit(tmp_path)
+    for (path, module), twin in zip(model.named_modules(), untouched.modules(), strict=True):
+        assert type(module) is type(twin)
+        own = module.__dict__.keys() - twin.__dict__.keys()
+        assert not own, f"{path} has {own}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_technique_says_what_it_is_before_and_after_the_run(name: str, tmp_path: Path) -> None:
+    technique = CASES[name]()
+    assert is_technique(technique)
+    for _ in range(2):
+        record = technique.technique_record()
+        assert record.name == name.partition(",")[0]
+        assert mt.TechniqueRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+        fit(tmp_path, technique)
+
+
+def test_the_cases_are_all_public_techniques() -> None:
+    public = {
+        name
+        for name in mt.__all__
+        if isinstance(getattr(mt, name), type)
+        and callable(getattr(getattr(mt, name), "technique_record", None))
+        and name != "Technique"
+    }
+    assert public == {name.partition(",")[0] for name in CASES} == IDENTITIES.keys()

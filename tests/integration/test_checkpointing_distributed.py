@@ -1,0 +1,175 @@
+"""Recomputing activations in two gloo processes equals not doing so, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, multiprocessing, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from lightning_memtrain import ActivationCheckpointing, Microbatching
+from tests.helpers.trainers import quiet_trainer
+
+pytestmark = pytest.mark.slow
+
+NUM_BATCHES, ROWS, WIDTH = 4, 12, 8
+
+
+class Net(LightningModule):
+    """Blocks with dropout and batch norm, on batches that differ between the ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.block() for _ in range(4))
+        self.unused = nn.Linear(4, 4) if type(self) is WithUnused else None
+
+    def block(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Tanh(), nn.Dropout(0.2))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        for block in self.blocks:
+            batch = batch + block(batch)
+        loss = batch.square().mean()
+        self.log("loss", loss, sync_dist=True)
+        return loss
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        generator = torch.Generator().manual_seed(self.global_rank)
+        batches = [torch.randn(ROWS, WIDTH, generator=generator) for _ in range(NUM_BATCHES)]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class WithUnused(Net):
+    """Parameters without a gradient."""
+
+
+class Sharded(Net):
+    """Each block is a shard of its own; made in `configure_model`."""
+
+    def block(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Tanh(), nn.Dropout(0.2))
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        for block in self.blocks:
+            fully_shard(block, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+
+@dataclass
+class Case:
+    policy: Any = "full"
+    strategy: Callable[[], Any] = DDPStrategy
+    model: Callable[[], LightningModule] = Net
+    others: Callable[[], list[Any]] = list
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+def _fsdp2() -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+
+
+CASES = {
+    "ddp": Case(),
+    "ddp, segments": Case("sqrt"),
+    "ddp, nested": Case("nested"),
+    "ddp, chosen": Case("auto"),
+    "unused parameters": Case(strategy=lambda: DDPStrategy(find_unused_parameters=True), model=WithUnused),
+    "static graph": Case(strategy=lambda: DDPStrategy(static_graph=True)),
+    "bucket views, accumulated": Case(
+        strategy=lambda: DDPStrategy(gradient_as_bucket_view=True), trainer={"accumulate_grad_batches": 2}
+    ),
+    "microbatches": Case(others=lambda: [Microbatching(num_microbatches=3)]),
+    "microbatches, chosen": Case("auto", others=lambda: [Microbatching(num_microbatches=3)]),
+    "fsdp2": Case(strategy=_fsdp2, model=Sharded),
+    "fsdp2, segments": Case("sqrt", strategy=_fsdp2, model=Sharded),
+    "fsdp2, microbatches": Case(
+        strategy=_fsdp2, model=Sharded, others=lambda: [Microbatching(num_microbatches=2)]
+    ),
+}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _train(case: Case, folder: Path, *callbacks: Any) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = case.model()
+    trainer = quiet_trainer(
+        folder, *case.others(), *callbacks, strategy=case.strategy(), devices=2, max_epochs=2, **case.trainer
+    )
+    trainer.fit(model)
+    assert not any("forward" in module.__dict__ for module in model.blocks.modules())
+    seen = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
+    return seen | {name: value.clone() for name, value in trainer.callback_metrics.items()}
+
+
+def _check(case: Case, folder: Path) -> int:
+    plain = _train(case, folder)
+    callback = ActivationCheckpointing(case.policy)
+    recomputed = _train(case, folder, callback)
+    assert plain.keys() == recomputed.keys()
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, recomputed[name]), name
+    return int(callback.technique_record().settings["num_modules"])  # type: ignore[arg-type]
+
+
+def _run_rank(rank: int, port: int, folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank)
+    )
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    for name, case in CASES.items():
+        try:
+            found[name] = _check(case, folder)
+        except BaseException:
+            found[name] = traceback.format_exc()
+        (folder / f"rank_{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank found, by case."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    multiprocessing.spawn(_run_rank, (find_free_network_port(), folder), nprocs=2)
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_ranks_train_as_without_recomputing(name: str, found: list[dict[str, Any]]) -> None:
+    for result in found:
+        assert isinstance(result[name], int), result[name]
+        assert result[name] == 4 or (result[name] >= 0 and CASES[name].policy == "auto")
+
+
+def test_a_budget_is_refused_where_parameters_are_sharded() -> None:
+    class Trainer:
+        strategy = _fsdp2()
+        callbacks: tuple[Any, ...] = ()
+
+    with pytest.raises(
+        MisconfigurationException, match=r"needs whole parameters .* but got ModelParallelStrategy"
+    ):
+        ActivationCheckpointing("auto").setup(Trainer(), Net(), "fit")  # type: ignore[arg-type]

@@ -1,0 +1,159 @@
+"""`ActivationCheckpointing("auto")` and budgets in a real run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+
+from lightning_memtrain import ActivationCheckpointing, Budget, MemoryProfiler, Microbatching
+from lightning_memtrain.core import KIB
+from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
+
+pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
+
+ROWS = 64
+WIDTH = 32
+
+
+class DeepModel(LightningModule):
+    """Blocks with dropout and batch norm; logs, counts and keeps a metric as users do."""
+
+    def __init__(self, asks_for_a_value: bool = False) -> None:
+        super().__init__()
+        block = lambda: nn.Sequential(  # noqa: E731
+            nn.Linear(WIDTH, 4 * WIDTH),
+            nn.BatchNorm1d(4 * WIDTH),
+            nn.ReLU(),
+            nn.Dropout(),
+            nn.Linear(4 * WIDTH, WIDTH),
+        )
+        self.blocks = nn.ModuleList(block() for _ in range(6))
+        self.mean = MeanMetric()
+        self.losses: list[float] = []
+        self.num_steps = 0
+        self.asks_for_a_value = asks_for_a_value
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
+        self.num_steps += 1
+        x = batch
+        for block in self.blocks:
+            x = x + block(x)
+        loss = x.square().mean()
+        if self.asks_for_a_value:
+            self.losses.append(loss.item())
+        else:
+            self.losses.append(loss.detach())
+        self.mean(loss)
+        self.log("loss", loss)
+        self.log("mean", self.mean, on_step=True, on_epoch=True)
+        return {"loss": loss, "more": x.detach().sum()}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(
+            torch.randn(4 * ROWS, WIDTH, generator=torch.Generator().manual_seed(0)), batch_size=ROWS
+        )
+
+
+def fit(
+    folder: Path, *callbacks: Any, model: DeepModel | None = None, **options: Any
+) -> tuple[DeepModel, Trainer]:
+    seed_everything(7, verbose=False)
+    model = model or DeepModel()
+    trainer = quiet_trainer(folder, *callbacks, max_epochs=2, **options)
+    trainer.fit(model)
+    return model, trainer
+
+
+def assert_equal(one: DeepModel, other: DeepModel) -> None:
+    for (name, tensor), twin in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(tensor, twin), name
+    assert torch.equal(torch.stack(one.losses), torch.stack(other.losses))  # type: ignore[arg-type]
+    assert one.num_steps == other.num_steps
+
+
+@pytest.mark.parametrize("policy", ["auto", Budget(), Budget("1300KiB")])
+def test_a_run_with_a_budget_is_the_run_without(policy: Any, tmp_path: Path) -> None:
+    plain, plain_trainer = fit(tmp_path)
+    callback = ActivationCheckpointing(policy)
+    model, trainer = fit(tmp_path, callback)
+    assert_equal(plain, model)
+    assert trainer.logged_metrics == plain_trainer.logged_metrics
+    assert "training_step" not in model.__dict__
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_the_limit_is_kept_and_the_report_says_what_was_chosen(tmp_path: Path) -> None:
+    plain_profiler = MemoryProfiler(every_n_steps=1, report_dir=tmp_path / "plain")
+    fit(tmp_path, plain_profiler)
+    plain_bytes = plain_profiler.report.stages["fit"].ledger_peak_bytes
+    limit = plain_bytes * 3 // 4
+    profiler = MemoryProfiler(every_n_steps=1, report_dir=tmp_path / "limited")
+    fit(tmp_path, profiler, ActivationCheckpointing(Budget(limit)))
+    report = profiler.report
+    assert report.stages["fit"].ledger_peak_bytes <= limit < plain_bytes
+    assert report.stages["fit"].recomputed_max_bytes > 0
+    (record,) = report.techniques
+    assert record.name == "ActivationCheckpointing"
+    assert record.settings["policy"] == f"Budget(limit={limit})"
+    assert record.settings["num_modules"] > 0
+    assert all(event.startswith("step ") and "recomputed: peak " in event for event in record.events)
+
+
+@pytest.mark.parametrize("batchnorm", ["pooled", "chunk", "synchronized"])
+def test_microbatches_are_the_same_with_a_choice(batchnorm: Any, tmp_path: Path) -> None:
+    plain, _ = fit(tmp_path, Microbatching(num_microbatches=2, batchnorm=batchnorm))
+    callback = ActivationCheckpointing("auto")
+    model, _ = fit(tmp_path, Microbatching(num_microbatches=2, batchnorm=batchnorm), callback)
+    assert callback.technique_record().events
+    for (name, tensor), twin in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(tensor, twin), name
+
+
+def test_a_larger_batch_is_chosen_for_anew(tmp_path: Path) -> None:
+    class Growing(DeepModel):
+        def train_dataloader(self) -> Any:
+            return DataLoader([torch.randn(rows, WIDTH) for rows in (16, 16, 128, 64)], batch_size=None)
+
+    callback = ActivationCheckpointing("auto")
+    fit(tmp_path, callback, model=Growing())
+    steps = [event.split(":")[0] for event in callback.technique_record().events]
+    assert steps == [
+        "step 0",
+        "step 1, with gradients that are there in forward",
+        "step 2, for a larger batch",
+    ]
+
+
+def test_a_step_that_asks_for_a_value_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    with pytest.raises(
+        MisconfigurationException, match=r"runs `training_step` once without data.*policy='full'"
+    ) as caught:
+        fit(tmp_path, ActivationCheckpointing("auto"), model=DeepModel(asks_for_a_value=True))
+    assert "asks for the value of a tensor: aten._local_scalar_dense.default" in str(caught.value)
+
+
+def test_a_limit_out_of_reach_ends_the_run_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = DeepModel()
+    with pytest.raises(MisconfigurationException, match=r"`Budget\(limit\)` must be at least "):
+        fit(tmp_path, ActivationCheckpointing(Budget(100 * KIB)), model=model)
+    assert "training_step" not in model.__dict__
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+    assert model.losses == []
+
+
+def test_autocast_is_seen(tmp_path: Path) -> None:
+    plain, _ = fit(tmp_path, precision="bf16-mixed")
+    model, _ = fit(tmp_path, ActivationCheckpointing("auto"), precision="bf16-mixed")
+    assert_equal(plain, model)
