@@ -90,6 +90,41 @@ def resnet50_step(device: str, batch_size: int = 8) -> Step:
     return Step(model, optimizer, inputs, lambda m, x, y: m(pixel_values=x, labels=y).loss)
 
 
+def vit_step(device: str, batch_size: int = 8) -> Step:
+    """ViT-B/16 as configured in `transformers` (which must be installed), on 224x224 images, with SGD."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    with torch.device(device):
+        model = ViTForImageClassification(ViTConfig(num_labels=10))
+        inputs = (torch.randn(batch_size, 3, 224, 224), torch.randint(0, 10, (batch_size,)))
+    loss = lambda net, images, labels: F.cross_entropy(net(pixel_values=images).logits, labels)  # noqa: E731
+    return Step(model.train(), torch.optim.SGD(model.parameters(), lr=1e-2), inputs, loss)
+
+
+def bert_step(device: str, batch_size: int = 8, num_tokens: int = 128) -> Step:
+    """BERT-base as configured in `transformers` (which must be installed), two classes, with SGD."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    with torch.device(device):
+        model = BertForSequenceClassification(BertConfig(num_labels=2))
+        inputs = (
+            torch.randint(0, 30_000, (batch_size, num_tokens)),
+            torch.randint(0, 2, (batch_size,)),
+        )
+    loss = lambda net, tokens, labels: F.cross_entropy(net(input_ids=tokens).logits, labels)  # noqa: E731
+    return Step(model.train(), torch.optim.SGD(model.parameters(), lr=1e-2), inputs, loss)
+
+
+def mlp_step(device: str, num_layers: int, width: int = 64, batch_size: int = 256) -> Step:
+    """A deep chain of equal blocks: linear layer and ReLU."""
+    with torch.device(device):
+        blocks = (nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(num_layers))
+        model = nn.Sequential(*blocks)
+        inputs = (torch.randn(batch_size, width),)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Step(model, optimizer, inputs, lambda net, batch: net(batch).square().mean())
+
+
 class _LanguageModel(nn.Module):
     def __init__(self, num_layers: int, width: int, dropout: float = 0.1) -> None:
         super().__init__()

@@ -39,7 +39,13 @@ def parse(*args: str, folder: Path) -> LightningCLI:
 
 
 def test_the_variants_are_those_that_are_tested_here() -> None:
-    assert sorted(VARIANTS) == ["demo", "microbatched", "smoke"]
+    assert sorted(VARIANTS) == [
+        "checkpointed",
+        "demo",
+        "microbatched",
+        "microbatched+checkpointed",
+        "smoke",
+    ]
 
 
 def test_the_recipe_is_the_papers(tmp_path: Path) -> None:
