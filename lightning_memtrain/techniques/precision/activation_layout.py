@@ -52,21 +52,19 @@ def memory_order(tensor: Tensor) -> MemoryOrder | None:
         MemoryOrder(offset=1, sizes=(6, 3), strides=(4, 1))
     """
     axes = sorted(
-        ((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1),
-        reverse=True,
+        (stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and stride
     )
-    merged: list[tuple[int, int]] = []
+    last = 0  # the farthest element so far; the next axis has to step beyond it
     for stride, size in axes:
-        if stride == 0:
-            continue
-        if merged:
-            outer_stride, outer_size = merged[-1]
-            if stride * size > outer_stride:
-                return None
-            if stride * size == outer_stride:
-                merged[-1] = (stride, size * outer_size)
-                continue
-        merged.append((stride, size))
+        if stride <= last:
+            return None
+        last += stride * (size - 1)
+    merged: list[tuple[int, int]] = []
+    for stride, size in reversed(axes):
+        if merged and stride * size == merged[-1][0]:
+            merged[-1] = (stride, size * merged[-1][1])
+        else:
+            merged.append((stride, size))
     if not merged or merged[-1][0] != 1:
         merged.append((1, 1))
     return MemoryOrder(

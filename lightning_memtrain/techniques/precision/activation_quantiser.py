@@ -81,8 +81,7 @@ def quantise_any(values: Tensor, bits: int, noise: Tensor | None = None) -> Grou
     special = ~finite.all(1, keepdim=True)
     usable = levels - _NUM_SPECIAL
     top = torch.where(special, float(usable), float(levels))
-    per_level = torch.where(special, 1.0 / max(usable, 1), 1.0 / levels)
-    step = _step((high - low) * per_level, values.dtype)
+    step = _step((high - low) / top.clamp_min(1), values.dtype)
     codes = _codes(torch.where(finite, x, low), low, step, noise).minimum(top)
     codes = torch.where(finite, codes, torch.where(x > 0, float(levels), float(levels - 1)))
     codes = torch.where(x.isnan(), float(levels - 2), codes)
@@ -94,7 +93,7 @@ def _quantise_finite(
     x: Tensor, low: Tensor, high: Tensor, bits: int, noise: Tensor | None, dtype: torch.dtype
 ) -> Groups:
     levels = 2**bits - 1
-    step = _step((high - low) * (1.0 / levels), dtype)
+    step = _step((high - low) / levels, dtype)
     codes = _codes(x, low, step, noise).clamp_(max=levels)
     return Groups(pack_bits(codes.to(torch.uint8), bits), low, step.to(torch.bfloat16))
 
