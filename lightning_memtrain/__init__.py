@@ -29,11 +29,14 @@ if TYPE_CHECKING:
         Microbatching,
         batchnorm_to_groupnorm,
     )
+    from lightning_memtrain.techniques.precision import ActivationCodec, CompressedActivations
 
 # Names are looked up at their first use, so that `memtrain --help` need not wait for torch.
 _ROOMS = {
+    "ActivationCodec": "techniques.precision",
     "Category": "core",
     "CategoryBytes": "core",
+    "CompressedActivations": "techniques.precision",
     "EarlyZeroGrad": "techniques.microbatching",
     "Growth": "core",
     "MemoryBreakdown": "core",
@@ -55,8 +58,10 @@ _ROOMS = {
 }
 
 __all__ = [
+    "ActivationCodec",
     "Category",
     "CategoryBytes",
+    "CompressedActivations",
     "EarlyZeroGrad",
     "Growth",
     "MemoryBreakdown",

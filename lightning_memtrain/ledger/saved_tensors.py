@@ -1,8 +1,8 @@
 """One pair of saved-tensor hooks for all ledgers.
 
 Only the innermost pair of hooks is called, so ledgers that are nested share one pair, which tells each of
-them, and which hands on to the pair around it. Hooks switch off autograd's check for in-place changes of saved
-tensors; :class:`KeptTensor` checks instead.
+them, and which hands on to the pair around it. Hooks switch off autograd's check for in-place changes of
+saved tensors; :class:`KeptTensor` checks instead.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class SavedTensorWatch:
             self._around = None
 
     def tell(self, tensor: torch.Tensor) -> None:
-        """Say that ``tensor`` is kept for backward; for hooks that are inside of a ledger and hide from it."""
+        """Say that ``tensor`` is kept for backward; for hooks inside of a ledger, which hide from it."""
         for callback in tuple(self._callbacks):
             callback(tensor)
 

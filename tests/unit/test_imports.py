@@ -19,6 +19,7 @@ ROOMS = [
     "lightning_memtrain",
     *(f"lightning_memtrain.{room}" for room in ("core", "ledger", "report", "cli")),
     "lightning_memtrain.techniques.microbatching",
+    "lightning_memtrain.techniques.precision",
 ]
 OPTIONAL = ("wandb", "jsonargparse", "sklearn", "fairseq")
 CORE_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "lightning", "torchmetrics", "lightning_memtrain"}

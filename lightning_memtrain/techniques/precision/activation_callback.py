@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_memtrain.core import NoEffectWarning, TechniqueRecord, format_bytes
+from lightning_memtrain.core.technique import Setting
 from lightning_memtrain.techniques.precision.activation_codec import ActivationCodec
 from lightning_memtrain.techniques.precision.activation_packing import ActivationPacking, PackedBytes
 
@@ -21,14 +21,11 @@ _STEP = "training_step"
 class CompressedActivations(Callback):
     """Keeps activations for backward in few bits, in training only.
 
-    Each call of ``training_step`` runs in the codec's context; nothing else changes. The context is outside of
-    all activation checkpointing, whose inputs are then packed, and inside of microbatching.
+    Each call of ``training_step`` runs in the codec's context; nothing else changes. The context is outside
+    of all activation checkpointing, whose inputs are then packed, and inside of microbatching.
 
     Args:
         codec: how to pack; ``None`` for 8 bits.
-
-    Raises:
-        MisconfigurationException: at ``setup``, if the trainer has two of these callbacks.
 
     Example:
         >>> import lightning as L
@@ -53,12 +50,7 @@ class CompressedActivations(Callback):
         self._num_steps = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, before anything runs."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(callback, CompressedActivations) for callback in callbacks) > 1:
-            raise MisconfigurationException(
-                "`CompressedActivations` must be given once, but got it twice. Remove one of them."
-            )
+        """Forget what an earlier run packed."""
         if stage == "fit":
             self._largest, self._num_steps = PackedBytes(), 0
 
@@ -74,7 +66,8 @@ class CompressedActivations(Callback):
             warnings.warn(
                 "`CompressedActivations` packed nothing, since every tensor that was saved for backward is a "
                 "parameter, no floating-point number of at most 32 bits, or has fewer than "
-                f"min_numel={self.codec.min_numel} elements. Remove it, or lower `ActivationCodec(min_numel)`.",
+                f"min_numel={self.codec.min_numel} elements. Remove it, or lower "
+                "`ActivationCodec(min_numel)`.",
                 NoEffectWarning,
                 stacklevel=2,
             )
@@ -108,7 +101,7 @@ class CompressedActivations(Callback):
     def technique_record(self) -> TechniqueRecord:
         """What the memory report says of it."""
         codec, largest = self.codec, self._largest
-        settings = {
+        settings: dict[str, Setting] = {
             "bits": codec.bits,
             "group": codec.numbers_per_group,
             "min_numel": codec.min_numel,
@@ -116,7 +109,7 @@ class CompressedActivations(Callback):
         }
         if codec.stochastic:
             settings["seed"] = codec.seed
-        events = ()
+        events: tuple[str, ...] = ()
         if largest.num_tensors:
             events = (
                 f"kept {largest.num_tensors} tensors of {format_bytes(largest.saved_bytes)} in "

@@ -1,7 +1,7 @@
 """Quantising whole tensors piece by piece, by eager operations or by compiled ones.
 
-What is needed beside tensor and codes is a few times a piece, so that packing does not lift the peak that it is
-to lower. Compiled, an operation needs nothing beside its result, and one pass over memory.
+What is needed beside tensor and codes is a few times a piece, so that packing does not lift the peak that it
+is to lower. Compiled, quantising needs nothing beside its result, and one pass over memory.
 """
 
 from __future__ import annotations
@@ -96,7 +96,11 @@ class Kernels:
         function = self._function(1, into.device)
         for start, end in row_pieces(order.sizes, self._group, self._piece(function, into.device)):
             piece = rows[start:end]
-            flat = piece if piece.dim() == 1 else torch.empty(piece.numel(), dtype=into.dtype, device=into.device)
+            flat = (
+                piece
+                if piece.dim() == 1
+                else torch.empty(piece.numel(), dtype=into.dtype, device=into.device)
+            )
             full, num_left = divmod(len(flat), self._group)
             if full:
                 part = Groups(*(x[first : first + full] for x in groups))
@@ -128,7 +132,7 @@ class Kernels:
         return PIECE_CPU if device.type == "cpu" else PIECE_DEVICE
 
     def _function(self, which: int, device: torch.device) -> Callable[..., Any] | None:
-        """A compiled function, where one is wanted; under a dispatch mode its operations would run eagerly."""
+        """A compiled function, where one is wanted; under a dispatch mode it would not run compiled."""
         if self._compiled is False or device.type not in ("cpu", "cuda"):
             return None
         if self._compiled is None and self._num_quantised < WORTH_COMPILING:
@@ -159,7 +163,9 @@ class Kernels:
         except Exception as error:  # of any kind: a compiler that does not start, an operator that it lacks
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            self._give_up(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+            self._give_up(
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            )
             eager(self._bits, *args)
 
     def _give_up(self, why: str) -> None:

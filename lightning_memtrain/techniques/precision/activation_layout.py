@@ -32,7 +32,7 @@ class MemoryOrder(NamedTuple):
         return math.prod(self.sizes)
 
     def view(self, tensor: Tensor, offset: int | None = None) -> Tensor:
-        """The elements of a tensor on the same storage, or on one of the same layout that begins at ``offset``."""
+        """The elements of a tensor of this layout, whose first element is at ``offset``."""
         return tensor.as_strided(self.sizes, self.strides, self.offset if offset is None else offset)
 
 
@@ -52,7 +52,9 @@ def memory_order(tensor: Tensor) -> MemoryOrder | None:
         MemoryOrder(offset=1, sizes=(6, 3), strides=(4, 1))
     """
     axes = sorted(
-        (stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and stride
+        (stride, size)
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        if size > 1 and stride
     )
     last = 0  # the farthest element so far; the next axis has to step beyond it
     for stride, size in axes:
@@ -68,7 +70,7 @@ def memory_order(tensor: Tensor) -> MemoryOrder | None:
     if not merged or merged[-1][0] != 1:
         merged.append((1, 1))
     return MemoryOrder(
-        tensor.storage_offset(), tuple(size for _, size in merged), tuple(stride for stride, _ in merged)
+        int(tensor.storage_offset()), tuple(size for _, size in merged), tuple(stride for stride, _ in merged)
     )
 
 

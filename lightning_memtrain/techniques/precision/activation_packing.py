@@ -149,14 +149,14 @@ class ActivationPacking:
     @torch.no_grad()
     def _payload(self, tensor: Tensor, order: MemoryOrder) -> _Payload:
         storage = tensor.untyped_storage()
-        # An address alone would not do, since freed ones are used again; but not while there is a weak reference.
+        # Addresses of freed storages are used again, but not while there is a weak reference to the old one.
         key = (storage._cdata, order, tensor.dtype, tensor._version)
         found = self._known.get(key)
         payload = found[0]() if found is not None else None
         if payload is None:
             groups = self._kernels.quantise(tensor.detach(), order, self._generator(tensor.device))
             payload = _Payload(groups, order)
-            self._known[key] = (ref(payload), StorageWeakRef(storage))
+            self._known[key] = (ref(payload), StorageWeakRef(storage))  # type: ignore[no-untyped-call]
             self._num_packed += 1
             self.last = PackedBytes(
                 self.last.num_tensors + 1,
@@ -196,7 +196,7 @@ def _refuse_place(entered: bool) -> None:
     checkpointed = hooks is not None and "checkpoint" in (getattr(hooks[0], "__module__", None) or "")
     if recomputing or checkpointed:
         raise RuntimeError(
-            "`ActivationCodec.packing` must be entered around activation checkpointing, but got entered inside "
-            "of a checkpointed function, where it would keep what checkpointing drops. "
+            "`ActivationCodec.packing` must be entered around activation checkpointing, but got entered "
+            "inside of a checkpointed function, where it would keep what checkpointing drops. "
             "Enter it outside, e.g. around the whole forward: what checkpoints keep is then packed."
         )

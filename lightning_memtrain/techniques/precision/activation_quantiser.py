@@ -6,8 +6,9 @@ A group :math:`x_1, \dots, x_g` is kept as its smallest number :math:`b`, a step
 .. math:: c_i = \operatorname{round}((x_i - b) / s), \qquad \hat x_i = b + c_i s.
 
 In a group whose smallest number is 0, which is what ReLU makes, :math:`c_i = 0` exactly where
-:math:`x_i = 0`: backward of ReLU asks which results are positive, and small ones that became 0 would bias every
-gradient. There a number may be off by a whole step, elsewhere by half of one, or with noise by a whole one.
+:math:`x_i = 0`: backward of ReLU asks which results are positive, and small ones that became 0 would bias
+every gradient. There a number may be off by a whole step, elsewhere by half of one, or with noise by a whole
+one.
 
 A group with infinities or NaN keeps them: three codes are set aside for them, and the others hold the finite
 numbers (with 2 bits one is left, the smallest number). The step of such a group is negative.
@@ -34,7 +35,7 @@ class Groups(NamedTuple):
     """Quantised numbers.
 
     Args:
-        codes: of shape ``(num_groups, group * bits / 8)`` and dtype uint8; each byte holds ``8 / bits`` codes.
+        codes: of shape ``(num_groups, group * bits / 8)``, uint8; each byte holds ``8 / bits`` codes.
         base: smallest number per group, float32.
         step: difference between neighbouring codes per group, bfloat16; negative where a group has
             infinities or NaN.
@@ -142,9 +143,7 @@ def dequantise_any(groups: Groups, bits: int, dtype: torch.dtype) -> Tensor:
     values = _within(codes.float() * step.abs() + groups.base, dtype)
     special = (step < 0).logical_and(codes >= levels - 2)
     infinite = torch.where(codes == levels, torch.inf, -torch.inf)
-    return torch.where(
-        special, torch.where(codes == levels - 2, torch.nan, infinite).to(dtype), values
-    )
+    return torch.where(special, torch.where(codes == levels - 2, torch.nan, infinite).to(dtype), values)
 
 
 def _within(values: Tensor, dtype: torch.dtype) -> Tensor:

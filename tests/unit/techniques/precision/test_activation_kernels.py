@@ -127,7 +127,10 @@ def test_compiled_codes_are_the_eager_ones(bits: int) -> None:
             assert order is not None
             for seed in (None, 3):
                 noise = [None if seed is None else torch.Generator().manual_seed(seed) for _ in range(2)]
-                one, other = compiled.quantise(tensor, order, noise[0]), eager.quantise(tensor, order, noise[1])
+                one, other = (
+                    compiled.quantise(tensor, order, noise[0]),
+                    eager.quantise(tensor, order, noise[1]),
+                )
                 for part, other_part in zip(one, other, strict=True):
                     assert torch.equal(part, other_part)
             backs = [torch.empty_like(tensor) for _ in range(2)]
@@ -157,7 +160,9 @@ def test_a_compiler_that_fails_is_given_up_with_one_notice(monkeypatch: pytest.M
     ]
 
 
-def test_without_a_compiler_eager_operations_are_used_with_one_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_eager_operations_are_used_with_one_notice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     notices: list[str] = []
     monkeypatch.setattr(activation_kernels, "rank_zero_info", notices.append)
     monkeypatch.setattr(activation_kernels, "has_compiler", lambda device: False)

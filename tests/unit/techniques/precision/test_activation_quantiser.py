@@ -44,7 +44,9 @@ def rounding(values: Tensor) -> Tensor:
 
 @given(groups_of_numbers, bits, dtypes)
 @settings(deadline=None)
-def test_every_number_comes_back_within_half_a_step(rows: list[list[float]], num_bits: int, dtype: torch.dtype) -> None:
+def test_every_number_comes_back_within_half_a_step(
+    rows: list[list[float]], num_bits: int, dtype: torch.dtype
+) -> None:
     values = torch.tensor(rows).to(dtype)
     error = (decoded(values, num_bits).double() - values.double()).abs()
     begins_at_zero = values.amin(1, keepdim=True) == 0
@@ -106,7 +108,9 @@ def test_infinities_and_nan_are_kept(num_bits: int, dtype: torch.dtype) -> None:
 
 
 def test_an_attention_mask_is_exact_even_in_two_bits() -> None:
-    mask = torch.zeros(4, 64).masked_fill(torch.rand(4, 64, generator=torch.Generator().manual_seed(0)) < 0.5, -torch.inf)
+    mask = torch.zeros(4, 64).masked_fill(
+        torch.rand(4, 64, generator=torch.Generator().manual_seed(0)) < 0.5, -torch.inf
+    )
     assert torch.equal(decoded(mask, 2), mask)
 
 
