@@ -31,7 +31,7 @@ PIECE_CPU = 1 << 15
 PIECE_DEVICE = 1 << 20
 PIECE_COMPILED = 1 << 20
 #: Compiling takes about as long as quantising so many elements by eager operations does.
-WORTH_COMPILING = 1 << 30
+WORTH_COMPILING = 1 << 29
 #: Below so many groups a piece is not worth the call of a compiled function, or a compilation of its own.
 _FEWEST_GROUPS = 16
 
@@ -135,6 +135,8 @@ class Kernels:
         """A compiled function, where one is wanted; under a dispatch mode it would not run compiled."""
         if self._compiled is False or device.type not in ("cpu", "cuda"):
             return None
+        if which == 1 and device.type == "cpu":
+            return None  # where it gains nothing
         if self._compiled is None and self._num_quantised < WORTH_COMPILING:
             return None
         if _get_current_dispatch_mode_stack() or torch.compiler.is_compiling():

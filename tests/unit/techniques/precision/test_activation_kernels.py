@@ -133,11 +133,13 @@ def test_compiled_codes_are_the_eager_ones(bits: int) -> None:
                 )
                 for part, other_part in zip(one, other, strict=True):
                     assert torch.equal(part, other_part)
-            backs = [torch.empty_like(tensor) for _ in range(2)]
-            compiled.dequantise(one, backs[0], order)
-            eager.dequantise(one, backs[1], order)
-            torch.testing.assert_close(*backs, rtol=0, atol=0, equal_nan=True)
-    assert compiled._functions is not None
+            assert compiled._functions is not None
+            if size % 64 == 0:  # on the CPU only eager operations dequantise
+                backs = [torch.empty_like(tensor) for _ in range(2)]
+                with torch.no_grad():
+                    compiled._functions[1](one, backs[0].view(-1, 64))
+                eager.dequantise(one, backs[1], order)
+                torch.testing.assert_close(*backs, rtol=0, atol=0, equal_nan=True)
     assert compiled._compiled is True  # nothing made it give up
 
 
