@@ -6,8 +6,8 @@ WideResNet-16-2 on 32 random images and a 4-layer transformer of width 128 on 16
 initialisation. The error is the distance from the exact gradient relative to it, all parameters as one
 vector. The peak is the ledger's, of forward and backward. Naive codes round small positive numbers to zero,
 which shows what that costs where there are ReLUs. The quantiser is timed on 4 Mi normally distributed
-numbers, medians over repetitions, with a copy of the same tensor beside it; on the CPU only the codes are made
-by compiled operations. Steps are forward and backward, medians of ratios over turns.
+numbers, medians over repetitions, beside a copy of the same tensor; on the CPU only packing is compiled.
+Steps are forward and backward, medians of ratios over turns.
 """
 
 from __future__ import annotations
