@@ -42,7 +42,10 @@ class KeptTensor(NamedTuple):
         return cls(tensor if tensor.is_leaf else _alias(tensor), tensor._version)
 
     def given_back(self) -> torch.Tensor:
-        """The tensor.
+        """The tensor, if it is still what it was.
+
+        Returns:
+            The tensor.
 
         Raises:
             RuntimeError: if it was changed in place since it was saved.
