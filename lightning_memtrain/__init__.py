@@ -43,14 +43,17 @@ if TYPE_CHECKING:
         Microbatching,
         batchnorm_to_groupnorm,
     )
+    from lightning_memtrain.techniques.precision import ActivationCodec, CompressedActivations
 
 # Names are looked up at their first use, so that `memtrain --help` need not wait for torch.
 _ROOMS = {
     "ActivationCheckpointing": "techniques.checkpointing",
+    "ActivationCodec": "techniques.precision",
     "Budget": "techniques.checkpointing",
     "Category": "core",
     "CategoryBytes": "core",
     "CheckpointPolicy": "techniques.checkpointing",
+    "CompressedActivations": "techniques.precision",
     "EarlyZeroGrad": "techniques.microbatching",
     "Every": "techniques.checkpointing",
     "Full": "techniques.checkpointing",
@@ -82,10 +85,12 @@ _ROOMS = {
 
 __all__ = [
     "ActivationCheckpointing",
+    "ActivationCodec",
     "Budget",
     "Category",
     "CategoryBytes",
     "CheckpointPolicy",
+    "CompressedActivations",
     "EarlyZeroGrad",
     "Every",
     "Full",

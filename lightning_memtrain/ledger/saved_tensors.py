@@ -1,36 +1,83 @@
 """One pair of saved-tensor hooks for all ledgers.
 
 Only the innermost pair of hooks is called, so ledgers that are nested share one pair, which tells each of
-them. Hooks switch off autograd's check for in-place changes of saved tensors; this pair checks instead.
+them, and which hands on to the pair around it. Hooks switch off autograd's check for in-place changes of
+saved tensors; :class:`KeptTensor` checks instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from lightning_memtrain.ledger.storages import PLAIN_TENSORS
+from lightning_memtrain.ledger.storages import PLAIN_TENSORS, tensors_in
 
 _SavedCallback = Callable[[torch.Tensor], None]
+HookPair = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
 
-class _Saved(NamedTuple):
+def hooks_in_force() -> HookPair | None:
+    """The innermost pair of saved-tensor hooks; ``None`` also before torch 2.8, which does not tell."""
+    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    pair: HookPair | None = None if ask is None else ask(True)
+    return pair
+
+
+class KeptTensor(NamedTuple):
+    """A tensor that hooks keep as it is, with autograd's check for in-place changes.
+
+    Args:
+        tensor: shares its storage with the saved tensor.
+        version: of the saved tensor when it was saved.
+    """
+
     tensor: torch.Tensor
     version: int
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> KeptTensor:
+        """What a hook should return that keeps ``tensor``."""
+        return cls(tensor if tensor.is_leaf else _alias(tensor), tensor._version)
+
+    def given_back(self) -> torch.Tensor:
+        """The tensor, if it is still what it was.
+
+        Returns:
+            The tensor.
+
+        Raises:
+            RuntimeError: if it was changed in place since it was saved.
+        """
+        tensor, version = self
+        if tensor._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace "
+                f"operation: [{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; "
+                f"expected version {version} instead. Hint: enable anomaly detection to find the operation "
+                "that failed to compute its gradient, with torch.autograd.set_detect_anomaly(True)."
+            )
+        return tensor
+
 
 class SavedTensorWatch:
-    """Calls back with every tensor that autograd saves for backward."""
+    """Calls back with every tensor that autograd saves for backward.
+
+    Inside of other hooks, such as those that compress what is saved, it calls back with what these keep.
+    """
 
     def __init__(self) -> None:
         self._callbacks: list[_SavedCallback] = []
+        self._around: HookPair | None = None
 
     def add(self, callback: _SavedCallback) -> None:
         """Call ``callback`` with every saved tensor, until :meth:`remove`."""
         if not self._callbacks:
-            torch._C._autograd._push_saved_tensors_default_hooks(self._pack, _unpack)
+            self._around = hooks_in_force()
+            # What was packed by hooks that are gone by then has to be unpacked by them all the same.
+            unpack = KeptTensor.given_back if self._around is None else self._around[1]
+            torch._C._autograd._push_saved_tensors_default_hooks(self._pack, unpack)
         self._callbacks.append(callback)
 
     def remove(self, callback: _SavedCallback) -> None:
@@ -38,11 +85,21 @@ class SavedTensorWatch:
         self._callbacks.remove(callback)
         if not self._callbacks:
             torch._C._autograd._pop_saved_tensors_default_hooks()
+            self._around = None
 
-    def _pack(self, tensor: torch.Tensor) -> _Saved:
+    def tell(self, tensor: torch.Tensor) -> None:
+        """Say that ``tensor`` is kept for backward; for hooks inside of a ledger, which hide from it."""
         for callback in tuple(self._callbacks):
             callback(tensor)
-        return _Saved(tensor if tensor.is_leaf else _alias(tensor), tensor._version)
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        if self._around is None:
+            self.tell(tensor)
+            return KeptTensor.of(tensor)
+        packed = self._around[0](tensor)
+        for kept in tensors_in(packed):
+            self.tell(kept)
+        return packed
 
 
 def _alias(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,18 +109,6 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
     with torch._C._DisableTorchDispatch():
         return tensor.detach()
-
-
-def _unpack(saved: _Saved) -> torch.Tensor:
-    tensor, version = saved
-    if tensor._version != version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace "
-            f"operation: [{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected "
-            f"version {version} instead. Hint: enable anomaly detection to find the operation that failed to "
-            "compute its gradient, with torch.autograd.set_detect_anomaly(True)."
-        )
-    return tensor
 
 
 SAVED_TENSOR_WATCH = SavedTensorWatch()

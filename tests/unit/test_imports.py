@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = [
     "lightning_memtrain",
     *(f"lightning_memtrain.{room}" for room in ("core", "ledger", "report", "cli")),
-    *(f"lightning_memtrain.techniques.{name}" for name in ("checkpointing", "microbatching")),
+    *(f"lightning_memtrain.techniques.{name}" for name in ("checkpointing", "microbatching", "precision")),
 ]
 OPTIONAL = ("wandb", "jsonargparse", "sklearn", "fairseq")
 CORE_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "lightning", "torchmetrics", "lightning_memtrain"}

@@ -499,3 +499,23 @@ def test_a_ledger_is_freed_without_a_garbage_collection(mlp, batch):
         assert reference() is None
     finally:
         gc.enable()
+
+
+def test_a_ledger_inside_of_other_saved_tensor_hooks_leaves_them_in_force() -> None:
+    model, x = nn.Linear(4, 4), torch.ones(2, 4, requires_grad=True)
+    seen: list[str] = []
+
+    def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, str]:
+        seen.append("packed")
+        return tensor.detach().clone(), "mine"
+
+    def unpack(packed: tuple[torch.Tensor, str]) -> torch.Tensor:
+        seen.append("unpacked")
+        return packed[0]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with MemoryLedger(model, inputs=x) as ledger:
+            y = x.exp()
+        y.sum().backward()
+    assert seen == ["packed", "unpacked"]
+    assert ledger.breakdown().maxima[Category.ACTIVATIONS] == 2 * 4 * 4  # the clone, not y
