@@ -1,0 +1,1 @@
+"""Low precision: weights, gradients and optimizer state in half the bytes or less."""
