@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim import optimizer as _torch_optimizer
 
@@ -118,26 +118,42 @@ class BucketedStep:
         return max(_SMALLEST_BUCKET, sum(p.numel() for p in _parameters(self._optimizer)) // 64)
 
     def _step_bucket(self, bucket: list[tuple[Tensor, Tensor]], raw_step: Callable[[], Any]) -> None:
-        weights: list[Tensor] = []
+        # Stand-ins take the place of the parameters in the optimizer. The parameters themselves cannot be
+        # float32 for a while: with another dtype torch makes them a new node in the graph of gradients, and
+        # the hooks of DistributedDataParallel sit on the old one.
+        places = {id(p): (g["params"], i) for g in self._groups() for i, p in enumerate(g["params"])}
+        exchanged: list[tuple[Tensor, Tensor]] = []
         try:
             for parameter, gradient in bucket:
-                weights.append(parameter.data)
-                # The parameter itself stays, since it is what the optimizer knows its state by.
-                parameter.data = parameter.data.to(_step_dtype(parameter.dtype))
-                parameter.grad = gradient.to(parameter.dtype)
+                if parameter.dtype not in _HALF:
+                    parameter.grad = gradient
+                    continue
+                stand_in = _stand_in(parameter, gradient)
+                exchanged.append((parameter, stand_in))
+                self._exchange(places[id(parameter)], parameter, stand_in)
             raw_step()
         finally:
+            for parameter, stand_in in exchanged:
+                stand_in.grad = None
+                self._exchange(places[id(parameter)], stand_in, parameter)
             for parameter, _ in bucket:
                 parameter.grad = None
-            for (parameter, _), kept in zip(bucket, weights, strict=False):
-                stepped, parameter.data = parameter.data, kept
-                if stepped.dtype != kept.dtype:
-                    self._write_back(parameter, stepped)
+        while exchanged:
+            self._write_back(*exchanged.pop(0))
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def _exchange(self, place: tuple[list[Tensor], int], old: Tensor, new: Tensor) -> None:
+        parameters, index = place
+        parameters[index] = new
+        if old in self._optimizer.state:
+            self._optimizer.state[new] = self._optimizer.state.pop(old)
 
     def _write_back(self, parameter: Tensor, stepped: Tensor) -> None:
         # In the order of memory, so that any strides can be cut into pieces: the noise need not be larger
         # than a bucket.
-        flat = stepped.as_strided((stepped.numel(),), (1,))
+        flat = stepped.data.as_strided((stepped.numel(),), (1,))
         generator = self._noise.generator(stepped.device)
         for piece in torch.split(flat, self._numel()):
             stochastic_round_(piece, parameter.dtype, generator)
@@ -156,8 +172,12 @@ class BucketedStep:
             )
 
 
-def _step_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in _HALF else dtype
+def _stand_in(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A float32 copy of a parameter and its gradient, with what others have written on it."""
+    made = nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
+    made.__dict__.update(parameter.__dict__)
+    made.grad = gradient.float()
+    return made
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
