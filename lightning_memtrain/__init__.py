@@ -43,7 +43,13 @@ if TYPE_CHECKING:
         Microbatching,
         batchnorm_to_groupnorm,
     )
-    from lightning_memtrain.techniques.precision import ActivationCodec, CompressedActivations
+    from lightning_memtrain.techniques.precision import (
+        ActivationCodec,
+        CompressedActivations,
+        LowPrecision,
+        ScalerConfig,
+        SGD8bit,
+    )
 
 # Names are looked up at their first use, so that `memtrain --help` need not wait for torch.
 _ROOMS = {
@@ -58,6 +64,7 @@ _ROOMS = {
     "Every": "techniques.checkpointing",
     "Full": "techniques.checkpointing",
     "Growth": "core",
+    "LowPrecision": "techniques.precision",
     "MemoryBreakdown": "core",
     "MemoryLedger": "ledger",
     "MemoryProfiler": "report",
@@ -73,6 +80,8 @@ _ROOMS = {
     "OpWorkspace": "ledger",
     "Recomputed": "techniques.checkpointing",
     "ReportWarning": "core",
+    "SGD8bit": "techniques.precision",
+    "ScalerConfig": "techniques.precision",
     "SelectiveOps": "techniques.checkpointing",
     "Sqrt": "techniques.checkpointing",
     "Technique": "core",
@@ -95,6 +104,7 @@ __all__ = [
     "Every",
     "Full",
     "Growth",
+    "LowPrecision",
     "MemoryBreakdown",
     "MemoryLedger",
     "MemoryProfiler",
@@ -110,6 +120,8 @@ __all__ = [
     "OpWorkspace",
     "Recomputed",
     "ReportWarning",
+    "SGD8bit",
+    "ScalerConfig",
     "SelectiveOps",
     "Sqrt",
     "Technique",

@@ -1,6 +1,9 @@
-"""Precision: weights, gradients, optimizer state and activations in fewer bits."""
+"""Low precision: weights, gradients, optimizer state and activations in fewer bits."""
 
 from lightning_memtrain.techniques.precision.activation_callback import CompressedActivations
 from lightning_memtrain.techniques.precision.activation_codec import ActivationCodec
+from lightning_memtrain.techniques.precision.plugin import LowPrecision
+from lightning_memtrain.techniques.precision.scaler import ScalerConfig
+from lightning_memtrain.techniques.precision.sgd8bit import SGD8bit
 
-__all__ = ["ActivationCodec", "CompressedActivations"]
+__all__ = ["ActivationCodec", "CompressedActivations", "LowPrecision", "SGD8bit", "ScalerConfig"]

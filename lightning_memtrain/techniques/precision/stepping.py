@@ -1,0 +1,234 @@
+"""An optimizer step in float32 on weights that are kept in half precision, a bucket of them at a time."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.optim import optimizer as _torch_optimizer
+
+from lightning_memtrain.techniques.precision.rounding import RoundingNoise, stochastic_round_
+from lightning_memtrain.techniques.precision.state import keep_state_dtypes, widen_state
+
+_HALF = (torch.bfloat16, torch.float16)
+_SMALLEST_BUCKET = 2**16
+
+
+class BucketedStep:
+    r"""Steps an optimizer whose weights are kept in half precision, with float32 arithmetic throughout.
+
+    A bucket of parameters and their gradients is copied to float32, the optimizer steps on these copies, and
+    the weights are written back by stochastic rounding; then comes the next bucket. What the optimizer keeps
+    of each parameter (moments, momentum) is made for float32 and stays so. A full copy of the weights never
+    exists. Scheduler and step hooks see one step.
+
+    The optimizer may be any that treats each parameter by itself. One that counts steps in its groups or in
+    itself is refused at its first step; one that looks across parameters (norms over all of them) cannot be
+    told from the others and needs ``bucket_numel`` to be at least the number of all weights.
+
+    Args:
+        optimizer: the optimizer; its parameters may be in any mixture of dtypes.
+        noise: where the noise of the rounding comes from.
+        bucket_numel: weights per bucket, at least 1; a parameter with more has a bucket of its own. By
+            default 1/64 of all, at least 65536.
+
+    Raises:
+        MisconfigurationException: if the optimizer needs a closure; at the first step, if it keeps state
+            across parameters.
+
+    Example:
+        >>> layer = torch.nn.Linear(16, 16).bfloat16()
+        >>> optimizer = torch.optim.AdamW(layer.parameters())
+        >>> stepping = BucketedStep(optimizer, RoundingNoise(seed=0))
+        >>> layer(torch.ones(4, 16).bfloat16()).sum().backward()
+        >>> stepping.step()
+        >>> layer.weight.dtype, optimizer.state[layer.weight]["exp_avg"].dtype
+        (torch.bfloat16, torch.float32)
+    """
+
+    def __init__(self, optimizer: Optimizer, noise: RoundingNoise, bucket_numel: int | None = None) -> None:
+        _refuse_closures(optimizer)
+        self._optimizer = optimizer
+        self._noise = noise
+        self._bucket_numel = bucket_numel
+        self._checked = False
+        self._undo = keep_state_dtypes(optimizer)
+        for dtype in _HALF:
+            widen_state(optimizer, dtype)
+
+    def close(self) -> None:
+        """Take the hooks off the optimizer."""
+        self._undo()
+
+    @torch.no_grad()
+    def step(self, **kwargs: Any) -> None:
+        """One step of all parameters that have a gradient.
+
+        Args:
+            **kwargs: passed to the optimizer's ``step``.
+
+        Raises:
+            MisconfigurationException: see the class.
+        """
+        with _one_step(self._optimizer, kwargs) as raw_step:
+            self._noise.next_step()
+            gradients = [(p, p.grad) for p in _parameters(self._optimizer) if p.grad is not None]
+            for parameter, _ in gradients:
+                parameter.grad = None
+            try:
+                buckets = list(self._buckets(gradients))
+                for index, bucket in enumerate(buckets):
+                    before = None if self._checked or len(buckets) == 1 else _shared_state(self._optimizer)
+                    self._step_bucket(bucket, raw_step)
+                    if before is not None and index == 0:
+                        self._refuse_shared_state(before)
+                self._checked = self._checked or len(buckets) > 1
+            finally:
+                for parameter, gradient in gradients:
+                    parameter.grad = gradient
+
+    def _buckets(self, gradients: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Parameters with their gradients: first all that need no copy, then the others by the bucket."""
+        full = [pair for pair in gradients if pair[0].dtype not in _HALF]
+        if full:
+            yield full
+        bucket: list[tuple[Tensor, Tensor]] = []
+        free_numel = bucket_numel = self._numel()
+        for pair in gradients:
+            if pair[0].dtype not in _HALF:
+                continue
+            if bucket and pair[0].numel() > free_numel:
+                yield bucket
+                bucket, free_numel = [], bucket_numel
+            bucket.append(pair)
+            free_numel -= pair[0].numel()
+        if bucket:
+            yield bucket
+
+    def _numel(self) -> int:
+        if self._bucket_numel is not None:
+            return self._bucket_numel
+        return max(_SMALLEST_BUCKET, sum(p.numel() for p in _parameters(self._optimizer)) // 64)
+
+    def _step_bucket(self, bucket: list[tuple[Tensor, Tensor]], raw_step: Callable[[], Any]) -> None:
+        # Stand-ins take the place of the parameters in the optimizer. The parameters themselves cannot be
+        # float32 for a while: with another dtype torch makes them a new node in the graph of gradients, and
+        # the hooks of DistributedDataParallel sit on the old one.
+        places = {id(p): (g["params"], i) for g in self._groups() for i, p in enumerate(g["params"])}
+        exchanged: list[tuple[Tensor, Tensor]] = []
+        try:
+            for parameter, gradient in bucket:
+                if parameter.dtype not in _HALF:
+                    parameter.grad = gradient
+                    continue
+                stand_in = _stand_in(parameter, gradient)
+                exchanged.append((parameter, stand_in))
+                self._exchange(places[id(parameter)], parameter, stand_in)
+            raw_step()
+        finally:
+            for parameter, stand_in in exchanged:
+                stand_in.grad = None
+                self._exchange(places[id(parameter)], stand_in, parameter)
+            for parameter, _ in bucket:
+                parameter.grad = None
+        while exchanged:
+            self._write_back(*exchanged.pop(0))
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def _exchange(self, place: tuple[list[Tensor], int], old: Tensor, new: Tensor) -> None:
+        parameters, index = place
+        parameters[index] = new
+        if old in self._optimizer.state:
+            self._optimizer.state[new] = self._optimizer.state.pop(old)
+
+    def _write_back(self, parameter: Tensor, stepped: Tensor) -> None:
+        # In the order of memory, so that any strides can be cut into pieces: the noise need not be larger
+        # than a bucket.
+        flat = stepped.data.as_strided((stepped.numel(),), (1,))
+        generator = self._noise.generator(stepped.device)
+        for piece in torch.split(flat, self._numel()):
+            stochastic_round_(piece, parameter.dtype, generator)
+        parameter.copy_(stepped)
+
+    def _refuse_shared_state(self, before: dict[Any, Any]) -> None:
+        after = _shared_state(self._optimizer)
+        changed = sorted(str(key) for key in after if key not in before or before[key] != after[key])
+        if changed:
+            raise MisconfigurationException(
+                "`LowPrecision(weight_rounding='stochastic')` needs an optimizer that keeps its state by "
+                f"parameter, since it is stepped once per bucket of weights, but got "
+                f"{type(self._optimizer).__name__}, whose step changes {', '.join(changed)}. "
+                "Let all weights be one bucket, at the cost of a float32 copy of them during the step: "
+                "LowPrecision(bucket_numel=10**12)."
+            )
+
+
+def _stand_in(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A float32 copy of a parameter and its gradient, with what others have written on it."""
+    made = nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
+    made.__dict__.update(parameter.__dict__)
+    made.grad = gradient.float()
+    return made
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _refuse_closures(optimizer: Optimizer) -> None:
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    required = closure is not None and closure.default is inspect.Parameter.empty
+    if required or isinstance(optimizer, LBFGS):
+        raise MisconfigurationException(
+            "`LowPrecision(weight_rounding='stochastic')` needs an optimizer that steps without evaluating "
+            f"the model, but got {type(optimizer).__name__}, which calls a closure. Use another optimizer, "
+            "or LowPrecision(compute='32-true')."
+        )
+
+
+def _shared_state(optimizer: Optimizer) -> dict[Any, Any]:
+    """What an optimizer keeps besides the state of its parameters, as far as it is made of numbers."""
+    places: list[tuple[str, dict[Any, Any]]] = [("its attributes", vars(optimizer))]
+    places += [(f"param_groups[{i}]", group) for i, group in enumerate(optimizer.param_groups)]
+    places += [("state", {k: v for k, v in optimizer.state.items() if not isinstance(k, Tensor)})]
+    return {
+        f"{place}[{key!r}]": float(value)
+        for place, values in places
+        for key, value in values.items()
+        if (isinstance(value, (int, float)) and not isinstance(value, bool))
+        or (isinstance(value, Tensor) and value.numel() == 1)
+    }
+
+
+@contextmanager
+def _one_step(optimizer: Optimizer, kwargs: dict[str, Any]) -> Iterator[Callable[[], Any]]:
+    """Step hooks run once around any number of calls of the optimizer's own code."""
+    own_hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    arguments: tuple[Any, Any] = ((optimizer,), kwargs)
+    for before in (*_torch_optimizer._global_optimizer_pre_hooks.values(), *own_hooks[0].values()):
+        arguments = before(optimizer, *arguments) or arguments
+    step: Any = type(optimizer).step
+    step = step.__wrapped__ if getattr(step, "hooked", False) else step
+    try:
+        # A step that calls that of a parent class would come upon them again.
+        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = (
+            OrderedDict(),
+            OrderedDict(),
+        )
+        yield lambda: step(*arguments[0], **arguments[1])
+    finally:
+        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = own_hooks
+    for after in (*own_hooks[1].values(), *_torch_optimizer._global_optimizer_post_hooks.values()):
+        after(optimizer, *arguments)
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -1,0 +1,131 @@
+"""Training whose weights and gradients are in half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.precision.utils import _DtypeContextManager
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_memtrain.techniques.precision.conversion import convert_module_
+from lightning_memtrain.techniques.precision.inputs import cast_batch
+from lightning_memtrain.techniques.precision.rounding import RoundingNoise
+from lightning_memtrain.techniques.precision.scaler import HalfGradScaler, ScalerConfig
+from lightning_memtrain.techniques.precision.settings import Settings
+from lightning_memtrain.techniques.precision.stepping import BucketedStep
+
+
+class TrueHalf(Precision):
+    """Lightning's half precision with a loss scaler, layers kept in float32, and steps in float32.
+
+    Args:
+        settings: of the plugin.
+        noise: for stochastic rounding.
+    """
+
+    def __init__(self, settings: Settings, noise: RoundingNoise) -> None:
+        self.precision = settings.compute
+        self.scaler: HalfGradScaler | None = None
+        self._settings = settings
+        self._noise = noise
+        self._steps: dict[Optimizer, BucketedStep] = {}
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Cast the weights in place."""
+        convert_module_(module, self._settings.dtype, self._settings.keep_fp32)
+        return module
+
+    def convert_input(self, data: Any) -> Any:
+        """Cast the inputs of a batch."""
+        return cast_batch(data, self._settings.dtype, self._settings.cast_targets)
+
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        """Make weights in half precision at once, unless some are to stay in float32.
+
+        Those would lose the digits that a checkpoint, which is loaded before the conversion, has of them.
+        """
+        if self._settings.keep_fp32:
+            return nullcontext()
+        return _DtypeContextManager(self._settings.dtype)
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """See :meth:`tensor_init_context`."""
+        return self.tensor_init_context()
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """Make half precision the default dtype, as Lightning's half precision does."""
+        with _DtypeContextManager(self._settings.dtype):
+            yield
+
+    def connect(
+        self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
+        """Prepare the scaler and the steps, once the model is on its device."""
+        device = next((p.device.type for p in model.parameters()), "cpu")
+        if self._settings.compute == "16-true" and (self.scaler is None or self.scaler._device != device):
+            self.scaler = HalfGradScaler(device, self._settings.scaler or ScalerConfig())
+        self.teardown()
+        if self._settings.rounds_stochastically:
+            for optimizer in optimizers:
+                self._bucketed(optimizer)
+        return model, optimizers, lr_schedulers
+
+    def teardown(self) -> None:
+        """Take all hooks off the optimizers."""
+        for step in self._steps.values():
+            step.close()
+        self._steps.clear()
+
+    def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
+        """Scale the loss, in float32: in float16 a loss above 2 times 32768 would be infinite."""
+        if self.scaler is not None:
+            tensor = self.scaler.scale(tensor.float())
+        return super().pre_backward(tensor, module)
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Optimizer, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        """Forward and backward by the closure, then unscale, clip and step."""
+        if self.scaler is None and not self._settings.rounds_stochastically:
+            return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+        result = closure()
+        # In automatic optimization this means that there was no backward; else it always is None.
+        without_backward = result is None and model.automatic_optimization
+        scaler = None if without_backward else self.scaler
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        self._after_closure(model, optimizer)
+        if self._settings.rounds_stochastically:
+            step: Callable[[], Any] = partial(self._bucketed(optimizer).step, **kwargs)
+        else:
+            step = partial(optimizer.step, **kwargs)
+        if scaler is not None:
+            scaler.step_by(optimizer, step)
+            scaler.update()
+        elif self.scaler is None:
+            step()
+        return result
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        """Clip by a norm that is computed in float32, where it neither overflows nor loses digits."""
+        gradients = [p.grad for p in self.main_params(optimizer) if p.grad is not None]
+        if not gradients:
+            return
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32).to(gradients[0].device) for g in gradients]
+        factor = (clip_val / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factor.to(gradient.device))
+
+    def _bucketed(self, optimizer: Optimizer) -> BucketedStep:
+        if optimizer not in self._steps:
+            numel = self._settings.bucket_numel
+            self._steps[optimizer] = BucketedStep(optimizer, self._noise, numel)
+        return self._steps[optimizer]

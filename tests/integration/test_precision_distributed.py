@@ -1,0 +1,104 @@
+"""`LowPrecision` in two gloo processes: both ranks keep equal weights, to the bit."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, multiprocessing, nn
+from torch.utils.data import DataLoader
+
+from lightning_memtrain.techniques.microbatching import Microbatching
+from lightning_memtrain.techniques.precision import LowPrecision, ScalerConfig
+from tests.helpers.trainers import quiet_trainer
+
+pytestmark = pytest.mark.slow
+
+
+class Net(LightningModule):
+    """A normalisation in float32 between layers in half precision; batches differ between the ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 32), nn.LayerNorm(32), nn.Tanh(), nn.Linear(32, 1))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = (self.net(batch) - batch.sum(1, keepdim=True).tanh()).square().mean()
+        if batch_idx == 5 and self.global_rank == 1 and self.dtype == torch.float16:
+            loss = loss * 60000.0  # infinite gradients on one rank are infinite on both
+        self.log("loss", loss.float(), sync_dist=True)
+        return loss
+
+    def train_dataloader(self) -> DataLoader:
+        generator = torch.Generator().manual_seed(self.global_rank)
+        return DataLoader([torch.randn(12, 6, generator=generator) for _ in range(24)], batch_size=None)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "bf16": ("bf16-true", {}, False),
+    "bf16, microbatched": ("bf16-true", {}, True),
+    "bf16, bucket views": ("bf16-true", {"gradient_as_bucket_view": True}, False),
+    "fp16": ("16-true", {}, False),
+    "fp16, microbatched": ("16-true", {"gradient_as_bucket_view": True}, True),
+    "fp32": ("32-true", {}, False),
+}
+
+
+def _run(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
+    warnings.simplefilter("ignore")
+    results = {}
+    for name, (compute, options, microbatched) in CASES.items():
+        torch.manual_seed(0)
+        model = Net()
+        plugin = LowPrecision(
+            compute,  # type: ignore[arg-type]
+            scaler=ScalerConfig(init=1024.0) if compute == "16-true" else None,
+            bucket_numel=40,
+        )
+        callbacks = [Microbatching(num_microbatches=3)] if microbatched else []
+        trainer = quiet_trainer(
+            Path(folder),
+            *callbacks,
+            devices=2,
+            strategy=DDPStrategy(process_group_backend="gloo", **options),
+            plugins=[plugin],
+            use_distributed_sampler=False,
+            gradient_clip_val=1.0,
+        )
+        trainer.fit(model)
+        results[name] = {
+            "weights": [p.detach().cpu() for p in model.parameters()],
+            "loss": trainer.callback_metrics["loss"].item(),
+            "scale": None if plugin.scaler is None else plugin.scaler.get_scale(),
+            "steps": {int(s["step"]) for s in trainer.optimizers[0].state.values()},
+        }
+    torch.save(results, Path(folder) / f"rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ddp")
+    multiprocessing.spawn(_run, args=(find_free_network_port(), str(folder)), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_ranks_keep_equal_weights_that_have_learnt(name: str, ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank[name] for rank in ranks)
+    assert all(torch.equal(*pair) for pair in zip(first["weights"], second["weights"], strict=True))
+    assert first["loss"] == pytest.approx(ranks[0]["fp32"]["loss"], rel=0.1)
+    half = CASES[name][0] == "16-true"
+    assert first["scale"] == second["scale"] == (512.0 if half else None)
+    assert first["steps"] == second["steps"] == {23 if half else 24}

@@ -1,0 +1,277 @@
+"""`LowPrecision` in real runs: with everything that Lightning and this library do around a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_memtrain import EarlyZeroGrad, MemoryProfiler, Microbatching
+from lightning_memtrain.techniques.precision import LowPrecision, ScalerConfig, SGD8bit
+from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
+from tests.helpers.twin_runs import Run, assert_same_run, train
+
+# A first step that is left out for infinite gradients, and the list of batches, which has no state to save.
+EXPECTED_WARNINGS = ("ignore:Detected call of `lr_scheduler.step", "ignore:You're resuming from a checkpoint")
+pytestmark = [pytest.mark.filterwarnings(text) for text in (*LIGHTNING_WARNINGS, *EXPECTED_WARNINGS)]
+
+Batch = tuple[Tensor, Tensor]
+
+
+def batches(num: int = 8) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(12, 6, generator=generator) for _ in range(num)]
+    return [(x, x.sum(1, keepdim=True).tanh()) for x in inputs]
+
+
+class Regression(LightningModule):
+    """A network with a normalisation and dropout, and two schedulers."""
+
+    def __init__(self, optimizer: str = "AdamW") -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(6, 40), nn.LayerNorm(40), nn.Tanh(), nn.Dropout(0.1), nn.Linear(40, 1)
+        )
+        self.optimizer = optimizer
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = (self.net(batch[0]) - batch[1]).square().mean()
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        kinds: dict[str, Any] = {
+            "AdamW": lambda ps: torch.optim.AdamW(ps, lr=1e-2),
+            "SGD": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, nesterov=True),
+            "SGD8bit": lambda ps: SGD8bit(ps, lr=0.1),
+        }
+        optimizer = kinds[self.optimizer](self.parameters())
+        per_step = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.8)
+        per_epoch = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return [optimizer], [{"scheduler": per_step, "interval": "step"}, {"scheduler": per_epoch}]
+
+
+class NoNoise(Regression):
+    """Without dropout, which draws other numbers for chunks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[3] = nn.Identity()
+
+
+@dataclass
+class Case:
+    trainer: dict[str, Any] = field(default_factory=dict)
+    callbacks: Any = tuple
+
+
+CASES = {
+    "plain": Case(),
+    "accumulated": Case({"accumulate_grad_batches": 3}),
+    "clipped by norm": Case({"gradient_clip_val": 0.05}),
+    "clipped by value": Case({"gradient_clip_val": 0.005, "gradient_clip_algorithm": "value"}),
+    "microbatched": Case(callbacks=lambda: [Microbatching(num_microbatches=3)]),
+    "microbatched, accumulated, clipped": Case(
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05},
+        lambda: [Microbatching(microbatch_size=5)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD8bit"])
+def test_at_its_identity_setting_it_is_lightning_to_the_bit(
+    name: str, optimizer: str, tmp_path: Path
+) -> None:
+    case, runs = CASES[name], []
+    for plugins in (None, [LowPrecision("32-true", weight_rounding="nearest")]):
+        options = case.trainer | {"plugins": plugins}
+        runs.append(train(lambda: Regression(optimizer), batches(), tmp_path, *case.callbacks(), **options))
+    assert_same_run(*runs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("compute", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_is_lightnings_to_the_bit(name: str, compute: Any, tmp_path: Path) -> None:
+    case, runs = CASES[name], []
+    for plugin in (MixedPrecision(compute, "cpu"), LowPrecision(compute)):
+        options = case.trainer | {"plugins": [plugin]}
+        runs.append(train(Regression, batches(), tmp_path, *case.callbacks(), **options))
+    assert_same_run(*runs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "SGD8bit"])
+@pytest.mark.parametrize("compute", ["bf16-true", "16-true"])
+@pytest.mark.parametrize("name", CASES)
+def test_half_precision_trains_as_float32_does(
+    name: str, compute: Any, optimizer: str, tmp_path: Path
+) -> None:
+    case = CASES[name]
+
+    def run(*plugins: Any) -> Run:
+        options = case.trainer | {"plugins": list(plugins), "max_epochs": 4}
+        return train(lambda: Regression(optimizer), batches(), tmp_path, *case.callbacks(), **options)
+
+    full, half = run(), run(LowPrecision(compute))
+    assert half.observed.global_steps == full.observed.global_steps
+    rates = [[g["lr"] for g in r.trainer.optimizers[0].param_groups] for r in (full, half)]
+    assert rates[0] == rates[1]
+    norm = half.model.net[1]
+    assert {p.dtype for p in norm.parameters()} == {torch.float32}
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32, half.model.dtype}
+    assert [len(g) for g in half.observed.gradients] == [len(g) for g in full.observed.gradients]
+    losses = [r.observed.on_epoch[-1]["loss"].item() for r in (full, half)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1, abs=0.003)
+    # What hooks see of gradients is not scaled.
+    norms = [torch.stack([g.float().norm() for g in r.observed.gradients[0]]).norm() for r in (full, half)]
+    assert norms[1].item() == pytest.approx(norms[0].item(), rel=0.05)
+
+
+@pytest.mark.parametrize("compute", ["bf16-true", "16-true"])
+def test_microbatches_give_the_gradient_of_the_batch_up_to_rounding(compute: Any, tmp_path: Path) -> None:
+    options = {"plugins": [LowPrecision(compute)], "max_steps": 1}
+    whole = train(NoNoise, batches(), tmp_path, **options)
+    split = train(NoNoise, batches(), tmp_path, Microbatching(num_microbatches=4), **options)
+    for one, other in zip(whole.observed.gradients[0], split.observed.gradients[0], strict=True):
+        assert (one.float() - other.float()).norm() <= 0.02 * one.float().norm() + 1e-6
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("compute", ["bf16-true", "16-true", "16-mixed"])
+def test_saved_mid_run_and_resumed_is_uninterrupted_to_the_bit(
+    compute: Any, early: bool, tmp_path: Path
+) -> None:
+    scaler = None if compute == "bf16-true" else ScalerConfig(init=8.0, growth_interval=4)
+    data = DataLoader(batches(), batch_size=None)
+
+    class SaveAt(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step == 5:
+                trainer.save_checkpoint(tmp_path / "mid.ckpt")
+
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            torch.manual_seed(trainer.global_step)  # dropout
+            # A list of batches begins anew when a run is resumed.
+            for given, due in zip(batch, batches()[trainer.global_step % 8], strict=True):
+                given.copy_(due)
+
+    def run(seed: int, **fit: Any) -> tuple[Any, ...]:
+        torch.manual_seed(seed)
+        model, plugin = Regression(), LowPrecision(compute, scaler=scaler, seed=seed)
+        callbacks = [SaveAt(), EarlyZeroGrad()] if early else [SaveAt()]
+        trainer = quiet_trainer(tmp_path, *callbacks, max_epochs=2, plugins=[plugin], gradient_clip_val=0.5)
+        trainer.fit(model, data, **fit)
+        state = trainer.optimizers[0].state_dict()["state"]
+        scale = None if plugin.scaler is None else plugin.scaler.state_dict()
+        moments = [v for s in state.values() for v in s.values()]
+        assert {v.dtype for v in moments} == {torch.float32}
+        return [*model.state_dict().values(), *moments], scale, plugin._noise.state_dict()
+
+    tensors, scale, noise = run(seed=0)
+    resumed = run(seed=99, ckpt_path=tmp_path / "mid.ckpt")
+    assert all(torch.equal(*pair) for pair in zip(tensors, resumed[0], strict=True))
+    assert scale == resumed[1]
+    assert compute == "16-mixed" or noise == resumed[2]
+    assert scale is None or scale["scale"] > 8.0
+
+
+def test_seeds_decide_and_nothing_else_does(tmp_path: Path) -> None:
+    def weights(seed: int, draw: int = 0) -> Tensor:
+        class Draws(Callback):
+            def on_before_optimizer_step(self, *args: Any) -> None:
+                torch.rand(draw)
+
+        run = train(NoNoise, batches(), tmp_path, Draws(), plugins=[LowPrecision(seed=seed)])
+        return run.model.net[0].weight
+
+    assert torch.equal(weights(0), weights(0, draw=3))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_training_leaves_the_global_generator_as_plain_lightning_does(tmp_path: Path) -> None:
+    states = []
+    for plugins in (None, [LowPrecision()]):
+        train(Regression, batches(), tmp_path, plugins=plugins)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+class Skips(Regression):
+    """Returns no loss for every other batch."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("compute", ["bf16-true", "16-true", "16-mixed"])
+@pytest.mark.filterwarnings("ignore:.*returned `None`")
+def test_batches_without_a_loss(compute: Any, tmp_path: Path) -> None:
+    scaler = None if compute == "bf16-true" else ScalerConfig(init=8.0)
+    run = train(Skips, batches(), tmp_path, plugins=[LowPrecision(compute, scaler=scaler)], max_epochs=1)
+    assert run.trainer.global_step == 8
+    steps = {int(state["step"]) for state in run.trainer.optimizers[0].state.values()}
+    assert steps == {4}
+
+
+class Overflows(Regression):
+    """One batch whose gradients are infinite in float16."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * 60000.0 if batch_idx == 3 else loss
+
+
+def test_a_step_with_infinite_gradients_is_left_out(tmp_path: Path) -> None:
+    plugin = LowPrecision("16-true")
+    run = train(Overflows, batches(), tmp_path, plugins=[plugin], max_epochs=1)
+    assert plugin.scaler is not None
+    assert plugin.scaler.get_scale() == 2.0**14
+    assert {int(state["step"]) for state in run.trainer.optimizers[0].state.values()} == {7}
+    assert all(p.isfinite().all() for p in run.model.parameters())
+    assert plugin.technique_record().events == ("1 steps left out for infinite gradients",)
+
+
+class Adversarial(Regression):
+    """Two optimizers, stepped by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward((self.net(batch[0]) - batch[1]).square().mean())
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        first, last = self.net[0].parameters(), self.net[4].parameters()
+        return torch.optim.Adam(first, lr=1e-2), torch.optim.SGD(last, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("compute", ["bf16-true", "16-true"])
+def test_manual_optimization(compute: Any, tmp_path: Path) -> None:
+    errors = []
+    for plugins in (None, [LowPrecision(compute)]):
+        run = train(Adversarial, batches(), tmp_path, plugins=plugins, max_epochs=4)
+        assert run.trainer.global_step == 2 * 8 * 4
+        x, y = batches()[0]
+        with torch.no_grad():
+            output = run.model.eval().net(x.to(run.model.dtype))
+        errors.append((output - y).square().mean().item())
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
+def test_it_shows_in_the_memory_report_with_its_bytes(tmp_path: Path) -> None:
+    profiler = MemoryProfiler(report_dir=tmp_path)
+    train(Regression, batches(), tmp_path, profiler, plugins=[LowPrecision()], max_epochs=1)
+    report = profiler.report
+    assert report is not None
+    assert [record.name for record in report.techniques] == ["LowPrecision"]

@@ -1,0 +1,271 @@
+"""Steps in float32 on weights in half precision: float32 but for rounding, in the memory of a bucket."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from lightning_memtrain import Category, MemoryLedger
+from lightning_memtrain.techniques.precision.rounding import RoundingNoise
+from lightning_memtrain.techniques.precision.stepping import BucketedStep
+
+WIDTH, DEPTH = 64, 8
+LAYER = WIDTH * WIDTH
+
+
+def layers(dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(DEPTH))).to(dtype)
+
+
+def set_gradients(model: nn.Module, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+OPTIMIZERS = {
+    "SGD": lambda ps: torch.optim.SGD(ps, lr=0.1),
+    "SGD, momentum": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "AdamW": lambda ps: torch.optim.AdamW(ps, lr=1e-2),
+    "AdamW, for loop": lambda ps: torch.optim.AdamW(ps, lr=1e-2, foreach=False),
+    "AdamW, fused": lambda ps: torch.optim.AdamW(ps, lr=1e-2, fused=True),
+    "Adagrad": lambda ps: torch.optim.Adagrad(ps, lr=1e-2),
+    "Adafactor": lambda ps: torch.optim.Adafactor(ps, lr=1e-2),
+    "RAdam": lambda ps: torch.optim.RAdam(ps, lr=1e-2),
+    "RMSprop": lambda ps: torch.optim.RMSprop(ps, lr=1e-3, momentum=0.9),
+    "ASGD": lambda ps: torch.optim.ASGD(ps, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_is_that_of_float32_within_one_ulp_and_leaves_its_state_in_float32(
+    name: str, dtype: torch.dtype
+) -> None:
+    half = layers(dtype)
+    full = copy.deepcopy(half).float()
+    optimizer, reference = (OPTIMIZERS[name](model.parameters()) for model in (half, full))
+    stepping = BucketedStep(optimizer, RoundingNoise(0), bucket_numel=2 * LAYER)
+    for seed in range(3):
+        set_gradients(half, seed)
+        for p, q in zip(half.parameters(), full.parameters(), strict=True):
+            q.data, q.grad = p.data.float(), p.grad.float()
+        stepping.step()
+        reference.step()
+        for p, q in zip(half.parameters(), full.parameters(), strict=True):
+            assert p.dtype == p.grad.dtype == dtype
+            unit = 2.0 ** q.abs().clamp(min=2**-14).log2().floor() * torch.finfo(dtype).eps
+            assert ((p.float() - q).abs() < unit).all()
+            assert (p.float() != q.to(dtype).float()).any(), "rounded to nearest"
+            for key, value in reference.state[q].items():
+                own = optimizer.state[p][key]
+                assert torch.equal(torch.as_tensor(own), torch.as_tensor(value))
+                assert not isinstance(own, Tensor) or own.dtype == value.dtype
+
+
+def test_the_size_of_buckets_changes_nothing_but_the_noise() -> None:
+    states = []
+    for bucket_numel in (1, LAYER, 3 * LAYER, 10**12, None):
+        model = layers()
+        optimizer = torch.optim.AdamW(model.parameters())
+        set_gradients(model)
+        BucketedStep(optimizer, RoundingNoise(0), bucket_numel).step()
+        states.append([s["exp_avg"].clone() for s in optimizer.state.values()])
+    assert all(torch.equal(*pair) for state in states for pair in zip(state, states[0], strict=True))
+
+
+@pytest.mark.parametrize("layers_per_bucket", [1, 2])
+def test_the_peak_of_a_step_is_one_bucket(layers_per_bucket: int) -> None:
+    model = layers()
+    set_gradients(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    stepping = BucketedStep(optimizer, RoundingNoise(0), bucket_numel=layers_per_bucket * LAYER)
+    with MemoryLedger(model, optimizer) as ledger:
+        stepping.step()
+    breakdown = ledger.breakdown()
+    bucket = layers_per_bucket * LAYER
+    # Weights and gradients in 2 bytes; of the bucket, weights in 4 bytes, and either gradients in 4 bytes
+    # or, while a layer is written back, noise, magnitudes and a mask in 4 + 4 + 1.
+    assert breakdown.start_bytes == 2 * 2 * DEPTH * LAYER
+    writing_back = 4 * bucket + (4 + 1) * LAYER
+    assert breakdown.ledger_peak_bytes - breakdown.start_bytes == max(2 * 4 * bucket, writing_back)
+    assert breakdown.at_peak[Category.OPTIMIZER_STATE] == 0
+    assert breakdown.end_bytes == breakdown.start_bytes
+
+
+def test_one_large_parameter_is_written_back_in_pieces() -> None:
+    parameter = nn.Parameter(torch.randn(16 * LAYER).bfloat16())
+    model = nn.ParameterList([parameter])
+    set_gradients(model)
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    stepping = BucketedStep(optimizer, RoundingNoise(0), bucket_numel=LAYER)
+    with MemoryLedger(model, optimizer) as ledger:
+        stepping.step()
+    breakdown = ledger.breakdown()
+    assert breakdown.ledger_peak_bytes - breakdown.start_bytes == 2 * 4 * 16 * LAYER
+
+
+def test_hooks_and_schedulers_see_one_step() -> None:
+    model = layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    stepping = BucketedStep(optimizer, RoundingNoise(0), bucket_numel=1)
+    seen: list[str] = []
+    with_gradients: list[bool] = []
+
+    def before(opt: Any, args: Any, kwargs: Any) -> None:
+        seen.append("pre")
+        with_gradients.append(
+            all(p.grad is not None and p.dtype == torch.bfloat16 for p in model.parameters())
+        )
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: seen.append("global pre")),
+        register_optimizer_step_post_hook(lambda *_: seen.append("global post")),
+    ]
+    try:
+        for _ in range(2):
+            set_gradients(model)
+            stepping.step()
+            scheduler.step()  # warns if it does not know of the step, and warnings are errors
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == ["global pre", "pre", "post", "global post"] * 2
+    assert with_gradients == [True, True]
+    assert optimizer.param_groups[0]["lr"] == 0.025
+
+
+class Derived(torch.optim.SGD):
+    """Its step calls that of its parent, which has hooks of its own around it."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_hooks_run_once_for_a_class_that_calls_its_parents_step() -> None:
+    torch.optim.SGD([nn.Parameter(torch.ones(1))])  # from here on SGD.step runs hooks
+    model = layers()
+    optimizer = Derived(model.parameters(), lr=0.1)
+    seen: list[str] = []
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    set_gradients(model)
+    BucketedStep(optimizer, RoundingNoise(0), bucket_numel=1).step()
+    assert seen == ["post"]
+
+
+def test_parameters_without_gradient_and_those_in_float32() -> None:
+    model = layers()
+    model[0].float()
+    set_gradients(model)
+    model[1].weight.grad = None
+    before = [p.detach().clone() for p in model.parameters()]
+    gradients = [p.grad for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    BucketedStep(optimizer, RoundingNoise(0)).step()
+    assert torch.equal(model[0].weight, before[0].add(gradients[0], alpha=-0.1))
+    assert torch.equal(model[1].weight, before[1])
+    assert all(p.grad is gradient for p, gradient in zip(model.parameters(), gradients, strict=True))
+
+
+def test_any_strides_are_kept() -> None:
+    conv = nn.Conv2d(3, 5, 3).to(torch.bfloat16, memory_format=torch.channels_last)
+    before, address = conv.weight.detach().clone(), conv.weight.data_ptr()
+    conv.weight.grad = torch.randn_like(conv.weight)
+    BucketedStep(torch.optim.SGD([conv.weight], lr=1.0), RoundingNoise(0), bucket_numel=7).step()
+    assert conv.weight.data_ptr() == address
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(conv.weight, before - conv.weight.grad, rtol=2**-7, atol=0)
+
+
+def test_sparse_gradients() -> None:
+    table = nn.Embedding(10, 4, sparse=True).bfloat16()
+    table(torch.tensor([1, 3, 1])).sum().backward()
+    before = table.weight.detach().clone()
+    BucketedStep(torch.optim.SGD(table.parameters(), lr=1.0), RoundingNoise(0)).step()
+    changed = (table.weight != before).any(1).nonzero().flatten().tolist()
+    assert changed == [1, 3]
+
+
+def test_an_error_leaves_weights_and_gradients_as_they_were() -> None:
+    class Broken(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise RuntimeError("broken")
+
+    model = layers()
+    set_gradients(model)
+    before = [(p.detach().clone(), p.grad, p.data_ptr()) for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="broken"):
+        BucketedStep(Broken(model.parameters(), lr=0.1), RoundingNoise(0)).step()
+    for p, (value, gradient, address) in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, value)
+        assert p.grad is gradient
+        assert p.data_ptr() == address
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps in its group, as schedule-free optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+        return super().step(closure)
+
+
+def test_an_optimizer_that_counts_steps_in_its_groups_is_refused_unless_there_is_one_bucket() -> None:
+    model = layers()
+    set_gradients(model)
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"keeps its state by parameter.*got Counting, whose step changes param_groups\[0\]\['k'\].*"
+        r"LowPrecision\(bucket_numel=10\*\*12\)",
+    ):
+        BucketedStep(Counting(model.parameters(), lr=0.1), RoundingNoise(0), LAYER).step()
+    optimizer = Counting(model.parameters(), lr=0.1)
+    BucketedStep(optimizer, RoundingNoise(0), 10**12).step()
+    assert optimizer.param_groups[0]["k"] == 1
+
+
+def test_optimizers_that_need_a_closure_are_refused() -> None:
+    class Sharpness(torch.optim.SGD):
+        def step(self, closure: Any) -> Any:  # type: ignore[override]
+            return super().step(closure)
+
+    for optimizer in (torch.optim.LBFGS, Sharpness):
+        with pytest.raises(
+            MisconfigurationException,
+            match=rf"without evaluating the model, but got {optimizer.__name__}.*compute='32-true'",
+        ):
+            BucketedStep(optimizer(layers().parameters(), lr=0.1), RoundingNoise(0))
+
+
+def test_saved_and_resumed_is_uninterrupted() -> None:
+    def run(interrupt: bool) -> list[Tensor]:
+        model = layers()
+        optimizer, noise = torch.optim.AdamW(model.parameters(), lr=1e-2), RoundingNoise(5)
+        stepping = BucketedStep(optimizer, noise, LAYER)
+        for seed in range(6):
+            if interrupt and seed == 3:
+                saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), noise.state_dict()))
+                model = layers()
+                model.load_state_dict(saved[0])
+                optimizer, noise = torch.optim.AdamW(model.parameters(), lr=1e-2), RoundingNoise(0)
+                stepping = BucketedStep(optimizer, noise, LAYER)
+                optimizer.load_state_dict(saved[1])
+                noise.load_state_dict(saved[2])
+            set_gradients(model, seed)
+            stepping.step()
+        state = [v for s in optimizer.state.values() for v in s.values()]
+        assert all(v.dtype == torch.float32 for v in state)
+        return [p.detach() for p in model.parameters()] + state
+
+    assert all(torch.equal(*pair) for pair in zip(run(False), run(True), strict=True))
