@@ -244,14 +244,12 @@ class SelectiveOps(CheckpointPolicy):
     @property
     def contexts(self) -> Contexts:
         """Torch's own, which keep the outputs of some operators."""
-        overloads = self._overloads()
+        return self._make_contexts  # a method, which can be pickled with the model
 
-        def make() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
-            contexts = create_selective_checkpoint_contexts(overloads)  # type: ignore[no-untyped-call]
-            return contexts
-
-        return make
+    def _make_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+        contexts = create_selective_checkpoint_contexts(self._overloads())  # type: ignore[no-untyped-call]
+        return contexts
 
     def _overloads(self) -> list[Any]:
         overloads = []

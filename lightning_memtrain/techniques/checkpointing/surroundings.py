@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -14,9 +14,18 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 _HOSTS = ("cpu", "meta")
 
+# What decides which kernels run: how to read it, and how to set it.
+_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+)
+
 
 class Surroundings:
-    """Random numbers and autocast at the beginning of a call.
+    """Random numbers, autocast and the choice of kernels at the beginning of a call.
 
     Args:
         tensors: what the call works on, whose devices count.
@@ -26,6 +35,7 @@ class Surroundings:
     def __init__(self, tensors: Sequence[Tensor], with_numpy: bool) -> None:
         device_type = next((x.device.type for x in tensors if x.device.type not in _HOSTS), None)
         self._autocast = [_Autocast.now(kind) for kind in ("cpu", device_type) if kind is not None]
+        self._settings = [get() for get, _ in _SETTINGS]
         self._random: list[_TorchRandom | _PythonRandom] = [
             _TorchRandom(device_type, tensors),
             _PythonRandom(),
@@ -50,6 +60,11 @@ class Surroundings:
                 undo.enter_context(random_state.restored())
             for autocast in self._autocast:
                 undo.enter_context(autocast.restored())
+            for (get, put), setting in zip(_SETTINGS, self._settings, strict=True):
+                now = get()
+                if now != setting:
+                    put(setting)
+                    undo.callback(put, now)
             yield
 
 

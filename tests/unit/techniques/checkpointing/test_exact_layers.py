@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
 from tests.helpers.recomputed import assert_exact, assert_identical, recompute, trained
@@ -189,6 +193,40 @@ def test_modes_are_those_of_the_forward() -> None:
         assert not any(module.training for module in model.modules())
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert_identical(*gradients)
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 36)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.linear(x).view(1, 7, 3, 3, 4).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return attended.transpose(1, 2).reshape(7, 12) * torch.linspace(0, 1, 12)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "setting", [lambda: sdpa_kernel(SDPBackend.MATH), lambda: _default_dtype(torch.float64)]
+)
+def test_kernels_are_those_of_the_forward(setting: Callable[[], Any]) -> None:
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        with setting():
+            return model(x).square().mean()
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 12), _Attention(), nn.Linear(12, 12)).double()
+
+    assert_exact(make, ["1"], lambda: [x.double() for x in _rows()], loss)
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_lazy_layers_may_be_materialised_in_the_first_forward() -> None:

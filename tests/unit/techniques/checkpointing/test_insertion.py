@@ -136,7 +136,8 @@ def test_a_model_that_checkpoints_itself_is_refused() -> None:
         vocab_size=8, hidden_size=4, num_hidden_layers=2, num_attention_heads=2, intermediate_size=4
     )
     model: Any = hf.BertModel(config)
-    model.activation_checkpointing_enable()
+    renamed = hasattr(model, "activation_checkpointing_enable")
+    (model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable)()
     names = [f"encoder.layer.{index}" for index in range(2)]
     assert _message(model, *names) == (
         "`ActivationCheckpointing` found 'encoder.layer.0' checkpointed by the model itself (BertLayer). "
@@ -144,7 +145,7 @@ def test_a_model_that_checkpoints_itself_is_refused() -> None:
         "`model.activation_checkpointing_disable()`, or `gradient_checkpointing_disable()` in older ones."
     )
     assert "found 'encoder' checkpointed by the model itself" in _message(model, "encoder")
-    model.activation_checkpointing_disable()
+    (model.activation_checkpointing_disable if renamed else model.gradient_checkpointing_disable)()
     recompute(model, *names)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_memtrain import Recomputed, insert_checkpoints
+from lightning_memtrain import Recomputed, SelectiveOps, insert_checkpoints
 
 
 class Late(nn.Module):
@@ -32,6 +34,17 @@ class LooksBackLate(Late):
             (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
             return out + slope
         return out
+
+
+def test_a_model_is_pickled_amid_selective_recomputation() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(2)))
+    policy = SelectiveOps()
+    insert_checkpoints(model, policy.groups(model), policy.contexts)
+    twin = pickle.loads(pickle.dumps(model))
+    for one in (model, twin):
+        one(torch.ones(2, 3)).sum().backward()
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    assert all(torch.equal(one.grad, other.grad) for one, other in pairs)
 
 
 def test_a_call_that_begins_to_write_to_its_argument_is_refused() -> None:
