@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_memtrain import ActivationCheckpointing, Microbatching
 from tests.helpers.trainers import quiet_trainer
+from tests.helpers.two_ranks import found_by_two_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -123,7 +119,8 @@ def _train(case: Case, folder: Path, *callbacks: Any) -> dict[str, Tensor]:
     return seen | {name: value.clone() for name, value in trainer.callback_metrics.items()}
 
 
-def _check(case: Case, folder: Path) -> int:
+def _check(name: str, folder: Path, rank: int) -> int:
+    case = CASES[name]
     plain = _train(case, folder)
     callback = ActivationCheckpointing(case.policy)
     recomputed = _train(case, folder, callback)
@@ -133,28 +130,10 @@ def _check(case: Case, folder: Path) -> int:
     return int(callback.technique_record().settings["num_modules"])  # type: ignore[arg-type]
 
 
-def _run_rank(rank: int, port: int, folder: Path) -> None:
-    warnings.simplefilter("ignore")
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank)
-    )
-    torch.set_num_threads(1)
-    found: dict[str, Any] = {}
-    for name, case in CASES.items():
-        try:
-            found[name] = _check(case, folder)
-        except BaseException:
-            found[name] = traceback.format_exc()
-        (folder / f"rank_{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found, by case."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    multiprocessing.spawn(_run_rank, (find_free_network_port(), folder), nprocs=2)
-    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
+    return found_by_two_ranks(_check, [*CASES], tmp_path_factory.mktemp("two_processes"))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -24,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_memtrain.techniques.checkpointing import Full, Nested, Recomputed, Sqrt, insert_checkpoints
 from tests.helpers.recomputed import recomputations
+from tests.helpers.two_ranks import found_by_two_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -157,7 +153,9 @@ def _train(name: str, checkpointed: bool) -> tuple[list[Tensor], list[str]]:
     return seen + [_whole(parameter) for parameter in net.parameters()], recomputed
 
 
-def _check(name: str) -> list[str]:
+def _check(name: str, folder: Path, rank: int) -> list[str]:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", rank=rank, world_size=2)
     plain, _ = _train(name, False)
     with_checkpoints, recomputed = _train(name, True)
     for one, other in zip(plain, with_checkpoints, strict=True):
@@ -165,27 +163,10 @@ def _check(name: str) -> list[str]:
     return recomputed
 
 
-def _run_rank(rank: int, port: int, folder: Path) -> None:
-    warnings.simplefilter("ignore")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    found: dict[str, Any] = {}
-    for name in CASES:
-        try:
-            found[name] = _check(name)
-        except BaseException:
-            found[name] = traceback.format_exc()
-        (folder / f"rank_{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank recomputed, by case."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    multiprocessing.spawn(_run_rank, (find_free_network_port(), folder), nprocs=2)
-    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
+    return found_by_two_ranks(_check, [*CASES], tmp_path_factory.mktemp("two_processes"))
 
 
 @pytest.mark.parametrize("name", CASES)

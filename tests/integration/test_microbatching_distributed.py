@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
@@ -24,6 +19,7 @@ from torchmetrics import Metric
 from lightning_memtrain.techniques.microbatching import MemtrainDDPStrategy, Microbatching
 from tests.helpers.faults import FailAt
 from tests.helpers.trainers import quiet_trainer
+from tests.helpers.two_ranks import found_by_two_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -186,7 +182,8 @@ def _train(case: Case, folder: Path, strategy: Any, *callbacks: Any) -> tuple[li
     return seen, counter.num_reduced, trainer
 
 
-def _check(case: Case, folder: Path, rank: int) -> dict[str, Any]:
+def _check(name: str, folder: Path, rank: int) -> dict[str, Any]:
+    case = CASES[name]
     plain, num_plain, _ = _train(case, folder, case.strategy())
     callbacks = [] if case.fail is None else [case.fail(rank)]
     if case.split_strategy is not None:
@@ -201,28 +198,10 @@ def _check(case: Case, folder: Path, rank: int) -> dict[str, Any]:
     return {"reduced": [num_plain, num_split], "compared": len(plain), "events": events}
 
 
-def _run_rank(rank: int, port: int, folder: Path) -> None:
-    warnings.simplefilter("ignore")
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank)
-    )
-    torch.set_num_threads(1)
-    found: dict[str, Any] = {}
-    for name, case in CASES.items():
-        try:
-            found[name] = _check(case, folder, rank)
-        except BaseException:
-            found[name] = traceback.format_exc()
-        (folder / f"rank_{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found, by case."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    multiprocessing.spawn(_run_rank, (find_free_network_port(), folder), nprocs=2)
-    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
+    return found_by_two_ranks(_check, [*CASES], tmp_path_factory.mktemp("two_processes"))
 
 
 @pytest.mark.parametrize("name", CASES)
