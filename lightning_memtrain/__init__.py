@@ -29,6 +29,14 @@ if TYPE_CHECKING:
         Microbatching,
         batchnorm_to_groupnorm,
     )
+    from lightning_memtrain.techniques.precision import (
+        LowPrecision,
+        ScalerConfig,
+        SGD8bit,
+        adam8bit,
+        adamw4bit,
+        adamw8bit,
+    )
 
 # Names are looked up at their first use, so that `memtrain --help` need not wait for torch.
 _ROOMS = {
@@ -36,6 +44,7 @@ _ROOMS = {
     "CategoryBytes": "core",
     "EarlyZeroGrad": "techniques.microbatching",
     "Growth": "core",
+    "LowPrecision": "techniques.precision",
     "MemoryBreakdown": "core",
     "MemoryLedger": "ledger",
     "MemoryProfiler": "report",
@@ -47,9 +56,14 @@ _ROOMS = {
     "NoEffectWarning": "core",
     "OpWorkspace": "ledger",
     "ReportWarning": "core",
+    "SGD8bit": "techniques.precision",
+    "ScalerConfig": "techniques.precision",
     "Technique": "core",
     "TechniqueRecord": "core",
     "TimelineEvent": "core",
+    "adam8bit": "techniques.precision",
+    "adamw4bit": "techniques.precision",
+    "adamw8bit": "techniques.precision",
     "batchnorm_to_groupnorm": "techniques.microbatching",
     "device_truth": "ledger",
 }
@@ -59,6 +73,7 @@ __all__ = [
     "CategoryBytes",
     "EarlyZeroGrad",
     "Growth",
+    "LowPrecision",
     "MemoryBreakdown",
     "MemoryLedger",
     "MemoryProfiler",
@@ -70,10 +85,15 @@ __all__ = [
     "NoEffectWarning",
     "OpWorkspace",
     "ReportWarning",
+    "SGD8bit",
+    "ScalerConfig",
     "Technique",
     "TechniqueRecord",
     "TimelineEvent",
     "__version__",
+    "adam8bit",
+    "adamw4bit",
+    "adamw8bit",
     "batchnorm_to_groupnorm",
     "device_truth",
 ]
