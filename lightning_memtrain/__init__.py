@@ -49,6 +49,9 @@ if TYPE_CHECKING:
         LowPrecision,
         ScalerConfig,
         SGD8bit,
+        adam8bit,
+        adamw4bit,
+        adamw8bit,
     )
 
 # Names are looked up at their first use, so that `memtrain --help` need not wait for torch.
@@ -87,6 +90,9 @@ _ROOMS = {
     "Technique": "core",
     "TechniqueRecord": "core",
     "TimelineEvent": "core",
+    "adam8bit": "techniques.precision",
+    "adamw4bit": "techniques.precision",
+    "adamw8bit": "techniques.precision",
     "batchnorm_to_groupnorm": "techniques.microbatching",
     "device_truth": "ledger",
     "insert_checkpoints": "techniques.checkpointing",
@@ -128,6 +134,9 @@ __all__ = [
     "TechniqueRecord",
     "TimelineEvent",
     "__version__",
+    "adam8bit",
+    "adamw4bit",
+    "adamw8bit",
     "batchnorm_to_groupnorm",
     "device_truth",
     "insert_checkpoints",

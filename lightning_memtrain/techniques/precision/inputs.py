@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning_utilities import apply_to_collection
+from lightning.fabric.utilities.apply_func import apply_to_collection  # type: ignore[attr-defined]
 from torch import Tensor
 
 _TARGET = re.compile(r"(.*_)?(y|targets?|labels?)", re.IGNORECASE)
