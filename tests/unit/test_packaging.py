@@ -67,7 +67,8 @@ def test_the_malicious_lightning_releases_are_excluded() -> None:
 
 
 def test_extras() -> None:
-    assert set(EXTRAS) == {"wandb", "cli", "recipes", "translation", "docs", "dev", "all"}
+    expected = {"wandb", "cli", "bnb", "ao", "recipes", "translation", "docs", "dev", "all"}
+    assert set(EXTRAS) == expected
     (everything,) = (Requirement(line) for line in EXTRAS["all"])
     assert everything.extras == set(EXTRAS) - {"all"}
 
