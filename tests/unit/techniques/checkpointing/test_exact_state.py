@@ -161,8 +161,8 @@ def _everything(model: nn.Module) -> list[Any]:
             block.hidden,
             block.seen,
             block.counts,
-            block.metric.mean_value,
-            block.metric.weight,
+            # Their names differ between versions of torchmetrics.
+            *(getattr(block.metric, name) for name in sorted(block.metric._defaults)),
         ]
         for block in (model.block, model.last)
     ]
