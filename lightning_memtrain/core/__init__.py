@@ -6,6 +6,7 @@ from lightning_memtrain.core.marks import mark, watch_marks
 from lightning_memtrain.core.out_of_memory import is_out_of_memory
 from lightning_memtrain.core.rehearsal import rehearsal, rehearsal_depth
 from lightning_memtrain.core.technique import Setting, Technique, TechniqueRecord, is_technique
+from lightning_memtrain.core.training_step import wrap_training_step
 from lightning_memtrain.core.units import GIB, KIB, MIB, format_bytes, parse_bytes
 from lightning_memtrain.core.warnings import NoEffectWarning, ReportWarning
 
@@ -32,4 +33,5 @@ __all__ = [
     "rehearsal",
     "rehearsal_depth",
     "watch_marks",
+    "wrap_training_step",
 ]

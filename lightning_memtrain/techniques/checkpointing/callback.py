@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
-from lightning_memtrain.core import Setting, TechniqueRecord, parse_bytes
+from lightning_memtrain.core import Setting, TechniqueRecord, parse_bytes, wrap_training_step
 from lightning_memtrain.ledger.op_times import OpTimes
 from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.techniques.checkpointing.choose import StepCurve
@@ -24,7 +24,6 @@ from lightning_memtrain.techniques.checkpointing.policies import (
     CheckpointPolicy,
     Modules,
 )
-from lightning_memtrain.techniques.checkpointing.training_step import wrap_training_step
 
 # A batch that is this much larger than the one a budget was chosen for is chosen for anew.
 _NOTABLY_LARGER = 1.1

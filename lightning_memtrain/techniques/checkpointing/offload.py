@@ -13,8 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_memtrain.core import MIB, NoEffectWarning, TechniqueRecord, parse_bytes
-from lightning_memtrain.techniques.checkpointing.training_step import wrap_training_step
+from lightning_memtrain.core import MIB, NoEffectWarning, TechniqueRecord, parse_bytes, wrap_training_step
 
 
 class offloaded_activations(saved_tensors_hooks):

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from weakref import ref
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
@@ -15,6 +16,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lightning_memtrain.core import TechniqueRecord
+from lightning_memtrain.techniques.precision.activation_codec import ActivationCodec
+from lightning_memtrain.techniques.precision.activation_training import PackedTraining
 from lightning_memtrain.techniques.precision.conversion import NORM
 from lightning_memtrain.techniques.precision.refusals import (
     refuse_optimizer,
@@ -50,6 +53,7 @@ class LowPrecision(Precision):
             layers, in which ``*`` stands for any text.
         scaler: how the loss is scaled in float16; a :class:`ScalerConfig` with its defaults unless given,
             for ``"16-mixed"`` torch's defaults.
+        activations: keep what backward needs in few bits, as :class:`CompressedActivations` does.
         cast_targets: cast targets, too. Targets are the last item of a tuple or list, and the items of a
             mapping that are named y, target or label.
         seed: of the noise for stochastic rounding, which no other generator sees.
@@ -79,13 +83,14 @@ class LowPrecision(Precision):
         weight_rounding: WeightRounding = "stochastic",
         keep_fp32: Sequence[str] = (NORM,),
         scaler: ScalerConfig | None = None,
+        activations: ActivationCodec | None = None,
         cast_targets: bool = False,
         seed: int = 0,
         bucket_numel: int | None = None,
     ) -> None:
         super().__init__()
         self._settings = Settings(
-            compute, weight_rounding, keep_fp32, scaler, cast_targets, seed, bucket_numel
+            compute, weight_rounding, keep_fp32, scaler, activations, cast_targets, seed, bucket_numel
         )
         refuse_settings(self._settings)
         self.precision = compute
@@ -94,12 +99,17 @@ class LowPrecision(Precision):
         self._mode: Precision = (
             TrueHalf(self._settings, self._noise) if self._settings.halves_weights else Precision()
         )
+        self._packed = (
+            None if activations is None else PackedTraining(activations, "`LowPrecision(activations)`")
+        )
+        self._module: ref[LightningModule] | None = None
         self._fits = False
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Cast the model in place, after a last look at the strategy."""
         if isinstance(module, LightningModule) and module._trainer is not None:
             refuse_strategy(module.trainer.strategy)
+            self._module = ref(module)  # `connect` may get it inside of DDP
         return self._mode.convert_module(module)
 
     def connect(
@@ -119,10 +129,17 @@ class LowPrecision(Precision):
                     if self._settings.scaler is None
                     else CappedGradScaler(device, self._settings.scaler),
                 )
+        module = None if self._module is None else self._module()
+        if self._packed is not None and self._fits and module is not None:
+            self._packed.begin(module, module.global_rank)
         return self._mode.connect(model, optimizers, lr_schedulers)
 
     def teardown(self) -> None:
-        """Leave the optimizers as they were found."""
+        """Leave the model and the optimizers as they were found."""
+        if self._packed is not None and self._fits:
+            self._packed.end()
+            self._packed.warn_if_useless()
+        self._fits = False
         self._mode.teardown()
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
@@ -139,7 +156,7 @@ class LowPrecision(Precision):
 
     @contextmanager
     def train_step_context(self) -> Iterator[None]:
-        """Where the model computes in training. What packs saved tensors belongs outside of all else here."""
+        """Where the model computes in training."""
         with self.forward_context():
             yield
 
@@ -173,6 +190,8 @@ class LowPrecision(Precision):
             state["scaler"] = self.scaler.state_dict()
         if self._settings.rounds_stochastically:
             state["noise"] = self._noise.state_dict()
+        if self._packed is not None:
+            state["activations"] = self._packed.state_dict()
         checkpoint[_CHECKPOINT_KEY] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -203,6 +222,9 @@ class LowPrecision(Precision):
                 self._noise.load_state_dict(state["noise"])
             else:
                 missing.append("the noise for stochastic rounding")
+        if self._packed is not None:
+            # Only noise is lost, and only if there is any, so this is not worth a warning.
+            self._packed.load_state_dict(state.get("activations", {"num_packed": 0}))
         if missing:
             warnings.warn(
                 f"The checkpoint was written without `LowPrecision(compute={self._settings.compute!r})`, so "
@@ -214,7 +236,7 @@ class LowPrecision(Precision):
     @property
     def exact(self) -> bool:
         """Whether results are those of float32."""
-        return self._settings.compute == "32-true"
+        return self._settings.compute == "32-true" and self._packed is None
 
     def technique_record(self) -> TechniqueRecord:
         """Settings in force, and how many steps were left out."""
@@ -227,4 +249,7 @@ class LowPrecision(Precision):
             }
         skipped = self.scaler.num_skipped if isinstance(self.scaler, HalfGradScaler) else 0
         events = (f"{skipped} steps left out for infinite gradients",) if skipped else ()
+        if self._packed is not None:
+            shown |= {f"activations_{name}": value for name, value in self._packed.settings.items()}
+            events += self._packed.events
         return TechniqueRecord("LowPrecision", shown, events)

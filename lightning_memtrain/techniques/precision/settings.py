@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from lightning_memtrain.techniques.precision.activation_codec import ActivationCodec
 from lightning_memtrain.techniques.precision.scaler import ScalerConfig
 
 Compute = Literal["bf16-true", "16-true", "bf16-mixed", "16-mixed", "32-true"]
@@ -23,6 +24,7 @@ class Settings:
         weight_rounding: how weights in half precision are written.
         keep_fp32: layers in float32.
         scaler: scaling of the loss in float16.
+        activations: how activations are kept.
         cast_targets: whether targets are cast.
         seed: of the noise for rounding.
         bucket_numel: weights that are float32 at a time during a step.
@@ -32,6 +34,7 @@ class Settings:
     weight_rounding: WeightRounding
     keep_fp32: Sequence[str]
     scaler: ScalerConfig | None
+    activations: ActivationCodec | None
     cast_targets: bool
     seed: int
     bucket_numel: int | None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -15,11 +17,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_memtrain.techniques.precision.conversion import convert_module_
+from lightning_memtrain.techniques.precision.half_errors import layers_named_in_errors
 from lightning_memtrain.techniques.precision.inputs import cast_batch
 from lightning_memtrain.techniques.precision.rounding import RoundingNoise
 from lightning_memtrain.techniques.precision.scaler import HalfGradScaler, ScalerConfig
 from lightning_memtrain.techniques.precision.settings import Settings
 from lightning_memtrain.techniques.precision.stepping import BucketedStep
+
+# From here on, gradients that are added up in bfloat16 are off by about 1 %.
+_MANY_BACKWARDS = 64
 
 
 class TrueHalf(Precision):
@@ -36,10 +42,13 @@ class TrueHalf(Precision):
         self._settings = settings
         self._noise = noise
         self._steps: dict[Optimizer, BucketedStep] = {}
+        self._model: weakref.ref[nn.Module] | None = None
+        self._num_backwards = 0
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Cast the weights in place."""
         convert_module_(module, self._settings.dtype, self._settings.keep_fp32)
+        self._model = weakref.ref(module)
         return module
 
     def convert_input(self, data: Any) -> Any:
@@ -62,7 +71,9 @@ class TrueHalf(Precision):
     @contextmanager
     def forward_context(self) -> Iterator[None]:
         """Make half precision the default dtype, as Lightning's half precision does."""
-        with _DtypeContextManager(self._settings.dtype):
+        model = None if self._model is None else self._model()
+        names = nullcontext() if model is None else layers_named_in_errors(model)
+        with names, _DtypeContextManager(self._settings.dtype):
             yield
 
     def connect(
@@ -73,6 +84,7 @@ class TrueHalf(Precision):
         if self._settings.compute == "16-true" and (self.scaler is None or self.scaler._device != device):
             self.scaler = HalfGradScaler(device, self._settings.scaler or ScalerConfig())
         self.teardown()
+        self._num_backwards = 0
         if self._settings.rounds_stochastically:
             for optimizer in optimizers:
                 self._bucketed(optimizer)
@@ -86,6 +98,15 @@ class TrueHalf(Precision):
 
     def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
         """Scale the loss, in float32: in float16 a loss above 2 times 32768 would be infinite."""
+        self._num_backwards += 1
+        if self._num_backwards == _MANY_BACKWARDS + 1 and self._settings.compute == "bf16-true":
+            warnings.warn(
+                "`LowPrecision(compute='bf16-true')` adds up gradients in bfloat16, whose error grows with "
+                f"their number, but one step is made of more than {_MANY_BACKWARDS} backward passes: about "
+                "1 % of the gradient. Accumulate fewer batches, use larger microbatches, or use '16-true', "
+                "whose error is an eighth.",
+                stacklevel=2,
+            )
         if self.scaler is not None:
             tensor = self.scaler.scale(tensor.float())
         return super().pre_backward(tensor, module)
@@ -95,8 +116,11 @@ class TrueHalf(Precision):
     ) -> Any:
         """Forward and backward by the closure, then unscale, clip and step."""
         if self.scaler is None and not self._settings.rounds_stochastically:
-            return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+            result = super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+            self._num_backwards = 0
+            return result
         result = closure()
+        self._num_backwards = 0
         # In automatic optimization this means that there was no backward; else it always is None.
         without_backward = result is None and model.automatic_optimization
         scaler = None if without_backward else self.scaler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
-from lightning_memtrain.core import is_technique
-from lightning_memtrain.techniques.precision import LowPrecision, ScalerConfig
+from lightning_memtrain.core import NoEffectWarning, is_technique
+from lightning_memtrain.techniques.precision import (
+    ActivationCodec,
+    CompressedActivations,
+    LowPrecision,
+    ScalerConfig,
+)
 from lightning_memtrain.techniques.precision.refusals import refuse_strategy
 from tests.helpers.boring_models import BoringModel
-from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
+from tests.helpers.trainers import LIGHTNING_WARNINGS, assert_torch_is_as_found, quiet_trainer
 
 EXPECTED_WARNINGS = ("ignore:You're resuming from a checkpoint",)
 pytestmark = [pytest.mark.filterwarnings(text) for text in (*LIGHTNING_WARNINGS, *EXPECTED_WARNINGS)]
@@ -177,3 +183,97 @@ def test_evaluation_needs_no_state_and_no_optimizer(tmp_path: Path) -> None:
     model = BoringModel()
     trainer.validate(model, ckpt_path=path, verbose=False)
     assert model.body.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("compute", ["bf16-true", "32-true"])
+def test_activations_are_packed_as_by_the_callback(compute: Any, tmp_path: Path) -> None:
+    codec = ActivationCodec(bits=8, group=8, min_numel=8, compiled=False)
+    models, records = [], []
+    for plugin, callback in (
+        (LowPrecision(compute, activations=codec), None),
+        (LowPrecision(compute), CompressedActivations(codec)),
+    ):
+        torch.manual_seed(0)
+        model = BoringModel(num_batches=3)
+        trainer = quiet_trainer(tmp_path, *filter(None, [callback]), plugins=[plugin])
+        trainer.fit(model)
+        models.append(model)
+        records.append((callback or plugin).technique_record())
+        assert "training_step" not in model.__dict__
+        assert_torch_is_as_found(model)
+    assert records[0].events == records[1].events != ()
+    assert records[0].settings["activations_bits"] == records[1].settings["bits"] == 8
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert not LowPrecision("32-true", activations=codec).exact
+
+
+def test_noise_of_activations_goes_on_after_an_interruption(tmp_path: Path) -> None:
+    codec = ActivationCodec(bits=4, group=8, min_numel=8, stochastic=True, compiled=False)
+
+    def run(folder: Path, max_epochs: int, ckpt_path: str | None = None) -> BoringModel:
+        torch.manual_seed(0)
+        model = BoringModel()
+        plugin = LowPrecision("32-true", activations=codec)
+        trainer = quiet_trainer(folder, plugins=[plugin], max_epochs=max_epochs)
+        trainer.fit(model, ckpt_path=ckpt_path)
+        trainer.save_checkpoint(folder / "last.ckpt")
+        return model
+
+    whole = run(tmp_path / "whole", 3)
+    run(tmp_path / "first", 1)
+    first = tmp_path / "first" / "last.ckpt"
+    assert torch.load(first, weights_only=True)["lightning_memtrain.precision"]["activations"] == {
+        "num_packed": 6
+    }
+    resumed = run(tmp_path / "second", 3, str(first))
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_warning_if_no_activation_is_large_enough(tmp_path: Path) -> None:
+    plugin = LowPrecision(activations=ActivationCodec())
+    with pytest.warns(NoEffectWarning, match=r"`LowPrecision\(activations\)` packed nothing"):
+        quiet_trainer(tmp_path, plugins=[plugin]).fit(BoringModel(num_batches=2))
+
+
+def test_both_ways_to_pack_are_refused(tmp_path: Path) -> None:
+    codec = ActivationCodec(group=8, min_numel=8)
+    trainer = quiet_trainer(tmp_path, CompressedActivations(codec), plugins=[LowPrecision(activations=codec)])
+    with pytest.raises(RuntimeError, match="Leave one of them out: the precision plugin and"):
+        trainer.fit(BoringModel())
+
+
+@pytest.mark.parametrize(("parts", "warns"), [(64, False), (65, True)])
+def test_many_sums_in_bfloat16_warn(parts: int, warns: bool, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, plugins=[LowPrecision()], accumulate_grad_batches=parts, max_epochs=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(BoringModel(num_batches=2 * parts))
+    found = [str(w.message) for w in caught if "more than 64 backward passes" in str(w.message)]
+    assert len(found) == 2 * warns  # steps
+    assert all("use larger microbatches, or use '16-true'" in text for text in found)
+
+
+def test_an_operator_that_is_missing_in_half_precision(tmp_path: Path) -> None:
+    class Inverse(torch.nn.Module):
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return rows + torch.linalg.inv(rows.T @ rows).sum()
+
+    model = BoringModel()
+    model.inverse = Inverse()
+    step = model.loss
+    model.loss = lambda batch: step(model.inverse(batch))  # type: ignore[method-assign]
+    with pytest.raises(
+        RuntimeError,
+        match=r"Layer 'inverse' \(Inverse\) cannot compute in half precision: .*BFloat16.*\n"
+        r'Keep it in float32 by `LowPrecision\(keep_fp32=\("norm", "inverse"\)\)`, or cast',
+    ):
+        quiet_trainer(tmp_path, plugins=[LowPrecision()]).fit(model)
+
+
+def test_errors_that_are_not_of_half_precision_stay(tmp_path: Path) -> None:
+    model = BoringModel()
+    model.loss = lambda batch: torch.ones(2) @ torch.ones(3)  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match=r"^inconsistent tensor size"):
+        quiet_trainer(tmp_path, plugins=[LowPrecision()]).fit(model)

@@ -1,0 +1,71 @@
+"""Running something around every call of a module's `training_step`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:  # whoever only counts bytes need not wait for Lightning
+    from lightning.pytorch import LightningModule
+
+_STEP = "training_step"
+_T = TypeVar("_T")
+
+#: What is called in place of a step: with it, its arguments and its keyword arguments.
+Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+def wrap_training_step(model: LightningModule, around: Around) -> Callable[[], None]:
+    """Let every call of ``training_step`` go through a function.
+
+    The loop, the strategies and other callbacks see the method that they saw before; chunks of a batch come
+    by one after the other.
+
+    Args:
+        model: the module that is trained.
+        around: called with the method, its arguments and its keyword arguments; returns what it returns.
+
+    Returns:
+        A function that takes it back.
+    """
+    replaced = model.__dict__.get(_STEP)
+    step = _WrappedStep(model.training_step, around)
+    model.__dict__[_STEP] = step
+
+    def undo() -> None:
+        if model.__dict__.get(_STEP) is step:
+            if replaced is None:
+                del model.__dict__[_STEP]
+            else:
+                model.__dict__[_STEP] = replaced
+
+    return undo
+
+
+class _WrappedStep:
+    """Stands in for a model's ``training_step``."""
+
+    def __init__(self, step: Callable[..., Any], around: Around) -> None:
+        functools.update_wrapper(self, step)
+        # Lightning looks at signature and code, but through one wrapper only.
+        self.__wrapped__ = inspect.unwrap(step)
+        self._step = step
+        self._around = around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._around(self._step, args, kwargs)
+
+    # A copy of the model trains as it would without: its step would otherwise run the original's.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._step, memo)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self._step,)
+
+
+def _itself(step: _T) -> _T:
+    return step
