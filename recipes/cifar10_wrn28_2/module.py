@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_memtrain import SGD8bit
 from lightning_memtrain.recipes.cifar10_wrn28_2.model import WideResNet
 
 
@@ -36,6 +37,7 @@ class WideResNetClassifier(pl.LightningModule):
         dropout: see :class:`WideResNet`.
         lr: learning rate up to the first milestone, above 0.
         momentum: Nesterov momentum, in ``(0, 1)``.
+        momentum_bits: per number of the momentum; 8 for :class:`~lightning_memtrain.SGD8bit`.
         weight_decay: L2 penalty on all parameters, as in the paper; at least 0.
         lr_milestones: increasing fractions of the run, each in ``(0, 1)``; none for a constant rate.
         lr_decay: factor on the learning rate at each milestone, in ``(0, 1]``.
@@ -52,6 +54,7 @@ class WideResNetClassifier(pl.LightningModule):
         dropout: float = 0.0,
         lr: float = 0.1,
         momentum: float = 0.9,
+        momentum_bits: Literal[32, 8] = 32,
         weight_decay: float = 5e-4,
         lr_milestones: Sequence[float] = (0.3, 0.6, 0.8),
         lr_decay: float = 0.2,
@@ -59,6 +62,7 @@ class WideResNetClassifier(pl.LightningModule):
         super().__init__()
         _require("lr", lr, lr > 0, "above 0")
         _require("momentum", momentum, 0 < momentum < 1, "in (0, 1), because Nesterov's step needs it")
+        _require("momentum_bits", momentum_bits, momentum_bits in (32, 8), "32 or 8")
         _require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
         _require("lr_decay", lr_decay, 0 < lr_decay <= 1, "in (0, 1]")
         lr_milestones = list(lr_milestones)
@@ -112,7 +116,8 @@ class WideResNetClassifier(pl.LightningModule):
             MisconfigurationException: if the run has no end of which the milestones could be fractions.
         """
         hparams = self.hparams
-        optimizer = torch.optim.SGD(
+        sgd = SGD8bit if hparams["momentum_bits"] == 8 else torch.optim.SGD
+        optimizer = sgd(
             self.parameters(),
             lr=hparams["lr"],
             momentum=hparams["momentum"],

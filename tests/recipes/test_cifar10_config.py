@@ -40,8 +40,12 @@ def parse(*args: str, folder: Path) -> LightningCLI:
 
 def test_the_variants_are_those_that_are_tested_here() -> None:
     assert sorted(VARIANTS) == [
+        "all",
+        "bf16",
         "checkpointed",
         "demo",
+        "fp16",
+        "int8",
         "microbatched",
         "microbatched+checkpointed",
         "smoke",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch.optim.optimizer import ParamsT
 from lightning_memtrain.techniques.precision.blockwise import BLOCK_NUMEL, decode, encode, num_blocks
 from lightning_memtrain.techniques.precision.state import reattach_state
 
-# Numbers that are decoded at a time.
-_PIECE_NUMEL = 256 * BLOCK_NUMEL
+# Numbers that are decoded at a time: 16384, for which a step holds less than half a MiB.
+_PIECE_NUMEL = 64 * BLOCK_NUMEL
 
 
 class SGD8bit(Optimizer):
@@ -25,8 +26,8 @@ class SGD8bit(Optimizer):
     before it is encoded, so that one step's rounding shows in the next steps only. Without momentum the
     result is that of ``torch.optim.SGD``.
 
-    Its step needs float32 for a piece of 65536 numbers only, whatever the size of the parameters, unless a
-    parameter is not contiguous.
+    Its step needs float32 for a piece of 16384 numbers only, whatever the size of the parameters. With
+    :class:`~lightning_memtrain.LowPrecision` it rounds half-precision weights piece by piece, too.
 
     Args:
         params: parameters or groups of them.
@@ -77,7 +78,21 @@ class SGD8bit(Optimizer):
             "nesterov": nesterov,
             "maximize": maximize,
         }
+        self._round: Callable[[Tensor, torch.dtype], None] | None = None
         super().__init__(params, defaults)
+
+    @contextmanager
+    def rounding_by(self, round_: Callable[[Tensor, torch.dtype], None]) -> Iterator[None]:
+        """In this context weights in half precision are computed in float32 and rounded by a function.
+
+        Args:
+            round_: makes float32 numbers, in place, ones that a dtype has.
+        """
+        self._round = round_
+        try:
+            yield
+        finally:
+            self._round = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -119,7 +134,11 @@ class SGD8bit(Optimizer):
         weights, gradients = parameter.reshape(-1), gradient.reshape(-1)
         for start in range(0, parameter.numel(), _PIECE_NUMEL):
             piece = slice(start, start + _PIECE_NUMEL)
-            direction = _direction(weights[piece], gradients[piece], group)
+            # Without `LowPrecision`, steps of half-precision weights are those of torch.optim.SGD, in the
+            # dtype of the weights.
+            rounds = self._round is not None and weights.dtype in (torch.bfloat16, torch.float16)
+            stepped = weights[piece].float() if rounds else weights[piece]
+            direction = _direction(stepped, gradients[piece], group)
             if group["momentum"]:
                 codes = state["momentum_codes"].view(-1)[piece]
                 scales = state["momentum_scales"][start // BLOCK_NUMEL :][: num_blocks(codes.numel())]
@@ -127,9 +146,10 @@ class SGD8bit(Optimizer):
                 direction = (
                     direction.add_(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
                 )
-            # In the dtype of the parameter, as torch.optim.SGD does it: that is float32, or the half
-            # precision of someone who steps such weights without `LowPrecision`.
-            weights[piece].add_(direction, alpha=-group["lr"])
+            stepped.add_(direction, alpha=-group["lr"])
+            if self._round is not None and rounds:
+                self._round(stepped, weights.dtype)
+                weights[piece].copy_(stepped)
         if weights.data_ptr() != parameter.data_ptr():
             parameter.copy_(weights.view_as(parameter))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,6 +20,21 @@ from lightning_memtrain.techniques.precision.state import keep_state_dtypes, wid
 _HALF = (torch.bfloat16, torch.float16)
 _SMALLEST_BUCKET = 2**16
 
+#: Rounds float32 numbers, in place, to numbers that a half precision has.
+Round = Callable[[Tensor, torch.dtype], None]
+
+
+@runtime_checkable
+class RoundsPieces(Protocol):
+    """An optimizer that steps weights in half precision a piece at a time, and has each piece rounded."""
+
+    def rounding_by(self, round_: Round) -> AbstractContextManager[None]:
+        """In this context steps compute in float32 and write half-precision weights as they are rounded.
+
+        Args:
+            round_: does the rounding.
+        """
+
 
 class BucketedStep:
     r"""Steps an optimizer whose weights are kept in half precision, with float32 arithmetic throughout.
@@ -27,7 +42,7 @@ class BucketedStep:
     A bucket of parameters and their gradients is copied to float32, the optimizer steps on these copies, and
     the weights are written back by stochastic rounding; then comes the next bucket. What the optimizer keeps
     of each parameter (moments, momentum) is made for float32 and stays so. A full copy of the weights never
-    exists. Scheduler and step hooks see one step.
+    exists. Scheduler and step hooks see one step. An optimizer that :class:`RoundsPieces` needs no copies.
 
     The optimizer may be any that treats each parameter by itself. One that counts steps in its groups or in
     itself is refused at its first step; one that looks across parameters (norms over all of them) cannot be
@@ -96,13 +111,13 @@ class BucketedStep:
 
     def _buckets(self, gradients: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Parameters with their gradients: first all that need no copy, then the others by the bucket."""
-        full = [pair for pair in gradients if pair[0].dtype not in _HALF]
+        full = [pair for pair in gradients if not self._is_copied(pair[0])]
         if full:
             yield full
         bucket: list[tuple[Tensor, Tensor]] = []
         free_numel = bucket_numel = self._numel()
         for pair in gradients:
-            if pair[0].dtype not in _HALF:
+            if not self._is_copied(pair[0]):
                 continue
             if bucket and pair[0].numel() > free_numel:
                 yield bucket
@@ -111,6 +126,12 @@ class BucketedStep:
             free_numel -= pair[0].numel()
         if bucket:
             yield bucket
+
+    def _is_copied(self, parameter: Tensor) -> bool:
+        return parameter.dtype in _HALF and not isinstance(self._optimizer, RoundsPieces)
+
+    def _round(self, values: Tensor, dtype: torch.dtype) -> None:
+        stochastic_round_(values, dtype, self._noise.generator(values.device))
 
     def _numel(self) -> int:
         if self._bucket_numel is not None:
@@ -125,13 +146,16 @@ class BucketedStep:
         exchanged: list[tuple[Tensor, Tensor]] = []
         try:
             for parameter, gradient in bucket:
-                if parameter.dtype not in _HALF:
+                if not self._is_copied(parameter):
                     parameter.grad = gradient
                     continue
                 stand_in = _stand_in(parameter, gradient)
                 exchanged.append((parameter, stand_in))
                 self._exchange(places[id(parameter)], parameter, stand_in)
-            raw_step()
+            optimizer = self._optimizer
+            rounding = optimizer.rounding_by(self._round) if isinstance(optimizer, RoundsPieces) else None
+            with rounding or nullcontext():
+                raw_step()
         finally:
             for parameter, stand_in in exchanged:
                 stand_in.grad = None
@@ -154,9 +178,8 @@ class BucketedStep:
         # In the order of memory, so that any strides can be cut into pieces: the noise need not be larger
         # than a bucket.
         flat = stepped.data.as_strided((stepped.numel(),), (1,))
-        generator = self._noise.generator(stepped.device)
         for piece in torch.split(flat, self._numel()):
-            stochastic_round_(piece, parameter.dtype, generator)
+            self._round(piece, parameter.dtype)
         parameter.copy_(stepped)
 
     def _refuse_shared_state(self, before: dict[Any, Any]) -> None:

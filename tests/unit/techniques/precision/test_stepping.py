@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from lightning_memtrain import Category, MemoryLedger
 from lightning_memtrain.techniques.precision.rounding import RoundingNoise
+from lightning_memtrain.techniques.precision.sgd8bit import SGD8bit
 from lightning_memtrain.techniques.precision.stepping import BucketedStep
 
 WIDTH, DEPTH = 64, 8
@@ -269,3 +270,43 @@ def test_saved_and_resumed_is_uninterrupted() -> None:
         return [p.detach() for p in model.parameters()] + state
 
     assert all(torch.equal(*pair) for pair in zip(run(False), run(True), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_optimizer_that_rounds_pieces_needs_no_float32_copies(dtype: torch.dtype) -> None:
+    settings = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+    numel = 4 * 2**16
+    half = torch.nn.Parameter(torch.linspace(-1, 1, numel).to(dtype))
+    full = torch.nn.Parameter(half.detach().float())
+    optimizer, reference = SGD8bit([half], **settings), SGD8bit([full], **settings)
+    stepping = BucketedStep(optimizer, RoundingNoise(0))
+    peaks = []
+    for step in range(2):
+        gradient = torch.randn(numel, generator=torch.Generator().manual_seed(step)).to(dtype)
+        half.grad, full.grad = gradient.clone(), gradient.float()
+        before = half.detach().clone()
+        full.data.copy_(before)
+        with MemoryLedger(torch.nn.ParameterList([half]), optimizer) as ledger:
+            stepping.step()
+        reference.step()
+        held = ledger.breakdown()
+        peaks.append(held.peak_bytes - held.start_bytes)
+        # Each weight is one of the two neighbours of what float32 computes, whichever the noise says.
+        spacing = torch.finfo(dtype).eps * full.detach().abs().clamp(min=2.0**-14)
+        assert ((half.float() - full).abs() <= spacing).all()
+        assert not torch.equal(half, before)
+        for name, value in optimizer.state[half].items():
+            assert torch.equal(value, reference.state[full][name])
+    # The second step has its state: what it holds is for one piece, not for the 2 MiB of a copy.
+    assert peaks[1] < 2**19
+    stepping.close()
+
+
+def test_what_rounds_by_itself_steps_as_before_outside() -> None:
+    weight = torch.nn.Parameter(torch.ones(1000).bfloat16())
+    optimizer = SGD8bit([weight], lr=1e-4, momentum=0.0)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(1000).bfloat16())  # less than half a neighbour's distance
+    BucketedStep(optimizer, RoundingNoise(0)).step()
+    assert 1 < (weight != 1).sum() < 100
