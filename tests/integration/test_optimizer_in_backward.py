@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
+from lightning_memtrain.core import backward_is_partial
 from tests.helpers.trainers import LIGHTNING_WARNINGS, assert_torch_is_as_found, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
@@ -146,7 +147,9 @@ def test_adam_accumulation_with_one_microbatch_is_adam(tmp_path: Path) -> None:
     plain, _ = train(adamw, tmp_path)
     model, _ = train(adamw, tmp_path, mt.OptimizerInBackward(mt.AdamA()))
     assert_equal(plain, model, rtol=1e-4, atol=1e-6)
-    split, _ = train(adamw, tmp_path, mt.OptimizerInBackward(mt.AdamA()), mt.Microbatching(num_microbatches=4))
+    split, _ = train(
+        adamw, tmp_path, mt.OptimizerInBackward(mt.AdamA()), mt.Microbatching(num_microbatches=4)
+    )
     assert (split.net[3].weight - plain.net[3].weight).abs().max() > 1e-3
 
 
@@ -192,7 +195,7 @@ MODES: dict[str, tuple[MakeOptimizer, Callable[[], list[Any]], dict[str, Any]]] 
 def test_a_resumed_run_is_the_uninterrupted_one(mode: str, batch: int, tmp_path: Path) -> None:
     make, callbacks, options = MODES[mode]
     whole, _ = train(make, tmp_path, *callbacks(), SaveAt(batch, tmp_path / "half.ckpt"), **options)
-    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]["OptimizerInBackward"]
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"].get("OptimizerInBackward")
     assert bool(saved) == (batch == 9 and "accumulate_grad_batches" in options)
     resumed, _ = train(make, tmp_path, *callbacks(), ckpt_path=tmp_path / "half.ckpt", **options)
     assert_equal(whole, resumed)
@@ -250,7 +253,12 @@ def test_everything_at_once_keeps_one_gradient(tmp_path: Path) -> None:
     def gradients(*callbacks: Any) -> int:
         watch = Watch()
         trainer = quiet_trainer(
-            tmp_path, *callbacks, watch, plugins=[mt.LowPrecision("bf16-true")], max_steps=3, limit_val_batches=0
+            tmp_path,
+            *callbacks,
+            watch,
+            plugins=[mt.LowPrecision("bf16-true")],
+            max_steps=3,
+            limit_val_batches=0,
         )
         trainer.fit(Wide(lambda ps: mt.SGD8bit(ps, lr=0.1)))
         return watch.held[mt.Category.GRADIENTS]
@@ -259,3 +267,41 @@ def test_everything_at_once_keeps_one_gradient(tmp_path: Path) -> None:
     stack = [mt.ActivationCheckpointing("full"), mt.Microbatching(num_microbatches=1)]
     assert gradients(*stack) == 8 * layer
     assert gradients(*copy.deepcopy(stack), mt.OptimizerInBackward()) == layer
+
+
+def test_microbatches_say_which_backward_is_the_last(tmp_path: Path) -> None:
+    class Listens(Callback):
+        def __init__(self) -> None:
+            self.partial: list[bool] = []
+
+        def on_before_backward(self, *args: Any) -> None:
+            self.partial.append(backward_is_partial())
+
+    listens = Listens()
+    train(sgd, tmp_path, mt.Microbatching(num_microbatches=3), listens, max_steps=2)
+    assert listens.partial == [True, True, False] * 2
+    assert mt.Microbatching(microbatch_size="auto").repeats_backward
+    assert mt.Microbatching(num_microbatches=2, batchnorm="synchronized").repeats_backward
+    assert not mt.Microbatching(num_microbatches=2).repeats_backward
+
+
+def test_the_report_counts_momentum_and_gradients_once(tmp_path: Path) -> None:
+    profiler = mt.MemoryProfiler(report_dir=tmp_path)
+    callback = mt.OptimizerInBackward(mt.ExactMomentum())
+    model, _ = train(sgd, tmp_path, callback, mt.Microbatching(num_microbatches=3), profiler)
+    report = mt.MemoryReport.load(tmp_path / "memory_report.json")
+    assert "OptimizerInBackward" in {record.name for record in report.techniques}
+    breakdown = report.stages["fit"]
+    held = sum(p.nbytes for p in model.parameters())
+    assert sum(breakdown.at_peak.values()) == breakdown.ledger_peak_bytes
+    assert breakdown.maxima[mt.Category.GRADIENTS] + breakdown.maxima[mt.Category.OPTIMIZER_STATE] == held
+
+
+def test_frozen_layers_that_are_thawed_are_stepped_from_then_on(tmp_path: Path) -> None:
+    class Thaws(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, model: Any) -> None:
+            model.net[0].requires_grad_(trainer.current_epoch > 0)
+
+    plain, _ = train(adamw, tmp_path, Thaws())
+    model, _ = train(adamw, tmp_path, Thaws(), mt.OptimizerInBackward())
+    assert_equal(plain, model)

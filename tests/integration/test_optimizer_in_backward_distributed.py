@@ -1,4 +1,4 @@
-"""`OptimizerInBackward` in two gloo processes: ranks stay equal, and equal to plain DistributedDataParallel."""
+"""`OptimizerInBackward` in two gloo processes: ranks stay equal, and equal to plain DDP."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ class Net(LightningModule):
     def __init__(self, adam: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 1))
+        self.net = nn.Sequential(
+            nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 1)
+        )
         self.unused = nn.Linear(2, 2)
         self.unused.requires_grad_(False)
         self.adam = adam
@@ -57,7 +59,12 @@ class Skips(Net):
 CASES: dict[str, tuple[bool, Callable[[], mt.OptimizerInBackward], dict[str, Any], bool]] = {
     "AdamW": (True, mt.OptimizerInBackward, {}, False),
     "SGD": (False, mt.OptimizerInBackward, {}, False),
-    "clipped": (True, lambda: mt.OptimizerInBackward(clip_by_norm="two_pass"), {"gradient_clip_val": 0.1}, False),
+    "clipped": (
+        True,
+        lambda: mt.OptimizerInBackward(clip_by_norm="two_pass"),
+        {"gradient_clip_val": 0.1},
+        False,
+    ),
     "accumulated": (
         False,
         lambda: mt.OptimizerInBackward(mt.ExactMomentum()),

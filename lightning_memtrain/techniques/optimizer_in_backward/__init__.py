@@ -1,6 +1,10 @@
-"""Optimizer in backward: each parameter is stepped, and its gradient freed, as soon as the gradient is there."""
+"""Optimizer in backward: a parameter is stepped, and its gradient freed, as soon as that is complete."""
 
-from lightning_memtrain.techniques.optimizer_in_backward.accumulation import Accumulation, AdamA, ExactMomentum
+from lightning_memtrain.techniques.optimizer_in_backward.accumulation import (
+    Accumulation,
+    AdamA,
+    ExactMomentum,
+)
 from lightning_memtrain.techniques.optimizer_in_backward.callback import OptimizerInBackward
 
 __all__ = ["Accumulation", "AdamA", "ExactMomentum", "OptimizerInBackward"]

@@ -212,8 +212,8 @@ class AdamA(Accumulation):
         assert gradient is not None
         if gradient.is_sparse:
             raise MisconfigurationException(
-                "`OptimizerInBackward(accumulation=AdamA())` needs dense gradients, but got a sparse one of a "
-                f"parameter of shape {tuple(parameter.shape)}. Make the layer with sparse=False."
+                "`OptimizerInBackward(accumulation=AdamA())` needs dense gradients, but got a sparse one of "
+                f"a parameter of shape {tuple(parameter.shape)}. Make the layer with sparse=False."
             )
         if "exp_avg" not in state:
             state["step"] = torch.tensor(0.0)

@@ -152,8 +152,8 @@ def accumulation_refused(optimizer: Optimizer, got: str) -> MisconfigurationExce
 def _hook_refused(name: str, owner: str) -> MisconfigurationException:
     return MisconfigurationException(
         f"`OptimizerInBackward` has freed all gradients when `{name}` is called, but got {owner} that "
-        "overrides it. Look at gradients in `Tensor.register_hook` of each parameter; or, if it does not look "
-        "at gradients, give OptimizerInBackward(hooks_without_gradients=True)."
+        "overrides it. Look at gradients in `Tensor.register_hook` of each parameter; "
+        "or, if it looks at none, give OptimizerInBackward(hooks_without_gradients=True)."
     )
 
 

@@ -55,7 +55,11 @@ def test_momentum_on_accumulated_gradients(options: dict[str, Any]) -> None:
 
 
 REFUSED: dict[str, tuple[Accumulation, Any, str]] = {
-    "Adam's momentum": (ExactMomentum(), lambda p: torch.optim.AdamW(p), r"got AdamW. Use accumulation=AdamA"),
+    "Adam's momentum": (
+        ExactMomentum(),
+        lambda p: torch.optim.AdamW(p),
+        r"got AdamW. Use accumulation=AdamA",
+    ),
     "RMSprop's": (ExactMomentum(), lambda p: torch.optim.RMSprop(p), "got RMSprop. Leave out `accumulate"),
     "no momentum": (ExactMomentum(), lambda p: torch.optim.SGD(p, 0.1), "got momentum=0"),
     "Nesterov": (
@@ -63,7 +67,11 @@ REFUSED: dict[str, tuple[Accumulation, Any, str]] = {
         lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True),
         "Use nesterov=False",
     ),
-    "dampening": (ExactMomentum(), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=1), "dampening=1"),
+    "dampening": (
+        ExactMomentum(),
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=1),
+        "dampening=1",
+    ),
     "maximize": (ExactMomentum(), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, maximize=True), "maximize"),
     "SGD's": (AdamA(), lambda p: torch.optim.SGD(p, 0.1), r"got SGD. Use accumulation=ExactMomentum"),
     "amsgrad": (AdamA(), lambda p: torch.optim.AdamW(p, amsgrad=True), "got amsgrad"),

@@ -91,7 +91,13 @@ REFUSED: dict[str, tuple[Any, Any, list[Any], dict[str, Any], str]] = {
     "manual": (Manual, in_backward, [], {}, "automatic_optimization=False"),
     "optimizer_step": (StepsItself, in_backward, [], {}, "overrides `optimizer_step`"),
     "clipping hook": (Clips, in_backward, [], {}, "overrides `configure_gradient_clipping`"),
-    "after backward": (LooksAfterBackward, in_backward, [], {}, "`on_after_backward` is called, but got a model"),
+    "after backward": (
+        LooksAfterBackward,
+        in_backward,
+        [],
+        {},
+        "`on_after_backward` is called, but got a model",
+    ),
     "before step": (LooksBeforeStep, in_backward, [], {}, r"hooks_without_gradients=True"),
     "callback": (Net, in_backward, [Looks], {}, "called, but got Looks"),
     "backward": (
@@ -183,12 +189,13 @@ def test_a_run_that_would_go_wrong_is_refused(name: str, tmp_path: Path) -> None
     before = [p.detach().clone() for p in model.parameters()]
     if "plugins" in options:
         options = options | {"plugins": [options["plugins"]()]}
-    trainer = quiet_trainer(
-        tmp_path, make_callback(), *(make() for make in others), max_steps=1, **options
-    )
+    trainer = quiet_trainer(tmp_path, make_callback(), *(make() for make in others), max_steps=1, **options)
     with pytest.raises(MisconfigurationException, match=message):
         trainer.fit(model)
-    assert all(torch.equal(p.detach().float(), q.to(p.dtype).float()) for p, q in zip(model.parameters(), before, strict=True))
+    assert all(
+        torch.equal(p.detach().float(), q.to(p.dtype).float())
+        for p, q in zip(model.parameters(), before, strict=True)
+    )
     assert_torch_is_as_found(model)
 
 
@@ -209,7 +216,10 @@ def test_several_optimizers_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"accumulation": "adama"}, r"must be ExactMomentum\(\), AdamA\(\) or None, but got accumulation='adama'"),
+        (
+            {"accumulation": "adama"},
+            r"must be ExactMomentum\(\), AdamA\(\) or None, but got accumulation='adama'",
+        ),
         ({"clip_by_norm": True}, "must be 'two_pass' or None, but got clip_by_norm=True"),
     ],
 )
@@ -250,6 +260,8 @@ def test_the_record_and_exactness() -> None:
 
 
 def test_the_clipping_of_the_plugin_is_given_back(tmp_path: Path) -> None:
-    trainer = quiet_trainer(tmp_path, OptimizerInBackward(clip_by_norm="two_pass"), max_steps=1, gradient_clip_val=1.0)
+    trainer = quiet_trainer(
+        tmp_path, OptimizerInBackward(clip_by_norm="two_pass"), max_steps=1, gradient_clip_val=1.0
+    )
     trainer.fit(Net())
     assert "clip_gradients" not in vars(trainer.precision_plugin)

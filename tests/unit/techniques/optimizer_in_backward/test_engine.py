@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 def mlp(*widths: int) -> nn.Sequential:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
-    for wide, narrow in zip(widths, widths[1:], strict=False):
+    for wide, narrow in itertools.pairwise(widths):
         layers += [nn.Linear(wide, narrow, bias=False), nn.Tanh()]
     return nn.Sequential(*layers)
 
@@ -71,7 +72,7 @@ def test_the_gradients_are_those_of_one_layer_at_a_time() -> None:
     steps = BackwardSteps(optimizer, step_parameter)
     backward(steps, model(torch.ones(2, 64)).sum())  # makes the momentum
     batch = torch.ones(2, 64)
-    sizes = [4 * a * b for a, b in zip(widths, widths[1:], strict=False)]
+    sizes = [4 * a * b for a, b in itertools.pairwise(widths)]
     with MemoryLedger(model, optimizer, batch) as ledger:
         backward(steps, model(batch).sum())
         optimizer.step()
@@ -95,7 +96,7 @@ def test_accumulated_gradients_and_momentum_are_one_buffer() -> None:
     optimizer = sgd(model.parameters())
     steps = BackwardSteps(optimizer, step_parameter, ExactMomentum())
     chunks = torch.ones(8, 64).chunk(4)
-    total = sum(4 * a * b for a, b in zip(widths, widths[1:], strict=False))
+    total = sum(4 * a * b for a, b in itertools.pairwise(widths))
     largest = 4 * 64 * 48
 
     def step() -> None:
@@ -138,9 +139,7 @@ def test_a_weight_that_is_used_twice_is_stepped_once() -> None:
 
 
 def test_a_recomputation_sees_the_weights_of_the_forward() -> None:
-    model, steps = assert_trains_as_plain(
-        Tied(lambda block, x: checkpoint(block, x, use_reentrant=False))
-    )
+    _model, steps = assert_trains_as_plain(Tied(lambda block, x: checkpoint(block, x, use_reentrant=False)))
     assert steps.num_deferred == 0
 
 
@@ -149,13 +148,17 @@ def test_a_backward_inside_of_backward_leaves_its_parameters_to_the_end() -> Non
         return checkpoint(block, x.requires_grad_(), use_reentrant=True)
 
     _, steps = assert_trains_as_plain(Tied(run))
-    assert steps.num_deferred == 4 * len(list(Tied().first.parameters()) + list(Tied().second[1].parameters()))
+    assert steps.num_deferred == 4 * len(
+        list(Tied().first.parameters()) + list(Tied().second[1].parameters())
+    )
 
 
 def test_more_of_a_gradient_after_the_step_is_refused() -> None:
     shared = nn.Linear(4, 4)
     steps = BackwardSteps(sgd(shared.parameters()), step_parameter)
-    inner = checkpoint(nn.Sequential(shared, nn.Tanh()), torch.ones(2, 4, requires_grad=True), use_reentrant=True)
+    inner = checkpoint(
+        nn.Sequential(shared, nn.Tanh()), torch.ones(2, 4, requires_grad=True), use_reentrant=True
+    )
     loss = shared(inner).sum()
     steps.begin(loss, last=True)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
