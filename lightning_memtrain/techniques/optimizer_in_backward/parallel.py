@@ -26,6 +26,7 @@ class GradientAverages:
         self._model = model
         self._group = model.process_group
         self._order = list(reversed(parameters))
+        self._known = {id(parameter) for parameter in parameters}
         self._learned = False
         self._next = 0
         self._ready: dict[int, Tensor] = {}
@@ -48,7 +49,16 @@ class GradientAverages:
 
         Yields:
             Parameters whose gradient is now the average.
+
+        Raises:
+            RuntimeError: if the parameter was not trained when the run began.
         """
+        if id(parameter) not in self._known:
+            raise RuntimeError(
+                "`OptimizerInBackward` with several ranks needs the parameters that are trained to be those "
+                f"that were when the fit began, but one of shape {tuple(parameter.shape)} was thawed. "
+                "DistributedDataParallel does not know it either: begin another fit."
+            )
         self._arrived.append(parameter)
         self._ready[id(parameter)] = parameter
         while self._next < len(self._order) and id(self._order[self._next]) in self._ready:
