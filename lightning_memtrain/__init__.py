@@ -43,6 +43,12 @@ if TYPE_CHECKING:
         Microbatching,
         batchnorm_to_groupnorm,
     )
+    from lightning_memtrain.techniques.optimizer_in_backward import (
+        Accumulation,
+        AdamA,
+        ExactMomentum,
+        OptimizerInBackward,
+    )
     from lightning_memtrain.techniques.precision import (
         ActivationCodec,
         CompressedActivations,
@@ -56,8 +62,10 @@ if TYPE_CHECKING:
 
 # Names are looked up at their first use, so that `memtrain --help` need not wait for torch.
 _ROOMS = {
+    "Accumulation": "techniques.optimizer_in_backward",
     "ActivationCheckpointing": "techniques.checkpointing",
     "ActivationCodec": "techniques.precision",
+    "AdamA": "techniques.optimizer_in_backward",
     "Budget": "techniques.checkpointing",
     "Category": "core",
     "CategoryBytes": "core",
@@ -65,6 +73,7 @@ _ROOMS = {
     "CompressedActivations": "techniques.precision",
     "EarlyZeroGrad": "techniques.microbatching",
     "Every": "techniques.checkpointing",
+    "ExactMomentum": "techniques.optimizer_in_backward",
     "Full": "techniques.checkpointing",
     "Growth": "core",
     "LowPrecision": "techniques.precision",
@@ -81,6 +90,7 @@ _ROOMS = {
     "NoEffectWarning": "core",
     "OffloadActivations": "techniques.checkpointing",
     "OpWorkspace": "ledger",
+    "OptimizerInBackward": "techniques.optimizer_in_backward",
     "Recomputed": "techniques.checkpointing",
     "ReportWarning": "core",
     "SGD8bit": "techniques.precision",
@@ -99,8 +109,10 @@ _ROOMS = {
 }
 
 __all__ = [
+    "Accumulation",
     "ActivationCheckpointing",
     "ActivationCodec",
+    "AdamA",
     "Budget",
     "Category",
     "CategoryBytes",
@@ -108,6 +120,7 @@ __all__ = [
     "CompressedActivations",
     "EarlyZeroGrad",
     "Every",
+    "ExactMomentum",
     "Full",
     "Growth",
     "LowPrecision",
@@ -124,6 +137,7 @@ __all__ = [
     "NoEffectWarning",
     "OffloadActivations",
     "OpWorkspace",
+    "OptimizerInBackward",
     "Recomputed",
     "ReportWarning",
     "SGD8bit",

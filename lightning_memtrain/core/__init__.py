@@ -5,10 +5,12 @@ from lightning_memtrain.core.categories import Category, CategoryBytes
 from lightning_memtrain.core.marks import mark, watch_marks
 from lightning_memtrain.core.out_of_memory import is_out_of_memory
 from lightning_memtrain.core.rehearsal import rehearsal, rehearsal_depth
+from lightning_memtrain.core.stepping import StepsParameters, step_parameter
 from lightning_memtrain.core.technique import Setting, Technique, TechniqueRecord, is_technique
 from lightning_memtrain.core.training_step import wrap_training_step
 from lightning_memtrain.core.units import GIB, KIB, MIB, format_bytes, parse_bytes
 from lightning_memtrain.core.warnings import NoEffectWarning, ReportWarning
+from lightning_memtrain.core.windows import backward_is_partial, partial_backward
 
 __all__ = [
     "GIB",
@@ -22,16 +24,20 @@ __all__ = [
     "NoEffectWarning",
     "ReportWarning",
     "Setting",
+    "StepsParameters",
     "Technique",
     "TechniqueRecord",
     "TimelineEvent",
+    "backward_is_partial",
     "format_bytes",
     "is_out_of_memory",
     "is_technique",
     "mark",
     "parse_bytes",
+    "partial_backward",
     "rehearsal",
     "rehearsal_depth",
+    "step_parameter",
     "watch_marks",
     "wrap_training_step",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -32,9 +33,16 @@ CASES: dict[str, Callable[[], Any]] = {
     "OffloadActivations": lambda: mt.OffloadActivations(min_bytes=1),
     "CompressedActivations": lambda: mt.CompressedActivations(mt.ActivationCodec(group=8, min_numel=8)),
     "LowPrecision": lambda: mt.LowPrecision("bf16-true"),
+    "OptimizerInBackward": lambda: mt.OptimizerInBackward(clip_by_norm="two_pass"),
 }
+# Adam cannot accumulate without a gradient, and what is accumulated in its state cannot be clipped.
+REFUSED = ("Microbatching", "OptimizerInBackward")
 INEXACT = {"CompressedActivations", "LowPrecision"}
-PAIRS = [pair for pair in itertools.combinations(CASES, 2) if pair[0] != pair[1].partition(",")[0]]
+PAIRS = [
+    pair
+    for pair in itertools.combinations(CASES, 2)
+    if pair[0] != pair[1].partition(",")[0] and pair != REFUSED
+]
 IDENTITIES: dict[str, Callable[[], Any]] = {
     "Microbatching": lambda: mt.Microbatching(num_microbatches=1),
     "EarlyZeroGrad": mt.EarlyZeroGrad,
@@ -42,6 +50,7 @@ IDENTITIES: dict[str, Callable[[], Any]] = {
     "OffloadActivations": lambda: mt.OffloadActivations(min_bytes="1TiB"),
     "CompressedActivations": lambda: mt.CompressedActivations(mt.ActivationCodec(min_numel=2**40)),
     "LowPrecision": lambda: mt.LowPrecision("32-true", weight_rounding="nearest"),
+    "OptimizerInBackward": lambda: mt.OptimizerInBackward(clip_by_norm="two_pass"),
 }
 WIDTH, ROWS, NUM_BATCHES = 8, 14, 5
 
@@ -105,6 +114,11 @@ def test_an_exact_technique_trains_as_without(names: tuple[str, ...], tmp_path: 
     assert trainer.logged_metrics.keys() == plain_trainer.logged_metrics.keys()
     for name, value in plain_trainer.logged_metrics.items() if not INEXACT.intersection(names) else ():
         torch.testing.assert_close(trainer.logged_metrics[name], value, rtol=1e-6, atol=0)
+
+
+def test_the_pair_that_cannot_work_is_refused_before_anything_is_stepped(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"but got microbatches. Choose"):
+        fit(tmp_path, *made(REFUSED))
 
 
 @pytest.mark.parametrize("name", IDENTITIES)

@@ -199,6 +199,11 @@ class Microbatching(Callback):
         return self._size.size if isinstance(self._size, AutoSize) else self._size.microbatch_size
 
     @property
+    def repeats_backward(self) -> bool:
+        """Whether a batch may be run again after a part of its backward, from the weights it began with."""
+        return isinstance(self._size, AutoSize) or self._batchnorm == "synchronized"
+
+    @property
     def exact(self) -> bool:
         """Whether the result is that of the whole batch in exact arithmetic; known once a fit has begun."""
         return not self._has_batchnorm

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_memtrain.core import mark
+from lightning_memtrain.core import mark, partial_backward
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.techniques.microbatching import _compat, parallel, sizing
@@ -179,6 +179,7 @@ class MicrobatchEngine:
                 mark(f"microbatch {index + 1} of {len(chunks)}")
             with (
                 parallel.gradient_sync(strategy, enabled=communicate and index == last),
+                partial_backward(index != last),
                 self._batchnorm.chunk(),
                 _compat.results_replaced(self.trainer, recorder := CallRecorder()),
             ):

@@ -16,6 +16,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lightning_memtrain.core import TechniqueRecord
+from lightning_memtrain.core.stepping import step_parameter
 from lightning_memtrain.techniques.precision.activation_codec import ActivationCodec
 from lightning_memtrain.techniques.precision.activation_training import PackedTraining
 from lightning_memtrain.techniques.precision.conversion import NORM
@@ -173,6 +174,13 @@ class LowPrecision(Precision):
     ) -> Any:
         """Forward and backward by the closure, then the step."""
         return self._mode.optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+
+    def step_parameter(self, optimizer: Optimizer, parameter: Tensor) -> None:
+        """Step one parameter that has a gradient, see :class:`~lightning_memtrain.core.StepsParameters`."""
+        if isinstance(self._mode, TrueHalf):
+            self._mode.step_parameter(optimizer, parameter)
+        else:
+            step_parameter(optimizer, parameter)
 
     def clip_gradients(self, *args: Any, **kwargs: Any) -> None:
         """Clip gradients that are no longer scaled."""

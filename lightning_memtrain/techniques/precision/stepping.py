@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
@@ -11,9 +9,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.optim import optimizer as _torch_optimizer
 
+from lightning_memtrain.core.stepping import changed_shared_state, needs_closure, own_step, shared_state
 from lightning_memtrain.techniques.precision.rounding import RoundingNoise, stochastic_round_
 from lightning_memtrain.techniques.precision.state import keep_state_dtypes, widen_state
 
@@ -100,7 +99,7 @@ class BucketedStep:
             try:
                 buckets = list(self._buckets(gradients))
                 for index, bucket in enumerate(buckets):
-                    before = None if self._checked or len(buckets) == 1 else _shared_state(self._optimizer)
+                    before = None if self._checked or len(buckets) == 1 else shared_state(self._optimizer)
                     self._step_bucket(bucket, raw_step)
                     if before is not None and index == 0:
                         self._refuse_shared_state(before)
@@ -108,6 +107,34 @@ class BucketedStep:
             finally:
                 for parameter, gradient in gradients:
                     parameter.grad = gradient
+
+    @torch.no_grad()
+    def step_parameter(self, parameter: Tensor) -> None:
+        """Step one parameter, before :meth:`step` ends the step of all.
+
+        Its noise is what the step before has left to this one, so that it depends on the number of the step
+        and the order of the parameters alone.
+
+        Args:
+            parameter: one of the optimizer's, with a gradient, which stays.
+
+        Raises:
+            MisconfigurationException: see the class.
+        """
+        gradients = [(p, p.grad) for p in _parameters(self._optimizer) if p.grad is not None]
+        for p, _ in gradients:
+            p.grad = None
+        before = None if self._checked else shared_state(self._optimizer)
+        try:
+            with own_step(self._optimizer) as step:
+                pair = [pair for pair in gradients if pair[0] is parameter]
+                self._step_bucket(pair, lambda: step(self._optimizer))
+            if before is not None:
+                self._refuse_shared_state(before)
+            self._checked = True
+        finally:
+            for p, gradient in gradients:
+                p.grad = gradient
 
     def _buckets(self, gradients: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Parameters with their gradients: first all that need no copy, then the others by the bucket."""
@@ -182,9 +209,8 @@ class BucketedStep:
             self._round(piece, parameter.dtype)
         parameter.copy_(stepped)
 
-    def _refuse_shared_state(self, before: dict[Any, Any]) -> None:
-        after = _shared_state(self._optimizer)
-        changed = sorted(str(key) for key in after if key not in before or before[key] != after[key])
+    def _refuse_shared_state(self, before: dict[str, float]) -> None:
+        changed = changed_shared_state(before, self._optimizer)
         if changed:
             raise MisconfigurationException(
                 "`LowPrecision(weight_rounding='stochastic')` needs an optimizer that keeps its state by "
@@ -209,28 +235,12 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def _refuse_closures(optimizer: Optimizer) -> None:
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    required = closure is not None and closure.default is inspect.Parameter.empty
-    if required or isinstance(optimizer, LBFGS):
+    if needs_closure(optimizer):
         raise MisconfigurationException(
             "`LowPrecision(weight_rounding='stochastic')` needs an optimizer that steps without evaluating "
             f"the model, but got {type(optimizer).__name__}, which calls a closure. Use another optimizer, "
             "or LowPrecision(compute='32-true')."
         )
-
-
-def _shared_state(optimizer: Optimizer) -> dict[Any, Any]:
-    """What an optimizer keeps besides the state of its parameters, as far as it is made of numbers."""
-    places: list[tuple[str, dict[Any, Any]]] = [("its attributes", vars(optimizer))]
-    places += [(f"param_groups[{i}]", group) for i, group in enumerate(optimizer.param_groups)]
-    places += [("state", {k: v for k, v in optimizer.state.items() if not isinstance(k, Tensor)})]
-    return {
-        f"{place}[{key!r}]": float(value)
-        for place, values in places
-        for key, value in values.items()
-        if (isinstance(value, (int, float)) and not isinstance(value, bool))
-        or (isinstance(value, Tensor) and value.numel() == 1)
-    }
 
 
 @contextmanager
@@ -240,17 +250,8 @@ def _one_step(optimizer: Optimizer, kwargs: dict[str, Any]) -> Iterator[Callable
     arguments: tuple[Any, Any] = ((optimizer,), kwargs)
     for before in (*_torch_optimizer._global_optimizer_pre_hooks.values(), *own_hooks[0].values()):
         arguments = before(optimizer, *arguments) or arguments
-    step: Any = type(optimizer).step
-    step = step.__wrapped__ if getattr(step, "hooked", False) else step
-    try:
-        # A step that calls that of a parent class would come upon them again.
-        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = (
-            OrderedDict(),
-            OrderedDict(),
-        )
+    with own_step(optimizer) as step:
         yield lambda: step(*arguments[0], **arguments[1])
-    finally:
-        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = own_hooks
     for after in (*own_hooks[1].values(), *_torch_optimizer._global_optimizer_post_hooks.values()):
         after(optimizer, *arguments)
     if hasattr(optimizer.step, "_wrapped_by_lr_sched"):

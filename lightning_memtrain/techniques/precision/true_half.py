@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_memtrain.core.stepping import step_parameter
 from lightning_memtrain.techniques.precision.conversion import convert_module_
 from lightning_memtrain.techniques.precision.half_errors import layers_named_in_errors
 from lightning_memtrain.techniques.precision.inputs import cast_batch
@@ -137,6 +138,13 @@ class TrueHalf(Precision):
         elif self.scaler is None:
             step()
         return result
+
+    def step_parameter(self, optimizer: Optimizer, parameter: Tensor) -> None:
+        """Step one parameter as :meth:`optimizer_step` would."""
+        if self._settings.rounds_stochastically:
+            self._bucketed(optimizer).step_parameter(parameter)
+        else:
+            step_parameter(optimizer, parameter)
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Clip by a norm that is computed in float32, where it neither overflows nor loses digits."""

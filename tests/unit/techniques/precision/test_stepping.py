@@ -310,3 +310,52 @@ def test_what_rounds_by_itself_steps_as_before_outside() -> None:
     assert torch.equal(weight, torch.ones(1000).bfloat16())  # less than half a neighbour's distance
     BucketedStep(optimizer, RoundingNoise(0)).step()
     assert 1 < (weight != 1).sum() < 100
+
+
+def test_parameters_one_by_one_with_noise_that_a_resumed_run_draws_again() -> None:
+    def run(half: nn.Module, noise: RoundingNoise, optimizer: torch.optim.Optimizer, num_steps: int) -> None:
+        stepping = BucketedStep(optimizer, noise)
+        for _ in range(num_steps):
+            set_gradients(half, noise.state_dict()["step"])
+            for p in reversed(list(half.parameters())):
+                stepping.step_parameter(p)
+                assert p.grad is not None
+                p.grad = None
+            stepping.step()
+        stepping.close()
+
+    whole = layers()
+    run(whole, RoundingNoise(0), torch.optim.AdamW(whole.parameters(), lr=1e-2), 4)
+    first = layers()
+    noise, optimizer = RoundingNoise(0), torch.optim.AdamW(first.parameters(), lr=1e-2)
+    run(first, noise, optimizer, 2)
+    resumed, again = RoundingNoise(1), torch.optim.AdamW(first.parameters(), lr=1e-2)
+    resumed.load_state_dict(noise.state_dict())
+    again.state.update(optimizer.state)
+    run(first, resumed, again, 2)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), first.parameters(), strict=True))
+    assert all(state["step"] == 4 for state in again.state.values())
+    # Not rounded to nearest, and not far from float32.
+    full = layers().float()
+    optimizer = torch.optim.AdamW(full.parameters(), lr=1e-2)
+    for seed in range(4):
+        set_gradients(full, seed)
+        for p in full.parameters():
+            p.grad = p.grad.bfloat16().float()
+        optimizer.step()
+    for p, q in zip(whole.parameters(), full.parameters(), strict=True):
+        assert p.dtype == torch.bfloat16
+        torch.testing.assert_close(p.float(), q, rtol=0.02, atol=4e-3)
+
+
+def test_one_parameter_at_a_time_is_refused_where_steps_are_counted_in_groups() -> None:
+    class Counts(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step()
+            self.param_groups[0]["k"] = self.param_groups[0].get("k", 0) + 1
+
+    model = layers()
+    stepping = BucketedStep(Counts(model.parameters(), lr=0.1), RoundingNoise(0))
+    set_gradients(model)
+    with pytest.raises(MisconfigurationException, match="keeps its state by parameter"):
+        stepping.step_parameter(model[0].weight)
