@@ -133,6 +133,11 @@ class FakeStep:
 
     def _optimizer_twin(self, optimizer: Optimizer) -> Optimizer:
         twin = copy.copy(optimizer)
+        # A copy of an optimizer has groups, state and hooks of its own, but none of the attributes that a
+        # class of somebody else's may need; `step` in them is a scheduler's, bound to the original.
+        for name, value in vars(optimizer).items():
+            if name != "step":
+                twin.__dict__.setdefault(name, value)
         twin.param_groups = [
             {**group, "params": [self._twin(parameter) for parameter in group["params"]]}
             for group in optimizer.param_groups

@@ -52,6 +52,9 @@ class SGD8bit(Optimizer):
         1040
     """
 
+    # Of the class, since copies and pickles of an optimizer are without attributes of its own.
+    _round: Callable[[Tensor, torch.dtype], None] | None = None
+
     def __init__(
         self,
         params: ParamsT,
@@ -78,7 +81,6 @@ class SGD8bit(Optimizer):
             "nesterov": nesterov,
             "maximize": maximize,
         }
-        self._round: Callable[[Tensor, torch.dtype], None] | None = None
         super().__init__(params, defaults)
 
     @contextmanager

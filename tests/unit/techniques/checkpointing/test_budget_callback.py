@@ -157,3 +157,34 @@ def test_autocast_is_seen(tmp_path: Path) -> None:
     plain, _ = fit(tmp_path, precision="bf16-mixed")
     model, _ = fit(tmp_path, ActivationCheckpointing("auto"), precision="bf16-mixed")
     assert_equal(plain, model)
+
+
+def test_an_optimizer_with_attributes_of_its_own_and_a_scheduler(tmp_path: Path) -> None:
+    class Scaled(torch.optim.SGD):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.scale = 0.5
+
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(self.scale)
+            return super().step(closure)
+
+    def run(*callbacks: Any) -> DeepModel:
+        seed_everything(0, verbose=False)
+        model = DeepModel()
+        optimizer = Scaled(model.parameters(), lr=0.1, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        model.configure_optimizers = lambda: {  # type: ignore[method-assign,return-value]
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+        quiet_trainer(tmp_path, *callbacks).fit(model)
+        return model
+
+    for one, other in zip(
+        run().parameters(), run(ActivationCheckpointing(Budget("1TiB"))).parameters(), strict=True
+    ):
+        assert torch.equal(one, other)

@@ -123,6 +123,9 @@ def test_a_copied_optimizer_keeps_its_dtypes_too() -> None:
     twin = copy.deepcopy(optimizer)
     twin.load_state_dict(optimizer.state_dict())
     assert {value.dtype for value in state_tensors(twin)} == {torch.int8, torch.float32}
+    for parameter in twin.param_groups[0]["params"]:
+        parameter.grad = torch.zeros_like(parameter)
+    twin.step()
 
 
 def test_strides_do_not_matter() -> None:
