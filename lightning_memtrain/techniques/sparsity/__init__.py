@@ -1,0 +1,1 @@
+"""Train with few nonzero weights, and store only these: weights, gradients and optimizer state."""
