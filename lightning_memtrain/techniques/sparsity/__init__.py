@@ -1,15 +1,9 @@
-"""Sparse training whose weights, gradients and optimizer state take the memory of what is not zero."""
+"""Sparse training whose weights, gradients and optimizer state take the memory of what is stored."""
 
-from lightning_memtrain.techniques.sparsity.weights import (
-    Candidates,
-    CandidateWatch,
-    SparseWeight,
-    Storage,
-    export_dense,
-    sparse_weights,
-    sparsify_,
-    watch_candidates,
-)
+from lightning_memtrain.techniques.sparsity.candidates import Candidates, CandidateWatch, watch_candidates
+from lightning_memtrain.techniques.sparsity.export import export_dense
+from lightning_memtrain.techniques.sparsity.patterns import Storage
+from lightning_memtrain.techniques.sparsity.weights import SparseWeight, sparse_weights, sparsify_
 
 __all__ = [
     "CandidateWatch",
