@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         adamw4bit,
         adamw8bit,
     )
+    from lightning_memtrain.techniques.sparsity import export_dense, sparse_weights, sparsify_
 
 # Names are looked up at their first use, so that `memtrain --help` need not wait for torch.
 _ROOMS = {
@@ -95,7 +96,10 @@ _ROOMS = {
     "adamw8bit": "techniques.precision",
     "batchnorm_to_groupnorm": "techniques.microbatching",
     "device_truth": "ledger",
+    "export_dense": "techniques.sparsity",
     "insert_checkpoints": "techniques.checkpointing",
+    "sparse_weights": "techniques.sparsity",
+    "sparsify_": "techniques.sparsity",
 }
 
 __all__ = [
@@ -139,7 +143,10 @@ __all__ = [
     "adamw8bit",
     "batchnorm_to_groupnorm",
     "device_truth",
+    "export_dense",
     "insert_checkpoints",
+    "sparse_weights",
+    "sparsify_",
 ]
 
 # The wheel carries the recipes inside the package; a checkout has them beside it, where they are easier to
