@@ -32,8 +32,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "OffloadActivations": lambda: mt.OffloadActivations(min_bytes=1),
     "CompressedActivations": lambda: mt.CompressedActivations(mt.ActivationCodec(group=8, min_numel=8)),
     "LowPrecision": lambda: mt.LowPrecision("bf16-true"),
+    "SparseTraining": lambda: mt.SparseTraining(mt.RigL(0.5, drop=0.5), mt.UpdateEvery(2, stop=1.0)),
 }
-INEXACT = {"CompressedActivations", "LowPrecision"}
+INEXACT = {"CompressedActivations", "LowPrecision", "SparseTraining"}
 PAIRS = [pair for pair in itertools.combinations(CASES, 2) if pair[0] != pair[1].partition(",")[0]]
 IDENTITIES: dict[str, Callable[[], Any]] = {
     "Microbatching": lambda: mt.Microbatching(num_microbatches=1),
@@ -42,6 +43,7 @@ IDENTITIES: dict[str, Callable[[], Any]] = {
     "OffloadActivations": lambda: mt.OffloadActivations(min_bytes="1TiB"),
     "CompressedActivations": lambda: mt.CompressedActivations(mt.ActivationCodec(min_numel=2**40)),
     "LowPrecision": lambda: mt.LowPrecision("32-true", weight_rounding="nearest"),
+    "SparseTraining": lambda: mt.SparseTraining(mt.RigL(0.0)),
 }
 WIDTH, ROWS, NUM_BATCHES = 8, 14, 5
 
@@ -124,8 +126,8 @@ def test_a_run_that_is_resumed_equals_the_uninterrupted_one(names: tuple[str, ..
     assert_same(whole, resumed)
 
 
-# A model in low precision stays in it, and with it the forward of its normalisations.
-@pytest.mark.parametrize("name", sorted(CASES.keys() - {"LowPrecision"}))
+# A model in low precision stays in it, and with it the forward of its normalisations; a sparse one, too.
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"LowPrecision", "SparseTraining"}))
 def test_a_technique_leaves_model_and_torch_as_it_found_them(name: str, tmp_path: Path) -> None:
     model, _ = fit(tmp_path, CASES[name]())
     assert_torch_is_as_found(model)

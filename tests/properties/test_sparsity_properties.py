@@ -26,7 +26,12 @@ from lightning_memtrain.techniques.sparsity.methods import (
     StaticSparse,
 )
 from lightning_memtrain.techniques.sparsity.rules import Layer, Moment, sample_inactive
-from lightning_memtrain.techniques.sparsity.schedules import Constant, Cosine, Cubic, Linear
+from lightning_memtrain.techniques.sparsity.schedules import (
+    ConstantSchedule,
+    CosineSchedule,
+    CubicSchedule,
+    LinearSchedule,
+)
 
 sparsities = st.floats(0, 0.99)
 shapes = st.lists(
@@ -205,13 +210,13 @@ def test_inactive_positions_are_sampled_without_repetition(total, data):
 @settings(max_examples=60)
 @given(begin=st.floats(0, 0.9), end=st.floats(0, 0.9), total=st.integers(1, 50))
 def test_schedules_are_monotone_and_reach_their_end(begin, end, total):
-    for schedule in (Linear(begin, end), Cosine(begin, end), Cubic(begin, end)):
+    for schedule in (LinearSchedule(begin, end), CosineSchedule(begin, end), CubicSchedule(begin, end)):
         values = [schedule.value(step, total) for step in range(total + 3)]
         sign = 1 if end >= begin else -1
         assert all(sign * (after - before) >= -1e-12 for before, after in pairwise(values))
         assert values[0] == pytest.approx(begin, abs=1e-15)
         assert values[total:] == [end] * 3
-    assert Constant(begin).value(total, total) == begin
+    assert ConstantSchedule(begin).value(total, total) == begin
 
 
 @settings(max_examples=60)

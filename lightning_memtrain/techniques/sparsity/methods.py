@@ -34,7 +34,12 @@ from lightning_memtrain.techniques.sparsity.rules import (
     State,
     smallest,
 )
-from lightning_memtrain.techniques.sparsity.schedules import Cosine, Cubic, Schedule, as_schedule
+from lightning_memtrain.techniques.sparsity.schedules import (
+    CosineSchedule,
+    CubicSchedule,
+    Schedule,
+    as_schedule,
+)
 
 Sparsity = float | dict[str, float]
 Scope = Literal["layer", "global"]
@@ -234,7 +239,7 @@ class SET(DropAndGrow):
         MisconfigurationException: if an argument is out of its range.
 
     Example:
-        >>> SET(0.9, drop=Cosine(0.3)).num_candidates({"fc": 100}, Moment(step=1, elapsed=1, span=10))
+        >>> SET(0.9, drop=CosineSchedule(0.3)).num_candidates({"fc": 100}, Moment(step=1, elapsed=1, span=10))
         {}
 
     References:
@@ -243,7 +248,7 @@ class SET(DropAndGrow):
     """
 
     sparsity: Sparsity
-    drop: Schedule | float = field(default_factory=lambda: Cosine(0.3))
+    drop: Schedule | float = field(default_factory=lambda: CosineSchedule(0.3))
     distribution: Distribution = field(default_factory=Uniform)
 
     def __post_init__(self) -> None:
@@ -445,7 +450,7 @@ class GradualMagnitudePruning(SparseMethod):
     def __post_init__(self) -> None:
         argument = f"{type(self).__name__}(sparsity)"
         if not isinstance(self.sparsity, Schedule):
-            object.__setattr__(self, "sparsity", Cubic(0.0, check_sparsity(self.sparsity, argument)))
+            object.__setattr__(self, "sparsity", CubicSchedule(0.0, check_sparsity(self.sparsity, argument)))
         as_schedule(self.sparsity, argument)
         if self._at(1, 1) < self._at(0, 1):
             raise MisconfigurationException(

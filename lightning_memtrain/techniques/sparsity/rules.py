@@ -264,8 +264,9 @@ class GrowByGradient(GrowRule):
 
     def change(self, layer: Layer, kept: Tensor, count: int, moment: Moment) -> Change:
         """Choose the largest; of equal ones the first position."""
-        assert layer.candidate_positions is not None
-        assert layer.candidate_gradients is not None
+        if layer.candidate_positions is None or layer.candidate_gradients is None:
+            # A layer without room: what was dropped can only return.
+            return Change(torch.ones_like(kept), layer.positions.new_empty(0))
         dropped = (~kept).nonzero().flatten()
         # Without gradients of their own they come last, which is where a layer without gradient ends, too.
         own = (

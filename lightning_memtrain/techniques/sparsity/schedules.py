@@ -32,14 +32,14 @@ class Schedule(ABC):
 
 
 @dataclass(frozen=True)
-class Constant(Schedule):
+class ConstantSchedule(Schedule):
     """The same value at every step.
 
     Args:
         rate: the value.
 
     Example:
-        >>> Constant(0.3).value(step=70, total=100)
+        >>> ConstantSchedule(0.3).value(step=70, total=100)
         0.3
     """
 
@@ -78,7 +78,7 @@ class _FromTo(Schedule):
 
 
 @dataclass(frozen=True)
-class Linear(_FromTo):
+class LinearSchedule(_FromTo):
     r"""A straight line: :math:`e + (b - e)(1 - t/T)`.
 
     Args:
@@ -86,7 +86,7 @@ class Linear(_FromTo):
         end: value :math:`e` at last.
 
     Example:
-        >>> Linear(0.5).value(step=20, total=100)
+        >>> LinearSchedule(0.5).value(step=20, total=100)
         0.4
     """
 
@@ -95,7 +95,7 @@ class Linear(_FromTo):
 
 
 @dataclass(frozen=True)
-class Cosine(_FromTo):
+class CosineSchedule(_FromTo):
     r"""Half a cosine wave: :math:`e + \frac{b - e}{2} (1 + \cos(\pi t / T))`.
 
     Args:
@@ -103,7 +103,7 @@ class Cosine(_FromTo):
         end: value :math:`e` at last.
 
     Example:
-        >>> round(Cosine(0.3).value(step=25, total=100), 4)
+        >>> round(CosineSchedule(0.3).value(step=25, total=100), 4)
         0.2561
 
     References:
@@ -115,7 +115,7 @@ class Cosine(_FromTo):
 
 
 @dataclass(frozen=True)
-class Cubic(_FromTo):
+class CubicSchedule(_FromTo):
     r"""Fast at first, then ever slower: :math:`e + (b - e)(1 - t/T)^3`.
 
     Args:
@@ -123,7 +123,7 @@ class Cubic(_FromTo):
         end: value :math:`e` at last.
 
     Example:
-        >>> round(Cubic(0.0, 0.8).value(step=50, total=100), 4)
+        >>> round(CubicSchedule(0.0, 0.8).value(step=50, total=100), 4)
         0.7
 
     References:
@@ -150,10 +150,10 @@ def as_schedule(value: Any, argument: str, low: float = 0.0, high: float = 1.0) 
         MisconfigurationException: if it is neither, or its first or last value is out of range.
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = Constant(float(value))
+        value = ConstantSchedule(float(value))
     if not isinstance(value, Schedule):
         raise MisconfigurationException(
-            f"`{argument}` must be a number or a schedule such as Cosine(0.3), but got {value!r}. "
+            f"`{argument}` must be a number or a schedule such as CosineSchedule(0.3), but got {value!r}. "
             "Use one of them."
         )
     ends = value.value(0, 1), value.value(1, 1)

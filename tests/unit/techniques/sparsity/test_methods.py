@@ -25,7 +25,7 @@ from lightning_memtrain.techniques.sparsity.rules import (
     sample_inactive,
     smallest,
 )
-from lightning_memtrain.techniques.sparsity.schedules import Constant, Cosine, Cubic
+from lightning_memtrain.techniques.sparsity.schedules import ConstantSchedule, CosineSchedule, CubicSchedule
 
 NOW = Moment(step=10, elapsed=10, span=100, seed=0)
 
@@ -143,7 +143,7 @@ def test_without_room_elsewhere_weights_return_to_where_they_were() -> None:
 def test_pruning_by_all_layers_spares_the_largest_of_each() -> None:
     small = layer([1e-4, 2e-4], [0, 1], numel=2, name="small")
     large = layer([0.1, 0.2, 0.3, 0.4], [0, 1, 2, 3], numel=4, name="large")
-    method = GradualMagnitudePruning(Constant(0.5), scope="global")
+    method = GradualMagnitudePruning(ConstantSchedule(0.5), scope="global")
     changes = method.update({"small": small, "large": large}, NOW, {}).changes
     assert changes["small"].kept.tolist() == [False, True]
     assert changes["large"].kept.tolist() == [False, False, True, True]
@@ -211,7 +211,7 @@ def test_sparsities_by_layer() -> None:
         (lambda: RigL(0.9, drop=30), r"`RigL\(drop\)` must stay in \[0, 1\), .*not percent"),
         (
             lambda: RigL(0.9, drop="cosine"),
-            r"a number or a schedule such as Cosine\(0\.3\), but got 'cosine'",
+            r"a number or a schedule such as CosineSchedule\(0\.3\), but got 'cosine'",
         ),
         (lambda: DSR(0.9, reallocate=0), r"`DynamicSparseReparameterization\(reallocate\)` .*reallocate=0"),
         (lambda: DSR(0.9, reallocate=1.5), r"fraction .* in \(0, 1\), but got reallocate=1\.5"),
@@ -222,11 +222,11 @@ def test_sparsities_by_layer() -> None:
             "at most the number of nonzero weights, 400",
         ),
         (lambda: GradualMagnitudePruning(90), r"write 0\.9"),
-        (lambda: GradualMagnitudePruning(Cubic(0.9, 0.5)), "must not fall, since nothing grows"),
+        (lambda: GradualMagnitudePruning(CubicSchedule(0.9, 0.5)), "must not fall, since nothing grows"),
         (lambda: GradualMagnitudePruning(0.9, scope="model"), r"'layer' or 'global', but got scope='model'"),
         (lambda: GradualMagnitudePruning(0.9).counts({"a": (2, 2)}, {"a": 0.5}), "cannot be combined"),
         (lambda: ErdosRenyiKernel().counts({"a": (2, 2), "b": (2, 2)}, 0.9), "leaves 1 for 2 layers"),
-        (lambda: Cosine(float("nan")), r"`Cosine\(begin\)` must be a finite number"),
+        (lambda: CosineSchedule(float("nan")), r"`CosineSchedule\(begin\)` must be a finite number"),
     ],
 )
 def test_what_cannot_work_is_refused(make: object, message: str) -> None:
