@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 if TYPE_CHECKING:
     from lightning_memtrain.techniques.sparsity.layers import SparseLayer
@@ -46,23 +46,22 @@ class DenseWeight(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        weights = [argument for argument in args if isinstance(argument, DenseWeight)]
+        weights = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DenseWeight)]
         with torch._C.DisableTorchFunctionSubclass():
             versions = [weight._version for weight in weights]
-            result = func(*args, **kwargs or {})
+            try:
+                result = func(*args, **kwargs or {})
+            except RuntimeError as error:
+                if "inplace" not in str(error) or not torch.is_grad_enabled():
+                    raise
+                raise RuntimeError(
+                    "The weight of a sparse layer cannot be changed in place where gradients are recorded. "
+                    "Change it under `torch.no_grad()`."
+                ) from error
             for weight, version in zip(weights, versions, strict=True):
                 if weight._version != version:
-                    _written(weight)
+                    weight._layer.write(weight._root)
             return tree_map_only(Tensor, lambda tensor: _like_a_view(tensor, weights), result)
-
-
-def _written(weight: DenseWeight) -> None:
-    if torch.is_grad_enabled() and weight.requires_grad:
-        raise RuntimeError(
-            "The weight of a sparse layer was changed in place where gradients are recorded. "
-            "Change it under `torch.no_grad()`."
-        )
-    weight._layer.write(weight._root)
 
 
 def _like_a_view(result: Tensor, weights: list[DenseWeight]) -> Tensor:
