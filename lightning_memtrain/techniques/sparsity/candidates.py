@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_memtrain.core import rehearsal_depth
+
 if TYPE_CHECKING:
     from lightning_memtrain.techniques.sparsity.weights import SparseWeight
 
@@ -52,6 +54,8 @@ class CandidateSearch:
             active: int32, ascending: which of them are stored.
             first: flat position of the first of them.
         """
+        if rehearsal_depth():  # a step without data, which chooses nothing
+            return
         gradient = gradient.detach()
         if self._found is not None:
             self._add(gradient, first)

@@ -174,16 +174,16 @@ def refuse_layers_of(state_dict: Mapping[str, Any], expected: frozenset[str]) ->
     ending = "sparsity_pattern"
     saved = {key.removesuffix(ending).removesuffix(".") for key in state_dict if key.endswith(ending)}
     for name in sorted(saved ^ expected):
-        is_saved = name in saved
-        raise MisconfigurationException(
-            "`SparseTraining(layers)` must choose the layers that are sparse in the checkpoint, but "
-            f"{name!r} is {'sparse' if is_saved else 'dense'} there and {'dense' if is_saved else 'sparse'} here. "
-            + (
-                "Load it with the same method and `Select`."
-                if saved
-                else "Load dense weights into the model before the Trainer sees it: "
+        there, here = ("sparse", "dense") if name in saved else ("dense", "sparse")
+        cure = "Load it with the same method and `Select`."
+        if not saved:
+            cure = (
+                "Load dense weights into the model before the Trainer sees it: "
                 "`model.load_state_dict(torch.load(...)['state_dict'])`."
             )
+        raise MisconfigurationException(
+            "`SparseTraining(layers)` must choose the layers that are sparse in the checkpoint, but "
+            f"{name!r} is {there} there and {here} here. {cure}"
         )
 
 
