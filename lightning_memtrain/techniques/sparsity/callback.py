@@ -36,6 +36,7 @@ class SparseTraining(Callback):
     Works with gradient accumulation, microbatches, checkpointing, low precision, ``ddp`` and manual
     optimization. Steps are those of the first optimizer that holds sparse weights; a step that a gradient
     scaler leaves out does not count. The pattern changes at the end of the batch in which a step was due.
+    With manual optimization, a fraction of the run takes one step per batch.
 
     Args:
         method: how sparse, and what changes, e.g. ``RigL(0.9)``.
@@ -225,7 +226,9 @@ class SparseTraining(Callback):
         )
         if self._clock is not None and self._weights:
             self._ticks = self._clock.bind(run)
-            refusals.refuse_ticks(self._ticks, run, self.method)
+            # By hand there may be any number of steps per batch.
+            known = run if pl_module.automatic_optimization else RunLength()
+            refusals.refuse_ticks(self._ticks, known, self.method)
         if self._updater is None:
             self._updater = Updater(self._weights, self.method, trainer.world_size)
         if self._restored is not None:
