@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -154,6 +156,73 @@ def test_momentum_in_8_bits_goes_with_its_entries() -> None:
     assert (after[torch.searchsorted(weight.positions(), grown)] == 0).all()
     layer(torch.randn(4, 100)).pow(2).sum().backward()
     optimizer.step()
+
+
+def table(signed: bool) -> Tensor:
+    """256 levels, denser near 0, like the tables of bitsandbytes."""
+    if signed:
+        half = torch.logspace(-7, 0, 127)
+        return torch.cat([-half.flip(0), torch.zeros(2), half])
+    return torch.cat([torch.zeros(1), torch.logspace(-7, 0, 255)])
+
+
+@pytest.mark.parametrize("nnz", [5000, 256])
+def test_state_in_the_form_of_bitsandbytes_goes_with_its_entries(nnz: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(100, 100)
+    weight = sparsify_(layer, {"weight": torch.randperm(10_000)[:nnz]})["weight"]
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    scales = torch.rand(2, -(-nnz // 256)) + 0.1
+    codes = torch.randint(256, (2, nnz), dtype=torch.uint8)
+    optimizer.state[weight.values] = {
+        "step": 3,
+        **{f"state{i + 1}": codes[i] for i in range(2)},
+        **{f"qmap{i + 1}": table(signed=i == 0) for i in range(2)},
+        **{f"absmax{i + 1}": scales[i] for i in range(2)},
+        "unorm_vec": torch.zeros(1),
+    }
+
+    def decoded(number: int) -> Tensor:
+        state = optimizer.state[weight.values]
+        numbers = state[f"qmap{number}"][state[f"state{number}"].int()]
+        return numbers * state[f"absmax{number}"].repeat_interleave(256)[: len(numbers)]
+
+    before = decoded(1), decoded(2)
+    kept = torch.rand(nnz) > 0.3
+    survivors = weight.positions()[kept]
+    free = torch.ones(10_000, dtype=torch.bool).index_fill_(0, weight.positions(), False)
+    grown = free.nonzero().view(-1)[:10]
+    weight.replace(kept, grown, [optimizer])
+    state = optimizer.state[weight.values]
+    assert state["state1"].shape == state["state2"].shape == weight.values.shape
+    assert state["absmax1"].shape == (-(-weight.nnz // 256),)
+    assert (state["step"], state["unorm_vec"].shape) == (3, (1,))
+    at_survivors, at_grown = (torch.searchsorted(weight.positions(), where) for where in (survivors, grown))
+    for number in (1, 2):
+        after, expected = decoded(number), before[number - 1][kept]
+        # The levels lie 14 (signed) and 7 percent apart; small numbers go to the smallest level.
+        assert ((after[at_survivors] - expected).abs() <= 0.07 * expected.abs() + 2e-7).all()
+        fill = expected.mean() if number == 2 else torch.tensor(0.0)
+        assert ((after[at_grown] - fill).abs() <= 0.07 * fill).all()
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize("name", ["Adam8bit", "AdamW8bit", "SGD8bit", "RMSprop8bit"])
+def test_bitsandbytes_steps_on_after_entries_moved(name: str) -> None:
+    optim = import_module("bitsandbytes.optim")
+    options = {"momentum": 0.9} if name == "SGD8bit" else {}
+    layer = nn.Linear(300, 300)
+    weight = sparsify_(layer, {"weight": torch.randperm(90_000)[:9000]})["weight"]
+    optimizer = getattr(optim, name)(layer.parameters(), lr=1e-3, **options)
+    for step in range(3):
+        optimizer.zero_grad()
+        layer(torch.randn(8, 300)).pow(2).sum().backward()
+        optimizer.step()
+        free = torch.ones(90_000, dtype=torch.bool).index_fill_(0, weight.positions(), False)
+        kept = torch.rand(weight.nnz) > 0.2
+        weight.replace(kept, free.nonzero().view(-1)[: 500 + step], [optimizer])
+        assert optimizer.state[weight.values]["state1"].dtype == torch.uint8
+    assert weight.values.isfinite().all()
 
 
 def test_before_its_first_step_an_optimizer_has_nothing_to_move() -> None:
