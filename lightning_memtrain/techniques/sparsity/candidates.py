@@ -61,12 +61,10 @@ class CandidateSearch:
             self._add(gradient, first)
             return
         for start in range(0, gradient.numel(), _PIECE_NUMEL):
-            piece = gradient[start : start + _PIECE_NUMEL].float()
             low, high = _bounds(active, start, start + _PIECE_NUMEL)
-            scores = piece.abs().index_fill_(0, active[low:high].long() - start, -1.0)
-            count = min(self._num_candidates, scores.numel() - (high - low))
-            chosen = scores.topk(count).indices
-            self._best.append(Candidates(chosen + (first + start), piece[chosen]))
+            piece = gradient[start : start + _PIECE_NUMEL]
+            found = _largest(piece, active[low:high].long() - start, self._num_candidates)
+            self._best.append(Candidates(found.positions + (first + start), found.gradients))
             if len(self._best) > 1:
                 self._best = [_best(self._best, self._num_candidates)]
 
@@ -106,6 +104,12 @@ def _bounds(ascending: Tensor, low: int, high: int) -> tuple[int, int]:
     borders = torch.tensor([low, high], dtype=ascending.dtype, device=ascending.device)
     first, last = torch.searchsorted(ascending, borders).tolist()
     return first, last
+
+
+def _largest(gradient: Tensor, active: Tensor, count: int) -> Candidates:
+    scores = gradient.float().abs().index_fill_(0, active, -1.0)
+    chosen = scores.topk(min(count, len(scores) - len(active))).indices
+    return Candidates(chosen, gradient[chosen].float())
 
 
 def _best(parts: list[Candidates], count: int) -> Candidates:

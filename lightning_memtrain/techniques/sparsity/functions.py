@@ -223,6 +223,7 @@ def _joined(parts: list[Tensor]) -> Tensor | None:
 
 def _without_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """Backward runs in the dtypes of forward, even where somebody calls it under autocast."""
-    if torch.is_autocast_enabled(like.device.type):
-        return torch.autocast(like.device.type, enabled=False)
+    device_type = like.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
     return nullcontext()

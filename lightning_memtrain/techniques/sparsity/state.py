@@ -27,7 +27,7 @@ _SCALES = frozenset(
     }
 )
 # State that adds up gradients or steps, or follows the entry's own value, which starts at 0.
-_SUMS = frozenset({"momentum_buffer", "exp_avg", "mu", "grad_avg", "prev", "ax", "state1", "z"})
+_SUMS = frozenset({"momentum_buffer", "exp_avg", "mu", "grad_avg", "prev", "ax", "z"})
 
 _BITSANDBYTES_BLOCK_NUMEL = 256
 
@@ -48,12 +48,13 @@ def check_state(optimizers: Iterable[Optimizer], parameter: Tensor) -> None:
         state = optimizer.state.get(parameter, {})
         coded = _bitsandbytes_keys(state, parameter)
         for key, value in state.items():
-            if key not in coded and not _is_scalar(value) and not _is_elementwise(value, parameter):
+            if key not in coded and not _is_elementwise(value, parameter) and not _is_scalar(value):
                 raise TypeError(
                     f"The state {key!r} of {type(optimizer).__name__} ({_described(value)}) cannot follow "
-                    f"weights that move: the parameter has {parameter.numel()} entries, and there is not one "
-                    "number for each. Use an elementwise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad, "
-                    "`SGD8bit`), a method that moves no weights, or give the optimizer a `reindex_state`."
+                    f"weights that move: the parameter has {parameter.numel()} entries, and this is not one "
+                    "plain number for each. Use an elementwise optimizer (SGD, Adam, AdamW, RMSprop, "
+                    "Adagrad, `SGD8bit`), a method that moves no weights, or give the optimizer a "
+                    "`reindex_state`."
                 )
 
 
@@ -81,7 +82,7 @@ def move_state(optimizers: Iterable[Optimizer], parameter: Tensor, source: Tenso
             if f"state{number}" in coded:
                 _move_bitsandbytes(state, number, source)
         for key, value in state.items():
-            if key not in coded and not _is_scalar(value):
+            if key not in coded and _is_elementwise(value, parameter):
                 state[key] = moved(value, source, mean=_is_scale(key, value))
 
 
@@ -119,7 +120,7 @@ def _is_scale(key: str, value: Tensor) -> bool:
 def _is_scalar(value: Any) -> bool:
     """One number for the whole parameter, or a setting."""
     if isinstance(value, Tensor):
-        return _is_plain(value) and not value.dim()
+        return _is_plain(value) and value.numel() == 1
     return value is None or isinstance(value, (bool, int, float, str))
 
 
@@ -164,7 +165,7 @@ def _move_bitsandbytes(state: dict[str, Any], number: str, source: Tensor) -> No
     codes, table, scales = (state[f"{part}{number}"] for part in ("state", "qmap", "absmax"))
     size = _BITSANDBYTES_BLOCK_NUMEL
     numbers = table[codes.int()] * scales.repeat_interleave(size)[: codes.numel()]
-    numbers = moved(numbers, source, mean=number == "2")
+    numbers = moved(numbers, source, mean=_is_scale(f"state{number}", numbers))
     blocks = torch.nn.functional.pad(numbers, (0, -len(numbers) % size)).view(-1, size)
     scales = blocks.abs().amax(1)
     parts = (blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).view(-1)[: len(numbers)]

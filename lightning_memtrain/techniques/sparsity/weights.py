@@ -17,6 +17,8 @@ from lightning_memtrain.techniques.sparsity.layers import SparseLayer
 from lightning_memtrain.techniques.sparsity.patterns import Storage, choose_storage
 from lightning_memtrain.techniques.sparsity.state import check_state, move_state, moved
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
 
 class SparseWeight:
     """The weight of one sparse layer: which entries are stored, and how others take their place.
@@ -242,27 +244,25 @@ def _is_computed(layer: nn.Module, attribute: str) -> bool:
 
 
 def _refuse_tied(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
-    """One parameter of two layers would become two."""
-    names = {id(_dense(layer)): name for name, layer in found.items()}
-    for other, parameter in module.named_parameters(remove_duplicate=False):
-        name = names.get(id(parameter))
-        if name is None or name == other:
-            continue
-        if module.get_submodule(other.rpartition(".")[0]) is found[name]:
-            if other in found:
+    """One parameter of two layers would become two, and one layer has one name."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for name, layer in found.items():
+        for other in names[id(_dense(layer))]:
+            if module.get_submodule(other.rpartition(".")[0]) is not layer:
                 raise ValueError(
-                    f"`sparsify_(positions)` names {other!r} and {name!r}, which are one weight of one "
-                    "layer. Leave one of them out."
+                    f"`sparsify_(positions)` names {name!r}, but this weight is tied to {other!r} and would "
+                    "no longer be. Leave it out, or give each its own."
                 )
-            continue
-        raise ValueError(
-            f"`sparsify_(positions)` names {name!r}, but this weight is tied to {other!r} and would no "
-            "longer be. Leave it out, or give each its own."
-        )
+        if (first := names[id(_dense(layer))][0]) != name:
+            raise ValueError(
+                f"`sparsify_(positions)` names {name!r}, but the layer's first name is {first!r}. Use that."
+            )
 
 
 def _ascending(subject: str, positions: Tensor, numel: int) -> Tensor:
-    if positions.dim() == 1 and not positions.is_floating_point() and not positions.is_complex():
+    if positions.dim() == 1 and positions.dtype in _INTEGERS:
         positions = positions.long().sort().values
     _check_positions(subject, positions, numel)
     return positions
