@@ -28,13 +28,8 @@ from benchmarks.results_file import write_results
 from lightning_memtrain.recipes.cifar10_wrn28_2.batches import read_batch
 from lightning_memtrain.recipes.cifar10_wrn28_2.model import WideResNet
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, UpdateEvery
-from lightning_memtrain.techniques.sparsity.methods import (
-    SET,
-    DynamicSparseReparameterization,
-    RigL,
-    SparseMethod,
-    StaticSparse,
-)
+from lightning_memtrain.techniques.sparsity.methods import SET, RigL, SparseMethod, StaticSparse
+from lightning_memtrain.techniques.sparsity.reparameterization import DynamicSparseReparameterization
 from lightning_memtrain.techniques.sparsity.rules import Layer, Moment, sample_inactive
 
 SPARSITY, DEPTH, BATCH_SIZE, UPDATE_STEPS = 0.9, 16, 100, 50

@@ -18,13 +18,9 @@ from lightning_memtrain.techniques.sparsity.distributions import (
     apportion,
     num_kept,
 )
-from lightning_memtrain.techniques.sparsity.methods import (
-    SET,
-    DynamicSparseReparameterization,
-    GradualMagnitudePruning,
-    RigL,
-    StaticSparse,
-)
+from lightning_memtrain.techniques.sparsity.methods import SET, RigL, StaticSparse
+from lightning_memtrain.techniques.sparsity.pruning import GradualMagnitudePruning
+from lightning_memtrain.techniques.sparsity.reparameterization import DynamicSparseReparameterization
 from lightning_memtrain.techniques.sparsity.rules import Layer, Moment, sample_inactive
 from lightning_memtrain.techniques.sparsity.schedules import (
     ConstantSchedule,

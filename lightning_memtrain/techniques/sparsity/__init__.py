@@ -10,16 +10,10 @@ from lightning_memtrain.techniques.sparsity.distributions import (
     Uniform,
 )
 from lightning_memtrain.techniques.sparsity.export import export_dense
-from lightning_memtrain.techniques.sparsity.methods import (
-    DSR,
-    SET,
-    DynamicSparseReparameterization,
-    GradualMagnitudePruning,
-    RigL,
-    SparseMethod,
-    StaticSparse,
-)
+from lightning_memtrain.techniques.sparsity.methods import SET, RigL, SparseMethod, StaticSparse
 from lightning_memtrain.techniques.sparsity.patterns import Storage
+from lightning_memtrain.techniques.sparsity.pruning import GradualMagnitudePruning
+from lightning_memtrain.techniques.sparsity.reparameterization import DSR, DynamicSparseReparameterization
 from lightning_memtrain.techniques.sparsity.schedules import (
     ConstantSchedule,
     CosineSchedule,

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any, get_args
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
@@ -15,13 +14,14 @@ from torch.optim import Optimizer
 from lightning_memtrain.core import NoEffectWarning, Setting, TechniqueRecord
 from lightning_memtrain.techniques.sparsity import distributed, refusals
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks, UpdateClock
+from lightning_memtrain.techniques.sparsity.conversion import sparsify_at_random
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
 from lightning_memtrain.techniques.sparsity.patterns import Storage
 from lightning_memtrain.techniques.sparsity.record import Explored, described, training_bytes
-from lightning_memtrain.techniques.sparsity.rules import Moment, sample_inactive
+from lightning_memtrain.techniques.sparsity.rules import Moment
 from lightning_memtrain.techniques.sparsity.selection import Select
 from lightning_memtrain.techniques.sparsity.updater import Moved, Updater
-from lightning_memtrain.techniques.sparsity.weights import SparseWeight, sparse_weights, sparsify_
+from lightning_memtrain.techniques.sparsity.weights import SparseWeight, sparse_weights
 
 _VERSION = 1
 
@@ -95,7 +95,7 @@ class SparseTraining(Callback):
         self.method = method
         self.select = layers or Select()
         self._clock = update or method.clock
-        self._given = {"storage": storage, "chunk_bytes": chunk_bytes}
+        self._given: dict[str, Any] = {"storage": storage, "chunk_bytes": chunk_bytes}
         self._seed = seed
         self._tracks = track_exploration
         if method.clock is None and update is not None:
@@ -151,7 +151,7 @@ class SparseTraining(Callback):
 
     def _convert(self, trainer: Trainer, model: LightningModule) -> None:
         if not sparse_weights(model):
-            self._sparsify(model)
+            sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
         self._weights = {
             name.removesuffix("weight").removesuffix("."): weight
             for name, weight in sparse_weights(model).items()
@@ -162,36 +162,10 @@ class SparseTraining(Callback):
             weights = {weight.name: weight for weight in self._weights.values()}
             self._undo.append(distributed.hide_from_ddp(model, weights))
         expected = frozenset(self._weights)
-        handle = model.register_load_state_dict_pre_hook(
+        handle = model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             lambda _, state, *rest: refusals.refuse_layers_of(state, expected)
         )
         self._undo.append(handle.remove)
-
-    def _sparsify(self, model: LightningModule) -> None:
-        layers = self.select.layers(model)
-        refusals.refuse_layers(model, layers)
-        shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}  # type: ignore[union-attr, operator]
-        counts = self.method.counts(shapes, self.select.overrides) if layers else {}
-        start, none = Moment(0, 0, 0, self._seed), torch.empty(0, dtype=torch.int64)
-        positions = {}
-        for name, count in counts.items():
-            numel = layers[name].weight.numel()  # type: ignore[union-attr, operator]
-            # A layer that keeps all of its weights for good needs no pattern.
-            if count < numel or self.method.changes_counts:
-                drawn = sample_inactive(numel, none, count, start.generator(name))
-                positions[f"{name}.weight" if name else "weight"] = drawn
-        if not positions:
-            what = (
-                f"leaves all of {', '.join(layers)} dense" if layers else f"matched no layer: {self.select}"
-            )
-            warnings.warn(
-                f"`SparseTraining` has no effect: {self.method} {what}. Raise the sparsity, or choose layers "
-                "by Select(types=..., dense_ends=False).",
-                NoEffectWarning,
-                stacklevel=2,
-            )
-            return
-        sparsify_(model, positions, **self._given)  # type: ignore[arg-type]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the steps of the optimizer that holds sparse weights."""

@@ -39,13 +39,14 @@ def hide_from_ddp(model: nn.Module, weights: Mapping[str, SparseWeight]) -> Call
     before = getattr(model, _IGNORED, None)
     layers = [name.removesuffix("weight") for name in weights]
     hidden = [f"{prefix}{name}" for prefix in layers for name in ("values", "sparsity_pattern")]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*(before or ()), *hidden])
+    ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(model, [*(before or ()), *hidden])
 
     def undo() -> None:
         if before is None:
             delattr(model, _IGNORED)
         else:
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, before)
+            ignore(model, before)
 
     return undo
 
@@ -83,7 +84,7 @@ def average_gradients(weights: Mapping[str, SparseWeight]) -> None:
         # Divided first, as DistributedDataParallel does: in float16 a sum could be infinite.
         flat /= distributed.get_world_size()
         distributed.all_reduce(flat)
-        *means, had = flat.split([p.numel() for p in values] + [len(values)])
+        *means, had = torch.split(flat, [p.numel() for p in values] + [len(values)])
         for parameter, mean, share in zip(values, means, had.tolist(), strict=True):
             if share and parameter.grad is None:
                 parameter.grad = mean.clone()
@@ -107,7 +108,7 @@ def average_candidates(found: Mapping[str, Candidates]) -> dict[str, Candidates]
     distributed.all_gather_object(gathered, mine)
     merged = {}
     for name, one in found.items():
-        positions, where = torch.cat([rank[name][0] for rank in gathered]).unique(return_inverse=True)
+        positions, where = torch.unique(torch.cat([rank[name][0] for rank in gathered]), return_inverse=True)
         gradients = torch.zeros(len(positions), dtype=one.gradients.dtype)
         gradients.index_add_(0, where, torch.cat([rank[name][1] for rank in gathered]))
         device = one.positions.device

@@ -5,9 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_memtrain.techniques.sparsity.clocks import UpdateClock, UpdateEvery
@@ -19,10 +18,8 @@ from lightning_memtrain.techniques.sparsity.distributions import (
     planned_counts,
 )
 from lightning_memtrain.techniques.sparsity.rules import (
-    AcrossLayers,
     Budget,
     Change,
-    DropBelowThreshold,
     DropFraction,
     DropRule,
     GrowByGradient,
@@ -32,17 +29,14 @@ from lightning_memtrain.techniques.sparsity.rules import (
     Moment,
     PerLayer,
     State,
-    smallest,
 )
 from lightning_memtrain.techniques.sparsity.schedules import (
     CosineSchedule,
-    CubicSchedule,
     Schedule,
     as_schedule,
 )
 
 Sparsity = float | dict[str, float]
-Scope = Literal["layer", "global"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +57,9 @@ class SparseMethod(ABC):
 
     Methods hold no state: an update is a function of the layers, the time and what the method said before.
     """
+
+    #: What was asked for; a run is resumed at the same only.
+    sparsity: Any
 
     @property
     def clock(self) -> UpdateClock | None:
@@ -153,7 +150,7 @@ class StaticSparse(SparseMethod):
     distribution: Distribution = field(default_factory=Uniform)
 
     def __post_init__(self) -> None:
-        _check_sparsities(self, self.sparsity)
+        check_sparsities(self, self.sparsity)
 
     @property
     def clock(self) -> UpdateClock | None:
@@ -252,7 +249,7 @@ class SET(DropAndGrow):
     distribution: Distribution = field(default_factory=Uniform)
 
     def __post_init__(self) -> None:
-        _check_sparsities(self, self.sparsity)
+        check_sparsities(self, self.sparsity)
         object.__setattr__(self, "drop", as_schedule(self.drop, f"{type(self).__name__}(drop)"))
 
     @property
@@ -311,220 +308,16 @@ class RigL(SET):
         return {name: number for name, number in numbers.items() if number}
 
 
-@dataclass(frozen=True)
-class DynamicSparseReparameterization(DropAndGrow):
-    r"""Drops what is below one threshold for all layers, and moves weights to the layers that keep most.
-
-    An update drops all :math:`K_l` weights of layer :math:`l` with :math:`|w| < H`, which leaves
-    :math:`R_l`. It grows :math:`\sum_i K_i \cdot R_l / \sum_i R_i` in each layer, uniformly among positions
-    that were inactive, so that the total stays the same, exactly. Then :math:`H` is halved if more than
-    :math:`(1 + \delta) N` were dropped, and doubled if fewer than :math:`(1 - \delta) N`.
+def check_sparsities(method: SparseMethod, sparsity: Any) -> None:
+    """Refuse what is neither a fraction of zeros nor fractions by layer.
 
     Args:
-        sparsity: fraction of zeros at the start, in ``[0, 1)``; or by layer, where ``*`` stands for any text.
-            The total stays.
-        reallocate: weights to drop per update, :math:`N`: a whole number, or a float as a fraction of all
-            nonzero weights. The authors drop 20,000 on WRN-28-2, which is 0.14 at a sparsity of 0.9.
-        threshold: :math:`H` at first.
-        tolerance: :math:`\delta`, in ``[0, 1)``.
-        distribution: spreads the sparsity at the start.
+        method: whose argument it is.
+        sparsity: what a user gave.
 
     Raises:
-        MisconfigurationException: if an argument is out of its range; at the start of the run, if
-            ``reallocate`` is more than all weights.
-
-    Example:
-        >>> DynamicSparseReparameterization(0.9).initial_state(nnz=100)
-        {'threshold': 0.001}
-
-    References:
-        Mostafa and Wang, Parameter Efficient Training of Deep Convolutional Neural Networks by Dynamic Sparse
-        Reparameterization, ICML 2019, arXiv:1902.05967.
+        MisconfigurationException: naming the argument.
     """
-
-    sparsity: Sparsity
-    reallocate: int | float = 0.14
-    threshold: float = 1e-3
-    tolerance: float = 0.1
-    distribution: Distribution = field(default_factory=Uniform)
-
-    def __post_init__(self) -> None:
-        _check_sparsities(self, self.sparsity)
-        name, number = type(self).__name__, self.reallocate
-        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if not is_number or number <= 0 or (isinstance(number, float) and number >= 1):
-            raise MisconfigurationException(
-                f"`{name}(reallocate)` must be a number of weights, at least 1, or a fraction of all nonzero "
-                f"weights as a float in (0, 1), but got reallocate={number!r}. Use e.g. 0.14 or 20000."
-            )
-        if not 0 < self.threshold < float("inf"):
-            raise MisconfigurationException(
-                f"`{name}(threshold)` must be greater than 0 and finite, but got "
-                f"threshold={self.threshold!r}. Use e.g. 1e-3; it adapts itself."
-            )
-        if not 0 <= self.tolerance < 1:
-            raise MisconfigurationException(
-                f"`{name}(tolerance)` must be a fraction in [0, 1), but got tolerance={self.tolerance!r}. "
-                "Use e.g. 0.1."
-            )
-
-    @property
-    def clock(self) -> UpdateClock:
-        """Nearly to the end, as the authors do."""
-        return UpdateEvery(100, start=0, stop=0.95)
-
-    @property
-    def changes_counts(self) -> bool:
-        """Weights move between layers."""
-        return True
-
-    @property
-    def drop_rule(self) -> DropRule:
-        """By one threshold."""
-        return DropBelowThreshold()
-
-    @property
-    def grow_rule(self) -> GrowRule:
-        """At random, elsewhere."""
-        return GrowRandom(may_return=False)
-
-    @property
-    def budget(self) -> Budget:
-        """One for all layers."""
-        return AcrossLayers()
-
-    def initial_state(self, nnz: int) -> dict[str, float]:
-        """The threshold."""
-        if self.reallocate > nnz:
-            raise MisconfigurationException(
-                f"`{type(self).__name__}(reallocate)` must be at most the number of nonzero weights, {nnz} "
-                f"here, but got reallocate={self.reallocate}. Give a fraction of them, e.g. 0.14."
-            )
-        return {"threshold": self.threshold}
-
-    def next_state(self, state: State, num_dropped: int, nnz: int) -> State:
-        """Halve or double the threshold if it dropped too many or too few."""
-        wanted = self.reallocate * nnz if isinstance(self.reallocate, float) else self.reallocate
-        threshold = state["threshold"]
-        if num_dropped > (1 + self.tolerance) * wanted:
-            threshold /= 2
-        elif num_dropped < (1 - self.tolerance) * wanted:
-            threshold *= 2
-        return {"threshold": threshold}
-
-
-DSR = DynamicSparseReparameterization
-
-
-@dataclass(frozen=True)
-class GradualMagnitudePruning(SparseMethod):
-    r"""Starts dense, and drops the smallest weights until the model is as sparse as wanted; none grow.
-
-    Between the first and the last update, the sparsity is
-    :math:`s(t) = s_f + (s_i - s_f) (1 - (t - t_0) / T)^3`. Memory falls as the model becomes sparse, but
-    **its peak is that of dense training**, plus the pattern: use it for a small model at the end, not to
-    train in little memory.
-
-    Args:
-        sparsity: fraction of zeros at the end :math:`s_f`, in ``[0, 1)``; or a schedule from first to last.
-        scope: ``"layer"``: each layer is as sparse as the distribution says; ``"global"``: the smallest of
-            all layers go, a layer keeps at least one.
-        distribution: spreads the sparsity over layers.
-
-    Raises:
-        MisconfigurationException: if an argument is out of its range.
-
-    Example:
-        >>> method = GradualMagnitudePruning(0.8)
-        >>> [round(method.sparsity.value(step, 4), 3) for step in range(5)]
-        [0.0, 0.463, 0.7, 0.788, 0.8]
-
-    References:
-        Zhu and Gupta, To Prune, or Not to Prune, ICLR Workshop 2018, arXiv:1710.01878.
-    """
-
-    sparsity: Schedule | float
-    scope: Scope = "layer"
-    distribution: Distribution = field(default_factory=Uniform)
-
-    def __post_init__(self) -> None:
-        argument = f"{type(self).__name__}(sparsity)"
-        if not isinstance(self.sparsity, Schedule):
-            object.__setattr__(self, "sparsity", CubicSchedule(0.0, check_sparsity(self.sparsity, argument)))
-        as_schedule(self.sparsity, argument)
-        if self._at(1, 1) < self._at(0, 1):
-            raise MisconfigurationException(
-                f"`{argument}` must not fall, since nothing grows, but got {self.sparsity!r}. "
-                "Exchange begin and end."
-            )
-        if self.scope not in get_args(Scope):
-            raise MisconfigurationException(
-                f"`{type(self).__name__}(scope)` must be 'layer' or 'global', but got scope={self.scope!r}. "
-                "Use one of them."
-            )
-
-    def _at(self, step: int, total: int) -> float:
-        assert isinstance(self.sparsity, Schedule)
-        return self.sparsity.value(step, total)
-
-    @property
-    def changes_counts(self) -> bool:
-        """Layers lose weights."""
-        return True
-
-    @property
-    def needs_end(self) -> bool:
-        """As the schedule does."""
-        assert isinstance(self.sparsity, Schedule)
-        return self.sparsity.needs_end
-
-    @property
-    def starts_dense(self) -> bool:
-        """Unless the schedule begins elsewhere."""
-        return self._at(0, 1) < 0.5
-
-    def counts(self, shapes: Shapes, overrides: Mapping[str, float]) -> dict[str, int]:
-        """All weights, as a rule."""
-        if overrides:
-            raise MisconfigurationException(
-                f"`Select(overrides)` cannot be combined with `{type(self).__name__}`, whose sparsity "
-                f"changes, but got overrides={dict(overrides)!r}. Leave them out, or use "
-                "distribution=ErdosRenyiKernel()."
-            )
-        return self.distribution.counts(shapes, self._at(0, 1))
-
-    def update(self, layers: Mapping[str, Layer], moment: Moment, state: State) -> Update:
-        """Drop what is too much by now."""
-        shapes = {name: layer.shape for name, layer in layers.items()}
-        target = self.distribution.counts(shapes, self._at(moment.elapsed, moment.span))
-        if self.scope == "layer":
-            kept = {
-                name: smallest(layer.values, max(0, layer.nnz - target[name]))
-                for name, layer in layers.items()
-            }
-        else:
-            kept = _smallest_of_all(layers, sum(target.values()))
-        return Update(
-            {
-                name: Change(stays, layers[name].positions.new_empty(0))
-                for name, stays in kept.items()
-                if not stays.all()
-            },
-            state,
-        )
-
-
-def _smallest_of_all(layers: Mapping[str, Layer], target: int) -> dict[str, torch.Tensor]:
-    """Drop the smallest of all layers, but never the largest of one."""
-    magnitudes = [layer.values.abs().clone() for layer in layers.values()]
-    for layer in magnitudes:
-        layer[layer.argmax()] = float("inf")
-    sizes = [layer.numel() for layer in magnitudes]
-    kept = smallest(torch.cat(magnitudes), max(0, sum(sizes) - max(target, len(sizes))))
-    return dict(zip(layers, kept.split(sizes), strict=True))
-
-
-def _check_sparsities(method: SparseMethod, sparsity: Any) -> None:
     argument = f"{type(method).__name__}(sparsity)"
     if isinstance(sparsity, Mapping):
         for name, value in sparsity.items():

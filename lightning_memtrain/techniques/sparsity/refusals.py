@@ -17,8 +17,14 @@ from lightning_memtrain.core import NoEffectWarning
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
 
-_STRATEGIES = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy", "XLAFSDPStrategy")
-_STRATEGIES += ("SingleDeviceXLAStrategy",)
+_STRATEGIES = (
+    "FSDPStrategy",
+    "ModelParallelStrategy",
+    "DeepSpeedStrategy",
+    "XLAStrategy",
+    "XLAFSDPStrategy",
+    "SingleDeviceXLAStrategy",
+)
 _AVERAGES = ("StochasticWeightAveraging", "WeightAveraging")
 
 
@@ -78,11 +84,11 @@ def refuse_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
                 "Run the model on one batch in `__init__`, or name it in Select(dense=...)."
             )
     for path, parameter in model.named_parameters(remove_duplicate=False):
-        name = weights.get(id(parameter))
-        if name is not None and path != _weight_name(name):
+        tied = weights.get(id(parameter))
+        if tied is not None and path != _weight_name(tied):
             raise MisconfigurationException(
-                f"`SparseTraining` cannot make {name!r} sparse, since its weight is tied to {path!r} and "
-                f"would no longer be. Add {name!r} to Select(dense=...), or untie them."
+                f"`SparseTraining` cannot make {tied!r} sparse, since its weight is tied to {path!r} and "
+                f"would no longer be. Add {tied!r} to Select(dense=...), or untie them."
             )
 
 

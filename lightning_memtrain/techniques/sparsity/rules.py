@@ -153,7 +153,7 @@ def _sample_ranks(total: int, count: int, generator: torch.Generator) -> Tensor:
     drawn = torch.empty(0, dtype=torch.int64)
     # Drawing only as many as are missing never draws too many, so no choice among them can be unfair.
     while (missing := count - drawn.numel()) > 0:
-        drawn = torch.cat([drawn, torch.randint(total, (missing,), generator=generator)]).unique()
+        drawn = torch.cat([drawn, torch.randint(total, (missing,), generator=generator)]).unique()  # type: ignore[no-untyped-call]
     return drawn
 
 

@@ -89,7 +89,7 @@ class Select:
             if any(_is_a(layer, kind) for kind in self.types)
             and name not in ends
             and not any(fnmatchcase(name, pattern) for pattern in self.dense)
-            and layer._parameters["weight"].requires_grad  # type: ignore[union-attr]
+            and layer._parameters["weight"].requires_grad
             and not _is_depthwise(layer)
         }
 
@@ -123,7 +123,7 @@ def _ends(layers: Mapping[str, nn.Module]) -> set[str]:
         name
         for name in convolutions
         if any(fnmatchcase(name, pattern) for pattern in _SHORTCUTS)
-        and all(size == 1 for size in layers[name].kernel_size)  # type: ignore[union-attr, arg-type]
+        and all(size == 1 for size in layers[name].kernel_size)  # type: ignore[union-attr]
     ]
     return {convolutions[0], *linear[-1:], *shortcuts}
 

@@ -8,14 +8,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_memtrain.techniques.sparsity.distributions import ErdosRenyi, ErdosRenyiKernel, planned_counts
 from lightning_memtrain.techniques.sparsity.distributions import Uniform as UniformDistribution
-from lightning_memtrain.techniques.sparsity.methods import (
-    DSR,
-    SET,
-    DynamicSparseReparameterization,
-    GradualMagnitudePruning,
-    RigL,
-    StaticSparse,
-)
+from lightning_memtrain.techniques.sparsity.methods import SET, RigL, StaticSparse
+from lightning_memtrain.techniques.sparsity.pruning import GradualMagnitudePruning
+from lightning_memtrain.techniques.sparsity.reparameterization import DSR, DynamicSparseReparameterization
 from lightning_memtrain.techniques.sparsity.rules import (
     AcrossLayers,
     GrowByGradient,
