@@ -119,7 +119,7 @@ class Masked:
             inactive = is_inactive.nonzero().flatten()
             gradients, active_gradients = (self.dense_gradients[name][at] for at in (inactive, positions))
         values = weight.flatten()[positions]
-        return Layer(name, weight.shape, positions, values, inactive, gradients, active_gradients)
+        return Layer(name, weight.shape, lambda: positions, values, inactive, gradients, active_gradients)
 
 
 def read(folder: Path, files: list[str], num_images: int) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,7 @@ class Network:
         return Layer(
             name,
             self.shapes[name],
-            self.positions[name],
+            lambda: self.positions[name],
             self.values[name],
             where,
             self.draw(len(where)),

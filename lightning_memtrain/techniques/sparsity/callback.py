@@ -240,12 +240,15 @@ class SparseTraining(Callback):
         """Change the pattern if a step was due."""
         assert self._updater is not None
         self._steps_of_batch = max(1, self._steps_of_batch)
+        if self._bytes is None and self._steps:
+            self._measure(trainer)
         if not self._pending or self._updater.lacks_candidates(self._moment(self._pending)):
             return
         moved = self._updater.update(self._moment(self._pending), trainer.optimizers)
         self._pending = 0
         self._num_dropped += moved.num_dropped
         self._num_grown += moved.num_grown
+        self._measure(trainer)
         self._explore()
         self._log(trainer, moved)
 
@@ -272,21 +275,13 @@ class SparseTraining(Callback):
         numel = sum(weight.numel for weight in self._weights.values())
         return sum(explored.count for explored in self._explored.values()) / numel
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count bytes while there are optimizers."""
-        self._measure(trainer)
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Count bytes and let go: after an error Lightning calls no ``teardown``."""
-        self._measure(trainer)
+        """Take all hooks away: after an error Lightning calls no ``teardown``."""
         self.teardown(trainer, pl_module, "fit")
 
     def _measure(self, trainer: Trainer) -> None:
-        if not self._weights or self._bytes is not None:
-            return
         pairs = [training_bytes(weight, trainer.optimizers) for weight in self._weights.values()]
         self._bytes = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
-        self._say(described(self._weights, *self._bytes))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take all hooks away; the layers stay sparse."""
@@ -348,9 +343,11 @@ class SparseTraining(Callback):
             settings |= self._updater.state
         if self._explored:
             settings["exploration_rate"] = round(self._exploration_rate(), 4)
-        if self._bytes is not None:
+        events = tuple(self._events)
+        if self._weights and self._bytes is not None:
             settings |= {"sparse_bytes": self._bytes[0], "dense_bytes": self._bytes[1]}
-        return TechniqueRecord("SparseTraining", settings, tuple(self._events))
+            events += (described(self._weights, *self._bytes),)
+        return TechniqueRecord("SparseTraining", settings, events)
 
     def _summary(self) -> str:
         layers = ", ".join(f"{name} {1 - w.nnz / w.numel:.1%}" for name, w in self._weights.items())

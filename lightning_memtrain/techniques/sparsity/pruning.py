@@ -112,7 +112,7 @@ class GradualMagnitudePruning(SparseMethod):
             kept = _smallest_of_all(layers, sum(target.values()))
         return Update(
             {
-                name: Change(stays, layers[name].positions.new_empty(0))
+                name: Change(stays, torch.empty(0, dtype=torch.int64, device=stays.device))
                 for name, stays in kept.items()
                 if not stays.all()
             },

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ class Layer:
     Args:
         name: its path in the model.
         shape: of the dense weight.
-        positions: flat positions of its nonzero weights, int64, ascending.
+        decode: makes the flat positions of its nonzero weights, int64, ascending.
         values: their values, in that order.
         candidate_positions: inactive positions with the largest gradients, as far as a rule asked for them.
         candidate_gradients: their gradients.
@@ -31,7 +31,7 @@ class Layer:
 
     name: str
     shape: Sequence[int]
-    positions: Tensor
+    decode: Callable[[], Tensor]
     values: Tensor
     candidate_positions: Tensor | None = None
     candidate_gradients: Tensor | None = None
@@ -45,7 +45,12 @@ class Layer:
     @property
     def nnz(self) -> int:
         """Weights that are stored."""
-        return self.positions.numel()
+        return self.values.numel()
+
+    @property
+    def positions(self) -> Tensor:
+        """Made at each look, 8 bytes each, so that those of one layer exist at a time."""
+        return self.decode()
 
 
 @dataclass(frozen=True)
@@ -266,7 +271,7 @@ class GrowByGradient(GrowRule):
         """Choose the largest; of equal ones the first position."""
         if layer.candidate_positions is None or layer.candidate_gradients is None:
             # A layer without room: what was dropped can only return.
-            return Change(torch.ones_like(kept), layer.positions.new_empty(0))
+            return Change(torch.ones_like(kept), torch.empty(0, dtype=torch.int64, device=kept.device))
         dropped = (~kept).nonzero().flatten()
         # Without gradients of their own they come last, which is where a layer without gradient ends, too.
         own = (

@@ -177,7 +177,7 @@ class Updater:
                 "candidate_gradients": candidates[name].gradients,
                 "gradients": self._gradients.get(name),
             }
-        return Layer(name, weight.shape, weight.positions(), weight.values.detach(), **extra)
+        return Layer(name, weight.shape, weight.positions, weight.values.detach(), **extra)
 
 
 def _refuse_infinite(what: str, tensor: Tensor, moment: Moment) -> None:

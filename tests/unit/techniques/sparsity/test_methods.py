@@ -28,7 +28,7 @@ NOW = Moment(step=10, elapsed=10, span=100, seed=0)
 def layer(
     values: list[float], positions: list[int], numel: int = 10, name: str = "fc", **extra: object
 ) -> Layer:
-    return Layer(name, (1, numel), torch.tensor(positions), torch.tensor(values), **extra)
+    return Layer(name, (1, numel), lambda: torch.tensor(positions), torch.tensor(values), **extra)
 
 
 def test_set_drops_the_smallest_and_grows_as_many() -> None:
