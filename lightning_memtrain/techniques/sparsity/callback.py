@@ -350,9 +350,15 @@ class SparseTraining(Callback):
         return TechniqueRecord("SparseTraining", settings, events)
 
     def _summary(self) -> str:
-        layers = ", ".join(f"{name} {1 - w.nnz / w.numel:.1%}" for name, w in self._weights.items())
+        if not self._weights:
+            return "all layers stay dense"
+        zeros = {name: 1 - weight.nnz / weight.numel for name, weight in self._weights.items()}
+        low, high = min(zeros, key=zeros.__getitem__), max(zeros, key=zeros.__getitem__)
         dense = "; the peak is that of dense training" if self.method.starts_dense else ""
-        return f"zeros at step {self._steps}: {layers or 'none'}{dense}"
+        return (
+            f"at step {self._steps}, {len(zeros)} layers are sparse, from {zeros[low]:.1%} zeros ({low}) to "
+            f"{zeros[high]:.1%} ({high}){dense}"
+        )
 
     def _say(self, event: str) -> None:
         self._events.append(event)
