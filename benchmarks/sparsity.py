@@ -12,7 +12,8 @@ time: processor time of a step over that of the dense one in the same turn; medi
 that changes. The processor may have other work.
 
 Peers: a mask on the weight, written by hand as a parametrization; `torch.nn.utils.prune` and Lightning's
-`ModelPruning`, which calls it; rigl-torch where it is installed.
+`ModelPruning`, which calls it. rigl-torch 0.5.2 is left out: it imports torchvision, which has no release for
+this torch; it keeps dense weights, gradients and state, with masks beside them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -158,41 +158,26 @@ ROWS: dict[str, Prepare] = {
 
 
 def prepared(make: Callable[[], Step], row: str) -> Step:
-    """A step of its own; the optimizer is made after the model was changed, as it has to be."""
+    """A step of its own; the optimizer gets the parameters that the changed model has."""
     torch.manual_seed(0)
     step = make()
     ROWS[row](step.model, positions_of(step.model))
-    (group,) = step.optimizer.param_groups
-    options = {key: group[key] for key in step.optimizer.defaults}
-    step.optimizer = type(step.optimizer)(step.model.parameters(), **options)
+    step.optimizer.param_groups.clear()
+    step.optimizer.add_param_group({"params": list(step.model.parameters())})
     return step
 
 
-def rigl_torch_step(make: Callable[[], Step]) -> Step:
-    """rigl-torch: dense weights, dense gradients that are kept, masks on both."""
-    from rigl_torch.RigL import RigLScheduler
-
-    torch.manual_seed(0)
-    step = make()
-    step.rigl = RigLScheduler(  # type: ignore[attr-defined]
-        step.model, step.optimizer, dense_allocation=1 - SPARSITY, T_end=10_000, delta=100
-    )
-    return step
-
-
-def has_chunks(name: str, row: str) -> bool:
-    return "chunks" not in row or not name.startswith("wrn")
+def rows_of(name: str) -> list[str]:
+    """Convolutions have no rows to be made by chunks."""
+    return [row for row in ROWS if "chunks" not in row or not name.startswith("wrn")]
 
 
 def memory() -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, make in STEPS.items():
-        makers = {row: lambda row=row: prepared(make, row) for row in ROWS if has_chunks(name, row)}
-        if find_spec("rigl_torch"):
-            makers["rigl-torch"] = lambda: rigl_torch_step(make)
         results[name] = {}
-        for row, make_row in makers.items():
-            step = make_row()
+        for row in rows_of(name):
+            step = prepared(make, row)
             step()
             with MemoryLedger(step.model, step.optimizer, step.inputs) as ledger:
                 step()
@@ -218,7 +203,7 @@ def memory() -> dict[str, Any]:
 def times(repeats: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, make in STEPS.items():
-        steps = {row: prepared(make, row) for row in ROWS if has_chunks(name, row)}
+        steps = {row: prepared(make, row) for row in rows_of(name)}
         seconds: dict[str, list[float]] = {row: [] for row in steps}
         order = random.Random(0)
         for turn in range(repeats + 2):

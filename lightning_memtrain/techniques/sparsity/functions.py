@@ -179,14 +179,24 @@ class Convolution(Function):
         needs_x, needs_values, _, needs_bias, *_ = ctx.needs_input_grad
         numel = math.prod(shape)
         span = _whole(values, numel)
+
+        def products(weight: Tensor, *mask: bool) -> tuple[Any, ...]:
+            made: tuple[Any, ...] = torch.ops.aten.convolution_backward(
+                gradient, x, weight, ctx.bias_shape, *geometry, mask
+            )
+            return made
+
+        of_x = of_values = of_bias = None
         with _without_autocast(gradient):
             positions = decode(pattern, numel, span)
-            weight = spread(_part(values, span, dtype), positions, numel).view(shape)
-            of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
-                gradient, x, weight, ctx.bias_shape, *geometry, [needs_x, needs_values, needs_bias]
-            )
-            del weight
-            of_values = None
+            if needs_x:
+                weight = spread(_part(values, span, dtype), positions, numel).view(shape)
+                of_x, _, _ = products(weight, True, False, False)
+                del weight  # before the gradient of the same size comes
+            if needs_values or needs_bias:
+                # Of the weight, these need the shape only.
+                shape_only = values.new_empty(1, dtype=dtype).expand(shape)
+                _, of_weight, of_bias = products(shape_only, False, needs_values, needs_bias)
             if needs_values:
                 of_weight = of_weight.reshape(-1)
                 of_values = of_weight.index_select(0, positions).to(values.dtype)
