@@ -8,7 +8,7 @@ and the same pattern and see the same batches, by seed. `dense` is the network w
 
 The methods move masks on dense weights here, which is the same arithmetic as compact layers and faster in so
 small a network. Only differences between methods mean something: networks, images and time are far below
-what the papers use.
+what the papers use. CIFAR-10 is looked for in the folder that MEMTRAIN_DATA_DIR names.
 """
 
 from __future__ import annotations

@@ -262,7 +262,8 @@ class GrowByGradient(GrowRule):
     """Grows where the gradient is largest, among all positions that are not kept.
 
     A weight that was dropped just now and has one of the largest gradients stays as it is, with its value and
-    optimizer state.
+    optimizer state. An infinite gradient, as a scaled loss may give, is the largest; where it is not a number
+    nothing grows.
     """
 
     needs_gradient = True
@@ -272,18 +273,20 @@ class GrowByGradient(GrowRule):
         if layer.candidate_positions is None or layer.candidate_gradients is None:
             # A layer without room: what was dropped can only return.
             return Change(torch.ones_like(kept), torch.empty(0, dtype=torch.int64, device=kept.device))
+        is_number = ~layer.candidate_gradients.isnan()
+        candidates, gradients = layer.candidate_positions[is_number], layer.candidate_gradients[is_number]
         dropped = (~kept).nonzero().flatten()
         # Without gradients of their own they come last, which is where a layer without gradient ends, too.
         own = (
-            layer.candidate_gradients.new_full((dropped.numel(),), -1.0)
+            gradients.new_full((dropped.numel(),), -1.0)
             if layer.gradients is None
-            else layer.gradients[dropped].abs().to(layer.candidate_gradients.dtype)
+            else layer.gradients[dropped].abs().to(gradients.dtype).nan_to_num(nan=-1.0, posinf=math.inf)
         )
-        positions = torch.cat([layer.candidate_positions, layer.positions[dropped]])
-        scores = torch.cat([layer.candidate_gradients.abs(), own])
+        positions = torch.cat([candidates, layer.positions[dropped]])
+        scores = torch.cat([gradients.abs(), own])
         by_position = torch.argsort(positions)
         best = by_position[torch.argsort(scores[by_position], descending=True, stable=True)[:count]]
-        num_candidates = layer.candidate_positions.numel()
+        num_candidates = candidates.numel()
         kept = kept.clone()
         kept[dropped[best[best >= num_candidates] - num_candidates]] = True
         return Change(kept, positions[best[best < num_candidates]].sort().values)

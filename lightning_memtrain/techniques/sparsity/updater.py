@@ -125,12 +125,12 @@ class Updater:
             What was done.
 
         Raises:
-            RuntimeError: if weights or gradients are not finite, or the patterns of ranks differ.
+            RuntimeError: if weights are not finite, or the patterns of ranks differ.
         """
-        candidates = self._found(moment)
+        candidates = self._found()
         layers = {name: self._layer(name, weight, candidates) for name, weight in self._trained().items()}
         for name, layer in layers.items():
-            _refuse_infinite(f"weights of {name!r}", layer.values, moment)
+            _refuse_infinite(name, layer.values, moment)
         update = self.method.update(layers, moment, self.state)
         num_dropped = num_grown = 0
         for name, change in update.changes.items():
@@ -153,7 +153,7 @@ class Updater:
         """What is frozen keeps its pattern."""
         return {name: weight for name, weight in self.weights.items() if weight.values.requires_grad}
 
-    def _found(self, moment: Moment) -> dict[str, Candidates]:
+    def _found(self) -> dict[str, Candidates]:
         found = {}
         for name in self._watched:
             assert self._watch is not None
@@ -165,8 +165,6 @@ class Updater:
                 found[name] = Candidates(nothing.long(), nothing)
         if self._watched and self.num_ranks > 1:
             found = distributed.average_candidates(found)
-        for name, one in found.items():
-            _refuse_infinite(f"gradients of {name!r}", one.gradients, moment)
         return found
 
     def _layer(self, name: str, weight: SparseWeight, candidates: Mapping[str, Candidates]) -> Layer:
@@ -180,9 +178,10 @@ class Updater:
         return Layer(name, weight.shape, weight.positions, weight.values.detach(), **extra)
 
 
-def _refuse_infinite(what: str, tensor: Tensor, moment: Moment) -> None:
-    if not tensor.isfinite().all():
+def _refuse_infinite(name: str, values: Tensor, moment: Moment) -> None:
+    if not values.isfinite().all():
         raise RuntimeError(
-            f"The {what} must be finite to choose among them, but some are NaN or infinite in the update of "
-            f"step {moment.step}: training has diverged. Lower the learning rate, or clip gradients."
+            f"The weights of {name!r} must be finite to choose among them, but some are NaN or infinite in "
+            f"the update of step {moment.step}: training has diverged. Lower the learning rate, or clip "
+            "gradients."
         )

@@ -85,6 +85,22 @@ def test_equal_gradients_grow_by_position() -> None:
     assert GrowByGradient().change(one, torch.tensor([True, False]), 1, NOW).grown.tolist() == [2]
 
 
+def test_an_infinite_gradient_is_the_largest_and_none_grows_where_it_is_no_number() -> None:
+    one = layer(
+        [0.5, 0.1, 0.3, 0.2],
+        [0, 3, 4, 8],
+        candidate_positions=torch.tensor([1, 5, 7, 9]),
+        candidate_gradients=torch.tensor([float("nan"), 3.0, float("nan"), -float("inf")]),
+        gradients=torch.tensor([0.0, float("nan"), 0.0, 0.5]),
+    )
+    change = RigL(0.6, drop=0.5).update({"fc": one}, NOW, {}).changes["fc"]
+    assert change.grown.tolist() == [5, 9]
+    change = RigL(0.6, drop=0.75).update({"fc": one}, NOW, {}).changes["fc"]
+    # Two candidates for three places: the dropped weight with a gradient stays.
+    assert change.grown.tolist() == [5, 9]
+    assert change.kept.sum() == 2
+
+
 def test_a_layer_without_gradient_keeps_its_weights() -> None:
     nothing = torch.empty(0)
     one = layer(
