@@ -37,12 +37,10 @@ class MoveRandomly(L.Callback):
 
     def __init__(self, grow: float = 1.0) -> None:
         self.grow = grow
-        self.losses: list[Tensor] = []
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        self.losses.append(outputs["loss"])  # keeps nothing but the number
         generator = torch.Generator().manual_seed(trainer.global_step)
         for weight in sparse_weights(module).values():
             kept = torch.rand(weight.nnz, generator=generator) > 0.3
