@@ -12,10 +12,24 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_memtrain.techniques.sparsity.candidates import Candidates, CandidateWatch, watch_candidates
+from lightning_memtrain.techniques.sparsity.export import export_dense
 from lightning_memtrain.techniques.sparsity.layer_types import SPARSE_TYPES
 from lightning_memtrain.techniques.sparsity.layers import SparseLayer
 from lightning_memtrain.techniques.sparsity.patterns import Storage, choose_storage
 from lightning_memtrain.techniques.sparsity.state import check_state, move_state, moved
+
+# All that whoever moves entries needs to know of how they are stored.
+__all__ = [
+    "CandidateWatch",
+    "Candidates",
+    "SparseWeight",
+    "Storage",
+    "export_dense",
+    "sparse_weights",
+    "sparsify_",
+    "watch_candidates",
+]
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
