@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_memtrain as mt
 from lightning_memtrain import Microbatching, SGD8bit, export_dense, sparse_weights, sparsify_
 from tests.helpers.sparse import mlp, random_positions
 from tests.helpers.trainers import quiet_trainer
@@ -36,12 +37,10 @@ class MoveRandomly(L.Callback):
 
     def __init__(self, grow: float = 1.0) -> None:
         self.grow = grow
-        self.losses: list[Tensor] = []
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        self.losses.append(outputs["loss"])  # keeps nothing but the number
         generator = torch.Generator().manual_seed(trainer.global_step)
         for weight in sparse_weights(module).values():
             kept = torch.rand(weight.nnz, generator=generator) > 0.3
@@ -98,3 +97,27 @@ def test_entries_move_with_microbatches(tmp_path: Path) -> None:
         weights.append(export_dense(model))
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "plugins"),
+    [
+        ([mt.ActivationCheckpointing(mt.Modules(["net.0", "net.2"]))], []),
+        ([mt.CompressedActivations(mt.ActivationCodec(group=8, min_numel=8))], []),
+        ([mt.EarlyZeroGrad()], [mt.LowPrecision("bf16-true")]),
+        ([], [mt.LowPrecision("16-true", scaler=mt.ScalerConfig(init=2.0**10))]),
+    ],
+    ids=["checkpointed", "compressed", "bfloat16", "float16"],
+)
+def test_entries_move_beside_other_techniques(
+    callbacks: list[Any], plugins: list[Any], tmp_path: Path
+) -> None:
+    model = Classifier(lambda p: torch.optim.AdamW(p, lr=1e-3))
+    sparsify_(model, random_positions(model))
+    trainer = quiet_trainer(tmp_path, MoveRandomly(), *callbacks, plugins=plugins, max_epochs=2)
+    trainer.fit(model, data())
+    for weight in sparse_weights(model).values():
+        state = trainer.optimizers[0].state[weight.values]
+        assert state["exp_avg_sq"].shape == weight.values.shape
+        assert state["exp_avg_sq"].dtype == torch.float32
+        assert weight.values.isfinite().all()

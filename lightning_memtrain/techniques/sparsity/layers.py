@@ -145,7 +145,8 @@ class SparseLayer(nn.Module):
         dtype = torch.get_autocast_dtype(device_type)
 
         def cast(tensor: Tensor) -> Tensor:
-            return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+            casts = tensor.is_floating_point() and tensor.dtype != torch.float64
+            return tensor.to(dtype) if casts else tensor
 
         bias = None if bias is None else cast(bias)
         return cast(input), bias, own if own == torch.float64 else dtype

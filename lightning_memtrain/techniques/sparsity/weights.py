@@ -7,15 +7,29 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_memtrain.techniques.sparsity.candidates import Candidates, CandidateWatch, watch_candidates
+from lightning_memtrain.techniques.sparsity.export import export_dense
 from lightning_memtrain.techniques.sparsity.layer_types import SPARSE_TYPES
 from lightning_memtrain.techniques.sparsity.layers import SparseLayer
 from lightning_memtrain.techniques.sparsity.patterns import Storage, choose_storage
 from lightning_memtrain.techniques.sparsity.state import check_state, move_state, moved
+
+# All that whoever moves entries needs to know of how they are stored.
+__all__ = [
+    "CandidateWatch",
+    "Candidates",
+    "SparseWeight",
+    "Storage",
+    "export_dense",
+    "sparse_weights",
+    "sparsify_",
+    "watch_candidates",
+]
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -75,9 +89,16 @@ class SparseWeight:
 
         Raises:
             ValueError: if ``kept`` or ``grown`` is no such choice.
-            TypeError: if an optimizer's state cannot follow. Nothing has changed then.
+            TypeError: if an optimizer's state cannot follow, or the values are sharded. Nothing has changed
+                then.
         """
         values, device = self.values, self.values.device
+        if is_traceable_wrapper_subclass(values.data):
+            raise TypeError(
+                f"`SparseWeight.replace` needs the values of {self.name!r} as a plain tensor, but they are a "
+                f"{type(values.data).__name__}. Entries cannot move between shards: use a method that moves "
+                "none."
+            )
         if kept.dtype != torch.bool or kept.shape != values.shape:
             raise ValueError(
                 f"`SparseWeight.replace(kept)` must be bool of shape {tuple(values.shape)}, one per entry of "
@@ -148,8 +169,8 @@ def sparsify_(
         storage: form of the pattern: ``"bitmask"`` (a bit per entry of the dense weight), ``"int32"``
             (4 bytes per stored entry, the fastest), ``"block16"`` (2), or ``"auto"`` for the fewest bytes.
         chunk_bytes: most bytes that linear layers make of their dense weight, or of its gradient, at a time
-            (but at least 8 rows); ``None`` for the whole. Takes more time, and sums the gradient of the input
-            in another order.
+            (but at least 8 rows); ``None`` for the whole. Small chunks take more time, and sums are made in
+            another order.
 
     Returns:
         The weights of ``positions``, in the order of the modules.
@@ -216,8 +237,11 @@ def _layer_to_change(module: nn.Module, name: str) -> nn.Module:
         )
     if is_lazy(weight):
         raise ValueError(f"{subject}this lazy layer has no weight yet. Run the model on one batch before.")
-    if isinstance(weight, DTensor):
-        raise ValueError(f"{subject}this weight is distributed already. Make it sparse before it is sharded.")
+    if is_traceable_wrapper_subclass(weight.data):
+        raise ValueError(
+            f"{subject}this weight is a {type(weight.data).__name__}. Make it sparse before it is sharded or "
+            "quantised."
+        )
     if attribute != "weight" or type(layer) not in SPARSE_TYPES:
         own = next((base.__name__ for base in SPARSE_TYPES if isinstance(layer, base)), None)
         reason = (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils import parametrizations, prune
 
 from lightning_memtrain import sparse_weights, sparsify_
@@ -203,6 +205,26 @@ def test_one_layer_has_one_name(names: list[str]) -> None:
         ValueError, match=r"names 'second.weight', but the layer's first name is 'first.weight'"
     ):
         sparsify_(Shared(), {name: torch.arange(5) for name in names})
+
+
+def test_sharded_weights_are_refused_and_sharded_values_do_not_move(tmp_path: Path) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        layer = nn.Linear(4, 3)
+        whole = layer.weight
+        layer.weight = nn.Parameter(distribute_tensor(layer.weight, mesh, [Shard(0)]))
+        with pytest.raises(
+            ValueError, match=r"this weight is a DTensor. Make it sparse before it is sharded"
+        ):
+            sparsify_(layer, {"weight": torch.arange(5)})
+        layer.weight = whole
+        weight = sparsify_(layer, {"weight": torch.arange(5)})["weight"]
+        layer.values = nn.Parameter(distribute_tensor(layer.values, mesh, [Shard(0)]))
+        with pytest.raises(TypeError, match=r"values of 'weight' as a plain tensor, but they are a DTensor"):
+            weight.replace(torch.ones(5, dtype=torch.bool), torch.tensor([7]))
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_hooks_and_mode_stay() -> None:
