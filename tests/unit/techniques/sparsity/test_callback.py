@@ -152,6 +152,15 @@ def test_a_run_that_is_resumed_equals_the_uninterrupted_one(name: str, tmp_path:
     assert one.technique_record().settings == two.technique_record().settings
 
 
+def test_layers_that_store_everything_train_as_dense_ones(tmp_path: Path) -> None:
+    method = mt.GradualMagnitudePruning(mt.LinearSchedule(0.0, 0.0))
+    model, _ = fit(tmp_path, mt.SparseTraining(method, EVERY_TWO))
+    assert [weight.nnz for weight in mt.sparse_weights(model).values()] == [128, 128, 8]
+    plain, _ = fit(tmp_path, Callback())
+    for name, tensor in mt.export_dense(model).items():
+        assert torch.equal(tensor, plain.state_dict()[name]), name
+
+
 def test_updates_are_counted_in_optimizer_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Watcher(monkeypatch)
     _, trainer = fit(
