@@ -106,7 +106,7 @@ class SparseTraining(Callback):
                 stacklevel=2,
             )
         self._undo: list[Callable[[], None]] = []
-        self._unhook: list[Callable[[], None]] = []
+        self._end_of_loading: Callable[[], None] | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -165,10 +165,12 @@ class SparseTraining(Callback):
         handle = model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             lambda _, state, *rest: refusals.refuse_layers_of(state, expected)
         )
-        self._undo.append(handle.remove)
+        self._end_of_loading = handle.remove
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the steps of the optimizer that holds sparse weights."""
+        """Count the steps of the optimizer that holds sparse weights; the checkpoint has been loaded."""
+        if self._end_of_loading is not None:
+            self._end_of_loading()
         values = {name: weight.values for name, weight in self._weights.items()}
         refusals.warn_of_groups(trainer.optimizers, values)
         if distributed.is_on(trainer.strategy):
@@ -176,7 +178,7 @@ class SparseTraining(Callback):
         known = {id(parameter) for parameter in values.values() if parameter.requires_grad}
         leading = next((one for one in trainer.optimizers if known.intersection(_ids(one))), None)
         if leading is not None:
-            self._unhook.append(leading.register_step_post_hook(self._count).remove)
+            self._undo.append(leading.register_step_post_hook(self._count).remove)
         elif values:
             warnings.warn(
                 "`SparseTraining` does not change the pattern, since no optimizer has the weights of a "
@@ -287,9 +289,10 @@ class SparseTraining(Callback):
         """Take all hooks away; the layers stay sparse."""
         if self._updater is not None:
             self._updater.close()
-        for undo in (*self._undo, *self._unhook):
-            undo()
-        self._undo, self._unhook = [], []
+        for undo in (self._end_of_loading, *self._undo):
+            if undo is not None:
+                undo()
+        self._undo, self._end_of_loading = [], None
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides values and patterns, which are in the model's own."""

@@ -597,6 +597,15 @@ def test_a_dense_checkpoint_says_how_to_load_it(tmp_path: Path) -> None:
         fit(tmp_path, mt.SparseTraining(mt.SET(0.75), EVERY_TWO), ckpt_path=tmp_path / "dense.ckpt")
 
 
+def test_parts_can_be_loaded_once_the_fit_has_begun(tmp_path: Path) -> None:
+    class LoadsHead(Net):
+        def on_train_start(self) -> None:
+            self.load_state_dict({"head.bias": torch.ones(1)}, strict=False)
+            assert self.head.bias.item() == 1
+
+    fit(tmp_path, mt.SparseTraining(mt.SET(0.75, drop=0.5), EVERY_TWO), LoadsHead())
+
+
 def test_a_sparse_checkpoint_becomes_a_dense_model(tmp_path: Path) -> None:
     model, trainer = fit(tmp_path, mt.SparseTraining(mt.SET(0.75, drop=0.5), EVERY_TWO))
     path = tmp_path / "sparse.ckpt"
