@@ -2,6 +2,7 @@
 
 from lightning_memtrain.core.breakdown import Growth, MemoryBreakdown, ModuleMemory, TimelineEvent
 from lightning_memtrain.core.categories import Category, CategoryBytes
+from lightning_memtrain.core.indexed_state import ReindexesState
 from lightning_memtrain.core.marks import mark, watch_marks
 from lightning_memtrain.core.out_of_memory import is_out_of_memory
 from lightning_memtrain.core.rehearsal import rehearsal, rehearsal_depth
@@ -22,6 +23,7 @@ __all__ = [
     "MemoryBreakdown",
     "ModuleMemory",
     "NoEffectWarning",
+    "ReindexesState",
     "ReportWarning",
     "Setting",
     "StepsParameters",

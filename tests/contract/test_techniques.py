@@ -34,10 +34,11 @@ CASES: dict[str, Callable[[], Any]] = {
     "CompressedActivations": lambda: mt.CompressedActivations(mt.ActivationCodec(group=8, min_numel=8)),
     "LowPrecision": lambda: mt.LowPrecision("bf16-true"),
     "OptimizerInBackward": lambda: mt.OptimizerInBackward(clip_by_norm="two_pass"),
+    "SparseTraining": lambda: mt.SparseTraining(mt.RigL(0.5, drop=0.5), mt.UpdateEvery(2, stop=1.0)),
 }
 # Adam cannot accumulate without a gradient, and what is accumulated in its state cannot be clipped.
 REFUSED = ("Microbatching", "OptimizerInBackward")
-INEXACT = {"CompressedActivations", "LowPrecision"}
+INEXACT = {"CompressedActivations", "LowPrecision", "SparseTraining"}
 PAIRS = [
     pair
     for pair in itertools.combinations(CASES, 2)
@@ -51,6 +52,7 @@ IDENTITIES: dict[str, Callable[[], Any]] = {
     "CompressedActivations": lambda: mt.CompressedActivations(mt.ActivationCodec(min_numel=2**40)),
     "LowPrecision": lambda: mt.LowPrecision("32-true", weight_rounding="nearest"),
     "OptimizerInBackward": lambda: mt.OptimizerInBackward(clip_by_norm="two_pass"),
+    "SparseTraining": lambda: mt.SparseTraining(mt.RigL(0.0)),
 }
 WIDTH, ROWS, NUM_BATCHES = 8, 14, 5
 
@@ -138,8 +140,8 @@ def test_a_run_that_is_resumed_equals_the_uninterrupted_one(names: tuple[str, ..
     assert_same(whole, resumed)
 
 
-# A model in low precision stays in it, and with it the forward of its normalisations.
-@pytest.mark.parametrize("name", sorted(CASES.keys() - {"LowPrecision"}))
+# A model in low precision stays in it, and with it the forward of its normalisations; a sparse one, too.
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"LowPrecision", "SparseTraining"}))
 def test_a_technique_leaves_model_and_torch_as_it_found_them(name: str, tmp_path: Path) -> None:
     model, _ = fit(tmp_path, CASES[name]())
     assert_torch_is_as_found(model)

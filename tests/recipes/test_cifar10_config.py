@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 import lightning_memtrain.recipes.cifar10_wrn28_2 as recipe
-from lightning_memtrain import MemoryProfiler
+from lightning_memtrain import DynamicSparseReparameterization, MemoryProfiler, SparseTraining
 from lightning_memtrain.recipes.cifar10_wrn28_2.data import CIFAR10DataModule, DigitsDataModule
 from lightning_memtrain.recipes.cifar10_wrn28_2.module import WideResNetClassifier
 
@@ -49,6 +49,7 @@ def test_the_variants_are_those_that_are_tested_here() -> None:
         "microbatched",
         "microbatched+checkpointed",
         "smoke",
+        "sparse",
     ]
 
 
@@ -72,6 +73,16 @@ def test_a_variant_is_read_on_top_of_the_recipe(name: str, tmp_path: Path) -> No
     assert cli.model.hparams.lr_milestones == [0.3, 0.6, 0.8]
     assert any(isinstance(callback, MemoryProfiler) for callback in cli.trainer.callbacks)
     assert cli.trainer.max_epochs == 3
+
+
+def test_the_sparse_variant_is_that_of_the_authors(tmp_path: Path) -> None:
+    cli = parse(f"--config={VARIANTS['sparse']}", folder=tmp_path)
+    (sparse,) = [one for one in cli.trainer.callbacks if isinstance(one, SparseTraining)]
+    layers = sparse.select.layers(cli.model)
+    assert len(layers) == 24
+    assert {tuple(layer.kernel_size) for layer in layers.values()} == {(3, 3)}
+    assert sum(layer.weight.numel() for layer in layers.values()) == 1_451_520
+    assert sparse.method == DynamicSparseReparameterization(0.8, reallocate=20_000, threshold=1e-3)
 
 
 def has_arrived(written: Any, arrived: Any) -> bool:

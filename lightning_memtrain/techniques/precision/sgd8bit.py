@@ -155,6 +155,21 @@ class SGD8bit(Optimizer):
         if weights.data_ptr() != parameter.data_ptr():
             parameter.copy_(weights.view_as(parameter))
 
+    @torch.no_grad()
+    def reindex_state(self, parameter: Tensor, source: Tensor) -> None:
+        """Give each entry the momentum that another one has had, for weights that move in sparse training.
+
+        Args:
+            parameter: of one axis, contiguous.
+            source: int64, one per entry to be: the number of the entry that it was, or -1 for momentum 0.
+        """
+        state = self.state.get(parameter)
+        if not state:
+            return
+        momentum = decode(state["momentum_codes"], state["momentum_scales"])
+        momentum = torch.cat([momentum, momentum.new_zeros(1)])[source]
+        state["momentum_codes"], state["momentum_scales"] = encode(momentum)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load state, with its dtypes as they were saved.
 

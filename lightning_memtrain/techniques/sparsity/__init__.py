@@ -1,0 +1,57 @@
+"""Train with few nonzero weights, and store only these: weights, gradients and optimizer state."""
+
+from lightning_memtrain.techniques.sparsity.callback import SparseTraining
+from lightning_memtrain.techniques.sparsity.candidates import Candidates, CandidateWatch, watch_candidates
+from lightning_memtrain.techniques.sparsity.clocks import UpdateClock, UpdateEvery, UpdatePiecewise
+from lightning_memtrain.techniques.sparsity.distributions import (
+    Distribution,
+    ErdosRenyi,
+    ErdosRenyiKernel,
+    Uniform,
+)
+from lightning_memtrain.techniques.sparsity.export import export_dense
+from lightning_memtrain.techniques.sparsity.methods import SET, RigL, SparseMethod, StaticSparse
+from lightning_memtrain.techniques.sparsity.patterns import Storage
+from lightning_memtrain.techniques.sparsity.pruning import GradualMagnitudePruning
+from lightning_memtrain.techniques.sparsity.reparameterization import DSR, DynamicSparseReparameterization
+from lightning_memtrain.techniques.sparsity.schedules import (
+    ConstantSchedule,
+    CosineSchedule,
+    CubicSchedule,
+    LinearSchedule,
+    Schedule,
+)
+from lightning_memtrain.techniques.sparsity.selection import Select
+from lightning_memtrain.techniques.sparsity.weights import SparseWeight, sparse_weights, sparsify_
+
+__all__ = [
+    "DSR",
+    "SET",
+    "CandidateWatch",
+    "Candidates",
+    "ConstantSchedule",
+    "CosineSchedule",
+    "CubicSchedule",
+    "Distribution",
+    "DynamicSparseReparameterization",
+    "ErdosRenyi",
+    "ErdosRenyiKernel",
+    "GradualMagnitudePruning",
+    "LinearSchedule",
+    "RigL",
+    "Schedule",
+    "Select",
+    "SparseMethod",
+    "SparseTraining",
+    "SparseWeight",
+    "StaticSparse",
+    "Storage",
+    "Uniform",
+    "UpdateClock",
+    "UpdateEvery",
+    "UpdatePiecewise",
+    "export_dense",
+    "sparse_weights",
+    "sparsify_",
+    "watch_candidates",
+]

@@ -1,0 +1,383 @@
+"""The callback that trains a model sparsely from the first step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, get_args
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from torch.optim import Optimizer
+
+from lightning_memtrain.core import NoEffectWarning, Setting, TechniqueRecord
+from lightning_memtrain.techniques.sparsity import distributed, refusals
+from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks, UpdateClock
+from lightning_memtrain.techniques.sparsity.conversion import sparsify_at_random
+from lightning_memtrain.techniques.sparsity.methods import SparseMethod
+from lightning_memtrain.techniques.sparsity.patterns import Storage
+from lightning_memtrain.techniques.sparsity.record import Explored, described, training_bytes
+from lightning_memtrain.techniques.sparsity.rules import Moment
+from lightning_memtrain.techniques.sparsity.selection import Select
+from lightning_memtrain.techniques.sparsity.updater import Moved, Updater
+from lightning_memtrain.techniques.sparsity.weights import SparseWeight, sparse_weights
+
+_VERSION = 1
+
+
+class SparseTraining(Callback):
+    r"""Trains with few nonzero weights, and stores only these: values, gradients and optimizer state.
+
+    Layers are converted when a Trainer first sees the model, before checkpoints are loaded and optimizers
+    made; they stay sparse after the run. The pattern changes after optimizer steps, as the method says.
+    :func:`export_dense` gives a plain ``state_dict``.
+
+    Works with gradient accumulation, microbatches, checkpointing, low precision, ``ddp`` and manual
+    optimization. Steps are those of the first optimizer that holds sparse weights; a step that a gradient
+    scaler leaves out does not count. The pattern changes at the end of the batch in which a step was due.
+    With manual optimization, a fraction of the run takes one step per batch.
+
+    Args:
+        method: how sparse, and what changes, e.g. ``RigL(0.9)``.
+        update: after which steps; by default as in the method's paper.
+        layers: which become sparse; by default :class:`Select` without arguments.
+        storage: form of the pattern: ``"bitmask"``, ``"int32"``, ``"block16"``, or ``"auto"`` for the fewest
+            bytes.
+        chunk_bytes: most bytes of a dense weight that a linear layer makes at a time; ``None`` for the whole.
+        seed: of the pattern and of what grows. No other random numbers are used.
+        track_exploration: keep a bit per weight in host memory, to say how many positions were ever active.
+
+    Raises:
+        MisconfigurationException: if an argument is out of its range; before the run, with strategies that
+            shard, with averages of weights, with tied weights, or if the run has no end that a schedule or a
+            fraction needs; when resuming, if the checkpoint has another sparsity.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_memtrain import RigL, UpdateEvery
+        >>> model = BoringModel()
+        >>> trainer = L.Trainer(
+        ...     max_steps=4, callbacks=[SparseTraining(RigL(0.75), UpdateEvery(2))], accelerator="cpu",
+        ...     logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        ...     enable_model_summary=False,
+        ... )
+        >>> trainer.fit(model)
+        >>> model.layer
+        SparseLinear(in_features=32, out_features=2, bias=True, nnz=16, storage='bitmask')
+    """
+
+    def __init__(
+        self,
+        method: SparseMethod,
+        update: UpdateClock | None = None,
+        layers: Select | None = None,
+        storage: Storage = "auto",
+        chunk_bytes: int | None = None,
+        seed: int = 0,
+        track_exploration: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_type("method", method, SparseMethod, "a method such as RigL(0.9)")
+        _check_type("update", update, (UpdateClock, type(None)), "a clock such as UpdateEvery(100)")
+        _check_type("layers", layers, (Select, type(None)), "a Select(...)")
+        if storage not in get_args(Storage):
+            expected = ", ".join(repr(choice) for choice in get_args(Storage))
+            raise MisconfigurationException(
+                f"`SparseTraining(storage)` must be one of {expected}, but got storage={storage!r}. Use one."
+            )
+        if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
+            raise MisconfigurationException(
+                "`SparseTraining(chunk_bytes)` must be a number of bytes of at least 1, or None, but got "
+                f"chunk_bytes={chunk_bytes!r}. Leave it out for whole weights."
+            )
+        self.method = method
+        self.select = layers or Select()
+        self._clock = update or method.clock
+        self._given: dict[str, Any] = {"storage": storage, "chunk_bytes": chunk_bytes}
+        self._seed = seed
+        self._tracks = track_exploration
+        if method.clock is None and update is not None:
+            warnings.warn(
+                f"`SparseTraining(update)` has no effect with `{type(method).__name__}`, whose pattern never "
+                "changes. Leave it out.",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+        self._undo: list[Callable[[], None]] = []
+        self._end_of_loading: Callable[[], None] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._weights: dict[str, SparseWeight] = {}
+        self._updater: Updater | None = None
+        self._ticks: Ticks | None = None
+        self._steps = 0
+        self._steps_of_batch = 1
+        self._pending = 0
+        # The global step when candidates began to be watched: any other means that the step was left out.
+        self._watched_at = -1
+        self._num_dropped = self._num_grown = 0
+        self._explored: dict[str, Explored] = {}
+        self._restored: dict[str, Any] | None = None
+        self._bytes: tuple[int, int] | None = None
+        self._events: list[str] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and convert the model as soon as it is complete."""
+        self.teardown(trainer, pl_module, stage)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        refusals.refuse_run(trainer, sum(isinstance(callback, SparseTraining) for callback in callbacks))
+        if stage == "fit" and trainer.global_step == 0:  # else the same trainer goes on
+            self._begin()
+        self._restored = self._bytes = None
+        self._events = []
+
+        inner, replaced = pl_module.configure_model, pl_module.__dict__.get("configure_model")
+
+        # After `configure_model` the model is complete, and neither loaded nor known to an optimizer yet.
+        def configure_model() -> None:
+            inner()
+            self._convert(trainer, pl_module)
+
+        def restore() -> None:
+            pl_module.__dict__.pop("configure_model", None)
+            if replaced is not None:
+                pl_module.__dict__["configure_model"] = replaced
+
+        pl_module.__dict__["configure_model"] = configure_model
+        self._undo.append(restore)
+
+    def _convert(self, trainer: Trainer, model: LightningModule) -> None:
+        if not sparse_weights(model):
+            sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
+        self._weights = {
+            name.removesuffix("weight").removesuffix("."): weight
+            for name, weight in sparse_weights(model).items()
+        }
+        if self._updater is not None and _layers(self._updater.weights) != _layers(self._weights):
+            self._steps, self._updater = 0, None
+        if self._weights and distributed.is_on(trainer.strategy):
+            weights = {weight.name: weight for weight in self._weights.values()}
+            self._undo.append(distributed.hide_from_ddp(model, weights))
+        expected = frozenset(self._weights)
+        handle = model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            lambda _, state, *rest: refusals.refuse_layers_of(state, expected)
+        )
+        self._end_of_loading = handle.remove
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the steps of the optimizer that holds sparse weights; the checkpoint has been loaded."""
+        if self._end_of_loading is not None:
+            self._end_of_loading()
+        values = {name: weight.values for name, weight in self._weights.items()}
+        refusals.warn_of_groups(trainer.optimizers, values)
+        if distributed.is_on(trainer.strategy):
+            distributed.broadcast_values(self._weights)
+        known = {id(parameter) for parameter in values.values() if parameter.requires_grad}
+        leading = next((one for one in trainer.optimizers if known.intersection(_ids(one))), None)
+        if leading is not None:
+            self._undo.append(leading.register_step_post_hook(self._count).remove)
+        elif values:
+            warnings.warn(
+                "`SparseTraining` does not change the pattern, since no optimizer has the weights of a "
+                "sparse layer. Give the optimizer `self.parameters()`.",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+
+    def _count(self, *_: Any) -> None:
+        self._steps += 1
+        self._steps_of_batch += 1
+        if self._ticks is not None and self._ticks.is_due(self._steps):
+            self._pending = self._steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count in steps when the pattern changes; the length of the run is known by now."""
+        total = trainer.estimated_stepping_batches
+        run = RunLength(
+            int(total) if 0 < total < float("inf") else None,
+            refusals.steps_per_epoch(trainer),
+        )
+        if self._clock is not None and self._weights:
+            self._ticks = self._clock.bind(run)
+            # By hand there may be any number of steps per batch.
+            known = run if pl_module.automatic_optimization else RunLength()
+            refusals.refuse_ticks(self._ticks, known, self.method)
+        if self._updater is None:
+            self._updater = Updater(self._weights, self.method, trainer.world_size)
+        if self._restored is not None:
+            self._updater.state = self._restored["state"]
+        if self._tracks and not self._explored:
+            self._explored = {name: Explored(weight.numel) for name, weight in self._weights.items()}
+            for name, bits in ((self._restored or {}).get("explored") or {}).items():
+                self._explored[name].bits = bits
+            self._explore()
+        self._restored = None
+        self._say(self._summary())
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Watch the gradient if the pattern changes after this step; the first of its batches begins."""
+        assert self._updater is not None
+        soon = range(self._steps + 1, self._steps + 1 + self._steps_of_batch)
+        due = self._pending or next((s for s in soon if self._ticks and self._ticks.is_due(s)), 0)
+        if due and (not self._updater.is_watching or self._watched_at != trainer.global_step):
+            self._updater.watch(self._moment(due))
+            self._watched_at = trainer.global_step
+        self._steps_of_batch = 0
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Average the gradients of values over ranks, before anything looks at them."""
+        if distributed.is_on(trainer.strategy) and distributed.synchronizes(trainer.strategy):
+            distributed.average_gradients(self._weights)
+        if self._updater is not None:
+            self._updater.note_gradients()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Change the pattern if a step was due."""
+        assert self._updater is not None
+        self._steps_of_batch = max(1, self._steps_of_batch)
+        if self._bytes is None and self._steps:
+            self._measure(trainer)
+        if not self._pending or self._updater.lacks_candidates(self._moment(self._pending)):
+            return
+        moved = self._updater.update(self._moment(self._pending), trainer.optimizers)
+        self._pending = 0
+        self._num_dropped += moved.num_dropped
+        self._num_grown += moved.num_grown
+        self._measure(trainer)
+        self._explore()
+        self._log(trainer, moved)
+
+    def _moment(self, step: int) -> Moment:
+        assert self._ticks is not None
+        start, last = self._ticks.start, self._ticks.last
+        return Moment(step, step - start, 0 if last is None else last - start, self._seed)
+
+    def _explore(self) -> None:
+        for name, explored in self._explored.items():
+            explored.add(self._weights[name].positions())
+
+    def _log(self, trainer: Trainer, moved: Moved) -> None:
+        assert self._updater is not None
+        metrics: dict[str, float] = {f"sparsity/nnz/{name}": w.nnz for name, w in self._weights.items()}
+        metrics |= {"sparsity/pruned": moved.num_dropped, "sparsity/grown": moved.num_grown}
+        metrics |= {f"sparsity/{name}": value for name, value in self._updater.state.items()}
+        if self._explored:
+            metrics["sparsity/exploration_rate"] = self._exploration_rate()
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _exploration_rate(self) -> float:
+        numel = sum(weight.numel for weight in self._weights.values())
+        return sum(explored.count for explored in self._explored.values()) / numel
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take all hooks away: after an error Lightning calls no ``teardown``."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def _measure(self, trainer: Trainer) -> None:
+        pairs = [training_bytes(weight, trainer.optimizers) for weight in self._weights.values()]
+        self._bytes = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take all hooks away; the layers stay sparse."""
+        if self._updater is not None:
+            self._updater.close()
+        for undo in (self._end_of_loading, *self._undo):
+            if undo is not None:
+                undo()
+        self._undo, self._end_of_loading = [], None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides values and patterns, which are in the model's own."""
+        if not self._weights or self._updater is None:
+            return {}
+        return {
+            "version": _VERSION,
+            "method": type(self.method).__name__,
+            "sparsity": repr(self.method.sparsity),
+            "seed": self._seed,
+            "steps": self._steps,
+            "pending": self._pending,
+            "state": dict(self._updater.state),
+            "num_dropped": self._num_dropped,
+            "num_grown": self._num_grown,
+            "patterns": {name: distributed.fingerprint(w.positions()) for name, w in self._weights.items()},
+            "explored": {name: explored.bits for name, explored in self._explored.items()} or None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what was saved.
+
+        Args:
+            state_dict: of :meth:`state_dict`.
+
+        Raises:
+            MisconfigurationException: if it was saved at another sparsity, by a later version of this
+                library, or with other patterns than those that the model has.
+        """
+        if not state_dict:
+            return
+        found = {name: distributed.fingerprint(w.positions()) for name, w in self._weights.items()}
+        refusals.refuse_checkpoint(state_dict, self.method, self._seed, _VERSION, found)
+        self._steps, self._pending = state_dict["steps"], state_dict["pending"]
+        self._num_dropped, self._num_grown = state_dict["num_dropped"], state_dict["num_grown"]
+        self._restored = state_dict
+
+    @property
+    def exact(self) -> bool:
+        """A sparse model is another model."""
+        return False
+
+    def technique_record(self) -> TechniqueRecord:
+        """How sparse the model is, what changed, and the bytes of a dense one."""
+        settings: dict[str, Setting] = {"method": repr(self.method), "num_sparse_layers": len(self._weights)}
+        if self._weights:
+            nnz, numel = (sum(getattr(w, what) for w in self._weights.values()) for what in ("nnz", "numel"))
+            settings |= {"nnz": nnz, "sparsity": round(1 - nnz / numel, 4)}
+            settings |= {"num_dropped": self._num_dropped, "num_grown": self._num_grown}
+        if self._updater is not None:
+            settings |= self._updater.state
+        if self._explored:
+            settings["exploration_rate"] = round(self._exploration_rate(), 4)
+        events = tuple(self._events)
+        if self._weights and self._bytes is not None:
+            settings |= {"sparse_bytes": self._bytes[0], "dense_bytes": self._bytes[1]}
+            events += (described(self._weights, *self._bytes),)
+        return TechniqueRecord("SparseTraining", settings, events)
+
+    def _summary(self) -> str:
+        if not self._weights:
+            return "all layers stay dense"
+        zeros = {name: 1 - weight.nnz / weight.numel for name, weight in self._weights.items()}
+        low, high = min(zeros, key=zeros.__getitem__), max(zeros, key=zeros.__getitem__)
+        dense = "; the peak is that of dense training" if self.method.starts_dense else ""
+        return (
+            f"at step {self._steps}, {len(zeros)} layers are sparse, from {zeros[low]:.1%} zeros ({low}) to "
+            f"{zeros[high]:.1%} ({high}){dense}"
+        )
+
+    def _say(self, event: str) -> None:
+        self._events.append(event)
+        rank_zero_info(f"SparseTraining, {event}")
+
+
+def _layers(weights: dict[str, SparseWeight]) -> list[int]:
+    return [id(weight.layer) for weight in weights.values()]
+
+
+def _ids(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _check_type(name: str, value: Any, kind: Any, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise MisconfigurationException(
+            f"`SparseTraining({name})` must be {expected}, but got {name}={value!r}. Use one."
+        )

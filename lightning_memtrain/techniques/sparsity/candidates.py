@@ -1,0 +1,214 @@
+"""The largest gradients of entries that are not stored, found while a backward holds the dense gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_memtrain.core import rehearsal_depth
+
+if TYPE_CHECKING:
+    from lightning_memtrain.techniques.sparsity.weights import SparseWeight
+
+# Entries of a dense gradient that are ranked at a time.
+_PIECE_NUMEL = 1 << 18
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Entries that are not stored, and the gradient that the loss would have for them.
+
+    Args:
+        positions: int64 flat positions in the dense weight, ascending.
+        gradients: float32, as many.
+    """
+
+    positions: Tensor
+    gradients: Tensor
+
+
+class CandidateSearch:
+    """Reduces the dense gradients of one layer to its candidates.
+
+    Args:
+        name: of the weight, for errors.
+        num_candidates: how many to find, at least 1.
+    """
+
+    def __init__(self, name: str, num_candidates: int) -> None:
+        self._name = name
+        self._num_candidates = num_candidates
+        self._found: Candidates | None = None
+        self._best: list[Candidates] = []
+
+    @torch.no_grad()
+    def look(self, gradient: Tensor, active: Tensor, first: int) -> None:
+        """See a run of the dense gradient, of one axis.
+
+        Args:
+            gradient: of consecutive entries.
+            active: int32, ascending: which of them are stored.
+            first: flat position of the first of them.
+        """
+        if rehearsal_depth():  # a step without data, which chooses nothing
+            return
+        gradient = gradient.detach()
+        if self._found is not None:
+            self._add(gradient, first)
+            return
+        for start in range(0, gradient.numel(), _PIECE_NUMEL):
+            low, high = _bounds(active, start, start + _PIECE_NUMEL)
+            piece = gradient[start : start + _PIECE_NUMEL]
+            found = _largest(piece, active[low:high].long() - start, self._num_candidates)
+            self._best.append(Candidates(found.positions + (first + start), found.gradients))
+            if len(self._best) > 1:
+                self._best = [_best(self._best, self._num_candidates)]
+
+    def _add(self, gradient: Tensor, first: int) -> None:
+        assert self._found is not None
+        low, high = _bounds(self._found.positions, first, first + gradient.numel())
+        here = self._found.positions[low:high] - first
+        self._found.gradients[low:high] += gradient.index_select(0, here).float()
+
+    def end_pass(self) -> None:
+        """The dense gradient has been seen as a whole: from now on, only the candidates are."""
+        if self._best:
+            (found,) = self._best
+            order = found.positions.argsort()
+            self._found = Candidates(found.positions[order], found.gradients[order])
+            self._best = []
+
+    def result(self) -> Candidates:
+        """What was found.
+
+        Returns:
+            The candidates, ascending.
+
+        Raises:
+            RuntimeError: if no backward came through the layer.
+        """
+        if self._found is None:
+            raise RuntimeError(
+                f"No candidates for {self._name!r}: no backward came through its layer while it was watched. "
+                "Watch before the forward of the step, and leave out layers that take no part in the loss or "
+                "are frozen."
+            )
+        return self._found
+
+
+def _bounds(ascending: Tensor, low: int, high: int) -> tuple[int, int]:
+    borders = torch.tensor([low, high], dtype=ascending.dtype, device=ascending.device)
+    first, last = torch.searchsorted(ascending, borders).tolist()
+    return first, last
+
+
+def _largest(gradient: Tensor, active: Tensor, count: int) -> Candidates:
+    scores = gradient.float().abs().index_fill_(0, active, -1.0)
+    chosen = scores.topk(min(count, len(scores) - len(active))).indices
+    return Candidates(chosen, gradient[chosen].float())
+
+
+def _best(parts: list[Candidates], count: int) -> Candidates:
+    positions = torch.cat([part.positions for part in parts])
+    gradients = torch.cat([part.gradients for part in parts])
+    chosen = gradients.abs().topk(min(count, len(positions))).indices
+    return Candidates(positions[chosen], gradients[chosen])
+
+
+class CandidateWatch:
+    """Searches that are going on; ended by :meth:`close`, or by leaving its ``with`` block.
+
+    Args:
+        weights: the weights that are watched.
+        searches: the search of each.
+    """
+
+    def __init__(self, weights: Mapping[str, SparseWeight], searches: Mapping[str, CandidateSearch]) -> None:
+        self._weights = dict(weights)
+        self._searches = dict(searches)
+        for name, search in searches.items():
+            weights[name].layer.search = search
+
+    def __enter__(self) -> CandidateWatch:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def candidates(self, name: str) -> Candidates:
+        """What was found for one weight, which stays there after :meth:`close`.
+
+        Args:
+            name: of a weight that is watched.
+
+        Returns:
+            As many as were asked for, or all entries that are not stored if these are fewer.
+
+        Raises:
+            RuntimeError: if no backward came through the layer.
+        """
+        return self._searches[name].result()
+
+    def close(self) -> None:
+        """End; further calls do nothing."""
+        for name, search in self._searches.items():
+            layer = self._weights[name].layer
+            if layer.search is search:
+                layer.search = None
+
+
+def watch_candidates(
+    weights: Mapping[str, SparseWeight], num_candidates: Mapping[str, int]
+) -> CandidateWatch:
+    """Find the largest gradients among entries that are not stored, without keeping a dense gradient.
+
+    Each backward through a watched layer reduces the dense gradient while the layer's own backward holds it.
+    The first pass picks the candidates; further ones (micro-batches, accumulated batches, a layer that is
+    called twice) add up the gradients of these only. So give a multiple of what will be chosen where several
+    passes make one step. Gradients that are not finite rank first, so that a caller can see them.
+
+    A watched layer runs outside ``torch.compile``: its module goes on with a graph break.
+
+    Args:
+        weights: of :func:`~lightning_memtrain.sparse_weights`.
+        num_candidates: how many to find for each name that is to be watched, at least 1.
+
+    Returns:
+        The watch, which is on already.
+
+    Raises:
+        ValueError: if a name is unknown, a number is less than 1, or a weight is watched already.
+
+    Example:
+        >>> from lightning_memtrain import sparsify_
+        >>> layer = torch.nn.Linear(3, 1, bias=False)
+        >>> weights = sparsify_(layer, {"weight": torch.tensor([1])})
+        >>> with watch_candidates(weights, {"weight": 1}) as watch:
+        ...     layer(torch.tensor([[1.0, 5.0, 3.0]])).sum().backward()
+        >>> watch.candidates("weight")
+        Candidates(positions=tensor([2]), gradients=tensor([3.]))
+
+    References:
+        Evci et al., Rigging the Lottery: Making All Tickets Winners, ICML 2020, arXiv:1911.11134.
+        Ansell et al., Scaling Sparse Fine-Tuning to Large Language Models, 2024, arXiv:2401.16405.
+    """
+    for name, count in num_candidates.items():
+        if name not in weights:
+            raise ValueError(
+                f"`watch_candidates(num_candidates)` must name sparse weights, but got {name!r}. "
+                f"There are {', '.join(map(repr, weights))}."
+            )
+        if count < 1:
+            raise ValueError(
+                f"`watch_candidates(num_candidates)` must be at least 1, but got {count} for {name!r}. "
+                "Leave the weight out to not watch it."
+            )
+        if weights[name].layer.search is not None:
+            raise ValueError(f"{name!r} is watched already. Close the other watch first.")
+    return CandidateWatch(
+        weights, {name: CandidateSearch(name, count) for name, count in num_candidates.items()}
+    )

@@ -1,0 +1,215 @@
+"""Layers that store some entries of their weight. A dense layer becomes one by changing its class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_memtrain.techniques.sparsity.candidates import CandidateSearch
+from lightning_memtrain.techniques.sparsity.dense_weight import DenseWeight
+from lightning_memtrain.techniques.sparsity.functions import Materialised
+from lightning_memtrain.techniques.sparsity.patterns import (
+    Span,
+    Storage,
+    decode,
+    encode,
+    pattern_bytes,
+    storage_of,
+)
+
+
+class SparseLayer(nn.Module):
+    """What sparse layers have in common: the stored values, and the pattern that says where they belong.
+
+    Attributes:
+        values: the stored entries, by ascending flat position.
+        sparsity_pattern: their positions.
+        storage: the form of the pattern that was asked for.
+        chunk_bytes: most bytes of a chunk of the weight's rows, or ``None`` for the whole weight at once.
+        search: of :func:`~lightning_memtrain.techniques.sparsity.watch_candidates` while it is on.
+    """
+
+    values: nn.Parameter
+    sparsity_pattern: Tensor
+    storage: Storage
+    chunk_bytes: int | None
+    spans: tuple[Span, ...]
+    search: CandidateSearch | None = None
+
+    @property
+    def dense_shape(self) -> torch.Size:
+        """Shape of the dense weight."""
+        raise NotImplementedError
+
+    def _weight(self) -> Tensor:
+        """The dense weight, made anew at each look; what is written into it in place is stored.
+
+        Only stored entries can be written: elsewhere it stays 0.
+        """
+        made: Tensor = Materialised.apply(self.values, self.sparsity_pattern, self.dense_shape)  # type: ignore[no-untyped-call]
+        return made if torch.compiler.is_compiling() else DenseWeight.of(made, self)
+
+    weight: Tensor = property(_weight)  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """The dense weight, as a plain tensor without a gradient."""
+        made: Tensor = Materialised.apply(self.values, self.sparsity_pattern, self.dense_shape)  # type: ignore[no-untyped-call]
+        return made.detach()
+
+    def positions(self) -> Tensor:
+        """Int64 flat positions of the values, ascending."""
+        numel, nnz = self.dense_shape.numel(), self.values.numel()
+        return decode(self.sparsity_pattern, numel, Span(0, numel, 0, nnz)).long()
+
+    @torch.no_grad()
+    def become_sparse(self, dense: nn.Parameter, positions: Tensor) -> None:
+        """Take the stored entries out of a dense weight, which is let go.
+
+        Args:
+            dense: the weight so far.
+            positions: int64, ascending, on any device.
+        """
+        kept = dense.detach().reshape(-1).index_select(0, positions.to(dense.device))
+        self.values = nn.Parameter(kept, requires_grad=dense.requires_grad)
+        self.register_buffer("sparsity_pattern", None)
+        self.set_positions(positions)
+
+    def set_positions(self, positions: Tensor) -> None:
+        """Say where the values belong.
+
+        Args:
+            positions: int64, ascending, as many as there are values.
+        """
+        pattern = encode(positions, self.dense_shape.numel(), self.storage)
+        self.sparsity_pattern = pattern.to(self.values.device)
+        self.spans = self._spans(positions)
+
+    def _spans(self, positions: Tensor) -> tuple[Span, ...]:
+        """Of one chunk of rows each."""
+        numel, nnz = self.dense_shape.numel(), positions.numel()
+        whole = (Span(0, numel, 0, nnz),)
+        if self.chunk_bytes is None:
+            return whole
+        rows, row_numel = self.dense_shape[0], numel // self.dense_shape[0]
+        # Eight rows, so that chunks begin with a byte of the bitmask.
+        num_rows = max(self.chunk_bytes // (row_numel * self.values.itemsize) // 8, 1) * 8
+        firsts = [row * row_numel for row in range(0, rows, num_rows)] + [numel]
+        if positions.is_meta:  # there is no telling, so they are taken to lie evenly
+            starts = [nnz * first // numel for first in firsts]
+        else:
+            starts = torch.searchsorted(positions, torch.tensor(firsts, device=positions.device)).tolist()
+        spans = zip(firsts[:-1], firsts[1:], starts[:-1], starts[1:], strict=True)
+        return tuple(Span(*span) for span in spans) or whole
+
+    def set_values(self, values: Tensor) -> None:
+        """Give the parameter other values, of another number; it stays the same object.
+
+        Args:
+            values: of one axis.
+        """
+        # The node that accumulates gradients knows the shape, and where something keeps it alive, it is used
+        # again. It is made anew only for another dtype or device, so the values pass through another dtype.
+        other = torch.float16 if values.dtype != torch.float16 else torch.float32
+        gradient, self.values.grad = self.values.grad, None
+        self.values.data = torch.empty(0, dtype=other, device=values.device)
+        self.values.data = values
+        if gradient is not None and gradient.shape == values.shape:
+            self.values.grad = gradient
+
+    @torch.no_grad()
+    def write(self, dense: Tensor) -> None:
+        """Store the entries of a dense weight that have a place here.
+
+        Args:
+            dense: of the shape of the dense weight.
+        """
+        self.values.copy_(dense.detach().reshape(-1).index_select(0, self.positions()))
+
+    def autocast(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, torch.dtype]:
+        """Input, bias and dtype of the weight for the product, cast as autocast does it for a dense layer.
+
+        Args:
+            input: of the layer.
+            bias: of the layer.
+
+        Returns:
+            The three.
+        """
+        device_type, own = self.values.device.type, self.values.dtype
+        if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+            return input, bias, own
+        dtype = torch.get_autocast_dtype(device_type)
+
+        def cast(tensor: Tensor) -> Tensor:
+            casts = tensor.is_floating_point() and tensor.dtype != torch.float64
+            return tensor.to(dtype) if casts else tensor
+
+        bias = None if bias is None else cast(bias)
+        return cast(input), bias, own if own == torch.float64 else dtype
+
+    def extra_repr(self) -> str:
+        """The dense layer's own, how much is stored, and how."""
+        storage = storage_of(self.sparsity_pattern)
+        return f"{super().extra_repr()}, nnz={self.values.numel()}, storage={storage!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is not watched.
+        return {key: value for key, value in self.__dict__.items() if key != "search"}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        values = state_dict.get(f"{prefix}values")
+        pattern = state_dict.get(f"{prefix}sparsity_pattern")
+        if values is None and f"{prefix}weight" in state_dict:
+            error_msgs.append(
+                f'"{prefix}weight" is dense in the checkpoint, but this layer is sparse. Load it before '
+                "`sparsify_` or in a model without sparse layers."
+            )
+        if values is not None and pattern is not None:
+            if (complaint := self._complaint(values, pattern)) is not None:
+                error_msgs.append(f'"{prefix}sparsity_pattern" {complaint}')
+                return
+            # Room for another number of values, and for the form of pattern that was saved.
+            device = self.values.device
+            if values.shape != self.values.shape:
+                self.set_values(torch.empty(values.shape, dtype=self.values.dtype, device=device))
+            self.sparsity_pattern = torch.empty(pattern.shape, dtype=pattern.dtype, device=device)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if values is not None and pattern is not None:
+            self.set_positions(self.positions())
+
+    def _complaint(self, values: Tensor, pattern: Tensor) -> str | None:
+        """Why a saved pattern cannot be that of this layer."""
+        numel, nnz = self.dense_shape.numel(), values.numel()
+        if pattern.dtype not in (torch.uint8, torch.int16, torch.int32) or values.dim() != 1:
+            return f"must be uint8, int16 or int32 with values of one axis, but got {pattern.dtype}."
+        if pattern.nbytes != pattern_bytes(storage_of(pattern), numel, nnz) or nnz > numel:
+            return (
+                f"has {pattern.nbytes} bytes, which is no {storage_of(pattern)} pattern of {nnz} of the "
+                f"{numel} entries of a weight of shape {tuple(self.dense_shape)}. Was it saved from another "
+                "model?"
+            )
+        if pattern.is_meta:
+            return None
+        if pattern.dtype == torch.uint8:
+            set_bits = sum((pattern >> bit & 1).sum(dtype=torch.int64) for bit in range(8))
+            if set_bits != nnz:
+                return f"has {set_bits} positions for {nnz} values: it is damaged."
+        positions = decode(pattern, numel, Span(0, numel, 0, nnz))
+        if nnz and (positions[0] < 0 or positions[-1] >= numel or not (positions.diff() > 0).all()):
+            return f"has positions that do not ascend from 0 to {numel - 1}: it is damaged."
+        return None

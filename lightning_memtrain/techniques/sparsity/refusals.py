@@ -1,0 +1,242 @@
+"""Runs that sparse training would spoil, each with the reason and a way out."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from lightning_memtrain.core import NoEffectWarning
+from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks
+from lightning_memtrain.techniques.sparsity.methods import SparseMethod
+
+_STRATEGIES = (
+    "FSDPStrategy",
+    "ModelParallelStrategy",
+    "DeepSpeedStrategy",
+    "XLAStrategy",
+    "XLAFSDPStrategy",
+    "SingleDeviceXLAStrategy",
+)
+_AVERAGES = ("StochasticWeightAveraging", "WeightAveraging")
+
+
+def refuse_run(trainer: Trainer, num_given: int) -> None:
+    """Refuse strategies that shard, and callbacks that look at weights by their place.
+
+    Args:
+        trainer: of the run.
+        num_given: how many callbacks of the kind it has.
+
+    Raises:
+        MisconfigurationException: naming the strategy or the callback.
+    """
+    if num_given > 1:
+        raise MisconfigurationException(
+            "`SparseTraining` must be given once, but got it twice. Give layers sparsities of their own by "
+            "Select(overrides=...)."
+        )
+    if _kind(trainer.strategy, _STRATEGIES):
+        raise MisconfigurationException(
+            "`SparseTraining` needs parameters that are whole on each device, since weights move between "
+            f"positions, but got {type(trainer.strategy).__name__}. Train with ddp or on one device."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if _kind(callback, _AVERAGES):
+            raise MisconfigurationException(
+                f"`SparseTraining` cannot be combined with {type(callback).__name__}: an average of values "
+                "whose positions moved mixes different weights. Leave it out, or average "
+                "`export_dense(model)` yourself."
+            )
+        if _kind(callback, ("ModelPruning",)):
+            raise MisconfigurationException(
+                f"`SparseTraining` cannot be combined with {type(callback).__name__}, which masks dense "
+                "weights. Leave it out; GradualMagnitudePruning prunes during sparse training."
+            )
+
+
+def _kind(candidate: Any, names: Iterable[str]) -> bool:
+    return any(base.__name__ in names for base in type(candidate).__mro__)
+
+
+def refuse_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse weights that cannot be taken out of their layer.
+
+    Args:
+        model: the module that is trained.
+        layers: what is to become sparse.
+
+    Raises:
+        MisconfigurationException: naming the layer.
+    """
+    weights = {id(layer.weight): name for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if is_lazy(layer.weight):  # type: ignore[arg-type]
+            raise MisconfigurationException(
+                f"`SparseTraining` needs layers whose weights exist, but {name!r} is {type(layer).__name__}. "
+                "Run the model on one batch in `__init__`, or name it in Select(dense=...)."
+            )
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        tied = weights.get(id(parameter))
+        if tied is not None and path != _weight_name(tied):
+            raise MisconfigurationException(
+                f"`SparseTraining` cannot make {tied!r} sparse, since its weight is tied to {path!r} and "
+                f"would no longer be. Add {tied!r} to Select(dense=...), or untie them."
+            )
+
+
+def _weight_name(layer: str) -> str:
+    return f"{layer}.weight" if layer else "weight"
+
+
+def warn_of_groups(optimizers: Iterable[Optimizer], values: Mapping[str, nn.Parameter]) -> None:
+    """Warn of sparse weights that are in a group without weight decay because they have one axis.
+
+    Args:
+        optimizers: of the run.
+        values: of sparse layers, by layer.
+    """
+    by_id = {id(parameter): name for name, parameter in values.items()}
+    for optimizer in optimizers:
+        decays = [group.get("weight_decay", 0) for group in optimizer.param_groups]
+        for index, group in enumerate(optimizer.param_groups):
+            caught = [by_id[id(p)] for p in group["params"] if id(p) in by_id]
+            if caught and not decays[index] and any(decays):
+                warnings.warn(
+                    f"Weights of {len(caught)} sparse layers ({caught[0]!r} ...) are in "
+                    f"param_groups[{index}] of {type(optimizer).__name__}, which has no weight decay, while "
+                    "another group has. Values of sparse layers have one axis, so `parameter.ndim < 2` takes "
+                    "them for biases. Choose by name instead: they end in '.values'.",
+                    stacklevel=2,
+                )
+
+
+def steps_per_epoch(trainer: Trainer) -> int | None:
+    """Optimizer steps of an epoch.
+
+    Args:
+        trainer: whose training data is set up.
+
+    Returns:
+        ``None`` if the data has no known length.
+    """
+    num_batches = trainer.num_training_batches
+    if num_batches == float("inf"):
+        return None
+    return max(1, math.ceil(num_batches / trainer.accumulate_grad_batches))
+
+
+def refuse_ticks(ticks: Ticks, run: RunLength, method: SparseMethod) -> None:
+    """Refuse schedules without an end, and warn where the pattern does not change as was meant.
+
+    Args:
+        ticks: when it changes.
+        run: its length.
+        method: that is at work.
+
+    Raises:
+        MisconfigurationException: if the method's schedule needs an end, and there is none.
+    """
+    if ticks.last is None and method.needs_end:
+        raise MisconfigurationException(
+            f"`{method}` changes until the last update, so the updates need an end, but there is none. Set "
+            "Trainer(max_steps=...), or update=UpdateEvery(..., stop=...) to a number of steps."
+        )
+    if run.total_steps is None:
+        return
+    if not any(ticks.is_due(step) for step in range(1, run.total_steps + 1)):
+        warnings.warn(
+            f"`SparseTraining(update)` has no effect: no update is due in the {run.total_steps} steps of the "
+            "run. Update more often, e.g. UpdateEvery(100).",
+            NoEffectWarning,
+            stacklevel=2,
+        )
+    elif ticks.stop is not None and ticks.stop > run.total_steps:
+        warnings.warn(
+            f"`SparseTraining(update)` stops at step {ticks.stop}, but the run ends at step "
+            f"{run.total_steps}, so schedules do not reach their end. Train longer, or use a fraction "
+            "such as stop=0.75.",
+            stacklevel=2,
+        )
+
+
+def refuse_layers_of(state_dict: Mapping[str, Any], expected: frozenset[str]) -> None:
+    """Refuse weights that were saved with other sparse layers.
+
+    Args:
+        state_dict: to be loaded.
+        expected: layers that are sparse in the model.
+
+    Raises:
+        MisconfigurationException: naming a layer.
+    """
+    ending = "sparsity_pattern"
+    saved = {key.removesuffix(ending).removesuffix(".") for key in state_dict if key.endswith(ending)}
+    for name in sorted(saved ^ expected):
+        there, here = ("sparse", "dense") if name in saved else ("dense", "sparse")
+        cure = "Load it with the same method and `Select`."
+        if not saved:
+            cure = (
+                "Load dense weights into the model before the Trainer sees it: "
+                "`model.load_state_dict(torch.load(...)['state_dict'])`."
+            )
+        raise MisconfigurationException(
+            "`SparseTraining(layers)` must choose the layers that are sparse in the checkpoint, but "
+            f"{name!r} is {there} there and {here} here. {cure}"
+        )
+
+
+def refuse_checkpoint(
+    saved: Mapping[str, Any], method: SparseMethod, seed: int, version: int, patterns: Mapping[str, int]
+) -> None:
+    """Refuse to go on with another sparsity, and warn of another method or seed.
+
+    Args:
+        saved: of the callback in the checkpoint.
+        method: in force.
+        seed: in force.
+        version: the highest that can be read.
+        patterns: fingerprints of the patterns that the model has, by layer.
+
+    Raises:
+        MisconfigurationException: if the sparsity or a pattern is another one.
+    """
+    if saved["version"] > version:
+        raise MisconfigurationException(
+            f"The state of `SparseTraining` in a checkpoint must have version {version} or less, but got "
+            f"version {saved['version']}. Install the lightning_memtrain that wrote it, or a later one."
+        )
+    sparsity = repr(method.sparsity)
+    if saved["sparsity"] != sparsity:
+        raise MisconfigurationException(
+            f"`{type(method).__name__}(sparsity)` must be that of the checkpoint, whose patterns are loaded, "
+            f"{saved['sparsity']}, but got {sparsity}. Resume with that, or start a new run from weights of "
+            "`export_dense(model)`."
+        )
+    for name, number in patterns.items():
+        if saved["patterns"].get(name) != number:
+            raise MisconfigurationException(
+                f"The pattern of {name!r} must be the one that was saved, but another is in the checkpoint's "
+                "`state_dict`. Resume from a checkpoint that was not changed."
+            )
+    if saved["method"] != type(method).__name__:
+        warnings.warn(
+            f"The checkpoint was written by `{saved['method']}`, but the run goes on with "
+            f"`{type(method).__name__}`, from the pattern of the checkpoint. Resume with the method that it "
+            "was written with, or go on if the change is intended.",
+            stacklevel=2,
+        )
+    if saved["seed"] != seed:
+        warnings.warn(
+            f"The checkpoint was written with `SparseTraining(seed={saved['seed']})`, but got seed={seed}, "
+            "so weights grow elsewhere than in the uninterrupted run. Resume with the seed that it was "
+            "written with, or go on if the change is intended.",
+            stacklevel=2,
+        )

@@ -1,0 +1,173 @@
+"""Optimizer state that follows the entries of a weight when they move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_memtrain.core import ReindexesState
+
+# State that scales the step of an entry: it would be too long, by far, for one that starts at 0. Adam's with
+# both moments at 0 under a step counter that has gone on is 15 times as long as its neighbours'.
+_SCALES = frozenset(
+    {
+        "exp_avg_sq",  # Adam and its relatives
+        "max_exp_avg_sq",  # with amsgrad
+        "exp_inf",  # Adamax
+        "square_avg",  # RMSprop, Adadelta
+        "acc_delta",  # Adadelta: numerator of the step
+        "sum",  # Adagrad
+        "step_size",  # Rprop
+        "variance",  # Adafactor, which does not factor what has one axis
+        "state2",  # bitsandbytes
+    }
+)
+# State that adds up gradients or steps, or follows the entry's own value, which starts at 0.
+_SUMS = frozenset({"momentum_buffer", "exp_avg", "mu", "grad_avg", "prev", "ax", "z"})
+
+_BITSANDBYTES_BLOCK_NUMEL = 256
+
+
+def check_state(optimizers: Iterable[Optimizer], parameter: Tensor) -> None:
+    """Make sure that :func:`move_state` can move all state of a parameter.
+
+    Args:
+        optimizers: all that may step it.
+        parameter: of one axis.
+
+    Raises:
+        TypeError: if an optimizer has state of another form than one number per entry; names it.
+    """
+    for optimizer in optimizers:
+        if isinstance(optimizer, ReindexesState):
+            continue
+        state = optimizer.state.get(parameter, {})
+        coded = _bitsandbytes_keys(state, parameter)
+        for key, value in state.items():
+            if key not in coded and not _is_elementwise(value, parameter) and not _is_scalar(value):
+                raise TypeError(
+                    f"The state {key!r} of {type(optimizer).__name__} ({_described(value)}) cannot follow "
+                    f"weights that move: the parameter has {parameter.numel()} entries, and this is not one "
+                    "plain number for each. Use an elementwise optimizer (SGD, Adam, AdamW, RMSprop, "
+                    "Adagrad, `SGD8bit`), a method that moves no weights, or give the optimizer a "
+                    "`reindex_state`."
+                )
+
+
+def move_state(optimizers: Iterable[Optimizer], parameter: Tensor, source: Tensor) -> None:
+    """Give each entry the state that it had at its former number.
+
+    Entries that are new start with momentum 0, and with the mean over the entries that stay for what scales
+    their step: the second moments of Adam and its relatives (``exp_avg_sq``, ``max_exp_avg_sq``,
+    ``exp_inf``), RMSprop's and Adadelta's ``square_avg``, Adadelta's ``acc_delta``, Adagrad's ``sum``,
+    Rprop's ``step_size``. Of an entry by another name, the mean if it is nowhere negative and 0 otherwise.
+    Scalars, such as the number of steps, stay.
+
+    Args:
+        optimizers: which :func:`check_state` has found no fault with.
+        parameter: before it changes its size.
+        source: int64, one per entry to be: the number of the entry that it was, or -1 if it is new.
+    """
+    for optimizer in optimizers:
+        if isinstance(optimizer, ReindexesState):
+            optimizer.reindex_state(parameter, source)
+            continue
+        state = optimizer.state.get(parameter, {})
+        coded = _bitsandbytes_keys(state, parameter)
+        for number in "12":
+            if f"state{number}" in coded:
+                _move_bitsandbytes(state, number, source)
+        for key, value in state.items():
+            if key not in coded and _is_elementwise(value, parameter):
+                state[key] = moved(value, source, mean=_is_scale(key, value))
+
+
+def moved(entries: Tensor, source: Tensor, *, mean: bool = False) -> Tensor:
+    """Entries by their former numbers.
+
+    Args:
+        entries: of one axis.
+        source: int64, one per entry to be: the number of the entry that it was, or -1 if it is new.
+        mean: new ones are the mean of those that stay (of all, if none stays) instead of 0.
+
+    Returns:
+        A new tensor.
+
+    Example:
+        >>> moved(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([2, -1, 1]), mean=True)
+        tensor([6., 4., 2.])
+    """
+    is_new = source < 0
+    if not len(entries):
+        return entries.new_zeros(len(source))
+    result = entries.index_select(0, source.clamp(min=0))
+    if not mean:
+        return result.masked_fill_(is_new, 0)
+    staying = entries.index_select(0, source[~is_new])
+    exact = torch.promote_types(entries.dtype, torch.float32)
+    level = (staying if len(staying) else entries).mean(dtype=exact)
+    return torch.where(is_new, level.to(entries.dtype), result)
+
+
+def _is_scale(key: str, value: Tensor) -> bool:
+    return key in _SCALES or (key not in _SUMS and bool((value >= 0).all()))
+
+
+def _is_scalar(value: Any) -> bool:
+    """One number for the whole parameter, or a setting."""
+    if isinstance(value, Tensor):
+        return _is_plain(value) and value.numel() == 1
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _is_elementwise(value: Any, parameter: Tensor) -> bool:
+    return _is_plain(value) and value.is_floating_point() and value.shape == parameter.shape
+
+
+def _is_plain(value: Any) -> bool:
+    # Subclasses hold codes, shards or other forms that cannot be indexed.
+    return type(value) in (Tensor, torch.nn.Parameter)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{type(value).__name__} of shape {tuple(value.shape)} and {value.dtype}"
+    return type(value).__name__
+
+
+# ---------------------------------------------------------------------- bitsandbytes' 8-bit state
+
+
+def _bitsandbytes_keys(state: dict[str, Any], parameter: Tensor) -> set[str]:
+    """Entries that are coded by blocks: an 8-bit code per number into a table, times a scale per block."""
+    coded: set[str] = set()
+    for number in "12":
+        codes, table, scales = (state.get(f"{part}{number}") for part in ("state", "qmap", "absmax"))
+        if (
+            isinstance(codes, Tensor)
+            and isinstance(table, Tensor)
+            and isinstance(scales, Tensor)
+            and codes.dtype == torch.uint8
+            and codes.shape == parameter.shape
+            and table.numel() == 256
+            and scales.numel() == -(-codes.numel() // _BITSANDBYTES_BLOCK_NUMEL)
+        ):
+            coded |= {f"{part}{number}" for part in ("state", "qmap", "absmax")}
+    return coded
+
+
+def _move_bitsandbytes(state: dict[str, Any], number: str, source: Tensor) -> None:
+    """Decode, move and encode again, by way of one layer's numbers in float32."""
+    codes, table, scales = (state[f"{part}{number}"] for part in ("state", "qmap", "absmax"))
+    size = _BITSANDBYTES_BLOCK_NUMEL
+    numbers = table[codes.int()] * scales.repeat_interleave(size)[: codes.numel()]
+    numbers = moved(numbers, source, mean=_is_scale(f"state{number}", numbers))
+    blocks = torch.nn.functional.pad(numbers, (0, -len(numbers) % size)).view(-1, size)
+    scales = blocks.abs().amax(1)
+    parts = (blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).view(-1)[: len(numbers)]
+    state[f"state{number}"] = torch.bucketize(parts, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    state[f"absmax{number}"] = scales

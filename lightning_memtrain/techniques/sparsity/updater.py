@@ -1,0 +1,187 @@
+"""A method at work on the weights of a model, for any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_memtrain.techniques.sparsity import distributed
+from lightning_memtrain.techniques.sparsity.candidates import Candidates, CandidateWatch, watch_candidates
+from lightning_memtrain.techniques.sparsity.methods import SparseMethod
+from lightning_memtrain.techniques.sparsity.rules import Layer, Moment, State
+from lightning_memtrain.techniques.sparsity.weights import SparseWeight
+
+# With several passes per step, or several ranks, the largest of one need not be the largest of all.
+_CANDIDATES_PER_CHOICE = 2
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What one update did.
+
+    Args:
+        step: optimizer steps completed.
+        num_dropped: weights that went, in all layers.
+        num_grown: weights that came.
+    """
+
+    step: int
+    num_dropped: int
+    num_grown: int
+
+
+class Updater:
+    """Applies a method to sparse weights: watch the backward before an update, then update.
+
+    Args:
+        weights: by layer, in the same order on every rank.
+        method: says what to change.
+        num_ranks: processes that train together.
+
+    Example:
+        >>> from lightning_memtrain.techniques.sparsity.methods import RigL
+        >>> from lightning_memtrain.techniques.sparsity.weights import sparsify_
+        >>> layer = torch.nn.Linear(8, 1)
+        >>> updater = Updater(sparsify_(layer, {"weight": torch.tensor([0, 3])}), RigL(0.75, drop=0.5))
+        >>> optimizer, now = torch.optim.SGD(layer.parameters(), lr=0.1), Moment(step=1, elapsed=1, span=10)
+        >>> updater.watch(now)
+        >>> layer(torch.arange(8.0)).sum().backward()
+        >>> updater.note_gradients()
+        >>> optimizer.step()
+        >>> updater.update(now, [optimizer])
+        Moved(step=1, num_dropped=1, num_grown=1)
+        >>> 7 in updater.weights["weight"].positions()
+        True
+    """
+
+    def __init__(self, weights: Mapping[str, SparseWeight], method: SparseMethod, num_ranks: int = 1) -> None:
+        self.weights = dict(weights)
+        self.method = method
+        self.state: State = method.initial_state(sum(weight.nnz for weight in weights.values()))
+        self.num_ranks = num_ranks
+        self._watch: CandidateWatch | None = None
+        self._watched: list[str] = []
+        self._gradients: dict[str, Tensor] = {}
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether backward looks for candidates."""
+        return self._watch is not None
+
+    def watch(self, moment: Moment) -> None:
+        """Let every backward from now on find what the update of a moment has to know, if anything.
+
+        Args:
+            moment: of the next update.
+        """
+        self.close()
+        wanted = self._wanted(moment)
+        if wanted:
+            self._watched = list(wanted)
+            self._watch = watch_candidates(self.weights, wanted)
+
+    def lacks_candidates(self, moment: Moment) -> bool:
+        """Whether an update has to wait for a backward that is watched.
+
+        Args:
+            moment: of the update.
+
+        Returns:
+            ``False`` if the method asks for no candidates.
+        """
+        return self._watch is None and bool(self._wanted(moment))
+
+    def _wanted(self, moment: Moment) -> dict[str, int]:
+        trained = self._trained()
+        numbers = self.method.num_candidates({name: w.nnz for name, w in trained.items()}, moment)
+        # A layer without room has nothing to look for.
+        return {
+            name: _CANDIDATES_PER_CHOICE * number
+            for name, number in numbers.items()
+            if trained[name].nnz < trained[name].numel
+        }
+
+    def note_gradients(self) -> None:
+        """Remember the gradients of watched values, which clipping and unscaling are yet to change."""
+        for name in self._watched if self._watch is not None else ():
+            gradient = self.weights[name].values.grad
+            if gradient is not None:
+                self._gradients[name] = gradient.detach().float().abs()
+
+    @torch.no_grad()
+    def update(self, moment: Moment, optimizers: Sequence[Optimizer]) -> Moved:
+        """Change the pattern.
+
+        Args:
+            moment: when.
+            optimizers: whose state follows.
+
+        Returns:
+            What was done.
+
+        Raises:
+            RuntimeError: if weights are not finite, or the patterns of ranks differ.
+        """
+        candidates = self._found()
+        layers = {name: self._layer(name, weight, candidates) for name, weight in self._trained().items()}
+        for name, layer in layers.items():
+            _refuse_infinite(name, layer.values, moment)
+        update = self.method.update(layers, moment, self.state)
+        num_dropped = num_grown = 0
+        for name, change in update.changes.items():
+            num_dropped += change.num_dropped
+            num_grown += change.grown.numel()
+            self.weights[name].replace(change.kept, change.grown, optimizers)
+        self.state = update.state
+        self.close()
+        if self.num_ranks > 1:
+            distributed.refuse_differences(self.weights, moment.step)
+        return Moved(moment.step, num_dropped, num_grown)
+
+    def close(self) -> None:
+        """Stop watching; further calls do nothing."""
+        if self._watch is not None:
+            self._watch.close()
+        self._watch, self._watched, self._gradients = None, [], {}
+
+    def _trained(self) -> dict[str, SparseWeight]:
+        """What is frozen keeps its pattern."""
+        return {name: weight for name, weight in self.weights.items() if weight.values.requires_grad}
+
+    def _found(self) -> dict[str, Candidates]:
+        found = {}
+        for name in self._watched:
+            assert self._watch is not None
+            try:
+                found[name] = self._watch.candidates(name)
+            except RuntimeError:  # no backward came through
+                values = self.weights[name].values
+                nothing = torch.empty(0, device=values.device)
+                found[name] = Candidates(nothing.long(), nothing)
+        if self._watched and self.num_ranks > 1:
+            found = distributed.average_candidates(found)
+        return found
+
+    def _layer(self, name: str, weight: SparseWeight, candidates: Mapping[str, Candidates]) -> Layer:
+        extra: dict[str, Any] = {}
+        if name in candidates:
+            extra = {
+                "candidate_positions": candidates[name].positions,
+                "candidate_gradients": candidates[name].gradients,
+                "gradients": self._gradients.get(name),
+            }
+        return Layer(name, weight.shape, weight.positions, weight.values.detach(), **extra)
+
+
+def _refuse_infinite(name: str, values: Tensor, moment: Moment) -> None:
+    if not values.isfinite().all():
+        raise RuntimeError(
+            f"The weights of {name!r} must be finite to choose among them, but some are NaN or infinite in "
+            f"the update of step {moment.step}: training has diverged. Lower the learning rate, or clip "
+            "gradients."
+        )

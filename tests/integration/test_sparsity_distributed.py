@@ -1,0 +1,122 @@
+"""`SparseTraining` in two gloo processes: equal patterns, and the weights of one process on all rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lightning_memtrain as mt
+from lightning_memtrain.techniques.sparsity import distributed
+from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
+from tests.helpers.two_ranks import found_by_two_ranks
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)]
+
+ROWS, NUM_BATCHES, WIDTH = 8, 8, 6
+
+
+class Net(LightningModule):
+    """Each rank takes its half of every batch; alone, a process takes the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(WIDTH, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1)
+        )
+        self.double()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        half = len(batch) // self.trainer.world_size
+        rows = batch[self.global_rank * half : (self.global_rank + 1) * half]
+        return (self.net(rows) - rows.sum(1, keepdim=True).tanh()).square().mean()
+
+    def train_dataloader(self) -> Any:
+        rows = torch.randn(ROWS * NUM_BATCHES, WIDTH, generator=torch.Generator().manual_seed(3)).double()
+        return DataLoader(rows, batch_size=ROWS)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.02)
+
+
+class Drifts(Net):
+    """One rank changes its weights behind everyone's back."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3 and self.global_rank == 1:
+            with torch.no_grad():
+                self.net[0].values.copy_(self.net[0].values.flip(0) * 2)
+
+
+METHODS: dict[str, Any] = {
+    "StaticSparse": lambda: mt.StaticSparse(0.5),
+    "SET": lambda: mt.SET(0.5, drop=0.5),
+    # As many candidates as there are inactive positions, so that the choice is the one of a single process.
+    "RigL": lambda: mt.RigL(0.5, drop=0.5),
+    "DSR": lambda: mt.DSR(0.5, threshold=0.05),
+    "GMP": lambda: mt.GradualMagnitudePruning(0.5),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in METHODS},
+    "RigL, accumulated": {"accumulate_grad_batches": 2},
+    "DSR, clipped": {"gradient_clip_val": 0.1},
+    "DSR, static graph": {"ddp": {"static_graph": True}},
+    "DSR, bucket views": {"ddp": {"gradient_as_bucket_view": True}},
+    "RigL, microbatched": {"microbatched": True},
+}
+
+
+def run(name: str, folder: Path, seed: int, **options: Any) -> Net:
+    method = METHODS[name.partition(",")[0]]()
+    options = OPTIONS[name] | options
+    update = None if method.clock is None else mt.UpdateEvery(2, stop=1.0)
+    callbacks: list[Any] = [mt.SparseTraining(method, update)]
+    if options.pop("microbatched", False):
+        callbacks.append(mt.Microbatching(num_microbatches=2))
+    ddp = options.pop("ddp", {})
+    if options.get("devices") == 2:
+        options["strategy"] = DDPStrategy(process_group_backend="gloo", **ddp)
+    seed_everything(seed, verbose=False)
+    model = options.pop("make", Net)()
+    trainer = quiet_trainer(folder, *callbacks, max_epochs=2, use_distributed_sampler=False, **options)
+    trainer.fit(model)
+    return model
+
+
+def checked(name: str, folder: Path, rank: int) -> Any:
+    if name == "drift":
+        try:
+            run("SET", folder, 1, devices=2, make=Drifts)
+        except RuntimeError as error:
+            return str(error)
+        return "no error"
+    # Ranks begin with other weights: those of rank 0 count, as in plain DDP.
+    model = run(name, folder, seed=1 + rank, devices=2)
+    return {
+        "values": {key: one.values.tolist() for key, one in mt.sparse_weights(model).items()},
+        "patterns": {key: one.positions().tolist() for key, one in mt.sparse_weights(model).items()},
+        "biases": [layer.bias.tolist() for layer in model.net[::2]],
+        "leftover": hasattr(model, distributed._IGNORED),
+    }
+
+
+def test_two_ranks_train_as_one_process_on_the_joint_batch(tmp_path: Path) -> None:
+    first, second = found_by_two_ranks(checked, [*OPTIONS, "drift"], tmp_path)
+    for name in OPTIONS:
+        assert isinstance(first[name], dict), first[name]
+        assert first[name] == second[name], name
+        assert not first[name]["leftover"]
+        alone = run(name, tmp_path, seed=1)
+        for key, weight in mt.sparse_weights(alone).items():
+            assert first[name]["patterns"][key] == weight.positions().tolist(), (name, key)
+            values = torch.tensor(first[name]["values"][key], dtype=torch.float64)
+            torch.testing.assert_close(values, weight.values.detach(), rtol=1e-8, atol=1e-10)
+    assert "differs between rank 0 and rank 1 after the update of step 4" in first["drift"]
+    assert "'net.0'" in first["drift"]
+    assert first["drift"] == second["drift"]
