@@ -256,7 +256,7 @@ class LowPrecision(Precision):
                 "keep_fp32": ", ".join(settings.keep_fp32) or None,
             }
         skipped = self.scaler.num_skipped if isinstance(self.scaler, HalfGradScaler) else 0
-        events = (f"{skipped} steps left out for infinite gradients",) if skipped else ()
+        events: tuple[str, ...] = (f"{skipped} steps left out for infinite gradients",) if skipped else ()
         if self._packed is not None:
             shown |= {f"activations_{name}": value for name, value in self._packed.settings.items()}
             events += self._packed.events

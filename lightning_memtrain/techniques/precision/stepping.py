@@ -32,6 +32,9 @@ class RoundsPieces(Protocol):
 
         Args:
             round_: does the rounding.
+
+        Returns:
+            The context.
         """
 
 
