@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from lightning_memtrain.recipes.cifar10_wrn28_2.archive import ChecksumError, download, locked, unpack
+from lightning_memtrain.recipes.download import ChecksumError, download, locked, unpack
 
 CONTENT = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
