@@ -432,3 +432,24 @@ def words(ids: Tensor, dictionary: Dictionary, *, is_reference: bool = False) ->
     ids = ids[ids != dictionary.pad()].int().cpu()
     text: str = dictionary.string(ids, "@@ ", escape_unk=is_reference)
     return text
+
+
+def smoothed_loss(scores: Tensor, target: Tensor, smoothing: float, padding: int) -> tuple[Tensor, Tensor]:
+    """fairseq's own label-smoothed cross-entropy, which holds the logarithms of all scores.
+
+    Args:
+        scores: of words, shape ``(batch, length, words)``.
+        target: ids, shape ``(batch, length)``.
+        smoothing: probability that is spread over all other words.
+        padding: the id that does not count.
+
+    Returns:
+        Sums over the tokens that count: label-smoothed cross-entropy, and negative log-likelihood (nats).
+    """
+    criterion = import_module("fairseq.criterions.label_smoothed_cross_entropy")
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    logarithms = F.log_softmax(scores.flatten(0, 1), dim=-1, dtype=dtype)
+    sums: tuple[Tensor, Tensor] = criterion.label_smoothed_nll_loss(
+        logarithms, target.reshape(-1), smoothing, ignore_index=padding
+    )
+    return sums
