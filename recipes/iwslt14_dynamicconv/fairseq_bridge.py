@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,7 +35,7 @@ _INSTALL = (
 )
 
 
-class FairseqMissingError(ImportError):
+class FairseqMissingError(MisconfigurationException, ImportError):
     """fairseq is not installed; the message says how to install it."""
 
 
@@ -65,7 +66,7 @@ def load() -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations in code that has not changed since 2022
             package = import_module("fairseq")
-            for module in ("models", "models.lightconv", "data", "sequence_generator"):
+            for module in ("models.lightconv", "data", "criterions", "sequence_generator"):
                 import_module(f"fairseq.{module}")
     except ImportError as error:
         raise FairseqMissingError(
@@ -446,7 +447,7 @@ def smoothed_loss(scores: Tensor, target: Tensor, smoothing: float, padding: int
     Returns:
         Sums over the tokens that count: label-smoothed cross-entropy, and negative log-likelihood (nats).
     """
-    criterion = import_module("fairseq.criterions.label_smoothed_cross_entropy")
+    criterion = load().criterions.label_smoothed_cross_entropy
     dtype = torch.promote_types(scores.dtype, torch.float32)
     logarithms = F.log_softmax(scores.flatten(0, 1), dim=-1, dtype=dtype)
     sums: tuple[Tensor, Tensor] = criterion.label_smoothed_nll_loss(
