@@ -262,9 +262,10 @@ def _replaced_in_lightconv() -> Iterator[None]:
         "LightConvEncoder": Encoder,
         "PositionalEmbedding": positions,
         # Since 2022 lightconv.py imports a version of the convolution that can be scripted. It unfolds its
-        # input, which for sentences takes several times the memory in backward, and has a bias of
-        # uninitialised memory that is never used: DistributedDataParallel waits for its gradient, and
-        # statistics over all parameters are poisoned. This is the version of the published results.
+        # input, which for sentences takes several times the memory in backward; it has a bias of
+        # uninitialised memory that is never used, for whose gradient DistributedDataParallel waits and which
+        # poisons statistics over all parameters; and in sentences shorter than its kernel it normalises over
+        # fewer places in training than in generation. This is the version of the published results.
         "DynamicConv": fairseq.modules.DynamicConv1dTBC,
     }
     with mock.patch.multiple(lightconv, **replacements):
