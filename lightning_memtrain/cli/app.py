@@ -126,11 +126,12 @@ def _run_command(name: str, argv: list[str]) -> int:
 
     parser = _Parser(prog=f"memtrain {name}", description=_commands_of_recipes()[name], allow_abbrev=False)
     parser.add_argument("folder", metavar="RUN", type=Path, help="a run's folder")
-    run_dir = next((Path(word) for word in argv if not word.startswith("-")), None)
-    if run_dir is None:
-        parser.epilog = "More options depend on the recipe; name a run to see them."
-        parser.parse_args(argv)
-        raise AssertionError("unreachable: RUN is missing")
+    if not argv or argv[0].startswith("-"):
+        if not {"-h", "--help"}.isdisjoint(argv):
+            parser.epilog = f"More options depend on the recipe: memtrain {name} RUN --help"
+            parser.parse_args(argv)
+        raise CommandError(f"`memtrain {name}` needs the folder of a run before its options.")
+    run_dir = Path(argv[0])
     folder = RunFolder.open(run_dir)
     recipe = folder.recipe()
     if recipe is None or name not in recipe.commands:
@@ -141,7 +142,7 @@ def _run_command(name: str, argv: list[str]) -> int:
         recipe.make_importable()
     command = recipe.command(name)
     command.add_options(parser)
-    return command.run(run_dir, parser.parse_args(argv))
+    return command.run(run_dir, parser.parse_intermixed_args(argv))
 
 
 class _Parser(argparse.ArgumentParser):

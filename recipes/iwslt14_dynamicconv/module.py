@@ -111,7 +111,8 @@ class TranslationModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Build the model for the dictionaries of the data."""
-        if self.model is not None:
+        # Without a Trainer this is `load_from_checkpoint`, which goes on with `on_load_checkpoint`.
+        if self.model is not None or self._trainer is None:
             return
         data = getattr(self.trainer, "datamodule", None)
         if not getattr(data, "dictionaries", None):

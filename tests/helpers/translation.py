@@ -28,7 +28,6 @@ TINY: dict[str, Any] = {
 }
 WITHOUT_DROPOUT = {**TINY, "dropout": 0.0, "attention_dropout": 0.0, "weight_dropout": 0.0}
 SIZES = {"train": 96, "valid": 12, "test": 10}
-CODES = "#version: 0.2\n"
 
 
 def sentences(number: int, seed: int) -> tuple[list[str], list[str]]:
@@ -41,10 +40,9 @@ def sentences(number: int, seed: int) -> tuple[list[str], list[str]]:
 
 
 def write_corpus(folder: Path, sizes: dict[str, int] = SIZES) -> Path:
-    """A prepared folder with a few pairs in each split."""
+    """A prepared folder with a few pairs in each split, in words: without `code`."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (split, size) in enumerate(sizes.items()):
         for language, lines in zip(("de", "en"), sentences(size, seed), strict=True):
             (folder / f"{split}.{language}").write_text("".join(f"{line}\n" for line in lines))
-    (folder / "code").write_text(CODES)
     return folder
