@@ -110,7 +110,7 @@ def rows() -> dict[str, tuple[dict[str, Any], list[pl.Callback], dict[str, Any]]
     full = mt.ActivationCheckpointing
     bits8 = {"optimizer": mt.adamw8bit, "loss_chunk": 128}
     bits4 = {"optimizer": mt.adamw4bit, "loss_chunk": 128}
-    compressed = mt.CompressedActivations
+    rows = {"optimizer_rows": 1024}
     return {
         "baseline: float32, Adam, as fairseq": (whole, [], {}),
         "chunked loss": ({}, [], {}),
@@ -122,9 +122,9 @@ def rows() -> dict[str, tuple[dict[str, Any], list[pl.Callback], dict[str, Any]]
         "bf16": ({}, [], half()),
         "8 microbatches, checkpointed, bf16": ({}, [microbatching(8), full("full")], half()),
         "16 microbatches, checkpointed, bf16": ({"loss_chunk": 128}, [microbatching(16), full("full")], half()),
-        "all: and Adam in 8 bits": (bits8, [microbatching(16), full("full")], half()),
-        "all, and activations in 8 bits": (bits8, [microbatching(16), full("full"), compressed()], half()),
-        "all, Adam in 4 bits": (bits4, [microbatching(16), full("full")], half()),
+        "and Adam in 8 bits": (bits8, [microbatching(16), full("full")], half()),
+        "all: and the optimizer in rows": (bits8 | rows, [microbatching(16), full("full")], half()),
+        "all, Adam in 4 bits": (bits4 | rows, [microbatching(16), full("full")], half()),
         "one microbatch, checkpointed, bf16, Adam in 8 bits": (bits8, [full("full")], half()),
     }
 

@@ -91,8 +91,8 @@ class ProjectedLoss(torch.autograd.Function):
             if grad_features is not None:
                 torch.mm(grad, weight, out=grad_features[start : start + ctx.chunk])
             if needs_weight:
-                part = grad.T @ rows
-                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+                # Into the sum at once: a chunk's part would be as large as the weight.
+                grad_weight = grad.T @ rows if grad_weight is None else grad_weight.addmm_(grad.T, rows)
         return grad_features, grad_weight, None, None, None, None
 
 

@@ -51,6 +51,9 @@ class TranslationModule(pl.LightningModule):
             apart from gradients, as fairseq's Adam does: ``torch.optim.AdamW`` or one with a smaller state,
             such as ``lightning_memtrain.adamw8bit``.
         loss_chunk: tokens whose scores of all words are held at once; ``None`` for all, as fairseq does.
+        optimizer_rows: rows of a large matrix (the embeddings and the projection) that the optimizer takes for
+            one parameter, at least 1; ``None`` for whole matrices. What the optimizer holds for each
+            parameter while it steps is smaller so, and the step is the same.
         beam: hypotheses that are kept for each sentence, at least 1.
         length_penalty: exponent of the length by which a hypothesis's score is divided.
         max_len_a: see ``max_len_b``.
@@ -77,6 +80,7 @@ class TranslationModule(pl.LightningModule):
         betas: Sequence[float] = (0.9, 0.98),
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         loss_chunk: int | None = 512,
+        optimizer_rows: int | None = None,
         beam: int = 4,
         length_penalty: float = 1.0,
         max_len_a: float = 0.0,
@@ -91,6 +95,9 @@ class TranslationModule(pl.LightningModule):
         _require("warmup_init_lr", warmup_init_lr, warmup_init_lr >= 0, "at least 0")
         _require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
         _require("loss_chunk", loss_chunk, loss_chunk is None or loss_chunk >= 1, "at least 1, or None")
+        _require(
+            "optimizer_rows", optimizer_rows, optimizer_rows is None or optimizer_rows >= 1, "at least 1, or None"
+        )
         _require("beam", beam, beam >= 1, "at least 1")
         _require("max_len_b", max_len_b, max_len_b >= 1, "at least 1")
         _require("num_val_translations", num_val_translations, num_val_translations >= -1, "at least -1")
@@ -108,6 +115,7 @@ class TranslationModule(pl.LightningModule):
         self.test_translations: list[tuple[str, str, str]] = []
         self._shown: list[tuple[str, str, str]] = []
         self._tokens, self._since = 0, 0.0
+        self._rows: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
 
     def configure_model(self) -> None:
         """Build the model for the dictionaries of the data."""
@@ -292,7 +300,7 @@ class TranslationModule(pl.LightningModule):
         """
         hparams = self.hparams
         optimizer = self._optimizer(
-            self.parameters(),
+            self._optimized(),
             lr=hparams["lr"],
             betas=tuple(hparams["betas"]),
             weight_decay=hparams["weight_decay"],
@@ -300,6 +308,33 @@ class TranslationModule(pl.LightningModule):
         factor = inverse_square_root(hparams["warmup_steps"], hparams["warmup_init_lr"] / hparams["lr"])
         scheduler = {"scheduler": LambdaLR(optimizer, factor), "interval": "step", "name": "lr"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+    def _optimized(self) -> list[nn.Parameter]:
+        """All parameters; large matrices in rows, which are parameters that share their memory."""
+        rows, self._rows = self.hparams["optimizer_rows"], []
+        optimized: list[nn.Parameter] = []
+        for parameter in self.parameters():
+            if rows is None or parameter.dim() < 2 or len(parameter) <= rows:
+                optimized.append(parameter)
+                continue
+            parts = [nn.Parameter(part) for part in parameter.detach().split(rows)]
+            self._rows.append((parameter, parts))
+            optimized += parts
+        return optimized
+
+    def on_after_backward(self) -> None:
+        """Show the optimizer the gradients of rows."""
+        for parameter, parts in self._rows:
+            if parameter.grad is not None:
+                for part, gradient in zip(parts, parameter.grad.split(len(parts[0])), strict=True):
+                    part.grad = gradient
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Free gradients, also of what the optimizer knows by its rows only."""
+        for parameter, _ in self._rows:
+            parameter.grad = None
+        optimizer.zero_grad()
 
 
 def rows_of(sample: Sample, rows: Sequence[int]) -> Sample:

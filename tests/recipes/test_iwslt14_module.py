@@ -119,6 +119,23 @@ def test_the_optimizer_steps_as_fairseqs_adam(tmp_path: Path, data: IWSLT14DataM
         torch.testing.assert_close(other.state_dict()[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("techniques", [(), (microbatching,)])
+def test_an_optimizer_of_rows_steps_as_one_of_matrices(
+    tmp_path: Path, data: IWSLT14DataModule, techniques: tuple[Any, ...]
+) -> None:
+    def trained(rows: int | None) -> TranslationModule:
+        callbacks = [make() for make in techniques]
+        return fit(tmp_path, data, *callbacks, model=tiny(optimizer_rows=rows), accumulate_grad_batches=2)
+
+    whole, in_rows = trained(None), trained(10)
+    assert_equal_weights(whole, in_rows)
+    (optimizer,) = in_rows.trainer.optimizers
+    shapes = [tuple(parameter.shape) for parameter in optimizer.param_groups[0]["params"]]
+    assert shapes[:5] == [(10, 16)] * 4 + [(8, 16)]
+    names = [name for name, _ in in_rows.named_parameters()]
+    assert names == [name for name, _ in whole.named_parameters()]
+
+
 def test_the_learning_rate_is_fairseqs() -> None:
     lr, warmup, start = 5e-4, 4_000, 1e-7
     factor = inverse_square_root(warmup, start / lr)
@@ -235,6 +252,7 @@ def test_any_encoder_decoder_model_can_be_trained(tmp_path: Path, data: IWSLT14D
         ("warmup_init_lr", -1.0, "at least 0"),
         ("weight_decay", -1.0, "at least 0"),
         ("loss_chunk", 0, "at least 1, or None"),
+        ("optimizer_rows", 0, "at least 1, or None"),
         ("beam", 0, "at least 1"),
         ("max_len_b", 0, "at least 1"),
         ("num_val_translations", -2, "at least -1"),
