@@ -1,6 +1,6 @@
 """The memory of one DynamicConv training step on the true workload of IWSLT'14, in rows of techniques.
 
-    python -m benchmarks.iwslt14_memory [--batch typical] [--only REGEX] [--device meta]
+    python -m benchmarks.iwslt14_memory [--batch typical] [--only REGEX]
 
 The batches are fairseq's at 4,000 tokens, of the true lengths of all 160,239 training pairs; tokens are drawn
 from the true counts of the dictionaries, so that shapes, padding and the rows of the embeddings that have a
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import lzma
 import os
 import re
@@ -61,7 +62,7 @@ def load_dictionaries(folder: Path) -> dict[str, Any]:
     """The true dictionaries, with the counts of the training text."""
     dictionaries = {}
     for language in ("de", "en"):
-        lines = lzma.open(folder / f"dict.{language}.txt.xz", "rt", encoding="utf-8").read().splitlines()
+        lines = lzma.decompress((folder / f"dict.{language}.txt.xz").read_bytes()).decode().splitlines()
         pairs = [line.rsplit(" ", 1) for line in lines]
         dictionaries[language] = bridge.new_dictionary((s for s, _ in pairs), (int(n) for _, n in pairs))
     return dictionaries
@@ -121,7 +122,11 @@ def rows() -> dict[str, tuple[dict[str, Any], list[pl.Callback], dict[str, Any]]
         "8 microbatches, checkpointed, chunked loss": ({}, [microbatching(8), full("full")], {}),
         "bf16": ({}, [], half()),
         "8 microbatches, checkpointed, bf16": ({}, [microbatching(8), full("full")], half()),
-        "16 microbatches, checkpointed, bf16": ({"loss_chunk": 128}, [microbatching(16), full("full")], half()),
+        "16 microbatches, checkpointed, bf16": (
+            {"loss_chunk": 128},
+            [microbatching(16), full("full")],
+            half(),
+        ),
         "and Adam in 8 bits": (bits8, [microbatching(16), full("full")], half()),
         "all: and the optimizer in rows": (bits8 | rows, [microbatching(16), full("full")], half()),
         "all, Adam in 4 bits": (bits4 | rows, [microbatching(16), full("full")], half()),
@@ -138,12 +143,14 @@ class SecondStep(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Begin to count."""
         if batch_idx == 1:
             gc.collect()
             self.ledger = mt.MemoryLedger(pl_module, trainer.optimizers, batch)
             self.ledger.__enter__()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Stop counting."""
         if self.ledger is not None:
             self.ledger.__exit__(None, None, None)
 
@@ -198,8 +205,6 @@ def main() -> None:
     results: dict[str, Any] = {"batch": {**shape, "target_tokens": sample["ntokens"]}, "rows": {}}
     earlier = RESULTS / f"{name}.json"
     if options.only and earlier.is_file():
-        import json
-
         results = json.loads(earlier.read_text())["results"]
     for row, (arguments, callbacks, trainer_options) in rows().items():
         if not re.search(options.only, row):

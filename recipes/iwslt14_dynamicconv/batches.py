@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from lightning_memtrain.recipes.iwslt14_dynamicconv.fairseq_bridge import Sample
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+
+from lightning_memtrain.recipes.iwslt14_dynamicconv.fairseq_bridge import Sample
 
 Indices = NDArray[np.int64]
 
@@ -132,7 +133,11 @@ class ResumableLoader(DataLoader[Any]):
     """
 
     def __init__(
-        self, dataset: Any, batches: EpochBatches, collate: Callable[[list[Any]], Sample], num_workers: int = 0
+        self,
+        dataset: Any,
+        batches: EpochBatches,
+        collate: Callable[[list[Any]], Sample],
+        num_workers: int = 0,
     ) -> None:
         super().__init__(
             dataset,
@@ -184,9 +189,9 @@ def split_sample(sample: Sample, num_chunks: int) -> list[Sample]:
         The chunks, whose numbers of sentences differ by at most one.
     """
     num_sentences = len(sample["id"])
-    parts = []
+    parts: list[Sample] = []
     for ids in sample["id"].tensor_split(min(num_chunks, num_sentences)):
-        start = sum(len(part["id"]) for part in parts)
+        start = sum(part["nsentences"] for part in parts)
         rows = slice(start, start + len(ids))
         source = _trimmed(sample["net_input"]["src_tokens"][rows], left=True)
         target = _trimmed(sample["target"][rows], left=False)

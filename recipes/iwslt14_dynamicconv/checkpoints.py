@@ -5,11 +5,13 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+
 from lightning_memtrain.cli.errors import CommandError
 from lightning_memtrain.recipes.iwslt14_dynamicconv.module import VOCABULARY, TranslationModule
-from torch import Tensor
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -21,7 +23,11 @@ def add_options(parser: ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--checkpoint", type=Path, metavar="FILE", help="this checkpoint, not the last ones")
     which.add_argument(
-        "--average", type=int, default=10, metavar="N", help="the mean of the last N; default: 10, as published"
+        "--average",
+        type=int,
+        default=10,
+        metavar="N",
+        help="the mean of the last N; default: 10, as published",
     )
 
 
@@ -99,10 +105,10 @@ def load_mean(paths: Sequence[Path]) -> TranslationModule:
     return module.float().eval()
 
 
-def _read(path: Path) -> dict[str, object]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         # Mapped into memory, so that tensors are read when they are used.
-        content: dict[str, object] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file can raise anything
         raise CommandError(
             f"`{path}` cannot be read as a checkpoint ({type(error).__name__}).", exit_code=1

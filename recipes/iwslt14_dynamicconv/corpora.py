@@ -79,7 +79,8 @@ def iwslt14_corpus(folder: Path) -> Corpus:
     testing: dict[str, list[str]] = {
         language: list(
             chain.from_iterable(
-                text.segment_lines(folder / f"IWSLT14.{part}.de-en.{language}.xml") for part in text.TEST_PARTS
+                text.segment_lines(folder / f"IWSLT14.{part}.de-en.{language}.xml")
+                for part in text.TEST_PARTS
             )
         )
         for language in LANGUAGES
@@ -145,6 +146,4 @@ def multi30k_corpus(folder: Path) -> Corpus:
     Returns:
         The pairs of each split.
     """
-    return {
-        split: text.read_pairs(folder / f"{stem}.lc.norm.tok") for split, stem in MULTI30K_STEMS.items()
-    }
+    return {split: text.read_pairs(folder / f"{stem}.lc.norm.tok") for split, stem in MULTI30K_STEMS.items()}

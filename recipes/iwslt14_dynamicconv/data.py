@@ -6,14 +6,16 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from torch import Tensor
+
 from lightning_memtrain.recipes.download import locked
 from lightning_memtrain.recipes.iwslt14_dynamicconv import corpora, text
 from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
@@ -26,7 +28,6 @@ from lightning_memtrain.recipes.iwslt14_dynamicconv.batches import (
 )
 from lightning_memtrain.recipes.iwslt14_dynamicconv.corpora import DATA_DIR_VARIABLE, Corpus
 from lightning_memtrain.recipes.iwslt14_dynamicconv.text import LANGUAGES
-from torch import Tensor
 
 SPLITS = ("train", "valid", "test")
 CODES = "code"
@@ -37,9 +38,9 @@ Overlong: TypeAlias = Literal["skip", "error"]
 class TranslationDataModule(pl.LightningDataModule):
     """Sentence pairs in German and English, in fairseq's samples of at most so many tokens.
 
-    Reads a folder of text that was prepared as fairseq's ``prepare-iwslt14.sh`` does: ``train``, ``valid`` and
-    ``test``, each with ``.de`` and ``.en``, in subwords separated by spaces; beside them the ``code`` of the
-    subwords and, once they were made of the training text, ``dict.de.txt`` and ``dict.en.txt``. Looks for it
+    Reads a folder of text that was prepared as fairseq's ``prepare-iwslt14.sh`` does: ``train``, ``valid``
+    and ``test``, each with ``.de`` and ``.en``, in subwords separated by spaces; beside them the ``code`` of
+    the subwords and, once they were made of the training text, ``dict.de.txt`` and ``dict.en.txt``. Looks for it
     in ``data_dir``, then in ``$MEMTRAIN_DATA_DIR``, then in ``~/.cache/lightning_memtrain`` (each may be the
     folder or hold it), and otherwise prepares it in the first of these three that is set. Subclasses say of
     what.
@@ -310,8 +311,8 @@ class IWSLT14DataModule(TranslationDataModule):
 
     folder_name = "iwslt14.tokenized.de-en"
     num_merges = 10_000
-    num_pairs = {"train": 160_239, "valid": 7_283, "test": 6_750}
-    dictionary_sizes = {"de": 8_848, "en": 6_632}
+    num_pairs: ClassVar = {"train": 160_239, "valid": 7_283, "test": 6_750}
+    dictionary_sizes: ClassVar = {"de": 8_848, "en": 6_632}
 
     def read_corpus(self, places: Sequence[Path], download: bool) -> Corpus:
         """Tokenise, clean and split the official files.
@@ -342,9 +343,9 @@ class IWSLT14DataModule(TranslationDataModule):
         found = {language: len(dictionary) for language, dictionary in dictionaries.items()}
         if found != self.dictionary_sizes:
             warnings.warn(
-                f"The dictionaries of IWSLT'14 should have {self.dictionary_sizes} symbols, as in the published "
-                f"runs, but have {found}: another version of sacremoses or subword-nmt splits words in another "
-                "way. Results may differ a little.",
+                f"The dictionaries of IWSLT'14 should have {self.dictionary_sizes} symbols, as in the "
+                f"published runs, but have {found}: another version of sacremoses or subword-nmt splits "
+                "words in another way. Results may differ a little.",
                 stacklevel=2,
             )
 

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 # fairseq's own types are unknown to type checkers; these names say what is meant.
 Dictionary = Any
+Model = Any  # a FairseqEncoderDecoderModel
 Sample = dict[str, Any]
 
 _INSTALL = (
@@ -148,7 +149,7 @@ def pair_dataset(
     source_dictionary: Dictionary,
     target_dictionary: Dictionary,
 ) -> Any:
-    """fairseq's dataset of sentence pairs: sources are padded on the left, targets on the right.
+    """Fairseq's dataset of sentence pairs: sources are padded on the left, targets on the right.
 
     Args:
         source: ids of each source sentence.
@@ -178,7 +179,7 @@ def build_model(
     options: Mapping[str, Any],
     source_dictionary: Dictionary,
     target_dictionary: Dictionary,
-) -> nn.Module:
+) -> Model:
     """Build a registered encoder-decoder model.
 
     Args:
@@ -221,8 +222,7 @@ def build_model(
     models.ARCH_CONFIG_REGISTRY[architecture](arguments)
     task = Namespace(source_dictionary=source_dictionary, target_dictionary=target_dictionary)
     with _replaced_in_lightconv():
-        model: nn.Module = model_class.build_model(arguments, task)
-    return model
+        return model_class.build_model(arguments, task)
 
 
 @contextlib.contextmanager
@@ -342,7 +342,7 @@ class DeferredProjection(nn.Linear):
         return x if self.deferred else super().forward(x)
 
 
-def defer_projection(model: nn.Module) -> DeferredProjection:
+def defer_projection(model: Model) -> DeferredProjection:
     """Leave a model's projection onto the vocabulary to the loss.
 
     Args:
@@ -367,7 +367,7 @@ def defer_projection(model: nn.Module) -> DeferredProjection:
 
 
 @contextlib.contextmanager
-def projecting(model: nn.Module) -> Iterator[None]:
+def projecting(model: Model) -> Iterator[None]:
     """Have the model return scores of words again for as long as the block runs.
 
     Args:
@@ -384,7 +384,7 @@ def projecting(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: Model,
     sample: Sample,
     dictionary: Dictionary,
     *,
@@ -437,7 +437,7 @@ def words(ids: Tensor, dictionary: Dictionary, *, is_reference: bool = False) ->
 
 
 def smoothed_loss(scores: Tensor, target: Tensor, smoothing: float, padding: int) -> tuple[Tensor, Tensor]:
-    """fairseq's own label-smoothed cross-entropy, which holds the logarithms of all scores.
+    """Fairseq's own label-smoothed cross-entropy, which holds the logarithms of all scores.
 
     Args:
         scores: of words, shape ``(batch, length, words)``.

@@ -48,7 +48,7 @@ class ProjectedLoss(torch.autograd.Function):
         wide = torch.promote_types(features.dtype, torch.float32)
         likelihood = torch.zeros((), dtype=wide, device=features.device)
         smooth = torch.zeros_like(likelihood)
-        for rows, ids in zip(features.split(chunk), target.split(chunk), strict=True):
+        for rows, ids in zip(torch.split(features, chunk), torch.split(target, chunk), strict=True):
             counts = ids.ne(padding)
             scores = (rows @ weight.T).to(wide)
             normaliser = scores.logsumexp(1)
@@ -67,7 +67,7 @@ class ProjectedLoss(torch.autograd.Function):
 
         Args:
             ctx: autograd's.
-            grad_outputs: of the loss, and a second one that does not count.
+            *grad_outputs: of the loss, and a second one that does not count.
 
         Returns:
             One for each argument of the forward.
@@ -128,7 +128,7 @@ def projected_loss(
         # A Function is not cast by autocast; its linear layers are.
         dtype = torch.get_autocast_dtype(device_type)
         features, weight = features.to(dtype), weight.to(dtype)
-    sums: tuple[Tensor, Tensor] = ProjectedLoss.apply(
+    sums: tuple[Tensor, Tensor] = ProjectedLoss.apply(  # type: ignore[no-untyped-call]
         features.reshape(-1, features.size(-1)), weight, target.reshape(-1), smoothing, padding, chunk
     )
     return sums

@@ -9,13 +9,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.text import SacreBLEUScore
+
 from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
 from lightning_memtrain.recipes.iwslt14_dynamicconv.fairseq_bridge import Sample
 from lightning_memtrain.recipes.iwslt14_dynamicconv.loss import projected_loss
 from lightning_memtrain.recipes.iwslt14_dynamicconv.text import LANGUAGES
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics.text import SacreBLEUScore
 
 VOCABULARY = "vocabulary"
 
@@ -51,8 +52,8 @@ class TranslationModule(pl.LightningModule):
             apart from gradients, as fairseq's Adam does: ``torch.optim.AdamW`` or one with a smaller state,
             such as ``lightning_memtrain.adamw8bit``.
         loss_chunk: tokens whose scores of all words are held at once; ``None`` for all, as fairseq does.
-        optimizer_rows: rows of a large matrix (the embeddings and the projection) that the optimizer takes for
-            one parameter, at least 1; ``None`` for whole matrices. What the optimizer holds for each
+        optimizer_rows: rows of a large matrix (embeddings and projection) that the optimizer takes for one
+            parameter, at least 1; ``None`` for whole matrices. What the optimizer holds for each
             parameter while it steps is smaller so, and the step is the same.
         beam: hypotheses that are kept for each sentence, at least 1.
         length_penalty: exponent of the length by which a hypothesis's score is divided.
@@ -96,7 +97,10 @@ class TranslationModule(pl.LightningModule):
         _require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
         _require("loss_chunk", loss_chunk, loss_chunk is None or loss_chunk >= 1, "at least 1, or None")
         _require(
-            "optimizer_rows", optimizer_rows, optimizer_rows is None or optimizer_rows >= 1, "at least 1, or None"
+            "optimizer_rows",
+            optimizer_rows,
+            optimizer_rows is None or optimizer_rows >= 1,
+            "at least 1, or None",
         )
         _require("beam", beam, beam >= 1, "at least 1")
         _require("max_len_b", max_len_b, max_len_b >= 1, "at least 1")
@@ -105,11 +109,12 @@ class TranslationModule(pl.LightningModule):
         bridge.load()
         self.save_hyperparameters(ignore=["model", "optimizer"])
         self._optimizer = optimizer
-        self.model: nn.Module | None = None
+        self.model: bridge.Model = None
         self.dictionaries: dict[str, bridge.Dictionary] = {}
         self.codes = ""
         if model is not None:
-            self._adopt(model, model.encoder.dictionary, model.decoder.dictionary)
+            built: bridge.Model = model
+            self._adopt(built, built.encoder.dictionary, built.decoder.dictionary)
         self.val_bleu = SacreBLEUScore(tokenize="none")
         self.test_bleu = SacreBLEUScore(tokenize="none")
         self.test_translations: list[tuple[str, str, str]] = []
@@ -122,7 +127,7 @@ class TranslationModule(pl.LightningModule):
         # Without a Trainer this is `load_from_checkpoint`, which goes on with `on_load_checkpoint`.
         if self.model is not None or self._trainer is None:
             return
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if not getattr(data, "dictionaries", None):
             raise MisconfigurationException(
                 "`TranslationModule` builds its model for the dictionaries of a `TranslationDataModule`, but "
@@ -136,7 +141,7 @@ class TranslationModule(pl.LightningModule):
         options = self.hparams["options"] or {}
         self._adopt(bridge.build_model(self.hparams["architecture"], options, source, target), source, target)
 
-    def _adopt(self, model: nn.Module, source: bridge.Dictionary, target: bridge.Dictionary) -> None:
+    def _adopt(self, model: bridge.Model, source: bridge.Dictionary, target: bridge.Dictionary) -> None:
         if self.hparams["loss_chunk"] is not None:
             bridge.defer_projection(model)
         self.model = model
@@ -160,7 +165,11 @@ class TranslationModule(pl.LightningModule):
             mine = bridge.symbols_of(self.dictionaries[language])
             if mine != saved[language]:
                 at = next(
-                    (i for i, pair in enumerate(zip(mine, saved[language], strict=False)) if pair[0] != pair[1]),
+                    (
+                        i
+                        for i, pair in enumerate(zip(mine, saved[language], strict=False))
+                        if pair[0] != pair[1]
+                    ),
                     min(len(mine), len(saved[language])),
                 )
                 raise ValueError(
@@ -171,14 +180,12 @@ class TranslationModule(pl.LightningModule):
 
     def forward(self, sample: Sample) -> Tensor:
         """What the decoder makes of a sample: features of each token, or scores without ``loss_chunk``."""
-        assert self.model is not None
         output: Tensor = self.model(**sample["net_input"])[0]
         return output
 
     def _losses(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """Label-smoothed cross-entropy and negative log-likelihood, per target token."""
         features = self(sample)
-        assert self.model is not None
         weight, chunk = self.model.decoder.output_projection.weight, self.hparams["loss_chunk"]
         padding, smoothing = self.dictionaries["en"].pad(), self.hparams["label_smoothing"]
         if chunk is not None:
@@ -202,7 +209,7 @@ class TranslationModule(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Sample, batch_idx: int) -> None:
         """Log how many target tokens a second were trained on since it was logged last."""
         self._tokens += batch["ntokens"]
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
+        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             now = time.monotonic()
             self.log("train/tokens_per_second", self._tokens / (now - self._since), prog_bar=True)
             self._tokens, self._since = 0, now
@@ -251,7 +258,8 @@ class TranslationModule(pl.LightningModule):
 
     def _chosen(self, sample: Sample) -> Sample | None:
         """The sentences of a validation sample that are translated."""
-        wanted, total = self.hparams["num_val_translations"], len(self.trainer.val_dataloaders.dataset)
+        loader: Any = self.trainer.val_dataloaders
+        wanted, total = self.hparams["num_val_translations"], len(loader.dataset)
         if wanted == -1 or wanted >= total:
             return sample
         # Evenly over the corpus, so that long sentences are among them.
@@ -269,7 +277,6 @@ class TranslationModule(pl.LightningModule):
             For each sentence the source, the translation and the reference (empty if there is none), as
             tokens with subwords joined.
         """
-        assert self.model is not None
         hparams, (source, target) = self.hparams, (self.dictionaries[language] for language in LANGUAGES)
         hypotheses = bridge.generate(
             self.model,
@@ -309,7 +316,6 @@ class TranslationModule(pl.LightningModule):
         scheduler = {"scheduler": LambdaLR(optimizer, factor), "interval": "step", "name": "lr"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-
     def _optimized(self) -> list[nn.Parameter]:
         """All parameters; large matrices in rows, which are parameters that share their memory."""
         rows, self._rows = self.hparams["optimizer_rows"], []
@@ -318,7 +324,7 @@ class TranslationModule(pl.LightningModule):
             if rows is None or parameter.dim() < 2 or len(parameter) <= rows:
                 optimized.append(parameter)
                 continue
-            parts = [nn.Parameter(part) for part in parameter.detach().split(rows)]
+            parts = [nn.Parameter(part) for part in torch.split(parameter.detach(), rows)]
             self._rows.append((parameter, parts))
             optimized += parts
         return optimized
@@ -327,7 +333,7 @@ class TranslationModule(pl.LightningModule):
         """Show the optimizer the gradients of rows."""
         for parameter, parts in self._rows:
             if parameter.grad is not None:
-                for part, gradient in zip(parts, parameter.grad.split(len(parts[0])), strict=True):
+                for part, gradient in zip(parts, torch.split(parameter.grad, len(parts[0])), strict=True):
                     part.grad = gradient
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:

@@ -213,15 +213,13 @@ TEST_PARTS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.
 
 def training_lines(path: Path) -> list[str]:
     """Sentences of a ``train.tags`` file of IWSLT'14, with titles and descriptions."""
-    return [
-        _TAGS.sub("", line) for line in read_lines(path) if not any(tag in line for tag in _NO_SENTENCE)
-    ]
+    return [_TAGS.sub("", line) for line in read_lines(path) if not any(tag in line for tag in _NO_SENTENCE)]
 
 
 def segment_lines(path: Path) -> list[str]:
     """Sentences of an XML file of IWSLT'14, with straight apostrophes."""
     found = (line for line in read_lines(path) if "<seg id" in line)
-    return [_SEGMENT[1].sub("", _SEGMENT[0].sub("", line)).replace("’", "'") for line in found]
+    return [_SEGMENT[1].sub("", _SEGMENT[0].sub("", line)).replace("\u2019", "'") for line in found]
 
 
 def hold_out(pairs: Pairs, every: int = 23) -> tuple[Pairs, Pairs]:

@@ -11,7 +11,8 @@ import pytest
 from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
 
 needs_fairseq = pytest.mark.skipif(
-    not bridge.is_installed(), reason="fairseq is not installed: pip install 'lightning-memtrain[translation]'"
+    not bridge.is_installed(),
+    reason="fairseq is not installed: pip install 'lightning-memtrain[translation]'",
 )
 
 TINY: dict[str, Any] = {

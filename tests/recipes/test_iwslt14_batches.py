@@ -125,9 +125,7 @@ def test_chunks_are_the_sentences_in_order_without_needless_padding(
         assert (chunk["target"][:, -1] != 1).any()
         assert chunk["target"].is_contiguous()
         assert chunk["net_input"]["prev_output_tokens"].shape == chunk["target"].shape
-        assert torch.equal(
-            chunk["net_input"]["src_lengths"], chunk["net_input"]["src_tokens"].ne(1).sum(1)
-        )
+        assert torch.equal(chunk["net_input"]["src_lengths"], chunk["net_input"]["src_tokens"].ne(1).sum(1))
 
 
 @needs_fairseq

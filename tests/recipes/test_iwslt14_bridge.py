@@ -31,7 +31,9 @@ def test_without_fairseq_the_error_says_how_to_install_it(monkeypatch: pytest.Mo
     bridge.load.cache_clear()
     with pytest.raises(bridge.FairseqMissingError, match=r"pip install 'lightning-memtrain\[translation\]'"):
         bridge.load()
-    with pytest.raises(ImportError, match="READTHEDOCS=1 pip install --no-build-isolation --no-deps fairseq-"):
+    with pytest.raises(
+        ImportError, match="READTHEDOCS=1 pip install --no-build-isolation --no-deps fairseq-"
+    ):
         bridge.load()
 
 

@@ -129,7 +129,9 @@ def test_the_mean_of_checkpoints(trained: Path) -> None:
     mean = checkpoints.load_mean(paths).state_dict()
     states = [torch.load(path, weights_only=True)["state_dict"] for path in paths]
     assert all(torch.equal(mean[name], (states[0][name] + states[1][name]) / 2) for name in mean)
-    assert not torch.equal(states[0]["model.encoder.embed_tokens.weight"], mean["model.encoder.embed_tokens.weight"])
+    assert not torch.equal(
+        states[0]["model.encoder.embed_tokens.weight"], mean["model.encoder.embed_tokens.weight"]
+    )
 
 
 @needs_fairseq
@@ -150,9 +152,7 @@ def test_mistakes_are_answered_by_one_line(
     assert error_of(capsys, 2, "translate", str(trained), "--average=0", "a").startswith("--average must be")
 
 
-def test_a_command_needs_a_run_of_its_recipe(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_command_needs_a_run_of_its_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is no run folder: it does not exist" in error_of(capsys, 2, "translate", str(tmp_path / "no"))
     path = "lightning_memtrain.recipes.cifar10_wrn28_2.data.X"
     (tmp_path / "config.yaml").write_text(f"data:\n  class_path: {path}\n")

@@ -41,7 +41,7 @@ def written_out(features: Tensor, weight: Tensor, target: Tensor) -> tuple[Tenso
 def test_losses_and_gradients_are_those_of_all_scores_at_once(
     batch: tuple[Tensor, Tensor, Tensor], chunk: int
 ) -> None:
-    features, weight, target = batch
+    features, weight, _ = batch
     expected = written_out(*batch)
     expected_grads = torch.autograd.grad(3 * expected[0], (features, weight))
     found = projected_loss(*batch, smoothing=SMOOTHING, padding=PADDING, chunk=chunk)

@@ -47,7 +47,13 @@ def tiny(**options: Any) -> TranslationModule:
 
 def fit(folder: Path, data: Any, *callbacks: Any, model: Any = None, **options: Any) -> TranslationModule:
     model = model or tiny()
-    settings = {"max_epochs": -1, "max_steps": 4, "num_sanity_val_steps": 0, "limit_val_batches": 0, **options}
+    settings = {
+        "max_epochs": -1,
+        "max_steps": 4,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+        **options,
+    }
     settings.setdefault("enable_checkpointing", any(isinstance(c, ModelCheckpoint) for c in callbacks))
     ckpt_path = settings.pop("ckpt_path", None)
     trainer = quiet_trainer(folder, *callbacks, use_distributed_sampler=False, **settings)
@@ -222,7 +228,9 @@ def test_a_checkpoint_is_used_without_the_data_and_refused_with_other_data(
     other = write_corpus(tmp_path / "other")
     lines = (other / "train.de").read_text().replace("wort7\n", "new7\n")
     (other / "train.de").write_text(lines)
-    with pytest.raises(ValueError, match=r"`dict.de.txt` must be that of the checkpoint, .* differ from line"):
+    with pytest.raises(
+        ValueError, match=r"`dict.de.txt` must be that of the checkpoint, .* differ from line"
+    ):
         fit(
             tmp_path,
             IWSLT14DataModule(str(other), max_tokens=80, download=False),
@@ -239,7 +247,9 @@ def test_any_encoder_decoder_model_can_be_trained(tmp_path: Path, data: IWSLT14D
     assert by_name.trainer.global_step == 4
     built = bridge.build_model("lightconv_iwslt_de_en", TINY, *data.dictionaries.values())
     fit(tmp_path, data, model=tiny(model=built))
-    with pytest.raises(MisconfigurationException, match="there is none. Pass one as `datamodule`, or pass a `model`"):
+    with pytest.raises(
+        MisconfigurationException, match=r"there is none\. Pass one as `datamodule`, or pass a `model`"
+    ):
         quiet_trainer(tmp_path, limit_val_batches=0).fit(tiny(), torch.utils.data.DataLoader([0]))
 
 
@@ -260,5 +270,7 @@ def test_any_encoder_decoder_model_can_be_trained(tmp_path: Path, data: IWSLT14D
     ],
 )
 def test_arguments_are_checked(name: str, value: float, expected: str) -> None:
-    with pytest.raises(ValueError, match=rf"`TranslationModule\({name}\)` must be {expected}, but got {name}="):
+    with pytest.raises(
+        ValueError, match=rf"`TranslationModule\({name}\)` must be {expected}, but got {name}="
+    ):
         TranslationModule(**{name: value})

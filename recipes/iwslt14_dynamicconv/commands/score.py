@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
+
 from lightning_memtrain.cli.errors import CommandError
 from lightning_memtrain.recipes.iwslt14_dynamicconv import checkpoints
 from lightning_memtrain.recipes.iwslt14_dynamicconv.text import write_lines

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
 from lightning_memtrain.cli.errors import CommandError
 from lightning_memtrain.recipes.iwslt14_dynamicconv import checkpoints, text
 from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
@@ -50,7 +51,9 @@ def run(folder: Path, options: Namespace) -> int:
             print(line)
         return 0
     for line in sys.stdin:
-        print(*translate(module, [line], tokenized=options.tokenized, max_tokens=options.max_tokens), flush=True)
+        print(
+            *translate(module, [line], tokenized=options.tokenized, max_tokens=options.max_tokens), flush=True
+        )
     return 0
 
 
@@ -58,7 +61,9 @@ def _stdin() -> list[str]:
     try:
         return sys.stdin.buffer.read().decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise CommandError(f"the sentences on stdin must be UTF-8, but are not ({error}).", exit_code=1) from error
+        raise CommandError(
+            f"the sentences on stdin must be UTF-8, but are not ({error}).", exit_code=1
+        ) from error
 
 
 def translate(
@@ -85,8 +90,8 @@ def translate(
     lengths = np.array([len(sentence) for sentence in ids])
     if len(lengths) and lengths.max() > max_tokens:
         raise CommandError(
-            f"a sentence must have at most --max-tokens={max_tokens} tokens, but number {lengths.argmax() + 1} "
-            f"has {lengths.max()}. Split it, or raise --max-tokens.",
+            f"a sentence must have at most --max-tokens={max_tokens} tokens, but number "
+            f"{lengths.argmax() + 1} has {lengths.max()}. Split it, or raise --max-tokens.",
             exit_code=1,
         )
     dataset = bridge.pair_dataset(ids, None, dictionary, module.dictionaries["en"])
