@@ -40,10 +40,10 @@ class TranslationDataModule(pl.LightningDataModule):
 
     Reads a folder of text that was prepared as fairseq's ``prepare-iwslt14.sh`` does: ``train``, ``valid``
     and ``test``, each with ``.de`` and ``.en``, in subwords separated by spaces; beside them the ``code`` of
-    the subwords and, once they were made of the training text, ``dict.de.txt`` and ``dict.en.txt``. Looks for it
-    in ``data_dir``, then in ``$MEMTRAIN_DATA_DIR``, then in ``~/.cache/lightning_memtrain`` (each may be the
-    folder or hold it), and otherwise prepares it in the first of these three that is set. Subclasses say of
-    what.
+    the subwords and, once they were made of the training text, ``dict.de.txt`` and ``dict.en.txt``. Looks for
+    it in ``data_dir``, then in ``$MEMTRAIN_DATA_DIR``, then in ``~/.cache/lightning_memtrain`` (each may be
+    the folder or hold it), and otherwise prepares it in the first of these three that is set. Subclasses say
+    of what.
 
     Args:
         data_dir: where the data is or shall be; ``None`` to use the other places.

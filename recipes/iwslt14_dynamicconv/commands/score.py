@@ -54,7 +54,8 @@ def run(folder: Path, options: Namespace) -> int:
     except (OSError, ValueError) as error:
         raise CommandError(str(error), exit_code=1) from error
     _, translations, references = zip(*module.test_translations, strict=True)
-    by_sacrebleu = BLEU(tokenize="none")
+    # `force`: that the text is tokenised is meant.
+    by_sacrebleu = BLEU(tokenize="none", force=True)
     score = by_sacrebleu.corpus_score(list(translations), [list(references)])
     print(f"test/bleu {trainer.callback_metrics['test/bleu']:.2f}")
     print(f"test/loss {trainer.callback_metrics['test/loss']:.4f}")
