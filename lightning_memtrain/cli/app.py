@@ -140,9 +140,14 @@ def _run_command(name: str, argv: list[str]) -> int:
         raise CommandError(f"`memtrain {name}` needs a run of {having}, but `{run_dir}` is {what}.")
     if recipe not in recipes.installed().values():
         recipe.make_importable()
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     command = recipe.command(name)
     command.add_options(parser)
-    return command.run(run_dir, parser.parse_intermixed_args(argv))
+    try:
+        return command.run(run_dir, parser.parse_intermixed_args(argv))
+    except MisconfigurationException as error:
+        raise CommandError(str(error)) from error
 
 
 class _Parser(argparse.ArgumentParser):

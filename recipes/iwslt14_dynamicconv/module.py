@@ -60,7 +60,7 @@ class TranslationModule(pl.LightningModule):
         max_len_a: see ``max_len_b``.
         max_len_b: a translation has at most ``max_len_a`` times the source length plus this many tokens.
         num_val_translations: validation sentences that are translated for ``val/bleu``; 0 for none, -1 for
-            all. They are the first in the order of length, but taken evenly over it.
+            all. They are taken evenly over the corpus.
         num_shown: translations in the table.
 
     Raises:

@@ -10,10 +10,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 LANGUAGES = ("de", "en")
 
 # What is called with each line that is done.
 Advance = Callable[[], None]
+
+
+class MissingPackageError(MisconfigurationException, ImportError):
+    """A package is not installed; the message says how to install it."""
 
 
 class Pairs(NamedTuple):
@@ -244,7 +250,7 @@ def hold_out(pairs: Pairs, every: int = 23) -> tuple[Pairs, Pairs]:
 
 @contextmanager
 def steps(title: str, total: int) -> Iterator[Advance]:
-    """Show a bar of progress for as long as the block runs.
+    """Show a bar of progress on stderr for as long as the block runs.
 
     Args:
         title: what is done.
@@ -253,9 +259,11 @@ def steps(title: str, total: int) -> Iterator[Advance]:
     Yields:
         A function to call after each step.
     """
+    from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(title, total=total)
         yield lambda: progress.advance(task)
 
@@ -270,7 +278,7 @@ def _imported(module: str) -> Any:
 
     package = module.partition(".")[0]
     if find_spec(package) is None:
-        raise ImportError(
+        raise MissingPackageError(
             f"Preparing text needs {package.replace('_', '-')}, which is not installed. Install it: "
             "pip install 'lightning-memtrain[translation]'"
         )
