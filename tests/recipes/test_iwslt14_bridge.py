@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
+from lightning_memtrain.recipes.iwslt14_dynamicconv.layers import SinusoidalPositions
 from tests.helpers.translation import TINY, WITHOUT_DROPOUT, needs_fairseq
 
 
@@ -76,7 +77,7 @@ def test_outputs_are_those_of_fairseqs_own_parts(
 @needs_fairseq
 def test_positions_are_fairseqs() -> None:
     theirs = bridge.load().modules.SinusoidalPositionalEmbedding(16, 1, init_size=20)
-    ours = bridge.SinusoidalPositions(16, 1)
+    ours = SinusoidalPositions(16, 1)
     for tokens in (SOURCE, TARGET):
         assert torch.equal(ours(tokens), theirs(tokens))
         assert torch.equal(ours(tokens, incremental_state={}), theirs(tokens, incremental_state={}))
