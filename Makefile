@@ -10,6 +10,10 @@ bin := $(VENV)/bin
 # The build constraint pins what builds our own wheel; pip before 25.3 takes it from the first variable.
 pip := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	$(bin)/python -m pip --quiet --quiet
+# fairseq and what its import and the recipe on it need. Its extensions in C++ are left out, so that no compiler
+# is needed: that is what READTHEDOCS=1 says to its setup.py. Its requirement of torchaudio is not needed either.
+translation := fairseq-fixed hydra-core omegaconf antlr4-python3-runtime bitarray sacrebleu portalocker tabulate \
+	lxml colorama sacremoses subword-nmt
 set_up := pyproject.toml constraints.txt lightning_memtrain/__about__.py
 
 .DEFAULT_GOAL := help
@@ -55,7 +59,7 @@ types: $(VENV)/.dev
 		--no-error-summary
 
 # One thread per worker: two workers on two cores, and byte counts that do not depend on the machine.
-unit: $(VENV)/.dev
+unit: $(VENV)/.translation
 	@OMP_NUM_THREADS=1 $(bin)/python -m pytest -q -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # Their own deprecations under today's torch are not ours to mend, so warnings are no errors here.
@@ -109,6 +113,11 @@ $(VENV)/.dev: $(bin)/python $(set_up)
 	@echo "== installing the library with its test tools (some minutes, once)"
 	@$(pip) install --editable '.[dev]'
 	@touch $@ $(VENV)/.recipes
+
+$(VENV)/.translation: $(VENV)/.dev
+	@READTHEDOCS=1 $(pip) install --no-build-isolation --no-deps $(translation) \
+		|| echo "fairseq could not be installed; the tests of translation will skip"
+	@touch $@
 
 # Packages that must not be in .venv itself lie in folders that go before it on the path.
 $(VENV)/.lint $(VENV)/.oldest: $(VENV)/.%: constraints-%.txt | $(VENV)/.dev

@@ -47,6 +47,8 @@ def _dispatch(argv: list[str]) -> int:
         return _run(argv[1:])
     if command == "demo" and not asks_for_help:
         return _demo(argv[1:])
+    if command in _commands_of_recipes():
+        return _run_command(command, argv[1:])
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         options = parser.commands.get(command, parser).option_strings
@@ -111,6 +113,43 @@ def _demo(argv: list[str]) -> int:
     return run_demo(args.run_dir, overrides)
 
 
+def _commands_of_recipes() -> dict[str, str]:
+    """What the commands that recipes bring along do, by name."""
+    return {
+        name: summary for recipe in recipes.installed().values() for name, summary in recipe.commands.items()
+    }
+
+
+def _run_command(name: str, argv: list[str]) -> int:
+    """Run a command of a recipe; its options are known once it is known of which run it is asked."""
+    from lightning_memtrain.cli.run_folder import RunFolder
+
+    parser = _Parser(prog=f"memtrain {name}", description=_commands_of_recipes()[name], allow_abbrev=False)
+    parser.add_argument("folder", metavar="RUN", type=Path, help="a run's folder")
+    if not argv or argv[0].startswith("-"):
+        if not {"-h", "--help"}.isdisjoint(argv):
+            parser.epilog = f"More options depend on the recipe: memtrain {name} RUN --help"
+            parser.parse_args(argv)
+        raise CommandError(f"`memtrain {name}` needs the folder of a run before its options.")
+    run_dir = Path(argv[0])
+    folder = RunFolder.open(run_dir)
+    recipe = folder.recipe()
+    if recipe is None or name not in recipe.commands:
+        having = ", ".join(f"`{known}`" for known, it in recipes.installed().items() if name in it.commands)
+        what = f"a run of `{recipe.name}`" if recipe else "a run of another recipe"
+        raise CommandError(f"`memtrain {name}` needs a run of {having}, but `{run_dir}` is {what}.")
+    if recipe not in recipes.installed().values():
+        recipe.make_importable()
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    command = recipe.command(name)
+    command.add_options(parser)
+    try:
+        return command.run(run_dir, parser.parse_intermixed_args(argv))
+    except MisconfigurationException as error:
+        raise CommandError(str(error)) from error
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports a mistake as a :class:`CommandError`."""
 
@@ -161,6 +200,8 @@ def _parser() -> _CommandParser:
     run = parser.add("run", "train by a recipe", _run_options())
     report = parser.add("report", "print the memory report of a run")
     parser.add("demo", "train WRN-28-2 on handwritten digits and show its memory", _demo_options())
+    for name, summary in _commands_of_recipes().items():
+        parser.add(name, summary[0].lower() + summary[1:])
 
     recipe: dict[str, Any] = {
         "metavar": "RECIPE",

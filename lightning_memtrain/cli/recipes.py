@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import importlib
 import importlib.resources
 import importlib.util
@@ -11,6 +13,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, cast
 
 from lightning_memtrain.cli.errors import CommandError, did_you_mean
 
@@ -18,12 +21,31 @@ CONFIG = "config.yaml"
 PACKAGE = "lightning_memtrain.recipes"
 
 
+class RecipeCommand(Protocol):
+    """A module that makes a command of ``memtrain`` for what was trained by a recipe."""
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the options, beside the run's folder."""
+
+    def run(self, folder: Path, options: argparse.Namespace) -> int:
+        """Do it.
+
+        Args:
+            folder: of the run.
+            options: those that were declared.
+
+        Returns:
+            The exit code of the command.
+        """
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A folder with the configuration of a training run, and code that only this run needs.
 
     ``config.yaml`` is a configuration of LightningCLI; each ``variants/NAME.yaml`` is laid over it. The
-    comment at the top of either says what it is.
+    comment at the top of either says what it is. Each ``commands/NAME.py`` is a :class:`RecipeCommand`, and
+    its docstring says what it does.
 
     Args:
         name: how it is called on the command line.
@@ -63,6 +85,31 @@ class Recipe:
             )
         return variants[name]
 
+    @property
+    def commands(self) -> dict[str, str]:
+        """What each command does that can be given a run of this recipe, by name."""
+        files = sorted(self.folder.glob("commands/[a-z]*.py"))
+        # Read and not imported, so that listing them need not wait for torch.
+        docs = {file.stem: ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) for file in files}
+        return {name: (doc or "").split("\n")[0].rstrip(".") for name, doc in docs.items()}
+
+    def command(self, name: str) -> RecipeCommand:
+        """Import a command.
+
+        Args:
+            name: one of :attr:`commands`.
+
+        Returns:
+            Its module.
+        """
+        return cast(RecipeCommand, importlib.import_module(f"{self.package}.commands.{name}"))
+
+    @property
+    def package(self) -> str:
+        """The name by which the code is imported: that of the recipe it was copied from, or the folder's."""
+        original = package_in(self.config)
+        return f"{PACKAGE}.{original}" if original else self.folder.name
+
     def copy_to(self, target: Path, *, force: bool = False) -> None:
         """Copy the folder, to be changed and run.
 
@@ -93,9 +140,8 @@ class Recipe:
         if str(self.folder.parent) not in sys.path:
             sys.path.insert(0, str(self.folder.parent))
         config = self.config.read_text(encoding="utf-8")
-        original = re.search(rf"\b{re.escape(PACKAGE)}\.(\w+)\.", config)
-        name = f"{PACKAGE}.{original[1]}" if original else self.folder.name
-        if original and (self.folder / "__init__.py").is_file():
+        name = self.package
+        if name.startswith(PACKAGE) and (self.folder / "__init__.py").is_file():
             _import_as(name, self.folder)
         for module in dict.fromkeys(re.findall(rf"\b({re.escape(name)}\.[\w.]+)\.\w+", config)):
             # Here, where a mistake in them shows its traceback; jsonargparse would leave that out.
@@ -131,6 +177,19 @@ def describe(path: Path) -> str:
         line.lstrip("# ").rstrip() for line in itertools.takewhile(lambda line: line[:1] == "#", lines)
     )
     return re.split(r"(?<=\.)\s", comment, maxsplit=1)[0]
+
+
+def package_in(config: Path) -> str | None:
+    """Which of the recipes that come with the package a configuration takes its classes from.
+
+    Args:
+        config: a recipe's ``config.yaml``, or a run's.
+
+    Returns:
+        The recipe's name, or ``None`` if it is none of them.
+    """
+    found = re.search(rf"\b{re.escape(PACKAGE)}\.(\w+)\.", config.read_text(encoding="utf-8"))
+    return found[1] if found else None
 
 
 def installed() -> dict[str, Recipe]:

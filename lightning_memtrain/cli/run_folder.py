@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from lightning_memtrain.cli.errors import CommandError
-from lightning_memtrain.cli.recipes import CONFIG, Recipe
+from lightning_memtrain.cli.recipes import CONFIG, Recipe, installed, package_in
 
 # Where the first process of a distributed run tells those it starts which folder it chose.
 _CHOSEN = "MEMTRAIN_RUN_DIR"
@@ -93,7 +93,7 @@ class RunFolder:
         folder = cls(path)
         if not folder.config.is_file():
             what = "has no `config.yaml`" if path.is_dir() else "does not exist"
-            raise CommandError(f"`{path}` is no run folder to resume: it {what}.")
+            raise CommandError(f"`{path}` is no run folder: it {what}.")
         return folder
 
     def keep_code(self, recipe: Recipe) -> None:
@@ -114,6 +114,10 @@ class RunFolder:
         for config in self.code.glob(f"*/{CONFIG}"):
             return Recipe(config.parent.name, config.parent.resolve())
         return None
+
+    def recipe(self) -> Recipe | None:
+        """The recipe of the run, or ``None`` if it is neither an installed one nor was kept."""
+        return self.kept_recipe() or installed().get(package_in(self.config) or "")
 
     def last_checkpoint(self) -> tuple[Path, int]:
         """The checkpoint with most optimizer steps done; of several, the one written last.

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_memtrain.recipes.cifar10_wrn28_2.archive import ChecksumError, download, locked, unpack
 from lightning_memtrain.recipes.cifar10_wrn28_2.augment import CropAndFlip, generator_for
 from lightning_memtrain.recipes.cifar10_wrn28_2.batches import (
     FOLDER,
@@ -25,6 +24,7 @@ from lightning_memtrain.recipes.cifar10_wrn28_2.batches import (
     read_batch,
 )
 from lightning_memtrain.recipes.cifar10_wrn28_2.loader import Batch, EpochSampler, ImageSet, ResumableLoader
+from lightning_memtrain.recipes.download import ChecksumError, download, locked, unpack
 
 DATA_DIR_VARIABLE = "MEMTRAIN_DATA_DIR"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"

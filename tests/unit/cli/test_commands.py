@@ -137,8 +137,8 @@ def test_folder_that_is_no_recipe(recipe, capsys):
             ["run", "tiny", "--resume=x"],
             "--resume goes on with a run as it is; leave out recipe, --variant and --run-dir.",
         ),
-        (["run", "--resume=nowhere"], "`nowhere` is no run folder to resume: it does not exist."),
-        (["run", "--resume=installed"], "`installed` is no run folder to resume: it has no `config.yaml`."),
+        (["run", "--resume=nowhere"], "`nowhere` is no run folder: it does not exist."),
+        (["run", "--resume=installed"], "`installed` is no run folder: it has no `config.yaml`."),
         (
             ["run", "tiny", "--run-dir=installed"],
             "the run folder `installed` exists and is not an empty folder; name another one, or go on "

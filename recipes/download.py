@@ -1,4 +1,4 @@
-"""Getting a data archive over a bad line, and unpacking it without trusting it."""
+"""Getting a data archive over a bad line, and unpacking it without trusting it: what the recipes share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ChecksumError(ValueError):
     """A complete download is not the file that was expected."""
 
 
-def download(url: str, path: Path, *, sha256: str) -> None:
+def download(url: str, path: Path, *, sha256: str | None) -> None:
     """Download a file; go on where an earlier, broken download of it stopped.
 
     The bytes gather in ``<path>.part``, which becomes ``path`` in one step once its checksum is right. A
@@ -38,7 +38,8 @@ def download(url: str, path: Path, *, sha256: str) -> None:
     Args:
         url: where the file is.
         path: where it shall be; its folder is made.
-        sha256: the file's SHA-256 checksum, in hexadecimal digits.
+        sha256: the file's SHA-256 checksum, in hexadecimal digits; ``None`` if its authors publish none, for
+            a caller who checks what is in it.
 
     Raises:
         OSError: if the server cannot be reached, refuses, or sends nothing more. What arrived is kept.
@@ -48,11 +49,10 @@ def download(url: str, path: Path, *, sha256: str) -> None:
     part = path.with_name(path.name + ".part")
     with _progress(f"Downloading {path.name}") as report:
         in_one_piece = _fetch(url, part, report)
-        if not in_one_piece and _sha256(part) != sha256:
+        if sha256 is not None and not in_one_piece and _sha256(part) != sha256:
             part.unlink()
             _fetch(url, part, report)
-    found = _sha256(part)
-    if found != sha256:
+    if sha256 is not None and (found := _sha256(part)) != sha256:
         part.unlink()
         raise ChecksumError(
             f"The file at {url} must have the SHA-256 checksum {sha256}, but what arrived has {found}. "

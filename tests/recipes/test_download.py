@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from lightning_memtrain.recipes.cifar10_wrn28_2.archive import ChecksumError, download, locked, unpack
+from lightning_memtrain.recipes.download import ChecksumError, download, locked, unpack
 
 CONTENT = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -101,6 +101,12 @@ def test_downloads_in_one_piece(server: Server, path: Path) -> None:
     assert path.read_bytes() == CONTENT
     assert server.ranges == [None]
     assert [file.name for file in path.parent.iterdir()] == ["data.tar.gz"]
+
+
+def test_a_file_without_a_published_checksum_is_taken_as_it_comes(server: Server, path: Path) -> None:
+    server.sends_at_most = 100_000
+    download(server.url, path, sha256=None)
+    assert path.read_bytes() == CONTENT
 
 
 def test_goes_on_where_the_connection_broke(server: Server, path: Path) -> None:

@@ -1,0 +1,116 @@
+"""Trained models out of a run's checkpoints, and the mean of several."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memtrain.cli.errors import CommandError
+from lightning_memtrain.recipes.iwslt14_dynamicconv.module import VOCABULARY, TranslationModule
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Declare which checkpoints of a run are used.
+
+    Args:
+        parser: of a command.
+    """
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", type=Path, metavar="FILE", help="this checkpoint, not the last ones")
+    which.add_argument(
+        "--average",
+        type=int,
+        default=10,
+        metavar="N",
+        help="the mean of the last N; default: 10, as published",
+    )
+
+
+def load_trained(folder: Path, options: Namespace) -> TranslationModule:
+    """Load the model of a run.
+
+    Args:
+        folder: of the run.
+        options: see :func:`add_options`.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        CommandError: if there is no checkpoint, or it is no translation model's.
+    """
+    if options.checkpoint is not None:
+        if not options.checkpoint.is_file():
+            raise CommandError(f"there is no checkpoint `{options.checkpoint}`.", exit_code=1)
+        return load_mean([options.checkpoint])
+    if options.average < 1:
+        raise CommandError(f"--average must be at least 1, but is {options.average}.")
+    return load_mean(last_checkpoints(folder, options.average))
+
+
+def last_checkpoints(folder: Path, number: int) -> list[Path]:
+    """The checkpoints of a run with most optimizer steps, one for each number of steps.
+
+    Args:
+        folder: of the run.
+        number: how many at most.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        CommandError: if there is none.
+    """
+    by_steps = {int(_read(path)["global_step"]): path for path in sorted(folder.glob("checkpoints/*.ckpt"))}
+    if not by_steps:
+        raise CommandError(
+            f"there is no checkpoint in `{folder / 'checkpoints'}`: train until the first one is saved, "
+            "after an epoch or at Ctrl-C.",
+            exit_code=1,
+        )
+    return [by_steps[steps] for steps in sorted(by_steps)[-number:]]
+
+
+def load_mean(paths: Sequence[Path]) -> TranslationModule:
+    """Load the mean of the weights of several checkpoints of one run.
+
+    Args:
+        paths: the checkpoints, at least one.
+
+    Returns:
+        The model with the mean of each parameter, summed in float32, in evaluation mode.
+
+    Raises:
+        CommandError: if one is no checkpoint of a translation model, or they have different dictionaries.
+    """
+    sums: dict[str, Tensor] = {}
+    vocabulary = None
+    for path in paths:
+        checkpoint = _read(path)
+        if vocabulary not in (None, checkpoint.get(VOCABULARY)) or VOCABULARY not in checkpoint:
+            raise CommandError(
+                f"`{path}` is not of the translation model that the other checkpoints are of.", exit_code=1
+            )
+        vocabulary = checkpoint[VOCABULARY]
+        for name, tensor in checkpoint["state_dict"].items():
+            wide = tensor.float()
+            sums[name] = sums[name] + wide if name in sums else wide
+    module = TranslationModule.load_from_checkpoint(paths[-1], map_location="cpu", weights_only=True)
+    module.load_state_dict({name: tensor / len(paths) for name, tensor in sums.items()})
+    return module.float().eval()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        # Mapped into memory, so that tensors are read when they are used.
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged file can raise anything
+        raise CommandError(
+            f"`{path}` cannot be read as a checkpoint ({type(error).__name__}).", exit_code=1
+        ) from error
+    return content

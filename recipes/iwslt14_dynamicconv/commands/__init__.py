@@ -1,0 +1,1 @@
+"""Commands of ``memtrain`` for what was trained by this recipe."""

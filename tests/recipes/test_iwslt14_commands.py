@@ -1,0 +1,179 @@
+"""The recipe on the command line: variants, and what is done with a trained model."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import lightning_memtrain.recipes.iwslt14_dynamicconv as recipe
+from lightning_memtrain.cli import main
+from lightning_memtrain.recipes.iwslt14_dynamicconv import checkpoints, text
+from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
+from tests.helpers.cli import IGNORED
+from tests.helpers.translation import TINY, needs_fairseq, write_corpus
+
+pytestmark = pytest.mark.filterwarnings(
+    *IGNORED, "ignore:Checkpoint directory .* exists", "ignore:.*dataloader, does not have"
+)
+VARIANTS = sorted((Path(recipe.__file__).parent / "variants").glob("*.yaml"))
+RUN = [
+    "run",
+    "iwslt14_dynamicconv",
+    "--trainer.callbacks=[]",
+    "--trainer.callbacks+=ModelCheckpoint",
+    "--trainer.callbacks.save_top_k=-1",
+    "--trainer.callbacks.every_n_train_steps=2",
+    f"--model.options={yaml.safe_dump(TINY, default_flow_style=True, width=10_000).strip()}",
+    "--model.warmup_steps=5",
+    "--model.max_len_b=12",
+    "--data.max_tokens=80",
+    "--data.download=false",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.max_steps=6",
+    "--trainer.limit_val_batches=0",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of six steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = write_corpus(folder / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["memtrain"])
+        patch.setenv("MEMTRAIN_RUN_DIR", "")
+        assert main([*RUN, f"--data.data_dir={data}", f"--run-dir={folder / 'run'}"]) == 0
+    return folder / "run"
+
+
+def error_of(capsys: pytest.CaptureFixture[str], code: int, *args: str) -> str:
+    capsys.readouterr()
+    assert main(args) == code
+    lines = capsys.readouterr().err.splitlines()
+    return lines[-1].removeprefix("memtrain: error: ")
+
+
+def test_every_variant_is_tested_here() -> None:
+    names = [path.stem for path in VARIANTS]
+    assert names == ["all", "baseline", "bf16", "checkpointed", "microbatched", "multi30k"]
+
+
+@needs_fairseq
+@pytest.mark.parametrize("variant", [path.stem for path in VARIANTS])
+def test_a_variant_is_read(variant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "iwslt14_dynamicconv", f"--variant={variant}", "--print_config"])
+    assert ended.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    names = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
+    assert names[:2] == ["MemoryProfiler", "ModelCheckpoint"]
+    added = {
+        "all": ["Microbatching", "ActivationCheckpointing"],
+        "microbatched": ["Microbatching"],
+        "checkpointed": ["ActivationCheckpointing"],
+    }
+    assert names[2:] == added.get(variant, [])
+    assert bool(config["trainer"]["plugins"]) == (variant in ("all", "bf16"))
+    options = config["model"]["init_args"]
+    assert options["options"]["dropout"] == 0.3
+    assert (options["loss_chunk"] is None) == (variant == "baseline")
+
+
+@needs_fairseq
+def test_translate_prints_a_line_per_sentence(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["translate", str(trained), "Wort1 wort2", "", "wort3"]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    assert len(lines) == 4
+    assert lines[1] == lines[3] == ""
+
+
+@needs_fairseq
+def test_translate_reads_stdin(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"wort1 wort2\nwort3\n")))
+    assert main(["translate", str(trained), "--tokenized", "--average=2"]) == 0
+    from_stdin = capsys.readouterr().out.splitlines()
+    assert len(from_stdin) == 2
+    assert main(["translate", str(trained), "--tokenized", "--average=2", "wort1 wort2", "wort3"]) == 0
+    assert capsys.readouterr().out.splitlines() == from_stdin
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("schön".encode("latin-1"))))
+    message = error_of(capsys, 1, "translate", str(trained))
+    assert message.startswith("the sentences on stdin must be UTF-8, but are not")
+
+
+@needs_fairseq
+def test_score_prints_bleu_twice_and_writes_translations(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["score", str(trained), f"--output={tmp_path / 'out'}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("test/bleu ") for line in lines)
+    assert any(line.startswith("sacrebleu ") and "tok:none" in line for line in lines)
+    assert len((tmp_path / "out").read_text().splitlines()) == 10
+    message = error_of(capsys, 1, "score", str(trained), f"--data-dir={tmp_path}")
+    assert "was not found in" in message
+
+
+@needs_fairseq
+def test_the_mean_of_checkpoints(trained: Path) -> None:
+    paths = checkpoints.last_checkpoints(trained, 2)
+    assert [torch.load(path, weights_only=True)["global_step"] for path in paths] == [4, 6]
+    mean = checkpoints.load_mean(paths).state_dict()
+    states = [torch.load(path, weights_only=True)["state_dict"] for path in paths]
+    assert all(torch.equal(mean[name], (states[0][name] + states[1][name]) / 2) for name in mean)
+    assert not torch.equal(
+        states[0]["model.encoder.embed_tokens.weight"], mean["model.encoder.embed_tokens.weight"]
+    )
+
+
+@needs_fairseq
+def test_mistakes_are_answered_by_one_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.yaml").write_text((trained / "config.yaml").read_text())
+    message = error_of(capsys, 1, "translate", str(tmp_path / "empty"), "wort1")
+    assert message.startswith("there is no checkpoint in `")
+    message = error_of(capsys, 1, "translate", str(trained), "wort1", "--checkpoint=nowhere.ckpt")
+    assert message == "there is no checkpoint `nowhere.ckpt`."
+    (tmp_path / "bad.ckpt").write_text("no checkpoint")
+    message = error_of(capsys, 1, "translate", str(trained), "wort1", f"--checkpoint={tmp_path / 'bad.ckpt'}")
+    assert "cannot be read as a checkpoint" in message
+    message = error_of(capsys, 1, "translate", str(trained), "wort1 wort2 wort3", "--max-tokens=3")
+    assert message.startswith("a sentence must have at most --max-tokens=3 tokens, but number 1 has 4.")
+    assert error_of(capsys, 2, "translate", str(trained), "--average=0", "a").startswith("--average must be")
+    monkeypatch.setattr(text, "find_spec", lambda name: None)
+    message = error_of(capsys, 2, "translate", str(trained), "wort1")
+    assert message.startswith(
+        "Preparing text needs sacremoses, which is not installed. Install it: pip install"
+    )
+
+
+def test_a_command_needs_a_run_of_its_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is no run folder: it does not exist" in error_of(capsys, 2, "translate", str(tmp_path / "no"))
+    path = "lightning_memtrain.recipes.cifar10_wrn28_2.data.X"
+    (tmp_path / "config.yaml").write_text(f"data:\n  class_path: {path}\n")
+    message = error_of(capsys, 2, "translate", str(tmp_path), "a")
+    assert message.startswith("`memtrain translate` needs a run of `iwslt14_dynamicconv`, but")
+    assert message.endswith("is a run of `cifar10_wrn28_2`.")
+    message = "`memtrain translate` needs the folder of a run before its options."
+    assert error_of(capsys, 2, "translate") == error_of(capsys, 2, "translate", "--average=2") == message
+
+
+def test_without_fairseq_a_run_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bridge, "find_spec", lambda name: None)
+    bridge.load.cache_clear()
+    message = error_of(capsys, 2, "run", "iwslt14_dynamicconv", f"--run-dir={tmp_path / 'run'}")
+    assert "needs fairseq, which is not installed" in message
+    assert "pip install 'lightning-memtrain[translation]'" in message
