@@ -45,6 +45,8 @@ RECIPE = {
     "encoder_glu": False,
     "decoder_glu": False,
 }
+# Embeddings, the convolutions' kernels and the output projection stay dense.
+LINEAR = mt.Select(dense=("*.weight_linear", "*.output_projection"))
 # Sentences, longest source and longest target of each batch that is measured.
 BATCHES = {"typical": (120, 32, 31), "fullest": (400, 10, 10)}
 
@@ -129,6 +131,15 @@ def rows() -> dict[str, tuple[dict[str, Any], list[pl.Callback], dict[str, Any]]
         ),
         "and Adam in 8 bits": (bits8, [microbatching(16), full("full")], half()),
         "all: and the optimizer in rows": (bits8 | rows, [microbatching(16), full("full")], half()),
+        "all: and 80 % zeros in linear layers": (
+            bits8 | rows,
+            [
+                microbatching(16),
+                full("full"),
+                mt.SparseTraining(mt.DynamicSparseReparameterization(0.8), layers=LINEAR),
+            ],
+            half(),
+        ),
         "all, Adam in 4 bits": (bits4 | rows, [microbatching(16), full("full")], half()),
         "one microbatch, checkpointed, bf16, Adam in 8 bits": (bits8, [full("full")], half()),
     }

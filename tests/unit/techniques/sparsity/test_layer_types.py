@@ -258,3 +258,16 @@ def test_under_autocast_no_weight_is_kept_for_backward() -> None:
     # The input, its copy in half precision, and the output. Tables of one byte's bits come to 5376 bytes.
     assert held == of_model + x.nbytes + x.nbytes // 2 + 4 * 256 * 2 + 5376
     assert ledger.breakdown().maxima[Category.PARAMETERS] == sparse.values.nbytes + sparse.bias.nbytes
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("name", CASES)
+def test_results_can_be_changed_in_place(name: str) -> None:
+    layer, shape = CASES[name]
+    sparse, dense, positions = sparse_and_dense(layer)
+    x = torch.randn(shape)
+    for module in (sparse, dense):
+        output = module(x)
+        output *= 0.5
+        output.square().sum().backward()
+    assert torch.equal(sparse.values.grad, dense.weight.grad.flatten()[positions])
