@@ -130,7 +130,7 @@ def rows() -> dict[str, tuple[dict[str, Any], list[pl.Callback], dict[str, Any]]
             half(),
         ),
         "and Adam in 8 bits": (bits8, [microbatching(16), full("full")], half()),
-        "all: and the optimizer in rows": (bits8 | rows, [microbatching(16), full("full")], half()),
+        "and the optimizer in rows": (bits8 | rows, [microbatching(16), full("full")], half()),
         "all: and 80 % zeros in linear layers": (
             bits8 | rows,
             [
@@ -140,7 +140,7 @@ def rows() -> dict[str, tuple[dict[str, Any], list[pl.Callback], dict[str, Any]]
             ],
             half(),
         ),
-        "all, Adam in 4 bits": (bits4 | rows, [microbatching(16), full("full")], half()),
+        "and Adam in 4 bits instead": (bits4 | rows, [microbatching(16), full("full")], half()),
         "one microbatch, checkpointed, bf16, Adam in 8 bits": (bits8, [full("full")], half()),
     }
 

@@ -62,7 +62,7 @@ def error_of(capsys: pytest.CaptureFixture[str], code: int, *args: str) -> str:
 
 def test_every_variant_is_tested_here() -> None:
     names = [path.stem for path in VARIANTS]
-    assert names == ["all", "baseline", "bf16", "checkpointed", "microbatched", "multi30k"]
+    assert names == ["all", "baseline", "bf16", "checkpointed", "microbatched", "multi30k", "sparse"]
 
 
 @needs_fairseq
@@ -75,7 +75,8 @@ def test_a_variant_is_read(variant: str, capsys: pytest.CaptureFixture[str]) -> 
     names = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
     assert names[:2] == ["MemoryProfiler", "ModelCheckpoint"]
     added = {
-        "all": ["Microbatching", "ActivationCheckpointing"],
+        "all": ["Microbatching", "ActivationCheckpointing", "SparseTraining"],
+        "sparse": ["SparseTraining"],
         "microbatched": ["Microbatching"],
         "checkpointed": ["ActivationCheckpointing"],
     }

@@ -152,7 +152,7 @@ class SGD8bit(Optimizer):
             if self._round is not None and rounds:
                 self._round(stepped, weights.dtype)
                 weights[piece].copy_(stepped)
-        if weights.data_ptr() != parameter.data_ptr():
+        if not parameter.is_contiguous():
             parameter.copy_(weights.view_as(parameter))
 
     @torch.no_grad()
