@@ -96,7 +96,7 @@ class Linear(Function):
             weight = _dense(values, pattern, math.prod(shape), spans[0], dtype)
             output = torch.nn.functional.linear(x, weight.view(shape), bias)
             # Of a matrix it is torch's own result, else a view of it, which nobody could change in place.
-            return output if x.dim() == 2 else torch.ops.aten._unsafe_view(output, output.shape)  # type: ignore[no-any-return]
+            return output if x.dim() == 2 else torch.ops.aten._unsafe_view(output, output.shape)
         output = x.new_empty(*x.shape[:-1], shape[0])
         for span, rows in _row_chunks(spans, shape):
             weight = _dense(values, pattern, math.prod(shape), span, dtype).view(-1, shape[1])
