@@ -2,13 +2,16 @@
 
     python3 -m benchmarks.gpu                                   # all that needs no data
     python3 -m benchmarks.gpu training --data-dir DIR           # at most nine minutes; call again to go on
+    python3 -m benchmarks.gpu training --data-dir DIR --method dsr --sparsity 0.8    # the same, sparse
 
 Needs torch, lightning and torchmetrics, nothing else, and no network. Results are written to
 ``benchmarks/results/gpu/*.json``. Without a CUDA device it says so and checks nothing.
 
 ``rows`` compares, for each training step, what the ledger and the calibrated workspace predict with
 ``torch.cuda.max_memory_allocated``. ``overhead`` is the time of Lightning training with the profiler over
-the time without. ``training`` trains WideResNet-28-2 on CIFAR-10 as in the memory report, in slices.
+the time without. ``training`` trains WideResNet-28-2 on CIFAR-10 as in the memory report, in slices. Test
+accuracies of the same network after 200 epochs that are to be reached: dense 94.7 %, with dynamic sparse
+reparameterization 94.3 % at 80 % zeros and 93.5 % at 90 %.
 """
 
 from __future__ import annotations
@@ -28,7 +31,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.memory_rows import WIDE_RESNET_ROWS, measure_row
 from benchmarks.models import transformer_step
 from benchmarks.results_file import write_results
-from lightning_memtrain import MemoryProfiler
+from lightning_memtrain import (
+    DynamicSparseReparameterization,
+    MemoryProfiler,
+    RigL,
+    SparseTraining,
+    StaticSparse,
+    UpdatePiecewise,
+)
 from lightning_memtrain.core import MIB
 from lightning_memtrain.recipes.cifar10_wrn28_2.data import CIFAR10DataModule
 from lightning_memtrain.recipes.cifar10_wrn28_2.module import WideResNetClassifier
@@ -41,6 +51,7 @@ ROWS = {
     ),
 }
 RUN_FOLDER = Path("runs") / "gpu-cifar10-wrn28-2"
+METHODS = {"static": StaticSparse, "rigl": RigL, "dsr": DynamicSparseReparameterization}
 
 
 def rows(device: torch.device) -> dict[str, Any]:
@@ -92,15 +103,31 @@ class SliceTimer(Timer):
         """Forget the time of earlier slices."""
 
 
-def training(device: torch.device, data_dir: str | None, minutes: float, max_epochs: int) -> dict[str, Any]:
+def sparse_training(method: str, sparsity: float, max_epochs: int) -> SparseTraining:
+    """A method, with updates when the authors of dynamic sparse reparameterization have them, for any run."""
+    if method == "static":
+        return SparseTraining(StaticSparse(sparsity))
+    scale = max_epochs / 200
+    periods = {round(epoch * scale): steps for epoch, steps in {0: 100, 25: 200, 80: 400, 140: 800}.items()}
+    return SparseTraining(
+        METHODS[method](sparsity), UpdatePiecewise(periods, unit="epoch", stop=round(190 * scale))
+    )
+
+
+def training(
+    device: torch.device, data_dir: str | None, minutes: float, max_epochs: int, method: str, sparsity: float
+) -> dict[str, Any]:
     """One slice of training WideResNet-28-2 on CIFAR-10; goes on from where the last slice ended."""
-    last = RUN_FOLDER / "checkpoints" / "last.ckpt"
-    profiler = MemoryProfiler(report_dir=RUN_FOLDER / "memory")
+    sparse = [] if method == "dense" else [sparse_training(method, sparsity, max_epochs)]
+    folder = RUN_FOLDER / (f"{method}-{sparsity}" if sparse else "dense")
+    last = folder / "checkpoints" / "last.ckpt"
+    profiler = MemoryProfiler(report_dir=folder / "memory")
     trainer = pl.Trainer(
         accelerator=device.type,
         devices=1,
         max_epochs=max_epochs,
         callbacks=[
+            *sparse,
             ModelCheckpoint(dirpath=last.parent, save_last=True, save_top_k=0),
             profiler,
             SliceTimer(duration=datetime.timedelta(minutes=minutes), interval="epoch"),
@@ -118,6 +145,8 @@ def training(device: torch.device, data_dir: str | None, minutes: float, max_epo
     )
     assert profiler.report is not None
     return {
+        "method": method,
+        "sparsity": sparsity if sparse else 0.0,
         "epochs": trainer.current_epoch,
         "max_epochs": max_epochs,
         "finished": finished,
@@ -133,14 +162,19 @@ def main() -> None:
     parser.add_argument("--data-dir", default=None, help="folder of cifar-10-batches-py, for `training`")
     parser.add_argument("--minutes", type=float, default=9.0, help="length of one slice of `training`")
     parser.add_argument("--epochs", type=int, default=200, help="epochs of the whole `training`")
+    parser.add_argument("--method", default="dense", choices=["dense", *METHODS], help="for `training`")
+    parser.add_argument("--sparsity", type=float, default=0.8, help="fraction of zeros, for `training`")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("No CUDA device here: nothing was checked.")
         return
     device = torch.device("cuda", 0)
     if options.what == "training":
-        results = training(device, options.data_dir, options.minutes, options.epochs)
-        write_results("gpu/training", results, str(device))
+        results = training(
+            device, options.data_dir, options.minutes, options.epochs, options.method, options.sparsity
+        )
+        name = options.method if options.method == "dense" else f"{options.method}_{options.sparsity:g}"
+        write_results(f"gpu/training_{name}", results, str(device))
         return
     if options.what in ("all", "rows"):
         measured = rows(device)
