@@ -9,17 +9,17 @@ from typing import Any, get_args
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_memtrain.core import NoEffectWarning, Setting, TechniqueRecord
-from lightning_memtrain.techniques.sparsity import distributed, refusals
+from lightning_memtrain.techniques.sparsity import distributed, record, refusals, sharding
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks, UpdateClock
-from lightning_memtrain.techniques.sparsity.conversion import sparsify_at_random
+from lightning_memtrain.techniques.sparsity.conversion import around_configure_model, sparsify_at_random
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
 from lightning_memtrain.techniques.sparsity.patterns import Storage
-from lightning_memtrain.techniques.sparsity.record import Explored, described, training_bytes
 from lightning_memtrain.techniques.sparsity.rules import Moment
-from lightning_memtrain.techniques.sparsity.selection import Select
+from lightning_memtrain.techniques.sparsity.selection import Select, has_weights
 from lightning_memtrain.techniques.sparsity.updater import Moved, Updater
 from lightning_memtrain.techniques.sparsity.weights import SparseWeight, sparse_weights
 
@@ -38,6 +38,9 @@ class SparseTraining(Callback):
     scaler leaves out does not count. The pattern changes at the end of the batch in which a step was due.
     With manual optimization, a fraction of the run takes one step per batch.
 
+    Works with ``fully_shard`` if the method keeps the number of weights of each layer. There, layers are
+    converted before ``configure_model``; see :meth:`convert` for those that are made in it.
+
     Args:
         method: how sparse, and what changes, e.g. ``RigL(0.9)``.
         update: after which steps; by default as in the method's paper.
@@ -50,8 +53,8 @@ class SparseTraining(Callback):
 
     Raises:
         MisconfigurationException: if an argument is out of its range; before the run, with strategies that
-            shard, with averages of weights, with tied weights, or if the run has no end that a schedule or a
-            fraction needs; when resuming, if the checkpoint has another sparsity.
+            shard otherwise, with averages of weights, with tied weights, or if the run has no end that a
+            schedule or a fraction needs; when resuming, if the checkpoint has another sparsity.
 
     Example:
         >>> import lightning as L
@@ -106,6 +109,7 @@ class SparseTraining(Callback):
                 stacklevel=2,
             )
         self._undo: list[Callable[[], None]] = []
+        self._known: set[int] = set()
         self._end_of_loading: Callable[[], None] | None = None
         self._begin()
 
@@ -119,7 +123,7 @@ class SparseTraining(Callback):
         # The global step when candidates began to be watched: any other means that the step was left out.
         self._watched_at = -1
         self._num_dropped = self._num_grown = 0
-        self._explored: dict[str, Explored] = {}
+        self._explored: dict[str, record.Explored] = {}
         self._restored: dict[str, Any] | None = None
         self._bytes: tuple[int, int] | None = None
         self._events: list[str] = []
@@ -128,29 +132,46 @@ class SparseTraining(Callback):
         """Refuse what cannot work, and convert the model as soon as it is complete."""
         self.teardown(trainer, pl_module, stage)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        refusals.refuse_run(trainer, sum(isinstance(callback, SparseTraining) for callback in callbacks))
+        num_given = sum(isinstance(one, SparseTraining) for one in callbacks)
+        refusals.refuse_run(trainer, num_given, self.method)
         if stage == "fit" and trainer.global_step == 0:  # else the same trainer goes on
             self._begin()
         self._restored = self._bytes = None
         self._events = []
 
-        inner, replaced = pl_module.configure_model, pl_module.__dict__.get("configure_model")
+        def before() -> None:
+            self._known = set()
+            if sharding.shards(trainer.strategy) and has_weights(pl_module):
+                self.convert(pl_module)
 
         # After `configure_model` the model is complete, and neither loaded nor known to an optimizer yet.
-        def configure_model() -> None:
-            inner()
-            self._convert(trainer, pl_module)
+        # What it shards, however, has to be sparse before.
+        self._undo.append(around_configure_model(pl_module, before, lambda: self._find(trainer, pl_module)))
 
-        def restore() -> None:
-            pl_module.__dict__.pop("configure_model", None)
-            if replaced is not None:
-                pl_module.__dict__["configure_model"] = replaced
+    def convert(self, model: nn.Module) -> None:
+        """Make layers sparse now, for a ``configure_model`` that makes layers and shards them.
 
-        pl_module.__dict__["configure_model"] = configure_model
-        self._undo.append(restore)
+        Call this after the layers are made and before ``fully_shard``; otherwise there is no need to::
 
-    def _convert(self, trainer: Trainer, model: LightningModule) -> None:
+            for callback in self.trainer.callbacks:
+                if isinstance(callback, SparseTraining):
+                    callback.convert(self)
+
+        Args:
+            model: becomes sparse in place, unless it is already.
+
+        Raises:
+            MisconfigurationException: if a weight is tied or has no data yet.
+        """
         if not sparse_weights(model):
+            sharding.refuse_meta(model)
+            sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
+        self._known = {id(module) for module in model.modules()}
+
+    def _find(self, trainer: Trainer, model: LightningModule) -> None:
+        if shards := sharding.shards(trainer.strategy):
+            sharding.refuse_late(self.select.layers(model), self._known)
+        if not self._known and not sparse_weights(model):
             sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
         self._weights = {
             name.removesuffix("weight").removesuffix("."): weight
@@ -158,6 +179,8 @@ class SparseTraining(Callback):
         }
         if self._updater is not None and _layers(self._updater.weights) != _layers(self._weights):
             self._steps, self._updater = 0, None
+        if shards:
+            sharding.refuse_other_shards(self._weights, trainer.world_size)
         if self._weights and distributed.is_on(trainer.strategy):
             weights = {weight.name: weight for weight in self._weights.values()}
             self._undo.append(distributed.hide_from_ddp(model, weights))
@@ -171,6 +194,7 @@ class SparseTraining(Callback):
         """Count the steps of the optimizer that holds sparse weights; the checkpoint has been loaded."""
         if self._end_of_loading is not None:
             self._end_of_loading()
+        sharding.reshard(pl_module)  # whole parameters are others than those that optimizers have
         values = {name: weight.values for name, weight in self._weights.items()}
         refusals.warn_of_groups(trainer.optimizers, values)
         if distributed.is_on(trainer.strategy):
@@ -210,12 +234,12 @@ class SparseTraining(Callback):
         if self._restored is not None:
             self._updater.state = self._restored["state"]
         if self._tracks and not self._explored:
-            self._explored = {name: Explored(weight.numel) for name, weight in self._weights.items()}
+            self._explored = {name: record.Explored(weight.numel) for name, weight in self._weights.items()}
             for name, bits in ((self._restored or {}).get("explored") or {}).items():
                 self._explored[name].bits = bits
             self._explore()
         self._restored = None
-        self._say(self._summary())
+        self._say(self._summary() if self._weights else "all layers stay dense")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -246,6 +270,7 @@ class SparseTraining(Callback):
             self._measure(trainer)
         if not self._pending or self._updater.lacks_candidates(self._moment(self._pending)):
             return
+        sharding.reshard(pl_module)
         moved = self._updater.update(self._moment(self._pending), trainer.optimizers)
         self._pending = 0
         self._num_dropped += moved.num_dropped
@@ -282,7 +307,7 @@ class SparseTraining(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def _measure(self, trainer: Trainer) -> None:
-        pairs = [training_bytes(weight, trainer.optimizers) for weight in self._weights.values()]
+        pairs = [record.training_bytes(weight, trainer.optimizers) for weight in self._weights.values()]
         self._bytes = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -349,19 +374,11 @@ class SparseTraining(Callback):
         events = tuple(self._events)
         if self._weights and self._bytes is not None:
             settings |= {"sparse_bytes": self._bytes[0], "dense_bytes": self._bytes[1]}
-            events += (described(self._weights, *self._bytes),)
+            events += (record.described(self._weights, *self._bytes),)
         return TechniqueRecord("SparseTraining", settings, events)
 
     def _summary(self) -> str:
-        if not self._weights:
-            return "all layers stay dense"
-        zeros = {name: 1 - weight.nnz / weight.numel for name, weight in self._weights.items()}
-        low, high = min(zeros, key=zeros.__getitem__), max(zeros, key=zeros.__getitem__)
-        dense = "; the peak is that of dense training" if self.method.starts_dense else ""
-        return (
-            f"at step {self._steps}, {len(zeros)} layers are sparse, from {zeros[low]:.1%} zeros ({low}) to "
-            f"{zeros[high]:.1%} ({high}){dense}"
-        )
+        return f"at step {self._steps}, {record.zeros_described(self._weights, self.method.starts_dense)}"
 
     def _say(self, event: str) -> None:
         self._events.append(event)

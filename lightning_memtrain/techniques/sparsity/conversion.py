@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_memtrain.core import NoEffectWarning
@@ -67,3 +69,32 @@ def sparsify_at_random(
         NoEffectWarning,
         stacklevel=2,
     )
+
+
+def around_configure_model(
+    model: LightningModule, before: Callable[[], None], after: Callable[[], None]
+) -> Callable[[], None]:
+    """Do something before and after a model's own ``configure_model``.
+
+    Args:
+        model: whose hook it is.
+        before: called first.
+        after: called last.
+
+    Returns:
+        A function that takes it back.
+    """
+    inner, replaced = model.configure_model, model.__dict__.get("configure_model")
+
+    def configure_model() -> None:
+        before()
+        inner()
+        after()
+
+    def undo() -> None:
+        model.__dict__.pop("configure_model", None)
+        if replaced is not None:
+            model.__dict__["configure_model"] = replaced
+
+    model.__dict__["configure_model"] = configure_model
+    return undo

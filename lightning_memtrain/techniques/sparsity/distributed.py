@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.candidates import Candidates
 from lightning_memtrain.techniques.sparsity.weights import SparseWeight
 
@@ -22,8 +23,9 @@ _MULTIPLIER = -7046029254386353131
 
 
 def is_on(strategy: Any) -> bool:
-    """Whether there are other ranks."""
-    return strategy is not None and getattr(strategy, "world_size", 1) > 1
+    """Whether other ranks hold the same values; those that shards divide are looked after by these."""
+    several = strategy is not None and getattr(strategy, "world_size", 1) > 1
+    return several and not sharding.shards(strategy)
 
 
 def hide_from_ddp(model: nn.Module, weights: Mapping[str, SparseWeight]) -> Callable[[], None]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.layers import SparseLayer
 
 
 def export_dense(module: nn.Module) -> dict[str, Tensor]:
     """A plain ``state_dict`` that loads, strictly, into the class that the model has without sparse layers.
+
+    What ``fully_shard`` divided is whole here: all ranks have to call this, and each gets everything.
 
     Args:
         module: with or without sparse layers; stays as it is.
@@ -39,7 +42,7 @@ def export_dense(module: nn.Module) -> dict[str, Tensor]:
     for key, value in state.items():
         prefix, _, last = key.rpartition(".")
         if prefix not in layers or last not in ("values", "sparsity_pattern"):
-            dense[key] = value
+            dense[key] = sharding.whole(value)
         elif last == "values":
             dense[f"{prefix}.weight" if prefix else "weight"] = layers[prefix].dense()
     return dense

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.candidates import CandidateSearch
 from lightning_memtrain.techniques.sparsity.dense_weight import DenseWeight
 from lightning_memtrain.techniques.sparsity.functions import Materialised
@@ -56,8 +57,9 @@ class SparseLayer(nn.Module):
 
     @torch.no_grad()
     def dense(self) -> Tensor:
-        """The dense weight, as a plain tensor without a gradient."""
-        made: Tensor = Materialised.apply(self.values, self.sparsity_pattern, self.dense_shape)  # type: ignore[no-untyped-call]
+        """The dense weight, as a plain tensor without a gradient; of divided values, all ranks ask for it."""
+        values = sharding.whole(self.values)
+        made: Tensor = Materialised.apply(values, self.sparsity_pattern, self.dense_shape)  # type: ignore[no-untyped-call]
         return made.detach()
 
     def positions(self) -> Tensor:

@@ -51,6 +51,25 @@ def described(weights: Mapping[str, SparseWeight], sparse_bytes: int, dense_byte
     )
 
 
+def zeros_described(weights: Mapping[str, SparseWeight], starts_dense: bool) -> str:
+    """How sparse layers are at the start.
+
+    Args:
+        weights: by layer.
+        starts_dense: whether memory peaks there.
+
+    Returns:
+        Text.
+    """
+    zeros = {name: 1 - weight.nnz / weight.numel for name, weight in weights.items()}
+    low, high = min(zeros, key=zeros.__getitem__), max(zeros, key=zeros.__getitem__)
+    dense = "; the peak is that of dense training" if starts_dense else ""
+    return (
+        f"{len(zeros)} layers are sparse, from {zeros[low]:.1%} zeros ({low}) to {zeros[high]:.1%} "
+        f"({high}){dense}"
+    )
+
+
 class Explored:
     """Which positions of a layer have ever been active, a bit for each, in the memory of the host.
 

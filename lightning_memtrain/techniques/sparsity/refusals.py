@@ -14,12 +14,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_memtrain.core import NoEffectWarning
+from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
 
 _STRATEGIES = (
     "FSDPStrategy",
-    "ModelParallelStrategy",
     "DeepSpeedStrategy",
     "XLAStrategy",
     "XLAFSDPStrategy",
@@ -28,12 +28,13 @@ _STRATEGIES = (
 _AVERAGES = ("StochasticWeightAveraging", "WeightAveraging")
 
 
-def refuse_run(trainer: Trainer, num_given: int) -> None:
+def refuse_run(trainer: Trainer, num_given: int, method: SparseMethod) -> None:
     """Refuse strategies that shard, and callbacks that look at weights by their place.
 
     Args:
         trainer: of the run.
         num_given: how many callbacks of the kind it has.
+        method: that is at work.
 
     Raises:
         MisconfigurationException: naming the strategy or the callback.
@@ -46,7 +47,14 @@ def refuse_run(trainer: Trainer, num_given: int) -> None:
     if _kind(trainer.strategy, _STRATEGIES):
         raise MisconfigurationException(
             "`SparseTraining` needs parameters that are whole on each device, since weights move between "
-            f"positions, but got {type(trainer.strategy).__name__}. Train with ddp or on one device."
+            f"positions, but got {type(trainer.strategy).__name__}. Train with ddp or on one device, or with "
+            "ModelParallelStrategy and `fully_shard`."
+        )
+    if sharding.shards(trainer.strategy) and method.changes_counts:
+        raise MisconfigurationException(
+            "`SparseTraining(method)` must keep the number of weights of each layer under "
+            f"{type(trainer.strategy).__name__}, whose shards keep their size, but got {method!r}. Use RigL, "
+            "SET or StaticSparse, or train with ddp or on one device."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if _kind(callback, _AVERAGES):

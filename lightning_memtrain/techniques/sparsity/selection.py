@@ -94,6 +94,18 @@ class Select:
         }
 
 
+def has_weights(model: nn.Module) -> bool:
+    """Whether layers to choose from have been made.
+
+    Args:
+        model: perhaps before its ``configure_model``.
+
+    Returns:
+        ``True`` also if they are sparse already.
+    """
+    return any(isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) for layer in model.modules())
+
+
 def _has_weight(layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight")
     return isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and weight is not None

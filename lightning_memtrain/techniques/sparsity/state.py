@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_memtrain.core import ReindexesState
+from lightning_memtrain.techniques.sparsity import sharding
 
 # State that scales the step of an entry: it would be too long, by far, for one that starts at 0. Adam's with
 # both moments at 0 under a step counter that has gone on is 15 times as long as its neighbours'.
@@ -44,6 +46,12 @@ def check_state(optimizers: Iterable[Optimizer], parameter: Tensor) -> None:
     """
     for optimizer in optimizers:
         if isinstance(optimizer, ReindexesState):
+            if isinstance(parameter.data, DTensor):
+                raise TypeError(
+                    f"The state of {type(optimizer).__name__} cannot follow weights that move between the "
+                    "shards of ranks. Use an elementwise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad), or "
+                    "a method that moves no weights."
+                )
             continue
         state = optimizer.state.get(parameter, {})
         coded = _bitsandbytes_keys(state, parameter)
@@ -69,7 +77,7 @@ def move_state(optimizers: Iterable[Optimizer], parameter: Tensor, source: Tenso
 
     Args:
         optimizers: which :func:`check_state` has found no fault with.
-        parameter: before it changes its size.
+        parameter: before it changes its size, which it cannot where it is divided among ranks.
         source: int64, one per entry to be: the number of the entry that it was, or -1 if it is new.
     """
     for optimizer in optimizers:
@@ -82,8 +90,14 @@ def move_state(optimizers: Iterable[Optimizer], parameter: Tensor, source: Tenso
             if f"state{number}" in coded:
                 _move_bitsandbytes(state, number, source)
         for key, value in state.items():
-            if key not in coded and _is_elementwise(value, parameter):
-                state[key] = moved(value, source, mean=_is_scale(key, value))
+            if key in coded or not _is_elementwise(value, parameter):
+                continue
+            entries = sharding.whole(value)
+            entries = moved(entries, source, mean=_is_scale(key, entries))
+            if isinstance(value, DTensor):
+                sharding.write(value, entries)
+            else:
+                state[key] = entries
 
 
 def moved(entries: Tensor, source: Tensor, *, mean: bool = False) -> Tensor:
@@ -125,7 +139,12 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _is_elementwise(value: Any, parameter: Tensor) -> bool:
-    return _is_plain(value) and value.is_floating_point() and value.shape == parameter.shape
+    if isinstance(parameter.data, DTensor):
+        if not isinstance(value, DTensor) or value.placements != parameter.data.placements:
+            return False
+    elif not _is_plain(value):
+        return False
+    return bool(value.is_floating_point() and value.shape == parameter.shape)
 
 
 def _is_plain(value: Any) -> bool:

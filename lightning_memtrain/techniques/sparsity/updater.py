@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_memtrain.techniques.sparsity import distributed
+from lightning_memtrain.techniques.sparsity import distributed, sharding
 from lightning_memtrain.techniques.sparsity.candidates import Candidates, CandidateWatch, watch_candidates
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
 from lightning_memtrain.techniques.sparsity.rules import Layer, Moment, State
@@ -128,16 +129,17 @@ class Updater:
             RuntimeError: if weights are not finite, or the patterns of ranks differ.
         """
         candidates = self._found()
-        layers = {name: self._layer(name, weight, candidates) for name, weight in self._trained().items()}
-        for name, layer in layers.items():
-            _refuse_infinite(name, layer.values, moment)
-        update = self.method.update(layers, moment, self.state)
         num_dropped = num_grown = 0
-        for name, change in update.changes.items():
-            num_dropped += change.num_dropped
-            num_grown += change.grown.numel()
-            self.weights[name].replace(change.kept, change.grown, optimizers)
-        self.state = update.state
+        for group in self._together():
+            layers = {name: self._layer(name, weight, candidates) for name, weight in group.items()}
+            for name, layer in layers.items():
+                _refuse_infinite(name, layer.values, moment)
+            update = self.method.update(layers, moment, self.state)
+            for name, change in update.changes.items():
+                num_dropped += change.num_dropped
+                num_grown += change.grown.numel()
+                self.weights[name].replace(change.kept, change.grown, optimizers)
+            self.state = update.state
         self.close()
         if self.num_ranks > 1:
             distributed.refuse_differences(self.weights, moment.step)
@@ -152,6 +154,20 @@ class Updater:
     def _trained(self) -> dict[str, SparseWeight]:
         """What is frozen keeps its pattern."""
         return {name: weight for name, weight in self.weights.items() if weight.values.requires_grad}
+
+    def _together(self) -> Iterator[dict[str, SparseWeight]]:
+        """All layers; but those whose values are divided among ranks one by one, since each is made whole.
+
+        Their counts are fixed, so none depends on another.
+        """
+        whole = {}
+        for name, weight in self._trained().items():
+            if isinstance(weight.values.data, DTensor):
+                yield {name: weight}
+            else:
+                whole[name] = weight
+        if whole:
+            yield whole
 
     def _found(self) -> dict[str, Candidates]:
         found = {}
@@ -170,12 +186,14 @@ class Updater:
     def _layer(self, name: str, weight: SparseWeight, candidates: Mapping[str, Candidates]) -> Layer:
         extra: dict[str, Any] = {}
         if name in candidates:
+            gradients = self._gradients.get(name)
             extra = {
                 "candidate_positions": candidates[name].positions,
                 "candidate_gradients": candidates[name].gradients,
-                "gradients": self._gradients.get(name),
+                "gradients": sharding.whole(gradients) if gradients is not None else None,
             }
-        return Layer(name, weight.shape, weight.positions, weight.values.detach(), **extra)
+        values = sharding.whole(weight.values.detach())
+        return Layer(name, weight.shape, weight.positions, values, **extra)
 
 
 def _refuse_infinite(name: str, values: Tensor, moment: Moment) -> None:

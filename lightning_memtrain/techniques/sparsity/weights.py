@@ -7,11 +7,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.candidates import Candidates, CandidateWatch, watch_candidates
 from lightning_memtrain.techniques.sparsity.export import export_dense
 from lightning_memtrain.techniques.sparsity.layer_types import SPARSE_TYPES
@@ -66,7 +68,10 @@ class SparseWeight:
 
     @property
     def values(self) -> nn.Parameter:
-        """What is stored, of shape ``(nnz,)``, by ascending flat position. The same object for life."""
+        """What is stored, of shape ``(nnz,)``, by ascending flat position. The same object for life.
+
+        After ``fully_shard``, a ``DTensor`` outside of forward and backward.
+        """
         return self.layer.values
 
     def positions(self) -> Tensor:
@@ -81,6 +86,9 @@ class SparseWeight:
         mean of the layer for what scales its step: see
         :func:`~lightning_memtrain.techniques.sparsity.state.move_state`. The parameter stays the same object.
 
+        Of values that ``fully_shard`` divided among ranks, all ranks have to call this with the same
+        arguments; each has all values of this layer while it runs.
+
         Args:
             kept: bool ``(nnz,)``: which of the present entries stay.
             grown: int64 flat positions of new entries, ascending, none of them kept. One that is dropped in
@@ -89,15 +97,15 @@ class SparseWeight:
 
         Raises:
             ValueError: if ``kept`` or ``grown`` is no such choice.
-            TypeError: if an optimizer's state cannot follow, or the values are sharded. Nothing has changed
-                then.
+            TypeError: if an optimizer's state cannot follow, or the values are no plain tensor, or divided
+                among ranks and would become more or fewer. Nothing has changed then.
         """
         values, device = self.values, self.values.device
-        if is_traceable_wrapper_subclass(values.data):
+        is_sharded = isinstance(values.data, DTensor)
+        if is_traceable_wrapper_subclass(values.data) and not is_sharded:
             raise TypeError(
-                f"`SparseWeight.replace` needs the values of {self.name!r} as a plain tensor, but they are a "
-                f"{type(values.data).__name__}. Entries cannot move between shards: use a method that moves "
-                "none."
+                f"`SparseWeight.replace` needs the values of {self.name!r} as a plain tensor or divided by "
+                f"`fully_shard`, but they are a {type(values.data).__name__}. Use a method that moves none."
             )
         if kept.dtype != torch.bool or kept.shape != values.shape:
             raise ValueError(
@@ -114,12 +122,23 @@ class SparseWeight:
                 f"`SparseWeight.replace(grown)` of {self.name!r} must hold positions, ascending and none of "
                 "them kept, but some come twice. Leave them out, or drop them from `kept`."
             )
+        if is_sharded and len(positions) != len(kept):
+            raise TypeError(
+                f"`SparseWeight.replace` must keep the number of values of {self.name!r}, which are divided "
+                f"among ranks in shards of fixed size, but got {len(positions)} for {len(kept)}. Grow as "
+                "many as are dropped."
+            )
         check_state(optimizers, values)
         source = torch.cat([staying, staying.new_full((len(grown),), -1)])[order]
         move_state(optimizers, values, source)
         gradient = values.grad
-        self.layer.set_values(moved(values.detach(), source))
-        values.grad = None if gradient is None else moved(gradient, source)
+        if isinstance(values.data, DTensor):
+            for divided in (values.data, gradient):
+                if isinstance(divided, DTensor):
+                    sharding.write(divided, moved(sharding.whole(divided), source))
+        else:
+            self.layer.set_values(moved(values.detach(), source))
+            values.grad = None if gradient is None else moved(gradient, source)
         self.layer.set_positions(positions)
 
 

@@ -505,14 +505,21 @@ class _Twin(mt.SparseTraining):
         return "twin"
 
 
-@pytest.mark.parametrize(
-    "name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy"]
-)
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy"])
 def test_strategies_that_shard_are_refused(name: str, tmp_path: Path) -> None:
     callback = mt.SparseTraining(mt.SET(0.9))
     trainer = quiet_trainer(tmp_path, callback)
     trainer.strategy.__class__ = type(name, (type(trainer.strategy),), {})
     with pytest.raises(MisconfigurationException, match=f"whole on each device, .* but got {name}"):
+        trainer.fit(Net())
+
+
+@pytest.mark.parametrize("method", [mt.DSR(0.5), mt.GradualMagnitudePruning(0.5)])
+def test_changing_counts_are_refused_with_shards(method: Any, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, mt.SparseTraining(method))
+    trainer.strategy.__class__ = type("ModelParallelStrategy", (type(trainer.strategy),), {})
+    expected = f"under ModelParallelStrategy, .* but got {type(method).__name__}.* Use RigL, SET or"
+    with pytest.raises(MisconfigurationException, match=expected):
         trainer.fit(Net())
 
 

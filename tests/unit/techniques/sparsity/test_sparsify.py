@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils import parametrizations, prune
 
-from lightning_memtrain import sparse_weights, sparsify_
+from lightning_memtrain import export_dense, sparse_weights, sparsify_
 from lightning_memtrain.techniques.sparsity import SparseWeight
 
 
@@ -207,7 +207,12 @@ def test_one_layer_has_one_name(names: list[str]) -> None:
         sparsify_(Shared(), {name: torch.arange(5) for name in names})
 
 
-def test_sharded_weights_are_refused_and_sharded_values_do_not_move(tmp_path: Path) -> None:
+class _KnowsItsCodes(torch.optim.SGD):
+    def reindex_state(self, parameter: Tensor, source: Tensor) -> None:
+        raise AssertionError("never asked")
+
+
+def test_sharded_weights_are_refused_and_sharded_values_keep_their_number(tmp_path: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
@@ -221,8 +226,29 @@ def test_sharded_weights_are_refused_and_sharded_values_do_not_move(tmp_path: Pa
         layer.weight = whole
         weight = sparsify_(layer, {"weight": torch.arange(5)})["weight"]
         layer.values = nn.Parameter(distribute_tensor(layer.values, mesh, [Shard(0)]))
-        with pytest.raises(TypeError, match=r"values of 'weight' as a plain tensor, but they are a DTensor"):
-            weight.replace(torch.ones(5, dtype=torch.bool), torch.tensor([7]))
+        everything = torch.ones(5, dtype=torch.bool)
+        with pytest.raises(TypeError, match=r"number of values of 'weight', .* but got 6 for 5\. Grow as"):
+            weight.replace(everything, torch.tensor([7]))
+        optimizer = torch.optim.SGD([weight.values], momentum=0.9)
+        other = _KnowsItsCodes([weight.values])
+        kept, grown = everything.clone().index_fill_(0, torch.tensor([1]), False), torch.tensor([7])
+        with pytest.raises(TypeError, match=r"state of _KnowsItsCodes cannot follow .* shards of ranks"):
+            weight.replace(kept, grown, [optimizer, other])
+        optimizer.state[weight.values]["momentum_buffer"] = torch.ones(5)  # whole, beside values that are not
+        with pytest.raises(TypeError, match=r"state 'momentum_buffer' of SGD \(Tensor of shape \(5,\)"):
+            weight.replace(kept, grown, [optimizer])
+        assert weight.positions().tolist() == [0, 1, 2, 3, 4]
+        values, before = weight.values, weight.values.full_tensor().detach().clone()
+        moments = distribute_tensor(torch.arange(5.0), mesh, [Shard(0)])
+        optimizer.state[weight.values]["momentum_buffer"] = moments
+        weight.replace(kept, grown, [optimizer])
+        assert weight.values is values
+        assert weight.positions().tolist() == [0, 2, 3, 4, 7]
+        assert torch.equal(weight.values.full_tensor(), torch.cat([before[kept], torch.zeros(1)]))
+        assert moments.full_tensor().tolist() == [0, 2, 3, 4, 0]
+        dense = export_dense(layer)["weight"]
+        assert type(dense) is torch.Tensor
+        assert torch.equal(dense.flatten()[weight.positions()], weight.values.full_tensor())
     finally:
         distributed.destroy_process_group()
 
