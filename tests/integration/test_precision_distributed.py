@@ -85,6 +85,7 @@ def _run(rank: int, port: int, folder: str) -> None:
             "steps": {int(s["step"]) for s in trainer.optimizers[0].state.values()},
         }
     torch.save(results, Path(folder) / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()  # else its threads may abort the process at its end
 
 
 @pytest.fixture(scope="module")
