@@ -258,6 +258,8 @@ def test_demo(tmp_path):
     assert "activations" in result.stdout
 
 
+# In two steps no weight is due to move.
+@pytest.mark.filterwarnings("ignore::lightning_memtrain.NoEffectWarning")
 def test_demo_without_wandb(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.chdir(tmp_path)
