@@ -57,6 +57,12 @@ def largest_chunk(microbatching: Microbatching) -> int:
     return -(-NUM_SAMPLES // -(-NUM_SAMPLES // microbatching.microbatch_size))
 
 
+@pytest.fixture(autouse=True)
+def _peaks_are_the_ledgers(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The CPU's allocator has a reading for most steps only, which depends on the addresses of blocks.
+    monkeypatch.setattr("lightning_memtrain.report.profiler.device_truth", lambda device: None)
+
+
 def step_peaks(folder: Path, technique: Microbatching, optimizer: Any, accumulate: int = 1) -> list[int]:
     """The ledger's peak of each of three steps."""
     profiler = MemoryProfiler(every_n_steps=1, per_module=False, report_dir=folder)
@@ -79,15 +85,16 @@ def test_it_finds_the_largest_size_within_the_limit(
 ):
     fixed = step_peaks(tmp_path, Microbatching(microbatch_size=size), optimizer, accumulate)
     # To run a batch again, "auto" keeps random numbers' state, and amid a window the gradients.
-    limit_bytes = fixed[-1] + RNG_BYTES + (PARAMETERS_BYTES if accumulate > 1 else 0)
-    exactly = auto(limit_bytes)
+    # The ledger does not see the former, which no operator makes.
+    limit_bytes = fixed[-1] + (PARAMETERS_BYTES if accumulate > 1 else 0)
+    exactly = auto(limit_bytes + RNG_BYTES)
     # The first step is that of the probe.
     peak_bytes = step_peaks(tmp_path, exactly, optimizer, accumulate)[-1]
     # Lightning 2.4 holds less amid a window.
     assert peak_bytes == limit_bytes or (accumulate > 1 and peak_bytes == limit_bytes - PARAMETERS_BYTES)
     assert largest_chunk(exactly) == size
 
-    too_little = auto(limit_bytes - LOSSES_BYTES)
+    too_little = auto(limit_bytes + RNG_BYTES - LOSSES_BYTES)
     assert step_peaks(tmp_path, too_little, optimizer, accumulate)[-1] <= limit_bytes - LOSSES_BYTES
     assert largest_chunk(too_little) == smaller
 
