@@ -1,4 +1,4 @@
-"""Getting a data archive over a bad line, and unpacking it without trusting it: what the recipes share."""
+"""Finding data, getting it over a bad line, and unpacking it without trusting it: what the recipes share."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import tempfile
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+DATA_DIR_VARIABLE = "MEMTRAIN_DATA_DIR"
 CHUNK_BYTES = 2**20
 TIMEOUT_SECONDS = 30
 
@@ -26,6 +27,69 @@ Report = Callable[[int, int | None], None]
 
 class ChecksumError(ValueError):
     """A complete download is not the file that was expected."""
+
+
+def data_places(data_dir: str | os.PathLike[str] | None) -> list[Path]:
+    """Where data is looked for, in this order; what is downloaded goes into the first.
+
+    Args:
+        data_dir: what the user says; ``None`` to use the other places.
+
+    Returns:
+        That folder, the one that ``$MEMTRAIN_DATA_DIR`` names, and ``~/.cache/lightning_memtrain``.
+    """
+    named = (data_dir, os.environ.get(DATA_DIR_VARIABLE) or None, "~/.cache/lightning_memtrain")
+    return [Path(place).expanduser() for place in named if place is not None]
+
+
+def find_or_download(
+    name: str,
+    places: Sequence[Path],
+    find: Callable[[Path], Path | None],
+    url: str | None,
+    fetch: Callable[[str, Path], None],
+    *,
+    cure: str,
+) -> Path:
+    """Find data in one of several places, or download it into the first.
+
+    Several runs may start at once on an empty machine; the first one downloads for all.
+
+    Args:
+        name: of the data, for the message.
+        places: where to look, in this order.
+        find: the folder that holds the data, if a place is or holds it; else ``None``.
+        url: where it can be downloaded; ``None`` for no download.
+        fetch: downloads from a URL into a place.
+        cure: what a user can do, for the message.
+
+    Returns:
+        The folder that holds the data.
+
+    Raises:
+        FileNotFoundError: if the data is in none of the places and was not downloaded.
+    """
+
+    def found() -> Path | None:
+        return next((folder for place in places if (folder := find(place)) is not None), None)
+
+    reason = "a download was not asked for"
+    folder = found()
+    if folder is None and url is not None:
+        try:
+            with locked(places[0] / f".{name}.lock"):
+                if found() is None:
+                    fetch(url, places[0])
+            folder = found()
+        except (OSError, ValueError) as error:
+            reason = f"the download from {url} failed ({error})"
+    if folder is None:
+        looked_in = ", ".join(f"`{place}`" for place in places)
+        raise FileNotFoundError(
+            f"{name} was not found in {looked_in}, and {reason}: {cure}, or name such a folder in "
+            f"${DATA_DIR_VARIABLE}."
+        )
+    return folder
 
 
 def download(url: str, path: Path, *, sha256: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +23,8 @@ from lightning_memtrain.recipes.cifar10_wrn28_2.batches import (
     read_batch,
 )
 from lightning_memtrain.recipes.cifar10_wrn28_2.loader import Batch, EpochSampler, ImageSet, ResumableLoader
-from lightning_memtrain.recipes.download import ChecksumError, download, locked, unpack
+from lightning_memtrain.recipes.download import data_places, download, find_or_download, unpack
 
-DATA_DIR_VARIABLE = "MEMTRAIN_DATA_DIR"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 
@@ -213,10 +211,7 @@ class CIFAR10DataModule(ImageDataModule):
         download: bool = True,
     ) -> None:
         super().__init__(batch_size, num_val_images, num_workers, seed)
-        self._places = [Path(data_dir).expanduser()] if data_dir is not None else []
-        if os.environ.get(DATA_DIR_VARIABLE):
-            self._places.append(Path(os.environ[DATA_DIR_VARIABLE]).expanduser())
-        self._places.append(Path("~/.cache/lightning_memtrain").expanduser())
+        self._places = data_places(data_dir)
         self._download = download
         # Not `data_dir`, which is another on another machine.
         self.save_hyperparameters("batch_size", "num_val_images", "seed")
@@ -254,31 +249,15 @@ def obtain_cifar10(places: Sequence[Path], url: str | None, *, sha256: str) -> P
     Raises:
         FileNotFoundError: if the data is in none of the places and was not downloaded.
     """
-    reason = "a download was not asked for"
-    folder = _find(places)
-    if folder is None and url is not None:
-        archive = places[0] / url.rsplit("/", 1)[-1]
-        try:
-            # Several runs may start at once on an empty machine; the first one downloads for all.
-            with locked(places[0] / f".{FOLDER}.lock"):
-                folder = _find(places)
-                if folder is None:
-                    download(url, archive, sha256=sha256)
-                    unpack(archive, FOLDER, places[0])
-                    archive.unlink()
-                    folder = _find(places)
-        except (OSError, ChecksumError) as error:
-            reason = f"the download from {url} failed ({error})"
-    if folder is None:
-        raise FileNotFoundError(
-            f"CIFAR-10 was not found in {', '.join(f'`{place}`' for place in places)}, and {reason}: pass a "
-            f"`data_dir` that holds the folder `{FOLDER}`, or name such a folder in ${DATA_DIR_VARIABLE}."
-        )
-    return folder
 
+    def fetch(url: str, into: Path) -> None:
+        archive = into / url.rsplit("/", 1)[-1]
+        download(url, archive, sha256=sha256)
+        unpack(archive, FOLDER, into)
+        archive.unlink()
 
-def _find(places: Sequence[Path]) -> Path | None:
-    return next((folder for place in places if (folder := find_folder(place)) is not None), None)
+    cure = f"pass a `data_dir` that holds the folder `{FOLDER}`"
+    return find_or_download("CIFAR-10", places, find_folder, url, fetch, cure=cure)
 
 
 class DigitsDataModule(ImageDataModule):

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from lightning_memtrain.recipes.download import ChecksumError, download, unpack
+from lightning_memtrain.recipes.download import download, find_or_download, unpack
 from lightning_memtrain.recipes.iwslt14_dynamicconv import text
 from lightning_memtrain.recipes.iwslt14_dynamicconv.text import LANGUAGES, Pairs
 
-DATA_DIR_VARIABLE = "MEMTRAIN_DATA_DIR"
 # Tokenised pairs of each split.
 Corpus = dict[str, Pairs]
 
@@ -40,27 +39,22 @@ def obtain_iwslt14(places: Sequence[Path], url: str | None) -> Path:
     Raises:
         FileNotFoundError: if it is in none of the places and was not downloaded.
     """
-    reason = "a download was not asked for"
-    if (folder := _find_official(places)) is None and url is not None:
-        archive = places[0] / url.rsplit("/", 1)[-1]
-        try:
-            download(url, archive, sha256=None)
-            unpack(archive, "de-en", places[0])
-            archive.unlink()
-            folder = _find_official(places)
-        except (OSError, ValueError) as error:
-            reason = f"the download from {url} failed ({error})"
-    if folder is None:
-        raise FileNotFoundError(
-            f"IWSLT'14 was not found in {', '.join(f'`{place}`' for place in places)}, and {reason}: pass a "
-            "`data_dir` that holds the folder `de-en` of the official archive, or one with prepared text "
-            f"(`iwslt14.tokenized.de-en`), or name such a folder in ${DATA_DIR_VARIABLE}."
-        )
-    return folder
+
+    def fetch(url: str, into: Path) -> None:
+        archive = into / url.rsplit("/", 1)[-1]
+        download(url, archive, sha256=None)
+        unpack(archive, "de-en", into)
+        archive.unlink()
+
+    cure = (
+        "pass a `data_dir` that holds the folder `de-en` of the official archive, or one with prepared text "
+        "(`iwslt14.tokenized.de-en`)"
+    )
+    return find_or_download("IWSLT'14", places, _find_official, url, fetch, cure=cure)
 
 
-def _find_official(places: Sequence[Path]) -> Path | None:
-    folders = chain.from_iterable((place, place / "de-en", place / "orig" / "de-en") for place in places)
+def _find_official(place: Path) -> Path | None:
+    folders = (place, place / "de-en", place / "orig" / "de-en")
     return next((folder for folder in folders if (folder / "train.tags.de-en.de").is_file()), None)
 
 
@@ -112,29 +106,22 @@ def obtain_multi30k(places: Sequence[Path], url: str | None) -> Path:
     Raises:
         FileNotFoundError: if they are in none of the places and were not downloaded.
     """
-    reason = "a download was not asked for"
-    if (folder := _find_multi30k(places)) is None and url is not None:
-        try:
-            for name, sha256 in MULTI30K_SHA256.items():
-                if not (places[0] / "multi30k" / name).is_file():
-                    download(f"{url}/{name}", places[0] / "multi30k" / name, sha256=sha256)
-            folder = _find_multi30k(places)
-        except (OSError, ChecksumError) as error:
-            reason = f"the download from {url} failed ({error})"
-    if folder is None:
-        raise FileNotFoundError(
-            f"Multi30k was not found in {', '.join(f'`{place}`' for place in places)}, and {reason}: pass a "
-            "`data_dir` that holds `train.lc.norm.tok.de` and the other files of its repository's folder "
-            f"`data/task1/tok`, or name such a folder in ${DATA_DIR_VARIABLE}."
-        )
-    return folder
 
+    def fetch(url: str, into: Path) -> None:
+        for name, sha256 in MULTI30K_SHA256.items():
+            if not (into / "multi30k" / name).is_file():
+                download(f"{url}/{name}", into / "multi30k" / name, sha256=sha256)
 
-def _find_multi30k(places: Sequence[Path]) -> Path | None:
-    folders = chain.from_iterable((place, place / "multi30k") for place in places)
-    return next(
-        (folder for folder in folders if all((folder / name).is_file() for name in MULTI30K_SHA256)), None
+    cure = (
+        "pass a `data_dir` that holds `train.lc.norm.tok.de` and the other files of its repository's folder "
+        "`data/task1/tok`"
     )
+    return find_or_download("Multi30k", places, _find_multi30k, url, fetch, cure=cure)
+
+
+def _find_multi30k(place: Path) -> Path | None:
+    folders = (place, place / "multi30k")
+    return next((f for f in folders if all((f / name).is_file() for name in MULTI30K_SHA256)), None)
 
 
 def multi30k_corpus(folder: Path) -> Corpus:

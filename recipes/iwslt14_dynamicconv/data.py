@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_memtrain.recipes.download import locked
+from lightning_memtrain.recipes.download import DATA_DIR_VARIABLE, data_places, locked
 from lightning_memtrain.recipes.iwslt14_dynamicconv import corpora, text
 from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
 from lightning_memtrain.recipes.iwslt14_dynamicconv.batches import (
@@ -26,7 +26,7 @@ from lightning_memtrain.recipes.iwslt14_dynamicconv.batches import (
     max_tokens_batches,
     sorted_by_length,
 )
-from lightning_memtrain.recipes.iwslt14_dynamicconv.corpora import DATA_DIR_VARIABLE, Corpus
+from lightning_memtrain.recipes.iwslt14_dynamicconv.corpora import Corpus
 from lightning_memtrain.recipes.iwslt14_dynamicconv.text import LANGUAGES
 
 SPLITS = ("train", "valid", "test")
@@ -91,10 +91,7 @@ class TranslationDataModule(pl.LightningDataModule):
         self.overlong = overlong
         self.num_workers = num_workers
         self.seed = seed
-        self._places = [Path(data_dir).expanduser()] if data_dir is not None else []
-        if os.environ.get(DATA_DIR_VARIABLE):
-            self._places.append(Path(os.environ[DATA_DIR_VARIABLE]).expanduser())
-        self._places.append(Path("~/.cache/lightning_memtrain").expanduser())
+        self._places = data_places(data_dir)
         self._download = download
         self._datasets: dict[str, Any] = {}
         self._batches: dict[str, list[Indices]] = {}
@@ -293,17 +290,7 @@ class IWSLT14DataModule(TranslationDataModule):
     validation, byte pair encoding with 10,000 merges learnt on both languages. Where the folder ``de-en`` of
     the official archive lies in one of the places, that is used; otherwise the archive is downloaded (19 MB).
 
-    Args:
-        data_dir: see :class:`TranslationDataModule`.
-        max_tokens: see :class:`TranslationDataModule`.
-        batch_multiple: see :class:`TranslationDataModule`.
-        overlong: see :class:`TranslationDataModule`.
-        num_workers: see :class:`TranslationDataModule`.
-        seed: see :class:`TranslationDataModule`.
-        download: see :class:`TranslationDataModule`.
-
-    Raises:
-        ValueError: if an argument lies outside its range.
+    Its arguments are those of :class:`TranslationDataModule`.
 
     References:
         Cettolo et al., Report on the 11th IWSLT Evaluation Campaign, 2014.
@@ -357,17 +344,7 @@ class Multi30kDataModule(TranslationDataModule):
     2016), with byte pair encoding of 6,000 merges learnt on both languages. They are looked for where
     prepared text is, and otherwise downloaded (5 MB). For a run that takes minutes.
 
-    Args:
-        data_dir: see :class:`TranslationDataModule`.
-        max_tokens: see :class:`TranslationDataModule`.
-        batch_multiple: see :class:`TranslationDataModule`.
-        overlong: see :class:`TranslationDataModule`.
-        num_workers: see :class:`TranslationDataModule`.
-        seed: see :class:`TranslationDataModule`.
-        download: see :class:`TranslationDataModule`.
-
-    Raises:
-        ValueError: if an argument lies outside its range.
+    Its arguments are those of :class:`TranslationDataModule`.
 
     References:
         Elliott et al., Multi30K: Multilingual English-German Image Descriptions, 2016, W16-3210.

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_memtrain import NoEffectWarning
 from lightning_memtrain.cli import main
 from tests.helpers.cli import IGNORED, TINY, memtrain
 
@@ -258,12 +259,11 @@ def test_demo(tmp_path):
     assert "activations" in result.stdout
 
 
-# In two steps no weight is due to move.
-@pytest.mark.filterwarnings("ignore::lightning_memtrain.NoEffectWarning")
 def test_demo_without_wandb(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.chdir(tmp_path)
-    assert main(["demo", *SMALL_DEMO, "--run-dir=run"]) == 0
+    with pytest.warns(NoEffectWarning, match=r"`SparseTraining\(update\)` has no effect.*in the 2 steps"):
+        assert main(["demo", *SMALL_DEMO, "--run-dir=run"]) == 0
     *_, report, wandb = capfd.readouterr().out.splitlines()
     assert report == f"Memory report: {os.path.join('run', 'memory', 'memory_report.html')}"
     assert wandb == (

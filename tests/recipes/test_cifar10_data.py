@@ -113,7 +113,7 @@ def test_downloads_and_unpacks_into_the_first_place(archive: Path, tmp_path: Pat
     assert folder == tmp_path / "first" / "cifar-10-batches-py"
     assert len(list(folder.iterdir())) == 6
     left = {path.name for path in (tmp_path / "first").iterdir()}
-    assert left == {"cifar-10-batches-py", ".cifar-10-batches-py.lock"}
+    assert left == {"cifar-10-batches-py", ".CIFAR-10.lock"}
     archive.unlink()
     assert obtain_cifar10(places, archive.as_uri(), sha256=sha256) == folder  # found, not downloaded again
 
