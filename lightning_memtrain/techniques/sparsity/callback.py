@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import nn
@@ -17,6 +16,7 @@ from lightning_memtrain.techniques.sparsity import distributed, record, refusals
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks, UpdateClock
 from lightning_memtrain.techniques.sparsity.conversion import around_configure_model, sparsify_at_random
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
+from lightning_memtrain.techniques.sparsity.note import with_note
 from lightning_memtrain.techniques.sparsity.patterns import Storage
 from lightning_memtrain.techniques.sparsity.rules import Moment
 from lightning_memtrain.techniques.sparsity.selection import Select, has_weights
@@ -82,19 +82,7 @@ class SparseTraining(Callback):
         track_exploration: bool = False,
     ) -> None:
         super().__init__()
-        _check_type("method", method, SparseMethod, "a method such as RigL(0.9)")
-        _check_type("update", update, (UpdateClock, type(None)), "a clock such as UpdateEvery(100)")
-        _check_type("layers", layers, (Select, type(None)), "a Select(...)")
-        if storage not in get_args(Storage):
-            expected = ", ".join(repr(choice) for choice in get_args(Storage))
-            raise MisconfigurationException(
-                f"`SparseTraining(storage)` must be one of {expected}, but got storage={storage!r}. Use one."
-            )
-        if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
-            raise MisconfigurationException(
-                "`SparseTraining(chunk_bytes)` must be a number of bytes of at least 1, or None, but got "
-                f"chunk_bytes={chunk_bytes!r}. Leave it out for whole weights."
-            )
+        refusals.refuse_arguments(method, update, layers, storage, chunk_bytes)
         self.method = method
         self.select = layers or Select()
         self._clock = update or method.clock
@@ -319,6 +307,13 @@ class SparseTraining(Callback):
                 undo()
         self._undo, self._end_of_loading = [], None
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say among the weights how they are loaded."""
+        if self._weights and not sharding.shards(trainer.strategy):  # those are read name by name
+            checkpoint["state_dict"] = with_note(checkpoint["state_dict"])
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides values and patterns, which are in the model's own."""
         if not self._weights or self._updater is None:
@@ -391,10 +386,3 @@ def _layers(weights: dict[str, SparseWeight]) -> list[int]:
 
 def _ids(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-
-
-def _check_type(name: str, value: Any, kind: Any, expected: str) -> None:
-    if not isinstance(value, kind):
-        raise MisconfigurationException(
-            f"`SparseTraining({name})` must be {expected}, but got {name}={value!r}. Use one."
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 
 from lightning_memtrain.core import NoEffectWarning
 from lightning_memtrain.techniques.sparsity import sharding
-from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks
+from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks, UpdateClock
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
+from lightning_memtrain.techniques.sparsity.patterns import Storage
+from lightning_memtrain.techniques.sparsity.selection import Select
 
 _STRATEGIES = (
     "FSDPStrategy",
@@ -26,6 +28,41 @@ _STRATEGIES = (
     "SingleDeviceXLAStrategy",
 )
 _AVERAGES = ("StochasticWeightAveraging", "WeightAveraging")
+
+
+def refuse_arguments(method: Any, update: Any, layers: Any, storage: Any, chunk_bytes: Any) -> None:
+    """Refuse arguments of the callback that are of another type or out of their range.
+
+    Args:
+        method: see the callback, as the others.
+        update: see there.
+        layers: see there.
+        storage: see there.
+        chunk_bytes: see there.
+
+    Raises:
+        MisconfigurationException: naming the argument.
+    """
+    _check_type("method", method, SparseMethod, "a method such as RigL(0.9)")
+    _check_type("update", update, (UpdateClock, type(None)), "a clock such as UpdateEvery(100)")
+    _check_type("layers", layers, (Select, type(None)), "a Select(...)")
+    if storage not in get_args(Storage):
+        expected = ", ".join(repr(choice) for choice in get_args(Storage))
+        raise MisconfigurationException(
+            f"`SparseTraining(storage)` must be one of {expected}, but got storage={storage!r}. Use one."
+        )
+    if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
+        raise MisconfigurationException(
+            "`SparseTraining(chunk_bytes)` must be a number of bytes of at least 1, or None, but got "
+            f"chunk_bytes={chunk_bytes!r}. Leave it out for whole weights."
+        )
+
+
+def _check_type(name: str, value: Any, kind: Any, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise MisconfigurationException(
+            f"`SparseTraining({name})` must be {expected}, but got {name}={value!r}. Use one."
+        )
 
 
 def refuse_run(trainer: Trainer, num_given: int, method: SparseMethod) -> None:

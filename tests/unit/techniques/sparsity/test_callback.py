@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_memtrain as mt
+from lightning_memtrain.techniques.sparsity.note import drop_note
 from lightning_memtrain.techniques.sparsity.updater import Updater
 from tests.helpers.trainers import LIGHTNING_WARNINGS, assert_torch_is_as_found, quiet_trainer
 
@@ -354,7 +355,8 @@ def test_the_model_is_left_without_hooks(tmp_path: Path) -> None:
     callback = mt.SparseTraining(mt.RigL(0.75), EVERY_TWO)
     model, trainer = fit(tmp_path, callback)
     assert_torch_is_as_found(model)
-    assert not model._load_state_dict_pre_hooks
+    # Layers stay sparse, and with them what drops the note of checkpoints.
+    assert [wrapped.hook for wrapped in model._load_state_dict_pre_hooks.values()] == [drop_note]
     assert not trainer.optimizers or not trainer.optimizers[0]._optimizer_step_post_hooks
     assert model.body[0].search is None
 
@@ -625,3 +627,21 @@ def test_a_sparse_checkpoint_becomes_a_dense_model(tmp_path: Path) -> None:
     dense.load_state_dict(mt.export_dense(loaded))
     batch = torch.ones(2, WIDTH)
     assert torch.equal(dense.loss(batch), model.loss(batch))
+
+
+def test_loading_without_the_callback_says_what_to_do(tmp_path: Path) -> None:
+    model, trainer = fit(tmp_path, mt.SparseTraining(mt.SET(0.75, drop=0.5), EVERY_TWO))
+    path = tmp_path / "sparse.ckpt"
+    trainer.save_checkpoint(path)
+    message = (
+        r'Unexpected key\(s\) in state_dict: "sparse weights: load them in a Trainer with SparseTraining, '
+        r'and save export_dense\(model\) for others",'
+    )
+    with pytest.raises(RuntimeError, match=message):
+        Net.load_from_checkpoint(path)
+    # Who made the model sparse by hand needs no Trainer, and the note is not among its own weights.
+    positions = {weight.name: weight.positions() for weight in mt.sparse_weights(model).values()}
+    by_hand = Net()
+    mt.sparsify_(by_hand, positions)
+    by_hand.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    assert_same(model, by_hand)
