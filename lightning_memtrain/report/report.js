@@ -91,7 +91,7 @@
       stage.recomputed_max_bytes ? ["Recomputed at the peak", bytes(stage.recomputed_at_peak_bytes)] : null,
       ["Growth over the run", grown ? bytes(grown) : "none"],
       report.ranks ? [`Over ${count(report.ranks.world_size, "rank")}`, `${bytes(report.ranks.min_peak_bytes)} to ${bytes(report.ranks.max_peak_bytes)}`] : null,
-      report.techniques.length ? ["Techniques", report.techniques.map((technique) => technique.name).join(", ")] : null,
+      report.techniques.length ? ["Techniques", report.techniques.map((technique) => technique.name).join("\n")] : null,
     ];
     const groups = Object.entries(GROUPS).map(([group, members]) => [group, sum(members.map((member) => held[member]))]);
     return el("section", { class: "card", id: "headline", "aria-label": "Peak memory" },

@@ -63,11 +63,10 @@ def zeros_described(weights: Mapping[str, SparseWeight], starts_dense: bool) -> 
     """
     zeros = {name: 1 - weight.nnz / weight.numel for name, weight in weights.items()}
     low, high = min(zeros, key=zeros.__getitem__), max(zeros, key=zeros.__getitem__)
+    least, most = f"{zeros[low]:.1%}", f"{zeros[high]:.1%}"
+    where = f"from {least} zeros ({low}) to {most} ({high})" if least != most else f"with {least} zeros each"
     dense = "; the peak is that of dense training" if starts_dense else ""
-    return (
-        f"{len(zeros)} layers are sparse, from {zeros[low]:.1%} zeros ({low}) to {zeros[high]:.1%} "
-        f"({high}){dense}"
-    )
+    return f"{len(zeros)} layers are sparse, {where}{dense}"
 
 
 class Explored:

@@ -293,7 +293,7 @@ def test_browser_shows_techniques_and_what_the_allocator_reserved(tmp_path: Path
     for tile in (
         "Reserved by the allocator64.00 MiB",
         "Allocation retries in this step2",
-        "TechniquesMicrobatching, RigL, Plain",
+        "TechniquesMicrobatching\nRigL\nPlain",
     ):
         assert tile in shown["tiles"]
 
