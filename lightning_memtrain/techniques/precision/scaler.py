@@ -101,6 +101,38 @@ class HalfGradScaler(CappedGradScaler):
     ) -> dict[torch.device, Tensor]:
         return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16=True)
 
+    def unscale_once_(self, optimizer: Optimizer) -> None:
+        """Unscale gradients, unless that was done since the optimizer's last step.
+
+        Args:
+            optimizer: whose gradients are meant.
+        """
+        if self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+            self.unscale_(optimizer)
+
+    @property
+    def awaits_step(self) -> bool:
+        """Whether there are unscaled gradients that no step has used."""
+        return bool(self._unscaled())
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Change the scale by what the last steps found.
+
+        Other optimizers' gradients that are unscaled already stay so; they count when these step.
+
+        Args:
+            new_scale: set it to this instead.
+        """
+        unscaled = self._unscaled()
+        for key in unscaled:
+            del self._per_optimizer_states[key]
+        super().update(new_scale)
+        self._per_optimizer_states.update(unscaled)
+
+    def _unscaled(self) -> dict[int, dict[str, Any]]:
+        states = self._per_optimizer_states
+        return {key: state for key, state in states.items() if state["stage"] is OptState.UNSCALED}
+
     def step_by(self, optimizer: Optimizer, step: Callable[[], Any]) -> None:
         """Step unless a gradient is infinite; ``unscale_`` comes first, ``update`` afterwards.
 

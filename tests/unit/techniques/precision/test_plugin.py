@@ -20,7 +20,7 @@ from lightning_memtrain.techniques.precision import (
     ScalerConfig,
 )
 from lightning_memtrain.techniques.precision.refusals import refuse_strategy
-from tests.helpers.boring_models import BoringModel
+from tests.helpers.boring_models import BoringModel, ManualModel
 from tests.helpers.trainers import LIGHTNING_WARNINGS, assert_torch_is_as_found, quiet_trainer
 
 EXPECTED_WARNINGS = ("ignore:You're resuming from a checkpoint",)
@@ -253,6 +253,60 @@ def test_many_sums_in_bfloat16_warn(parts: int, warns: bool, tmp_path: Path) -> 
     found = [str(w.message) for w in caught if "more than 64 backward passes" in str(w.message)]
     assert len(found) == 2 * warns  # steps
     assert all("use larger microbatches, or use '16-true'" in text for text in found)
+
+
+class Clipping(ManualModel):
+    """Two optimizers on the gradients of one loss, clipped by hand; notes what each steps by."""
+
+    def __init__(self, algorithm: str, order: str) -> None:
+        super().__init__(num_batches=3)
+        self.algorithm, self.order, self.found = algorithm, order, list[torch.Tensor]()
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        body, head = self.optimizers()
+        for optimizer in (body, head):
+            optimizer.zero_grad()
+        self.manual_backward(10 * self.loss(batch))
+        for call in self.order.split():
+            optimizer = body if "body" in call else head
+            if "clip" in call:
+                self.clip_gradients(optimizer, 0.125, self.algorithm)
+            else:
+                optimizer.step()
+        self.found += [p.grad.float().clone() for p in self.parameters()]
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.body, self.head)]
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize(
+    "order", ["clip_body body clip_head head", "clip_body clip_head body head", "body clip_head head"]
+)
+def test_gradients_that_are_clipped_by_hand_are_not_scaled(
+    algorithm: str, order: str, tmp_path: Path
+) -> None:
+    found = []
+    for plugin in (LowPrecision("32-true"), LowPrecision("16-true", scaler=ScalerConfig(init=1024.0))):
+        torch.manual_seed(0)
+        model = Clipping(algorithm, order)
+        quiet_trainer(tmp_path, plugins=[plugin], limit_val_batches=0).fit(model)
+        found.append(model.found)
+        assert plugin.scaler is None or plugin.scaler.get_scale() == 1024.0
+    for full, half in zip(*found, strict=True):
+        torch.testing.assert_close(half, full, rtol=0.02, atol=1e-3)
+
+
+def test_a_backward_after_clipping_by_hand_is_refused(tmp_path: Path) -> None:
+    class Adds(Clipping):
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            self.manual_backward(self.loss(batch))
+            self.clip_gradients(self.optimizers()[0], 1.0, "norm")
+
+    with pytest.raises(
+        RuntimeError, match=r"`clip_gradients`.*followed by .* step, but got a backward.*Clip after the last"
+    ):
+        quiet_trainer(tmp_path, plugins=[LowPrecision("16-true")]).fit(Adds("norm", ""))
 
 
 def test_an_operator_that_is_missing_in_half_precision(tmp_path: Path) -> None:
