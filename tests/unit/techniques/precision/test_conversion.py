@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -117,6 +119,24 @@ def test_converting_twice_changes_nothing() -> None:
     convert_module_(model, torch.bfloat16)
     assert model[1].forward is forward
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_converted_model_can_be_pickled_and_computes_with_its_own_weights() -> None:
+    model = nn.Sequential(nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.RMSNorm(6), ForeignRMSNorm(), nn.Linear(6, 6))
+    convert_module_(model, torch.bfloat16, keep_fp32=("norm", "4"))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    inputs = torch.randn(5, 6).bfloat16()
+    for loaded in (pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert loaded(inputs).dtype == torch.bfloat16
+        assert torch.equal(loaded(inputs), model(inputs))
+        for layer, original in zip(loaded, model, strict=True):
+            with torch.no_grad():
+                for parameter in layer.parameters():
+                    parameter.zero_()
+            assert layer(inputs).abs().max() == 0
+            assert original(inputs).abs().max() > 0
 
 
 def test_modules_know_their_dtype_and_metrics_are_left_alone() -> None:
