@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,37 @@ def test_saved_mid_run_and_resumed_is_uninterrupted_to_the_bit(
     assert scale == resumed[1]
     assert compute == "16-mixed" or noise == resumed[2]
     assert scale is None or scale["scale"] > 8.0
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("before", [None, LowPrecision], ids=["Lightning", "nearest"])
+@pytest.mark.filterwarnings("ignore:The checkpoint was written without")
+def test_moments_of_a_run_in_half_precision_become_float32(
+    before: Any, optimizer: str, tmp_path: Path
+) -> None:
+    data = DataLoader(batches(), batch_size=None)
+    half: dict[str, Any] = {"precision": "bf16-true"}
+    if before is not None:
+        half = {"plugins": [LowPrecision("bf16-true", weight_rounding="nearest")]}
+    first = quiet_trainer(tmp_path, **half)
+    first.fit(Regression(optimizer), data)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    saved = first.optimizers[0].state_dict()["state"]
+    loaded: list[Any] = []
+
+    class Looks(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            loaded.append(copy.deepcopy(trainer.optimizers[0].state_dict()["state"]))
+
+    resumed = quiet_trainer(tmp_path, Looks(), plugins=[LowPrecision("bf16-true")], max_epochs=2)
+    resumed.fit(Regression(optimizer), data, ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.global_step == 16
+    for state in (loaded[0], resumed.optimizers[0].state_dict()["state"]):
+        moments = [value for one in state.values() for value in one.values() if value is not None]
+        assert {value.dtype for value in moments} == {torch.float32}
+    for number, state in saved.items():
+        for name, value in state.items():
+            assert value is None or torch.equal(loaded[0][number][name], value.float())
 
 
 def test_seeds_decide_and_nothing_else_does(tmp_path: Path) -> None:

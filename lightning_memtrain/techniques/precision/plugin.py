@@ -230,6 +230,8 @@ class LowPrecision(Precision):
                 self._noise.load_state_dict(state["noise"])
             else:
                 missing.append("the noise for stochastic rounding")
+                if isinstance(self._mode, TrueHalf):
+                    self._mode.widen_loaded_state()
         if self._packed is not None:
             # Only noise is lost, and only if there is any, so this is not worth a warning.
             self._packed.load_state_dict(state.get("activations", {"num_packed": 0}))

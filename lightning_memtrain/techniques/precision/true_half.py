@@ -94,6 +94,11 @@ class TrueHalf(Precision):
                 self._bucketed(optimizer)
         return model, optimizers, lr_schedulers
 
+    def widen_loaded_state(self) -> None:
+        """Expect state of a run whose steps were in half precision: it becomes float32 when it is loaded."""
+        for step in self._steps.values():
+            step.widen_loaded_state()
+
     def teardown(self) -> None:
         """Take all hooks off the optimizers."""
         for step in self._steps.values():
