@@ -270,6 +270,34 @@ def test_a_step_with_infinite_gradients_is_left_out(tmp_path: Path) -> None:
     assert plugin.technique_record().events == ("1 steps left out for infinite gradients",)
 
 
+class Undefined(Regression):
+    """Gradients are not a number, in the first of its runs."""
+
+    broken = True
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (float("nan") if self.broken else 1.0)
+
+
+def test_a_run_whose_every_step_is_left_out_ends_and_the_plugin_can_train_again(tmp_path: Path) -> None:
+    plugin = LowPrecision("16-true", scaler=ScalerConfig(init=1024.0))
+    data = DataLoader(batches(50), batch_size=None)
+    model = Undefined()
+    trainer = quiet_trainer(tmp_path, plugins=[plugin])
+    with pytest.raises(FloatingPointError, match=r"40 steps in a row"):
+        trainer.fit(model, data)
+    assert trainer.global_step == 39
+    assert plugin.technique_record().events == ("40 steps left out for infinite gradients",)
+    assert {len(state) for state in trainer.optimizers[0].state.values()} <= {0}
+    model.broken = False
+    again = quiet_trainer(tmp_path, plugins=[plugin])
+    again.fit(model, data)
+    assert plugin.scaler is not None
+    assert plugin.scaler.get_scale() == 1024.0
+    assert plugin.technique_record().events == ()
+    assert {int(state["step"]) for state in again.optimizers[0].state.values()} == {50}
+
+
 class Adversarial(Regression):
     """Two optimizers, stepped by hand."""
 
@@ -286,6 +314,16 @@ class Adversarial(Regression):
     def configure_optimizers(self) -> Any:
         first, last = self.net[0].parameters(), self.net[4].parameters()
         return torch.optim.Adam(first, lr=1e-2), torch.optim.SGD(last, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("compute", ["16-true", "16-mixed"])
+def test_each_fit_begins_with_a_scale_of_its_own(compute: Any, tmp_path: Path) -> None:
+    plugin = LowPrecision(compute, scaler=ScalerConfig(init=8.0, growth_interval=8))
+    for _ in range(2):
+        trainer = quiet_trainer(tmp_path, plugins=[plugin])
+        trainer.fit(Regression(), DataLoader(batches(), batch_size=None))
+        assert plugin.scaler is not None
+        assert plugin.scaler.get_scale() == 16.0  # after 8 steps
 
 
 @pytest.mark.parametrize("compute", ["bf16-true", "16-true"])

@@ -122,7 +122,8 @@ class LowPrecision(Precision):
             refuse_optimizer(optimizer, self._settings)
         if self._settings.compute in ("bf16-mixed", "16-mixed"):
             device = next((p.device.type for p in model.parameters()), "cpu")
-            if not isinstance(self._mode, MixedPrecision) or self._mode.device != device:
+            # Anew for each fit, with a scaler whose scale is not what another fit ended with.
+            if optimizers or not isinstance(self._mode, MixedPrecision) or self._mode.device != device:
                 self._mode = MixedPrecision(
                     self._settings.compute,
                     device,

@@ -85,7 +85,8 @@ class TrueHalf(Precision):
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
         """Prepare the scaler and the steps, once the model is on its device."""
         device = next((p.device.type for p in model.parameters()), "cpu")
-        if self._settings.compute == "16-true" and (self.scaler is None or self.scaler._device != device):
+        # Anew for each fit: the scale that one ended with may be of no use. Evaluation leaves it to the report.
+        if self._settings.compute == "16-true" and optimizers:
             self.scaler = HalfGradScaler(device, self._settings.scaler or ScalerConfig())
         self.teardown()
         self._num_backwards = 0
