@@ -65,7 +65,7 @@ def _run(rank: int, port: int, folder: str) -> None:
         plugin = LowPrecision(
             compute,  # type: ignore[arg-type]
             scaler=ScalerConfig(init=1024.0) if compute == "16-true" else None,
-            bucket_numel=40,
+            bucket_numel=None if compute == "32-true" else 40,
         )
         callbacks = [Microbatching(num_microbatches=3)] if microbatched else []
         trainer = quiet_trainer(

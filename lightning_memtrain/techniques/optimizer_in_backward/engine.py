@@ -158,9 +158,9 @@ class BackwardSteps:
         if self._accumulation is None:
             choice = choice_for(self._optimizer) or "the one that it was written with"
             raise MisconfigurationException(
-                "`OptimizerInBackward(accumulation)` must be that of the run whose checkpoint is resumed, since "
-                "it was written amid a window, whose first gradients are in the optimizer's state, but got "
-                f"accumulation=None. Use accumulation={choice}, or a checkpoint that was written after a step."
+                "`OptimizerInBackward(accumulation)` must be that of the run whose checkpoint is resumed, "
+                "since it was written amid a window, whose first gradients are in the optimizer's state, "
+                f"but got accumulation=None. Use accumulation={choice}, or a checkpoint written after a step."
             )
         parameters = list(self._parameters())
         for number, had_state in window.items():

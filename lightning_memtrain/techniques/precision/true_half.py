@@ -85,7 +85,7 @@ class TrueHalf(Precision):
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
         """Prepare the scaler and the steps, once the model is on its device."""
         device = next((p.device.type for p in model.parameters()), "cpu")
-        # Anew for each fit: the scale that one ended with may be of no use. Evaluation leaves it to the report.
+        # Anew for each fit: the scale another ended with may be of no use. Evaluation leaves it be.
         if self._settings.compute == "16-true" and optimizers:
             self.scaler = HalfGradScaler(device, self._settings.scaler or ScalerConfig())
         self.teardown()

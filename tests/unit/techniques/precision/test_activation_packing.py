@@ -416,6 +416,9 @@ def test_on_meta_tensors_bytes_are_counted_without_memory() -> None:
         ),
         ({"min_numel": True, "group": 8}, "but got min_numel=True. Leave it out for 4096."),
         ({"seed": -1}, "`ActivationCodec(seed)` must be an integer in [0, 2**32), but got seed=-1. Leave"),
+        ({"bits": 8.0}, "must be 8, 4 or 2, but got bits=8.0."),
+        ({"stochastic": "no"}, "(stochastic)` must be True or False, but got stochastic='no'. Use one"),
+        ({"compiled": 1}, "`ActivationCodec(compiled)` must be True or False or None, but got compiled=1."),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:

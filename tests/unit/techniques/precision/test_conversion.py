@@ -122,7 +122,8 @@ def test_converting_twice_changes_nothing() -> None:
 
 
 def test_a_converted_model_can_be_pickled_and_computes_with_its_own_weights() -> None:
-    model = nn.Sequential(nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.RMSNorm(6), ForeignRMSNorm(), nn.Linear(6, 6))
+    norms = nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.RMSNorm(6), ForeignRMSNorm()
+    model = nn.Sequential(*norms, nn.Linear(6, 6))
     convert_module_(model, torch.bfloat16, keep_fp32=("norm", "4"))
     file = io.BytesIO()
     torch.save(model, file)

@@ -48,6 +48,33 @@ pytestmark = [pytest.mark.filterwarnings(text) for text in (*LIGHTNING_WARNINGS,
             {"bucket_numel": 0},
             r"must be a number of weights of at least 1, but got bucket_numel=0. Leave it out",
         ),
+        ({"keep_fp32": None}, r"must be a tuple of names of layers, but got keep_fp32=None. Write it as a"),
+        (
+            {"compute": "16-true", "scaler": 1024.0},
+            r"`LowPrecision\(scaler\)` must be a ScalerConfig or None, but got scaler=1024.0. Write e.g.",
+        ),
+        (
+            {"activations": 8},
+            r"`LowPrecision\(activations\)` must be an ActivationCodec or None, but got activations=8. Write",
+        ),
+        ({"cast_targets": "no"}, r"must be True or False, but got cast_targets='no'. Use one of them."),
+        ({"seed": 0.5}, r"`LowPrecision\(seed\)` must be an integer, but got seed=0.5. Leave it out for 0."),
+        (
+            {"compute": "bf16-mixed", "keep_fp32": ("norm", "head")},
+            r"keep_fp32\)` needs compute='bf16-true' or '16-true'.*got keep_fp32=\('norm', 'head'\) and "
+            r"compute='bf16-mixed'. Leave it out.",
+        ),
+        ({"compute": "32-true", "keep_fp32": ()}, r"got keep_fp32=\(\) and compute='32-true'. Leave it out."),
+        (
+            {"compute": "16-mixed", "cast_targets": True},
+            r"cast_targets\)` needs compute=.*got cast_targets=True and compute='16-mixed'. Leave it out.",
+        ),
+        (
+            {"weight_rounding": "nearest", "bucket_numel": 5},
+            r"bucket_numel\)` needs weights that are rounded stochastically.*got bucket_numel=5, "
+            r"compute='bf16-true' and weight_rounding='nearest'. Leave it out.",
+        ),
+        ({"compute": "32-true", "bucket_numel": 5}, r"got bucket_numel=5, compute='32-true' and weight"),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
