@@ -175,6 +175,18 @@ def test_buffers_are_never_packed() -> None:
     assert packing.last.num_tensors == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocasts_copies_of_buffers_are_never_packed(dtype: torch.dtype) -> None:
+    model = nn.Module()
+    model.register_buffer("table", torch.randn(128, 96))
+    packing = eager().packing(model)
+    x = torch.randn(8, 96, requires_grad=True)  # too small to be packed
+    with torch.autocast("cpu", dtype, cache_enabled=False), packing:
+        F.linear(x, model.table)
+        x @ model.table.t()
+    assert packing.last.num_tensors == 0
+
+
 def test_memory_that_is_used_again_is_not_taken_for_what_was_there_before() -> None:
     x = torch.randn(64, 64, requires_grad=True)
     packing = eager().packing(nn.Module())
