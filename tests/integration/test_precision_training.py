@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_memtrain import EarlyZeroGrad, MemoryProfiler, Microbatching
+from lightning_memtrain import Category, EarlyZeroGrad, MemoryProfiler, Microbatching
 from lightning_memtrain.techniques.precision import LowPrecision, ScalerConfig, SGD8bit
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 from tests.helpers.twin_runs import Run, assert_same_run, train
@@ -345,3 +345,8 @@ def test_it_shows_in_the_memory_report_with_its_bytes(tmp_path: Path) -> None:
     report = profiler.report
     assert report is not None
     assert [record.name for record in report.techniques] == ["LowPrecision"]
+    # 321 numbers in layers, and 80 in the normalisation, which stay in float32.
+    held = report.stages["fit"].maxima
+    assert held[Category.PARAMETERS] == held[Category.GRADIENTS] == 2 * 321 + 4 * 80
+    # Two moments of each in float32, and a count of steps for each of six parameters.
+    assert held[Category.OPTIMIZER_STATE] == 2 * 4 * 401 + 4 * 6
