@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import ref
 
@@ -155,12 +155,6 @@ class LowPrecision(Precision):
     def forward_context(self) -> AbstractContextManager[Any]:
         """Where the model computes."""
         return self._mode.forward_context()
-
-    @contextmanager
-    def train_step_context(self) -> Iterator[None]:
-        """Where the model computes in training."""
-        with self.forward_context():
-            yield
 
     def convert_input(self, data: Any) -> Any:
         """Cast a batch."""

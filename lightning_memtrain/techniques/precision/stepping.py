@@ -104,12 +104,13 @@ class BucketedStep:
                 parameter.grad = None
             try:
                 buckets = list(self._buckets(gradients))
-                for index, bucket in enumerate(buckets):
+                for bucket in buckets:
+                    # The first of several shows whether the others would find another state than it did.
                     before = None if self._checked or len(buckets) == 1 else shared_state(self._optimizer)
                     self._step_bucket(bucket, raw_step)
-                    if before is not None and index == 0:
+                    if before is not None:
                         self._refuse_shared_state(before)
-                self._checked = self._checked or len(buckets) > 1
+                        self._checked = True
             finally:
                 for parameter, gradient in gradients:
                     parameter.grad = gradient
