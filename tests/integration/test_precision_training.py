@@ -284,7 +284,9 @@ def test_a_run_whose_every_step_is_left_out_ends_and_the_plugin_can_train_again(
     data = DataLoader(batches(50), batch_size=None)
     model = Undefined()
     trainer = quiet_trainer(tmp_path, plugins=[plugin])
-    with pytest.raises(FloatingPointError, match=r"40 steps in a row"):
+    with pytest.raises(
+        FloatingPointError, match=r"40 steps in a row.* these steps: 1024, 512, 256, .*, 1.86265e-09."
+    ):
         trainer.fit(model, data)
     assert trainer.global_step == 39
     assert plugin.technique_record().events == ("40 steps left out for infinite gradients",)

@@ -158,5 +158,6 @@ class HalfGradScaler(CappedGradScaler):
                 f"Gradients were infinite or not a number in {_MOST_SKIPPED} steps in a row, while the loss "
                 f"scale fell from {first:g} to {last:g}: the reason is the loss or a layer, not the scale. "
                 "Look at the loss for NaN, keep the layer that overflows in float32 with "
-                "LowPrecision(keep_fp32=...), or use compute='bf16-true'."
+                "LowPrecision(keep_fp32=...), or use compute='bf16-true'. The scales of these steps: "
+                f"{', '.join(f'{scale:g}' for scale in self._scales_in_a_row)}."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -331,6 +332,29 @@ def test_two_contexts_inside_each_other_are_refused() -> None:
         with packing, pytest.raises(RuntimeError, match="must be entered once at a time"), inner:
             pass
     assert_torch_is_as_found(model)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_under_torch_func_an_error_names_the_codec_and_it_can_be_used_afterwards(inside: bool) -> None:
+    model, x = nn.Linear(64, 64), torch.randn(128, 64)
+    packing = eager().packing(model)
+
+    def loss(parameters: Any) -> torch.Tensor:
+        with packing if inside else nullcontext():
+            return torch.func.functional_call(model, parameters, (x,)).exp().sum()
+
+    with (
+        pytest.raises(
+            RuntimeError,
+            match=r"`ActivationCodec.packing` packs by .* refuses under torch.func.grad.*Compute that",
+        ),
+        nullcontext() if inside else packing,
+    ):
+        torch.func.grad(loss)(dict(model.named_parameters()))
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    with packing:
+        torch.func.vmap(model)(x[None]).exp().sum().backward()
+    assert packing.last.num_tensors == 2
 
 
 def test_the_context_is_left_after_an_error_and_can_be_entered_again() -> None:

@@ -10,7 +10,12 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
 
 from lightning_memtrain.core import NoEffectWarning, is_technique
 from lightning_memtrain.techniques.precision import (
@@ -122,7 +127,12 @@ def test_the_float32_step_needs_no_eps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "cure"),
-    [(ModelParallelStrategy, r"Use Trainer\(precision"), (DeepSpeedStrategy, "Use DeepSpeed's own fp16")],
+    [
+        (ModelParallelStrategy, r"Use Trainer\(precision"),
+        (DeepSpeedStrategy, "Use DeepSpeed's own fp16"),
+        (XLAStrategy, "Use XLAPrecision instead"),
+        (SingleDeviceXLAStrategy, "Use XLAPrecision instead"),
+    ],
 )
 def test_strategies_that_cast_by_themselves_are_refused(kind: Any, cure: str) -> None:
     strategy = kind.__new__(kind)
