@@ -42,6 +42,7 @@ def cast_batch(batch: Any, dtype: torch.dtype, cast_targets: bool = False) -> An
 
 
 def _cast_inputs(part: Any, dtype: torch.dtype, beside_target: bool) -> Any:
+    targets: set[Any]  # keys or places
     if isinstance(part, Mapping):
         targets = {key for key in part if isinstance(key, str) and _TARGET.fullmatch(key)}
     elif isinstance(part, (tuple, list)):
