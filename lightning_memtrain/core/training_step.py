@@ -29,42 +29,58 @@ def wrap_training_step(model: LightningModule, around: Around) -> Callable[[], N
         around: called with the method, its arguments and its keyword arguments; returns what it returns.
 
     Returns:
-        A function that takes it back.
+        A function that takes it back, in whatever order several are taken back; further calls do nothing.
     """
-    replaced = model.__dict__.get(_STEP)
-    step = _WrappedStep(model.training_step, around)
+    step = _WrappedStep(model.training_step, around, model.__dict__.get(_STEP))
     model.__dict__[_STEP] = step
 
     def undo() -> None:
-        if model.__dict__.get(_STEP) is step:
-            if replaced is None:
-                del model.__dict__[_STEP]
-            else:
-                model.__dict__[_STEP] = replaced
+        outer, found = None, model.__dict__.get(_STEP)
+        while isinstance(found, _WrappedStep) and found is not step:
+            outer, found = found, found.inside
+        if found is not step:
+            step.around = _alone  # somebody else's wrapper goes on calling this one, or it is gone already
+        elif outer is not None:
+            outer.step, outer.inside = step.step, step.inside
+        elif step.inside is None:
+            del model.__dict__[_STEP]
+        else:
+            model.__dict__[_STEP] = step.inside
 
     return undo
 
 
 class _WrappedStep:
-    """Stands in for a model's ``training_step``."""
+    """Stands in for a model's ``training_step``.
 
-    def __init__(self, step: Callable[..., Any], around: Around) -> None:
+    Args:
+        step: what it runs.
+        around: see :func:`wrap_training_step`.
+        inside: the model's own attribute that this one takes the place of; ``None`` if there was none.
+    """
+
+    def __init__(self, step: Callable[..., Any], around: Around, inside: Any) -> None:
         functools.update_wrapper(self, step)
         # Lightning looks at signature and code, but through one wrapper only.
         self.__wrapped__ = inspect.unwrap(step)
-        self._step = step
-        self._around = around
+        self.step = step
+        self.around = around
+        self.inside = inside
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._around(self._step, args, kwargs)
+        return self.around(self.step, args, kwargs)
 
     # A copy of the model trains as it would without: its step would otherwise run the original's.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self._step, memo)
+        return copy.deepcopy(self.step, memo)
 
     def __reduce__(self) -> Any:
-        return _itself, (self._step,)
+        return _itself, (self.step,)
+
+
+def _alone(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return step(*args, **kwargs)
 
 
 def _itself(step: _T) -> _T:

@@ -84,7 +84,7 @@ class SmallNet(LightningModule):
 
 def fit(folder: Path, *techniques: Any, max_epochs: int = 2, **options: Any) -> tuple[SmallNet, Trainer]:
     seed_everything(1, verbose=False)
-    model = SmallNet()
+    model = options.pop("model", None) or SmallNet()
     checkpoint = options.pop("ckpt_path", None)
     callbacks = [one for one in techniques if isinstance(one, Callback)]
     plugins = [one for one in techniques if not isinstance(one, Callback)]
@@ -141,15 +141,28 @@ def test_a_run_that_is_resumed_equals_the_uninterrupted_one(names: tuple[str, ..
 
 
 # A model in low precision stays in it, and with it the forward of its normalisations; a sparse one, too.
-@pytest.mark.parametrize("name", sorted(CASES.keys() - {"LowPrecision", "SparseTraining"}))
-def test_a_technique_leaves_model_and_torch_as_it_found_them(name: str, tmp_path: Path) -> None:
-    model, _ = fit(tmp_path, CASES[name]())
+CHANGES_THE_MODEL = {"LowPrecision", "SparseTraining"}
+LEAVES_AS_FOUND = [
+    names for names in [(name,) for name in CASES] + PAIRS if not CHANGES_THE_MODEL.intersection(names)
+]
+
+
+@pytest.mark.parametrize("names", LEAVES_AS_FOUND, ids=" + ".join)
+def test_a_technique_leaves_model_and_torch_as_it_found_them(names: tuple[str, ...], tmp_path: Path) -> None:
+    model, _ = fit(tmp_path, *made(names))
     assert_torch_is_as_found(model)
     untouched, _ = fit(tmp_path)
     for (path, module), twin in zip(model.named_modules(), untouched.modules(), strict=True):
         assert type(module) is type(twin)
         own = module.__dict__.keys() - twin.__dict__.keys()
         assert not own, f"{path} has {own}"
+
+
+@pytest.mark.parametrize("names", PAIRS, ids=" + ".join)
+def test_a_pair_can_train_the_model_again(names: tuple[str, ...], tmp_path: Path) -> None:
+    model, _ = fit(tmp_path, *made(names), max_epochs=1)
+    assert "training_step" not in model.__dict__
+    fit(tmp_path, *made(names), max_epochs=1, model=model)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,6 +23,7 @@ from lightning_memtrain import (
     Microbatching,
 )
 from tests.helpers.trainers import assert_torch_is_as_found, quiet_trainer
+from tests.helpers.two_ranks import found_by_two_ranks
 
 NUM_CLASSES = 10
 
@@ -155,28 +152,17 @@ def test_the_report_names_it_and_shows_fewer_bytes_of_activations(tmp_path: Path
     assert held[1] < 0.4 * held[0]
 
 
-def _run_rank(rank: int, port: int, folder: Path) -> None:
-    warnings.simplefilter("ignore")
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank)
-    )
-    torch.set_num_threads(1)
-    try:
-        callback = compressed(4, stochastic=True)
-        loss, model = fit(folder, callback, strategy=DDPStrategy(), devices=2)
-        found: Any = (loss, [p.detach() for p in model.parameters()], callback.technique_record().events)
-    except BaseException:
-        found = traceback.format_exc()
-    torch.save(found, folder / f"rank_{rank}.pt")
-    torch.distributed.destroy_process_group()
+def check(name: str, folder: Path, rank: int) -> dict[str, Any]:
+    callback = compressed(4, stochastic=True)
+    loss, model = fit(folder, callback, strategy=DDPStrategy(), devices=2)
+    events = list(callback.technique_record().events)
+    return {"loss": loss, "weights": [p.tolist() for p in model.parameters()], "events": events}
 
 
 @pytest.mark.slow
 def test_two_processes(plain: float, tmp_path: Path) -> None:
-    multiprocessing.spawn(_run_rank, (find_free_network_port(), tmp_path), nprocs=2)
-    found = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
-    assert not any(isinstance(result, str) for result in found), found
-    for one, other in zip(found[0][1], found[1][1], strict=True):
-        assert torch.equal(one, other)
-    assert found[0][0] < 1.5 * plain
-    assert found[0][2] == found[1][2] != ()
+    first, second = (rank["4 bits"] for rank in found_by_two_ranks(check, ["4 bits"], tmp_path))
+    assert isinstance(first, dict), first
+    assert first["weights"] == second["weights"]
+    assert first["loss"] < 1.5 * plain
+    assert first["events"] == second["events"] != []

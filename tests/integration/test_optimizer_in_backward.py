@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
@@ -199,6 +200,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(mode: str, batch: int, tmp_path:
     assert bool(saved) == (batch == 9 and "accumulate_grad_batches" in options)
     resumed, _ = train(make, tmp_path, *callbacks(), ckpt_path=tmp_path / "half.ckpt", **options)
     assert_equal(whole, resumed)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_window_is_resumed_with_what_took_up_its_gradients(tmp_path: Path) -> None:
+    save = SaveAt(2, tmp_path / "mid.ckpt")
+    train(sgd, tmp_path, mt.OptimizerInBackward(mt.ExactMomentum()), save, accumulate_grad_batches=2)
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"`OptimizerInBackward\(accumulation\)` must be that of the run whose checkpoint is resumed.*"
+        r"got accumulation=None. Use accumulation=ExactMomentum\(\), or a checkpoint",
+    ):
+        train(sgd, tmp_path, mt.OptimizerInBackward(), ckpt_path=tmp_path / "mid.ckpt")
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -48,10 +48,12 @@ class Net(LightningModule):
 
 
 class Skips(Net):
-    """One rank does without a layer in one step."""
+    """One rank does without a layer in the last step, or in the only one."""
+
+    skipped = 3
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        if batch_idx == 3 and self.global_rank == 1:
+        if batch_idx == self.skipped and self.global_rank == 1:
             return self.net[0](batch).square().mean()
         return super().training_step(batch, batch_idx)
 
@@ -81,6 +83,8 @@ REFUSED: dict[str, tuple[dict[str, Any], mt.Accumulation | None, str]] = {
     "AdamA": ({}, mt.AdamA(), "another optimizer state"),
 }
 
+SKIPPING = {"skips": None, "skips, accumulated": mt.ExactMomentum(), "skips at first": mt.ExactMomentum()}
+
 
 def trained(folder: Path, model: Net, *callbacks: Any, **options: Any) -> Net:
     strategy = DDPStrategy(process_group_backend="gloo", **options.pop("ddp", {}))
@@ -98,9 +102,12 @@ def check(name: str, folder: Path, rank: int) -> Any:
         with pytest.raises(MisconfigurationException, match=message):
             trained(folder, Net(adam=True), mt.OptimizerInBackward(accumulation), ddp=ddp)
         return True
-    if name == "skips":
+    if name in SKIPPING:
+        accumulation = SKIPPING[name]
+        model, technique = Skips(adam=accumulation is None), mt.OptimizerInBackward(accumulation)
+        model.skipped = 0 if name == "skips at first" else 3
         try:
-            trained(folder, Skips(adam=True), mt.OptimizerInBackward(), limit_train_batches=4)
+            trained(folder, model, technique, limit_train_batches=model.skipped + 1)
         except RuntimeError as error:
             return str(error)
         return "went on"
@@ -119,7 +126,7 @@ def check(name: str, folder: Path, rank: int) -> Any:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return found_by_two_ranks(check, [*CASES, *REFUSED, "skips"], tmp_path_factory.mktemp("ddp"))
+    return found_by_two_ranks(check, [*CASES, *REFUSED, *SKIPPING], tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -140,6 +147,7 @@ def test_what_works_on_buckets_is_refused(name: str, ranks: list[dict[str, Any]]
     assert [rank[name] for rank in ranks] == [True, True]
 
 
-def test_a_rank_without_a_gradient_says_so_and_nobody_waits(ranks: list[dict[str, Any]]) -> None:
-    assert "needs a gradient of every parameter" in ranks[1]["skips"]
-    assert ranks[0]["skips"] == "went on"
+@pytest.mark.parametrize("name", SKIPPING)
+def test_a_rank_without_a_gradient_says_so_and_nobody_waits(name: str, ranks: list[dict[str, Any]]) -> None:
+    assert "needs a gradient of every parameter in every backward, but 6 got none" in ranks[1][name]
+    assert ranks[0][name] == "went on"

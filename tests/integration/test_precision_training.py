@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_memtrain import EarlyZeroGrad, MemoryProfiler, Microbatching
+from lightning_memtrain import Category, EarlyZeroGrad, MemoryProfiler, Microbatching
 from lightning_memtrain.techniques.precision import LowPrecision, ScalerConfig, SGD8bit
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 from tests.helpers.twin_runs import Run, assert_same_run, train
@@ -182,6 +183,37 @@ def test_saved_mid_run_and_resumed_is_uninterrupted_to_the_bit(
     assert scale is None or scale["scale"] > 8.0
 
 
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("before", [None, LowPrecision], ids=["Lightning", "nearest"])
+@pytest.mark.filterwarnings("ignore:The checkpoint was written without")
+def test_moments_of_a_run_in_half_precision_become_float32(
+    before: Any, optimizer: str, tmp_path: Path
+) -> None:
+    data = DataLoader(batches(), batch_size=None)
+    half: dict[str, Any] = {"precision": "bf16-true"}
+    if before is not None:
+        half = {"plugins": [LowPrecision("bf16-true", weight_rounding="nearest")]}
+    first = quiet_trainer(tmp_path, **half)
+    first.fit(Regression(optimizer), data)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    saved = first.optimizers[0].state_dict()["state"]
+    loaded: list[Any] = []
+
+    class Looks(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            loaded.append(copy.deepcopy(trainer.optimizers[0].state_dict()["state"]))
+
+    resumed = quiet_trainer(tmp_path, Looks(), plugins=[LowPrecision("bf16-true")], max_epochs=2)
+    resumed.fit(Regression(optimizer), data, ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.global_step == 16
+    for state in (loaded[0], resumed.optimizers[0].state_dict()["state"]):
+        moments = [value for one in state.values() for value in one.values() if value is not None]
+        assert {value.dtype for value in moments} == {torch.float32}
+    for number, state in saved.items():
+        for name, value in state.items():
+            assert value is None or torch.equal(loaded[0][number][name], value.float())
+
+
 def test_seeds_decide_and_nothing_else_does(tmp_path: Path) -> None:
     def weights(seed: int, draw: int = 0) -> Tensor:
         class Draws(Callback):
@@ -238,6 +270,36 @@ def test_a_step_with_infinite_gradients_is_left_out(tmp_path: Path) -> None:
     assert plugin.technique_record().events == ("1 steps left out for infinite gradients",)
 
 
+class Undefined(Regression):
+    """Gradients are not a number, in the first of its runs."""
+
+    broken = True
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (float("nan") if self.broken else 1.0)
+
+
+def test_a_run_whose_every_step_is_left_out_ends_and_the_plugin_can_train_again(tmp_path: Path) -> None:
+    plugin = LowPrecision("16-true", scaler=ScalerConfig(init=1024.0))
+    data = DataLoader(batches(50), batch_size=None)
+    model = Undefined()
+    trainer = quiet_trainer(tmp_path, plugins=[plugin])
+    with pytest.raises(
+        FloatingPointError, match=r"40 steps in a row.* these steps: 1024, 512, 256, .*, 1.86265e-09."
+    ):
+        trainer.fit(model, data)
+    assert trainer.global_step == 39
+    assert plugin.technique_record().events == ("40 steps left out for infinite gradients",)
+    assert {len(state) for state in trainer.optimizers[0].state.values()} <= {0}
+    model.broken = False
+    again = quiet_trainer(tmp_path, plugins=[plugin])
+    again.fit(model, data)
+    assert plugin.scaler is not None
+    assert plugin.scaler.get_scale() == 1024.0
+    assert plugin.technique_record().events == ()
+    assert {int(state["step"]) for state in again.optimizers[0].state.values()} == {50}
+
+
 class Adversarial(Regression):
     """Two optimizers, stepped by hand."""
 
@@ -254,6 +316,16 @@ class Adversarial(Regression):
     def configure_optimizers(self) -> Any:
         first, last = self.net[0].parameters(), self.net[4].parameters()
         return torch.optim.Adam(first, lr=1e-2), torch.optim.SGD(last, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("compute", ["16-true", "16-mixed"])
+def test_each_fit_begins_with_a_scale_of_its_own(compute: Any, tmp_path: Path) -> None:
+    plugin = LowPrecision(compute, scaler=ScalerConfig(init=8.0, growth_interval=8))
+    for _ in range(2):
+        trainer = quiet_trainer(tmp_path, plugins=[plugin])
+        trainer.fit(Regression(), DataLoader(batches(), batch_size=None))
+        assert plugin.scaler is not None
+        assert plugin.scaler.get_scale() == 16.0  # after 8 steps
 
 
 @pytest.mark.parametrize("compute", ["bf16-true", "16-true"])
@@ -275,3 +347,8 @@ def test_it_shows_in_the_memory_report_with_its_bytes(tmp_path: Path) -> None:
     report = profiler.report
     assert report is not None
     assert [record.name for record in report.techniques] == ["LowPrecision"]
+    # 321 numbers in layers, and 80 in the normalisation, which stay in float32.
+    held = report.stages["fit"].maxima
+    assert held[Category.PARAMETERS] == held[Category.GRADIENTS] == 2 * 321 + 4 * 80
+    # Two moments of each in float32, and a count of steps for each of six parameters.
+    assert held[Category.OPTIMIZER_STATE] == 2 * 4 * 401 + 4 * 6

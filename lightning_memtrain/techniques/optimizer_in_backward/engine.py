@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_memtrain.core import rehearsal_depth
 from lightning_memtrain.core.stepping import changed_shared_state, shared_state
 from lightning_memtrain.techniques.optimizer_in_backward import _compat
-from lightning_memtrain.techniques.optimizer_in_backward.accumulation import Accumulation
+from lightning_memtrain.techniques.optimizer_in_backward.accumulation import Accumulation, choice_for
 from lightning_memtrain.techniques.optimizer_in_backward.parallel import GradientAverages
 
 StepParameter = Callable[[Optimizer, Tensor], None]
@@ -151,8 +151,17 @@ class BackwardSteps:
 
         Args:
             window: of :meth:`window`.
+
+        Raises:
+            MisconfigurationException: if there is nothing to accumulate gradients in.
         """
-        assert self._accumulation is not None
+        if self._accumulation is None:
+            choice = choice_for(self._optimizer) or "the one that it was written with"
+            raise MisconfigurationException(
+                "`OptimizerInBackward(accumulation)` must be that of the run whose checkpoint is resumed, "
+                "since it was written amid a window, whose first gradients are in the optimizer's state, "
+                f"but got accumulation=None. Use accumulation={choice}, or a checkpoint written after a step."
+            )
         parameters = list(self._parameters())
         for number, had_state in window.items():
             parameter = parameters[number]

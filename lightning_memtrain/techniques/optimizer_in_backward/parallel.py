@@ -69,27 +69,31 @@ class GradientAverages:
         """End a backward.
 
         Yields:
-            Parameters that were still waiting, with the average.
+            Parameters that were still waiting and have a gradient, with the average.
 
         Raises:
             RuntimeError: if one got no gradient on this rank: the others have waited for it.
         """
         without = 0
         for parameter in self._order[self._next :]:
-            if parameter.grad is None:
-                without += 1
-                parameter.grad = torch.zeros_like(parameter)
-            yield self._average(parameter)
+            if parameter.grad is not None:
+                yield self._average(parameter)
+                continue
+            # The other ranks wait for it; here the run ends, and there may be no state to step it by.
+            without += 1
+            parameter.grad = torch.zeros_like(parameter)
+            self._average(parameter)
+            parameter.grad = None
         arrived, self._arrived, self._next = self._arrived, [], 0
         self._ready.clear()
+        if not self._learned:
+            self._learn(arrived)
         if without:
             raise RuntimeError(
                 f"`OptimizerInBackward` with several ranks needs a gradient of every parameter in every "
                 f"backward, but {without} got none. Freeze parameters that are not used "
                 "(`requires_grad_(False)`), or train without `OptimizerInBackward`."
             )
-        if not self._learned:
-            self._learn(arrived)
 
     def _average(self, parameter: Tensor) -> Tensor:
         gradient = parameter.grad
@@ -105,8 +109,9 @@ class GradientAverages:
 
     def _learn(self, arrived: list[Tensor]) -> None:
         places = {id(parameter): place for place, parameter in enumerate(self._order)}
-        order: list[Any] = [[places[id(parameter)] for parameter in arrived]]
-        device = arrived[0].device
+        first = [places.pop(id(parameter)) for parameter in arrived]
+        order: list[Any] = [[*first, *places.values()]]
+        device = self._order[0].device
         dist.broadcast_object_list(
             order, dist.get_global_rank(self._group, 0), group=self._group, device=device
         )

@@ -15,7 +15,8 @@ from lightning_memtrain.techniques.optimizer_in_backward import _compat
 from lightning_memtrain.techniques.optimizer_in_backward.accumulation import Accumulation, choice_for
 
 _STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy"}
-_FOREIGN_STRATEGIES = {"SingleDeviceXLAStrategy"}
+# Subclasses of these that leave less to us.
+_FOREIGN_STRATEGIES = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}
 _SEES_ALL_GRADIENTS = ("on_after_backward", "on_before_optimizer_step")
 
 

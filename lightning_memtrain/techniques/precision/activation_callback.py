@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_memtrain.core import TechniqueRecord
-from lightning_memtrain.techniques.precision.activation_codec import ActivationCodec
+from lightning_memtrain.techniques.precision.activation_codec import ActivationCodec, check_codec
 from lightning_memtrain.techniques.precision.activation_training import PackedTraining
 
 
@@ -22,6 +22,9 @@ class CompressedActivations(Callback):
 
     Args:
         codec: how to pack; ``None`` for 8 bits.
+
+    Raises:
+        MisconfigurationException: if ``codec`` is something else.
 
     Example:
         >>> import lightning as L
@@ -38,9 +41,9 @@ class CompressedActivations(Callback):
 
     def __init__(self, codec: ActivationCodec | None = None) -> None:
         super().__init__()
-        self._training = PackedTraining(
-            ActivationCodec() if codec is None else codec, "`CompressedActivations`"
-        )
+        codec = ActivationCodec() if codec is None else codec
+        check_codec("CompressedActivations(codec)", codec)
+        self._training = PackedTraining(codec, "`CompressedActivations`")
 
     @property
     def codec(self) -> ActivationCodec:

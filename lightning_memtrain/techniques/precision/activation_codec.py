@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -65,27 +65,34 @@ class ActivationCodec:
     compiled: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in DEFAULT_GROUP:
+        if not is_int(self.bits) or self.bits not in DEFAULT_GROUP:
             raise MisconfigurationException(
                 f"`ActivationCodec(bits)` must be 8, 4 or 2, but got bits={self.bits!r}. "
                 "Use 8, which hardly changes gradients, and 4 where memory is short."
             )
-        if self.group is not None and (not _is_int(self.group) or self.group < 8 or self.group % 8):
+        if self.group is not None and (not is_int(self.group) or self.group < 8 or self.group % 8):
             raise MisconfigurationException(
                 f"`ActivationCodec(group)` must be a multiple of 8 and at least 8, but got "
                 f"group={self.group!r}. Leave it out for {DEFAULT_GROUP[self.bits]}."
             )
-        if not _is_int(self.min_numel) or self.min_numel < self.numbers_per_group:
+        if not is_int(self.min_numel) or self.min_numel < self.numbers_per_group:
             raise MisconfigurationException(
                 f"`ActivationCodec(min_numel)` must be at least the size of a group "
                 f"({self.numbers_per_group}), since groups are filled up, but got "
                 f"min_numel={self.min_numel!r}. Leave it out for 4096."
             )
-        if not _is_int(self.seed) or not 0 <= self.seed < 2**32:
+        if not is_int(self.seed) or not 0 <= self.seed < 2**32:
             raise MisconfigurationException(
                 f"`ActivationCodec(seed)` must be an integer in [0, 2**32), but got seed={self.seed!r}. "
                 "Leave it out for 0."
             )
+        for name, choices in (("stochastic", (True, False)), ("compiled", (True, False, None))):
+            value = getattr(self, name)
+            if not any(value is choice for choice in choices):
+                raise MisconfigurationException(
+                    f"`ActivationCodec({name})` must be {' or '.join(map(str, choices))}, but got "
+                    f"{name}={value!r}. Use one of them."
+                )
 
     @property
     def numbers_per_group(self) -> int:
@@ -110,5 +117,24 @@ class ActivationCodec:
         return ActivationPacking(model, kernels, self.min_numel, noise_seed)
 
 
-def _is_int(value: object) -> bool:
+def check_codec(argument: str, codec: object) -> None:
+    """Refuse what is no codec.
+
+    Args:
+        argument: what the user wrote, for the message.
+        codec: what it got.
+
+    Raises:
+        MisconfigurationException: if it is something else.
+    """
+    if not isinstance(codec, ActivationCodec):
+        name = argument.partition("(")[2].rstrip(")")
+        raise MisconfigurationException(
+            f"`{argument}` must be an ActivationCodec or None, but got {name}={codec!r}. "
+            "Write e.g. ActivationCodec(bits=8)."
+        )
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer; ``True`` is not meant as one."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -31,9 +31,9 @@ class MemoryOrder(NamedTuple):
         """Elements in all."""
         return math.prod(self.sizes)
 
-    def view(self, tensor: Tensor, offset: int | None = None) -> Tensor:
-        """The elements of a tensor of this layout, whose first element is at ``offset``."""
-        return tensor.as_strided(self.sizes, self.strides, self.offset if offset is None else offset)
+    def view(self, tensor: Tensor) -> Tensor:
+        """The elements of a tensor of this layout."""
+        return tensor.as_strided(self.sizes, self.strides, self.offset)
 
 
 def memory_order(tensor: Tensor) -> MemoryOrder | None:

@@ -93,17 +93,22 @@ class ActivationPacking:
 
     def __enter__(self) -> ActivationPacking:
         _refuse_place(self._is_parameter is not None)
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        try:
+            self._undo.enter_context(hooks)
+        except RuntimeError as error:
+            _refuse_torch_func(error)
+            raise
         self._is_parameter = ParameterTest(self._model)
         self.last = PackedBytes()
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-        self._undo.enter_context(hooks)
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._undo.close()
         self._is_parameter = None
         self._known.clear()
         self._spared.clear()
+        _refuse_torch_func(error)
 
     def spare(self, tree: Any) -> None:
         """Do not pack these when the context is next entered, since somebody keeps them in any case.
@@ -182,6 +187,15 @@ class ActivationPacking:
             return None
         generator = self._generators.setdefault(device, torch.Generator(device))
         return generator.manual_seed((self._noise_seed + self._num_packed * 0x9E3779B97F4A7C15) % 2**63)
+
+
+def _refuse_torch_func(error: BaseException | None) -> None:
+    if isinstance(error, RuntimeError) and "support saved tensor hooks" in str(error):
+        raise RuntimeError(
+            "`ActivationCodec.packing` packs by saved-tensor hooks, which torch refuses under "
+            f"torch.func.grad and its like: {error} Compute that part outside of the context, or by "
+            "torch.autograd.grad."
+        ) from error
 
 
 def _refuse_place(entered: bool) -> None:

@@ -48,11 +48,9 @@ class ParameterTest:
         tensors = [*model.parameters(), *model.buffers()]
         # Should a parameter be replaced and an activation get its address, that is merely stored as it is.
         self._storages = {t.untyped_storage()._cdata for t in tensors if _has_storage(t)}
-        # Autocast's copies of frozen parameters have no history that leads back to them.
+        # Autocast's copies of frozen parameters and of buffers have no history that leads back to them.
         self._frozen_shapes = {
-            _unordered(p)
-            for p in model.parameters()
-            if not p.requires_grad and p.is_floating_point() and p.dim() > 1
+            _unordered(t) for t in tensors if not t.requires_grad and t.is_floating_point() and t.dim() > 1
         }
 
     def __call__(self, tensor: Tensor) -> bool:

@@ -68,7 +68,8 @@ class PackedTraining:
         if self._num_steps > 0 and self._largest.num_tensors == 0:
             warnings.warn(
                 f"{self._owner} packed nothing, since every tensor that was saved for backward is a "
-                "parameter, no floating-point number of at most 32 bits, or has fewer than "
+                "parameter or buffer, a part of the batch, which the trainer keeps in any case, no "
+                "floating-point number of at most 32 bits, or has fewer than "
                 f"min_numel={self.codec.min_numel} elements. Remove it, or lower "
                 "`ActivationCodec(min_numel)`.",
                 NoEffectWarning,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Sequence
-from types import MethodType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -122,8 +121,21 @@ def _accept_half(layer: nn.Module) -> None:
     for kind, replacement in _CASTING_FORWARDS.items():
         if own is kind.forward:
             forward = replacement
-    # A method of the layer itself, so that copies of the model have one of their own.
-    layer.forward = MethodType(forward, layer)
+    layer.forward = _ForwardOf(layer, forward)
+
+
+class _ForwardOf:
+    """A forward of one layer; its copies are of the copied layer.
+
+    A bound method would be unpickled by its name, which the layer's class does not have.
+    """
+
+    def __init__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
+        self._layer = layer
+        self._forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(self._layer, *args, **kwargs)
 
 
 def _in_fp32(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import ref
 
@@ -122,7 +122,8 @@ class LowPrecision(Precision):
             refuse_optimizer(optimizer, self._settings)
         if self._settings.compute in ("bf16-mixed", "16-mixed"):
             device = next((p.device.type for p in model.parameters()), "cpu")
-            if not isinstance(self._mode, MixedPrecision) or self._mode.device != device:
+            # Anew for each fit, with a scaler whose scale is not what another fit ended with.
+            if optimizers or not isinstance(self._mode, MixedPrecision) or self._mode.device != device:
                 self._mode = MixedPrecision(
                     self._settings.compute,
                     device,
@@ -154,12 +155,6 @@ class LowPrecision(Precision):
     def forward_context(self) -> AbstractContextManager[Any]:
         """Where the model computes."""
         return self._mode.forward_context()
-
-    @contextmanager
-    def train_step_context(self) -> Iterator[None]:
-        """Where the model computes in training."""
-        with self.forward_context():
-            yield
 
     def convert_input(self, data: Any) -> Any:
         """Cast a batch."""
@@ -230,6 +225,8 @@ class LowPrecision(Precision):
                 self._noise.load_state_dict(state["noise"])
             else:
                 missing.append("the noise for stochastic rounding")
+                if isinstance(self._mode, TrueHalf):
+                    self._mode.widen_loaded_state()
         if self._packed is not None:
             # Only noise is lost, and only if there is any, so this is not worth a warning.
             self._packed.load_state_dict(state.get("activations", {"num_packed": 0}))

@@ -9,6 +9,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import LBFGS, Optimizer
 
+from lightning_memtrain.techniques.precision.activation_codec import check_codec, is_int
+from lightning_memtrain.techniques.precision.conversion import NORM
+from lightning_memtrain.techniques.precision.scaler import ScalerConfig
 from lightning_memtrain.techniques.precision.settings import Compute, Settings, WeightRounding
 
 # The smallest positive number of float16 is 6e-8; half of it is rounded to 0.
@@ -34,10 +37,27 @@ def refuse_settings(settings: Settings) -> None:
     """
     _check_choice("compute", settings.compute, get_args(Compute))
     _check_choice("weight_rounding", settings.weight_rounding, get_args(WeightRounding))
-    if isinstance(settings.keep_fp32, str) or not all(isinstance(name, str) for name in settings.keep_fp32):
+    names = settings.keep_fp32
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise MisconfigurationException(
             "`LowPrecision(keep_fp32)` must be a tuple of names of layers, but got "
-            f'keep_fp32={settings.keep_fp32!r}. Write it as a tuple, e.g. ("norm", "head").'
+            f'keep_fp32={names!r}. Write it as a tuple, e.g. ("norm", "head").'
+        )
+    if settings.scaler is not None and not isinstance(settings.scaler, ScalerConfig):
+        raise MisconfigurationException(
+            "`LowPrecision(scaler)` must be a ScalerConfig or None, but got "
+            f"scaler={settings.scaler!r}. Write e.g. ScalerConfig(init=1024.0)."
+        )
+    if settings.activations is not None:
+        check_codec("LowPrecision(activations)", settings.activations)
+    if not isinstance(settings.cast_targets, bool):
+        raise MisconfigurationException(
+            "`LowPrecision(cast_targets)` must be True or False, but got "
+            f"cast_targets={settings.cast_targets!r}. Use one of them."
+        )
+    if not is_int(settings.seed):
+        raise MisconfigurationException(
+            f"`LowPrecision(seed)` must be an integer, but got seed={settings.seed!r}. Leave it out for 0."
         )
     if settings.scaler is not None and not settings.compute.startswith("16"):
         raise MisconfigurationException(
@@ -45,10 +65,32 @@ def refuse_settings(settings: Settings) -> None:
             f"but got compute={settings.compute!r}. Leave out the scaler."
         )
     numel = settings.bucket_numel
-    if numel is not None and (not isinstance(numel, int) or isinstance(numel, bool) or numel < 1):
+    if numel is not None and (not is_int(numel) or numel < 1):
         raise MisconfigurationException(
             "`LowPrecision(bucket_numel)` must be a number of weights of at least 1, but got "
             f"bucket_numel={numel!r}. Leave it out for 1/64 of the weights."
+        )
+    _refuse_without_effect(settings)
+
+
+def _refuse_without_effect(settings: Settings) -> None:
+    compute = f"compute={settings.compute!r}"
+    if not settings.halves_weights:
+        for name, unused in (
+            ("keep_fp32", tuple(settings.keep_fp32) != (NORM,)),
+            ("cast_targets", settings.cast_targets),
+        ):
+            if unused:
+                raise MisconfigurationException(
+                    f"`LowPrecision({name})` needs compute='bf16-true' or '16-true', where weights and "
+                    f"batches are cast, but got {name}={getattr(settings, name)!r} and {compute}. "
+                    "Leave it out."
+                )
+    if settings.bucket_numel is not None and not settings.rounds_stochastically:
+        raise MisconfigurationException(
+            "`LowPrecision(bucket_numel)` needs weights that are rounded stochastically, since only these "
+            f"are stepped by the bucket, but got bucket_numel={settings.bucket_numel}, {compute} and "
+            f"weight_rounding={settings.weight_rounding!r}. Leave it out."
         )
 
 

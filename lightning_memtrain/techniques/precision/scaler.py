@@ -101,6 +101,38 @@ class HalfGradScaler(CappedGradScaler):
     ) -> dict[torch.device, Tensor]:
         return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16=True)
 
+    def unscale_once_(self, optimizer: Optimizer) -> None:
+        """Unscale gradients, unless that was done since the optimizer's last step.
+
+        Args:
+            optimizer: whose gradients are meant.
+        """
+        if self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+            self.unscale_(optimizer)
+
+    @property
+    def awaits_step(self) -> bool:
+        """Whether there are unscaled gradients that no step has used."""
+        return bool(self._unscaled())
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Change the scale by what the last steps found.
+
+        Other optimizers' gradients that are unscaled already stay so; they count when these step.
+
+        Args:
+            new_scale: set it to this instead.
+        """
+        unscaled = self._unscaled()
+        for key in unscaled:
+            del self._per_optimizer_states[key]
+        super().update(new_scale)
+        self._per_optimizer_states.update(unscaled)
+
+    def _unscaled(self) -> dict[int, dict[str, Any]]:
+        states = self._per_optimizer_states
+        return {key: state for key, state in states.items() if state["stage"] is OptState.UNSCALED}
+
     def step_by(self, optimizer: Optimizer, step: Callable[[], Any]) -> None:
         """Step unless a gradient is infinite; ``unscale_`` comes first, ``update`` afterwards.
 
@@ -126,5 +158,6 @@ class HalfGradScaler(CappedGradScaler):
                 f"Gradients were infinite or not a number in {_MOST_SKIPPED} steps in a row, while the loss "
                 f"scale fell from {first:g} to {last:g}: the reason is the loss or a layer, not the scale. "
                 "Look at the loss for NaN, keep the layer that overflows in float32 with "
-                "LowPrecision(keep_fp32=...), or use compute='bf16-true'."
+                "LowPrecision(keep_fp32=...), or use compute='bf16-true'. The scales of these steps: "
+                f"{', '.join(f'{scale:g}' for scale in self._scales_in_a_row)}."
             )

@@ -41,9 +41,7 @@ class Settings:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        if not self.halves_weights:
-            return torch.float32
+        """The dtype of weights in half precision."""
         return torch.bfloat16 if self.compute == "bf16-true" else torch.float16
 
     @property

@@ -23,10 +23,12 @@ class SGD8bit(Optimizer):
 
     Momentum is kept as int8 codes with one float32 scale per 256 numbers. A step decodes a piece of it, goes
     on as ``torch.optim.SGD`` does, in float32, and encodes it again; the update itself uses the momentum
-    before it is encoded, so that one step's rounding shows in the next steps only. Without momentum the
-    result is that of ``torch.optim.SGD``.
+    before it is encoded, so that one step's rounding shows in the next steps only. Without momentum, float32
+    weights become those of ``torch.optim.SGD``, to the bit; those of another dtype up to rounding, since
+    directions are float32 for them, too.
 
-    Its step needs float32 for a piece of 16384 numbers only, whatever the size of the parameters. With
+    Its step needs float32 for a piece of 16384 numbers only, whatever the size of the parameters; weights and
+    gradients that are not contiguous, such as those of ``channels_last`` convolutions, are copied whole. With
     :class:`~lightning_memtrain.LowPrecision` it rounds half-precision weights piece by piece, too.
 
     Args:
@@ -136,8 +138,8 @@ class SGD8bit(Optimizer):
         weights, gradients = parameter.reshape(-1), gradient.reshape(-1)
         for start in range(0, parameter.numel(), _PIECE_NUMEL):
             piece = slice(start, start + _PIECE_NUMEL)
-            # Without `LowPrecision`, steps of half-precision weights are those of torch.optim.SGD, in the
-            # dtype of the weights.
+            # Without `LowPrecision`, half-precision weights are rounded to nearest as the direction, which is
+            # float32, is added to them.
             rounds = self._round is not None and weights.dtype in (torch.bfloat16, torch.float16)
             stepped = weights[piece].float() if rounds else weights[piece]
             direction = _direction(stepped, gradients[piece], group)

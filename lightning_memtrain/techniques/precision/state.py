@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+#: Dtypes of weights whose state is to be float32.
+HALF = (torch.bfloat16, torch.float16)
+
 
 def keep_state_dtypes(optimizer: Optimizer) -> Callable[[], None]:
     """Let ``load_state_dict`` keep the dtypes that were saved.
@@ -98,15 +101,23 @@ def state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
             todo += value
 
 
-def widen_state(optimizer: Optimizer, dtype: torch.dtype) -> None:
-    """Make state that an optimizer has made at its construction the float32 that it would have been.
+def widen_state(optimizer: Optimizer) -> None:
+    """Make state in half precision the float32 that it would have been, had the parameters been float32.
 
     Args:
-        optimizer: e.g. ``torch.optim.Adagrad``, whose sums are made in the dtype of the parameters.
-        dtype: the dtype of parameters whose state is meant.
+        optimizer: e.g. ``torch.optim.Adagrad``, whose sums are made at its construction, in the dtype of the
+            parameters, or one that has loaded moments of a run without float32 steps.
     """
     for parameter, state in optimizer.state.items():
-        if isinstance(parameter, Tensor) and parameter.dtype == dtype:
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.dtype == dtype:
-                    state[key] = value.float()
+        if isinstance(parameter, Tensor):
+            optimizer.state[parameter] = _widened(state)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in HALF else value
+    if isinstance(value, dict):
+        return {key: _widened(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_widened(inner) for inner in value)
+    return value

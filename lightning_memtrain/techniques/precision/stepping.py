@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,9 +14,8 @@ from torch.optim import optimizer as _torch_optimizer
 
 from lightning_memtrain.core.stepping import changed_shared_state, needs_closure, own_step, shared_state
 from lightning_memtrain.techniques.precision.rounding import RoundingNoise, stochastic_round_
-from lightning_memtrain.techniques.precision.state import keep_state_dtypes, widen_state
+from lightning_memtrain.techniques.precision.state import HALF, keep_state_dtypes, widen_state
 
-_HALF = (torch.bfloat16, torch.float16)
 _SMALLEST_BUCKET = 2**16
 
 #: Rounds float32 numbers, in place, to numbers that a half precision has.
@@ -76,13 +75,17 @@ class BucketedStep:
         self._noise = noise
         self._bucket_numel = bucket_numel
         self._checked = False
-        self._undo = keep_state_dtypes(optimizer)
-        for dtype in _HALF:
-            widen_state(optimizer, dtype)
+        self._undo = ExitStack()
+        self._undo.callback(keep_state_dtypes(optimizer))
+        widen_state(optimizer)
 
     def close(self) -> None:
         """Take the hooks off the optimizer."""
-        self._undo()
+        self._undo.close()
+
+    def widen_loaded_state(self) -> None:
+        """Make state float32 when it is loaded: that of a run whose steps were in half precision."""
+        self._undo.callback(self._optimizer.register_load_state_dict_post_hook(widen_state).remove)
 
     @torch.no_grad()
     def step(self, **kwargs: Any) -> None:
@@ -101,12 +104,13 @@ class BucketedStep:
                 parameter.grad = None
             try:
                 buckets = list(self._buckets(gradients))
-                for index, bucket in enumerate(buckets):
+                for bucket in buckets:
+                    # The first of several shows whether the others would find another state than it did.
                     before = None if self._checked or len(buckets) == 1 else shared_state(self._optimizer)
                     self._step_bucket(bucket, raw_step)
-                    if before is not None and index == 0:
+                    if before is not None:
                         self._refuse_shared_state(before)
-                self._checked = self._checked or len(buckets) > 1
+                        self._checked = True
             finally:
                 for parameter, gradient in gradients:
                     parameter.grad = gradient
@@ -158,7 +162,7 @@ class BucketedStep:
             yield bucket
 
     def _is_copied(self, parameter: Tensor) -> bool:
-        return parameter.dtype in _HALF and not isinstance(self._optimizer, RoundsPieces)
+        return parameter.dtype in HALF and not isinstance(self._optimizer, RoundsPieces)
 
     def _round(self, values: Tensor, dtype: torch.dtype) -> None:
         stochastic_round_(values, dtype, self._noise.generator(values.device))

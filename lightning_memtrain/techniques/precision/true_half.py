@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -45,6 +47,7 @@ class TrueHalf(Precision):
         self._steps: dict[Optimizer, BucketedStep] = {}
         self._model: weakref.ref[nn.Module] | None = None
         self._num_backwards = 0
+        self._steps_now = False
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Cast the weights in place."""
@@ -82,7 +85,8 @@ class TrueHalf(Precision):
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
         """Prepare the scaler and the steps, once the model is on its device."""
         device = next((p.device.type for p in model.parameters()), "cpu")
-        if self._settings.compute == "16-true" and (self.scaler is None or self.scaler._device != device):
+        # Anew for each fit: the scale another ended with may be of no use. Evaluation leaves it be.
+        if self._settings.compute == "16-true" and optimizers:
             self.scaler = HalfGradScaler(device, self._settings.scaler or ScalerConfig())
         self.teardown()
         self._num_backwards = 0
@@ -90,6 +94,11 @@ class TrueHalf(Precision):
             for optimizer in optimizers:
                 self._bucketed(optimizer)
         return model, optimizers, lr_schedulers
+
+    def widen_loaded_state(self) -> None:
+        """Expect state of a run whose steps were in half precision: it becomes float32 when it is loaded."""
+        for step in self._steps.values():
+            step.widen_loaded_state()
 
     def teardown(self) -> None:
         """Take all hooks off the optimizers."""
@@ -109,6 +118,12 @@ class TrueHalf(Precision):
                 stacklevel=2,
             )
         if self.scaler is not None:
+            if self.scaler.awaits_step:
+                raise RuntimeError(
+                    "`LowPrecision(compute='16-true')` needs `clip_gradients`, which takes the scale of the "
+                    "loss off the gradients, to be followed by that optimizer's step, but got a backward, "
+                    "whose gradients are scaled. Clip after the last backward before `optimizer.step()`."
+                )
             tensor = self.scaler.scale(tensor.float())
         return super().pre_backward(tensor, module)
 
@@ -126,8 +141,12 @@ class TrueHalf(Precision):
         without_backward = result is None and model.automatic_optimization
         scaler = None if without_backward else self.scaler
         if scaler is not None:
-            scaler.unscale_(optimizer)
-        self._after_closure(model, optimizer)
+            scaler.unscale_once_(optimizer)
+        self._steps_now = True
+        try:
+            self._after_closure(model, optimizer)
+        finally:
+            self._steps_now = False
         if self._settings.rounds_stochastically:
             step: Callable[[], Any] = partial(self._bucketed(optimizer).step, **kwargs)
         else:
@@ -145,6 +164,19 @@ class TrueHalf(Precision):
             self._bucketed(optimizer).step_parameter(parameter)
         else:
             step_parameter(optimizer, parameter)
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        """Clip gradients that are not scaled: in manual optimization this comes before the step."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        if clip_val > 0 and self.scaler is not None and not self._steps_now:
+            self.scaler.unscale_once_(optimizer)
+        super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Clip by a norm that is computed in float32, where it neither overflows nor loses digits."""

@@ -11,7 +11,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
 from torch import Tensor
 
 from lightning_memtrain import LowPrecision, Microbatching, NoEffectWarning
@@ -199,11 +205,17 @@ def test_a_run_that_would_go_wrong_is_refused(name: str, tmp_path: Path) -> None
     assert_torch_is_as_found(model)
 
 
-@pytest.mark.parametrize("make_strategy", [FSDPStrategy, ModelParallelStrategy])
-def test_strategies_that_shard_are_refused(make_strategy: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "make_strategy",
+    [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy],
+)
+def test_strategies_that_shard_or_step_by_themselves_are_refused(make_strategy: Any, tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path)
     trainer.strategy.__class__ = make_strategy
-    with pytest.raises(MisconfigurationException, match=f"got {make_strategy.__name__}"):
+    with pytest.raises(
+        MisconfigurationException,
+        match=rf"got {make_strategy.__name__}, which shards or steps by itself. Train with ddp or on one",
+    ):
         refuse_run(trainer, [momentum([torch.nn.Parameter(torch.ones(1))])], None, None)
 
 

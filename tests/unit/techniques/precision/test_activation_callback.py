@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 from lightning_memtrain import ActivationCodec, CompressedActivations, NoEffectWarning, Technique
@@ -118,6 +119,26 @@ def test_a_warning_if_nothing_was_packed(tmp_path: Path) -> None:
         NoEffectWarning, match=r"packed nothing.*min_numel=4096.*lower `ActivationCodec\(min_numel\)`"
     ):
         quiet_trainer(tmp_path, CompressedActivations()).fit(BoringModel(num_batches=2))
+
+
+def test_the_warning_is_true_if_only_the_batch_is_saved(tmp_path: Path) -> None:
+    class OneLayer(BoringModel):
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            return self.head(batch)
+
+        def loss(self, batch: torch.Tensor) -> torch.Tensor:
+            return self(batch).sum()
+
+    with pytest.warns(NoEffectWarning, match=r"parameter or buffer, a part of the batch, which the trainer"):
+        quiet_trainer(tmp_path, CompressedActivations(TINY)).fit(OneLayer(num_batches=2))
+
+
+def test_what_is_no_codec_is_refused() -> None:
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"`CompressedActivations\(codec\)` must be an ActivationCodec or None, but got codec=8. Write",
+    ):
+        CompressedActivations(8)  # type: ignore[arg-type]
 
 
 def test_twice_is_refused_by_lightning(tmp_path: Path) -> None:

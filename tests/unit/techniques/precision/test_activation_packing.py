@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -144,7 +145,7 @@ def test_small_integer_boolean_and_double_tensors_are_stored_as_they_are() -> No
         floats.double().exp()
         F.max_pool2d(floats[None], 2)  # saves indices
         floats[torch.ones(64, 64, dtype=torch.bool)]
-    assert packing.last.num_tensors <= 1  # max_pool2d saves its argument
+    assert packing.last.num_tensors == 1  # max_pool2d saves its argument
     with packing:
         (floats.detach().double().requires_grad_() ** 2).sum()
     assert packing.last.num_tensors == 0
@@ -172,6 +173,18 @@ def test_buffers_are_never_packed() -> None:
     packing = eager().packing(model)
     with packing:
         torch.randn(128, 96, requires_grad=True) * model.table
+    assert packing.last.num_tensors == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocasts_copies_of_buffers_are_never_packed(dtype: torch.dtype) -> None:
+    model = nn.Module()
+    model.register_buffer("table", torch.randn(128, 96))
+    packing = eager().packing(model)
+    x = torch.randn(8, 96, requires_grad=True)  # too small to be packed
+    with torch.autocast("cpu", dtype, cache_enabled=False), packing:
+        F.linear(x, model.table)
+        x @ model.table.t()
     assert packing.last.num_tensors == 0
 
 
@@ -321,6 +334,29 @@ def test_two_contexts_inside_each_other_are_refused() -> None:
     assert_torch_is_as_found(model)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_under_torch_func_an_error_names_the_codec_and_it_can_be_used_afterwards(inside: bool) -> None:
+    model, x = nn.Linear(64, 64), torch.randn(128, 64)
+    packing = eager().packing(model)
+
+    def loss(parameters: Any) -> torch.Tensor:
+        with packing if inside else nullcontext():
+            return torch.func.functional_call(model, parameters, (x,)).exp().sum()
+
+    with (
+        pytest.raises(
+            RuntimeError,
+            match=r"`ActivationCodec.packing` packs by .* refuses under torch.func.grad.*Compute that",
+        ),
+        nullcontext() if inside else packing,
+    ):
+        torch.func.grad(loss)(dict(model.named_parameters()))
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    with packing:
+        torch.func.vmap(model)(x[None]).exp().sum().backward()
+    assert packing.last.num_tensors == 2
+
+
 def test_the_context_is_left_after_an_error_and_can_be_entered_again() -> None:
     model = mlp()
     packing = eager().packing(model)
@@ -416,6 +452,9 @@ def test_on_meta_tensors_bytes_are_counted_without_memory() -> None:
         ),
         ({"min_numel": True, "group": 8}, "but got min_numel=True. Leave it out for 4096."),
         ({"seed": -1}, "`ActivationCodec(seed)` must be an integer in [0, 2**32), but got seed=-1. Leave"),
+        ({"bits": 8.0}, "must be 8, 4 or 2, but got bits=8.0."),
+        ({"stochastic": "no"}, "(stochastic)` must be True or False, but got stochastic='no'. Use one"),
+        ({"compiled": 1}, "`ActivationCodec(compiled)` must be True or False or None, but got compiled=1."),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:

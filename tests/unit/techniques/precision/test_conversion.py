@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+from collections import OrderedDict, defaultdict
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.utils._pytree import tree_flatten
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_memtrain import NoEffectWarning
@@ -119,6 +124,25 @@ def test_converting_twice_changes_nothing() -> None:
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+def test_a_converted_model_can_be_pickled_and_computes_with_its_own_weights() -> None:
+    norms = nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.RMSNorm(6), ForeignRMSNorm()
+    model = nn.Sequential(*norms, nn.Linear(6, 6))
+    convert_module_(model, torch.bfloat16, keep_fp32=("norm", "4"))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    inputs = torch.randn(5, 6).bfloat16()
+    for loaded in (pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert loaded(inputs).dtype == torch.bfloat16
+        assert torch.equal(loaded(inputs), model(inputs))
+        for layer, original in zip(loaded, model, strict=True):
+            with torch.no_grad():
+                for parameter in layer.parameters():
+                    parameter.zero_()
+            assert layer(inputs).abs().max() == 0
+            assert original(inputs).abs().max() > 0
+
+
 def test_modules_know_their_dtype_and_metrics_are_left_alone() -> None:
     class Model(LightningModule):
         def __init__(self) -> None:
@@ -150,3 +174,48 @@ def test_targets_are_left_alone_unless_asked_for() -> None:
     batch = {"x": x, "y": y}
     cast_batch(batch, half)
     assert batch["x"] is x
+
+
+class Pair(NamedTuple):
+    x: Any
+    y: Any
+
+
+X, Y = torch.ones(2), torch.tensor([70000.0])  # what is to be cast, and what is not
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"a": (X, Y), "b": [X, Y]},
+        {"a": {"x": X, "y": Y}, "b": {"x": X, "soft_label": Y}},
+        {"a": Pair(X, Y)},
+        OrderedDict(a=(X, Y)),
+        defaultdict(list, a=(X, Y)),
+        [(X, Y)],
+        ((X, Y), 3),
+        ((X, Y), 3, 0),
+        ((X, Y), ["one.png", "two.png"], None),
+        ({"x": X, "y": Y}, 3),
+        ((X, X), Y),
+        ((X, (X, X)), (Y, Y)),
+        ({"image": (X, X)}, {"boxes": Y, "scores": Y}),
+        (X, [{"boxes": Y}, {"boxes": Y}]),
+        {"inputs": (X, X), "labels": Y},
+        {"inputs": {"x": (X, X), "y": Y}, "labels": (Y, Y)},
+        (X, X, 3),
+        Pair((X, X), Y),
+    ],
+    ids=str,
+)
+def test_targets_of_nested_batches(batch: Any) -> None:
+    converted = cast_batch(batch, torch.float16)
+    flat, structure = tree_flatten(converted)
+    before, structure_before = tree_flatten(batch)
+    assert structure == structure_before
+    assert len(flat) == len(before)
+    for value, original in zip(flat, before, strict=True):
+        if original is X:
+            assert value.dtype == torch.float16
+        else:
+            assert value is original

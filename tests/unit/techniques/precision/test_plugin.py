@@ -10,7 +10,12 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
 
 from lightning_memtrain.core import NoEffectWarning, is_technique
 from lightning_memtrain.techniques.precision import (
@@ -20,7 +25,7 @@ from lightning_memtrain.techniques.precision import (
     ScalerConfig,
 )
 from lightning_memtrain.techniques.precision.refusals import refuse_strategy
-from tests.helpers.boring_models import BoringModel
+from tests.helpers.boring_models import BoringModel, ManualModel
 from tests.helpers.trainers import LIGHTNING_WARNINGS, assert_torch_is_as_found, quiet_trainer
 
 EXPECTED_WARNINGS = ("ignore:You're resuming from a checkpoint",)
@@ -48,6 +53,33 @@ pytestmark = [pytest.mark.filterwarnings(text) for text in (*LIGHTNING_WARNINGS,
             {"bucket_numel": 0},
             r"must be a number of weights of at least 1, but got bucket_numel=0. Leave it out",
         ),
+        ({"keep_fp32": None}, r"must be a tuple of names of layers, but got keep_fp32=None. Write it as a"),
+        (
+            {"compute": "16-true", "scaler": 1024.0},
+            r"`LowPrecision\(scaler\)` must be a ScalerConfig or None, but got scaler=1024.0. Write e.g.",
+        ),
+        (
+            {"activations": 8},
+            r"`LowPrecision\(activations\)` must be an ActivationCodec or None, but got activations=8. Write",
+        ),
+        ({"cast_targets": "no"}, r"must be True or False, but got cast_targets='no'. Use one of them."),
+        ({"seed": 0.5}, r"`LowPrecision\(seed\)` must be an integer, but got seed=0.5. Leave it out for 0."),
+        (
+            {"compute": "bf16-mixed", "keep_fp32": ("norm", "head")},
+            r"keep_fp32\)` needs compute='bf16-true' or '16-true'.*got keep_fp32=\('norm', 'head'\) and "
+            r"compute='bf16-mixed'. Leave it out.",
+        ),
+        ({"compute": "32-true", "keep_fp32": ()}, r"got keep_fp32=\(\) and compute='32-true'. Leave it out."),
+        (
+            {"compute": "16-mixed", "cast_targets": True},
+            r"cast_targets\)` needs compute=.*got cast_targets=True and compute='16-mixed'. Leave it out.",
+        ),
+        (
+            {"weight_rounding": "nearest", "bucket_numel": 5},
+            r"bucket_numel\)` needs weights that are rounded stochastically.*got bucket_numel=5, "
+            r"compute='bf16-true' and weight_rounding='nearest'. Leave it out.",
+        ),
+        ({"compute": "32-true", "bucket_numel": 5}, r"got bucket_numel=5, compute='32-true' and weight"),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
@@ -95,7 +127,12 @@ def test_the_float32_step_needs_no_eps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "cure"),
-    [(ModelParallelStrategy, r"Use Trainer\(precision"), (DeepSpeedStrategy, "Use DeepSpeed's own fp16")],
+    [
+        (ModelParallelStrategy, r"Use Trainer\(precision"),
+        (DeepSpeedStrategy, "Use DeepSpeed's own fp16"),
+        (XLAStrategy, "Use XLAPrecision instead"),
+        (SingleDeviceXLAStrategy, "Use XLAPrecision instead"),
+    ],
 )
 def test_strategies_that_cast_by_themselves_are_refused(kind: Any, cure: str) -> None:
     strategy = kind.__new__(kind)
@@ -253,6 +290,60 @@ def test_many_sums_in_bfloat16_warn(parts: int, warns: bool, tmp_path: Path) -> 
     found = [str(w.message) for w in caught if "more than 64 backward passes" in str(w.message)]
     assert len(found) == 2 * warns  # steps
     assert all("use larger microbatches, or use '16-true'" in text for text in found)
+
+
+class Clipping(ManualModel):
+    """Two optimizers on the gradients of one loss, clipped by hand; notes what each steps by."""
+
+    def __init__(self, algorithm: str, order: str) -> None:
+        super().__init__(num_batches=3)
+        self.algorithm, self.order, self.found = algorithm, order, list[torch.Tensor]()
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        body, head = self.optimizers()
+        for optimizer in (body, head):
+            optimizer.zero_grad()
+        self.manual_backward(10 * self.loss(batch))
+        for call in self.order.split():
+            optimizer = body if "body" in call else head
+            if "clip" in call:
+                self.clip_gradients(optimizer, 0.125, self.algorithm)
+            else:
+                optimizer.step()
+        self.found += [p.grad.float().clone() for p in self.parameters()]
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.body, self.head)]
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize(
+    "order", ["clip_body body clip_head head", "clip_body clip_head body head", "body clip_head head"]
+)
+def test_gradients_that_are_clipped_by_hand_are_not_scaled(
+    algorithm: str, order: str, tmp_path: Path
+) -> None:
+    found = []
+    for plugin in (LowPrecision("32-true"), LowPrecision("16-true", scaler=ScalerConfig(init=1024.0))):
+        torch.manual_seed(0)
+        model = Clipping(algorithm, order)
+        quiet_trainer(tmp_path, plugins=[plugin], limit_val_batches=0).fit(model)
+        found.append(model.found)
+        assert plugin.scaler is None or plugin.scaler.get_scale() == 1024.0
+    for full, half in zip(*found, strict=True):
+        torch.testing.assert_close(half, full, rtol=0.02, atol=1e-3)
+
+
+def test_a_backward_after_clipping_by_hand_is_refused(tmp_path: Path) -> None:
+    class Adds(Clipping):
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            self.manual_backward(self.loss(batch))
+            self.clip_gradients(self.optimizers()[0], 1.0, "norm")
+
+    with pytest.raises(
+        RuntimeError, match=r"`clip_gradients`.*followed by .* step, but got a backward.*Clip after the last"
+    ):
+        quiet_trainer(tmp_path, plugins=[LowPrecision("16-true")]).fit(Adds("norm", ""))
 
 
 def test_an_operator_that_is_missing_in_half_precision(tmp_path: Path) -> None:
