@@ -91,6 +91,7 @@ class ActivationCheckpointing(Callback):
                 f"without data, but got {type(trainer.strategy).__name__}. Say what to recompute, e.g. "
                 "policy='full'."
             )
+        self._refuse_manual_optimization(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put checkpoints in; the model is complete by now, also one that is built in ``configure_model``."""
@@ -99,6 +100,7 @@ class ActivationCheckpointing(Callback):
         if getattr(trainer.strategy, "_activation_checkpointing_kwargs", None):
             self._say("nothing is inserted, since FSDPStrategy(activation_checkpointing_policy=...) is set")
         elif isinstance(self.policy, Budget):
+            self._refuse_manual_optimization(pl_module)  # its own `setup` may have asked for it
             self._times = OpTimes(trainer.strategy.root_device)
 
             def around(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -143,6 +145,15 @@ class ActivationCheckpointing(Callback):
         """What is recomputed, and how it was chosen."""
         settings: dict[str, Setting] = {"policy": repr(self.policy), "num_modules": self._num_modules}
         return TechniqueRecord("ActivationCheckpointing", settings, tuple(self._events))
+
+    def _refuse_manual_optimization(self, model: LightningModule) -> None:
+        if isinstance(self.policy, Budget) and not model.automatic_optimization:
+            raise MisconfigurationException(
+                f"`ActivationCheckpointing(policy={self.policy!r})` needs a LightningModule with "
+                "automatic_optimization=True, since it runs `training_step` once without data, but got "
+                "automatic_optimization=False, whose `training_step` steps optimizers and schedulers itself. "
+                "Say what to recompute, e.g. policy='full'."
+            )
 
     def _choose_if_needed(
         self,

@@ -143,6 +143,53 @@ def test_a_step_that_asks_for_a_value_is_refused_with_a_way_out(tmp_path: Path) 
     assert "asks for the value of a tensor: aten._local_scalar_dense.default" in str(caught.value)
 
 
+class ByHand(DeepModel):
+    """Steps its optimizer and its scheduler itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx)["loss"])
+        optimizer.step()
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+class ByHandLate(ByHand):
+    """Says so in `setup` only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = True
+
+    def setup(self, stage: str) -> None:
+        self.automatic_optimization = False
+
+
+@pytest.mark.parametrize("kind", [ByHand, ByHandLate])
+def test_a_budget_is_refused_under_manual_optimization(kind: type[ByHand], tmp_path: Path) -> None:
+    model = kind()
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(MisconfigurationException) as caught:
+        fit(tmp_path, ActivationCheckpointing(Budget("1300KiB")), model=model)
+    assert str(caught.value) == (
+        "`ActivationCheckpointing(policy=Budget(limit='1300KiB'))` needs a LightningModule with "
+        "automatic_optimization=True, since it runs `training_step` once without data, but got "
+        "automatic_optimization=False, whose `training_step` steps optimizers and schedulers itself. Say "
+        "what to recompute, e.g. policy='full'."
+    )
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+    assert "training_step" not in model.__dict__
+    fit(tmp_path, ActivationCheckpointing("full"), model=kind())
+
+
 def test_a_limit_out_of_reach_ends_the_run_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = DeepModel()
     with pytest.raises(MisconfigurationException, match=r"`Budget\(limit\)` must be at least "):
