@@ -66,10 +66,10 @@ class DeepModel(LightningModule):
 
 
 def fit(
-    folder: Path, *callbacks: Any, model: DeepModel | None = None, **options: Any
+    folder: Path, *callbacks: Any, model: DeepModel | type[DeepModel] = DeepModel, **options: Any
 ) -> tuple[DeepModel, Trainer]:
     seed_everything(7, verbose=False)
-    model = model or DeepModel()
+    model = model() if isinstance(model, type) else model
     trainer = quiet_trainer(folder, *callbacks, max_epochs=2, **options)
     trainer.fit(model)
     return model, trainer
@@ -187,7 +187,7 @@ def test_a_budget_is_refused_under_manual_optimization(kind: type[ByHand], tmp_p
     )
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
     assert "training_step" not in model.__dict__
-    fit(tmp_path, ActivationCheckpointing("full"), model=kind())
+    fit(tmp_path, ActivationCheckpointing("full"), model=kind)
 
 
 def test_a_limit_out_of_reach_ends_the_run_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
@@ -198,6 +198,28 @@ def test_a_limit_out_of_reach_ends_the_run_and_leaves_the_model_as_it_was(tmp_pa
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
     assert model.losses == []
+
+
+class OnFeatures(DeepModel):
+    """Trains on what frozen blocks make in inference mode, whose tensors have no version."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(inplace=True))
+        self.features.requires_grad_(False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
+        with torch.inference_mode():
+            features = self.features(batch)
+        return super().training_step(features.clone(), batch_idx)
+
+
+def test_features_in_inference_mode_are_seen(tmp_path: Path) -> None:
+    plain, _ = fit(tmp_path, model=OnFeatures)
+    callback = ActivationCheckpointing(Budget("1300KiB"))
+    model, _ = fit(tmp_path, callback, model=OnFeatures)
+    assert callback.technique_record().settings["num_modules"] > 0  # type: ignore[operator]
+    assert_equal(plain, model)
 
 
 def test_autocast_is_seen(tmp_path: Path) -> None:
