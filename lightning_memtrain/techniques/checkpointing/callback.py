@@ -71,7 +71,7 @@ class ActivationCheckpointing(Callback):
         self._events: list[str] = []
         self._times: OpTimes | None = None
         # Of the step that a budget was chosen for: bytes of its batch, and whether there were gradients.
-        self._chosen_for = (0, False)
+        self._chosen_for: tuple[int, bool] | None = None
         self._zeroes_after_forward = True
         self._in_batch = False
 
@@ -95,7 +95,7 @@ class ActivationCheckpointing(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put checkpoints in; the model is complete by now, also one that is built in ``configure_model``."""
-        self._num_modules, self._events, self._chosen_for = 0, [], (0, False)
+        self._num_modules, self._events, self._chosen_for = 0, [], None
         # Lightning's own policy of FSDP is in this attribute.
         if getattr(trainer.strategy, "_activation_checkpointing_kwargs", None):
             self._say("nothing is inserted, since FSDPStrategy(activation_checkpointing_policy=...) is set")
@@ -166,14 +166,16 @@ class ActivationCheckpointing(Callback):
         assert isinstance(self.policy, Budget)
         num_bytes = sum(tensor.nbytes for tensor in tensors_in((args, kwargs)))
         has_gradients = any(parameter.grad is not None for parameter in model.parameters())
-        largest, had_gradients = self._chosen_for
-        if largest and num_bytes <= _NOTABLY_LARGER * largest and has_gradients <= had_gradients:
-            return
         why = ""
-        if largest:  # chosen before
+        if self._chosen_for is not None:
+            largest, had_gradients = self._chosen_for
             is_larger = num_bytes > _NOTABLY_LARGER * largest
+            if not is_larger and has_gradients <= had_gradients:
+                return
             why = ", for a larger batch" if is_larger else ", with gradients that are there in forward"
-        self._chosen_for = max(num_bytes, largest), has_gradients or had_gradients
+            self._chosen_for = max(num_bytes, largest), has_gradients or had_gradients
+        else:
+            self._chosen_for = num_bytes, has_gradients
         if self._remove is not None:
             self._remove()
             self._remove = None

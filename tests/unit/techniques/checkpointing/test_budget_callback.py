@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 
 from lightning_memtrain import ActivationCheckpointing, Budget, MemoryProfiler, Microbatching
 from lightning_memtrain.core import KIB
+from lightning_memtrain.techniques.checkpointing.fake_step import FakeStep
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
@@ -133,6 +134,26 @@ def test_a_larger_batch_is_chosen_for_anew(tmp_path: Path) -> None:
         "step 1, with gradients that are there in forward",
         "step 2, for a larger batch",
     ]
+
+
+def test_a_batch_without_tensors_is_chosen_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnNames(DeepModel):
+        def training_step(self, batch: str, batch_idx: int) -> dict[str, Any]:  # type: ignore[override]
+            return super().training_step(torch.full((ROWS, WIDTH), float(len(batch))), batch_idx)
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(["a", "bc", "def", "gh"], batch_size=None)
+
+    fakes: list[FakeStep] = []
+    make = FakeStep.__init__
+
+    def counted(fake: FakeStep, *args: Any, **kwargs: Any) -> None:
+        fakes.append(fake)
+        make(fake, *args, **kwargs)
+
+    monkeypatch.setattr(FakeStep, "__init__", counted)
+    fit(tmp_path, ActivationCheckpointing("auto"), model=OnNames)
+    assert len(fakes) == 2  # at first, and once there are gradients in forward
 
 
 def test_a_step_that_asks_for_a_value_is_refused_with_a_way_out(tmp_path: Path) -> None:
