@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -26,6 +26,7 @@ from torchmetrics import Metric
 from lightning_memtrain.core import rehearsal
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.workspace import kept_random_state
+from lightning_memtrain.techniques.checkpointing.state import ABSENT, attributes, shallow_copy
 
 _CANNOT_RUN = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
@@ -68,7 +69,7 @@ class FakeStep:
         """Everything in place for :meth:`run`, in a ledger that watches it."""
         with ExitStack() as undo:
             undo.enter_context(rehearsal())
-            undo.enter_context(_containers_kept(self.model))
+            undo.enter_context(_attributes_kept(self.model))
             undo.enter_context(_tensors_replaced(self.model, self._twin))
             undo.enter_context(_reports_dropped(self.model))
             undo.enter_context(kept_random_state(torch.device("cpu")))
@@ -200,21 +201,27 @@ def _reports_dropped(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _containers_kept(model: nn.Module) -> Iterator[None]:
-    """Attributes of the model as they were, also the contents of lists, dictionaries and sets."""
-    kinds = (list, dict, set)
-    before = {
-        name: (value, copy.copy(value) if type(value) in kinds else None)
-        for name, value in model.__dict__.items()
-        if not name.startswith("_")
-    }
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Attributes of all modules as they were, also what their lists, dictionaries and the like contain."""
+    modules = [*model.modules()]
+    before = {slot: (value, shallow_copy(value)) for slot, value in attributes(modules).items()}
     try:
         yield
     finally:
-        for name in [name for name in model.__dict__ if not name.startswith("_") and name not in before]:
-            del model.__dict__[name]
-        for name, (value, contents) in before.items():
-            model.__dict__[name] = value
-            if contents is not None:
-                value.clear()
-                value.extend(contents) if type(value) is list else value.update(contents)
+        for slot in attributes(modules).keys() - before.keys():
+            slot.put(ABSENT)
+        for slot, (value, contents) in before.items():
+            slot.put(value)
+            if contents is not value:
+                _refill(value, contents)
+
+
+def _refill(container: Any, contents: Any) -> None:
+    if isinstance(container, (list, deque)):
+        container.clear()
+        container.extend(contents)
+    elif isinstance(container, (dict, set)):
+        container.clear()
+        container.update(contents)
+    elif hasattr(container, "__dict__"):  # a dataclass
+        _refill(vars(container), vars(contents))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -17,7 +17,8 @@ from lightning_memtrain.techniques.checkpointing.writes import copied, version_o
 
 _CONTAINERS = (list, dict, set, OrderedDict, defaultdict, Counter, deque)
 _NOT_FORWARDS = frozenset({*nn.Module().__dict__, "forward", "_compiled_call_impl"})
-_ABSENT: Any = object()
+ABSENT: Any = object()
+"""What a slot holds that holds nothing."""
 
 
 class Slot(NamedTuple):
@@ -42,12 +43,12 @@ class Slot(NamedTuple):
 
     @property
     def value(self) -> Any:
-        """What it holds; :data:`_ABSENT` for nothing."""
-        return getattr(self.module, self.kind).get(self.name, _ABSENT)
+        """What it holds; :data:`ABSENT` for nothing."""
+        return getattr(self.module, self.kind).get(self.name, ABSENT)
 
     def put(self, value: Any) -> None:
         """Let it hold something else."""
-        if value is not _ABSENT:
+        if value is not ABSENT:
             getattr(self.module, self.kind)[self.name] = value
         else:
             getattr(self.module, self.kind).pop(self.name, None)
@@ -106,17 +107,17 @@ class ModuleState:
         for one in modules:
             if isinstance(one, torch.jit.ScriptModule):  # holds everything out of reach
                 continue
-            self._held.append(_Held(Slot(one, "__dict__", "training"), one.__dict__.get("training", _ABSENT)))
+            self._held.append(_Held(Slot(one, "__dict__", "training"), one.__dict__.get("training", ABSENT)))
             for name, buffer in one._buffers.items():
                 self._held.append(_Held(Slot(one, "_buffers", name), buffer))
                 self._held[-1].is_statistic = isinstance(one, _NormBase) and one.training
             for name, parameter in one._parameters.items():
                 # Where it is sharded, hooks put it in and out.
                 self._held.append(_Held(Slot(one, "_parameters", name), parameter, id(one) not in sharded))
-        self._attributes = _attributes(modules) if assigned is None else {}
+        self._attributes = attributes(modules) if assigned is None else {}
         noted = dict.fromkeys(self._attributes if assigned is None else assigned)
         if modules[0]._forward_pre_hooks:  # they run before its forward, and assign attributes, too
-            self._of_hooks = _attributes(modules[:1])
+            self._of_hooks = attributes(modules[:1])
             noted |= self._of_hooks
         else:
             self._of_hooks = {}
@@ -162,16 +163,16 @@ class ModuleState:
             Those that it assigned, and those that it wrote to.
         """
         contents = {held.slot: held.value for held in self._held if held.slot in self._attributes}
-        now = _attributes(self._modules)
+        now = attributes(self._modules)
         slots = {
             slot: None
             for slot in self._attributes | now
             if slot in written
-            or _has_changed(self._attributes.get(slot, _ABSENT), contents.get(slot), now.get(slot, _ABSENT))
+            or _has_changed(self._attributes.get(slot, ABSENT), contents.get(slot), now.get(slot, ABSENT))
         }
         dropped = self._attributes.keys() - slots.keys() - self._of_hooks.keys()
         self._held = [held for held in self._held if held.slot not in dropped]
-        self._held += [_Held(slot, _ABSENT) for slot in slots if slot not in self._attributes]
+        self._held += [_Held(slot, ABSENT) for slot in slots if slot not in self._attributes]
         self._attributes = {}
         return [*slots]
 
@@ -224,7 +225,15 @@ def shallow_copy(value: Any) -> Any:
     return copy.copy(value) if is_container else value
 
 
-def _attributes(modules: Collection[nn.Module]) -> dict[Slot, Any]:
+def attributes(modules: Iterable[nn.Module]) -> dict[Slot, Any]:
+    """What modules hold that is neither of torch's own nor a parameter, a buffer or a module.
+
+    Args:
+        modules: any modules.
+
+    Returns:
+        The value of each attribute.
+    """
     return {
         Slot(module, "__dict__", name): value
         for module in modules
