@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -25,8 +24,9 @@ from torchmetrics import Metric
 
 from lightning_memtrain.core import rehearsal
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.workspace import kept_random_state
+from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.techniques.checkpointing.state import ABSENT, attributes, shallow_copy
+from lightning_memtrain.techniques.checkpointing.surroundings import Surroundings
 
 _CANNOT_RUN = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
@@ -59,6 +59,8 @@ class FakeStep:
         self._zeroes_after_forward = zeroes_after_forward
         self._mode = FakeTensorMode()
         self._twins: dict[int, Any] = {}
+        real = (*model.parameters(), *tensors_in(arguments))
+        self._on_each_device = [*{tensor.device: tensor for tensor in real}.values()]
         self._parameters = [(parameter, self._twin(parameter)) for parameter in model.parameters()]
         self._arguments = tree_map(self._twin, tuple(arguments))
         self._optimizers = [self._optimizer_twin(optimizer) for optimizer in optimizers]
@@ -72,8 +74,7 @@ class FakeStep:
             undo.enter_context(_attributes_kept(self.model))
             undo.enter_context(_tensors_replaced(self.model, self._twin))
             undo.enter_context(_reports_dropped(self.model))
-            undo.enter_context(kept_random_state(torch.device("cpu")))
-            undo.callback(random.setstate, random.getstate())
+            undo.enter_context(self._random_numbers_kept())
             undo.enter_context(torch.compiler.set_stance("force_eager"))
             undo.enter_context(self._mode)
             undo.enter_context(torch.enable_grad())
@@ -104,9 +105,13 @@ class FakeStep:
         del loss, output
         self._step_optimizers()
 
+    def _random_numbers_kept(self) -> AbstractContextManager[None]:
+        # What is restored to how it is now goes on, too, as it is now.
+        return Surroundings(self._on_each_device, with_numpy=True).restored()
+
     def _make_optimizer_state(self) -> None:
         """Optimizers make it in their first step, and every step after that one holds it."""
-        with rehearsal(), self._mode:
+        with rehearsal(), self._random_numbers_kept(), self._mode:
             for _, twin in self._parameters:
                 twin.grad = torch.empty_like(twin) if twin.requires_grad else None
             self._step_optimizers()

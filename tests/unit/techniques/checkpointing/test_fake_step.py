@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -48,9 +50,9 @@ class _Notes(nn.Module):
         return x
 
 
-def _run(model: nn.Module, step: Any = None) -> None:
+def _run(model: nn.Module) -> None:
     batch = torch.ones(3, WIDTH)
-    fake = FakeStep(model, step or (lambda x: model(x).sum()), (batch,), [torch.optim.SGD(model.parameters())])
+    fake = FakeStep(model, lambda x: model(x).sum(), (batch,), [torch.optim.SGD(model.parameters())])
     with fake.watched():
         fake.run()
 
@@ -68,3 +70,35 @@ def test_attributes_of_modules_within_are_as_before() -> None:
     assert now == [[], {"calls": 0}, set(), Counter(calls=2), deque([7, 8])]
     assert notes.progress is progress
     assert progress.num_rows == 0
+
+
+class _Noisy(torch.optim.SGD):
+    """Draws random numbers when it steps."""
+
+    def step(self, closure: Any = None) -> Any:
+        _draw()
+        return super().step(closure)
+
+
+def _draw() -> tuple[float, float, Tensor]:
+    return random.random(), numpy.random.rand(), torch.rand(())
+
+
+def test_random_numbers_go_on_as_without() -> None:
+    model = nn.Linear(WIDTH, WIDTH)
+    batch = torch.ones(3, WIDTH)
+
+    def loss(x: Tensor) -> Tensor:
+        return (model(x) * random.random() * numpy.random.rand() * torch.rand(())).sum()
+
+    draws = []
+    for rehearses in (False, True):
+        random.seed(1)
+        numpy.random.seed(1)
+        torch.manual_seed(1)
+        if rehearses:
+            fake = FakeStep(model, loss, (batch,), [_Noisy(model.parameters())])
+            with fake.watched():
+                fake.run()
+        draws.append(_draw())
+    assert draws[0] == draws[1]
