@@ -25,7 +25,7 @@ from torchmetrics import Metric
 from lightning_memtrain.core import rehearsal
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.storages import tensors_in
-from lightning_memtrain.techniques.checkpointing.state import ABSENT, attributes, shallow_copy
+from lightning_memtrain.techniques.checkpointing.slots import ABSENT, attributes, shallow_copy
 from lightning_memtrain.techniques.checkpointing.surroundings import Surroundings
 
 _CANNOT_RUN = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
