@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 from lightning_memtrain.core import rehearsal
+from lightning_memtrain.core.stepping import needs_closure
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.techniques.checkpointing.slots import ABSENT, attributes, shallow_copy
@@ -64,7 +65,11 @@ class FakeStep:
         self._parameters = [(parameter, self._twin(parameter)) for parameter in model.parameters()]
         self._arguments = tree_map(self._twin, tuple(arguments))
         self._optimizers = [self._optimizer_twin(optimizer) for optimizer in optimizers]
+        self.uncounted: dict[str, str] = {}
+        """Names of optimizers whose bytes are not all known, since they cannot step without data, and why."""
         self._make_optimizer_state()
+        self.state_bytes = state_bytes(self._optimizers)
+        """What the optimizers hold, as far as it is known."""
 
     @contextmanager
     def watched(self) -> Iterator[MemoryLedger]:
@@ -114,15 +119,24 @@ class FakeStep:
         with rehearsal(), self._random_numbers_kept(), self._mode:
             for _, twin in self._parameters:
                 twin.grad = torch.empty_like(twin) if twin.requires_grad else None
-            self._step_optimizers()
+            stateless = [optimizer for optimizer in self._optimizers if not optimizer.state]
+            for optimizer, error in self._step_optimizers():
+                # One that has its state, say for weights of another precision, holds hardly more than that;
+                # what calls the model holds its own beside what the model does.
+                if optimizer in stateless or needs_closure(optimizer):
+                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                    self.uncounted[type(optimizer).__name__] = reason
             self._forget_gradients()
 
-    def _step_optimizers(self) -> None:
+    def _step_optimizers(self) -> list[tuple[Optimizer, Exception]]:
+        """Let those step that can, and return the others."""
+        others: list[tuple[Optimizer, Exception]] = []
         for optimizer in self._optimizers:
             try:
                 optimizer.step()
-            except (RuntimeError, TypeError):  # wants data, a closure, or weights of another precision
-                continue
+            except (RuntimeError, TypeError) as error:  # wants data, a closure, or another precision
+                others.append((optimizer, error))
+        return others
 
     def _twin(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -164,6 +178,19 @@ class FakeStep:
     def _forget_gradients(self) -> None:
         for _, twin in self._parameters:
             twin.grad = None
+
+
+def state_bytes(optimizers: Sequence[Optimizer]) -> int:
+    """What optimizers hold beside parameters and gradients.
+
+    Args:
+        optimizers: any.
+
+    Returns:
+        The bytes of the tensors in their state.
+    """
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return sum(tensor.nbytes for tensor in tensors_in(states))
 
 
 @contextmanager

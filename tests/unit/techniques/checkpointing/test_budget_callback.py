@@ -278,3 +278,77 @@ def test_an_optimizer_with_attributes_of_its_own_and_a_scheduler(tmp_path: Path)
         run().parameters(), run(ActivationCheckpointing(Budget("1TiB"))).parameters(), strict=True
     ):
         assert torch.equal(one, other)
+
+
+class Asking(torch.optim.Optimizer):
+    """Like Adam, but divides by the norm of all gradients, for whose value it asks."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else None
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.square().sum() for p in parameters]).sum().sqrt().item()
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["first"], state["second"] = (torch.zeros_like(parameter) for _ in range(2))
+            state["first"].lerp_(parameter.grad, 0.1)
+            state["second"].lerp_(parameter.grad.square(), 0.1)
+            parameter.sub_(state["first"] / (state["second"].sqrt() + 1e-8) / max(norm, 1.0), alpha=1e-3)
+        return loss
+
+
+class WithoutGradients(DeepModel):
+    """Its gradients are gone when forward begins, so they are no reason to choose anew."""
+
+    optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.parameters(), **({} if self.optimizer is Asking else {"lr": 1e-3}))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.zero_grad()
+
+
+class WithAsking(WithoutGradients):
+    optimizer = Asking
+
+
+def _events(folder: Path, kind: type[DeepModel], **options: Any) -> tuple[list[str], int]:
+    profiler = MemoryProfiler(every_n_steps=1, report_dir=folder / "report")
+    callback = ActivationCheckpointing(Budget("1500KiB"))
+    fit(folder, profiler, callback, model=kind, **options)
+    return list(callback.technique_record().events), profiler.report.stages["fit"].ledger_peak_bytes
+
+
+def test_an_optimizer_that_asks_for_values_is_named_and_counted_from_its_first_step_on(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="cannot run the step of") as caught:
+        events, peak_bytes = _events(tmp_path, WithAsking)
+    (message,) = [str(one.message) for one in caught if "cannot run the step of" in str(one.message)]
+    assert message == (
+        "`ActivationCheckpointing(policy=Budget(limit='1500KiB'))` cannot run the step of Asking without data "
+        "(DataDependentOutputException: aten._local_scalar_dense.default), so its bytes are not in the limit: "
+        "its state is once it has stepped, what its step holds beside is not. Set a limit that leaves room "
+        "for that."
+    )
+    assert [event.split(":")[0] for event in events] == ["step 0", "step 1, with more optimizer state"]
+    assert peak_bytes <= 1500 * KIB
+
+
+def test_an_optimizer_that_can_step_is_chosen_for_once(tmp_path: Path) -> None:
+    events, peak_bytes = _events(tmp_path, WithoutGradients)
+    assert [event.split(":")[0] for event in events] == ["step 0"]
+    assert peak_bytes <= 1500 * KIB
+
+
+def test_an_optimizer_that_calls_the_model_is_named(tmp_path: Path) -> None:
+    class WithClosures(DeepModel):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.parameters(), max_iter=2)
+
+    with pytest.warns(UserWarning, match="cannot run the step of LBFGS without data") as caught:
+        fit(tmp_path, ActivationCheckpointing("auto"), model=WithClosures)
+    assert len([one for one in caught if "LBFGS" in str(one.message)]) == 1
