@@ -273,6 +273,16 @@ def test_what_is_refused_when_it_is_made(make: Any, message: str) -> None:
         make()
 
 
+def test_a_budget_without_a_step_names_the_callback() -> None:
+    with pytest.raises(NotImplementedError) as caught:
+        Budget("4GiB").groups(nn.Linear(2, 2))
+    assert str(caught.value) == (
+        "`Budget` is chosen from a training step, so it cannot say what to recompute in a model alone. Give it "
+        "to the callback, `ActivationCheckpointing(Budget(limit='4GiB'))`; for `insert_checkpoints` use "
+        "another policy, e.g. `Full()`, or name modules."
+    )
+
+
 def test_both_ways_to_write_a_size_are_understood() -> None:
     assert Budget("4GB").limit_bytes == 4 * 1000**3
     assert Budget("4GiB").limit_bytes == 4 * 1024**3

@@ -309,7 +309,11 @@ class Budget(CheckpointPolicy):
 
     def groups(self, model: nn.Module) -> Groups:
         """Not known before the first step."""
-        raise NotImplementedError("a budget is chosen from a step, see `choose`")
+        raise NotImplementedError(
+            "`Budget` is chosen from a training step, so it cannot say what to recompute in a model alone. "
+            f"Give it to the callback, `ActivationCheckpointing({self!r})`; for `insert_checkpoints` use "
+            "another policy, e.g. `Full()`, or name modules."
+        )
 
 
 def _blocks(model: nn.Module, policy: str) -> list[str]:
