@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lightning_memtrain.techniques.checkpointing import Full, insert_checkpoints
+from lightning_memtrain.techniques.checkpointing import Full, Modules, insert_checkpoints
 from lightning_memtrain.techniques.checkpointing.units import described, repeated_blocks
 from tests.helpers.recomputed import assert_identical, recomputations, recompute, trained
 
@@ -63,6 +63,16 @@ CHAINS: dict[str, tuple[nn.Module, list[list[str]]]] = {
 def test_blocks_that_are_repeated_are_found(name: str) -> None:
     model, chains = CHAINS[name]
     assert _chains(model) == chains
+
+
+def test_a_module_in_two_places_may_be_named_by_either() -> None:
+    shared = _block()
+    model = nn.ModuleDict({"one": shared, "two": nn.Sequential(shared, _block())})
+    for names in (["one"], ["two.0"], ["two.?", "one"], ["one.0", "two.0.1"]):
+        groups = Modules(names).groups(model)
+        insert_checkpoints(model, groups)()  # and out again
+        places = [one.name for group in groups for one in group]
+        assert places == {"two.?": ["one", "two.1"], "one.0": ["one.0", "one.1"]}.get(names[0], ["one"])
 
 
 def test_blocks_in_two_places_count_once() -> None:
