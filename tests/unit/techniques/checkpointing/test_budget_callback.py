@@ -114,9 +114,9 @@ def test_the_limit_is_kept_and_the_report_says_what_was_chosen(tmp_path: Path) -
 @pytest.mark.parametrize("batchnorm", ["pooled", "chunk", "synchronized"])
 def test_microbatches_are_the_same_with_a_choice(batchnorm: Any, tmp_path: Path) -> None:
     plain, _ = fit(tmp_path, Microbatching(num_microbatches=2, batchnorm=batchnorm))
-    callback = ActivationCheckpointing("auto")
+    callback = ActivationCheckpointing(Budget("1100KiB"))
     model, _ = fit(tmp_path, Microbatching(num_microbatches=2, batchnorm=batchnorm), callback)
-    assert callback.technique_record().events
+    assert callback.technique_record().settings["num_modules"] > 0  # type: ignore[operator]
     for (name, tensor), twin in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(tensor, twin), name
 
