@@ -178,8 +178,8 @@ def test_the_profiler_sees_the_bytes_that_are_recomputed(tmp_path: Path) -> None
     plain = _fit(tmp_path)
     run = _fit(tmp_path, profiler, ActivationCheckpointing("full"))
     assert_identical(_state(plain), _state(run))
-    # Of one block: what it has from its input on - linear layer, hyperbolic tangent and mask, each for 8 rows,
-    # and mean and deviation of batch norm.
+    # Of one block: what it has from its input on - linear layer, hyperbolic tangent and mask, each for 8
+    # rows, and mean and deviation of batch norm.
     assert profiler.report.stages["fit"].recomputed_max_bytes == 4 * (3 * 8 * WIDTH + 2 * WIDTH)
     (record,) = profiler.report.techniques
     assert record.name == "ActivationCheckpointing"

@@ -282,8 +282,8 @@ def test_a_budget_without_a_step_names_the_callback() -> None:
     with pytest.raises(NotImplementedError) as caught:
         Budget("4GiB").groups(nn.Linear(2, 2))
     assert str(caught.value) == (
-        "`Budget` is chosen from a training step, so it cannot say what to recompute in a model alone. Give it "
-        "to the callback, `ActivationCheckpointing(Budget(limit='4GiB'))`; for `insert_checkpoints` use "
+        "`Budget` is chosen from a training step, so it cannot say what to recompute in a model alone. Give "
+        "it to the callback, `ActivationCheckpointing(Budget(limit='4GiB'))`; for `insert_checkpoints` use "
         "another policy, e.g. `Full()`, or name modules."
     )
 

@@ -48,7 +48,11 @@ class _Circumstances(NamedTuple):
 
     def joined(self, other: _Circumstances) -> _Circumstances:
         """The most of both."""
-        return _Circumstances(*map(max, self, other))
+        return _Circumstances(
+            max(self.batch_bytes, other.batch_bytes),
+            self.has_gradients or other.has_gradients,
+            max(self.state_bytes, other.state_bytes),
+        )
 
 
 class ActivationCheckpointing(Callback):
@@ -220,8 +224,8 @@ class ActivationCheckpointing(Callback):
         for name in fake.uncounted.keys() - self._warned_of:
             self._warned_of.add(name)
             rank_zero_warn(
-                f"`ActivationCheckpointing(policy={self.policy!r})` cannot run the step of {name} without data "
-                f"({fake.uncounted[name]}), so its bytes are not in the limit: its state is once it has "
+                f"`ActivationCheckpointing(policy={self.policy!r})` cannot run the step of {name} without "
+                f"data ({fake.uncounted[name]}), so its bytes are not in the limit: its state is once it has "
                 "stepped, what its step holds beside is not. Set a limit that leaves room for that."
             )
 

@@ -324,15 +324,15 @@ def _events(folder: Path, kind: type[DeepModel], **options: Any) -> tuple[list[s
     return list(callback.technique_record().events), profiler.report.stages["fit"].ledger_peak_bytes
 
 
-def test_an_optimizer_that_asks_for_values_is_named_and_counted_from_its_first_step_on(tmp_path: Path) -> None:
+def test_an_optimizer_that_asks_for_values_is_named_and_counted_once_it_stepped(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="cannot run the step of") as caught:
         events, peak_bytes = _events(tmp_path, WithAsking)
     (message,) = [str(one.message) for one in caught if "cannot run the step of" in str(one.message)]
     assert message == (
-        "`ActivationCheckpointing(policy=Budget(limit='1500KiB'))` cannot run the step of Asking without data "
-        "(DataDependentOutputException: aten._local_scalar_dense.default), so its bytes are not in the limit: "
-        "its state is once it has stepped, what its step holds beside is not. Set a limit that leaves room "
-        "for that."
+        "`ActivationCheckpointing(policy=Budget(limit='1500KiB'))` cannot run the step of Asking without "
+        "data (DataDependentOutputException: aten._local_scalar_dense.default), so its bytes are not in the "
+        "limit: its state is once it has stepped, what its step holds beside is not. Set a limit that leaves "
+        "room for that."
     )
     assert [event.split(":")[0] for event in events] == ["step 0", "step 1, with more optimizer state"]
     assert peak_bytes <= 1500 * KIB

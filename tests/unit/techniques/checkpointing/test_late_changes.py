@@ -38,7 +38,7 @@ class LooksBackLate(Late):
 
 
 class AssignsLate(Late):
-    """A number, a hidden state, a new attribute, and what containers hold; each one matters for the result."""
+    """A number, a hidden state, a new attribute, and what containers hold: the result depends on each."""
 
     def __init__(self) -> None:
         super().__init__()
