@@ -1,4 +1,4 @@
-"""Activations in host memory: exact on the CPU. On a GPU copies run on a stream of their own, not tried yet."""
+"""Activations in host memory: exact on the CPU. Not tried on a GPU, where copies run on another stream."""
 
 from __future__ import annotations
 
