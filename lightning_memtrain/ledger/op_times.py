@@ -60,6 +60,7 @@ class OpTimes:
                     call.func(*args, **kwargs)
                     self._wait()
                     seconds = time.perf_counter() - start
+                    del args, kwargs  # not to be held beside the next ones
                     spent += seconds
                     if run > 0 or seconds > _ENOUGH_SECONDS:
                         fastest = min(fastest, seconds)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from lightning_memtrain.techniques.checkpointing.state import ModuleState, shallow_copy
+from lightning_memtrain.techniques.checkpointing.slots import shallow_copy
+from lightning_memtrain.techniques.checkpointing.state import ModuleState
 from lightning_memtrain.techniques.checkpointing.surroundings import Surroundings
 from lightning_memtrain.techniques.checkpointing.writes import WriteWatch, copied
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import random
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,8 +23,11 @@ from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 from lightning_memtrain.core import rehearsal
+from lightning_memtrain.core.stepping import needs_closure
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.workspace import kept_random_state
+from lightning_memtrain.ledger.storages import tensors_in
+from lightning_memtrain.techniques.checkpointing.slots import ABSENT, attributes, shallow_copy
+from lightning_memtrain.techniques.checkpointing.surroundings import Surroundings
 
 _CANNOT_RUN = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
@@ -58,21 +60,26 @@ class FakeStep:
         self._zeroes_after_forward = zeroes_after_forward
         self._mode = FakeTensorMode()
         self._twins: dict[int, Any] = {}
+        real = (*model.parameters(), *tensors_in(arguments))
+        self._on_each_device = [*{tensor.device: tensor for tensor in real}.values()]
         self._parameters = [(parameter, self._twin(parameter)) for parameter in model.parameters()]
         self._arguments = tree_map(self._twin, tuple(arguments))
         self._optimizers = [self._optimizer_twin(optimizer) for optimizer in optimizers]
+        self.uncounted: dict[str, str] = {}
+        """Names of optimizers whose bytes are not all known, since they cannot step without data, and why."""
         self._make_optimizer_state()
+        self.state_bytes = state_bytes(self._optimizers)
+        """What the optimizers hold, as far as it is known."""
 
     @contextmanager
     def watched(self) -> Iterator[MemoryLedger]:
         """Everything in place for :meth:`run`, in a ledger that watches it."""
         with ExitStack() as undo:
             undo.enter_context(rehearsal())
-            undo.enter_context(_containers_kept(self.model))
+            undo.enter_context(_attributes_kept(self.model))
             undo.enter_context(_tensors_replaced(self.model, self._twin))
             undo.enter_context(_reports_dropped(self.model))
-            undo.enter_context(kept_random_state(torch.device("cpu")))
-            undo.callback(random.setstate, random.getstate())
+            undo.enter_context(self._random_numbers_kept())
             undo.enter_context(torch.compiler.set_stance("force_eager"))
             undo.enter_context(self._mode)
             undo.enter_context(torch.enable_grad())
@@ -103,20 +110,33 @@ class FakeStep:
         del loss, output
         self._step_optimizers()
 
+    def _random_numbers_kept(self) -> AbstractContextManager[None]:
+        # What is restored to how it is now goes on, too, as it is now.
+        return Surroundings(self._on_each_device, with_numpy=True).restored()
+
     def _make_optimizer_state(self) -> None:
         """Optimizers make it in their first step, and every step after that one holds it."""
-        with rehearsal(), self._mode:
+        with rehearsal(), self._random_numbers_kept(), self._mode:
             for _, twin in self._parameters:
                 twin.grad = torch.empty_like(twin) if twin.requires_grad else None
-            self._step_optimizers()
+            stateless = [optimizer for optimizer in self._optimizers if not optimizer.state]
+            for optimizer, error in self._step_optimizers():
+                # One that has its state, say for weights of another precision, holds hardly more than that;
+                # what calls the model holds its own beside what the model does.
+                if optimizer in stateless or needs_closure(optimizer):
+                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                    self.uncounted[type(optimizer).__name__] = reason
             self._forget_gradients()
 
-    def _step_optimizers(self) -> None:
+    def _step_optimizers(self) -> list[tuple[Optimizer, Exception]]:
+        """Let those step that can, and return the others."""
+        others: list[tuple[Optimizer, Exception]] = []
         for optimizer in self._optimizers:
             try:
                 optimizer.step()
-            except (RuntimeError, TypeError):  # wants data, a closure, or weights of another precision
-                continue
+            except (RuntimeError, TypeError) as error:  # wants data, a closure, or another precision
+                others.append((optimizer, error))
+        return others
 
     def _twin(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -160,6 +180,19 @@ class FakeStep:
             twin.grad = None
 
 
+def state_bytes(optimizers: Sequence[Optimizer]) -> int:
+    """What optimizers hold beside parameters and gradients.
+
+    Args:
+        optimizers: any.
+
+    Returns:
+        The bytes of the tensors in their state.
+    """
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return sum(tensor.nbytes for tensor in tensors_in(states))
+
+
 @contextmanager
 def _tensors_replaced(model: nn.Module, twin: Callable[[Any], Any]) -> Iterator[None]:
     before = [(module, module._parameters, module._buffers) for module in model.modules()]
@@ -200,21 +233,27 @@ def _reports_dropped(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _containers_kept(model: nn.Module) -> Iterator[None]:
-    """Attributes of the model as they were, also the contents of lists, dictionaries and sets."""
-    kinds = (list, dict, set)
-    before = {
-        name: (value, copy.copy(value) if type(value) in kinds else None)
-        for name, value in model.__dict__.items()
-        if not name.startswith("_")
-    }
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Attributes of all modules as they were, also what their lists, dictionaries and the like contain."""
+    modules = [*model.modules()]
+    before = {slot: (value, shallow_copy(value)) for slot, value in attributes(modules).items()}
     try:
         yield
     finally:
-        for name in [name for name in model.__dict__ if not name.startswith("_") and name not in before]:
-            del model.__dict__[name]
-        for name, (value, contents) in before.items():
-            model.__dict__[name] = value
-            if contents is not None:
-                value.clear()
-                value.extend(contents) if type(value) is list else value.update(contents)
+        for slot in attributes(modules).keys() - before.keys():
+            slot.put(ABSENT)
+        for slot, (value, contents) in before.items():
+            slot.put(value)
+            if contents is not value:
+                _refill(value, contents)
+
+
+def _refill(container: Any, contents: Any) -> None:
+    if isinstance(container, (list, deque)):
+        container.clear()
+        container.extend(contents)
+    elif isinstance(container, (dict, set)):
+        container.clear()
+        container.update(contents)
+    elif hasattr(container, "__dict__"):  # a dataclass
+        _refill(vars(container), vars(contents))

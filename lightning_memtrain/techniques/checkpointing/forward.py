@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_memtrain.techniques.checkpointing.call import Call, Unit
 from lightning_memtrain.techniques.checkpointing.segment import Segment
-from lightning_memtrain.techniques.checkpointing.state import ModuleState, Slot, shallow_copy
+from lightning_memtrain.techniques.checkpointing.slots import Slot, holders, shallow_copy
+from lightning_memtrain.techniques.checkpointing.state import ModuleState
 from lightning_memtrain.techniques.checkpointing.surroundings import Surroundings
 from lightning_memtrain.techniques.checkpointing.writes import KeptBefore
 
@@ -100,6 +101,7 @@ class _Habits(NamedTuple):
     Args:
         written: what it writes to in place.
         assigned: which attributes it assigns.
+        holders: which attributes hold a tensor or a container.
         draws_from_numpy: whether it draws random numbers there, whose state takes long to read.
         fills_what_is_saved: whether it writes to tensors after autograd has saved them.
         looks_back: whether it runs a backward of its own, which needs what was saved so far.
@@ -107,6 +109,7 @@ class _Habits(NamedTuple):
 
     written: frozenset[Any]
     assigned: frozenset[Slot]
+    holders: frozenset[Slot]
     draws_from_numpy: bool
     fills_what_is_saved: bool
     looks_back: bool
@@ -176,7 +179,11 @@ class CheckpointedForward:
         modules = [*self.module.modules()]
         modes = tuple(module.training for module in modules)
         habits = self._habits.get(modes)
-        state = ModuleState(modules, habits.assigned if habits is not None else None)
+        state = (
+            ModuleState(modules, habits.assigned, habits.holders - habits.assigned)
+            if habits is not None
+            else ModuleState(modules, None)
+        )
         is_watched = habits is None and not _has_compiled(self.module)
         known = None if is_watched else habits.written if habits is not None else ()
         given = [*tensors.items(), *state.tensors]
@@ -204,19 +211,25 @@ class CheckpointedForward:
             habits = _Habits(
                 written=frozenset(writes.before),
                 assigned=frozenset(state.assigned({*writes.before, *writes.missed})),
+                holders=frozenset(holders(modules)),
                 draws_from_numpy=surroundings.draws_from_numpy,
                 fills_what_is_saved=writes.fills_what_is_saved,
                 looks_back=stretch.looks_back,
             )
             self._habits[modes] = habits
-        if writes.missed and not holds:
+        late, lost = state.assigned_late()
+        missed = [*writes.missed, *lost]
+        if missed and not holds:
             raise RuntimeError(
                 f"`ActivationCheckpointing` cannot recompute {self.name!r}: its forward changes "
-                f"{self._named(writes.missed, tensors)} in place, which it did not in its first call. Let it "
+                f"{self._named(missed, tensors)} in place, which it did not in its first call. Let it "
                 "make a new tensor, or leave this module out."
             )
-        if writes.missed:  # it cannot run again as it did, but the next call will know
-            self._habits[modes] = habits._replace(written=habits.written.union(writes.missed))
+        if late or missed:
+            self._habits[modes] = habits._replace(
+                written=habits.written.union(missed), assigned=habits.assigned.union(late, lost)
+            )
+        if missed:  # it cannot run again as it did, but the next call will know
             stretch.forget_since(num_before)
             return output
         self._refuse_entangled(writes.entangled(), tensors)

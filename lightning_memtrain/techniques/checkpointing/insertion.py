@@ -96,7 +96,7 @@ def _refuse(name: str, modules: dict[str, nn.Module], model: nn.Module) -> None:
                 "Compile the blocks one by one instead of the module around them, or choose the compiled "
                 "module as a whole."
             )
-    for one in (module, *module.modules()):
+    for one in module.modules():  # itself among them
         if _checkpoints_itself(one):
             raise MisconfigurationException(
                 f"`ActivationCheckpointing` found {name!r} checkpointed by the model itself "

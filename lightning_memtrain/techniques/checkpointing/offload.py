@@ -23,8 +23,8 @@ class offloaded_activations(saved_tensors_hooks):
     has the next one fetched ahead. A tensor that is saved several times is copied once.
 
     Args:
-        min_bytes: smaller tensors stay where they are, since each copy takes a fixed time. Parameters stay
-            as well.
+        min_bytes: smaller tensors stay where they are, since each copy takes a fixed time. Parameters and
+            views of them stay as well.
 
     Example:
         >>> weight = torch.ones(4, 4, requires_grad=True)
@@ -43,7 +43,9 @@ class offloaded_activations(saved_tensors_hooks):
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Tensor | _HostCopy:
-        stays = isinstance(tensor, nn.Parameter) or tensor.layout is not torch.strided
+        # Linear layers save a view of their weight.
+        is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+        stays = is_weight or tensor.layout is not torch.strided
         if stays or tensor.nbytes < self._min_bytes or tensor.device.type == "meta":
             return tensor
         # The version tells a tensor from what was written over it.

@@ -158,7 +158,7 @@ class Modules(CheckpointPolicy):
 
     Args:
         names_or_types: paths in the model (``"encoder.layer.0"``), patterns of paths (``"*.layer.*"``),
-            class names (``"BertLayer"``) or classes.
+            class names (``"BertLayer"``) or classes. A module in several places may be named by any.
 
     Raises:
         MisconfigurationException: if nothing is named; at the start of the fit, if one matches nothing.
@@ -183,14 +183,14 @@ class Modules(CheckpointPolicy):
 
     def groups(self, model: nn.Module) -> Groups:
         """Every module that matches is a group of its own."""
-        modules = {name: module for name, module in model.named_modules() if name}
-        chosen: set[str] = set()
+        modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+        chosen: set[int] = set()
         for wanted in self.names_or_types:
-            found = [name for name, module in modules.items() if _matches(name, module, wanted)]
+            found = [module for name, module in modules.items() if _matches(name, module, wanted)]
             if not found:
                 raise self._nothing(wanted, modules, model)
-            chosen.update(found)
-        return [[Recomputed(name)] for name in modules if name in chosen]
+            chosen.update(map(id, found))
+        return [[Recomputed(name)] for name, module in model.named_modules() if name and id(module) in chosen]
 
     @staticmethod
     def _nothing(wanted: Any, modules: dict[str, nn.Module], model: nn.Module) -> MisconfigurationException:
@@ -309,7 +309,11 @@ class Budget(CheckpointPolicy):
 
     def groups(self, model: nn.Module) -> Groups:
         """Not known before the first step."""
-        raise NotImplementedError("a budget is chosen from a step, see `choose`")
+        raise NotImplementedError(
+            "`Budget` is chosen from a training step, so it cannot say what to recompute in a model alone. "
+            f"Give it to the callback, `ActivationCheckpointing({self!r})`; for `insert_checkpoints` use "
+            "another policy, e.g. `Full()`, or name modules."
+        )
 
 
 def _blocks(model: nn.Module, policy: str) -> list[str]:

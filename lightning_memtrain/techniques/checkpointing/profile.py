@@ -20,6 +20,7 @@ from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
 from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.ledger.workspace import OpCall, op_call
 from lightning_memtrain.techniques.checkpointing.items import Item
+from lightning_memtrain.techniques.checkpointing.writes import version_of
 
 _ACCUMULATES_GRADIENT = 2**64 - 1
 # Modules that hold less than this part of the peak are not looked into.
@@ -108,7 +109,7 @@ class StepWatch:
     def _enter(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             call = ModuleCall(name, parent=self._stack[-1])
-            call.versions = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
+            call.versions = [(tensor, version_of(tensor)) for tensor in tensors_in((args, kwargs))]
             call.start, call.first_save, call.first_op = self._now()
             self._stack[-1].calls.append(call)
             self._stack.append(call)
@@ -121,7 +122,7 @@ class StepWatch:
         call.end, call.last_save, call.last_op = self._now()
         call.returned = self._records(output)
         for tensor, version in call.versions:
-            call.taken += [(record, tensor._version != version) for record in self._records(tensor)]
+            call.taken += [(record, version_of(tensor) != version) for record in self._records(tensor)]
         call.versions.clear()
         self._note_change()
 

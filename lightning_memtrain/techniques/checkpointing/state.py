@@ -2,68 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_memtrain.techniques.checkpointing.bystanders import Bystanders
+from lightning_memtrain.techniques.checkpointing.slots import (
+    ABSENT,
+    Slot,
+    attributes,
+    has_changed,
+    shallow_copy,
+)
 from lightning_memtrain.techniques.checkpointing.writes import copied, version_of
-
-_CONTAINERS = (list, dict, set, OrderedDict, defaultdict, Counter, deque)
-_NOT_FORWARDS = frozenset({*nn.Module().__dict__, "forward", "_compiled_call_impl"})
-_ABSENT: Any = object()
-
-
-class Slot(NamedTuple):
-    """A place in a module that holds something.
-
-    Args:
-        module: whose place it is.
-        kind: in which of its dictionaries: ``"_parameters"``, ``"_buffers"`` or ``"__dict__"``.
-        name: the key there.
-    """
-
-    module: nn.Module
-    kind: str
-    name: str
-
-    # Metrics compare and hash by what they hold.
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Slot) and self.module is other.module and self[1:] == other[1:]
-
-    def __hash__(self) -> int:
-        return hash((id(self.module), *self[1:]))
-
-    @property
-    def value(self) -> Any:
-        """What it holds; :data:`_ABSENT` for nothing."""
-        return getattr(self.module, self.kind).get(self.name, _ABSENT)
-
-    def put(self, value: Any) -> None:
-        """Let it hold something else."""
-        if value is not _ABSENT:
-            getattr(self.module, self.kind)[self.name] = value
-        else:
-            getattr(self.module, self.kind).pop(self.name, None)
-
-    def described(self, root: nn.Module) -> str:
-        """For people, e.g. ``"parameter '0.weight'"``.
-
-        Args:
-            root: a module around this one.
-
-        Returns:
-            What it is, and its path from there.
-        """
-        kind = {"_parameters": "parameter", "_buffers": "buffer"}.get(self.kind, "attribute")
-        path = next(path for path, module in root.named_modules() if module is self.module)
-        return f"{kind} {f'{path}.{self.name}'.lstrip('.')!r}"
 
 
 class _Held:
@@ -92,35 +48,43 @@ class ModuleState:
 
     The tensors and flags that forward finds are noted, not copied; what it writes to in place was copied by
     :class:`KeptBefore`. Attributes that forward assigns, such as a counter, a hidden state or the state of a
-    metric, are known once it has run, and from then on only these are noted.
+    metric, are known once it has run, and from then on only these are noted, until a call changes another.
 
     Args:
         modules: the module that is called, and those within it.
-        assigned: the attributes that its first call assigned; ``None`` at the first call.
+        assigned: the attributes that earlier calls assigned; ``None`` at the first call.
+        holders: the other attributes that hold a tensor or a container.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], assigned: Collection[Slot] | None) -> None:
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        assigned: Collection[Slot] | None,
+        holders: Collection[Slot] = (),
+    ) -> None:
         self._modules = modules
         self._held: list[_Held] = []
         sharded = _sharded_within(modules)
         for one in modules:
             if isinstance(one, torch.jit.ScriptModule):  # holds everything out of reach
                 continue
-            self._held.append(_Held(Slot(one, "__dict__", "training"), one.__dict__.get("training", _ABSENT)))
+            self._held.append(_Held(Slot(one, "__dict__", "training"), one.__dict__.get("training", ABSENT)))
             for name, buffer in one._buffers.items():
                 self._held.append(_Held(Slot(one, "_buffers", name), buffer))
                 self._held[-1].is_statistic = isinstance(one, _NormBase) and one.training
             for name, parameter in one._parameters.items():
                 # Where it is sharded, hooks put it in and out.
                 self._held.append(_Held(Slot(one, "_parameters", name), parameter, id(one) not in sharded))
-        self._attributes = _attributes(modules) if assigned is None else {}
+        self._attributes = attributes(modules) if assigned is None else {}
         noted = dict.fromkeys(self._attributes if assigned is None else assigned)
         if modules[0]._forward_pre_hooks:  # they run before its forward, and assign attributes, too
-            self._of_hooks = _attributes(modules[:1])
+            self._of_hooks = attributes(modules[:1])
             noted |= self._of_hooks
         else:
             self._of_hooks = {}
         self._held += [_Held(slot, shallow_copy(slot.value)) for slot in noted]
+        self._noted = noted
+        self._bystanders = None if assigned is None else Bystanders(modules, holders)
 
     @property
     def tensors(self) -> list[tuple[Slot, Tensor]]:
@@ -162,18 +126,31 @@ class ModuleState:
             Those that it assigned, and those that it wrote to.
         """
         contents = {held.slot: held.value for held in self._held if held.slot in self._attributes}
-        now = _attributes(self._modules)
+        now = attributes(self._modules)
         slots = {
             slot: None
             for slot in self._attributes | now
             if slot in written
-            or _has_changed(self._attributes.get(slot, _ABSENT), contents.get(slot), now.get(slot, _ABSENT))
+            or has_changed(self._attributes.get(slot, ABSENT), contents.get(slot), now.get(slot, ABSENT))
         }
         dropped = self._attributes.keys() - slots.keys() - self._of_hooks.keys()
         self._held = [held for held in self._held if held.slot not in dropped]
-        self._held += [_Held(slot, _ABSENT) for slot in slots if slot not in self._attributes]
+        self._held += [_Held(slot, ABSENT) for slot in slots if slot not in self._attributes]
         self._attributes = {}
         return [*slots]
+
+    def assigned_late(self) -> tuple[list[Slot], list[Slot]]:
+        """The attributes that a later call changed though none before it did; they are held from here.
+
+        Returns:
+            Those that it assigned, and those whose tensor it wrote to in place, so that what was is lost.
+        """
+        if self._bystanders is None:
+            return [], []
+        before, lost = self._bystanders.changed(self._noted)
+        self._bystanders = None  # it keeps what it compares with
+        self._held += [_Held(slot, value) for slot, value in before.items()]
+        return [*before], lost
 
     def changed_since(self) -> str | None:
         """The name of a tensor that was written to after the call, so that another run would see it."""
@@ -207,46 +184,6 @@ class ModuleState:
         finally:
             for held, value in zip(restored, now, strict=True):
                 held.slot.put(value)
-
-
-def shallow_copy(value: Any) -> Any:
-    """Another container with the same contents.
-
-    Args:
-        value: anything.
-
-    Returns:
-        A copy of a list, dictionary, set or dataclass; anything else as it is.
-    """
-    if isinstance(value, (Tensor, int, nn.Module)):  # the most frequent
-        return value
-    is_container = type(value) in _CONTAINERS or hasattr(type(value), "__dataclass_fields__")
-    return copy.copy(value) if is_container else value
-
-
-def _attributes(modules: Collection[nn.Module]) -> dict[Slot, Any]:
-    return {
-        Slot(module, "__dict__", name): value
-        for module in modules
-        for name, value in module.__dict__.items()
-        if name not in _NOT_FORWARDS
-    }
-
-
-def _has_changed(before: Any, contents: Any, now: Any) -> bool:
-    """Whether an attribute is another, or what it contains."""
-    if before is not now:
-        return True
-    pairs = zip(_contents(contents), _contents(now), strict=False)
-    return len(_contents(contents)) != len(_contents(now)) or any(one is not other for one, other in pairs)
-
-
-def _contents(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [*value.keys(), *value.values()]
-    if type(value) in _CONTAINERS:
-        return list(value)
-    return [*vars(value).values()] if shallow_copy(value) is not value and hasattr(value, "__dict__") else []
 
 
 def _sharded_within(modules: Sequence[nn.Module]) -> set[int]:

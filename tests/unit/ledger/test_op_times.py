@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightning_memtrain.core import MIB
 from lightning_memtrain.ledger import op_times
 from lightning_memtrain.ledger.op_times import OpTimes
+from lightning_memtrain.ledger.truth import device_truth
 from lightning_memtrain.ledger.workspace import op_call
 
 add = torch.ops.aten.add.Tensor
@@ -56,6 +58,20 @@ def test_calls_of_meta_tensors_are_measured_on_the_device() -> None:
     with torch.device("meta"):
         described = op_call(mm, (torch.ones(64, 64), torch.ones(64, 64)), {})
     assert 0 < OpTimes("cpu").seconds([described]) < 1
+
+
+def test_measuring_holds_one_call_with_its_arguments() -> None:
+    with torch.device("meta"):
+        x, y = (torch.empty(512, 512) for _ in range(2))
+    call = op_call(torch.ops.aten.add.Tensor, (x, y), {})
+    truth = device_truth(torch.device("cpu"))
+    assert truth is not None
+    truth.start()
+    OpTimes("cpu").seconds([call])
+    reading = truth.stop()
+    assert reading is not None
+    random_state = torch.get_rng_state()  # kept meanwhile
+    assert reading.over_start_bytes == 3 * MIB + random_state.nbytes
 
 
 def test_what_cannot_run_alone_counts_nothing_and_is_listed() -> None:

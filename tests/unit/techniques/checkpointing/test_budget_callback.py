@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 
 from lightning_memtrain import ActivationCheckpointing, Budget, MemoryProfiler, Microbatching
 from lightning_memtrain.core import KIB
+from lightning_memtrain.techniques.checkpointing.fake_step import FakeStep
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
@@ -66,10 +67,10 @@ class DeepModel(LightningModule):
 
 
 def fit(
-    folder: Path, *callbacks: Any, model: DeepModel | None = None, **options: Any
+    folder: Path, *callbacks: Any, model: DeepModel | type[DeepModel] = DeepModel, **options: Any
 ) -> tuple[DeepModel, Trainer]:
     seed_everything(7, verbose=False)
-    model = model or DeepModel()
+    model = model() if isinstance(model, type) else model
     trainer = quiet_trainer(folder, *callbacks, max_epochs=2, **options)
     trainer.fit(model)
     return model, trainer
@@ -113,9 +114,9 @@ def test_the_limit_is_kept_and_the_report_says_what_was_chosen(tmp_path: Path) -
 @pytest.mark.parametrize("batchnorm", ["pooled", "chunk", "synchronized"])
 def test_microbatches_are_the_same_with_a_choice(batchnorm: Any, tmp_path: Path) -> None:
     plain, _ = fit(tmp_path, Microbatching(num_microbatches=2, batchnorm=batchnorm))
-    callback = ActivationCheckpointing("auto")
+    callback = ActivationCheckpointing(Budget("1100KiB"))
     model, _ = fit(tmp_path, Microbatching(num_microbatches=2, batchnorm=batchnorm), callback)
-    assert callback.technique_record().events
+    assert callback.technique_record().settings["num_modules"] > 0
     for (name, tensor), twin in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(tensor, twin), name
 
@@ -135,12 +136,79 @@ def test_a_larger_batch_is_chosen_for_anew(tmp_path: Path) -> None:
     ]
 
 
+def test_a_batch_without_tensors_is_chosen_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnNames(DeepModel):
+        def training_step(self, batch: str, batch_idx: int) -> dict[str, Any]:  # type: ignore[override]
+            return super().training_step(torch.full((ROWS, WIDTH), float(len(batch))), batch_idx)
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(["a", "bc", "def", "gh"], batch_size=None)
+
+    fakes: list[FakeStep] = []
+    make = FakeStep.__init__
+
+    def counted(fake: FakeStep, *args: Any, **kwargs: Any) -> None:
+        fakes.append(fake)
+        make(fake, *args, **kwargs)
+
+    monkeypatch.setattr(FakeStep, "__init__", counted)
+    fit(tmp_path, ActivationCheckpointing("auto"), model=OnNames)
+    assert len(fakes) == 2  # at first, and once there are gradients in forward
+
+
 def test_a_step_that_asks_for_a_value_is_refused_with_a_way_out(tmp_path: Path) -> None:
     with pytest.raises(
         MisconfigurationException, match=r"runs `training_step` once without data.*policy='full'"
     ) as caught:
         fit(tmp_path, ActivationCheckpointing("auto"), model=DeepModel(asks_for_a_value=True))
     assert "asks for the value of a tensor: aten._local_scalar_dense.default" in str(caught.value)
+
+
+class ByHand(DeepModel):
+    """Steps its optimizer and its scheduler itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx)["loss"])
+        optimizer.step()
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+class ByHandLate(ByHand):
+    """Says so in `setup` only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = True
+
+    def setup(self, stage: str) -> None:
+        self.automatic_optimization = False
+
+
+@pytest.mark.parametrize("kind", [ByHand, ByHandLate])
+def test_a_budget_is_refused_under_manual_optimization(kind: type[ByHand], tmp_path: Path) -> None:
+    model = kind()
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(MisconfigurationException) as caught:
+        fit(tmp_path, ActivationCheckpointing(Budget("1300KiB")), model=model)
+    assert str(caught.value) == (
+        "`ActivationCheckpointing(policy=Budget(limit='1300KiB'))` needs a LightningModule with "
+        "automatic_optimization=True, since it runs `training_step` once without data, but got "
+        "automatic_optimization=False, whose `training_step` steps optimizers and schedulers itself. Say "
+        "what to recompute, e.g. policy='full'."
+    )
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+    assert "training_step" not in model.__dict__
+    fit(tmp_path, ActivationCheckpointing("full"), model=kind)
 
 
 def test_a_limit_out_of_reach_ends_the_run_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
@@ -151,6 +219,28 @@ def test_a_limit_out_of_reach_ends_the_run_and_leaves_the_model_as_it_was(tmp_pa
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
     assert model.losses == []
+
+
+class OnFeatures(DeepModel):
+    """Trains on what frozen blocks make in inference mode, whose tensors have no version."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(inplace=True))
+        self.features.requires_grad_(False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
+        with torch.inference_mode():
+            features = self.features(batch)
+        return super().training_step(features.clone(), batch_idx)
+
+
+def test_features_in_inference_mode_are_seen(tmp_path: Path) -> None:
+    plain, _ = fit(tmp_path, model=OnFeatures)
+    callback = ActivationCheckpointing(Budget("1300KiB"))
+    model, _ = fit(tmp_path, callback, model=OnFeatures)
+    assert callback.technique_record().settings["num_modules"] > 0
+    assert_equal(plain, model)
 
 
 def test_autocast_is_seen(tmp_path: Path) -> None:
@@ -188,3 +278,77 @@ def test_an_optimizer_with_attributes_of_its_own_and_a_scheduler(tmp_path: Path)
         run().parameters(), run(ActivationCheckpointing(Budget("1TiB"))).parameters(), strict=True
     ):
         assert torch.equal(one, other)
+
+
+class Asking(torch.optim.Optimizer):
+    """Like Adam, but divides by the norm of all gradients, for whose value it asks."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else None
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.square().sum() for p in parameters]).sum().sqrt().item()
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["first"], state["second"] = (torch.zeros_like(parameter) for _ in range(2))
+            state["first"].lerp_(parameter.grad, 0.1)
+            state["second"].lerp_(parameter.grad.square(), 0.1)
+            parameter.sub_(state["first"] / (state["second"].sqrt() + 1e-8) / max(norm, 1.0), alpha=1e-3)
+        return loss
+
+
+class WithoutGradients(DeepModel):
+    """Its gradients are gone when forward begins, so they are no reason to choose anew."""
+
+    optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.parameters(), **({} if self.optimizer is Asking else {"lr": 1e-3}))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.zero_grad()
+
+
+class WithAsking(WithoutGradients):
+    optimizer = Asking
+
+
+def _events(folder: Path, kind: type[DeepModel], **options: Any) -> tuple[list[str], int]:
+    profiler = MemoryProfiler(every_n_steps=1, report_dir=folder / "report")
+    callback = ActivationCheckpointing(Budget("1500KiB"))
+    fit(folder, profiler, callback, model=kind, **options)
+    return list(callback.technique_record().events), profiler.report.stages["fit"].ledger_peak_bytes
+
+
+def test_an_optimizer_that_asks_for_values_is_named_and_counted_once_it_stepped(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="cannot run the step of") as caught:
+        events, peak_bytes = _events(tmp_path, WithAsking)
+    (message,) = [str(one.message) for one in caught if "cannot run the step of" in str(one.message)]
+    assert message == (
+        "`ActivationCheckpointing(policy=Budget(limit='1500KiB'))` cannot run the step of Asking without "
+        "data (DataDependentOutputException: aten._local_scalar_dense.default), so its bytes are not in the "
+        "limit: its state is once it has stepped, what its step holds beside is not. Set a limit that leaves "
+        "room for that."
+    )
+    assert [event.split(":")[0] for event in events] == ["step 0", "step 1, with more optimizer state"]
+    assert peak_bytes <= 1500 * KIB
+
+
+def test_an_optimizer_that_can_step_is_chosen_for_once(tmp_path: Path) -> None:
+    events, peak_bytes = _events(tmp_path, WithoutGradients)
+    assert [event.split(":")[0] for event in events] == ["step 0"]
+    assert peak_bytes <= 1500 * KIB
+
+
+def test_an_optimizer_that_calls_the_model_is_named(tmp_path: Path) -> None:
+    class WithClosures(DeepModel):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.parameters(), max_iter=2)
+
+    with pytest.warns(UserWarning, match="cannot run the step of LBFGS without data") as caught:
+        fit(tmp_path, ActivationCheckpointing("auto"), model=WithClosures)
+    assert len([one for one in caught if "LBFGS" in str(one.message)]) == 1

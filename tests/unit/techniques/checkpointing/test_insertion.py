@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lightning_memtrain.techniques.checkpointing import Full, insert_checkpoints
+from lightning_memtrain.techniques.checkpointing import Full, Modules, insert_checkpoints
 from lightning_memtrain.techniques.checkpointing.units import described, repeated_blocks
 from tests.helpers.recomputed import assert_identical, recomputations, recompute, trained
 
@@ -63,6 +63,23 @@ CHAINS: dict[str, tuple[nn.Module, list[list[str]]]] = {
 def test_blocks_that_are_repeated_are_found(name: str) -> None:
     model, chains = CHAINS[name]
     assert _chains(model) == chains
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["one"], ["one"]),
+        (["two.0"], ["one"]),
+        (["two.?", "one"], ["one", "two.1"]),
+        (["one.0", "two.0.1"], ["one.0", "one.1"]),
+    ],
+)
+def test_a_module_in_two_places_may_be_named_by_either(names: list[str], chosen: list[str]) -> None:
+    shared = _block()
+    model = nn.ModuleDict({"one": shared, "two": nn.Sequential(shared, _block())})
+    groups = Modules(names).groups(model)
+    assert [[one.name for one in group] for group in groups] == [[name] for name in chosen]
+    insert_checkpoints(model, groups)
 
 
 def test_blocks_in_two_places_count_once() -> None:

@@ -1,4 +1,4 @@
-"""Activations in host memory: exact on the CPU, where the copies are the same as on any device."""
+"""Activations in host memory: exact on the CPU. Not tried on a GPU, where copies run on another stream."""
 
 from __future__ import annotations
 
@@ -92,6 +92,17 @@ def test_small_tensors_and_parameters_stay_where_they_are() -> None:
     assert product.grad_fn is not None
     assert product.grad_fn._saved_mat2.data_ptr() == weight.data_ptr()
     assert product.grad_fn._saved_self.data_ptr() != x.data_ptr()
+
+
+def test_the_weight_of_a_linear_layer_stays_where_it_is() -> None:
+    layer = nn.Linear(64, 64)
+    with offloaded_activations(1):
+        out = layer(torch.ones(64, 64, requires_grad=True))
+    assert out.grad_fn is not None
+    assert out.grad_fn._saved_mat2.data_ptr() == layer.weight.data_ptr()
+    assert out.grad_fn._saved_mat2.shape == (64, 64)
+    out.sum().backward()
+    assert torch.equal(layer.weight.grad, torch.full((64, 64), 64.0))  # type: ignore[arg-type]
 
 
 def test_copies_go_with_the_graph_without_the_garbage_collector() -> None:
