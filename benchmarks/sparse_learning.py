@@ -87,7 +87,7 @@ class Masked:
 
     def before_step(self, step: int) -> None:
         """Gradients of weights only; those of all entries are kept where the method asks for them."""
-        if self.method.num_candidates({"": 100}, Moment(step, step, self.ticks.last or 0)):
+        if self.method.num_candidates({"": 100}, Moment(step, step, self.method.span(self.ticks))):
             self.dense_gradients = {name: weight.grad.flatten() for name, weight in self.weights.items()}
         for name, weight in self.weights.items():
             weight.grad = weight.grad.clone()
@@ -98,7 +98,7 @@ class Masked:
         """Move weights if it is time; those that went have no momentum, those that came begin at 0."""
         if not self.ticks.is_due(step):
             return
-        moment = Moment(step, step, self.ticks.last or 0, self.seed)
+        moment = Moment(step, step, self.method.span(self.ticks), self.seed)
         layers = {name: self._layer(name, weight) for name, weight in self.weights.items()}
         update = self.method.update(layers, moment, self.state)
         self.state = update.state

@@ -216,7 +216,8 @@ class SparseTraining(Callback):
             self._ticks = self._clock.bind(run)
             # By hand there may be any number of steps per batch.
             known = run if pl_module.automatic_optimization else RunLength()
-            refusals.refuse_ticks(self._ticks, known, self.method)
+            nnz = {name: weight.nnz for name, weight in self._weights.items()}
+            refusals.refuse_ticks(self._ticks, known, self.method, nnz)
         if self._updater is None:
             self._updater = Updater(self._weights, self.method, trainer.world_size)
         if self._restored is not None:
@@ -269,8 +270,7 @@ class SparseTraining(Callback):
 
     def _moment(self, step: int) -> Moment:
         assert self._ticks is not None
-        start, last = self._ticks.start, self._ticks.last
-        return Moment(step, step - start, 0 if last is None else last - start, self._seed)
+        return Moment(step, step - self._ticks.start, self.method.span(self._ticks), self._seed)
 
     def _explore(self) -> None:
         for name, explored in self._explored.items():

@@ -18,6 +18,7 @@ from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks, UpdateClock
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
 from lightning_memtrain.techniques.sparsity.patterns import Storage
+from lightning_memtrain.techniques.sparsity.rules import Moment
 from lightning_memtrain.techniques.sparsity.selection import Select
 
 _STRATEGIES = (
@@ -178,32 +179,44 @@ def steps_per_epoch(trainer: Trainer) -> int | None:
     return max(1, math.ceil(num_batches / trainer.accumulate_grad_batches))
 
 
-def refuse_ticks(ticks: Ticks, run: RunLength, method: SparseMethod) -> None:
+def refuse_ticks(ticks: Ticks, run: RunLength, method: SparseMethod, nnz: Mapping[str, int]) -> None:
     """Refuse schedules without an end, and warn where the pattern does not change as was meant.
 
     Args:
         ticks: when it changes.
         run: its length.
         method: that is at work.
+        nnz: weights by layer.
 
     Raises:
         MisconfigurationException: if the method's schedule needs an end, and there is none.
     """
     if ticks.last is None and method.needs_end:
         raise MisconfigurationException(
-            f"`{method}` changes until the last update, so the updates need an end, but there is none. Set "
+            f"`{method}` changes until updates end, so the updates need an end, but there is none. Set "
             "Trainer(max_steps=...), or update=UpdateEvery(..., stop=...) to a number of steps."
         )
     if run.total_steps is None:
         return
-    if not any(ticks.is_due(step) for step in range(1, run.total_steps + 1)):
+    due = [step for step in range(1, run.total_steps + 1) if ticks.is_due(step)]
+    if not due:
         warnings.warn(
             f"`SparseTraining(update)` has no effect: no update is due in the {run.total_steps} steps of the "
             "run. Update more often, e.g. UpdateEvery(100).",
             NoEffectWarning,
             stacklevel=2,
         )
-    elif ticks.stop is not None and ticks.stop > run.total_steps:
+        return
+    moments = (Moment(step, step - ticks.start, method.span(ticks)) for step in due)
+    if not any(method.has_effect(nnz, moment) for moment in moments):
+        warnings.warn(
+            f"`SparseTraining(update)` has no effect: `{method}` moves less than one weight of each layer at "
+            f"every update, the last of which is at step {due[-1]}, where updates stop at step {ticks.stop}. "
+            "Update more often or stop later, so that the fraction is not 0 yet, or raise `drop`.",
+            NoEffectWarning,
+            stacklevel=2,
+        )
+    if ticks.stop is not None and ticks.stop > run.total_steps:
         warnings.warn(
             f"`SparseTraining(update)` stops at step {ticks.stop}, but the run ends at step "
             f"{run.total_steps}, so schedules do not reach their end. Train longer, or use a fraction "

@@ -536,9 +536,19 @@ def test_what_has_no_effect_warns(tmp_path: Path) -> None:
         mt.SparseTraining(mt.StaticSparse(0.75), EVERY_TWO)
     with pytest.warns(UserWarning, match=r"stops at step 100, but the run ends at step 12"):
         fit(tmp_path, mt.SparseTraining(mt.SET(0.75), mt.UpdateEvery(2, stop=100)))
+    with pytest.warns(mt.NoEffectWarning, match=r"less than one weight .* at step 12, where updates stop"):
+        fit(tmp_path, mt.SparseTraining(mt.RigL(0.75), mt.UpdateEvery(12, stop=1.0)))
     only_bias = Net(lambda m: torch.optim.SGD([m.head.bias], lr=0.1))
     with pytest.warns(mt.NoEffectWarning, match="no optimizer has the weights"):
         fit(tmp_path, mt.SparseTraining(mt.SET(0.75), EVERY_TWO), only_bias)
+
+
+@pytest.mark.parametrize("method", [mt.SET(0.75), mt.RigL(0.75)])
+def test_the_only_update_of_a_run_moves_weights(method: Any, tmp_path: Path) -> None:
+    callback = mt.SparseTraining(method, mt.UpdateEvery(6))
+    fit(tmp_path, callback)
+    # Of 9 steps in which updates are made, 6 are gone: 0.15 (1 + cos(2 pi / 3)) = 0.075 of 32, 32 and 2.
+    assert callback.technique_record().settings["num_dropped"] == 4
 
 
 def test_values_taken_for_biases_warn_and_name_the_group(tmp_path: Path) -> None:
