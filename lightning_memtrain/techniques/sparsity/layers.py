@@ -12,6 +12,7 @@ from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.candidates import CandidateSearch
 from lightning_memtrain.techniques.sparsity.dense_weight import DenseWeight
 from lightning_memtrain.techniques.sparsity.functions import Materialised
+from lightning_memtrain.techniques.sparsity.note import overlook_note
 from lightning_memtrain.techniques.sparsity.patterns import (
     Span,
     Storage,
@@ -191,6 +192,7 @@ class SparseLayer(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        overlook_note(unexpected_keys)
         if values is not None and pattern is not None:
             self.set_positions(self.positions())
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_memtrain as mt
-from lightning_memtrain.techniques.sparsity.note import drop_note
 from lightning_memtrain.techniques.sparsity.updater import Updater
 from tests.helpers.trainers import LIGHTNING_WARNINGS, assert_torch_is_as_found, quiet_trainer
 
@@ -355,8 +354,7 @@ def test_the_model_is_left_without_hooks(tmp_path: Path) -> None:
     callback = mt.SparseTraining(mt.RigL(0.75), EVERY_TWO)
     model, trainer = fit(tmp_path, callback)
     assert_torch_is_as_found(model)
-    # Layers stay sparse, and with them what drops the note of checkpoints.
-    assert [wrapped.hook for wrapped in model._load_state_dict_pre_hooks.values()] == [drop_note]
+    assert not model._load_state_dict_pre_hooks
     assert not trainer.optimizers or not trainer.optimizers[0]._optimizer_step_post_hooks
     assert model.body[0].search is None
 
@@ -655,3 +653,25 @@ def test_loading_without_the_callback_says_what_to_do(tmp_path: Path) -> None:
     mt.sparsify_(by_hand, positions)
     by_hand.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
     assert_same(model, by_hand)
+
+
+def test_a_model_whose_part_was_made_sparse_by_hand_is_loaded_again(tmp_path: Path) -> None:
+    def made() -> Net:
+        model = Net()
+        mt.sparsify_(model.body, {"0.weight": torch.arange(30)})
+        return model
+
+    def callback() -> Any:
+        return mt.SparseTraining(mt.SET(0.75, drop=0.5), EVERY_TWO)
+
+    model, trainer = fit(tmp_path, callback(), made())
+    path = tmp_path / "sparse.ckpt"
+    trainer.save_checkpoint(path)
+    evaluated, by_hand = made(), made()
+    quiet_trainer(tmp_path, callback()).validate(evaluated, ckpt_path=path, verbose=False)
+    assert_same(model, evaluated)
+    resumed, _ = fit(tmp_path, callback(), made(), max_epochs=3, ckpt_path=path)
+    assert mt.sparse_weights(resumed)["body.0.weight"].nnz == 30
+    by_hand.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    assert_same(model, by_hand)
+    assert not any(part._load_state_dict_pre_hooks for part in by_hand.modules())
