@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.candidates import CandidateSearch
 from lightning_memtrain.techniques.sparsity.dense_weight import DenseWeight
-from lightning_memtrain.techniques.sparsity.functions import Materialised
+from lightning_memtrain.techniques.sparsity.functions import Materialised, uncompiled
 from lightning_memtrain.techniques.sparsity.note import overlook_note
 from lightning_memtrain.techniques.sparsity.patterns import (
     Span,
@@ -51,7 +51,12 @@ class SparseLayer(nn.Module):
 
         Only stored entries can be written: elsewhere it stays 0.
         """
-        made: Tensor = Materialised.apply(self.values, self.sparsity_pattern, self.dense_shape)  # type: ignore[no-untyped-call]
+        arguments = self.values, self.sparsity_pattern, self.dense_shape, self.search
+        made: Tensor = (
+            Materialised.apply(*arguments)  # type: ignore[no-untyped-call]
+            if self.search is None
+            else uncompiled(Materialised.apply, *arguments)
+        )
         return made if torch.compiler.is_compiling() else DenseWeight.of(made, self)
 
     weight: Tensor = property(_weight)  # type: ignore[assignment]
@@ -60,7 +65,7 @@ class SparseLayer(nn.Module):
     def dense(self) -> Tensor:
         """The dense weight, as a plain tensor without a gradient; of divided values, all ranks ask for it."""
         values = sharding.whole(self.values)
-        made: Tensor = Materialised.apply(values, self.sparsity_pattern, self.dense_shape)  # type: ignore[no-untyped-call]
+        made: Tensor = Materialised.apply(values, self.sparsity_pattern, self.dense_shape, None)  # type: ignore[no-untyped-call]
         return made.detach()
 
     def positions(self) -> Tensor:

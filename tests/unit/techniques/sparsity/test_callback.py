@@ -215,6 +215,39 @@ def test_rigl_grows_where_the_dense_gradient_is_largest(tmp_path: Path) -> None:
     assert min(size[list(grown)]) >= max(size[list(others)])
 
 
+class Attends(Net):
+    """Attention takes the weight of its output projection without calling that layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True, dropout=0.0)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return (self.head(self.body(batch[:, None])).squeeze(1) - batch[:, :1]).square().mean()
+
+
+def test_rigl_moves_weights_that_are_used_without_their_layer(tmp_path: Path) -> None:
+    callback = mt.SparseTraining(mt.RigL(0.75, drop=0.5), mt.UpdateEvery(12, stop=1.0))
+    model, first = Attends(), {}
+
+    class Begins(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            first.update({name: weight.positions() for name, weight in mt.sparse_weights(pl_module).items()})
+
+    fit(tmp_path, callback, model, Begins())
+    for name, weight in mt.sparse_weights(model).items():
+        assert not torch.equal(weight.positions(), first[name]), name
+    assert "body.self_attn.out_proj.weight" in first
+
+
+def test_a_layer_that_no_backward_came_through_is_named_once(tmp_path: Path) -> None:
+    model = Net()
+    model.spare = nn.Linear(WIDTH, WIDTH)
+    with pytest.warns(mt.NoEffectWarning, match=r"RigL moves no weights of 'spare' .* step 2, since") as caught:
+        fit(tmp_path, mt.SparseTraining(mt.RigL(0.75, drop=0.5), EVERY_TWO), model)
+    assert len([one for one in caught if one.category is mt.NoEffectWarning]) == 1
+
+
 def test_candidates_are_watched_only_in_the_step_before_an_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
