@@ -185,6 +185,7 @@ class SparseTraining(Callback):
         sharding.reshard(pl_module)  # whole parameters are others than those that optimizers have
         values = {name: weight.values for name, weight in self._weights.items()}
         refusals.warn_of_groups(trainer.optimizers, values)
+        refusals.warn_of_recompiling(pl_module, self.method)
         if distributed.is_on(trainer.strategy):
             distributed.broadcast_values(self._weights)
         known = {id(parameter) for parameter in values.values() if parameter.requires_grad}

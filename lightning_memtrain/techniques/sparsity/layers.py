@@ -38,7 +38,7 @@ class SparseLayer(nn.Module):
     sparsity_pattern: Tensor
     storage: Storage
     chunk_bytes: int | None
-    spans: tuple[Span, ...]
+    _chunks: tuple[Span, ...]
     search: CandidateSearch | None = None
 
     @property
@@ -94,14 +94,19 @@ class SparseLayer(nn.Module):
         """
         pattern = encode(positions, self.dense_shape.numel(), self.storage)
         self.sparsity_pattern = pattern.to(self.values.device)
-        self.spans = self._spans(positions)
+        self._chunks = self._spans(positions)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """One for each chunk of rows, or one for the whole weight."""
+        # The number of values is that of the tensor, which a compiled graph may leave open.
+        return self._chunks or (Span(0, self.dense_shape.numel(), 0, self.values.shape[0]),)
 
     def _spans(self, positions: Tensor) -> tuple[Span, ...]:
-        """Of one chunk of rows each."""
+        """Of one chunk of rows each; none for the whole."""
         numel, nnz = self.dense_shape.numel(), positions.numel()
-        whole = (Span(0, numel, 0, nnz),)
         if self.chunk_bytes is None:
-            return whole
+            return ()
         rows, row_numel = self.dense_shape[0], numel // self.dense_shape[0]
         # Eight rows, so that chunks begin with a byte of the bitmask.
         num_rows = max(self.chunk_bytes // (row_numel * self.values.itemsize) // 8, 1) * 8
@@ -111,7 +116,7 @@ class SparseLayer(nn.Module):
         else:
             starts = torch.searchsorted(positions, torch.tensor(firsts, device=positions.device)).tolist()
         spans = zip(firsts[:-1], firsts[1:], starts[:-1], starts[1:], strict=True)
-        return tuple(Span(*span) for span in spans) or whole
+        return tuple(Span(*span) for span in spans)
 
     def set_values(self, values: Tensor) -> None:
         """Give the parameter other values, of another number; it stays the same object.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -162,6 +163,31 @@ def warn_of_groups(optimizers: Iterable[Optimizer], values: Mapping[str, nn.Para
                     "them for biases. Choose by name instead: they end in '.values'.",
                     stacklevel=2,
                 )
+
+
+def warn_of_recompiling(model: LightningModule, method: SparseMethod) -> None:
+    """Warn of compiled layers that would soon not be compiled any more.
+
+    Args:
+        model: that is trained.
+        method: that is at work.
+    """
+    # torch.compile brings it; without it nothing is compiled.
+    config = getattr(sys.modules.get("torch._dynamo"), "config", None)
+    if not method.changes_counts or not getattr(config, "force_parameter_static_shapes", False):
+        return
+    if getattr(model, "_compiler_ctx", None) is not None or any(_is_compiled(one) for one in model.modules()):
+        warnings.warn(
+            f"{type(method).__name__} changes the number of weights of compiled layers, each of which is "
+            "compiled again then, until torch.compile gives up after "
+            f"{getattr(config, 'recompile_limit', 8)} times. Set "
+            "`torch._dynamo.config.force_parameter_static_shapes = False` before the run: then it is once.",
+            stacklevel=2,
+        )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
 def steps_per_epoch(trainer: Trainer) -> int | None:

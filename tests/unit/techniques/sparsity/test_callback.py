@@ -582,6 +582,21 @@ def test_the_only_update_of_a_run_moves_weights(method: Any, tmp_path: Path) -> 
     assert callback.technique_record().settings["num_dropped"] == 4
 
 
+def test_counts_that_change_in_a_compiled_model_warn_unless_torch_allows_it(tmp_path: Path) -> None:
+    def run(method: Any) -> None:
+        model = Net()
+        model.body.compile(backend="eager")
+        fit(tmp_path, mt.SparseTraining(method, EVERY_TWO), model, max_epochs=1, limit_train_batches=2)
+
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="DynamicSparseReparameterization changes the number of weights of com"):
+        run(mt.DSR(0.75, threshold=0.05))
+    run(mt.SET(0.75, drop=0.5))
+    with torch._dynamo.config.patch(force_parameter_static_shapes=False):
+        run(mt.DSR(0.75, threshold=0.05))
+    torch._dynamo.reset()
+
+
 def test_values_taken_for_biases_warn_and_name_the_group(tmp_path: Path) -> None:
     def groups(model: nn.Module) -> Any:
         matrices = [p for p in model.parameters() if p.ndim >= 2]

@@ -273,6 +273,34 @@ def test_compiled_as_one_graph(name: str, storage: Storage, chunk_bytes: int | N
 
 
 @tracing
+@pytest.mark.parametrize("storage", ["bitmask", "int32", "block16"])
+def test_compiled_twice_for_any_number_of_counts(storage: Storage) -> None:
+    from torch._dynamo.backends.debugging import aot_eager
+
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    layer, x = nn.Linear(64, 64), torch.randn(4, 64)
+    weight = sparsify_(layer, {"weight": torch.arange(400)}, storage=storage)["weight"]
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    for count in range(400, 412):
+        gradients = []
+        for module in (layer, compiled):
+            layer.zero_grad()
+            with torch._dynamo.config.patch(force_parameter_static_shapes=False):
+                module(x).square().sum().backward()
+            gradients.append(weight.values.grad)
+        assert weight.nnz == count
+        torch.testing.assert_close(*gradients)
+        weight.replace(torch.ones(count, dtype=torch.bool), torch.tensor([1000 + count]))
+    assert len(graphs) == 2
+
+
+@tracing
 def test_compiled_under_autocast_and_made_sparse_afterwards() -> None:
     model, batch, labels = model_and_batch("mlp")
     torch._dynamo.reset()
