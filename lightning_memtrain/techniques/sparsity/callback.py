@@ -134,7 +134,7 @@ class SparseTraining(Callback):
 
         # After `configure_model` the model is complete, and neither loaded nor known to an optimizer yet.
         # What it shards, however, has to be sparse before.
-        self._undo.append(around_configure_model(pl_module, before, lambda: self._find(trainer, pl_module)))
+        self._undo.append(around_configure_model(pl_module, before, lambda: self._find(trainer, pl_module, stage)))
 
     def convert(self, model: nn.Module) -> None:
         """Make layers sparse now, for a ``configure_model`` that makes layers and shards them.
@@ -156,7 +156,7 @@ class SparseTraining(Callback):
             sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
         self._known = {id(module) for module in model.modules()}
 
-    def _find(self, trainer: Trainer, model: LightningModule) -> None:
+    def _find(self, trainer: Trainer, model: LightningModule, stage: str) -> None:
         if shards := sharding.shards(trainer.strategy):
             sharding.refuse_late(self.select.layers(model), self._known)
         if not self._known and not sparse_weights(model):
@@ -170,6 +170,8 @@ class SparseTraining(Callback):
         if shards:
             sharding.refuse_other_shards(self._weights, trainer.world_size)
         if self._weights and distributed.is_on(trainer.strategy):
+            if stage == "fit":
+                distributed.refuse_nothing_left(model, self._weights)
             weights = {weight.name: weight for weight in self._weights.values()}
             self._undo.append(distributed.hide_from_ddp(model, weights))
         expected = frozenset(self._weights)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_memtrain as mt
+from lightning_memtrain.techniques.sparsity import distributed
 from lightning_memtrain.techniques.sparsity.updater import Updater
 from tests.helpers.trainers import LIGHTNING_WARNINGS, assert_torch_is_as_found, quiet_trainer
 
@@ -595,6 +596,17 @@ def test_counts_that_change_in_a_compiled_model_warn_unless_torch_allows_it(tmp_
     with torch._dynamo.config.patch(force_parameter_static_shapes=False):
         run(mt.DSR(0.75, threshold=0.05))
     torch._dynamo.reset()
+
+
+def test_ddp_is_refused_a_model_of_which_it_would_see_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "is_on", lambda strategy: True)
+    model = Net()
+    for layer in (model.body[0], model.body[2], model.head):
+        layer.bias = None
+    with pytest.raises(MisconfigurationException, match=r"with ddp needs .* Select\(dense=\['body\.0'\]\)"):
+        fit(tmp_path, mt.SparseTraining(mt.SET(0.75), EVERY_TWO), model)
 
 
 def test_values_taken_for_biases_warn_and_name_the_group(tmp_path: Path) -> None:
