@@ -325,6 +325,8 @@ class SparseTraining(Callback):
             "version": _VERSION,
             "method": type(self.method).__name__,
             "sparsity": repr(self.method.sparsity),
+            "distribution": repr(self.method.distribution),
+            "overrides": dict(self.select.overrides),
             "seed": self._seed,
             "steps": self._steps,
             "pending": self._pending,
@@ -348,7 +350,8 @@ class SparseTraining(Callback):
         if not state_dict:
             return
         found = {name: distributed.fingerprint(w.positions()) for name, w in self._weights.items()}
-        refusals.refuse_checkpoint(state_dict, self.method, self._seed, _VERSION, found)
+        overrides = self.select.overrides
+        refusals.refuse_checkpoint(state_dict, self.method, overrides, self._seed, _VERSION, found)
         self._steps, self._pending = state_dict["steps"], state_dict["pending"]
         self._num_dropped, self._num_grown = state_dict["num_dropped"], state_dict["num_grown"]
         self._restored = state_dict

@@ -60,6 +60,8 @@ class SparseMethod(ABC):
 
     #: What was asked for; a run is resumed at the same only.
     sparsity: Any
+    #: How it is spread over layers; likewise.
+    distribution: Distribution
 
     @property
     def clock(self) -> UpdateClock | None:

@@ -278,13 +278,19 @@ def refuse_layers_of(state_dict: Mapping[str, Any], expected: frozenset[str]) ->
 
 
 def refuse_checkpoint(
-    saved: Mapping[str, Any], method: SparseMethod, seed: int, version: int, patterns: Mapping[str, int]
+    saved: Mapping[str, Any],
+    method: SparseMethod,
+    overrides: Mapping[str, float],
+    seed: int,
+    version: int,
+    patterns: Mapping[str, int],
 ) -> None:
-    """Refuse to go on with another sparsity, and warn of another method or seed.
+    """Refuse to go on with another sparsity of layers, and warn of another method or seed.
 
     Args:
         saved: of the callback in the checkpoint.
         method: in force.
+        overrides: in force, sparsities of single layers.
         seed: in force.
         version: the highest that can be read.
         patterns: fingerprints of the patterns that the model has, by layer.
@@ -297,13 +303,17 @@ def refuse_checkpoint(
             f"The state of `SparseTraining` in a checkpoint must have version {version} or less, but got "
             f"version {saved['version']}. Install the lightning_memtrain that wrote it, or a later one."
         )
-    sparsity = repr(method.sparsity)
-    if saved["sparsity"] != sparsity:
-        raise MisconfigurationException(
-            f"`{type(method).__name__}(sparsity)` must be that of the checkpoint, whose patterns are loaded, "
-            f"{saved['sparsity']}, but got {sparsity}. Resume with that, or start a new run from weights of "
-            "`export_dense(model)`."
-        )
+    name = type(method).__name__
+    for argument, key, given in (
+        (f"{name}(sparsity)", "sparsity", repr(method.sparsity)),
+        (f"{name}(distribution)", "distribution", repr(method.distribution)),
+        ("Select(overrides)", "overrides", dict(overrides)),
+    ):
+        if saved[key] != given:
+            raise MisconfigurationException(
+                f"`{argument}` must be that of the checkpoint, whose patterns are loaded, {saved[key]}, but "
+                f"got {given}. Resume with that, or start a new run from weights of `export_dense(model)`."
+            )
     for name, number in patterns.items():
         if saved["patterns"].get(name) != number:
             raise MisconfigurationException(

@@ -644,6 +644,12 @@ def test_resuming_differently_is_refused_or_warned_of(tmp_path: Path) -> None:
 
     with pytest.raises(MisconfigurationException, match=r"that of the checkpoint, .* 0\.75, but got 0\.5"):
         resume(mt.SET(0.5))
+    with pytest.raises(MisconfigurationException, match=r"`SET\(distribution\)` must .*, but got ErdosRenyi\(\)"):
+        resume(mt.SET(0.75, distribution=mt.ErdosRenyi()))
+    with pytest.raises(
+        MisconfigurationException, match=r"`Select\(overrides\)` must .* \{\}, but got \{'head': 0\.5\}"
+    ):
+        resume(mt.SET(0.75), layers=mt.Select(overrides={"head": 0.5}))
     with pytest.raises(MisconfigurationException, match="'head' is sparse there and dense here"):
         resume(mt.SET(0.75), layers=mt.Select(dense=["head"]))
     with pytest.warns(UserWarning, match="written by `SET`, but the run goes on with `RigL`"):
