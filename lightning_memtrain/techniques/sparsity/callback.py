@@ -161,12 +161,13 @@ class SparseTraining(Callback):
             sharding.refuse_late(self.select.layers(model), self._known)
         if not self._known and not sparse_weights(model):
             sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
-        self._weights = {
+        found = {
             name.removesuffix("weight").removesuffix("."): weight
             for name, weight in sparse_weights(model).items()
         }
-        if self._updater is not None and _layers(self._updater.weights) != _layers(self._weights):
-            self._steps, self._updater = 0, None
+        if self._weights and _layers(self._weights) != _layers(found):
+            self._begin()  # the same trainer goes on with another model
+        self._weights = found
         if shards:
             sharding.refuse_other_shards(self._weights, trainer.world_size)
         if self._weights and distributed.is_on(trainer.strategy):

@@ -609,6 +609,28 @@ def test_ddp_is_refused_a_model_of_which_it_would_see_nothing(
         fit(tmp_path, mt.SparseTraining(mt.SET(0.75), EVERY_TWO), model)
 
 
+def test_a_trainer_that_goes_on_with_another_model_counts_anew(tmp_path: Path) -> None:
+    class Wide(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(WIDTH, 64), nn.Tanh(), nn.Linear(64, WIDTH))
+
+    callback = mt.SparseTraining(mt.SET(0.75, drop=0.5), mt.UpdateEvery(6, stop=1.0), track_exploration=True)
+    _, trainer = fit(tmp_path, callback, max_epochs=1)
+    assert callback.technique_record().settings["num_dropped"] == 16 + 16 + 1
+    trainer.fit_loop.max_epochs = 2
+    model = Wide()
+    trainer.fit(model)
+    settings = callback.technique_record().settings
+    assert settings["nnz"] == 128 + 128 + 2
+    assert settings["num_dropped"] == 64 + 64 + 1
+    assert {name: len(one.bits) for name, one in callback._explored.items()} == {
+        "body.0": 64,
+        "body.2": 64,
+        "head": 1,
+    }
+
+
 def test_values_taken_for_biases_warn_and_name_the_group(tmp_path: Path) -> None:
     def groups(model: nn.Module) -> Any:
         matrices = [p for p in model.parameters() if p.ndim >= 2]
