@@ -631,6 +631,25 @@ def test_a_trainer_that_goes_on_with_another_model_counts_anew(tmp_path: Path) -
     }
 
 
+def test_a_model_can_be_copied_and_saved_amid_a_fit(tmp_path: Path) -> None:
+    copies: list[Any] = []
+
+    class Copies(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            assert "configure_model" not in pl_module.__dict__
+            copies.append(copy.deepcopy(pl_module))
+            torch.save(pl_module.body, tmp_path / "body.pt")
+
+    def callback() -> Any:
+        return mt.SparseTraining(mt.SET(0.75, drop=0.5), EVERY_TWO)
+
+    model, _ = fit(tmp_path, callback(), None, Copies())
+    before = copy.deepcopy(model.state_dict())
+    twin, _ = fit(tmp_path, callback(), copies[0])
+    assert_same(model, twin)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_values_taken_for_biases_warn_and_name_the_group(tmp_path: Path) -> None:
     def groups(model: nn.Module) -> Any:
         matrices = [p for p in model.parameters() if p.ndim >= 2]
