@@ -122,10 +122,11 @@ class SparseTraining(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         num_given = sum(isinstance(one, SparseTraining) for one in callbacks)
         refusals.refuse_run(trainer, num_given, self.method)
-        if stage == "fit" and trainer.global_step == 0:  # else the same trainer goes on
-            self._begin()
-        self._restored = self._bytes = None
-        self._events = []
+        if stage == "fit":
+            if trainer.global_step == 0:  # else the same trainer goes on
+                self._begin()
+            self._restored = self._bytes = None
+            self._events = []
 
         def before() -> None:
             self._known = set()

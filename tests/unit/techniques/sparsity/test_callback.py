@@ -422,6 +422,15 @@ def test_the_record_says_what_dense_training_would_take(tmp_path: Path) -> None:
     )
 
 
+def test_the_record_is_still_there_after_an_evaluation(tmp_path: Path) -> None:
+    callback = mt.SparseTraining(mt.StaticSparse(0.75))
+    model, trainer = fit(tmp_path, callback)
+    before = callback.technique_record()
+    trainer.validate(model, verbose=False)
+    assert callback.technique_record() == before
+    assert "sparse_bytes" in before.settings
+
+
 def test_a_method_that_starts_dense_says_so_in_the_record(tmp_path: Path) -> None:
     callback = mt.SparseTraining(mt.GradualMagnitudePruning(0.75), EVERY_TWO)
     fit(tmp_path, callback)
