@@ -659,6 +659,15 @@ def test_a_model_can_be_copied_and_saved_amid_a_fit(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_resuming_with_another_distribution_is_refused(tmp_path: Path) -> None:
+    _, trainer = fit(tmp_path, mt.SparseTraining(mt.SET(0.9), EVERY_TWO), max_epochs=1)
+    path = tmp_path / "half.ckpt"
+    trainer.save_checkpoint(path)
+    expected = r"`SET\(distribution\)` must .* loaded, Uniform\(\), but got ErdosRenyi\(\)"
+    with pytest.raises(MisconfigurationException, match=expected):
+        fit(tmp_path, mt.SparseTraining(mt.SET(0.9, distribution=mt.ErdosRenyi()), EVERY_TWO), ckpt_path=path)
+
+
 def test_values_taken_for_biases_warn_and_name_the_group(tmp_path: Path) -> None:
     def groups(model: nn.Module) -> Any:
         matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -694,8 +703,6 @@ def test_resuming_differently_is_refused_or_warned_of(tmp_path: Path) -> None:
 
     with pytest.raises(MisconfigurationException, match=r"that of the checkpoint, .* 0\.75, but got 0\.5"):
         resume(mt.SET(0.5))
-    with pytest.raises(MisconfigurationException, match=r"`SET\(distribution\)` must .*, but got ErdosRenyi\(\)"):
-        resume(mt.SET(0.75, distribution=mt.ErdosRenyi()))
     with pytest.raises(
         MisconfigurationException, match=r"`Select\(overrides\)` must .* \{\}, but got \{'head': 0\.5\}"
     ):
