@@ -92,7 +92,7 @@ class GradualMagnitudePruning(SparseMethod):
     @property
     def starts_dense(self) -> bool:
         """Unless the schedule begins elsewhere."""
-        return self._at(0, 1) < 0.5
+        return self._at(0, 1) == 0
 
     def counts(self, shapes: Shapes, overrides: Mapping[str, float]) -> dict[str, int]:
         """All weights, as a rule."""
