@@ -176,16 +176,23 @@ def test_accumulated_batches_and_microbatches_train_as_the_whole_batch(method: A
     def callback() -> Any:
         return mt.SparseTraining(copy.deepcopy(method), EVERY_TWO)
 
+    class Halves(Net):
+        def train_dataloader(self) -> Any:
+            return DataLoader(super().train_dataloader().dataset, batch_size=ROWS // 2)
+
     plain, _ = fit(tmp_path, callback())
     split, _ = fit(tmp_path, callback(), None, mt.Microbatching(num_microbatches=2))
+    accumulated, trainer = fit(tmp_path, callback(), Halves(), accumulate_grad_batches=2)
+    assert trainer.global_step == 2 * NUM_BATCHES
     checkpointed, _ = fit(
         tmp_path, callback(), None, mt.ActivationCheckpointing(["body"]), mt.EarlyZeroGrad()
     )
     assert_same(plain, checkpointed)
     for name, weight in mt.sparse_weights(plain).items():
-        twin = mt.sparse_weights(split)[name]
-        assert torch.equal(weight.positions(), twin.positions())
-        torch.testing.assert_close(weight.values, twin.values, rtol=1e-4, atol=1e-5)
+        for other in (split, accumulated):
+            twin = mt.sparse_weights(other)[name]
+            assert torch.equal(weight.positions(), twin.positions())
+            torch.testing.assert_close(weight.values, twin.values, rtol=1e-4, atol=1e-5)
 
 
 def test_rigl_grows_where_the_dense_gradient_is_largest(tmp_path: Path) -> None:
