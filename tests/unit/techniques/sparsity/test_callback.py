@@ -182,6 +182,7 @@ def test_accumulated_batches_and_microbatches_train_as_the_whole_batch(method: A
 
     plain, _ = fit(tmp_path, callback())
     split, _ = fit(tmp_path, callback(), None, mt.Microbatching(num_microbatches=2))
+    seed_everything(1, verbose=False)
     accumulated, trainer = fit(tmp_path, callback(), Halves(), accumulate_grad_batches=2)
     assert trainer.global_step == 2 * NUM_BATCHES
     checkpointed, _ = fit(
