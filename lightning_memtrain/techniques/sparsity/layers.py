@@ -59,7 +59,24 @@ class SparseLayer(nn.Module):
         )
         return made if torch.compiler.is_compiling() else DenseWeight.of(made, self)
 
-    weight: Tensor = property(_weight)  # type: ignore[assignment]
+    def _write_weight(self, dense: Tensor) -> None:
+        # What `layer.weight += 1` assigns has been written already, in place.
+        if not (isinstance(dense, DenseWeight) and dense._layer is self):
+            if not isinstance(dense, Tensor) or dense.shape != self.dense_shape:
+                got = tuple(dense.shape) if isinstance(dense, Tensor) else repr(dense)
+                raise ValueError(
+                    f"The weight of a sparse layer must be a tensor of shape {tuple(self.dense_shape)}, but got "
+                    f"{got}. Assign one of that shape; only stored entries are taken from it."
+                )
+            self.write(dense)
+
+    weight: Tensor = property(_weight, _write_weight)  # type: ignore[assignment]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A parameter would be registered beside the values, or be refused without a reason.
+        if name == "weight" and isinstance(value, nn.Parameter):
+            value = value.detach()
+        super().__setattr__(name, value)
 
     @torch.no_grad()
     def dense(self) -> Tensor:

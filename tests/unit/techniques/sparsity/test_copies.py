@@ -334,6 +334,31 @@ def test_a_watched_layer_runs_outside_the_graph() -> None:
     compiled(batch).sum().backward()
 
 
+def test_a_weight_that_is_assigned_is_stored() -> None:
+    layer = nn.Linear(4, 3)
+    sparsify_(layer, {"weight": torch.tensor([1, 6, 11])})
+    new = torch.arange(12.0).view(3, 4)
+    layer.weight.data = new
+    assert layer.values.tolist() == [1, 6, 11]
+    layer.weight[1].data = torch.full((4,), 9.0)
+    assert layer.values.tolist() == [1, 9, 11]
+    with torch.no_grad():
+        layer.weight += 1
+    assert layer.values.tolist() == [2, 10, 12]
+    layer.weight = nn.Parameter(new)
+    assert layer.values.tolist() == [1, 6, 11]
+    layer.weight = 2 * new
+    assert layer.values.tolist() == [2, 12, 22]
+    assert [name for name, _ in layer.named_parameters()] == ["bias", "values"]
+    assert layer.weight.flatten().nonzero().flatten().tolist() == [1, 6, 11]
+    with pytest.raises(ValueError, match=r"must keep its shape \(3, 4\), but got \(4, 3\)"):
+        layer.weight.data = new.t()
+    with pytest.raises(ValueError, match=r"must be a tensor of shape \(3, 4\), but got \(2,\)"):
+        layer.weight = torch.ones(2)
+    with pytest.raises(ValueError, match="but got None"):
+        layer.weight = None
+
+
 def test_functional_gradients() -> None:
     layer = nn.Linear(4, 3)
     sparsify_(layer, {"weight": torch.arange(5)})
