@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_memtrain.core import NoEffectWarning
 from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks, UpdateClock
+from lightning_memtrain.techniques.sparsity.layer_types import SPARSE_TYPES
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
 from lightning_memtrain.techniques.sparsity.patterns import Storage
 from lightning_memtrain.techniques.sparsity.rules import Moment
@@ -129,6 +130,12 @@ def refuse_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
             raise MisconfigurationException(
                 f"`SparseTraining` needs layers whose weights exist, but {name!r} is {type(layer).__name__}. "
                 "Run the model on one batch in `__init__`, or name it in Select(dense=...)."
+            )
+        if type(layer) not in SPARSE_TYPES:
+            raise MisconfigurationException(
+                f"`SparseTraining` cannot make {name!r} sparse, since {type(layer).__name__} is a class of its "
+                f"own, whose methods would be lost or would not know sparse values. Add {name!r} to "
+                "Select(dense=[...]), or use torch's own layer."
             )
     for path, parameter in model.named_parameters(remove_duplicate=False):
         tied = weights.get(id(parameter))

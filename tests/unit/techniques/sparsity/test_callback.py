@@ -546,6 +546,13 @@ def test_runs_that_cannot_work_are_refused(tmp_path: Path) -> None:
     lazy = Net()
     lazy.body[0] = nn.LazyLinear(16)
     refused(r"'body\.0' is LazyLinear", lazy, sparse())
+    named = Net()
+    named.body[0] = Named(WIDTH, 16)
+    refused(r"'body\.0' sparse, since Named is a class .* Add 'body\.0' to Select\(dense", named, sparse())
+
+
+class Named(nn.Linear):
+    """Its forward is torch's, its methods are its own."""
 
 
 class _Twin(mt.SparseTraining):
