@@ -46,7 +46,7 @@ class DenseWeight(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is Tensor.data.__set__:  # type: ignore[attr-defined]
+        if func == Tensor.data.__set__:  # type: ignore[attr-defined]
             return _set_data(*args)
         weights = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DenseWeight)]
         with torch._C.DisableTorchFunctionSubclass():
