@@ -9,10 +9,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import nn
-from torch.optim import Optimizer
 
 from lightning_memtrain.core import NoEffectWarning, Setting, TechniqueRecord
-from lightning_memtrain.techniques.sparsity import distributed, record, refusals, sharding
+from lightning_memtrain.techniques.sparsity import distributed, optimizers, record, refusals, sharding
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks, UpdateClock
 from lightning_memtrain.techniques.sparsity.conversion import around_configure_model, sparsify_at_random
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
@@ -188,21 +187,15 @@ class SparseTraining(Callback):
             self._end_of_loading()
         sharding.reshard(pl_module)  # whole parameters are others than those that optimizers have
         values = {name: weight.values for name, weight in self._weights.items()}
-        refusals.warn_of_groups(trainer.optimizers, values)
+        optimizers.warn_of_groups(trainer.optimizers, values)
         refusals.warn_of_recompiling(pl_module, self.method)
+        if self._clock is not None:
+            optimizers.refuse_optimizers(trainer.optimizers, values)
         if distributed.is_on(trainer.strategy):
             distributed.broadcast_values(self._weights)
-        known = {id(parameter) for parameter in values.values() if parameter.requires_grad}
-        leading = next((one for one in trainer.optimizers if known.intersection(_ids(one))), None)
+        leading = optimizers.leading_optimizer(trainer.optimizers, values)
         if leading is not None:
             self._undo.append(leading.register_step_post_hook(self._count).remove)
-        elif values:
-            warnings.warn(
-                "`SparseTraining` does not change the pattern, since no optimizer has the weights of a "
-                "sparse layer. Give the optimizer `self.parameters()`.",
-                NoEffectWarning,
-                stacklevel=2,
-            )
 
     def _count(self, *_: Any) -> None:
         self._steps += 1
@@ -261,6 +254,9 @@ class SparseTraining(Callback):
         assert self._updater is not None
         self._steps_of_batch = max(1, self._steps_of_batch)
         if self._bytes is None and self._steps:
+            if self._clock is not None:  # what has state by now, long before an update
+                values = {name: weight.values for name, weight in self._weights.items()}
+                optimizers.refuse_optimizers(trainer.optimizers, values)
             self._measure(trainer)
         if not self._pending or self._updater.lacks_candidates(self._moment(self._pending)):
             return
@@ -390,7 +386,3 @@ class SparseTraining(Callback):
 
 def _layers(weights: dict[str, SparseWeight]) -> list[int]:
     return [id(weight.layer) for weight in weights.values()]
-
-
-def _ids(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

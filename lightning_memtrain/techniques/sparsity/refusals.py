@@ -12,7 +12,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from lightning_memtrain.core import NoEffectWarning
 from lightning_memtrain.techniques.sparsity import sharding
@@ -148,28 +147,6 @@ def refuse_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 def _weight_name(layer: str) -> str:
     return f"{layer}.weight" if layer else "weight"
-
-
-def warn_of_groups(optimizers: Iterable[Optimizer], values: Mapping[str, nn.Parameter]) -> None:
-    """Warn of sparse weights that are in a group without weight decay because they have one axis.
-
-    Args:
-        optimizers: of the run.
-        values: of sparse layers, by layer.
-    """
-    by_id = {id(parameter): name for name, parameter in values.items()}
-    for optimizer in optimizers:
-        decays = [group.get("weight_decay", 0) for group in optimizer.param_groups]
-        for index, group in enumerate(optimizer.param_groups):
-            caught = [by_id[id(p)] for p in group["params"] if id(p) in by_id]
-            if caught and not decays[index] and any(decays):
-                warnings.warn(
-                    f"Weights of {len(caught)} sparse layers ({caught[0]!r} ...) are in "
-                    f"param_groups[{index}] of {type(optimizer).__name__}, which has no weight decay, while "
-                    "another group has. Values of sparse layers have one axis, so `parameter.ndim < 2` takes "
-                    "them for biases. Choose by name instead: they end in '.values'.",
-                    stacklevel=2,
-                )
 
 
 def warn_of_recompiling(model: LightningModule, method: SparseMethod) -> None:

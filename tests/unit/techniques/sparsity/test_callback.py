@@ -12,8 +12,10 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -681,6 +683,102 @@ def test_resuming_with_another_distribution_is_refused(tmp_path: Path) -> None:
     expected = r"`SET\(distribution\)` must .* loaded, Uniform\(\), but got ErdosRenyi\(\)"
     with pytest.raises(MisconfigurationException, match=expected):
         fit(tmp_path, mt.SparseTraining(mt.SET(0.9, distribution=mt.ErdosRenyi()), EVERY_TWO), ckpt_path=path)
+
+
+class Shampoo(torch.optim.Optimizer):
+    """Keeps a square matrix per parameter."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["preconditioner"] = torch.eye(p.numel())
+        return loss
+
+
+def test_an_optimizer_whose_state_cannot_follow_is_refused_before_an_update(tmp_path: Path) -> None:
+    def run(make_optimizer: Any, method: Any = None) -> Any:
+        callback = mt.SparseTraining(method or mt.SET(0.75), None if method else mt.UpdateEvery(6))
+        model = Net(make_optimizer)
+        try:
+            return fit(tmp_path, callback, model)[1].global_step
+        except (MisconfigurationException, TypeError) as error:
+            return model.trainer.global_step, str(error)
+
+    num_steps, error = run(lambda m: torch.optim.LBFGS(m.parameters()))
+    assert num_steps == 0
+    assert "cannot move weights under LBFGS, whose state is that of all parameters" in error
+    num_steps, error = run(lambda m: Shampoo(m.parameters()))
+    assert num_steps == 1
+    assert "The state 'preconditioner' of Shampoo (Tensor of shape (32, 32)" in error
+    # What never moves needs nothing of its optimizer.
+    assert run(lambda m: Shampoo(m.parameters()), mt.StaticSparse(0.75)) == 12
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_an_optimizer_of_matrices_says_that_values_are_none(tmp_path: Path) -> None:
+    model = Net(lambda m: torch.optim.Muon([m.body[0].values]))
+    with pytest.raises(ValueError, match=r"Muon only supports 2D parameters .* torch\.Size\(\[32\]\)"):
+        fit(tmp_path, mt.SparseTraining(mt.SET(0.75), EVERY_TWO), model)
+
+
+@pytest.mark.parametrize("name", ["WeightAveraging", "EMAWeightAveraging"])
+def test_averages_of_weights_are_refused(name: str, tmp_path: Path) -> None:
+    if not hasattr(callbacks, name):
+        pytest.skip(f"this Lightning has no {name}")
+    averages = getattr(callbacks, name)()
+    with pytest.raises(MisconfigurationException, match=f"cannot be combined with {name}: an average"):
+        fit(tmp_path, mt.SparseTraining(mt.SET(0.75), EVERY_TWO), None, averages)
+
+
+def test_a_full_layer_keeps_its_pattern_and_trains(tmp_path: Path) -> None:
+    model = Net()
+    weights = mt.sparsify_(model, {"body.0.weight": torch.arange(128), "body.2.weight": torch.arange(32)})
+    before = weights["body.0.weight"].values.clone()
+    fit(tmp_path, mt.SparseTraining(mt.RigL(0.75, drop=0.5), EVERY_TWO), model)
+    assert torch.equal(weights["body.0.weight"].positions(), torch.arange(128))
+    assert not torch.equal(weights["body.0.weight"].values, before)
+    assert not torch.equal(weights["body.2.weight"].positions(), torch.arange(32))
+
+
+def test_prediction_before_the_fit_sees_the_model_that_is_trained(tmp_path: Path) -> None:
+    class Predicts(Net):
+        def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.head(self.body(batch))
+
+    model, callback = Predicts(), mt.SparseTraining(mt.StaticSparse(0.75))
+    trainer = quiet_trainer(tmp_path, callback, max_epochs=1)
+    predicted = trainer.predict(model, model.train_dataloader())
+    positions = {name: weight.positions() for name, weight in mt.sparse_weights(model).items()}
+    dense = Predicts()
+    dense.load_state_dict(mt.export_dense(model))
+    batches = list(model.train_dataloader())
+    assert all(torch.equal(p, dense.head(dense.body(b))) for p, b in zip(predicted, batches, strict=True))
+    trainer.fit(model)
+    for name, weight in mt.sparse_weights(model).items():
+        assert torch.equal(weight.positions(), positions[name])
+
+
+def test_a_step_that_torchs_own_scaler_leaves_out_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Watcher(monkeypatch)
+
+    class Overflows(Net):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            # The loss of the step that an update was to follow.
+            return self.loss(batch) * (torch.inf if batch_idx == 1 else 1.0)
+
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))
+    callback = mt.SparseTraining(mt.RigL(0.75, drop=0.5), EVERY_TWO)
+    model, trainer = fit(tmp_path, callback, Overflows(), plugins=[plugin], max_epochs=1)
+    # Of six batches, the second moved no weight; the update came with the step that was the second.
+    assert [int(state["step"]) for state in trainer.optimizers[0].state.values()] == [5] * 6
+    assert seen.steps == [2, 4]
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_values_taken_for_biases_warn_and_name_the_group(tmp_path: Path) -> None:
