@@ -188,7 +188,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20_000)
     given = parser.parse_args()
     if given.seeds < 2:
-        parser.error(f"--seeds must be at least 2, since results are compared with their spread: {given.seeds}")
+        parser.error(
+            f"--seeds must be at least 2, since results are compared with their spread: {given.seeds}"
+        )
     folder = Path(os.environ.get("MEMTRAIN_DATA_DIR", "data")) / "cifar-10-batches-py"
     train = read(folder, [f"data_batch_{i}" for i in range(1, 6)], given.images)
     data = (*train, *read(folder, ["test_batch"], 10_000))

@@ -53,7 +53,7 @@ class SparseTraining(Callback):
     Raises:
         MisconfigurationException: if an argument is out of its range; before the run, with strategies that
             shard otherwise, with averages of weights, with tied weights, or if the run has no end that a
-            schedule or a fraction needs; when resuming, if the checkpoint has another sparsity.
+            schedule or a fraction needs; when resuming, if the checkpoint has another sparsity of layers.
 
     Example:
         >>> import lightning as L
@@ -134,7 +134,9 @@ class SparseTraining(Callback):
 
         # After `configure_model` the model is complete, and neither loaded nor known to an optimizer yet.
         # What it shards, however, has to be sparse before.
-        self._undo.append(around_configure_model(pl_module, before, lambda: self._find(trainer, pl_module, stage)))
+        self._undo.append(
+            around_configure_model(pl_module, before, lambda: self._find(trainer, pl_module, stage))
+        )
 
     def convert(self, model: nn.Module) -> None:
         """Make layers sparse now, for a ``configure_model`` that makes layers and shards them.

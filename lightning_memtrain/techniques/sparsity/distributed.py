@@ -68,8 +68,8 @@ def refuse_nothing_left(model: nn.Module, weights: Mapping[str, SparseWeight]) -
     if all(id(one) in values for one in model.parameters() if one.requires_grad):
         raise MisconfigurationException(
             "`SparseTraining` with ddp needs at least one trained parameter that is not a weight of a sparse "
-            "layer, since DistributedDataParallel is given only those and refuses a model without any. Give a "
-            f"layer a bias, or keep one dense: Select(dense=[{next(iter(weights))!r}])."
+            "layer, since DistributedDataParallel is given only those and refuses a model without any. Give "
+            f"a layer a bias, or keep one dense: Select(dense=[{next(iter(weights))!r}])."
         )
 
 

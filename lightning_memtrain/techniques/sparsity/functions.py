@@ -59,7 +59,7 @@ def uncompiled(function: Callable[..., Any], *arguments: Any) -> Tensor:
 
     Args:
         function: gives a tensor.
-        arguments: of it.
+        *arguments: of it.
 
     Returns:
         What it gives.

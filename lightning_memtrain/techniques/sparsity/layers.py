@@ -65,8 +65,8 @@ class SparseLayer(nn.Module):
             if not isinstance(dense, Tensor) or dense.shape != self.dense_shape:
                 got = tuple(dense.shape) if isinstance(dense, Tensor) else repr(dense)
                 raise ValueError(
-                    f"The weight of a sparse layer must be a tensor of shape {tuple(self.dense_shape)}, but got "
-                    f"{got}. Assign one of that shape; only stored entries are taken from it."
+                    f"The weight of a sparse layer must be a tensor of shape {tuple(self.dense_shape)}, but "
+                    f"got {got}. Assign one of that shape; only stored entries are taken from it."
                 )
             self.write(dense)
 

@@ -84,7 +84,7 @@ class SparseMethod(ABC):
         return False
 
     def span(self, ticks: Ticks) -> int:
-        """Steps from the start of schedules to their end: as in the papers, the time in which updates are made.
+        """Steps from the start of schedules to their end: as in the papers, the time that updates have.
 
         The last update is before that, as a rule, so that it still does something.
 

@@ -53,8 +53,8 @@ def refuse_optimizers(optimizers: Sequence[Optimizer], values: Mapping[str, nn.P
     for optimizer in optimizers:
         if values and isinstance(optimizer, LBFGS):
             raise MisconfigurationException(
-                "`SparseTraining` cannot move weights under LBFGS, whose state is that of all parameters in a "
-                "row. Use an elementwise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad), or StaticSparse."
+                "`SparseTraining` cannot move weights under LBFGS, whose state is that of all parameters in "
+                "a row. Use an elementwise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad), or StaticSparse."
             )
     for parameter in values.values():
         check_state(optimizers, parameter)

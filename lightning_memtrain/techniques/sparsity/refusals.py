@@ -132,8 +132,8 @@ def refuse_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
             )
         if type(layer) not in SPARSE_TYPES:
             raise MisconfigurationException(
-                f"`SparseTraining` cannot make {name!r} sparse, since {type(layer).__name__} is a class of its "
-                f"own, whose methods would be lost or would not know sparse values. Add {name!r} to "
+                f"`SparseTraining` cannot make {name!r} sparse, since {type(layer).__name__} is a class of "
+                f"its own, whose methods would be lost or would not know sparse values. Add {name!r} to "
                 "Select(dense=[...]), or use torch's own layer."
             )
     for path, parameter in model.named_parameters(remove_duplicate=False):
@@ -208,8 +208,8 @@ def refuse_ticks(ticks: Ticks, run: RunLength, method: SparseMethod, nnz: Mappin
         )
     if run.total_steps is None:
         return
-    due = [step for step in range(1, run.total_steps + 1) if ticks.is_due(step)]
-    if not due:
+    steps = range(1, run.total_steps + 1)  # of which the first that is due answers both questions, as a rule
+    if not any(ticks.is_due(step) for step in steps):
         warnings.warn(
             f"`SparseTraining(update)` has no effect: no update is due in the {run.total_steps} steps of the "
             "run. Update more often, e.g. UpdateEvery(100).",
@@ -217,11 +217,11 @@ def refuse_ticks(ticks: Ticks, run: RunLength, method: SparseMethod, nnz: Mappin
             stacklevel=2,
         )
         return
-    moments = (Moment(step, step - ticks.start, method.span(ticks)) for step in due)
+    moments = (Moment(step, step - ticks.start, method.span(ticks)) for step in steps if ticks.is_due(step))
     if not any(method.has_effect(nnz, moment) for moment in moments):
         warnings.warn(
             f"`SparseTraining(update)` has no effect: `{method}` moves less than one weight of each layer at "
-            f"every update, the last of which is at step {due[-1]}, where updates stop at step {ticks.stop}. "
+            f"every update, and updates stop at step {ticks.stop}. "
             "Update more often or stop later, so that the fraction is not 0 yet, or raise `drop`.",
             NoEffectWarning,
             stacklevel=2,

@@ -157,8 +157,7 @@ def as_schedule(value: Any, argument: str) -> Schedule:
     ends = value.value(0, 1), value.value(1, 1)
     if not all(0 <= end < 1 for end in ends):
         raise MisconfigurationException(
-            f"`{argument}` must stay in [0, 1), but got {value!r}. "
-            "It is a fraction, not percent."
+            f"`{argument}` must stay in [0, 1), but got {value!r}. It is a fraction, not percent."
         )
     return value
 

@@ -194,10 +194,10 @@ class Updater:
         self._unseen.update(new)
         if new:
             warnings.warn(
-                f"{type(self.method).__name__} moves no weights of {', '.join(map(repr, new))} in the update of "
-                f"step {moment.step}, since no backward of that step came through: no gradients of positions "
-                "to grow at are known. Layers that take no part in the loss are better left dense: name them "
-                "in Select(dense=...).",
+                f"{type(self.method).__name__} moves no weights of {', '.join(map(repr, new))} in the update "
+                f"of step {moment.step}, since no backward of that step came through: no gradients of "
+                "positions to grow at are known. Layers that take no part in the loss are better left "
+                "dense: name them in Select(dense=...).",
                 NoEffectWarning,
                 stacklevel=2,
             )

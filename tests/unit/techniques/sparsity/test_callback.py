@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch import callbacks
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks, seed_everything
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
@@ -254,7 +253,9 @@ def test_rigl_moves_weights_that_are_used_without_their_layer(tmp_path: Path) ->
 def test_a_layer_that_no_backward_came_through_is_named_once(tmp_path: Path) -> None:
     model = Net()
     model.spare = nn.Linear(WIDTH, WIDTH)
-    with pytest.warns(mt.NoEffectWarning, match=r"RigL moves no weights of 'spare' .* step 2, since") as caught:
+    with pytest.warns(
+        mt.NoEffectWarning, match=r"RigL moves no weights of 'spare' .* step 2, since"
+    ) as caught:
         fit(tmp_path, mt.SparseTraining(mt.RigL(0.75, drop=0.5), EVERY_TWO), model)
     assert len([one for one in caught if one.category is mt.NoEffectWarning]) == 1
 
@@ -594,7 +595,7 @@ def test_what_has_no_effect_warns(tmp_path: Path) -> None:
         mt.SparseTraining(mt.StaticSparse(0.75), EVERY_TWO)
     with pytest.warns(UserWarning, match=r"stops at step 100, but the run ends at step 12"):
         fit(tmp_path, mt.SparseTraining(mt.SET(0.75), mt.UpdateEvery(2, stop=100)))
-    with pytest.warns(mt.NoEffectWarning, match=r"less than one weight .* at step 12, where updates stop"):
+    with pytest.warns(mt.NoEffectWarning, match=r"less than one weight .* updates stop at step 12\."):
         fit(tmp_path, mt.SparseTraining(mt.RigL(0.75), mt.UpdateEvery(12, stop=1.0)))
     only_bias = Net(lambda m: torch.optim.SGD([m.head.bias], lr=0.1))
     with pytest.warns(mt.NoEffectWarning, match="no optimizer has the weights"):
@@ -616,7 +617,9 @@ def test_counts_that_change_in_a_compiled_model_warn_unless_torch_allows_it(tmp_
         fit(tmp_path, mt.SparseTraining(method, EVERY_TWO), model, max_epochs=1, limit_train_batches=2)
 
     torch._dynamo.reset()
-    with pytest.warns(UserWarning, match="DynamicSparseReparameterization changes the number of weights of com"):
+    with pytest.warns(
+        UserWarning, match="DynamicSparseReparameterization changes the number of weights of com"
+    ):
         run(mt.DSR(0.75, threshold=0.05))
     run(mt.SET(0.75, drop=0.5))
     with torch._dynamo.config.patch(force_parameter_static_shapes=False):
