@@ -87,7 +87,7 @@ class Masked:
 
     def before_step(self, step: int) -> None:
         """Gradients of weights only; those of all entries are kept where the method asks for them."""
-        if self.method.num_candidates({"": 100}, Moment(step, step, self.ticks.last or 0)):
+        if self.method.num_candidates({"": 100}, Moment(step, step, self.method.span(self.ticks))):
             self.dense_gradients = {name: weight.grad.flatten() for name, weight in self.weights.items()}
         for name, weight in self.weights.items():
             weight.grad = weight.grad.clone()
@@ -98,7 +98,7 @@ class Masked:
         """Move weights if it is time; those that went have no momentum, those that came begin at 0."""
         if not self.ticks.is_due(step):
             return
-        moment = Moment(step, step, self.ticks.last or 0, self.seed)
+        moment = Moment(step, step, self.method.span(self.ticks), self.seed)
         layers = {name: self._layer(name, weight) for name, weight in self.weights.items()}
         update = self.method.update(layers, moment, self.state)
         self.state = update.state
@@ -187,6 +187,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--images", type=int, default=20_000)
     given = parser.parse_args()
+    if given.seeds < 2:
+        parser.error(
+            f"--seeds must be at least 2, since results are compared with their spread: {given.seeds}"
+        )
     folder = Path(os.environ.get("MEMTRAIN_DATA_DIR", "data")) / "cifar-10-batches-py"
     train = read(folder, [f"data_batch_{i}" for i in range(1, 6)], given.images)
     data = (*train, *read(folder, ["test_batch"], 10_000))

@@ -6,6 +6,7 @@ from lightning_memtrain.core.indexed_state import ReindexesState
 from lightning_memtrain.core.marks import mark, watch_marks
 from lightning_memtrain.core.out_of_memory import is_out_of_memory
 from lightning_memtrain.core.rehearsal import rehearsal, rehearsal_depth
+from lightning_memtrain.core.snapshots import Kept, keep_all, on_snapshot
 from lightning_memtrain.core.stepping import StepsParameters, step_parameter
 from lightning_memtrain.core.technique import Setting, Technique, TechniqueRecord, is_technique
 from lightning_memtrain.core.training_step import wrap_training_step
@@ -20,6 +21,7 @@ __all__ = [
     "Category",
     "CategoryBytes",
     "Growth",
+    "Kept",
     "MemoryBreakdown",
     "ModuleMemory",
     "NoEffectWarning",
@@ -34,7 +36,9 @@ __all__ = [
     "format_bytes",
     "is_out_of_memory",
     "is_technique",
+    "keep_all",
     "mark",
+    "on_snapshot",
     "parse_bytes",
     "partial_backward",
     "rehearsal",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torchmetrics import SumMetric
 
 from lightning_memtrain.techniques.microbatching import Microbatching
-from tests.helpers.faults import FailAtOp
+from lightning_memtrain.techniques.sparsity import RigL, SparseTraining, UpdateEvery
+from tests.helpers.faults import FailAt, FailAtOp
 from tests.helpers.trainers import LIGHTNING_WARNINGS
 from tests.helpers.twin_runs import Run, assert_same_run, train
 
@@ -94,6 +95,37 @@ class SizeFromBatch(Callback):
 def run(folder: Path, *callbacks: Callback, microbatching: Microbatching, accumulate: int) -> Run:
     options = {"max_epochs": 1, "accumulate_grad_batches": accumulate}
     return train(Noisy, batches(), folder, microbatching, *callbacks, **options)
+
+
+class OnlyLinear(Noisy):
+    """Layers whose gradients a method looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3), nn.Tanh(), nn.Linear(3, 8)]
+        self.net = nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_what_the_backward_of_a_failed_attempt_chose_leaves_no_trace(accumulate: int, tmp_path: Path) -> None:
+    """RigL grows after the step. With a window, batches before have chosen candidates already."""
+
+    def trained(microbatching: Microbatching, *callbacks: Callback) -> Run:
+        steps = 3 // accumulate
+        sparse = SparseTraining(RigL(0.75, drop=0.5), UpdateEvery(steps, stop=steps))
+        options = {"max_steps": steps, "max_epochs": -1, "accumulate_grad_batches": accumulate}
+        return train(OnlyLinear, batches(), tmp_path, sparse, microbatching, *callbacks, **options)
+
+    auto = {"microbatch_size": "auto", "limit": "1GiB"}
+    spared, redone, failure = Microbatching(**auto), Microbatching(**auto), FailAt("backward", batch_idx=2)
+    without = trained(spared, SizeFromBatch(spared, 2, 4))
+    failed = trained(redone, failure)
+    assert failure.done
+    assert redone.microbatch_size == 4
+    assert_same_run(without, failed, rtol=0, atol=0)
+    # The probe, which is in the first batch, leaves none either.
+    fixed = trained(Microbatching(microbatch_size=NUM_SAMPLES))
+    assert_same_run(fixed, trained(Microbatching(**auto)), rtol=0, atol=0)
 
 
 # Every operator, in two parts for two workers; a window only adds gradients that are set back.

@@ -79,13 +79,13 @@ def run(name: str, folder: Path, seed: int, **options: Any) -> Net:
     callbacks: list[Any] = [mt.SparseTraining(method, update)]
     if options.pop("microbatched", False):
         callbacks.append(mt.Microbatching(num_microbatches=2))
-    ddp = options.pop("ddp", {})
+    ddp, checkpoint = options.pop("ddp", {}), options.pop("ckpt_path", None)
     if options.get("devices") == 2:
         options["strategy"] = DDPStrategy(process_group_backend="gloo", **ddp)
     seed_everything(seed, verbose=False)
     model = options.pop("make", Net)()
     trainer = quiet_trainer(folder, *callbacks, max_epochs=2, use_distributed_sampler=False, **options)
-    trainer.fit(model)
+    trainer.fit(model, ckpt_path=checkpoint)
     return model
 
 
@@ -96,6 +96,9 @@ def checked(name: str, folder: Path, rank: int) -> Any:
         except RuntimeError as error:
             return str(error)
         return "no error"
+    if name == "half":
+        run("RigL", folder, 1, devices=2, max_steps=NUM_BATCHES).trainer.save_checkpoint(folder / "half.ckpt")
+        return None
     # Ranks begin with other weights: those of rank 0 count, as in plain DDP.
     model = run(name, folder, seed=1 + rank, devices=2)
     return {
@@ -107,7 +110,7 @@ def checked(name: str, folder: Path, rank: int) -> Any:
 
 
 def test_two_ranks_train_as_one_process_on_the_joint_batch(tmp_path: Path) -> None:
-    first, second = found_by_two_ranks(checked, [*OPTIONS, "drift"], tmp_path)
+    first, second = found_by_two_ranks(checked, [*OPTIONS, "drift", "half"], tmp_path)
     for name in OPTIONS:
         assert isinstance(first[name], dict), first[name]
         assert first[name] == second[name], name
@@ -120,3 +123,11 @@ def test_two_ranks_train_as_one_process_on_the_joint_batch(tmp_path: Path) -> No
     assert "differs between rank 0 and rank 1 after the update of step 4" in first["drift"]
     assert "'net.0'" in first["drift"]
     assert first["drift"] == second["drift"]
+    assert first["half"] is None
+    assert second["half"] is None
+    # One process goes on where two have stopped.
+    resumed = mt.sparse_weights(run("RigL", tmp_path, seed=1, ckpt_path=tmp_path / "half.ckpt"))
+    for key, weight in resumed.items():
+        assert first["RigL"]["patterns"][key] == weight.positions().tolist()
+        values = torch.tensor(first["RigL"]["values"][key], dtype=torch.float64)
+        torch.testing.assert_close(values, weight.values.detach(), rtol=1e-8, atol=1e-10)

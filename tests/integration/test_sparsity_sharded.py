@@ -104,6 +104,11 @@ class OnMeta(Net):
         self.shard()
 
 
+class InCodes(Sharded):
+    def configure_optimizers(self) -> Any:
+        return mt.SGD8bit(self.parameters(), lr=0.1, momentum=0.9)
+
+
 class Whole(Net):
     """Nothing is sharded."""
 
@@ -164,6 +169,7 @@ REFUSED: dict[str, Any] = {
     "SET, late head": LateHead,
     "SET, meta": OnMeta,
     "SET, whole": Whole,
+    "SET, state in codes": InCodes,
 }
 
 
@@ -268,10 +274,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(found: list[dict[str, Any]])
         ("SET, never converted", r"'net\.0' was made in `configure_model`\. Make it in `__init__`, call"),
         ("SET, late head", r"'net\.5' was made in `configure_model`"),
         ("SET, meta", r"'net\.0\.weight' is on meta\. Make the model on the CPU"),
+        ("SET, state in codes", r"between the shards of ranks\. Use an elementwise optimizer \(SGD"),
         ("SET, whole", r"those of 'net\.0' are whole\. Call `fully_shard` in `configure_model`"),
     ],
 )
 def test_what_cannot_work_is_refused(name: str, message: str, found: list[dict[str, Any]]) -> None:
     for result in found:
-        assert result[name].startswith("MisconfigurationException: ")
+        assert result[name].startswith(("MisconfigurationException: ", "TypeError: The state of SGD8bit"))
         assert re.search(message, result[name]), result[name]

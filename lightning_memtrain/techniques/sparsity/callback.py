@@ -9,10 +9,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import nn
-from torch.optim import Optimizer
 
 from lightning_memtrain.core import NoEffectWarning, Setting, TechniqueRecord
-from lightning_memtrain.techniques.sparsity import distributed, record, refusals, sharding
+from lightning_memtrain.techniques.sparsity import distributed, optimizers, record, refusals, sharding
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks, UpdateClock
 from lightning_memtrain.techniques.sparsity.conversion import around_configure_model, sparsify_at_random
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
@@ -54,7 +53,7 @@ class SparseTraining(Callback):
     Raises:
         MisconfigurationException: if an argument is out of its range; before the run, with strategies that
             shard otherwise, with averages of weights, with tied weights, or if the run has no end that a
-            schedule or a fraction needs; when resuming, if the checkpoint has another sparsity.
+            schedule or a fraction needs; when resuming, if the checkpoint has another sparsity of layers.
 
     Example:
         >>> import lightning as L
@@ -122,10 +121,11 @@ class SparseTraining(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         num_given = sum(isinstance(one, SparseTraining) for one in callbacks)
         refusals.refuse_run(trainer, num_given, self.method)
-        if stage == "fit" and trainer.global_step == 0:  # else the same trainer goes on
-            self._begin()
-        self._restored = self._bytes = None
-        self._events = []
+        if stage == "fit":
+            if trainer.global_step == 0:  # else the same trainer goes on
+                self._begin()
+            self._restored = self._bytes = None
+            self._events = []
 
         def before() -> None:
             self._known = set()
@@ -134,7 +134,9 @@ class SparseTraining(Callback):
 
         # After `configure_model` the model is complete, and neither loaded nor known to an optimizer yet.
         # What it shards, however, has to be sparse before.
-        self._undo.append(around_configure_model(pl_module, before, lambda: self._find(trainer, pl_module)))
+        self._undo.append(
+            around_configure_model(pl_module, before, lambda: self._find(trainer, pl_module, stage))
+        )
 
     def convert(self, model: nn.Module) -> None:
         """Make layers sparse now, for a ``configure_model`` that makes layers and shards them.
@@ -156,20 +158,23 @@ class SparseTraining(Callback):
             sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
         self._known = {id(module) for module in model.modules()}
 
-    def _find(self, trainer: Trainer, model: LightningModule) -> None:
+    def _find(self, trainer: Trainer, model: LightningModule, stage: str) -> None:
         if shards := sharding.shards(trainer.strategy):
             sharding.refuse_late(self.select.layers(model), self._known)
         if not self._known and not sparse_weights(model):
             sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
-        self._weights = {
+        found = {
             name.removesuffix("weight").removesuffix("."): weight
             for name, weight in sparse_weights(model).items()
         }
-        if self._updater is not None and _layers(self._updater.weights) != _layers(self._weights):
-            self._steps, self._updater = 0, None
+        if self._weights and _layers(self._weights) != _layers(found):
+            self._begin()  # the same trainer goes on with another model
+        self._weights = found
         if shards:
             sharding.refuse_other_shards(self._weights, trainer.world_size)
         if self._weights and distributed.is_on(trainer.strategy):
+            if stage == "fit":
+                distributed.refuse_nothing_left(model, self._weights)
             weights = {weight.name: weight for weight in self._weights.values()}
             self._undo.append(distributed.hide_from_ddp(model, weights))
         expected = frozenset(self._weights)
@@ -184,20 +189,15 @@ class SparseTraining(Callback):
             self._end_of_loading()
         sharding.reshard(pl_module)  # whole parameters are others than those that optimizers have
         values = {name: weight.values for name, weight in self._weights.items()}
-        refusals.warn_of_groups(trainer.optimizers, values)
+        optimizers.warn_of_groups(trainer.optimizers, values)
+        refusals.warn_of_recompiling(pl_module, self.method)
+        if self._clock is not None:
+            optimizers.refuse_optimizers(trainer.optimizers, values)
         if distributed.is_on(trainer.strategy):
             distributed.broadcast_values(self._weights)
-        known = {id(parameter) for parameter in values.values() if parameter.requires_grad}
-        leading = next((one for one in trainer.optimizers if known.intersection(_ids(one))), None)
+        leading = optimizers.leading_optimizer(trainer.optimizers, values)
         if leading is not None:
             self._undo.append(leading.register_step_post_hook(self._count).remove)
-        elif values:
-            warnings.warn(
-                "`SparseTraining` does not change the pattern, since no optimizer has the weights of a "
-                "sparse layer. Give the optimizer `self.parameters()`.",
-                NoEffectWarning,
-                stacklevel=2,
-            )
 
     def _count(self, *_: Any) -> None:
         self._steps += 1
@@ -216,7 +216,8 @@ class SparseTraining(Callback):
             self._ticks = self._clock.bind(run)
             # By hand there may be any number of steps per batch.
             known = run if pl_module.automatic_optimization else RunLength()
-            refusals.refuse_ticks(self._ticks, known, self.method)
+            nnz = {name: weight.nnz for name, weight in self._weights.items()}
+            refusals.refuse_ticks(self._ticks, known, self.method, nnz)
         if self._updater is None:
             self._updater = Updater(self._weights, self.method, trainer.world_size)
         if self._restored is not None:
@@ -255,6 +256,9 @@ class SparseTraining(Callback):
         assert self._updater is not None
         self._steps_of_batch = max(1, self._steps_of_batch)
         if self._bytes is None and self._steps:
+            if self._clock is not None:  # what has state by now, long before an update
+                values = {name: weight.values for name, weight in self._weights.items()}
+                optimizers.refuse_optimizers(trainer.optimizers, values)
             self._measure(trainer)
         if not self._pending or self._updater.lacks_candidates(self._moment(self._pending)):
             return
@@ -269,8 +273,7 @@ class SparseTraining(Callback):
 
     def _moment(self, step: int) -> Moment:
         assert self._ticks is not None
-        start, last = self._ticks.start, self._ticks.last
-        return Moment(step, step - start, 0 if last is None else last - start, self._seed)
+        return Moment(step, step - self._ticks.start, self.method.span(self._ticks), self._seed)
 
     def _explore(self) -> None:
         for name, explored in self._explored.items():
@@ -322,6 +325,8 @@ class SparseTraining(Callback):
             "version": _VERSION,
             "method": type(self.method).__name__,
             "sparsity": repr(self.method.sparsity),
+            "distribution": repr(self.method.distribution),
+            "overrides": dict(self.select.overrides),
             "seed": self._seed,
             "steps": self._steps,
             "pending": self._pending,
@@ -345,7 +350,8 @@ class SparseTraining(Callback):
         if not state_dict:
             return
         found = {name: distributed.fingerprint(w.positions()) for name, w in self._weights.items()}
-        refusals.refuse_checkpoint(state_dict, self.method, self._seed, _VERSION, found)
+        overrides = self.select.overrides
+        refusals.refuse_checkpoint(state_dict, self.method, overrides, self._seed, _VERSION, found)
         self._steps, self._pending = state_dict["steps"], state_dict["pending"]
         self._num_dropped, self._num_grown = state_dict["num_dropped"], state_dict["num_grown"]
         self._restored = state_dict
@@ -382,7 +388,3 @@ class SparseTraining(Callback):
 
 def _layers(weights: dict[str, SparseWeight]) -> list[int]:
     return [id(weight.layer) for weight in weights.values()]
-
-
-def _ids(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

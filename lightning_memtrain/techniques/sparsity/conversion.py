@@ -82,17 +82,20 @@ def around_configure_model(
         after: called last.
 
     Returns:
-        A function that takes it back.
+        A function that takes it back if that has not been called.
     """
     inner, replaced = model.configure_model, model.__dict__.get("configure_model")
 
     def configure_model() -> None:
         before()
         inner()
+        undo()  # nothing of this is in a copy of the model that is made during the run
         after()
 
     def undo() -> None:
-        model.__dict__.pop("configure_model", None)
+        if model.__dict__.get("configure_model") is not configure_model:
+            return
+        del model.__dict__["configure_model"]
         if replaced is not None:
             model.__dict__["configure_model"] = replaced
 

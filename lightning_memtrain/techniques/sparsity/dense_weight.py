@@ -46,6 +46,8 @@ class DenseWeight(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func == Tensor.data.__set__:  # type: ignore[attr-defined]
+            return _set_data(*args)
         weights = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DenseWeight)]
         with torch._C.DisableTorchFunctionSubclass():
             versions = [weight._version for weight in weights]
@@ -62,6 +64,18 @@ class DenseWeight(Tensor):
                 if weight._version != version:
                     weight._layer.write(weight._root)
             return tree_map_only(Tensor, lambda tensor: _like_a_view(tensor, weights), result)
+
+
+def _set_data(weight: DenseWeight, value: Tensor) -> None:
+    """Write ``value`` instead of taking its memory, which nobody would look at again."""
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        if value.shape != weight.shape:
+            raise ValueError(
+                f"The weight of a sparse layer must keep its shape {tuple(weight.shape)}, but got "
+                f"{tuple(value.shape)}. Make another layer instead."
+            )
+        weight.detach().copy_(value)
+        weight._layer.write(weight._root)
 
 
 def _like_a_view(result: Tensor, weights: list[DenseWeight]) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,6 +52,25 @@ def hide_from_ddp(model: nn.Module, weights: Mapping[str, SparseWeight]) -> Call
             ignore(model, before)
 
     return undo
+
+
+def refuse_nothing_left(model: nn.Module, weights: Mapping[str, SparseWeight]) -> None:
+    """Refuse a model of which DistributedDataParallel would be given no parameter that is trained.
+
+    Args:
+        model: what it wraps.
+        weights: that are hidden from it, by layer.
+
+    Raises:
+        MisconfigurationException: naming a layer that could stay dense.
+    """
+    values = {id(weight.values) for weight in weights.values()}
+    if all(id(one) in values for one in model.parameters() if one.requires_grad):
+        raise MisconfigurationException(
+            "`SparseTraining` with ddp needs at least one trained parameter that is not a weight of a sparse "
+            "layer, since DistributedDataParallel is given only those and refuses a model without any. Give "
+            f"a layer a bias, or keep one dense: Select(dense=[{next(iter(weights))!r}])."
+        )
 
 
 @torch.no_grad()

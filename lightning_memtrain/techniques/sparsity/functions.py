@@ -7,7 +7,7 @@ exists until the stored entries are read out of it. Neither is ever kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -53,11 +53,28 @@ def spread(values: Tensor, positions: Tensor, numel: int) -> Tensor:
     return values.new_zeros(numel).index_add_(0, positions, values)
 
 
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def uncompiled(function: Callable[..., Any], *arguments: Any) -> Tensor:
+    """Run what looks for candidates, which a compiled backward cannot.
+
+    Args:
+        function: gives a tensor.
+        *arguments: of it.
+
+    Returns:
+        What it gives.
+    """
+    result: Tensor = function(*arguments)
+    return result
+
+
 class Materialised(Function):
     """The dense weight itself, for code that asks for it."""
 
     @staticmethod
-    def forward(values: Tensor, pattern: Tensor, shape: Sequence[int]) -> Tensor:
+    def forward(
+        values: Tensor, pattern: Tensor, shape: Sequence[int], search: CandidateSearch | None
+    ) -> Tensor:
         """Make it."""
         numel = math.prod(shape)
         return spread(values, decode(pattern, numel, _whole(values, numel)), numel).view(shape)
@@ -65,16 +82,20 @@ class Materialised(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep the pattern."""
-        values, pattern, _ = inputs
+        values, pattern, _, ctx.search = inputs
         ctx.save_for_backward(pattern)
         ctx.nnz = values.numel()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         """Read the stored entries out of the gradient."""
         (pattern,) = ctx.saved_tensors
         positions = decode(pattern, gradient.numel(), Span(0, gradient.numel(), 0, ctx.nnz))
-        return gradient.reshape(-1).index_select(0, positions), None, None
+        gradient = gradient.reshape(-1)
+        if ctx.search is not None:
+            ctx.search.look(gradient, positions, 0)
+            ctx.search.end_pass()
+        return gradient.index_select(0, positions), None, None, None
 
 
 class Linear(Function):

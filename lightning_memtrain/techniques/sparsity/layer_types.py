@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_memtrain.techniques.sparsity.functions import Convolution, Geometry, Linear
+from lightning_memtrain.techniques.sparsity.functions import Convolution, Geometry, Linear, uncompiled
 from lightning_memtrain.techniques.sparsity.layers import SparseLayer
 
 
@@ -31,7 +31,7 @@ class SparseLinear(SparseLayer, nn.Linear):
             Of shape ``(..., out_features)``.
         """
         if self.search is not None:
-            return _uncompiled(self._multiply, input)
+            return uncompiled(self._multiply, input)
         return self._multiply(input)
 
     def _multiply(self, input: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class _SparseConvolution(SparseLayer, nn.modules.conv._ConvNd):
             self.stride, padding, self.dilation, self.transposed, tuple(output_padding), self.groups
         )
         if self.search is not None:
-            return _uncompiled(self._convolve, input, geometry)
+            return uncompiled(self._convolve, input, geometry)
         return self._convolve(input, geometry)
 
     def _convolve(self, input: Tensor, geometry: Geometry) -> Tensor:
@@ -170,10 +170,3 @@ SPARSE_TYPES: dict[type[nn.Module], type[SparseLayer]] = {
     nn.ConvTranspose3d: SparseConvTranspose3d,
 }
 """The sparse form of each type of layer that has one."""
-
-
-@torch._disable_dynamo  # type: ignore[attr-defined]
-def _uncompiled(function: Any, *arguments: Any) -> Tensor:
-    """Run what looks for candidates, which a compiled backward cannot."""
-    result: Tensor = function(*arguments)
-    return result

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.candidates import CandidateSearch
 from lightning_memtrain.techniques.sparsity.dense_weight import DenseWeight
-from lightning_memtrain.techniques.sparsity.functions import Materialised
+from lightning_memtrain.techniques.sparsity.functions import Materialised, uncompiled
+from lightning_memtrain.techniques.sparsity.note import overlook_note
 from lightning_memtrain.techniques.sparsity.patterns import (
     Span,
     Storage,
@@ -37,7 +38,7 @@ class SparseLayer(nn.Module):
     sparsity_pattern: Tensor
     storage: Storage
     chunk_bytes: int | None
-    spans: tuple[Span, ...]
+    _chunks: tuple[Span, ...]
     search: CandidateSearch | None = None
 
     @property
@@ -50,16 +51,38 @@ class SparseLayer(nn.Module):
 
         Only stored entries can be written: elsewhere it stays 0.
         """
-        made: Tensor = Materialised.apply(self.values, self.sparsity_pattern, self.dense_shape)  # type: ignore[no-untyped-call]
+        arguments = self.values, self.sparsity_pattern, self.dense_shape, self.search
+        made: Tensor = (
+            Materialised.apply(*arguments)  # type: ignore[no-untyped-call]
+            if self.search is None
+            else uncompiled(Materialised.apply, *arguments)
+        )
         return made if torch.compiler.is_compiling() else DenseWeight.of(made, self)
 
-    weight: Tensor = property(_weight)  # type: ignore[assignment]
+    def _write_weight(self, dense: Tensor) -> None:
+        # What `layer.weight += 1` assigns has been written already, in place.
+        if not (isinstance(dense, DenseWeight) and dense._layer is self):
+            if not isinstance(dense, Tensor) or dense.shape != self.dense_shape:
+                got = tuple(dense.shape) if isinstance(dense, Tensor) else repr(dense)
+                raise ValueError(
+                    f"The weight of a sparse layer must be a tensor of shape {tuple(self.dense_shape)}, but "
+                    f"got {got}. Assign one of that shape; only stored entries are taken from it."
+                )
+            self.write(dense)
+
+    weight: Tensor = property(_weight, _write_weight)  # type: ignore[assignment]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A parameter would be registered beside the values, or be refused without a reason.
+        if name == "weight" and isinstance(value, nn.Parameter):
+            value = value.detach()
+        super().__setattr__(name, value)
 
     @torch.no_grad()
     def dense(self) -> Tensor:
         """The dense weight, as a plain tensor without a gradient; of divided values, all ranks ask for it."""
         values = sharding.whole(self.values)
-        made: Tensor = Materialised.apply(values, self.sparsity_pattern, self.dense_shape)  # type: ignore[no-untyped-call]
+        made: Tensor = Materialised.apply(values, self.sparsity_pattern, self.dense_shape, None)  # type: ignore[no-untyped-call]
         return made.detach()
 
     def positions(self) -> Tensor:
@@ -88,14 +111,19 @@ class SparseLayer(nn.Module):
         """
         pattern = encode(positions, self.dense_shape.numel(), self.storage)
         self.sparsity_pattern = pattern.to(self.values.device)
-        self.spans = self._spans(positions)
+        self._chunks = self._spans(positions)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """One for each chunk of rows, or one for the whole weight."""
+        # The number of values is that of the tensor, which a compiled graph may leave open.
+        return self._chunks or (Span(0, self.dense_shape.numel(), 0, self.values.shape[0]),)
 
     def _spans(self, positions: Tensor) -> tuple[Span, ...]:
-        """Of one chunk of rows each."""
+        """Of one chunk of rows each; none for the whole."""
         numel, nnz = self.dense_shape.numel(), positions.numel()
-        whole = (Span(0, numel, 0, nnz),)
         if self.chunk_bytes is None:
-            return whole
+            return ()
         rows, row_numel = self.dense_shape[0], numel // self.dense_shape[0]
         # Eight rows, so that chunks begin with a byte of the bitmask.
         num_rows = max(self.chunk_bytes // (row_numel * self.values.itemsize) // 8, 1) * 8
@@ -105,7 +133,7 @@ class SparseLayer(nn.Module):
         else:
             starts = torch.searchsorted(positions, torch.tensor(firsts, device=positions.device)).tolist()
         spans = zip(firsts[:-1], firsts[1:], starts[:-1], starts[1:], strict=True)
-        return tuple(Span(*span) for span in spans) or whole
+        return tuple(Span(*span) for span in spans)
 
     def set_values(self, values: Tensor) -> None:
         """Give the parameter other values, of another number; it stays the same object.
@@ -191,6 +219,7 @@ class SparseLayer(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        overlook_note(unexpected_keys)
         if values is not None and pattern is not None:
             self.set_positions(self.positions())
 

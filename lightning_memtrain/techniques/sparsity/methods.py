@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_memtrain.techniques.sparsity.clocks import UpdateClock, UpdateEvery
+from lightning_memtrain.techniques.sparsity.clocks import Ticks, UpdateClock, UpdateEvery
 from lightning_memtrain.techniques.sparsity.distributions import (
     Distribution,
     Shapes,
@@ -60,6 +60,8 @@ class SparseMethod(ABC):
 
     #: What was asked for; a run is resumed at the same only.
     sparsity: Any
+    #: How it is spread over layers; likewise.
+    distribution: Distribution
 
     @property
     def clock(self) -> UpdateClock | None:
@@ -73,13 +75,38 @@ class SparseMethod(ABC):
 
     @property
     def needs_end(self) -> bool:
-        """Whether updates depend on which is the last."""
+        """Whether updates depend on when they end."""
         return False
 
     @property
     def starts_dense(self) -> bool:
         """Whether the first steps need as much memory as dense training."""
         return False
+
+    def span(self, ticks: Ticks) -> int:
+        """Steps from the start of schedules to their end: as in the papers, the time that updates have.
+
+        The last update is before that, as a rule, so that it still does something.
+
+        Args:
+            ticks: when updates are due.
+
+        Returns:
+            0 if there is no end.
+        """
+        return 0 if ticks.stop is None else max(0, ticks.stop - ticks.start)
+
+    def has_effect(self, nnz: Mapping[str, int], moment: Moment) -> bool:
+        """Whether an update can change anything.
+
+        Args:
+            nnz: weights by layer.
+            moment: of the update.
+
+        Returns:
+            ``False`` only where it is sure.
+        """
+        return True
 
     @abstractmethod
     def counts(self, shapes: Shapes, overrides: Mapping[str, float]) -> dict[str, int]:
@@ -271,6 +298,10 @@ class SET(DropAndGrow):
     def grow_rule(self) -> GrowRule:
         """At random."""
         return GrowRandom()
+
+    def has_effect(self, nnz: Mapping[str, int], moment: Moment) -> bool:
+        """Unless all fractions of layers are less than one weight."""
+        return any(self.drop_rule.num_dropped(count, moment) for count in nnz.values())
 
 
 @dataclass(frozen=True)

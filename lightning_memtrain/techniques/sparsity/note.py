@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 #: The first key of a checkpoint's weights: a model without sparse layers reports keys that it does not know.
 NOTE = "sparse weights: load them in a Trainer with SparseTraining, and save export_dense(model) for others"
@@ -24,11 +23,11 @@ def with_note(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {NOTE: torch.empty(0), **state_dict}
 
 
-def drop_note(module: nn.Module, state_dict: dict[str, Tensor], *_: Any) -> None:
-    """For a model with sparse layers, which knows: to be registered to run before it loads a state.
+def overlook_note(unexpected_keys: list[str]) -> None:
+    """For sparse layers, which are loaded after all modules around them: these did not know the note.
 
     Args:
-        module: the model.
-        state_dict: that it loads.
+        unexpected_keys: so far.
     """
-    state_dict.pop(NOTE, None)
+    if NOTE in unexpected_keys:
+        unexpected_keys.remove(NOTE)

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_memtrain.techniques.sparsity.clocks import Ticks
 from lightning_memtrain.techniques.sparsity.distributions import (
     Distribution,
     Shapes,
@@ -84,10 +85,14 @@ class GradualMagnitudePruning(SparseMethod):
         assert isinstance(self.sparsity, Schedule)
         return self.sparsity.needs_end
 
+    def span(self, ticks: Ticks) -> int:
+        """To the last update, after which the model is exactly as sparse as was said."""
+        return 0 if ticks.last is None else max(0, ticks.last - ticks.start)
+
     @property
     def starts_dense(self) -> bool:
         """Unless the schedule begins elsewhere."""
-        return self._at(0, 1) < 0.5
+        return self._at(0, 1) == 0
 
     def counts(self, shapes: Shapes, overrides: Mapping[str, float]) -> dict[str, int]:
         """All weights, as a rule."""

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from lightning_memtrain.core import NoEffectWarning
 from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks, UpdateClock
+from lightning_memtrain.techniques.sparsity.layer_types import SPARSE_TYPES
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
 from lightning_memtrain.techniques.sparsity.patterns import Storage
+from lightning_memtrain.techniques.sparsity.rules import Moment
 from lightning_memtrain.techniques.sparsity.selection import Select
 
 _STRATEGIES = (
@@ -128,6 +130,12 @@ def refuse_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
                 f"`SparseTraining` needs layers whose weights exist, but {name!r} is {type(layer).__name__}. "
                 "Run the model on one batch in `__init__`, or name it in Select(dense=...)."
             )
+        if type(layer) not in SPARSE_TYPES:
+            raise MisconfigurationException(
+                f"`SparseTraining` cannot make {name!r} sparse, since {type(layer).__name__} is a class of "
+                f"its own, whose methods would be lost or would not know sparse values. Add {name!r} to "
+                "Select(dense=[...]), or use torch's own layer."
+            )
     for path, parameter in model.named_parameters(remove_duplicate=False):
         tied = weights.get(id(parameter))
         if tied is not None and path != _weight_name(tied):
@@ -141,26 +149,29 @@ def _weight_name(layer: str) -> str:
     return f"{layer}.weight" if layer else "weight"
 
 
-def warn_of_groups(optimizers: Iterable[Optimizer], values: Mapping[str, nn.Parameter]) -> None:
-    """Warn of sparse weights that are in a group without weight decay because they have one axis.
+def warn_of_recompiling(model: LightningModule, method: SparseMethod) -> None:
+    """Warn of compiled layers that would soon not be compiled any more.
 
     Args:
-        optimizers: of the run.
-        values: of sparse layers, by layer.
+        model: that is trained.
+        method: that is at work.
     """
-    by_id = {id(parameter): name for name, parameter in values.items()}
-    for optimizer in optimizers:
-        decays = [group.get("weight_decay", 0) for group in optimizer.param_groups]
-        for index, group in enumerate(optimizer.param_groups):
-            caught = [by_id[id(p)] for p in group["params"] if id(p) in by_id]
-            if caught and not decays[index] and any(decays):
-                warnings.warn(
-                    f"Weights of {len(caught)} sparse layers ({caught[0]!r} ...) are in "
-                    f"param_groups[{index}] of {type(optimizer).__name__}, which has no weight decay, while "
-                    "another group has. Values of sparse layers have one axis, so `parameter.ndim < 2` takes "
-                    "them for biases. Choose by name instead: they end in '.values'.",
-                    stacklevel=2,
-                )
+    # torch.compile brings it; without it nothing is compiled.
+    config = getattr(sys.modules.get("torch._dynamo"), "config", None)
+    if not method.changes_counts or not getattr(config, "force_parameter_static_shapes", False):
+        return
+    if getattr(model, "_compiler_ctx", None) is not None or any(_is_compiled(one) for one in model.modules()):
+        warnings.warn(
+            f"{type(method).__name__} changes the number of weights of compiled layers, each of which is "
+            "compiled again then, until torch.compile gives up after "
+            f"{getattr(config, 'recompile_limit', 8)} times. Set "
+            "`torch._dynamo.config.force_parameter_static_shapes = False` before the run: then it is once.",
+            stacklevel=2,
+        )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
 def steps_per_epoch(trainer: Trainer) -> int | None:
@@ -178,32 +189,44 @@ def steps_per_epoch(trainer: Trainer) -> int | None:
     return max(1, math.ceil(num_batches / trainer.accumulate_grad_batches))
 
 
-def refuse_ticks(ticks: Ticks, run: RunLength, method: SparseMethod) -> None:
+def refuse_ticks(ticks: Ticks, run: RunLength, method: SparseMethod, nnz: Mapping[str, int]) -> None:
     """Refuse schedules without an end, and warn where the pattern does not change as was meant.
 
     Args:
         ticks: when it changes.
         run: its length.
         method: that is at work.
+        nnz: weights by layer.
 
     Raises:
         MisconfigurationException: if the method's schedule needs an end, and there is none.
     """
     if ticks.last is None and method.needs_end:
         raise MisconfigurationException(
-            f"`{method}` changes until the last update, so the updates need an end, but there is none. Set "
+            f"`{method}` changes until updates end, so the updates need an end, but there is none. Set "
             "Trainer(max_steps=...), or update=UpdateEvery(..., stop=...) to a number of steps."
         )
     if run.total_steps is None:
         return
-    if not any(ticks.is_due(step) for step in range(1, run.total_steps + 1)):
+    steps = range(1, run.total_steps + 1)  # of which the first that is due answers both questions, as a rule
+    if not any(ticks.is_due(step) for step in steps):
         warnings.warn(
             f"`SparseTraining(update)` has no effect: no update is due in the {run.total_steps} steps of the "
             "run. Update more often, e.g. UpdateEvery(100).",
             NoEffectWarning,
             stacklevel=2,
         )
-    elif ticks.stop is not None and ticks.stop > run.total_steps:
+        return
+    moments = (Moment(step, step - ticks.start, method.span(ticks)) for step in steps if ticks.is_due(step))
+    if not any(method.has_effect(nnz, moment) for moment in moments):
+        warnings.warn(
+            f"`SparseTraining(update)` has no effect: `{method}` moves less than one weight of each layer at "
+            f"every update, and updates stop at step {ticks.stop}. "
+            "Update more often or stop later, so that the fraction is not 0 yet, or raise `drop`.",
+            NoEffectWarning,
+            stacklevel=2,
+        )
+    if ticks.stop is not None and ticks.stop > run.total_steps:
         warnings.warn(
             f"`SparseTraining(update)` stops at step {ticks.stop}, but the run ends at step "
             f"{run.total_steps}, so schedules do not reach their end. Train longer, or use a fraction "
@@ -239,13 +262,19 @@ def refuse_layers_of(state_dict: Mapping[str, Any], expected: frozenset[str]) ->
 
 
 def refuse_checkpoint(
-    saved: Mapping[str, Any], method: SparseMethod, seed: int, version: int, patterns: Mapping[str, int]
+    saved: Mapping[str, Any],
+    method: SparseMethod,
+    overrides: Mapping[str, float],
+    seed: int,
+    version: int,
+    patterns: Mapping[str, int],
 ) -> None:
-    """Refuse to go on with another sparsity, and warn of another method or seed.
+    """Refuse to go on with another sparsity of layers, and warn of another method or seed.
 
     Args:
         saved: of the callback in the checkpoint.
         method: in force.
+        overrides: in force, sparsities of single layers.
         seed: in force.
         version: the highest that can be read.
         patterns: fingerprints of the patterns that the model has, by layer.
@@ -258,13 +287,17 @@ def refuse_checkpoint(
             f"The state of `SparseTraining` in a checkpoint must have version {version} or less, but got "
             f"version {saved['version']}. Install the lightning_memtrain that wrote it, or a later one."
         )
-    sparsity = repr(method.sparsity)
-    if saved["sparsity"] != sparsity:
-        raise MisconfigurationException(
-            f"`{type(method).__name__}(sparsity)` must be that of the checkpoint, whose patterns are loaded, "
-            f"{saved['sparsity']}, but got {sparsity}. Resume with that, or start a new run from weights of "
-            "`export_dense(model)`."
-        )
+    name = type(method).__name__
+    for argument, key, given in (
+        (f"{name}(sparsity)", "sparsity", repr(method.sparsity)),
+        (f"{name}(distribution)", "distribution", repr(method.distribution)),
+        ("Select(overrides)", "overrides", dict(overrides)),
+    ):
+        if saved[key] != given:
+            raise MisconfigurationException(
+                f"`{argument}` must be that of the checkpoint, whose patterns are loaded, {saved[key]}, but "
+                f"got {given}. Resume with that, or start a new run from weights of `export_dense(model)`."
+            )
     for name, number in patterns.items():
         if saved["patterns"].get(name) != number:
             raise MisconfigurationException(

@@ -60,7 +60,7 @@ class Moment:
     Args:
         step: optimizer steps completed.
         elapsed: steps since schedules began.
-        span: steps from there to the last update; 0 if there is no end.
+        span: steps from there to where schedules end; 0 if there is no end.
         seed: of the run.
     """
 

@@ -134,20 +134,18 @@ class CubicSchedule(_FromTo):
         return (1 - progress) ** 3
 
 
-def as_schedule(value: Any, argument: str, low: float = 0.0, high: float = 1.0) -> Schedule:
-    """A schedule, or a number that stays.
+def as_schedule(value: Any, argument: str) -> Schedule:
+    """A schedule of fractions, or a fraction that stays.
 
     Args:
         value: what a user gave.
         argument: its name, for the error.
-        low: the least value allowed.
-        high: all values must be below it.
 
     Returns:
         The schedule.
 
     Raises:
-        MisconfigurationException: if it is neither, or its first or last value is out of range.
+        MisconfigurationException: if it is neither, or its first or last value is not in ``[0, 1)``.
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = ConstantSchedule(float(value))
@@ -157,10 +155,9 @@ def as_schedule(value: Any, argument: str, low: float = 0.0, high: float = 1.0) 
             "Use one of them."
         )
     ends = value.value(0, 1), value.value(1, 1)
-    if not all(low <= end < high for end in ends):
+    if not all(0 <= end < 1 for end in ends):
         raise MisconfigurationException(
-            f"`{argument}` must stay in [{low:g}, {high:g}), but got {value!r}. "
-            "It is a fraction, not percent."
+            f"`{argument}` must stay in [0, 1), but got {value!r}. It is a fraction, not percent."
         )
     return value
 

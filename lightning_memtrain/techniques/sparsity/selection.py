@@ -58,6 +58,11 @@ class Select:
                 "`Select(types)` must name at least one type, but got an empty list. Leave it out for linear "
                 "and convolution layers."
             )
+        if not isinstance(self.overrides, Mapping):
+            raise MisconfigurationException(
+                "`Select(overrides)` must map paths of layers to fractions of zeros, but got "
+                f"overrides={self.overrides!r}. Write e.g. {{'head': 0.5}}."
+            )
         for name, sparsity in self.overrides.items():
             check_sparsity(sparsity, f"Select(overrides)[{name!r}]")
 

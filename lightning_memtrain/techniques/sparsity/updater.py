@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_memtrain.core import NoEffectWarning
 from lightning_memtrain.techniques.sparsity import distributed, sharding
 from lightning_memtrain.techniques.sparsity.candidates import Candidates, CandidateWatch, watch_candidates
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
@@ -68,6 +70,7 @@ class Updater:
         self._watch: CandidateWatch | None = None
         self._watched: list[str] = []
         self._gradients: dict[str, Tensor] = {}
+        self._unseen: set[str] = set()
 
     @property
     def is_watching(self) -> bool:
@@ -129,6 +132,7 @@ class Updater:
             RuntimeError: if weights are not finite, or the patterns of ranks differ.
         """
         candidates = self._found()
+        self._warn_of_unseen(candidates, moment)
         num_dropped = num_grown = 0
         for group in self._together():
             layers = {name: self._layer(name, weight, candidates) for name, weight in group.items()}
@@ -182,6 +186,21 @@ class Updater:
         if self._watched and self.num_ranks > 1:
             found = distributed.average_candidates(found)
         return found
+
+    def _warn_of_unseen(self, candidates: Mapping[str, Candidates], moment: Moment) -> None:
+        """Once for each layer: in a step it may be left out of the loss, as experts are."""
+        unseen = [name for name, found in candidates.items() if not len(found.positions)]
+        new = [name for name in unseen if name not in self._unseen]
+        self._unseen.update(new)
+        if new:
+            warnings.warn(
+                f"{type(self.method).__name__} moves no weights of {', '.join(map(repr, new))} in the update "
+                f"of step {moment.step}, since no backward of that step came through: no gradients of "
+                "positions to grow at are known. Layers that take no part in the loss are better left "
+                "dense: name them in Select(dense=...).",
+                NoEffectWarning,
+                stacklevel=2,
+            )
 
     def _layer(self, name: str, weight: SparseWeight, candidates: Mapping[str, Candidates]) -> Layer:
         extra: dict[str, Any] = {}

@@ -18,7 +18,6 @@ from lightning_memtrain.techniques.sparsity.candidates import Candidates, Candid
 from lightning_memtrain.techniques.sparsity.export import export_dense
 from lightning_memtrain.techniques.sparsity.layer_types import SPARSE_TYPES
 from lightning_memtrain.techniques.sparsity.layers import SparseLayer
-from lightning_memtrain.techniques.sparsity.note import drop_note
 from lightning_memtrain.techniques.sparsity.patterns import Storage, choose_storage
 from lightning_memtrain.techniques.sparsity.state import check_state, move_state, moved
 
@@ -228,7 +227,6 @@ def sparsify_(
         sparse.storage = storage
         sparse.chunk_bytes = chunk_bytes if isinstance(layer, nn.Linear) else None
         sparse.become_sparse(dense, ascending[name])
-    module.register_load_state_dict_pre_hook(drop_note)  # type: ignore[no-untyped-call]
     return {name: weight for name, weight in sparse_weights(module).items() if name in positions}
 
 

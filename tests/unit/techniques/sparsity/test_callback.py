@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks, seed_everything
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_memtrain as mt
-from lightning_memtrain.techniques.sparsity.note import drop_note
+from lightning_memtrain.techniques.sparsity import distributed
 from lightning_memtrain.techniques.sparsity.updater import Updater
 from tests.helpers.trainers import LIGHTNING_WARNINGS, assert_torch_is_as_found, quiet_trainer
 
@@ -176,16 +177,24 @@ def test_accumulated_batches_and_microbatches_train_as_the_whole_batch(method: A
     def callback() -> Any:
         return mt.SparseTraining(copy.deepcopy(method), EVERY_TWO)
 
+    class Halves(Net):
+        def train_dataloader(self) -> Any:
+            return DataLoader(super().train_dataloader().dataset, batch_size=ROWS // 2)
+
     plain, _ = fit(tmp_path, callback())
     split, _ = fit(tmp_path, callback(), None, mt.Microbatching(num_microbatches=2))
+    seed_everything(1, verbose=False)
+    accumulated, trainer = fit(tmp_path, callback(), Halves(), accumulate_grad_batches=2)
+    assert trainer.global_step == 2 * NUM_BATCHES
     checkpointed, _ = fit(
         tmp_path, callback(), None, mt.ActivationCheckpointing(["body"]), mt.EarlyZeroGrad()
     )
     assert_same(plain, checkpointed)
     for name, weight in mt.sparse_weights(plain).items():
-        twin = mt.sparse_weights(split)[name]
-        assert torch.equal(weight.positions(), twin.positions())
-        torch.testing.assert_close(weight.values, twin.values, rtol=1e-4, atol=1e-5)
+        for other in (split, accumulated):
+            twin = mt.sparse_weights(other)[name]
+            assert torch.equal(weight.positions(), twin.positions())
+            torch.testing.assert_close(weight.values, twin.values, rtol=1e-4, atol=1e-5)
 
 
 def test_rigl_grows_where_the_dense_gradient_is_largest(tmp_path: Path) -> None:
@@ -214,6 +223,41 @@ def test_rigl_grows_where_the_dense_gradient_is_largest(tmp_path: Path) -> None:
     assert grown
     size = model.gradient.abs()
     assert min(size[list(grown)]) >= max(size[list(others)])
+
+
+class Attends(Net):
+    """Attention takes the weight of its output projection without calling that layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True, dropout=0.0)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return (self.head(self.body(batch[:, None])).squeeze(1) - batch[:, :1]).square().mean()
+
+
+def test_rigl_moves_weights_that_are_used_without_their_layer(tmp_path: Path) -> None:
+    callback = mt.SparseTraining(mt.RigL(0.75, drop=0.5), mt.UpdateEvery(12, stop=1.0))
+    model, first = Attends(), {}
+
+    class Begins(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            first.update({name: weight.positions() for name, weight in mt.sparse_weights(pl_module).items()})
+
+    fit(tmp_path, callback, model, Begins())
+    for name, weight in mt.sparse_weights(model).items():
+        assert not torch.equal(weight.positions(), first[name]), name
+    assert "body.self_attn.out_proj.weight" in first
+
+
+def test_a_layer_that_no_backward_came_through_is_named_once(tmp_path: Path) -> None:
+    model = Net()
+    model.spare = nn.Linear(WIDTH, WIDTH)
+    with pytest.warns(
+        mt.NoEffectWarning, match=r"RigL moves no weights of 'spare' .* step 2, since"
+    ) as caught:
+        fit(tmp_path, mt.SparseTraining(mt.RigL(0.75, drop=0.5), EVERY_TWO), model)
+    assert len([one for one in caught if one.category is mt.NoEffectWarning]) == 1
 
 
 def test_candidates_are_watched_only_in_the_step_before_an_update(
@@ -355,8 +399,7 @@ def test_the_model_is_left_without_hooks(tmp_path: Path) -> None:
     callback = mt.SparseTraining(mt.RigL(0.75), EVERY_TWO)
     model, trainer = fit(tmp_path, callback)
     assert_torch_is_as_found(model)
-    # Layers stay sparse, and with them what drops the note of checkpoints.
-    assert [wrapped.hook for wrapped in model._load_state_dict_pre_hooks.values()] == [drop_note]
+    assert not model._load_state_dict_pre_hooks
     assert not trainer.optimizers or not trainer.optimizers[0]._optimizer_step_post_hooks
     assert model.body[0].search is None
 
@@ -388,6 +431,15 @@ def test_the_record_says_what_dense_training_would_take(tmp_path: Path) -> None:
         "weights, gradients and optimizer state of 3 sparse layers take 1.06 KiB; dense ones would take "
         "4.12 KiB" in callback.technique_record().events
     )
+
+
+def test_the_record_is_still_there_after_an_evaluation(tmp_path: Path) -> None:
+    callback = mt.SparseTraining(mt.StaticSparse(0.75))
+    model, trainer = fit(tmp_path, callback)
+    before = callback.technique_record()
+    trainer.validate(model, verbose=False)
+    assert callback.technique_record() == before
+    assert "sparse_bytes" in before.settings
 
 
 def test_a_method_that_starts_dense_says_so_in_the_record(tmp_path: Path) -> None:
@@ -497,6 +549,13 @@ def test_runs_that_cannot_work_are_refused(tmp_path: Path) -> None:
     lazy = Net()
     lazy.body[0] = nn.LazyLinear(16)
     refused(r"'body\.0' is LazyLinear", lazy, sparse())
+    named = Net()
+    named.body[0] = Named(WIDTH, 16)
+    refused(r"'body\.0' sparse, since Named is a class .* Add 'body\.0' to Select\(dense", named, sparse())
+
+
+class Named(nn.Linear):
+    """Its forward is torch's, its methods are its own."""
 
 
 class _Twin(mt.SparseTraining):
@@ -536,9 +595,193 @@ def test_what_has_no_effect_warns(tmp_path: Path) -> None:
         mt.SparseTraining(mt.StaticSparse(0.75), EVERY_TWO)
     with pytest.warns(UserWarning, match=r"stops at step 100, but the run ends at step 12"):
         fit(tmp_path, mt.SparseTraining(mt.SET(0.75), mt.UpdateEvery(2, stop=100)))
+    with pytest.warns(mt.NoEffectWarning, match=r"less than one weight .* updates stop at step 12\."):
+        fit(tmp_path, mt.SparseTraining(mt.RigL(0.75), mt.UpdateEvery(12, stop=1.0)))
     only_bias = Net(lambda m: torch.optim.SGD([m.head.bias], lr=0.1))
     with pytest.warns(mt.NoEffectWarning, match="no optimizer has the weights"):
         fit(tmp_path, mt.SparseTraining(mt.SET(0.75), EVERY_TWO), only_bias)
+
+
+@pytest.mark.parametrize("method", [mt.SET(0.75), mt.RigL(0.75)])
+def test_the_only_update_of_a_run_moves_weights(method: Any, tmp_path: Path) -> None:
+    callback = mt.SparseTraining(method, mt.UpdateEvery(6))
+    fit(tmp_path, callback)
+    # Of 9 steps in which updates are made, 6 are gone: 0.15 (1 + cos(2 pi / 3)) = 0.075 of 32, 32 and 2.
+    assert callback.technique_record().settings["num_dropped"] == 4
+
+
+def test_counts_that_change_in_a_compiled_model_warn_unless_torch_allows_it(tmp_path: Path) -> None:
+    def run(method: Any) -> None:
+        model = Net()
+        model.body.compile(backend="eager")
+        fit(tmp_path, mt.SparseTraining(method, EVERY_TWO), model, max_epochs=1, limit_train_batches=2)
+
+    torch._dynamo.reset()
+    with pytest.warns(
+        UserWarning, match="DynamicSparseReparameterization changes the number of weights of com"
+    ):
+        run(mt.DSR(0.75, threshold=0.05))
+    run(mt.SET(0.75, drop=0.5))
+    with torch._dynamo.config.patch(force_parameter_static_shapes=False):
+        run(mt.DSR(0.75, threshold=0.05))
+    torch._dynamo.reset()
+
+
+def test_ddp_is_refused_a_model_of_which_it_would_see_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "is_on", lambda strategy: True)
+    model = Net()
+    for layer in (model.body[0], model.body[2], model.head):
+        layer.bias = None
+    with pytest.raises(MisconfigurationException, match=r"with ddp needs .* Select\(dense=\['body\.0'\]\)"):
+        fit(tmp_path, mt.SparseTraining(mt.SET(0.75), EVERY_TWO), model)
+
+
+def test_a_trainer_that_goes_on_with_another_model_counts_anew(tmp_path: Path) -> None:
+    class Wide(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(WIDTH, 64), nn.Tanh(), nn.Linear(64, WIDTH))
+
+    callback = mt.SparseTraining(mt.SET(0.75, drop=0.5), mt.UpdateEvery(6, stop=1.0), track_exploration=True)
+    _, trainer = fit(tmp_path, callback, max_epochs=1)
+    assert callback.technique_record().settings["num_dropped"] == 16 + 16 + 1
+    trainer.fit_loop.max_epochs = 2
+    model = Wide()
+    trainer.fit(model)
+    settings = callback.technique_record().settings
+    assert settings["nnz"] == 128 + 128 + 2
+    assert settings["num_dropped"] == 64 + 64 + 1
+    assert {name: len(one.bits) for name, one in callback._explored.items()} == {
+        "body.0": 64,
+        "body.2": 64,
+        "head": 1,
+    }
+
+
+def test_a_model_can_be_copied_and_saved_amid_a_fit(tmp_path: Path) -> None:
+    copies: list[Any] = []
+
+    class Copies(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            assert "configure_model" not in pl_module.__dict__
+            copies.append(copy.deepcopy(pl_module))
+            torch.save(pl_module.body, tmp_path / "body.pt")
+
+    def callback() -> Any:
+        return mt.SparseTraining(mt.SET(0.75, drop=0.5), EVERY_TWO)
+
+    model, _ = fit(tmp_path, callback(), None, Copies())
+    before = copy.deepcopy(model.state_dict())
+    twin, _ = fit(tmp_path, callback(), copies[0])
+    assert_same(model, twin)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_resuming_with_another_distribution_is_refused(tmp_path: Path) -> None:
+    _, trainer = fit(tmp_path, mt.SparseTraining(mt.SET(0.9), EVERY_TWO), max_epochs=1)
+    path = tmp_path / "half.ckpt"
+    trainer.save_checkpoint(path)
+    expected = r"`SET\(distribution\)` must .* loaded, Uniform\(\), but got ErdosRenyi\(\)"
+    with pytest.raises(MisconfigurationException, match=expected):
+        fit(tmp_path, mt.SparseTraining(mt.SET(0.9, distribution=mt.ErdosRenyi()), EVERY_TWO), ckpt_path=path)
+
+
+class Shampoo(torch.optim.Optimizer):
+    """Keeps a square matrix per parameter."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["preconditioner"] = torch.eye(p.numel())
+        return loss
+
+
+def test_an_optimizer_whose_state_cannot_follow_is_refused_before_an_update(tmp_path: Path) -> None:
+    def run(make_optimizer: Any, method: Any = None) -> Any:
+        callback = mt.SparseTraining(method or mt.SET(0.75), None if method else mt.UpdateEvery(6))
+        model = Net(make_optimizer)
+        try:
+            return fit(tmp_path, callback, model)[1].global_step
+        except (MisconfigurationException, TypeError) as error:
+            return model.trainer.global_step, str(error)
+
+    num_steps, error = run(lambda m: torch.optim.LBFGS(m.parameters()))
+    assert num_steps == 0
+    assert "cannot move weights under LBFGS, whose state is that of all parameters" in error
+    num_steps, error = run(lambda m: Shampoo(m.parameters()))
+    assert num_steps == 1
+    assert "The state 'preconditioner' of Shampoo (Tensor of shape (32, 32)" in error
+    # What never moves needs nothing of its optimizer.
+    assert run(lambda m: Shampoo(m.parameters()), mt.StaticSparse(0.75)) == 12
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_an_optimizer_of_matrices_says_that_values_are_none(tmp_path: Path) -> None:
+    model = Net(lambda m: torch.optim.Muon([m.body[0].values]))
+    with pytest.raises(ValueError, match=r"Muon only supports 2D parameters .* torch\.Size\(\[32\]\)"):
+        fit(tmp_path, mt.SparseTraining(mt.SET(0.75), EVERY_TWO), model)
+
+
+@pytest.mark.parametrize("name", ["WeightAveraging", "EMAWeightAveraging"])
+def test_averages_of_weights_are_refused(name: str, tmp_path: Path) -> None:
+    if not hasattr(callbacks, name):
+        pytest.skip(f"this Lightning has no {name}")
+    averages = getattr(callbacks, name)()
+    with pytest.raises(MisconfigurationException, match=f"cannot be combined with {name}: an average"):
+        fit(tmp_path, mt.SparseTraining(mt.SET(0.75), EVERY_TWO), None, averages)
+
+
+def test_a_full_layer_keeps_its_pattern_and_trains(tmp_path: Path) -> None:
+    model = Net()
+    weights = mt.sparsify_(model, {"body.0.weight": torch.arange(128), "body.2.weight": torch.arange(32)})
+    before = weights["body.0.weight"].values.clone()
+    fit(tmp_path, mt.SparseTraining(mt.RigL(0.75, drop=0.5), EVERY_TWO), model)
+    assert torch.equal(weights["body.0.weight"].positions(), torch.arange(128))
+    assert not torch.equal(weights["body.0.weight"].values, before)
+    assert not torch.equal(weights["body.2.weight"].positions(), torch.arange(32))
+
+
+def test_prediction_before_the_fit_sees_the_model_that_is_trained(tmp_path: Path) -> None:
+    class Predicts(Net):
+        def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.head(self.body(batch))
+
+    model, callback = Predicts(), mt.SparseTraining(mt.StaticSparse(0.75))
+    trainer = quiet_trainer(tmp_path, callback, max_epochs=1)
+    predicted = trainer.predict(model, model.train_dataloader())
+    positions = {name: weight.positions() for name, weight in mt.sparse_weights(model).items()}
+    dense = Predicts()
+    dense.load_state_dict(mt.export_dense(model))
+    batches = list(model.train_dataloader())
+    assert all(torch.equal(p, dense.head(dense.body(b))) for p, b in zip(predicted, batches, strict=True))
+    trainer.fit(model)
+    for name, weight in mt.sparse_weights(model).items():
+        assert torch.equal(weight.positions(), positions[name])
+
+
+def test_a_step_that_torchs_own_scaler_leaves_out_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Watcher(monkeypatch)
+
+    class Overflows(Net):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            # The loss of the step that an update was to follow.
+            return self.loss(batch) * (torch.inf if batch_idx == 1 else 1.0)
+
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))
+    callback = mt.SparseTraining(mt.RigL(0.75, drop=0.5), EVERY_TWO)
+    model, trainer = fit(tmp_path, callback, Overflows(), plugins=[plugin], max_epochs=1)
+    # Of six batches, the second moved no weight; the update came with the step that was the second.
+    assert [int(state["step"]) for state in trainer.optimizers[0].state.values()] == [5] * 6
+    assert seen.steps == [2, 4]
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_values_taken_for_biases_warn_and_name_the_group(tmp_path: Path) -> None:
@@ -576,6 +819,10 @@ def test_resuming_differently_is_refused_or_warned_of(tmp_path: Path) -> None:
 
     with pytest.raises(MisconfigurationException, match=r"that of the checkpoint, .* 0\.75, but got 0\.5"):
         resume(mt.SET(0.5))
+    with pytest.raises(
+        MisconfigurationException, match=r"`Select\(overrides\)` must .* \{\}, but got \{'head': 0\.5\}"
+    ):
+        resume(mt.SET(0.75), layers=mt.Select(overrides={"head": 0.5}))
     with pytest.raises(MisconfigurationException, match="'head' is sparse there and dense here"):
         resume(mt.SET(0.75), layers=mt.Select(dense=["head"]))
     with pytest.warns(UserWarning, match="written by `SET`, but the run goes on with `RigL`"):
@@ -584,18 +831,23 @@ def test_resuming_differently_is_refused_or_warned_of(tmp_path: Path) -> None:
         resume(mt.SET(0.75), seed=1)
     saved = torch.load(path, weights_only=False)
     pattern = saved["state_dict"]["head.sparsity_pattern"]
-    saved["state_dict"]["head.sparsity_pattern"] = pattern.flip(0) if pattern[0] != pattern[-1] else pattern
-    key = next(key for key in saved["callbacks"] if key.startswith("SparseTraining"))
-    saved["callbacks"][key]["patterns"]["head"] += 1
+    assert pattern.dtype == torch.uint8
+    assert len(pattern) == 1
+    saved["state_dict"]["head.sparsity_pattern"] = _rotated(pattern)
     torch.save(saved, path)
     with pytest.raises(
         MisconfigurationException, match="The pattern of 'head' must be the one that was saved"
     ):
         resume(mt.SET(0.75))
+    key = next(key for key in saved["callbacks"] if key.startswith("SparseTraining"))
     saved["callbacks"][key]["version"] = 2
     torch.save(saved, path)
     with pytest.raises(MisconfigurationException, match="version 1 or less, but got version 2"):
         resume(mt.SET(0.75))
+
+
+def _rotated(byte: Tensor) -> Tensor:
+    return byte << 1 | byte >> 7
 
 
 def test_a_dense_checkpoint_says_how_to_load_it(tmp_path: Path) -> None:
@@ -645,3 +897,25 @@ def test_loading_without_the_callback_says_what_to_do(tmp_path: Path) -> None:
     mt.sparsify_(by_hand, positions)
     by_hand.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
     assert_same(model, by_hand)
+
+
+def test_a_model_whose_part_was_made_sparse_by_hand_is_loaded_again(tmp_path: Path) -> None:
+    def made() -> Net:
+        model = Net()
+        mt.sparsify_(model.body, {"0.weight": torch.arange(30)})
+        return model
+
+    def callback() -> Any:
+        return mt.SparseTraining(mt.SET(0.75, drop=0.5), EVERY_TWO)
+
+    model, trainer = fit(tmp_path, callback(), made())
+    path = tmp_path / "sparse.ckpt"
+    trainer.save_checkpoint(path)
+    evaluated, by_hand = made(), made()
+    quiet_trainer(tmp_path, callback()).validate(evaluated, ckpt_path=path, verbose=False)
+    assert_same(model, evaluated)
+    resumed, _ = fit(tmp_path, callback(), made(), max_epochs=3, ckpt_path=path)
+    assert mt.sparse_weights(resumed)["body.0.weight"].nnz == 30
+    by_hand.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    assert_same(model, by_hand)
+    assert not any(part._load_state_dict_pre_hooks for part in by_hand.modules())

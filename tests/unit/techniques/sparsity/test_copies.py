@@ -273,6 +273,34 @@ def test_compiled_as_one_graph(name: str, storage: Storage, chunk_bytes: int | N
 
 
 @tracing
+@pytest.mark.parametrize("storage", ["bitmask", "int32", "block16"])
+def test_compiled_twice_for_any_number_of_counts(storage: Storage) -> None:
+    from torch._dynamo.backends.debugging import aot_eager
+
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    layer, x = nn.Linear(64, 64), torch.randn(4, 64)
+    weight = sparsify_(layer, {"weight": torch.arange(400)}, storage=storage)["weight"]
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    for count in range(400, 412):
+        gradients = []
+        for module in (layer, compiled):
+            layer.zero_grad()
+            with torch._dynamo.config.patch(force_parameter_static_shapes=False):
+                module(x).square().sum().backward()
+            gradients.append(weight.values.grad)
+        assert weight.nnz == count
+        torch.testing.assert_close(*gradients)
+        weight.replace(torch.ones(count, dtype=torch.bool), torch.tensor([1000 + count]))
+    assert len(graphs) == 2
+
+
+@tracing
 def test_compiled_under_autocast_and_made_sparse_afterwards() -> None:
     model, batch, labels = model_and_batch("mlp")
     torch._dynamo.reset()
@@ -304,6 +332,31 @@ def test_a_watched_layer_runs_outside_the_graph() -> None:
         found.append([watch.candidates(name).positions for name in ("0.weight", "2.weight")])
     assert all(torch.equal(eager, ours) for eager, ours in zip(*found, strict=True))
     compiled(batch).sum().backward()
+
+
+def test_a_weight_that_is_assigned_is_stored() -> None:
+    layer = nn.Linear(4, 3)
+    sparsify_(layer, {"weight": torch.tensor([1, 6, 11])})
+    new = torch.arange(12.0).view(3, 4)
+    layer.weight.data = new
+    assert layer.values.tolist() == [1, 6, 11]
+    layer.weight[1].data = torch.full((4,), 9.0)
+    assert layer.values.tolist() == [1, 9, 11]
+    with torch.no_grad():
+        layer.weight += 1
+    assert layer.values.tolist() == [2, 10, 12]
+    layer.weight = nn.Parameter(new)
+    assert layer.values.tolist() == [1, 6, 11]
+    layer.weight = 2 * new
+    assert layer.values.tolist() == [2, 12, 22]
+    assert [name for name, _ in layer.named_parameters()] == ["bias", "values"]
+    assert layer.weight.flatten().nonzero().flatten().tolist() == [1, 6, 11]
+    with pytest.raises(ValueError, match=r"must keep its shape \(3, 4\), but got \(4, 3\)"):
+        layer.weight.data = new.t()
+    with pytest.raises(ValueError, match=r"must be a tensor of shape \(3, 4\), but got \(2,\)"):
+        layer.weight = torch.ones(2)
+    with pytest.raises(ValueError, match="but got None"):
+        layer.weight = None
 
 
 def test_functional_gradients() -> None:

@@ -36,6 +36,7 @@ OPTIMIZERS: dict[str, tuple[Callable[[Any], Optimizer], dict[str, str]]] = {
     "Adagrad": (torch.optim.Adagrad, {"sum": MEAN}),
     "Adadelta": (torch.optim.Adadelta, {"square_avg": MEAN, "acc_delta": MEAN}),
     "Rprop": (torch.optim.Rprop, {"prev": ZERO, "step_size": MEAN}),
+    "Adafactor": (torch.optim.Adafactor, {"variance": MEAN}),
     "ASGD": (torch.optim.ASGD, {"ax": ZERO}),
 }
 

@@ -114,6 +114,7 @@ def test_the_layers_that_papers_keep_dense_are_dense() -> None:
         ({"types": "Linear"}, r"`Select\(types\)` must be a list of class names or classes"),
         ({"types": []}, "at least one type"),
         ({"dense": "head"}, r"`Select\(dense\)` must be a list of paths"),
+        ({"overrides": ["a"]}, r"must map paths of layers to fractions of zeros, .* overrides=\['a'\]"),
         ({"overrides": {"a": 50}}, r"`Select\(overrides\)\['a'\]` .* write 0\.5"),
     ],
 )
