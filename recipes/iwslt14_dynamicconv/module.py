@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.text import SacreBLEUScore
 
+from lightning_memtrain import dense_state_dict
 from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
 from lightning_memtrain.recipes.iwslt14_dynamicconv.fairseq_bridge import Sample
 from lightning_memtrain.recipes.iwslt14_dynamicconv.loss import projected_loss
@@ -160,6 +161,8 @@ class TranslationModule(pl.LightningModule):
         if self.model is None:
             self.codes = saved["codes"]
             self._build({language: bridge.new_dictionary(saved[language]) for language in LANGUAGES})
+            # Without a Trainer there is no `SparseTraining` either, which makes layers sparse.
+            checkpoint["state_dict"] = dense_state_dict(checkpoint["state_dict"], self)
             return
         for language in LANGUAGES:
             mine = bridge.symbols_of(self.dictionaries[language])
