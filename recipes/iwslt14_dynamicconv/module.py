@@ -118,7 +118,7 @@ class TranslationModule(pl.LightningModule):
             self._adopt(built, built.encoder.dictionary, built.decoder.dictionary)
         self.val_bleu = SacreBLEUScore(tokenize="none")
         self.test_bleu = SacreBLEUScore(tokenize="none")
-        self.test_translations: list[tuple[str, str, str]] = []
+        self.test_translations: dict[int, tuple[str, str, str]] = {}
         self._shown: list[tuple[str, str, str]] = []
         self._tokens, self._since = 0, 0.0
         self._rows: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
@@ -243,12 +243,12 @@ class TranslationModule(pl.LightningModule):
         """Loss and translations of a sample."""
         self._log_loss("test/loss", batch)
         triples = self.translate_sample(batch)
-        self.test_translations += triples
+        self.test_translations |= zip(batch["id"].tolist(), triples, strict=True)
         self.test_bleu.update([t[1] for t in triples], [[t[2]] for t in triples])
 
     def on_test_start(self) -> None:
         """Forget the translations of an earlier test."""
-        self.test_translations = []
+        self.test_translations = {}
 
     def on_test_epoch_end(self) -> None:
         """BLEU of the whole test set."""

@@ -127,6 +127,26 @@ def test_score_prints_bleu_twice_and_writes_translations(
 
 
 @needs_fairseq
+def test_scored_translations_are_in_the_order_of_the_test_set(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    translate = TranslationModule.translate_sample
+
+    def repeat(self: TranslationModule, sample: bridge.Sample) -> list[tuple[str, str, str]]:
+        """The source for a translation, since those of a model that has learnt nothing are alike."""
+        return [(source, source, reference) for source, _, reference in translate(self, sample)]
+
+    monkeypatch.setattr(TranslationModule, "translate_sample", repeat)
+    assert main(["score", str(trained), f"--output={tmp_path / 'out'}"]) == 0
+    sources = text.read_lines(trained.parent / "data" / "test.de")
+    capsys.readouterr()
+    assert main(["translate", str(trained), "--tokenized", *sources]) == 0
+    assert text.read_lines(tmp_path / "out") == capsys.readouterr().out.splitlines()
+    lengths = [len(source.split()) for source in sources]
+    assert lengths != sorted(lengths)
+
+
+@needs_fairseq
 def test_the_mean_of_checkpoints(trained: Path) -> None:
     paths = checkpoints.last_checkpoints(trained, 2)
     assert [torch.load(path, weights_only=True)["global_step"] for path in paths] == [4, 6]

@@ -178,7 +178,7 @@ def test_bleu_of_torchmetrics_is_that_of_sacrebleu(
     monkeypatch.setattr(TranslationModule, "translate_sample", translate_well)
     model = fit(tmp_path, data)
     model.trainer.test(model, datamodule=data, verbose=False)
-    _, hypotheses, references = zip(*model.test_translations, strict=True)
+    _, hypotheses, references = zip(*model.test_translations.values(), strict=True)
     assert len(references) == 10
     score = BLEU(tokenize="none").corpus_score(list(hypotheses), [list(references)]).score
     assert 50 < score < 100
