@@ -114,6 +114,21 @@ def test_translate_reads_stdin(
 
 
 @needs_fairseq
+def test_translate_splits_stdin_as_files_are_split(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = "wort1\u2028wort2\nwort3\x85wort4\x0bwort5\x0cwort6\r\nwort7\n".encode()
+    (tmp_path / "file").write_bytes(content)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    capsys.readouterr()
+    assert main(["translate", str(trained), "--tokenized"]) == 0
+    from_stdin = capsys.readouterr().out.split("\n")
+    assert len(from_stdin) == 4
+    assert main(["translate", str(trained), "--tokenized", *text.read_lines(tmp_path / "file")]) == 0
+    assert capsys.readouterr().out.split("\n") == from_stdin
+
+
+@needs_fairseq
 def test_score_prints_bleu_twice_and_writes_translations(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

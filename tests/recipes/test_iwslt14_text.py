@@ -127,3 +127,5 @@ def test_a_line_that_is_not_utf8_is_refused_with_its_number(tmp_path: Path) -> N
 def test_other_separators_do_not_end_a_line(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes("a\u2028b\x0bc\r\nd".encode())
     assert text.read_lines(tmp_path / "x") == ["a\u2028b\x0bc", "d"]
+    assert text.split_lines("") == []
+    assert text.split_lines("\na\x85\x0cb\n\n") == ["", "a\x85\x0cb", ""]
