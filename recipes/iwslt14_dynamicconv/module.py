@@ -207,15 +207,18 @@ class TranslationModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Begin to count tokens."""
+        self._count_anew()
+
+    def _count_anew(self) -> None:
         self._tokens, self._since = 0, time.monotonic()
 
     def on_train_batch_end(self, outputs: Any, batch: Sample, batch_idx: int) -> None:
-        """Log how many target tokens a second were trained on since it was logged last."""
+        """Log how many target tokens a second were trained on since this or a validation was done last."""
         self._tokens += batch["ntokens"]
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            now = time.monotonic()
-            self.log("train/tokens_per_second", self._tokens / (now - self._since), prog_bar=True)
-            self._tokens, self._since = 0, now
+            seconds = time.monotonic() - self._since
+            self.log("train/tokens_per_second", self._tokens / seconds, prog_bar=True)
+            self._count_anew()
 
     def validation_step(self, batch: Sample, batch_idx: int) -> None:
         """Loss of a sample, and translations of some of its sentences."""
@@ -237,7 +240,7 @@ class TranslationModule(pl.LightningModule):
                 if hasattr(logger, "log_table"):
                     columns = ["source", "translation", "reference"]
                     logger.log_table("val/translations", columns=columns, data=[list(row) for row in rows])
-        self._since = time.monotonic()  # translating is no training
+        self._count_anew()  # translating is no training
 
     def test_step(self, batch: Sample, batch_idx: int) -> None:
         """Loss and translations of a sample."""
