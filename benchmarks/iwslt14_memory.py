@@ -1,24 +1,33 @@
 """The memory of one DynamicConv training step on the true workload of IWSLT'14, in rows of techniques.
 
-    python -m benchmarks.iwslt14_memory [--batch typical] [--only REGEX]
+    python -m benchmarks.iwslt14_memory [--batch typical] [--data-dir DIR]
+    python -m benchmarks.iwslt14_memory --lengths FILE.npz --dictionaries DIR [--only REGEX]
 
-The batches are fairseq's at 4,000 tokens, of the true lengths of all 160,239 training pairs; tokens are drawn
-from the true counts of the dictionaries, so that shapes, padding and the rows of the embeddings that have a
-gradient are those of the real run. Lengths and dictionaries are looked for in $MEMTRAIN_DATA_DIR and
-../shared/data/iwslt14. The peak is that of the ledger in the second step, when the optimizer's state exists.
+The batches are fairseq's at 4,000 tokens, of the true lengths of all 160,239 training pairs; tokens are
+drawn from the true counts of the dictionaries, so that shapes, padding and the rows of the embeddings that
+have a gradient are those of the real run. Both are read from the folder that the recipe prepares, which is
+looked for where the recipe does: in ``--data-dir``, in $MEMTRAIN_DATA_DIR and in
+~/.cache/lightning_memtrain.
+
+Statistics of the text do as well, and give the same batches. ``--lengths`` is a file of ``numpy.savez`` with
+the arrays ``de`` and ``en`` of whole numbers: for each training pair, the tokens of that side with the end of
+the sentence. ``--dictionaries`` is a folder with fairseq's ``dict.de.txt`` and ``dict.en.txt``, a symbol and
+its count on each line; they may be packed as ``.txt.xz``.
+
+The peak is that of the ledger in the second step, when the optimizer's state exists. Results of all rows are
+written; those of ``--only`` some are printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import lzma
-import os
 import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +36,9 @@ import numpy as np
 import torch
 
 import lightning_memtrain as mt
-from benchmarks.results_file import RESULTS, write_results
+from benchmarks.results_file import write_results
 from lightning_memtrain.core import MIB
+from lightning_memtrain.recipes.download import data_places
 from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
 from lightning_memtrain.recipes.iwslt14_dynamicconv.batches import (
     max_tokens_batches,
@@ -36,7 +46,13 @@ from lightning_memtrain.recipes.iwslt14_dynamicconv.batches import (
     sorted_by_length,
     split_sample,
 )
+from lightning_memtrain.recipes.iwslt14_dynamicconv.data import (
+    IWSLT14DataModule,
+    find_prepared,
+    load_dictionaries,
+)
 from lightning_memtrain.recipes.iwslt14_dynamicconv.module import TranslationModule
+from lightning_memtrain.recipes.iwslt14_dynamicconv.text import LANGUAGES, read_lines
 
 RECIPE = {
     "dropout": 0.3,
@@ -51,44 +67,76 @@ LINEAR = mt.Select(dense=("*.weight_linear", "*.output_projection"))
 BATCHES = {"typical": (120, 32, 31), "fullest": (400, 10, 10)}
 
 
-def find_data() -> Path:
-    """The folder with ``train_lengths.npz`` and both dictionaries."""
-    places = [os.environ.get("MEMTRAIN_DATA_DIR"), "../shared/data/iwslt14"]
-    for place in filter(None, places):
-        if (Path(place) / "train_lengths.npz").is_file():
-            return Path(place)
-    sys.exit(f"The lengths of IWSLT'14 are in none of {places}.")
+@dataclass(frozen=True)
+class Workload:
+    """What is known of the training text.
+
+    Args:
+        lengths: tokens of each sentence with its end, int64, in German and in English.
+        dictionaries: with the counts of the training text, by language.
+    """
+
+    lengths: Sequence[Any]
+    dictionaries: dict[str, bridge.Dictionary]
 
 
-def load_dictionaries(folder: Path) -> dict[str, Any]:
-    """The true dictionaries, with the counts of the training text."""
-    dictionaries = {}
-    for language in ("de", "en"):
-        lines = lzma.decompress((folder / f"dict.{language}.txt.xz").read_bytes()).decode().splitlines()
-        pairs = [line.rsplit(" ", 1) for line in lines]
-        dictionaries[language] = bridge.new_dictionary((s for s, _ in pairs), (int(n) for _, n in pairs))
-    return dictionaries
+def of_prepared_text(data_dir: str | None) -> Workload:
+    """The workload of the folder that the recipe prepares."""
+    places = data_places(data_dir)
+    folder = find_prepared(IWSLT14DataModule.folder_name, places)
+    if folder is None:
+        sys.exit(
+            f"The prepared text of IWSLT'14 is in none of {', '.join(map(str, places))}. Start "
+            "`memtrain run iwslt14_dynamicconv` once, which prepares it, or see --lengths."
+        )
+    lengths = [
+        np.array([len(line.split()) + 1 for line in read_lines(folder / f"train.{language}")])
+        for language in LANGUAGES
+    ]
+    return Workload(lengths, load_dictionaries(folder))
+
+
+def of_statistics(lengths: Path, dictionaries: Path) -> Workload:
+    """The workload of two files of the formats that are described above."""
+    arrays = np.load(lengths)
+    words = {language: read_dictionary(dictionaries / f"dict.{language}.txt") for language in LANGUAGES}
+    return Workload([arrays[language].astype(np.int64) for language in LANGUAGES], words)
+
+
+def read_dictionary(file: Path) -> bridge.Dictionary:
+    """A dictionary in fairseq's format, which may be packed."""
+    packed = file.with_name(f"{file.name}.xz")
+    content = file.read_bytes() if file.is_file() else lzma.decompress(packed.read_bytes())
+    pairs = [line.rsplit(" ", 1) for line in content.decode().removesuffix("\n").split("\n")]
+    return bridge.new_dictionary((symbol for symbol, _ in pairs), (int(count) for _, count in pairs))
 
 
 def shape_of(rows: Any, sides: Sequence[Any]) -> tuple[int, ...]:
     return (len(rows), *(int(side[rows].max()) for side in sides))
 
 
-def make_sample(folder: Path, dictionaries: dict[str, Any], name: str) -> bridge.Sample:
-    """One of fairseq's batches, of random words."""
-    wanted = BATCHES[name]
-    lengths = np.load(folder / "train_lengths.npz")
-    sides = [lengths[language].astype(np.int64) for language in ("de", "en")]
+def make_sample(workload: Workload, wanted: tuple[int, int, int], max_tokens: int = 4_000) -> bridge.Sample:
+    """The batch of fairseq's that is nearest to a shape, of random words.
+
+    Args:
+        workload: lengths and dictionaries.
+        wanted: sentences, and tokens of the longest source and of the longest target.
+        max_tokens: of a batch.
+
+    Returns:
+        What the dataset's collater returns.
+    """
+    sides, dictionaries = workload.lengths, workload.dictionaries
     order = sorted_by_length(*sides, seed=1)
     batch = min(
-        max_tokens_batches(order, np.maximum(*sides), 4_000, multiple=8),
+        max_tokens_batches(order, np.maximum(*sides), max_tokens, multiple=8),
         key=lambda rows: sum(
             abs(found - size) for found, size in zip(shape_of(rows, sides), wanted, strict=True)
         ),
     )
     rng = np.random.default_rng(0)
     tokens = []
-    for language, side in zip(("de", "en"), sides, strict=True):
+    for language, side in zip(LANGUAGES, sides, strict=True):
         dictionary = dictionaries[language]
         shares = np.array(dictionary.count[4:], dtype=float)
         ids = rng.choice(np.arange(4, len(dictionary)), size=int(side[batch].sum()), p=shares / shares.sum())
@@ -167,7 +215,7 @@ class SecondStep(pl.Callback):
 
 
 def measure(
-    dictionaries: dict[str, Any],
+    dictionaries: dict[str, bridge.Dictionary],
     sample: bridge.Sample,
     arguments: dict[str, Any],
     callbacks: Sequence[pl.Callback],
@@ -201,32 +249,36 @@ def measure(
 
 
 def main() -> None:
-    """Measure the rows that are asked for, and keep the others of an earlier run."""
+    """Measure all rows and write them, or those that are asked for and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", choices=BATCHES, default="typical")
-    parser.add_argument("--only", default="", help="rows whose name has this regular expression")
+    parser.add_argument("--data-dir", metavar="DIR", help="where the prepared text is, or the folder with it")
+    parser.add_argument("--lengths", type=Path, metavar="FILE", help="lengths, in place of prepared text")
+    parser.add_argument("--dictionaries", type=Path, metavar="DIR", help="their dictionaries")
+    parser.add_argument("--only", metavar="REGEX", help="rows whose name has this; they are not written")
     options = parser.parse_args()
+    if (options.lengths is None) != (options.dictionaries is None):
+        parser.error("--lengths and --dictionaries go together.")
     torch.set_num_threads(1)
-    folder = find_data()
-    dictionaries = load_dictionaries(folder)
-    sample = make_sample(folder, dictionaries, options.batch)
+    if options.lengths is not None:
+        workload = of_statistics(options.lengths, options.dictionaries)
+    else:
+        workload = of_prepared_text(options.data_dir)
+    sample = make_sample(workload, BATCHES[options.batch])
     shape = {name: list(sample["net_input"][name].shape) for name in ("src_tokens", "prev_output_tokens")}
     print(shape, sample["ntokens"], "target tokens")
-    name = f"iwslt14_memory_{options.batch}"
-    results: dict[str, Any] = {"batch": {**shape, "target_tokens": sample["ntokens"]}, "rows": {}}
-    earlier = RESULTS / f"{name}.json"
-    if options.only and earlier.is_file():
-        results = json.loads(earlier.read_text())["results"]
+    measured: dict[str, dict[str, Any]] = {}
     for row, (arguments, callbacks, trainer_options) in rows().items():
-        if not re.search(options.only, row):
-            continue
-        results["rows"][row] = measure(dictionaries, sample, arguments, callbacks, trainer_options)
-        print(row, results["rows"][row], flush=True)
-    baseline = results["rows"].get("baseline: float32, Adam, as fairseq")
-    for values in results["rows"].values():
-        if baseline:
-            values["times_less"] = round(baseline["peak_mib"] / values["peak_mib"], 2)
-    write_results(name, results)
+        if re.search(options.only or "", row):
+            measured[row] = measure(workload.dictionaries, sample, arguments, callbacks, trainer_options)
+            print(row, measured[row], flush=True)
+    if options.only:
+        return
+    baseline = measured["baseline: float32, Adam, as fairseq"]["peak_mib"]
+    for values in measured.values():
+        values["times_less"] = round(baseline / values["peak_mib"], 2)
+    batch = {**shape, "target_tokens": sample["ntokens"]}
+    write_results(f"iwslt14_memory_{options.batch}", {"batch": batch, "rows": measured})
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from lightning_memtrain.recipes.iwslt14_dynamicconv.text import Pairs
 
 pytest.importorskip("sacremoses", reason="sacremoses is not installed: pip install '.[translation]'")
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-
 
 def test_tokens_are_those_of_moses() -> None:
     lines = ["  Das  ist Dr. Müllers „Haus“, z.B. &  [1] ", "It's 3.5|4 <km>."]
@@ -24,11 +22,10 @@ def test_tokens_are_those_of_moses() -> None:
     assert text.detokenize("it &apos;s 3.5 &amp; more .", "en") == "it's 3.5 & more."
 
 
-@pytest.mark.skipif(not (SHARED / "multi30k").is_dir(), reason=f"{SHARED / 'multi30k'} is not here")
 @pytest.mark.parametrize(("language", "most"), [("de", 3), ("en", 0)])
-def test_tokens_of_multi30k_are_those_of_its_authors(language: str, most: int) -> None:
+def test_tokens_of_multi30k_are_those_of_its_authors(true_text: Path, language: str, most: int) -> None:
     raw, published = (
-        lzma.decompress((SHARED / "multi30k" / f"val.{kind}.{language}.xz").read_bytes()).decode()
+        lzma.decompress((true_text / "multi30k" / f"val.{kind}.{language}.xz").read_bytes()).decode()
         for kind in ("raw", "tok")
     )
     found = text.tokenize(raw.split("\n")[:-1], language)
