@@ -9,9 +9,9 @@ Needs torch, lightning and torchmetrics, nothing else, and no network. Results a
 
 ``rows`` compares, for each training step, what the ledger and the calibrated workspace predict with
 ``torch.cuda.max_memory_allocated``. ``overhead`` is the time of Lightning training with the profiler over
-the time without. ``training`` trains WideResNet-28-2 on CIFAR-10 as in the memory report, in slices. Test
-accuracies of the same network after 200 epochs that are to be reached: dense 94.7 %, with dynamic sparse
-reparameterization 94.3 % at 80 % zeros and 93.5 % at 90 %.
+the time without. ``training`` trains WideResNet-28-2 on all 50,000 training images of CIFAR-10, without
+validation, in slices. Test accuracies of the same network on as many images after 200 epochs that are to be
+reached: dense 94.7 %, with dynamic sparse reparameterization 94.3 % at 80 % zeros and 93.5 % at 90 %.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def training(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module, data = WideResNetClassifier(), CIFAR10DataModule(data_dir=data_dir)
+    # The recipe holds images out for validation; the accuracies to be reached are of training on all of them.
+    module, data = WideResNetClassifier(), CIFAR10DataModule(data_dir=data_dir, num_val_images=0)
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
     finished = trainer.current_epoch >= max_epochs
     accuracy = trainer.test(module, data, verbose=False)[0]["test/accuracy"]

@@ -17,3 +17,20 @@ def cifar10_dir() -> Path:
     if not (Path(named) / "cifar-10-batches-py" / "data_batch_1").is_file():
         pytest.skip(f"needs CIFAR-10: MEMTRAIN_DATA_DIR={named} holds no folder cifar-10-batches-py")
     return Path(named)
+
+
+@pytest.fixture(scope="session")
+def true_text() -> Path:
+    """A folder with what the true text is told by, packed; the test is skipped where it is absent.
+
+    ``iwslt14`` holds ``train_lengths.npz`` (the tokens of each training sentence, ``de`` and ``en``),
+    ``dict.LANGUAGE.txt.xz`` and ``valid.bpe.LANGUAGE.xz``; ``multi30k`` holds ``val.KIND.LANGUAGE.xz``, whose
+    kinds are ``raw`` and ``tok``.
+    """
+    named = os.environ.get("MEMTRAIN_TEST_TEXT_DIR")
+    if not named:
+        pytest.skip("needs true text: set MEMTRAIN_TEST_TEXT_DIR to the folder with iwslt14 and multi30k")
+    missing = [name for name in ("iwslt14", "multi30k") if not (Path(named) / name).is_dir()]
+    if missing:
+        pytest.skip(f"needs true text: MEMTRAIN_TEST_TEXT_DIR={named} holds no folder {missing[0]}")
+    return Path(named)

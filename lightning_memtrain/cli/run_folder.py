@@ -99,15 +99,24 @@ class RunFolder:
     def keep_code(self, recipe: Recipe) -> None:
         """Copy the code of a user's recipe, so that a resumed run goes on with the code it began with.
 
+        Runs that lie in the recipe's folder are none of its code: each would hold all earlier ones.
+
         Args:
             recipe: the recipe.
         """
         for source in sorted([*recipe.folder.rglob("*.py"), *recipe.folder.rglob("*.yaml")]):
             target = self.code / recipe.folder.name / source.relative_to(recipe.folder)
-            if self.path.resolve() in source.parents:
+            if any(self._is_run(folder) for folder in source.parents if recipe.folder in folder.parents):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
+
+    def _is_run(self, folder: Path) -> bool:
+        """Whether a folder is this run's, or one in which another was started, and not more of a recipe."""
+        if folder == self.path.resolve():
+            return True
+        run = RunFolder(folder)
+        return run.config.is_file() and any(p.exists() for p in (run.code, run.metrics, run.checkpoints))
 
     def kept_recipe(self) -> Recipe | None:
         """What :meth:`keep_code` kept, or ``None`` if the run is of an installed recipe."""

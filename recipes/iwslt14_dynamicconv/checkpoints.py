@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memtrain import dense_state_dict
 from lightning_memtrain.cli.errors import CommandError
 from lightning_memtrain.recipes.iwslt14_dynamicconv.module import VOCABULARY, TranslationModule
 
@@ -88,7 +89,7 @@ def load_mean(paths: Sequence[Path]) -> TranslationModule:
     Raises:
         CommandError: if one is no checkpoint of a translation model, or they have different dictionaries.
     """
-    sums: dict[str, Tensor] = {}
+    states: list[dict[str, Tensor]] = []
     vocabulary = None
     for path in paths:
         checkpoint = _read(path)
@@ -97,10 +98,14 @@ def load_mean(paths: Sequence[Path]) -> TranslationModule:
                 f"`{path}` is not of the translation model that the other checkpoints are of.", exit_code=1
             )
         vocabulary = checkpoint[VOCABULARY]
-        for name, tensor in checkpoint["state_dict"].items():
+        states.append(checkpoint["state_dict"])
+    module = TranslationModule.load_from_checkpoint(paths[-1], map_location="cpu", weights_only=True)
+    sums: dict[str, Tensor] = {}
+    for state in states:
+        # Sparse layers store other entries in each checkpoint.
+        for name, tensor in dense_state_dict(state, module).items():
             wide = tensor.float()
             sums[name] = sums[name] + wide if name in sums else wide
-    module = TranslationModule.load_from_checkpoint(paths[-1], map_location="cpu", weights_only=True)
     module.load_state_dict({name: tensor / len(paths) for name, tensor in sums.items()})
     return module.float().eval()
 

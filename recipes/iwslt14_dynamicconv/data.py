@@ -143,8 +143,7 @@ class TranslationDataModule(pl.LightningDataModule):
             os.replace(folder, into / self.folder_name)
 
     def _find(self) -> Path | None:
-        folders = chain.from_iterable((place, place / self.folder_name) for place in self._places)
-        return next((folder for folder in folders if is_prepared(folder)), None)
+        return find_prepared(self.folder_name, self._places)
 
     def setup(self, stage: str) -> None:
         """Read what the stage needs and has not been read.
@@ -256,6 +255,20 @@ class TranslationDataModule(pl.LightningDataModule):
 def is_prepared(folder: Path) -> bool:
     """Whether a folder holds prepared text of all three splits."""
     return all((folder / f"{split}.{language}").is_file() for split in SPLITS for language in LANGUAGES)
+
+
+def find_prepared(name: str, places: Sequence[Path]) -> Path | None:
+    """Look for a folder of prepared text.
+
+    Args:
+        name: of the folder.
+        places: each may be the folder or hold it.
+
+    Returns:
+        The first that is there, or ``None``.
+    """
+    folders = chain.from_iterable((place, place / name) for place in places)
+    return next((folder for folder in folders if is_prepared(folder)), None)
 
 
 def load_dictionaries(folder: Path) -> dict[str, bridge.Dictionary]:

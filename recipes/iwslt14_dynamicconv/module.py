@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.text import SacreBLEUScore
 
+from lightning_memtrain import dense_state_dict
 from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
 from lightning_memtrain.recipes.iwslt14_dynamicconv.fairseq_bridge import Sample
 from lightning_memtrain.recipes.iwslt14_dynamicconv.loss import projected_loss
@@ -117,7 +118,7 @@ class TranslationModule(pl.LightningModule):
             self._adopt(built, built.encoder.dictionary, built.decoder.dictionary)
         self.val_bleu = SacreBLEUScore(tokenize="none")
         self.test_bleu = SacreBLEUScore(tokenize="none")
-        self.test_translations: list[tuple[str, str, str]] = []
+        self.test_translations: dict[int, tuple[str, str, str]] = {}
         self._shown: list[tuple[str, str, str]] = []
         self._tokens, self._since = 0, 0.0
         self._rows: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
@@ -160,6 +161,8 @@ class TranslationModule(pl.LightningModule):
         if self.model is None:
             self.codes = saved["codes"]
             self._build({language: bridge.new_dictionary(saved[language]) for language in LANGUAGES})
+            # Without a Trainer there is no `SparseTraining` either, which makes layers sparse.
+            checkpoint["state_dict"] = dense_state_dict(checkpoint["state_dict"], self)
             return
         for language in LANGUAGES:
             mine = bridge.symbols_of(self.dictionaries[language])
@@ -204,15 +207,18 @@ class TranslationModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Begin to count tokens."""
+        self._count_anew()
+
+    def _count_anew(self) -> None:
         self._tokens, self._since = 0, time.monotonic()
 
     def on_train_batch_end(self, outputs: Any, batch: Sample, batch_idx: int) -> None:
-        """Log how many target tokens a second were trained on since it was logged last."""
+        """Log how many target tokens a second were trained on since this or a validation was done last."""
         self._tokens += batch["ntokens"]
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            now = time.monotonic()
-            self.log("train/tokens_per_second", self._tokens / (now - self._since), prog_bar=True)
-            self._tokens, self._since = 0, now
+            seconds = time.monotonic() - self._since
+            self.log("train/tokens_per_second", self._tokens / seconds, prog_bar=True)
+            self._count_anew()
 
     def validation_step(self, batch: Sample, batch_idx: int) -> None:
         """Loss of a sample, and translations of some of its sentences."""
@@ -234,18 +240,18 @@ class TranslationModule(pl.LightningModule):
                 if hasattr(logger, "log_table"):
                     columns = ["source", "translation", "reference"]
                     logger.log_table("val/translations", columns=columns, data=[list(row) for row in rows])
-        self._since = time.monotonic()  # translating is no training
+        self._count_anew()  # translating is no training
 
     def test_step(self, batch: Sample, batch_idx: int) -> None:
         """Loss and translations of a sample."""
         self._log_loss("test/loss", batch)
         triples = self.translate_sample(batch)
-        self.test_translations += triples
+        self.test_translations |= zip(batch["id"].tolist(), triples, strict=True)
         self.test_bleu.update([t[1] for t in triples], [[t[2]] for t in triples])
 
     def on_test_start(self) -> None:
         """Forget the translations of an earlier test."""
-        self.test_translations = []
+        self.test_translations = {}
 
     def on_test_epoch_end(self) -> None:
         """BLEU of the whole test set."""

@@ -29,11 +29,30 @@ class Pairs(NamedTuple):
     target: list[str]
 
 
-def read_lines(path: Path) -> list[str]:
-    r"""Read a text file with one sentence per line.
+def split_lines(content: str) -> list[str]:
+    r"""The sentences of a text with one per line.
 
     Args:
-        path: a UTF-8 file; lines end in ``\n`` and nothing else, so that other separators stay in a sentence.
+        content: lines end in ``\n`` or ``\r\n`` only, so that other separators stay in a sentence.
+
+    Returns:
+        Its lines, without the ends.
+
+    Example:
+        >>> split_lines("a\u2028b\r\n\nc\n")
+        ['a\u2028b', '', 'c']
+    """
+    lines = content.split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read a text file with one sentence per line.
+
+    Args:
+        path: a UTF-8 file; see :func:`split_lines`.
 
     Returns:
         Its lines, without the ends.
@@ -41,19 +60,15 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         ValueError: if a line is not UTF-8.
     """
-    lines = path.read_bytes().split(b"\n")
-    if lines[-1] == b"":
-        lines.pop()
-    decoded = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            decoded.append(line.decode("utf-8").removesuffix("\r"))
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"Text must be UTF-8, but line {number} of `{path}` is not ({error}). Convert the file, for "
-                f"instance: iconv -f ISO-8859-1 -t UTF-8 {path.name} > converted"
-            ) from error
-    return decoded
+    content = path.read_bytes()
+    try:
+        return split_lines(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"Text must be UTF-8, but line {number} of `{path}` is not ({error}). Convert the file, for "
+            f"instance: iconv -f ISO-8859-1 -t UTF-8 {path.name} > converted"
+        ) from error
 
 
 def read_pairs(stem: Path) -> Pairs:

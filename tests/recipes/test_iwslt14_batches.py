@@ -18,8 +18,6 @@ from lightning_memtrain.recipes.iwslt14_dynamicconv.batches import (
 )
 from tests.helpers.translation import WITHOUT_DROPOUT, needs_fairseq, sentences
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "iwslt14"
-
 
 def as_lists(batches: list[np.ndarray]) -> list[list[int]]:
     return [batch.tolist() for batch in batches]
@@ -57,9 +55,8 @@ def test_no_batch_is_larger_than_allowed_and_no_sentence_is_lost_but_in_the_last
     assert np.array_equal(joined, order[: len(joined)])
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not here: the true lengths of IWSLT'14")
-def test_iwslt14_has_as_many_batches_as_in_fairseq() -> None:
-    lengths = np.load(SHARED / "train_lengths.npz")
+def test_iwslt14_has_as_many_batches_as_in_fairseq(true_text: Path) -> None:
+    lengths = np.load(true_text / "iwslt14" / "train_lengths.npz")
     german, english = (lengths[language].astype(np.int64) for language in ("de", "en"))
     order = sorted_by_length(german, english, seed=1)
     batches = max_tokens_batches(order, np.maximum(german, english), 4_000, multiple=8)

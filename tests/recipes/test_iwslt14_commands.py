@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import lightning_memtrain.recipes.iwslt14_dynamicconv as recipe
 from lightning_memtrain.cli import main
 from lightning_memtrain.recipes.iwslt14_dynamicconv import checkpoints, text
 from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
+from lightning_memtrain.recipes.iwslt14_dynamicconv.module import TranslationModule
 from tests.helpers.cli import IGNORED
 from tests.helpers.translation import TINY, needs_fairseq, write_corpus
 
@@ -112,6 +114,21 @@ def test_translate_reads_stdin(
 
 
 @needs_fairseq
+def test_translate_splits_stdin_as_files_are_split(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = "wort1\u2028wort2\nwort3\x85wort4\x0bwort5\x0cwort6\r\nwort7\n".encode()
+    (tmp_path / "file").write_bytes(content)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    capsys.readouterr()
+    assert main(["translate", str(trained), "--tokenized"]) == 0
+    from_stdin = capsys.readouterr().out.split("\n")
+    assert len(from_stdin) == 4
+    assert main(["translate", str(trained), "--tokenized", *text.read_lines(tmp_path / "file")]) == 0
+    assert capsys.readouterr().out.split("\n") == from_stdin
+
+
+@needs_fairseq
 def test_score_prints_bleu_twice_and_writes_translations(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +142,26 @@ def test_score_prints_bleu_twice_and_writes_translations(
 
 
 @needs_fairseq
+def test_scored_translations_are_in_the_order_of_the_test_set(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    translate = TranslationModule.translate_sample
+
+    def repeat(self: TranslationModule, sample: bridge.Sample) -> list[tuple[str, str, str]]:
+        """The source for a translation, since those of a model that has learnt nothing are alike."""
+        return [(source, source, reference) for source, _, reference in translate(self, sample)]
+
+    monkeypatch.setattr(TranslationModule, "translate_sample", repeat)
+    assert main(["score", str(trained), f"--output={tmp_path / 'out'}"]) == 0
+    sources = text.read_lines(trained.parent / "data" / "test.de")
+    capsys.readouterr()
+    assert main(["translate", str(trained), "--tokenized", *sources]) == 0
+    assert text.read_lines(tmp_path / "out") == capsys.readouterr().out.splitlines()
+    lengths = [len(source.split()) for source in sources]
+    assert lengths != sorted(lengths)
+
+
+@needs_fairseq
 def test_the_mean_of_checkpoints(trained: Path) -> None:
     paths = checkpoints.last_checkpoints(trained, 2)
     assert [torch.load(path, weights_only=True)["global_step"] for path in paths] == [4, 6]
@@ -134,6 +171,46 @@ def test_the_mean_of_checkpoints(trained: Path) -> None:
     assert not torch.equal(
         states[0]["model.encoder.embed_tokens.weight"], mean["model.encoder.embed_tokens.weight"]
     )
+
+
+@needs_fairseq
+def test_a_sparse_run_is_translated_and_scored_by_the_mean_of_its_dense_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_corpus(tmp_path / "data")
+    sparse = {
+        "class_path": "lightning_memtrain.SparseTraining",
+        "init_args": {
+            "method": {"class_path": "lightning_memtrain.SET", "init_args": {"sparsity": 0.8}},
+            "update": {"class_path": "lightning_memtrain.UpdateEvery", "init_args": {"steps": 1}},
+            "layers": {
+                "class_path": "lightning_memtrain.Select",
+                "init_args": {"dense": ["*.weight_linear", "*.output_projection"]},
+            },
+        },
+    }
+    monkeypatch.setattr("sys.argv", ["memtrain"])
+    monkeypatch.setenv("MEMTRAIN_RUN_DIR", "")
+    added = f"--trainer.callbacks+={json.dumps(sparse)}"
+    assert main([*RUN, added, f"--data.data_dir={data}", f"--run-dir={tmp_path / 'run'}"]) == 0
+    paths = checkpoints.last_checkpoints(tmp_path / "run", 3)
+    states = [torch.load(path, weights_only=True)["state_dict"] for path in paths]
+    layer = "model.decoder.layers.0.fc1"
+    patterns = [state[f"{layer}.sparsity_pattern"] for state in states]
+    assert not torch.equal(patterns[0], patterns[2]), "nothing has moved"
+    dense = [TranslationModule.load_from_checkpoint(path).state_dict() for path in paths]
+    weight, values = dense[0][f"{layer}.weight"], states[0][f"{layer}.values"]
+    assert torch.equal(weight[weight != 0], values[values != 0])  # what has just grown is 0
+    mean = checkpoints.load_mean(paths).state_dict()
+    assert mean.keys() == dense[0].keys()
+    assert all(
+        torch.equal(mean[name], (dense[0][name] + dense[1][name] + dense[2][name]) / 3) for name in mean
+    )
+    capsys.readouterr()
+    assert main(["translate", str(tmp_path / "run"), "--tokenized", "wort1 wort2", "wort3"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["score", str(tmp_path / "run"), f"--output={tmp_path / 'out'}"]) == 0
+    assert len((tmp_path / "out").read_text().splitlines()) == 10
 
 
 @needs_fairseq

@@ -21,8 +21,6 @@ from lightning_memtrain.recipes.iwslt14_dynamicconv.text import Pairs
 from tests.helpers.translation import SIZES, needs_fairseq, sentences, write_corpus
 
 pytestmark = needs_fairseq
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "iwslt14"
-has_true_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not here")
 
 
 def module(folder: Path, **options: Any) -> IWSLT14DataModule:
@@ -36,8 +34,8 @@ def ready(folder: Path, stage: str = "fit", **options: Any) -> IWSLT14DataModule
     return data
 
 
-def unpacked(name: str) -> str:
-    return lzma.decompress((SHARED / f"{name}.xz").read_bytes()).decode()
+def unpacked(path: Path) -> str:
+    return lzma.decompress(path.with_name(f"{path.name}.xz").read_bytes()).decode()
 
 
 def test_samples_are_fairseqs(tmp_path: Path) -> None:
@@ -77,29 +75,29 @@ def test_dictionaries_are_made_of_the_training_text_and_saved(tmp_path: Path) ->
     assert load_dictionaries(folder)["de"] == made
 
 
-@has_true_data
 @pytest.mark.parametrize(("language", "size", "num_unknown"), [("de", 8_848, 22), ("en", 6_632, 6)])
 def test_the_true_dictionaries_and_ids_come_out(
-    tmp_path: Path, language: str, size: int, num_unknown: int
+    true_text: Path, tmp_path: Path, language: str, size: int, num_unknown: int
 ) -> None:
-    (tmp_path / f"dict.{language}.txt").write_text(unpacked(f"dict.{language}.txt"), encoding="utf-8")
+    (tmp_path / f"dict.{language}.txt").write_text(
+        unpacked(true_text / "iwslt14" / f"dict.{language}.txt"), encoding="utf-8"
+    )
     true = bridge.load().data.Dictionary.load(str(tmp_path / f"dict.{language}.txt"))
     assert len(true) == size
     # From the counts of the training text alone come the order and the symbols that fill up.
     counts = {symbol: n for symbol, n in zip(true.symbols[4:], true.count[4:], strict=True) if n}
     assert bridge.count_dictionary(counts).symbols == true.symbols
-    lines = unpacked(f"valid.bpe.{language}").split("\n")[:-1]
+    lines = unpacked(true_text / "iwslt14" / f"valid.bpe.{language}").split("\n")[:-1]
     assert len(lines) == IWSLT14DataModule.num_pairs["valid"]
     encoded = [bridge.encode(line, true) for line in lines]
     assert sum(bool((ids == true.unk()).any()) for ids in encoded) == num_unknown
     assert [true.string(ids) for ids in encoded[:500]] == lines[:500]
 
 
-@has_true_data
-def test_the_true_model_has_as_many_parameters_as_the_published_one() -> None:
+def test_the_true_model_has_as_many_parameters_as_the_published_one(true_text: Path) -> None:
     dictionaries = []
     for language in ("de", "en"):
-        lines = unpacked(f"dict.{language}.txt").splitlines()
+        lines = unpacked(true_text / "iwslt14" / f"dict.{language}.txt").splitlines()
         dictionaries.append(bridge.new_dictionary(line.rsplit(" ", 1)[0] for line in lines))
     model = bridge.build_model(
         "lightconv_iwslt_de_en", {"encoder_glu": False, "decoder_glu": False}, *dictionaries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_memtrain import ActivationCheckpointing, Microbatching
 from lightning_memtrain.cli.random_state import RandomState
 from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
+from lightning_memtrain.recipes.iwslt14_dynamicconv import module
 from lightning_memtrain.recipes.iwslt14_dynamicconv.batches import num_target_tokens, split_sample
 from lightning_memtrain.recipes.iwslt14_dynamicconv.data import IWSLT14DataModule
 from lightning_memtrain.recipes.iwslt14_dynamicconv.module import TranslationModule, inverse_square_root
@@ -178,11 +180,45 @@ def test_bleu_of_torchmetrics_is_that_of_sacrebleu(
     monkeypatch.setattr(TranslationModule, "translate_sample", translate_well)
     model = fit(tmp_path, data)
     model.trainer.test(model, datamodule=data, verbose=False)
-    _, hypotheses, references = zip(*model.test_translations, strict=True)
+    _, hypotheses, references = zip(*model.test_translations.values(), strict=True)
     assert len(references) == 10
     score = BLEU(tokenize="none").corpus_score(list(hypotheses), [list(references)]).score
     assert 50 < score < 100
     assert float(model.trainer.callback_metrics["test/bleu"]) == pytest.approx(score, rel=1e-5)
+
+
+def test_tokens_per_second_are_those_of_training_alone(
+    tmp_path: Path, data: IWSLT14DataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    counted: list[int] = []
+    logged: list[float] = []
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+
+    class Clock(pl.Callback):
+        """A second for a step, and a thousand for each sample of a validation."""
+
+        def on_train_batch_start(self, trainer: Any, model: Any, batch: Any, batch_idx: int) -> None:
+            nonlocal now
+            now += 1
+            counted.append(batch["ntokens"])
+
+        def on_validation_batch_start(self, *_: Any) -> None:
+            nonlocal now
+            now += 1_000
+
+    class Log(DummyLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            logged.extend(value for name, value in metrics.items() if name == "train/tokens_per_second")
+
+    # Three steps before a validation do not count for the number that is logged after the fourth.
+    options: dict[str, Any] = {
+        "val_check_interval": 3,
+        "check_val_every_n_epoch": None,
+        "limit_val_batches": 2,
+    }
+    fit(tmp_path, data, Clock(), logger=Log(), max_steps=8, log_every_n_steps=4, **options)
+    assert logged == [counted[3], (counted[6] + counted[7]) / 2]
 
 
 class Tables(DummyLogger):

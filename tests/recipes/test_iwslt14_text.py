@@ -12,8 +12,6 @@ from lightning_memtrain.recipes.iwslt14_dynamicconv.text import Pairs
 
 pytest.importorskip("sacremoses", reason="sacremoses is not installed: pip install '.[translation]'")
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-
 
 def test_tokens_are_those_of_moses() -> None:
     lines = ["  Das  ist Dr. Müllers „Haus“, z.B. &  [1] ", "It's 3.5|4 <km>."]
@@ -24,11 +22,10 @@ def test_tokens_are_those_of_moses() -> None:
     assert text.detokenize("it &apos;s 3.5 &amp; more .", "en") == "it's 3.5 & more."
 
 
-@pytest.mark.skipif(not (SHARED / "multi30k").is_dir(), reason=f"{SHARED / 'multi30k'} is not here")
 @pytest.mark.parametrize(("language", "most"), [("de", 3), ("en", 0)])
-def test_tokens_of_multi30k_are_those_of_its_authors(language: str, most: int) -> None:
+def test_tokens_of_multi30k_are_those_of_its_authors(true_text: Path, language: str, most: int) -> None:
     raw, published = (
-        lzma.decompress((SHARED / "multi30k" / f"val.{kind}.{language}.xz").read_bytes()).decode()
+        lzma.decompress((true_text / "multi30k" / f"val.{kind}.{language}.xz").read_bytes()).decode()
         for kind in ("raw", "tok")
     )
     found = text.tokenize(raw.split("\n")[:-1], language)
@@ -127,3 +124,5 @@ def test_a_line_that_is_not_utf8_is_refused_with_its_number(tmp_path: Path) -> N
 def test_other_separators_do_not_end_a_line(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes("a\u2028b\x0bc\r\nd".encode())
     assert text.read_lines(tmp_path / "x") == ["a\u2028b\x0bc", "d"]
+    assert text.split_lines("") == []
+    assert text.split_lines("\na\x85\x0cb\n\n") == ["", "a\x85\x0cb", ""]

@@ -9,7 +9,7 @@ from lightning_memtrain.techniques.sparsity.distributions import (
     ErdosRenyiKernel,
     Uniform,
 )
-from lightning_memtrain.techniques.sparsity.export import export_dense
+from lightning_memtrain.techniques.sparsity.export import dense_state_dict, export_dense
 from lightning_memtrain.techniques.sparsity.methods import SET, RigL, SparseMethod, StaticSparse
 from lightning_memtrain.techniques.sparsity.patterns import Storage
 from lightning_memtrain.techniques.sparsity.pruning import GradualMagnitudePruning
@@ -50,6 +50,7 @@ __all__ = [
     "UpdateClock",
     "UpdateEvery",
     "UpdatePiecewise",
+    "dense_state_dict",
     "export_dense",
     "sparse_weights",
     "sparsify_",

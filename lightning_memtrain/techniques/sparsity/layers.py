@@ -16,9 +16,9 @@ from lightning_memtrain.techniques.sparsity.note import overlook_note
 from lightning_memtrain.techniques.sparsity.patterns import (
     Span,
     Storage,
+    complaint_about,
     decode,
     encode,
-    pattern_bytes,
     storage_of,
 )
 
@@ -208,7 +208,7 @@ class SparseLayer(nn.Module):
                 "`sparsify_` or in a model without sparse layers."
             )
         if values is not None and pattern is not None:
-            if (complaint := self._complaint(values, pattern)) is not None:
+            if (complaint := complaint_about(pattern, values, self.dense_shape)) is not None:
                 error_msgs.append(f'"{prefix}sparsity_pattern" {complaint}')
                 return
             # Room for another number of values, and for the form of pattern that was saved.
@@ -222,25 +222,3 @@ class SparseLayer(nn.Module):
         overlook_note(unexpected_keys)
         if values is not None and pattern is not None:
             self.set_positions(self.positions())
-
-    def _complaint(self, values: Tensor, pattern: Tensor) -> str | None:
-        """Why a saved pattern cannot be that of this layer."""
-        numel, nnz = self.dense_shape.numel(), values.numel()
-        if pattern.dtype not in (torch.uint8, torch.int16, torch.int32) or values.dim() != 1:
-            return f"must be uint8, int16 or int32 with values of one axis, but got {pattern.dtype}."
-        if pattern.nbytes != pattern_bytes(storage_of(pattern), numel, nnz) or nnz > numel:
-            return (
-                f"has {pattern.nbytes} bytes, which is no {storage_of(pattern)} pattern of {nnz} of the "
-                f"{numel} entries of a weight of shape {tuple(self.dense_shape)}. Was it saved from another "
-                "model?"
-            )
-        if pattern.is_meta:
-            return None
-        if pattern.dtype == torch.uint8:
-            set_bits = sum((pattern >> bit & 1).sum(dtype=torch.int64) for bit in range(8))
-            if set_bits != nnz:
-                return f"has {set_bits} positions for {nnz} values: it is damaged."
-        positions = decode(pattern, numel, Span(0, numel, 0, nnz))
-        if nnz and (positions[0] < 0 or positions[-1] >= numel or not (positions.diff() > 0).all()):
-            return f"has positions that do not ascend from 0 to {numel - 1}: it is damaged."
-        return None

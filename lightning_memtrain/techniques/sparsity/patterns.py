@@ -16,6 +16,8 @@ The dtype tells them apart, so a pattern is one plain tensor, wherever it goes.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -173,6 +175,37 @@ def decode(pattern: Tensor, numel: int, span: Span) -> Tensor:
     blocks = torch.arange(len(borders) - 1, dtype=torch.int32, device=pattern.device)
     bases = blocks.mul_(_BLOCK_NUMEL).sub_(span.first)
     return offsets.add_(bases.repeat_interleave(borders.diff(), output_size=span.stop - span.start))
+
+
+def complaint_about(pattern: Tensor, values: Tensor, shape: Sequence[int]) -> str | None:
+    """Why a saved pattern cannot be that of a weight.
+
+    Args:
+        pattern: which was read from somewhere.
+        values: that were saved with it.
+        shape: of the dense weight.
+
+    Returns:
+        What is wrong with it, to go behind its name, or ``None``.
+    """
+    numel, nnz = math.prod(shape), values.numel()
+    if pattern.dtype not in _STORAGES or values.dim() != 1:
+        return f"must be uint8, int16 or int32 with values of one axis, but got {pattern.dtype}."
+    if pattern.nbytes != pattern_bytes(storage_of(pattern), numel, nnz) or nnz > numel:
+        return (
+            f"has {pattern.nbytes} bytes, which is no {storage_of(pattern)} pattern of {nnz} of the "
+            f"{numel} entries of a weight of shape {tuple(shape)}. Was it saved from another model?"
+        )
+    if pattern.is_meta:
+        return None
+    if pattern.dtype == torch.uint8:
+        set_bits = sum((pattern >> bit & 1).sum(dtype=torch.int64) for bit in range(8))
+        if set_bits != nnz:
+            return f"has {set_bits} positions for {nnz} values: it is damaged."
+    positions = decode(pattern, numel, Span(0, numel, 0, nnz))
+    if nnz and (positions[0] < 0 or positions[-1] >= numel or not (positions.diff() > 0).all()):
+        return f"has positions that do not ascend from 0 to {numel - 1}: it is damaged."
+    return None
 
 
 def _num_inner_starts(numel: int) -> int:

@@ -53,7 +53,9 @@ def run(folder: Path, options: Namespace) -> int:
         trainer.test(module, datamodule=data, verbose=False)
     except (OSError, ValueError) as error:
         raise CommandError(str(error), exit_code=1) from error
-    _, translations, references = zip(*module.test_translations, strict=True)
+    # Sentences of one length come together; their numbers are those of the file.
+    in_order = [triple for _, triple in sorted(module.test_translations.items())]
+    _, translations, references = zip(*in_order, strict=True)
     # `force`: that the text is tokenised is meant.
     by_sacrebleu = BLEU(tokenize="none", force=True)
     score = by_sacrebleu.corpus_score(list(translations), [list(references)])

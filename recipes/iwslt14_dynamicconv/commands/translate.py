@@ -59,7 +59,7 @@ def run(folder: Path, options: Namespace) -> int:
 
 def _stdin() -> list[str]:
     try:
-        return sys.stdin.buffer.read().decode("utf-8").splitlines()
+        return text.split_lines(sys.stdin.buffer.read().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise CommandError(
             f"the sentences on stdin must be UTF-8, but are not ({error}).", exit_code=1

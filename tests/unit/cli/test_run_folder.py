@@ -102,3 +102,32 @@ def test_code_of_a_users_recipe_is_kept(tmp_path):
     assert kept == {"recipe/mine/config.yaml", "recipe/mine/variants/fast.yaml", "recipe/mine/model.py"}
     assert folder.kept_recipe() == Recipe("mine", folder.path / "recipe" / "mine")
     assert RunFolder(tmp_path / "other").kept_recipe() is None
+
+
+def test_earlier_runs_in_the_folder_of_a_recipe_are_not_kept(tmp_path):
+    mine = tmp_path / "mine"
+    # A package of the recipe may have a configuration of its own, which makes no run of it.
+    code = ("config.yaml", "model.py", "parts/config.yaml", "parts/layer.py")
+    for name in code:
+        (mine / name).parent.mkdir(parents=True, exist_ok=True)
+        (mine / name).write_text(name)
+    # One run with metrics, one that was broken off at once, and one of an installed recipe.
+    for left in ("runs/a/metrics.csv", "runs/b", "elsewhere/c/checkpoints/last.ckpt"):
+        folder = RunFolder(mine / "/".join(left.split("/")[:2]))
+        folder.path.mkdir(parents=True)
+        folder.config.write_text("trainer: {}")
+        if left.startswith("runs"):
+            folder.keep_code(Recipe("mine", mine))
+        if left != "runs/b":
+            (mine / left).parent.mkdir(exist_ok=True)
+            (mine / left).touch()
+    folder = RunFolder(mine / "runs" / "d")
+    folder.keep_code(Recipe("mine", mine))
+    for run in (folder, RunFolder(mine / "runs" / "b")):
+        kept = {str(path.relative_to(run.code)) for path in run.code.rglob("*") if path.is_file()}
+        assert kept == {f"mine/{name}" for name in code}
+    # What was kept is a recipe as well, though it lies in the folder of a run.
+    again = RunFolder(mine / "runs" / "e")
+    again.keep_code(Recipe("mine", folder.code / "mine"))
+    kept = {str(path.relative_to(again.path)) for path in again.path.rglob("*") if path.is_file()}
+    assert kept == {f"recipe/mine/{name}" for name in code}

@@ -11,8 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_memtrain import Category, MemoryLedger, export_dense, sparse_weights, sparsify_
+from lightning_memtrain import (
+    Category,
+    MemoryLedger,
+    dense_state_dict,
+    export_dense,
+    sparse_weights,
+    sparsify_,
+)
 from lightning_memtrain.techniques.sparsity import Storage
+from lightning_memtrain.techniques.sparsity.note import with_note
 from tests.helpers.sparse import MODELS, assert_equal_states, model_and_batch, random_positions
 
 
@@ -171,6 +179,41 @@ def test_export_of_a_shared_layer_and_of_a_compiled_model() -> None:
     dense.load_state_dict(export_dense(model))
     compiled = torch.compile(model, backend="eager")
     assert_equal_states(export_dense(compiled), dense.state_dict())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_was_saved_is_made_dense(name: str, storage: Storage) -> None:
+    model, _, _ = sparse_model(name, storage=storage)
+    dense, _, _ = model_and_batch(name)
+    saved = through_a_file(with_note(model.state_dict()), weights_only=True)
+    made = dense_state_dict(saved, dense)
+    assert_equal_states(made, export_dense(model))
+    assert all(type(value) is Tensor for value in made.values())
+    dense.load_state_dict(made, strict=True)
+    assert_equal_states(dense_state_dict(made, dense), made)
+
+
+def test_what_was_saved_keeps_its_dtype_when_it_is_made_dense() -> None:
+    layer = nn.Linear(3, 4).to(torch.bfloat16)
+    sparsify_(layer, {"weight": torch.tensor([2, 7, 11])})
+    assert_equal_states(dense_state_dict(layer.state_dict(), nn.Linear(3, 4)), export_dense(layer))
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_pattern_is_not_made_dense(name: str) -> None:
+    state, message = DAMAGED[name]
+    with pytest.raises(ValueError, match=f"'values' of a sparse layer, but their pattern .*{message}"):
+        dense_state_dict(state, nn.Linear(4, 3, bias=False))
+
+
+def test_without_a_dense_weight_there_is_no_telling_the_shape() -> None:
+    model, _, _ = sparse_model("mlp")
+    message = (
+        r"holds '0.values' of a sparse layer, but the Linear has no dense '0.weight'. Pass the model that"
+    )
+    with pytest.raises(ValueError, match=message):
+        dense_state_dict(model.state_dict(), nn.Linear(2, 2))
 
 
 def test_other_dtypes_and_devices() -> None:
