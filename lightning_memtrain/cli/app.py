@@ -224,7 +224,13 @@ def _parser() -> _CommandParser:
 
 def _run_options() -> _Parser:
     options = _demo_options()
-    options.add_argument("--variant", metavar="NAME", help="what to lay over the recipe")
+    options.add_argument(
+        "--variant",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="what to lay over the recipe; of several, each over those before it",
+    )
     options.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     return options
 

@@ -33,7 +33,7 @@ def run_demo(run_dir: Path | None, overrides: list[str]) -> int:
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     has_wandb = find_spec("wandb") is not None
-    exit_code, folder = run(find(RECIPE), VARIANT, run_dir, [*(_WANDB if has_wandb else []), *overrides])
+    exit_code, folder = run(find(RECIPE), [VARIANT], run_dir, [*(_WANDB if has_wandb else []), *overrides])
     if has_wandb:
         import wandb
 

@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 
 def run(
-    recipe: Recipe, variant: str | None, run_dir: Path | None, overrides: Sequence[str]
+    recipe: Recipe, variants: Sequence[str], run_dir: Path | None, overrides: Sequence[str]
 ) -> tuple[int, RunFolder]:
     """Train by a recipe.
 
     Args:
         recipe: what to run.
-        variant: what to lay over it, if anything.
+        variants: what to lay over it, the first one first.
         run_dir: an empty or new folder; ``None`` for one named after the recipe and the time.
         overrides: options of LightningCLI.
 
     Returns:
         The exit code of the command, and the run's folder.
     """
-    configs = [recipe.config, *([recipe.variant(variant)] if variant else [])]
-    folder = RunFolder.new(run_dir, f"{recipe.name}-{variant}" if variant else recipe.name)
+    configs = [recipe.config, *map(recipe.variant, variants)]
+    folder = RunFolder.new(run_dir, "-".join([recipe.name, *variants]))
     _require_jsonargparse()
     is_users_own = recipe not in installed().values()
     if is_users_own:

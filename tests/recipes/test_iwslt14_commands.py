@@ -90,6 +90,23 @@ def test_a_variant_is_read(variant: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @needs_fairseq
+def test_variants_are_laid_over_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "iwslt14_dynamicconv", "--variant=multi30k", "--variant=all", "--print_config"])
+    assert ended.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    callbacks = config["trainer"]["callbacks"]
+    assert [callback["class_path"].rpartition(".")[2] for callback in callbacks] == [
+        *("MemoryProfiler", "ModelCheckpoint", "Microbatching", "ActivationCheckpointing", "SparseTraining")
+    ]
+    assert callbacks[1]["init_args"]["every_n_train_steps"] == 100  # of the first
+    assert config["model"]["init_args"]["options"]["encoder_embed_dim"] == 256
+    assert config["model"]["init_args"]["loss_chunk"] == 128  # of the second
+    assert config["data"]["class_path"].endswith(".Multi30kDataModule")
+    assert config["trainer"]["plugins"]
+
+
+@needs_fairseq
 def test_translate_prints_a_line_per_sentence(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["translate", str(trained), "Wort1 wort2", "", "wort3"]) == 0

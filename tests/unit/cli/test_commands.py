@@ -132,6 +132,10 @@ def test_folder_that_is_no_recipe(recipe, capsys):
             ["run", "--trainer.max_steps", "2"],
             "`memtrain run` needs a recipe before its options; `memtrain recipes` lists them.",
         ),
+        (
+            ["run", "tiny", "--variant=fast", "--variant=fats"],
+            "unknown variant `fats` of recipe `tiny`: it has fast. Did you mean `fast`?",
+        ),
         (["run", "tiny", "--variant"], "argument --variant: expected one argument. See `memtrain --help`."),
         (
             ["run", "tiny", "--resume=x"],
