@@ -102,5 +102,5 @@ def dense_state_dict(state_dict: Mapping[str, Tensor], module: nn.Module) -> dic
         shape = weights[weight_key].shape
         if (complaint := complaint_about(pattern, value, shape)) is not None:
             raise ValueError(f"{subject}their pattern {complaint}")
-        dense[weight_key] = Materialised.apply(value, pattern, shape)  # type: ignore[no-untyped-call]
+        dense[weight_key] = Materialised.apply(value, pattern, shape, None)  # type: ignore[no-untyped-call]
     return dense
