@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_memtrain.core import keep_all
 from lightning_memtrain.techniques.microbatching._compat import MetricStates
 
 
@@ -16,7 +17,8 @@ class BatchSnapshot:
 
     Parameters and optimizer state are not among them: nothing writes to them before the optimizer does.
     Buffers are copied on their device; gradients only where there are some, that is, amid an accumulation
-    window. Attributes of the model that are neither are not restored.
+    window. Other techniques are told, and go back to what they had gathered. Attributes of the model that are
+    neither are not restored.
 
     Args:
         model: the module that is trained.
@@ -40,6 +42,7 @@ class BatchSnapshot:
             if p.requires_grad
         ]
         self._metrics = MetricStates(model)
+        self._others = keep_all()
         self._restore_scaler = _scaler_restorer(grad_scaler)
 
     def num_bytes(self, amid_window: bool) -> int:
@@ -52,6 +55,7 @@ class BatchSnapshot:
             The bytes.
         """
         kept = [*self._rng, *(copied for _, copied in self._buffers), *self._metrics.tensors()]
+        kept += [tensor for one in self._others for tensor in one.tensors]
         kept += [p if amid_window else value for p, _, value in self._gradients]
         return sum(x.nbytes for x in kept if x is not None and x.device.type == self._device.type)
 
@@ -66,6 +70,8 @@ class BatchSnapshot:
             if gradient is not None and value is not None:
                 gradient.copy_(value)
         self._metrics.restore()
+        for other in self._others:
+            other.restore()
         self._restore_scaler()
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_memtrain.core import rehearsal_depth
+from lightning_memtrain.core import Kept, on_snapshot, rehearsal_depth
 
 if TYPE_CHECKING:
     from lightning_memtrain.techniques.sparsity.weights import SparseWeight
@@ -82,6 +82,18 @@ class CandidateSearch:
             self._found = Candidates(found.positions[order], found.gradients[order])
             self._best = []
 
+    def keep(self) -> Kept:
+        """Keep what passes have found so far, since the batch that follows may be begun again."""
+        found = self._found
+        gradients = None if found is None else found.gradients.clone()
+
+        def restore() -> None:
+            self._found, self._best = found, []
+            if found is not None and gradients is not None:
+                found.gradients.copy_(gradients)
+
+        return Kept(() if gradients is None else (gradients,), restore)
+
     def result(self) -> Candidates:
         """What was found.
 
@@ -132,6 +144,7 @@ class CandidateWatch:
         self._searches = dict(searches)
         for name, search in searches.items():
             weights[name].layer.search = search
+        self._undo: list[Callable[[], None]] = [on_snapshot(search.keep) for search in searches.values()]
 
     def __enter__(self) -> CandidateWatch:
         return self
@@ -159,6 +172,8 @@ class CandidateWatch:
             layer = self._weights[name].layer
             if layer.search is search:
                 layer.search = None
+        for undo in self._undo:
+            undo()
 
 
 def watch_candidates(
