@@ -214,6 +214,36 @@ class SecondStep(pl.Callback):
             self.ledger.__exit__(None, None, None)
 
 
+def train(
+    dictionaries: dict[str, bridge.Dictionary],
+    sample: bridge.Sample,
+    num_steps: int,
+    arguments: dict[str, Any],
+    callbacks: Sequence[pl.Callback],
+    options: dict[str, Any],
+) -> None:
+    """Take steps on one batch, in a Trainer."""
+    torch.manual_seed(0)
+    model = bridge.build_model("lightconv_iwslt_de_en", RECIPE, dictionaries["de"], dictionaries["en"])
+    assert sum(parameter.numel() for parameter in model.parameters()) == 38_685_184
+    module = TranslationModule(model=model, **arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            max_steps=num_steps,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+            callbacks=[*callbacks],
+            **options,
+        )
+        loader = torch.utils.data.DataLoader([sample] * num_steps, batch_size=None)
+        trainer.fit(module, loader)
+
+
 def measure(
     dictionaries: dict[str, bridge.Dictionary],
     sample: bridge.Sample,
@@ -222,49 +252,43 @@ def measure(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """The ledger's peak of the second step, MiB, by category."""
-    torch.manual_seed(0)
-    model = bridge.build_model("lightconv_iwslt_de_en", RECIPE, dictionaries["de"], dictionaries["en"])
-    assert sum(parameter.numel() for parameter in model.parameters()) == 38_685_184
-    module = TranslationModule(model=model, **arguments)
     watch = SecondStep()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = pl.Trainer(
-            max_steps=2,
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-            callbacks=[*callbacks, watch],
-            **options,
-        )
-        loader = torch.utils.data.DataLoader([sample, sample], batch_size=None)
-        trainer.fit(module, loader)
+    train(dictionaries, sample, 2, arguments, [*callbacks, watch], options)
     assert watch.ledger is not None
     breakdown = watch.ledger.breakdown(timeline=False)
     at_peak = {key.value: round(count / MIB, 2) for key, count in breakdown.at_peak.items() if count}
     return {"peak_mib": round(breakdown.ledger_peak_bytes / MIB, 2), "at_peak_mib": at_peak}
 
 
-def main() -> None:
-    """Measure all rows and write them, or those that are asked for and print them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_workload(parser: argparse.ArgumentParser) -> None:
+    """Options that say which batch is meant."""
     parser.add_argument("--batch", choices=BATCHES, default="typical")
     parser.add_argument("--data-dir", metavar="DIR", help="where the prepared text is, or the folder with it")
     parser.add_argument("--lengths", type=Path, metavar="FILE", help="lengths, in place of prepared text")
     parser.add_argument("--dictionaries", type=Path, metavar="DIR", help="their dictionaries")
-    parser.add_argument("--only", metavar="REGEX", help="rows whose name has this; they are not written")
-    options = parser.parse_args()
+
+
+def find_workload(
+    parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> tuple[Workload, tuple[int, int, int]]:
+    """What is known of the text, and the shape of the batch."""
     if (options.lengths is None) != (options.dictionaries is None):
         parser.error("--lengths and --dictionaries go together.")
-    torch.set_num_threads(1)
+    wanted = BATCHES[options.batch]
     if options.lengths is not None:
-        workload = of_statistics(options.lengths, options.dictionaries)
-    else:
-        workload = of_prepared_text(options.data_dir)
-    sample = make_sample(workload, BATCHES[options.batch])
+        return of_statistics(options.lengths, options.dictionaries), wanted
+    return of_prepared_text(options.data_dir), wanted
+
+
+def main() -> None:
+    """Measure all rows and write them, or those that are asked for and print them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_workload(parser)
+    parser.add_argument("--only", metavar="REGEX", help="rows whose name has this; they are not written")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    workload, wanted = find_workload(parser, options)
+    sample = make_sample(workload, wanted)
     shape = {name: list(sample["net_input"][name].shape) for name in ("src_tokens", "prev_output_tokens")}
     print(shape, sample["ntokens"], "target tokens")
     measured: dict[str, dict[str, Any]] = {}
