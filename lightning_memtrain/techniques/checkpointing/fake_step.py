@@ -120,22 +120,22 @@ class FakeStep:
             for _, twin in self._parameters:
                 twin.grad = torch.empty_like(twin) if twin.requires_grad else None
             stateless = [optimizer for optimizer in self._optimizers if not optimizer.state]
-            for optimizer, error in self._step_optimizers():
+            for optimizer, reason in self._step_optimizers():
                 # One that has its state, say for weights of another precision, holds hardly more than that;
                 # what calls the model holds its own beside what the model does.
                 if optimizer in stateless or needs_closure(optimizer):
-                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
                     self.uncounted[type(optimizer).__name__] = reason
             self._forget_gradients()
 
-    def _step_optimizers(self) -> list[tuple[Optimizer, Exception]]:
-        """Let those step that can, and return the others."""
-        others: list[tuple[Optimizer, Exception]] = []
+    def _step_optimizers(self) -> list[tuple[Optimizer, str]]:
+        """Let those step that can, and return the others, with what they said."""
+        others: list[tuple[Optimizer, str]] = []
         for optimizer in self._optimizers:
             try:
                 optimizer.step()
             except (RuntimeError, TypeError) as error:  # wants data, a closure, or another precision
-                others.append((optimizer, error))
+                # Not the error itself: its traceback would keep what the real step's frames hold.
+                others.append((optimizer, f"{type(error).__name__}: {error}".splitlines()[0]))
         return others
 
     def _twin(self, value: Any) -> Any:
