@@ -29,7 +29,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -151,8 +151,8 @@ def microbatching(number: int) -> mt.Microbatching:
     return mt.Microbatching(number, split_fn=split_sample, weight_fn=num_target_tokens)
 
 
-def half() -> dict[str, Any]:
-    return {"plugins": [mt.LowPrecision("bf16-true")]}
+def half(weight_rounding: Literal["stochastic", "nearest"] = "stochastic") -> dict[str, Any]:
+    return {"plugins": [mt.LowPrecision("bf16-true", weight_rounding=weight_rounding)]}
 
 
 def rows() -> dict[str, tuple[dict[str, Any], list[pl.Callback], dict[str, Any]]]:
@@ -172,6 +172,11 @@ def rows() -> dict[str, tuple[dict[str, Any], list[pl.Callback], dict[str, Any]]
         "8 microbatches, checkpointed, chunked loss": ({}, [microbatching(8), full("full")], {}),
         "bf16": ({}, [], half()),
         "8 microbatches, checkpointed, bf16": ({}, [microbatching(8), full("full")], half()),
+        "8 microbatches, checkpointed, bf16, Adam's moments, too": (
+            {},
+            [microbatching(8), full("full")],
+            half(weight_rounding="nearest"),
+        ),
         "16 microbatches, checkpointed, bf16": (
             {"loss_chunk": 128},
             [microbatching(16), full("full")],
