@@ -13,7 +13,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lightning_memtrain import ActivationCheckpointing, Microbatching
+from lightning_memtrain import (
+    ActivationCheckpointing,
+    DynamicSparseReparameterization,
+    Microbatching,
+    Select,
+    SparseTraining,
+    UpdateEvery,
+)
 from lightning_memtrain.cli.random_state import RandomState
 from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
 from lightning_memtrain.recipes.iwslt14_dynamicconv import module
@@ -93,7 +100,19 @@ def test_recomputing_trains_as_keeping(tmp_path: Path, data: IWSLT14DataModule) 
     assert_equal_weights(kept, fit(tmp_path, data, ActivationCheckpointing("auto")))
 
 
-@pytest.mark.parametrize("techniques", [(microbatching,), (lambda: ActivationCheckpointing("full"),)])
+def checkpointing() -> ActivationCheckpointing:
+    return ActivationCheckpointing("full")
+
+
+def sparse() -> SparseTraining:
+    # The pattern moves before and after both checkpoints.
+    layers = Select(dense=("*.weight_linear", "*.output_projection"))
+    return SparseTraining(DynamicSparseReparameterization(0.5), UpdateEvery(2), layers=layers)
+
+
+@pytest.mark.parametrize(
+    "techniques", [(microbatching,), (checkpointing,), (sparse,), (microbatching, checkpointing, sparse)]
+)
 def test_a_resumed_run_is_the_uninterrupted_one(
     tmp_path: Path, data: IWSLT14DataModule, techniques: tuple[Any, ...]
 ) -> None:
@@ -110,6 +129,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         resumed = run("resumed", max_steps=steps, ckpt_path=tmp_path / f"step={step}.ckpt")
         assert resumed.trainer.global_step == steps
         assert_equal_weights(whole, resumed)
+    for technique in (one for one in resumed.trainer.callbacks if isinstance(one, SparseTraining)):  # type: ignore[attr-defined]
+        assert technique.technique_record().settings["num_grown"] > 0, "the pattern must move"
 
 
 def test_the_optimizer_steps_as_fairseqs_adam(tmp_path: Path, data: IWSLT14DataModule) -> None:
