@@ -3,8 +3,10 @@
     python3 -m benchmarks.gpu                                   # all that needs no data
     python3 -m benchmarks.gpu training --data-dir DIR           # at most nine minutes; call again to go on
     python3 -m benchmarks.gpu training --data-dir DIR --method dsr --sparsity 0.8    # the same, sparse
+    python3 -m benchmarks.gpu translation --data-dir DIR --variant all    # in such slices, too
 
-Needs torch, lightning and torchmetrics, nothing else, and no network. Results are written to
+Needs torch, lightning and torchmetrics, nothing else, and no network; ``translation`` also the extra
+``translation`` and, for ``--variant all``, ``bnb``. Results are written to
 ``benchmarks/results/gpu/*.json``. Without a CUDA device it says so and checks nothing.
 
 ``rows`` compares, for each training step, what the ledger and the calibrated workspace predict with
@@ -12,14 +14,19 @@ Needs torch, lightning and torchmetrics, nothing else, and no network. Results a
 the time without. ``training`` trains WideResNet-28-2 on all 50,000 training images of CIFAR-10, without
 validation, in slices. Test accuracies of the same network on as many images after 200 epochs that are to be
 reached: dense 94.7 %, with dynamic sparse reparameterization 94.3 % at 80 % zeros and 93.5 % at 90 %.
+``translation`` is the recipe ``iwslt14_dynamicconv`` on the true text, scored when all its steps are done.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import io
+import re
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +46,12 @@ from lightning_memtrain import (
     StaticSparse,
     UpdatePiecewise,
 )
+from lightning_memtrain.cli import main as memtrain
+from lightning_memtrain.cli.run_folder import RunFolder
 from lightning_memtrain.core import MIB
 from lightning_memtrain.recipes.cifar10_wrn28_2.data import CIFAR10DataModule
 from lightning_memtrain.recipes.cifar10_wrn28_2.module import WideResNetClassifier
+from lightning_memtrain.report.document import MemoryReport
 
 TOLERANCE = 0.01
 ROWS = {
@@ -51,6 +61,7 @@ ROWS = {
     ),
 }
 RUN_FOLDER = Path("runs") / "gpu-cifar10-wrn28-2"
+WHAT = ["all", "rows", "overhead", "training", "translation"]
 METHODS = {"static": StaticSparse, "rigl": RigL, "dsr": DynamicSparseReparameterization}
 
 
@@ -156,15 +167,60 @@ def training(
     }
 
 
+def translation(
+    data_dir: str | None, minutes: float, variant: str, max_steps: int, options: Sequence[str] = ()
+) -> dict[str, Any]:
+    """One slice of the recipe on IWSLT'14; goes on from the last epoch of the slice before.
+
+    Args:
+        data_dir: where the text is.
+        minutes: length of the slice, which ends with an epoch.
+        variant: of the recipe.
+        max_steps: of the whole training.
+        options: of LightningCLI, for the first slice.
+    """
+    folder = RUN_FOLDER.parent / f"gpu-iwslt14-{variant}"
+    if folder.exists():
+        arguments = [f"--resume={folder}"]
+    else:
+        arguments = ["iwslt14_dynamicconv", f"--variant={variant}", f"--run-dir={folder}"]
+        arguments += [
+            f"--trainer.max_steps={max_steps}",
+            *([f"--data.data_dir={data_dir}"] if data_dir else []),
+        ]
+        arguments += ["--trainer.callbacks+=benchmarks.gpu.SliceTimer", "--trainer.callbacks.interval=epoch"]
+        arguments += [f"--trainer.callbacks.duration={{seconds: {round(60 * minutes)}}}", *options]
+    if memtrain(["run", *arguments]):
+        raise SystemExit(f"the run in {folder} failed; delete it to begin anew")
+    _, steps = RunFolder.open(folder).last_checkpoint()
+    report = MemoryReport.load(folder / "memory" / "memory_report.json")
+    results = {
+        "variant": variant,
+        "steps": steps,
+        "max_steps": max_steps,
+        "finished": steps >= max_steps,
+        "peak_mib": round(report.stages["fit"].peak_bytes / MIB, 2),
+    }
+    if not results["finished"]:
+        print(f"step {steps} of {max_steps}; call again to go on")
+        return results
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        memtrain(["score", str(folder)])
+    scores = dict(re.findall(r"^test/(bleu|loss) (\S+)", printed.getvalue(), re.MULTILINE))
+    return results | {f"test_{name}": float(value) for name, value in scores.items()}
+
+
 def main() -> None:
     """Run what was asked for on the CUDA device, or say that there is none."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", default="all", choices=["all", "rows", "overhead", "training"])
-    parser.add_argument("--data-dir", default=None, help="folder of cifar-10-batches-py, for `training`")
-    parser.add_argument("--minutes", type=float, default=9.0, help="length of one slice of `training`")
+    parser.add_argument("what", nargs="?", default="all", choices=WHAT)
+    parser.add_argument("--data-dir", default=None, help="folder of the data, for `training`, `translation`")
+    parser.add_argument("--minutes", type=float, default=9.0, help="length of one slice of these two")
     parser.add_argument("--epochs", type=int, default=200, help="epochs of the whole `training`")
     parser.add_argument("--method", default="dense", choices=["dense", *METHODS], help="for `training`")
     parser.add_argument("--sparsity", type=float, default=0.8, help="fraction of zeros, for `training`")
+    parser.add_argument("--variant", default="all", help="of the recipe, for `translation`")
+    parser.add_argument("--steps", type=int, default=50_000, help="of the whole `translation`")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("No CUDA device here: nothing was checked.")
@@ -176,6 +232,10 @@ def main() -> None:
         )
         name = options.method if options.method == "dense" else f"{options.method}_{options.sparsity:g}"
         write_results(f"gpu/training_{name}", results, str(device))
+        return
+    if options.what == "translation":
+        results = translation(options.data_dir, options.minutes, options.variant, options.steps)
+        write_results(f"gpu/translation_{options.variant}", results, str(device))
         return
     if options.what in ("all", "rows"):
         measured = rows(device)

@@ -23,13 +23,8 @@ pytestmark = pytest.mark.filterwarnings(
     *IGNORED, "ignore:Checkpoint directory .* exists", "ignore:.*dataloader, does not have"
 )
 VARIANTS = sorted((Path(recipe.__file__).parent / "variants").glob("*.yaml"))
-RUN = [
-    "run",
-    "iwslt14_dynamicconv",
-    "--trainer.callbacks=[]",
-    "--trainer.callbacks+=ModelCheckpoint",
-    "--trainer.callbacks.save_top_k=-1",
-    "--trainer.callbacks.every_n_train_steps=2",
+# The recipe in seconds.
+SMALL = [
     f"--model.options={yaml.safe_dump(TINY, default_flow_style=True, width=10_000).strip()}",
     "--model.warmup_steps=5",
     "--model.max_len_b=12",
@@ -38,8 +33,17 @@ RUN = [
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
-    "--trainer.max_steps=6",
     "--trainer.limit_val_batches=0",
+]
+RUN = [
+    "run",
+    "iwslt14_dynamicconv",
+    "--trainer.callbacks=[]",
+    "--trainer.callbacks+=ModelCheckpoint",
+    "--trainer.callbacks.save_top_k=-1",
+    "--trainer.callbacks.every_n_train_steps=2",
+    "--trainer.max_steps=6",
+    *SMALL,
 ]
 
 
