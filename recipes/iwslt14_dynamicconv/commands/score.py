@@ -39,7 +39,7 @@ def run(folder: Path, options: Namespace) -> int:
     Raises:
         CommandError: if the data is not there or does not fit the model.
     """
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     module = checkpoints.load_trained(folder, options)
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]
