@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
+# What `make gpu` runs after its tests: GPU_ARGS="training --method dsr", GPU_ARGS="translation --variant all"
+GPU_ARGS ?=
 
 bin := $(VENV)/bin
 # The build constraint pins what builds our own wheel; pip before 25.3 takes it from the first variable.
@@ -78,7 +80,7 @@ wheel-check: $(VENV)/.dev
 
 gpu:
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then \
-		$(PYTHON) -m unittest discover -s tests/gpu -t . && $(PYTHON) -m benchmarks.gpu; \
+		$(PYTHON) -m unittest discover -s tests/gpu -t . && $(PYTHON) -m benchmarks.gpu $(GPU_ARGS); \
 	else \
 		echo "$(PYTHON) has no torch with a CUDA device: nothing was checked."; \
 	fi
