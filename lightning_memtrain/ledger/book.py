@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -58,7 +58,7 @@ class StorageBook:
         entry = self.live.get(storage._cdata)
         return entry is not None and entry[0].num_bytes == storage.nbytes()
 
-    def note_new(self, tensor: torch.Tensor, producer: str) -> list[StorageRecord]:
+    def note_new(self, tensor: torch.Tensor, producer: str) -> Sequence[StorageRecord]:
         """Write down the storages of an operator's result that are new, made by the module ``producer``.
 
         Args:
@@ -68,21 +68,30 @@ class StorageBook:
         Returns:
             The records of the new storages.
         """
-        if tensor.device != self.device:
-            return []
-        new = []
+        new: list[StorageRecord] = []
         for storage in storages_of(tensor):
-            if not self._is_known(storage):
+            if self._known(storage) is None:
+                if tensor.device != self.device:
+                    return ()
                 new.append(self._write(storage, self._advance(), Category.TEMPORARY, producer))
         return new
 
-    def note_from_the_start(self, tensor: torch.Tensor, category: Category) -> None:
-        """Write down storages that were live before the first event, unless they are in the book."""
+    def note_from_the_start(self, tensor: torch.Tensor, category: Category) -> Sequence[StorageRecord]:
+        """Write down storages that were live before the first event, unless they are in the book.
+
+        Args:
+            tensor: any tensor.
+            category: what they are used for, if they are new.
+
+        Returns:
+            The records of its storages, new or not.
+        """
         if tensor.device != self.device:
-            return
-        for storage in storages_of(tensor):
-            if not self._is_known(storage):
-                self._write(storage, FROM_THE_START, category, "")
+            return ()
+        return [
+            self._known(storage) or self._write(storage, FROM_THE_START, category, "")
+            for storage in storages_of(tensor)
+        ]
 
     def classify(self, tensor: torch.Tensor, category: Category, owner: str) -> None:
         """Say what a tensor is used for: one of :data:`TRAINING_STATE`, of the module ``owner``.
@@ -92,38 +101,41 @@ class StorageBook:
         if tensor.device != self.device:
             return
         for storage in storages_of(tensor):
-            if not self._is_known(storage):
-                self._write(storage, FROM_THE_START, category, "")
-            record, reference = self.live[storage._cdata]
+            record = self._known(storage) or self._write(storage, FROM_THE_START, category, "")
             if record.category not in TRAINING_STATE:
                 if record.category is not Category.TEMPORARY:
-                    record = record.continued(self._advance())
-                    self.records.append(record)
-                    self.live[storage._cdata] = (record, reference)
+                    record = self._continue(storage)
                 record.category = category
             if record.owner is None:
                 record.owner = owner
 
     def resize(self, storage: torch.UntypedStorage) -> None:
         """Write down that a storage has another size now, if it is in the book."""
-        entry = self.live.get(storage._cdata)
-        if entry is None:
+        if storage._cdata not in self.live:
             return
-        record = entry[0].continued(self._advance())
+        record = self._continue(storage)
         if self._estimate is not None:
             self._estimate.free(record.num_bytes)
             self._estimate.allocate(storage.nbytes())
         record.num_bytes = storage.nbytes()
-        self.records.append(record)
-        self.live[storage._cdata] = (record, entry[1])
 
-    def _is_known(self, storage: torch.UntypedStorage) -> bool:
+    def _known(self, storage: torch.UntypedStorage) -> StorageRecord | None:
+        """The record of a live storage, with its present size."""
         entry = self.live.get(storage._cdata)
         if entry is None:
-            return False
+            return None
         if entry[0].num_bytes != storage.nbytes():
             self.resize(storage)
-        return True
+            return self.record_of(storage)
+        return entry[0]
+
+    def _continue(self, storage: torch.UntypedStorage) -> StorageRecord:
+        """Close the record of a storage in the book and open its next one, to be changed."""
+        record, reference = self.live[storage._cdata]
+        successor = record.continued(self._advance())
+        self.records.append(successor)
+        self.live[storage._cdata] = (successor, reference)
+        return successor
 
     def _write(
         self, storage: torch.UntypedStorage, born: int, category: Category, producer: str

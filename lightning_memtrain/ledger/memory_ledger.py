@@ -22,6 +22,8 @@ from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
 from lightning_memtrain.ledger.storages import RESIZE_WATCH, storages_of, tensors_in
 from lightning_memtrain.ledger.workspace import OpWorkspace, PeakEstimate
 
+_LIFT_FRESH = torch.ops.aten.lift_fresh.default
+
 
 @dataclass(frozen=True)
 class Survivor:
@@ -244,19 +246,16 @@ class MemoryLedger:
     # that are tensors and in the book, and a result that is one tensor or an argument.
 
     def _on_arguments(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        if func is torch.ops.aten.lift_fresh.default:
+        if func is _LIFT_FRESH:
             return  # `torch.tensor(...)` makes its storage out of sight and shows it here first
         knows = self._book.knows
-        for argument in args:
+        for argument in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(argument, torch.Tensor):
                 if not knows(argument):
                     self._note_argument(argument)
             elif isinstance(argument, (list, tuple)):
                 for tensor in tensors_in(argument):
                     self._note_argument(tensor)
-        if kwargs:
-            for tensor in tensors_in(kwargs):
-                self._note_argument(tensor)
         if self._estimate is not None:
             self._estimate.before(func, args, kwargs)
 
@@ -278,13 +277,8 @@ class MemoryLedger:
     def _on_saved(self, tensor: torch.Tensor) -> None:
         if rehearsal_depth() != self._depth:
             return
-        self._book.note_from_the_start(tensor, Category.INPUTS)  # unless some operator made it in the block
-        if tensor.device != self.device:
-            return
-        for storage in storages_of(tensor):
-            record = self._book.record_of(storage)
-            if record is None:
-                continue
+        # What no operator made in the block was there before.
+        for record in self._book.note_from_the_start(tensor, Category.INPUTS):
             if record.category is Category.TEMPORARY:
                 record.category = Category.ACTIVATIONS
                 record.recomputed = self._modules.now().recomputing
@@ -314,7 +308,8 @@ class MemoryLedger:
     def _follow_backward(self, now: Moment) -> None:
         if now.recomputing:
             return
-        self._settle_recomputed()
+        if self._recomputed:
+            self._settle_recomputed()
         if not now.in_backward:
             self._backward_module = None
         elif now.module != self._backward_module:
@@ -324,17 +319,23 @@ class MemoryLedger:
     def _scan_training_state(self) -> None:
         """Find parameters, buffers, gradients and optimizer state again; any of them may be a new storage."""
         owners: dict[Any, str] = {}
-        for name, parameter in self._model.named_parameters():
-            owners[parameter] = _owner(name)
-            self._book.classify(parameter, Category.PARAMETERS, _owner(name))
-            if parameter.grad is not None:
-                self._book.classify(parameter.grad, Category.GRADIENTS, _owner(name))
-        for name, buffer in self._model.named_buffers():
-            self._book.classify(buffer, Category.BUFFERS, _owner(name))
+        classify = self._book.classify
+        modules = list(self._model.named_modules())
+        for owner, module in modules:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    owners.setdefault(parameter, owner)
+                    classify(parameter, Category.PARAMETERS, owner)
+                    if parameter.grad is not None:
+                        classify(parameter.grad, Category.GRADIENTS, owner)
+        for owner, module in modules:
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    classify(buffer, Category.BUFFERS, owner)
         for optimizer in self._optimizers:
             for key, state in optimizer.state.items():
                 for tensor in tensors_in(state):
-                    self._book.classify(tensor, Category.OPTIMIZER_STATE, owners.get(key, ""))
+                    classify(tensor, Category.OPTIMIZER_STATE, owners.get(key, ""))
         self._num_scanned = len(self._book.records)
 
     def _outlived(self, record: StorageRecord) -> bool:

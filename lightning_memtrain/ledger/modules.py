@@ -15,6 +15,8 @@ from lightning_memtrain.core import rehearsal_depth
 
 NOT_IN_BACKWARD = -1
 
+_graph_task = torch._C._current_graph_task_id
+
 # Before torch 2.8 there is no such function, and only the recomputation of modules is recognised.
 _top_saved_tensors_hooks = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda tracing: None
@@ -76,9 +78,10 @@ class ModuleWatch:
 
     def now(self) -> Moment:
         """What is running now."""
-        if torch._C._current_graph_task_id() == NOT_IN_BACKWARD:
+        task = _graph_task()
+        if task == NOT_IN_BACKWARD:
             return self._forward_moment  # asked after every operator, so it is kept ready
-        if self._in_forward:
+        if self._in_forward_of(task):
             return Moment(True, True, self._forward_moment.module)
         # A checkpointed function may call no module; then only checkpoint's own hooks tell.
         hooks = _top_saved_tensors_hooks(True)
@@ -89,20 +92,18 @@ class ModuleWatch:
             return Moment(True, recomputing, "")
         return Moment(True, recomputing, self._modules_of_nodes[bisect_right(self._first_nodes, number) - 1])
 
-    @property
-    def _in_forward(self) -> bool:
+    def _in_forward_of(self, task: int) -> bool:
         # In backward, modules that were entered before it began do not count: a backward may be run by code
         # inside of a module's forward.
-        task = torch._C._current_graph_task_id()
-        if task == NOT_IN_BACKWARD:
-            return True
         return len(self._stack) > self._depth_at_backward.setdefault(task, len(self._stack))
 
     def _pre_hook(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any) -> None:
             if rehearsal_depth() != self._rehearsal_depth:
                 return
-            _ = self._in_forward  # a backward that begins with this module's recomputation is noted before it
+            task = _graph_task()
+            if task != NOT_IN_BACKWARD:
+                self._in_forward_of(task)  # notes a backward that begins with this module's recomputation
             self._stack.append(name)
             self._note_change()
             self._mark(f"forward {name}")
@@ -120,7 +121,7 @@ class ModuleWatch:
         module = self._stack[-1] if self._stack else ""
         self._forward_moment = Moment(False, False, module)
         # Recomputed nodes are never run by backward, and another thread may number them from zero.
-        if torch._C._current_graph_task_id() == NOT_IN_BACKWARD:
+        if _graph_task() == NOT_IN_BACKWARD:
             self._first_nodes.append(torch._C._autograd._get_sequence_nr())
             self._modules_of_nodes.append(module)
 

@@ -8,6 +8,7 @@ that they cannot disagree with each other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 from lightning_memtrain.core import (
@@ -97,7 +98,7 @@ def analyse(
         changes.append((record.born, column, record.num_bytes, recomputed_bytes))
         if record.died is not None:
             changes.append((record.died, column, -record.num_bytes, -recomputed_bytes))
-    changes.sort(key=lambda change: change[0])
+    changes.sort(key=itemgetter(0))
 
     held = [0] * len(categories)
     maxima = list(held)

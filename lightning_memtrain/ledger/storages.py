@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 #: Types whose instances hold their bytes in one storage, unless their layout says otherwise.
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
+_NO_TREES = (int, float, str, type(None))
+
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
     """All tensors in arguments or results of an operator, a batch, or the state of an optimizer.
@@ -36,9 +38,9 @@ def _collect(tree: Any, found: list[torch.Tensor]) -> None:
         for item in tree:
             if isinstance(item, torch.Tensor):  # saves a call for most arguments of an operator
                 found.append(item)
-            elif item is not None:
+            elif not isinstance(item, _NO_TREES):
                 _collect(item, found)
-    elif tree is None or isinstance(tree, (int, float, str)):
+    elif isinstance(tree, _NO_TREES):
         return
     elif callable(getattr(tree, "values", None)):
         for item in tree.values():

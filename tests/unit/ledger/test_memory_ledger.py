@@ -6,7 +6,13 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from lightning_memtrain.core import Category, mark, marks
 from lightning_memtrain.ledger import MemoryLedger
@@ -486,6 +492,33 @@ def test_compiled_modules_run_unchanged_and_are_seen_from_outside(batch):
     assert breakdown.maxima[Category.GRADIENTS] == breakdown.maxima[Category.PARAMETERS]
     assert "forward 1._orig_mod.0" not in [event.name for event in breakdown.timeline]
     assert not model[1]._orig_mod._forward_hooks
+
+
+def test_torch_compile_leaves_the_code_of_the_ledger_alone(mlp, batch):
+    class Bystander(TorchDispatchMode):
+        """What torch.compile does with a mode that says nothing about it."""
+
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return False
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    def frames_compiled() -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        # `nonzero` breaks the graph: it runs outside of compiled code, with the compiler looking on.
+        torch.compile(lambda x: x.sin().nonzero().sum().cos(), backend="eager")(batch)
+        return counters["frames"]["total"]
+
+    _push_mode(Bystander())
+    try:
+        assert frames_compiled() > 0
+    finally:
+        _pop_mode()
+    with MemoryLedger(mlp):
+        assert frames_compiled() == 0
 
 
 def test_a_ledger_is_freed_without_a_garbage_collection(mlp, batch):
