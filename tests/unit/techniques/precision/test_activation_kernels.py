@@ -113,6 +113,8 @@ needs_compiler = pytest.mark.skipif(not has_compiler(torch.device("cpu")), reaso
 
 @needs_compiler
 @pytest.mark.slow
+# torch's compiler says so on a CPU with AVX2 alone, and compiles all the same.
+@pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed:UserWarning")
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_compiled_codes_are_the_eager_ones(bits: int) -> None:
     compiled, eager = Kernels(bits, 64, compiled=True), Kernels(bits, 64, compiled=False)
