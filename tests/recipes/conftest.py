@@ -1,4 +1,4 @@
-"""A CIFAR-10 in miniature, for tests that need its format and not its pictures."""
+"""A CIFAR-10 in miniature, for tests that need its format and not its pictures; exact translation models."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 NUM_PER_FILE = 8
 FILES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
@@ -55,3 +56,13 @@ def mini_cifar10(tmp_path: Path) -> Path:
 def _no_data_but_the_tests_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MEMTRAIN_DATA_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def softmax_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Double precision throughout: fairseq's attention takes its softmax in float32 even then.
+
+    How that rounds depends on the CPU and on the number of sentences in a chunk.
+    """
+    utils = pytest.importorskip("fairseq.utils")
+    monkeypatch.setattr(utils, "softmax", lambda x, dim, onnx_trace=False: torch.softmax(x, dim))

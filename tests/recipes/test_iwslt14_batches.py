@@ -126,6 +126,7 @@ def test_chunks_are_the_sentences_in_order_without_needless_padding(
 
 
 @needs_fairseq
+@pytest.mark.usefixtures("softmax_in_double")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float, 5e-7), (torch.double, 1e-14)])
 def test_weighted_by_tokens_gradients_add_up_to_those_of_the_batch(
     sample: bridge.Sample,

@@ -81,6 +81,7 @@ def assert_equal_weights(model: TranslationModule, other: TranslationModule) -> 
         assert torch.equal(tensor, other.state_dict()[name]), name
 
 
+@pytest.mark.usefixtures("softmax_in_double")
 def test_microbatches_train_as_whole_batches(tmp_path: Path, data: IWSLT14DataModule) -> None:
     def trained(*callbacks: Any) -> TranslationModule:
         return fit(tmp_path, data, *callbacks, model=tiny(options=WITHOUT_DROPOUT), precision="64-true")
