@@ -15,7 +15,7 @@ from lightning_memtrain.core import rehearsal_depth
 
 NOT_IN_BACKWARD = -1
 
-_graph_task = torch._C._current_graph_task_id
+_current_graph_task = torch._C._current_graph_task_id
 
 # Before torch 2.8 there is no such function, and only the recomputation of modules is recognised.
 _top_saved_tensors_hooks = getattr(
@@ -78,7 +78,7 @@ class ModuleWatch:
 
     def now(self) -> Moment:
         """What is running now."""
-        task = _graph_task()
+        task = _current_graph_task()
         if task == NOT_IN_BACKWARD:
             return self._forward_moment  # asked after every operator, so it is kept ready
         if self._in_forward_of(task):
@@ -101,7 +101,7 @@ class ModuleWatch:
         def enter(module: nn.Module, args: Any) -> None:
             if rehearsal_depth() != self._rehearsal_depth:
                 return
-            task = _graph_task()
+            task = _current_graph_task()
             if task != NOT_IN_BACKWARD:
                 self._in_forward_of(task)  # notes a backward that begins with this module's recomputation
             self._stack.append(name)
@@ -121,7 +121,7 @@ class ModuleWatch:
         module = self._stack[-1] if self._stack else ""
         self._forward_moment = Moment(False, False, module)
         # Recomputed nodes are never run by backward, and another thread may number them from zero.
-        if _graph_task() == NOT_IN_BACKWARD:
+        if _current_graph_task() == NOT_IN_BACKWARD:
             self._first_nodes.append(torch._C._autograd._get_sequence_nr())
             self._modules_of_nodes.append(module)
 

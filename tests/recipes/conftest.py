@@ -1,4 +1,4 @@
-"""A CIFAR-10 in miniature, for tests that need its format and not its pictures; exact translation models."""
+"""Fixtures of the recipes' tests: CIFAR-10 in miniature, and fairseq in double precision."""
 
 from __future__ import annotations
 
