@@ -226,10 +226,11 @@ def train(
     arguments: dict[str, Any],
     callbacks: Sequence[pl.Callback],
     options: dict[str, Any],
+    recipe: dict[str, Any] = RECIPE,
 ) -> None:
     """Take steps on one batch, in a Trainer."""
     torch.manual_seed(0)
-    model = bridge.build_model("lightconv_iwslt_de_en", RECIPE, dictionaries["de"], dictionaries["en"])
+    model = bridge.build_model("lightconv_iwslt_de_en", recipe, dictionaries["de"], dictionaries["en"])
     assert sum(parameter.numel() for parameter in model.parameters()) == 38_685_184
     module = TranslationModule(model=model, **arguments)
     with tempfile.TemporaryDirectory() as folder:

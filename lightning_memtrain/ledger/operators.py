@@ -42,7 +42,7 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         # torch asks this when the class is made. Where the answer is yes, it wraps `__torch_dispatch__` in
-        # `torch._dynamo.disable`, which is a fifth of what a mode that does nothing costs.
+        # `torch._dynamo.disable`, some more calls in Python around every operator.
         return not _skip_in_dynamo(cls.__dict__["__torch_dispatch__"].__code__)
 
     def begin(self, before: Callable[[Any, Any, Any], None], after: Callable[[Any, Any], None]) -> None:
