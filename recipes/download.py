@@ -176,8 +176,9 @@ def unpack(archive: Path, folder_name: str, into: Path) -> None:
         into: the folder that receives it.
 
     Raises:
-        ValueError: if the archive is no tar archive, has no such folder, or has a member that is neither a
-            file nor a folder or that lies outside of ``folder_name``. Nothing of it remains.
+        ValueError: if the archive is no tar archive, does not have the checksum that a compressed one ends
+            with, has no such folder, or has a member that is neither a file nor a folder or that lies outside
+            of ``folder_name``. Nothing of it remains.
     """
     into.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unpack-", dir=into) as scratch:
@@ -186,6 +187,9 @@ def unpack(archive: Path, folder_name: str, into: Path) -> None:
                 for member in tar:
                     _check_member(archive, member, folder_name)
                     _write_member(tar, member, Path(scratch))
+                # Compressed files end with a checksum, which is only looked at when all was read.
+                while tar.fileobj is not None and tar.fileobj.read(CHUNK_BYTES):
+                    pass
         except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
             raise ValueError(
                 f"`{archive}` could not be unpacked ({error}). Delete it and try again."

@@ -13,7 +13,7 @@ from lightning_memtrain.recipes.iwslt14_dynamicconv.text import LANGUAGES, Pairs
 # Tokenised pairs of each split.
 Corpus = dict[str, Pairs]
 
-IWSLT14_URL = "http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz"
+IWSLT14_URL = "https://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz"
 MULTI30K_URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/tok"
 MULTI30K_STEMS = {"train": "train", "valid": "val", "test": "test_2016_flickr"}
 MULTI30K_SHA256 = {

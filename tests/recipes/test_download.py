@@ -220,8 +220,8 @@ def test_a_server_that_refuses(server: Server, path: Path) -> None:
     assert server.ranges == [None]
 
 
-def make_archive(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
-    with tarfile.open(path, "w:gz") as tar:
+def make_archive(path: Path, *members: tuple[tarfile.TarInfo, bytes], compresslevel: int = 9) -> Path:
+    with tarfile.open(path, "w:gz", compresslevel=compresslevel) as tar:
         for info, content in members:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -299,6 +299,22 @@ def test_a_truncated_archive_leaves_nothing(tmp_path: Path, kept: float) -> None
     with pytest.raises(ValueError, match=r"`.*a.tar.gz` could not be unpacked"):
         unpack(archive, "data", tmp_path / "into")
     assert files_below(tmp_path / "into") == []
+
+
+def test_the_checksum_that_an_archive_ends_with_is_looked_at(tmp_path: Path) -> None:
+    # Not compressed, so that a changed byte is unpacked as any other, and only the checksum tells; with more
+    # behind the folder than is read ahead.
+    members = [member("data/a", CONTENT), member("data/b", bytes(100_000))]
+    archive = make_archive(tmp_path / "a.tar.gz", *members, compresslevel=0)
+    content = archive.read_bytes()
+    changed = content.index(CONTENT[:100])
+    archive.write_bytes(content[:changed] + bytes([content[changed] ^ 1]) + content[changed + 1 :])
+    with pytest.raises(ValueError, match=r"could not be unpacked \(CRC check failed .*\)\. Delete it"):
+        unpack(archive, "data", tmp_path / "into")
+    assert files_below(tmp_path / "into") == []
+    archive.write_bytes(content)
+    unpack(archive, "data", tmp_path / "into")
+    assert (tmp_path / "into" / "data" / "a").read_bytes() == CONTENT
 
 
 def _hold(path: Path, held: Any, release: Any) -> None:
