@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_memtrain.cli import recipes
 from lightning_memtrain.cli.errors import INTERRUPTED, CommandError
-from lightning_memtrain.cli.recipes import Recipe, installed
+from lightning_memtrain.cli.recipes import Recipe
 from lightning_memtrain.cli.run_folder import RunFolder, launched_by_first_process
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def run(
     configs = [recipe.config, *map(recipe.variant, variants)]
     folder = RunFolder.new(run_dir, "-".join([recipe.name, *variants]))
     _require_jsonargparse()
-    is_users_own = recipe not in installed().values()
+    is_users_own = recipe not in recipes.installed().values()
     if is_users_own:
         recipe.make_importable()
 
