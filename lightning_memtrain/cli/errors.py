@@ -30,13 +30,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         known: what could have been meant.
 
     Returns:
-        A sentence that starts with a space, or nothing if no known word is near.
+        A sentence that starts with a space, or nothing if no known word is near or starts with the typed one.
 
     Example:
         >>> did_you_mean("recipse", ["run", "recipes"])
         ' Did you mean `recipes`?'
+        >>> did_you_mean("rec", ["run", "recipes"])
+        ' Did you mean `recipes`?'
         >>> did_you_mean("xyz", ["run", "recipes"])
         ''
     """
+    known = list(known)
     nearest = difflib.get_close_matches(word, known, n=1)
+    nearest += [name for name in known if word and name.startswith(word)]
     return f" Did you mean `{nearest[0]}`?" if nearest else ""

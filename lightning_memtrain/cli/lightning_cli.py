@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -48,12 +49,19 @@ class RecipeCLI(LightningCLI):
 
     def _explain(self, error: Exception) -> str:
         options = (option for action in self.parser._actions for option in action.option_strings)
-        class_names = [*callbacks.__all__, *loggers.__all__, *lightning_memtrain.__all__]
+        class_names = [*callbacks.__all__, *loggers.__all__, *lightning_memtrain.__all__, *_data_modules()]
         return explain(str(error), options, class_names)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was passed, without Lightning's warning that ``sys.argv`` has arguments, too."""
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except argparse.ArgumentError:
+            # Not earlier: the classes that have short names are imported when the configuration is read.
+            spelled_out = spell_out_data(args, _data_modules())
+            if spelled_out == args:
+                raise
+            self.config = parser.parse_args(spelled_out)
 
     def instantiate_classes(self) -> None:
         """Make the model and the data, and then the Trainer, whose files all go into the run's folder.
@@ -85,6 +93,40 @@ class RecipeCLI(LightningCLI):
             given = logger if isinstance(logger, list) else [] if logger in (None, True) else [logger]
             logger = [RunMetrics(self.folder.path), *given]
         return super().instantiate_trainer(default_root_dir=str(self.folder.path), logger=logger, **kwargs)
+
+
+def spell_out_data(args: Sequence[str], data_modules: Mapping[str, str]) -> list[str]:
+    """Put the name of its class in the place of a data module's short name.
+
+    Args:
+        args: options of LightningCLI.
+        data_modules: names of classes by their short names, which are in lower case.
+
+    Returns:
+        The options, with the value of ``--data`` replaced where it is one of the short names, in any case.
+
+    Example:
+        >>> spell_out_data(["--data", "Digits", "--seed=1"], {"digits": "DigitsDataModule"})
+        ['--data', 'DigitsDataModule', '--seed=1']
+    """
+    spelled_out = list(args)
+    for index, (before, arg) in enumerate(itertools.pairwise(["", *args])):
+        option = "--data=" if arg.startswith("--data=") else ""
+        value = arg.removeprefix(option)
+        if option or before == "--data":
+            spelled_out[index] = option + data_modules.get(value.lower(), value)
+    return spelled_out
+
+
+def _data_modules() -> dict[str, str]:
+    """The data modules that were imported, by what is left of their names without `DataModule`."""
+
+    def below(base: type[pl.LightningDataModule]) -> Iterator[str]:
+        for subclass in base.__subclasses__():
+            yield subclass.__name__
+            yield from below(subclass)
+
+    return {name.removesuffix("DataModule").lower(): name for name in below(pl.LightningDataModule)}
 
 
 def _default_checkpoint(configured: Any) -> list[callbacks.Checkpoint]:

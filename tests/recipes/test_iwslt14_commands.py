@@ -111,6 +111,25 @@ def test_variants_are_laid_over_each_other(capsys: pytest.CaptureFixture[str]) -
 
 
 @needs_fairseq
+@needs_fairseq
+@pytest.mark.parametrize(
+    "option", [["--data=multi30k"], ["--data", "Multi30k"], ["--data=Multi30kDataModule"]]
+)
+def test_a_data_module_goes_by_its_short_name(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "iwslt14_dynamicconv", "--variant=all", *option, "--data.seed=7", "--print_config"])
+    assert ended.value.code == 0
+    data = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert data["class_path"] == f"{recipe.__name__}.data.Multi30kDataModule"
+    assert (data["init_args"]["seed"], data["init_args"]["max_tokens"]) == (7, 4000)
+
+
+@needs_fairseq
+def test_a_mistyped_short_name(capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(capsys, 2, "run", "iwslt14_dynamicconv", "--data=multi3k")
+    assert message == "`--data`: there is no class `multi3k`. Did you mean `multi30k`?"
+
+
 def test_translate_prints_a_line_per_sentence(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["translate", str(trained), "Wort1 wort2", "", "wort3"]) == 0
