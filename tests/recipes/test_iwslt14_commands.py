@@ -111,7 +111,6 @@ def test_variants_are_laid_over_each_other(capsys: pytest.CaptureFixture[str]) -
 
 
 @needs_fairseq
-@needs_fairseq
 @pytest.mark.parametrize(
     "option", [["--data=multi30k"], ["--data", "Multi30k"], ["--data=Multi30kDataModule"]]
 )
@@ -130,6 +129,7 @@ def test_a_mistyped_short_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert message == "`--data`: there is no class `multi3k`. Did you mean `multi30k`?"
 
 
+@needs_fairseq
 def test_translate_prints_a_line_per_sentence(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["translate", str(trained), "Wort1 wort2", "", "wort3"]) == 0
