@@ -39,6 +39,8 @@ def explain(message: str, options: Iterable[str], class_names: Iterable[str]) ->
         return _unknown(
             f"--{key_match[1]}.{match[2]}", [f"--{key_match[1]}.{n}" for n in _arguments(match[1])]
         )
+    if key_match and (match := re.search(r'class_path \S+:\s+Parser key "([^"]+)":', body)):
+        return explain(f'Parser key "{key_match[1]}.{match[1]}":{body[match.end() :]}', options, class_names)
     if match := re.search(r"Expected a dot import path string: (\S+)", body):
         return f"{key}there is no class `{match[1]}`.{did_you_mean(match[1], class_names)}"
     lines = (line.strip().removeprefix("- ") for line in body.splitlines())

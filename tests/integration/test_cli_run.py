@@ -129,6 +129,7 @@ def test_report_of_a_folder_without_one(tmp_path, capfd):
             "--trainer.callbacks+=MemoryProfile",
             "`--trainer.callbacks`: there is no class `MemoryProfile`. Did you mean `MemoryProfiler`?",
         ),
+        ("--data.batch_size=big", "`--data.batch_size`: Expected a <class 'int'>. Got value: big"),
         ("stray", "unknown option `stray`."),
         (
             "--trainer.default_root_dir=x",

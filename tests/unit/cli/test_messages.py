@@ -19,6 +19,17 @@ NO_SUCH_OPTION = """Parser key "data":
   Given value type: <class 'jsonargparse._util.NestedArg'>
   Given value: NestedArg(key='adress', val='3')"""
 
+WRONG_VALUE = """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'lightning.pytorch.core.module.LightningModule'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'lightning.pytorch.demos.boring_classes.DemoModel':
+        Parser key "out_dim":
+          Expected a <class 'int'>. Got value: wide
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'jsonargparse._util.NestedArg'>
+  Given value: NestedArg(key='out_dim', val='wide')"""
+
 NO_SUCH_CLASS = """Parser key "trainer.callbacks":
 
   - Expected a path but MemoryProfile either not accessible or invalid
@@ -65,6 +76,7 @@ MISSING_ARGUMENT = """Parser key "trainer.callbacks":
             NO_SUCH_CLASS,
             "`--trainer.callbacks`: there is no class `MemoryProfile`. Did you mean `MemoryProfiler`?",
         ),
+        (WRONG_VALUE, "`--model.out_dim`: Expected a <class 'int'>. Got value: wide"),
         (MISSING_ARGUMENT, "`--trainer.callbacks`: the following arguments are required: monitor"),
         (
             "Parser key \"trainer.max_steps\":\n  Expected a <class 'int'>. Got value: many",
