@@ -16,6 +16,13 @@ _NOISE = re.compile(
     r"Expected a <class 'NoneType'>|Expected a path but|Problem with given class_path"
 )
 
+# With the lines that are indented below it; those that follow are about other classes that were tried.
+_VALUE_OF_A_CLASS = re.compile(
+    r'^(?P<indent> *)- Problem with given class_path \S+:\s+Parser key "(?P<key>[^"]+)":\n'
+    r"(?P<why>(?:(?P=indent)    .*\n?)+)",
+    re.MULTILINE,
+)
+
 
 def explain(message: str, options: Iterable[str], class_names: Iterable[str]) -> str:
     """Say in one line what is wrong with an option.
@@ -35,12 +42,12 @@ def explain(message: str, options: Iterable[str], class_names: Iterable[str]) ->
     key_match = re.match(r'Parser key "([^"]+)":?\s*', message)
     key = f"`--{key_match[1]}`: " if key_match else ""
     body = message[key_match.end() :] if key_match else message
+    if key_match and (match := _VALUE_OF_A_CLASS.search(body)):
+        return explain(f'Parser key "{key_match[1]}.{match["key"]}":\n{match["why"]}', options, class_names)
     if key_match and (match := re.search(r"class_path '(\S+)':\s+Option '(\S+)' is not accepted", body)):
         return _unknown(
             f"--{key_match[1]}.{match[2]}", [f"--{key_match[1]}.{n}" for n in _arguments(match[1])]
         )
-    if key_match and (match := re.search(r'class_path \S+:\s+Parser key "([^"]+)":', body)):
-        return explain(f'Parser key "{key_match[1]}.{match[1]}":{body[match.end() :]}', options, class_names)
     if match := re.search(r"Expected a dot import path string: (\S+)", body):
         return f"{key}there is no class `{match[1]}`.{did_you_mean(match[1], class_names)}"
     lines = (line.strip().removeprefix("- ") for line in body.splitlines())

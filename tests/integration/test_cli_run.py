@@ -129,6 +129,10 @@ def test_report_of_a_folder_without_one(tmp_path, capfd):
             "--trainer.callbacks+=MemoryProfile",
             "`--trainer.callbacks`: there is no class `MemoryProfile`. Did you mean `MemoryProfiler`?",
         ),
+        (
+            "--trainer.callbacks.every_n_steps=often",
+            "`--trainer.callbacks.every_n_steps`: Expected a <class 'int'>. Got value: often",
+        ),
         ("--data.batch_size=big", "`--data.batch_size`: Expected a <class 'int'>. Got value: big"),
         ("stray", "unknown option `stray`."),
         (
