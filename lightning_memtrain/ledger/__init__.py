@@ -1,5 +1,6 @@
 """Count live bytes exactly, and lay them beside what the device's allocator says."""
 
+from lightning_memtrain.ledger.limit import AllocationLimit, LimitReached, ResultBytes
 from lightning_memtrain.ledger.memory_ledger import (
     MemoryLedger,
     Survivor,
@@ -11,9 +12,12 @@ from lightning_memtrain.ledger.truth import DeviceTruth, TruthReading, device_tr
 from lightning_memtrain.ledger.workspace import OpWorkspace
 
 __all__ = [
+    "AllocationLimit",
     "DeviceTruth",
+    "LimitReached",
     "MemoryLedger",
     "OpWorkspace",
+    "ResultBytes",
     "Survivor",
     "TruthReading",
     "device_truth",

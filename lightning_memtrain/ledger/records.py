@@ -21,6 +21,8 @@ from lightning_memtrain.core import (
 )
 
 FROM_THE_START = 0
+#: A tick that no clock reaches.
+NEVER = 2**63
 TRANSIENT = (Category.ACTIVATIONS, Category.TEMPORARY)
 
 
@@ -74,6 +76,7 @@ def analyse(
     grown: Iterable[StorageRecord] = (),
     per_module: bool = True,
     timeline: bool = True,
+    asides: Sequence[tuple[int, int]] = (),
 ) -> MemoryBreakdown:
     """Turn the lives of storages into a breakdown.
 
@@ -85,6 +88,8 @@ def analyse(
         grown: the records that outlived their step and are no training state.
         per_module: whether to make the module rows.
         timeline: whether to make the timeline rows.
+        asides: ticks between which nothing counts for peak and maxima, in order; those of the peak of the
+            asides.
 
     Returns:
         The breakdown without a truth. Among equal peaks the first counts.
@@ -104,6 +109,8 @@ def analyse(
     maxima = list(held)
     at_peak = list(held)
     total = peak = start_bytes = recomputed = recomputed_max = recomputed_at_peak = 0
+    aside_peak = 0
+    left = list(asides)
     peak_tick = FROM_THE_START
     samples: list[TimelineEvent] = []
     next_event = 0
@@ -123,11 +130,16 @@ def analyse(
             recomputed += recomputed_bytes
             touched.add(column)
             index += 1
+        if tick == FROM_THE_START:
+            start_bytes = total
+        while left and left[0][1] <= tick:
+            del left[0]
+        if left and left[0][0] < tick:
+            aside_peak = max(aside_peak, total)
+            continue
         for column in touched:
             maxima[column] = max(maxima[column], held[column])
         recomputed_max = max(recomputed_max, recomputed)
-        if tick == FROM_THE_START:
-            start_bytes = total
         if total > peak:
             peak, peak_tick, at_peak, recomputed_at_peak = total, tick, list(held), recomputed
     if timeline:
@@ -147,6 +159,7 @@ def analyse(
         peak_event=peak_event,
         recomputed_at_peak_bytes=recomputed_at_peak,
         recomputed_max_bytes=recomputed_max,
+        aside_peak_bytes=aside_peak,
         start_bytes=start_bytes,
         end_bytes=total,
         modules=_module_rows(records, peak_tick, module_types) if per_module else (),

@@ -44,9 +44,7 @@ def checked(batch_size: int, num_bytes: Callable[[int], int], free_bytes: int, *
 def test_the_largest_chunks_that_fit_are_found(
     batch_size: int, base: int, slope: int, bend: float, free_bytes: int, aborts: bool
 ) -> None:
-    checked(
-        batch_size, lambda size: base + slope * size + int(bend * size**2), free_bytes, aborts=aborts
-    )
+    checked(batch_size, lambda size: base + slope * size + int(bend * size**2), free_bytes, aborts=aborts)
 
 
 @given(data=st.data(), batch_size=st.integers(1, 300), aborts=st.booleans())
