@@ -103,16 +103,12 @@ class AllocationLimit:
     Args:
         limit_bytes: most bytes that may be live.
         results: says what operators make; one for several blocks learns from each for the next.
-        late_bytes: bytes that were live from the start and are seen only later, as far as known from an
-            earlier block of the same kind; they count from the start.
     """
 
-    def __init__(self, limit_bytes: int, results: ResultBytes, late_bytes: int = 0) -> None:
+    def __init__(self, limit_bytes: int, results: ResultBytes) -> None:
         self.limit_bytes = limit_bytes
-        self.reached: LimitReached | None = None
-        """What was raised, if anything; whoever runs the block may have caught it."""
-        self.late_bytes = late_bytes
-        """Bytes that were seen late so far, or are expected to be."""
+        self.needed_bytes: int | None = None
+        """What would have been live, if the block was broken off; who runs it may have caught the error."""
         self._results = results
         self._most_bytes = 0
 
@@ -126,17 +122,16 @@ class AllocationLimit:
             args: its arguments.
             kwargs: its keyword arguments.
             live_bytes: what is live now.
-            late_bytes: the part of it, or of what was live before, that was seen late.
+            late_bytes: what was live from the beginning of the block, but was first seen in it.
 
         Raises:
             LimitReached: if it may not.
         """
-        self.late_bytes = max(self.late_bytes, late_bytes)
         made_bytes = self._results.before(func, args, kwargs)
         self._most_bytes = max(self._most_bytes, live_bytes - late_bytes + made_bytes)
-        if self._most_bytes + self.late_bytes > self.limit_bytes:
-            self.reached = LimitReached(self._most_bytes + self.late_bytes, self.limit_bytes)
-            raise self.reached
+        if self._most_bytes + late_bytes > self.limit_bytes:
+            self.needed_bytes = self._most_bytes + late_bytes
+            raise LimitReached(self.needed_bytes, self.limit_bytes)
 
     def after(self, made_bytes: int) -> None:
         """Learn what the operator really made.

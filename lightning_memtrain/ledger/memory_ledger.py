@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,19 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_memtrain.core import Category, MemoryBreakdown, rehearsal_depth, watch_asides, watch_marks
+from lightning_memtrain.core import (
+    Category,
+    CategoryBytes,
+    MemoryBreakdown,
+    rehearsal_depth,
+    watch_asides,
+    watch_marks,
+)
 from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
 from lightning_memtrain.ledger.limit import AllocationLimit
 from lightning_memtrain.ledger.modules import ModuleWatch, Moment
 from lightning_memtrain.ledger.operators import OperatorWatch, returns_arguments
-from lightning_memtrain.ledger.records import FROM_THE_START, TRANSIENT, StorageRecord, analyse
+from lightning_memtrain.ledger.records import FROM_THE_START, TRANSIENT, StorageRecord, analyse, held_at_peak
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
 from lightning_memtrain.ledger.storages import RESIZE_WATCH, storages_of, tensors_in
 from lightning_memtrain.ledger.workspace import OpWorkspace, PeakEstimate
@@ -101,6 +108,7 @@ class MemoryLedger:
         self.device = torch.device(device) if device is not None else parameter_device(model)
         self._estimate = PeakEstimate(workspace) if workspace is not None else None
         self._limit = limit
+        self._late_before = 0
         self._book = StorageBook(self.device, self._estimate)
         self._modules = ModuleWatch(model, self._book.mark)
         self._operators = OperatorWatch()  # type: ignore[no-untyped-call]
@@ -153,7 +161,7 @@ class MemoryLedger:
         undo.callback(RESIZE_WATCH.remove, self._book.resize)
         undo.callback(watch_marks(self.mark))
         undo.callback(watch_asides(self._book.begin_aside, self._book.end_aside))
-        self._book.late_bytes = 0
+        self._late_before = self._book.late_bytes
         self._operators.begin(self._on_arguments, self._on_results)
         undo.callback(self._operators.end)
 
@@ -173,7 +181,7 @@ class MemoryLedger:
         Returns:
             The bytes.
         """
-        return sum(record.num_bytes for record in self._book.records if record.live_at(tick))
+        return self.held_between(tick, tick).total_bytes
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -256,6 +264,32 @@ class MemoryLedger:
         """
         self._book.mark(name)
 
+    @contextmanager
+    def limited(self, limit: AllocationLimit) -> Iterator[None]:
+        """Ask a limit in this block, which may break it off.
+
+        Args:
+            limit: asked before each operator.
+        """
+        before = self._limit, self._late_before
+        self._limit, self._late_before = limit, self._book.late_bytes
+        try:
+            yield
+        finally:
+            self._limit, self._late_before = before
+
+    def held_between(self, first: int, last: int) -> CategoryBytes:
+        """What was live at the highest moment of a stretch.
+
+        Args:
+            first: the beginning, as :attr:`tick` told it.
+            last: its end.
+
+        Returns:
+            Bytes by category, as they are known by now.
+        """
+        return held_at_peak(self._book.records, first, last)
+
     def next_step(self) -> None:
         """Say that a training step is over, when one ledger counts several: what outlives it is growth."""
         self._last_step_tick = self._book.tick
@@ -280,7 +314,8 @@ class MemoryLedger:
         if self._estimate is not None:
             self._estimate.before(func, args, kwargs)
         if self._limit is not None:
-            self._limit.before(func, args, kwargs, self._book.live_bytes, self._book.late_bytes)
+            late_bytes = self._book.late_bytes - self._late_before
+            self._limit.before(func, args, kwargs, self._book.live_bytes, late_bytes)
 
     def _on_results(self, func: Any, results: Any) -> None:
         now = self._modules.now()

@@ -8,6 +8,7 @@ that they cannot disagree with each other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -166,6 +167,33 @@ def analyse(
         timeline=tuple(samples),
         growth=sum_growth((record.producer, record.num_bytes) for record in grown),
     )
+
+
+def held_at_peak(records: Iterable[StorageRecord], first: int, last: int) -> CategoryBytes:
+    """What was live at the highest moment of a stretch.
+
+    Args:
+        records: every storage that was ever live.
+        first: the tick right after which the stretch begins, its state included.
+        last: the last tick of it.
+
+    Returns:
+        Bytes by category; among equal moments of the first.
+    """
+    records = [one for one in records if one.born <= last and (one.died is None or one.died > first)]
+    changes = [(max(one.born, first), one.num_bytes) for one in records]
+    changes += [(one.died, -one.num_bytes) for one in records if one.died is not None and one.died <= last]
+    total = peak = 0
+    peak_tick = first
+    for tick, moment in groupby(sorted(changes), key=itemgetter(0)):
+        total += sum(num_bytes for _, num_bytes in moment)
+        if total > peak:
+            peak, peak_tick = total, tick
+    held: dict[Category, int] = {}
+    for one in records:
+        if one.live_at(peak_tick):
+            held[one.category] = held.get(one.category, 0) + one.num_bytes
+    return CategoryBytes(held)
 
 
 def _sample(index: int, name: str, held: list[int]) -> TimelineEvent:

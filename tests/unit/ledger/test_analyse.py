@@ -3,7 +3,7 @@
 import pytest
 
 from lightning_memtrain.core import Category, CategoryBytes, Growth
-from lightning_memtrain.ledger.records import Event, StorageRecord, analyse, sum_growth
+from lightning_memtrain.ledger.records import Event, StorageRecord, analyse, held_at_peak, sum_growth
 
 
 def record(num_bytes, born, died, category=Category.TEMPORARY, producer="", saver=None, recomputed=False):
@@ -124,3 +124,10 @@ def test_what_comes_after_something_aside_counts_again():
     lives = [record(10, 0, None), record(50, 1, 2), record(20, 3, 4), record(60, 5, 6), record(30, 7, None)]
     breakdown = analyse(lives, [], device="cpu", module_types={}, asides=[(0, 2), (4, 6)])
     assert (breakdown.ledger_peak_bytes, breakdown.aside_peak_bytes) == (40, 70)
+
+
+def test_the_highest_moment_of_a_stretch():
+    held = [(0, 0), (0, 1), (1, 2), (2, 3), (3, 4), (4, 4), (0, 4)]
+    totals = [held_at_peak(LIVES, first, last).total_bytes for first, last in held]
+    assert totals == [100, 110, 130, 130, 125, 115, 130]
+    assert held_at_peak(LIVES, 3, 4) == CategoryBytes({"parameters": 100, "activations": 25})

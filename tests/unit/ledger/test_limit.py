@@ -87,57 +87,76 @@ class Net(nn.Module):
             return batch
 
 
-def run(limit_bytes: int, late_bytes: int = 0, catches: bool = False) -> tuple[AllocationLimit, int]:
-    """The limit, and the peak by a ledger around it that has none."""
+def run(limit_bytes: int, catches: bool = False, known: bool = True) -> tuple[AllocationLimit, int]:
+    """The limit, and the peak by a ledger that has none."""
     model, batch = Net(), torch.ones(32, 16)
     model.catches = catches
-    limit = AllocationLimit(limit_bytes, ResultBytes(CPU), late_bytes)
-    inner = MemoryLedger(model, inputs=batch, limit=limit)
-    with MemoryLedger(model, inputs=batch) as outer, suppress(LimitReached), inner:
-        loss = model(batch).sum()
-        if loss.requires_grad:
-            loss.backward()
-    return limit, outer.breakdown().ledger_peak_bytes
+    limit, loss = AllocationLimit(limit_bytes, ResultBytes(CPU)), None
+    with MemoryLedger(model, inputs=(batch, model.weights) if known else batch) as ledger:
+        with suppress(LimitReached), ledger.limited(limit):
+            loss = model(batch).sum()
+            if loss.requires_grad:
+                loss.backward()
+        del loss
+    return limit, ledger.breakdown().ledger_peak_bytes
 
 
 PEAK = run(10**9)[1]
+PARAMETERS = 4 * sum(parameter.numel() for parameter in Net().parameters())
 
 
-def test_the_error_ends_the_block():
+def test_a_ledger_may_have_a_limit_from_the_beginning():
     ledger = MemoryLedger(Net(), limit=AllocationLimit(1, ResultBytes(CPU)))
     with pytest.raises(LimitReached, match="would be live, but 1 B may be"), ledger:
         torch.ones(2)
 
 
-def test_a_block_within_its_limit_runs_to_its_end():
-    limit, peak = run(PEAK)
-    assert limit.reached is None
+@pytest.mark.parametrize("known", [True, False])
+def test_a_block_within_its_limit_runs_to_its_end(known: bool):
+    limit, peak = run(PEAK, known=known)
+    assert limit.needed_bytes is None
     assert peak == PEAK
-    assert limit.late_bytes == 4000
 
 
 @pytest.mark.parametrize("short_by", [1, 4, 1000, 4000, 6000, 9000])
 def test_a_block_is_broken_off_before_it_is_above(short_by: int):
-    limit, peak = run(PEAK - short_by, late_bytes=4000)
-    assert peak <= PEAK - short_by
-    assert limit.reached is not None
-    assert limit.reached.limit_bytes == PEAK - short_by < limit.reached.needed_bytes <= PEAK
-    assert isinstance(limit.reached, OutOfReach)
-    assert does_not_fit(limit.reached)
+    limit, peak = run(PEAK - short_by)
+    assert limit.needed_bytes is not None
+    assert peak <= PEAK - short_by < limit.needed_bytes <= PEAK
 
 
 def test_what_was_live_from_the_start_counts_even_if_it_is_seen_late():
-    limit, _ = run(PEAK - 1)
-    assert limit.reached is not None  # though what was live without it never came near
-    assert limit.late_bytes == 4000
+    # After the first layer and the activation there were the weights, too, though nobody had seen them.
+    after_tanh = PARAMETERS + 32 * 16 * 4 + 4000 + 2 * 32 * 64 * 4
+    needed_bytes = run(after_tanh, known=False)[0].needed_bytes
+    assert needed_bytes is not None
+    assert needed_bytes > after_tanh  # in backward
+    limit, peak = run(after_tanh - 1, known=False)
+    assert limit.needed_bytes == after_tanh
+    assert peak == after_tanh
 
 
 def test_whoever_catches_the_error_does_not_hide_it():
-    limit, peak = run(PEAK - 9000, late_bytes=4000, catches=True)
-    assert limit.reached is not None
+    limit, peak = run(PEAK - 9000, catches=True)
+    assert limit.needed_bytes is not None
     assert peak <= PEAK - 9000
+
+
+def test_a_block_after_another_has_a_limit_of_its_own():
+    model, batch = Net(), torch.ones(32, 16)
+    with MemoryLedger(model, inputs=batch) as ledger:
+        model(batch)
+        ends = ledger.tick
+        limit = AllocationLimit(ledger.current_bytes + 8, ResultBytes(CPU))
+        with ledger.limited(limit):  # what came before neither counts as late nor as a peak
+            torch.ones(2)
+        torch.ones(1000)
+    assert limit.needed_bytes is None
+    assert ledger.held_between(ends, ledger.tick).total_bytes == limit.limit_bytes - 8 + 4000
 
 
 def test_the_error_says_what_was_needed():
     error = LimitReached(2048, 1024)
     assert str(error) == "at least 2.00 KiB would be live, but 1.00 KiB may be"
+    assert isinstance(error, OutOfReach)
+    assert does_not_fit(error)
