@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import sysconfig
 import types
+from collections.abc import Collection
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,8 @@ PLAIN = frozenset(
     }
 )
 """Types whose instances hold nothing that could be set back; generators and frames cannot be."""
+# From here on it pays to see first whether all items are plain.
+_MANY = 64
 
 _FOREIGN = frozenset(
     (
@@ -82,6 +85,17 @@ _ALONE_MODULES = (
 
 # Packages whose classes have heirs that are no such thing: only their own instances are left alone.
 _ALONE_THEMSELVES = frozenset({"typing", "importlib", "inspect", "ast", "re", "weakref"})
+
+
+def push(pending: list[Any], items: Collection[Any]) -> None:
+    """Let those items be looked into that are not plain.
+
+    Args:
+        pending: takes them.
+        items: any.
+    """
+    if len(items) < _MANY or not PLAIN.issuperset(map(type, items)):
+        pending += [item for item in items if type(item) not in PLAIN]
 
 
 def is_foreign(module_name: Any) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from types import FunctionType, ModuleType
 from typing import Any
 
-from lightning_memtrain.tracing.boundaries import is_foreign, module_of, mro_of, own_of
+from lightning_memtrain.tracing.boundaries import is_foreign, module_of, mro_of, own_of, push
 from lightning_memtrain.tracing.names import Names, names_in
 from lightning_memtrain.tracing.notes import ABSENT, ClassNote, FunctionNote, NamesNote, Note
 
@@ -24,17 +24,20 @@ class CodeReach:
     only those count that a step can get to. A name that is put together when the program runs is not seen.
 
     Args:
-        push: takes what is to be looked into.
+        pending: takes what is to be looked into.
         notes: where notes go.
     """
 
-    def __init__(self, push: Callable[[Collection[Any]], None], notes: list[Note]) -> None:
-        self._push = push
+    def __init__(self, pending: list[Any], notes: list[Note]) -> None:
+        self._pending = pending
         self._notes = notes
         self._namespaces: dict[int, NamesNote] = {}
         self._visited: dict[tuple[int, int], Any] = {}
         self._named: set[str] = set()
         self._waiting: dict[str, list[Any]] = {}
+
+    def _push(self, items: Collection[Any]) -> None:
+        push(self._pending, items)
 
     def function(self, target: FunctionType) -> None:
         """Note a function and what its code names."""

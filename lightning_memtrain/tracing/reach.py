@@ -33,6 +33,7 @@ from lightning_memtrain.tracing.boundaries import (
     module_of,
     mro_of,
     own_of,
+    push,
 )
 from lightning_memtrain.tracing.code_reach import CodeReach
 from lightning_memtrain.tracing.iterators import OVER_SEQUENCES, IteratorNotes
@@ -57,9 +58,6 @@ from lightning_memtrain.tracing.tensor_notes import TensorNote
 _OF_TRAINER = ("_logger_connector", "fit_loop", "callbacks")
 # Not its process groups, wrapped models and launchers.
 _OF_STRATEGY = ("_optimizers", "_lightning_optimizers", "lr_scheduler_configs", "_precision_plugin")
-
-# From here on it pays to see first whether all items are plain.
-_MANY = 64
 
 
 class _Kind(NamedTuple):
@@ -91,7 +89,7 @@ class Reach:
         self._seen: dict[int, Any] = {}
         self._pending: list[Any] = []
         self._kinds: dict[type, _Kind | None] = {}
-        self._code = CodeReach(self._push, self.notes)
+        self.code = CodeReach(self._pending, self.notes)
         self._array_bytes_left = MOST_ARRAY_BYTES
         self._push(roots)
         # Thousands of notes are made that all stay: the collector would look at everything for nothing.
@@ -105,8 +103,7 @@ class Reach:
         self._iterators.locate(self.notes)
 
     def _push(self, items: Collection[Any]) -> None:
-        if len(items) < _MANY or not PLAIN.issuperset(map(type, items)):
-            self._pending += [item for item in items if type(item) not in PLAIN]
+        push(self._pending, items)
 
     def _walk(self) -> None:
         pending, seen = self._pending, self._seen
@@ -270,8 +267,8 @@ _VISITS: dict[type, Callable[[Reach, Any], None]] = {
     CellType: _noted(CellNote),
     tuple: _pushed(tuple.__iter__),
     frozenset: _pushed(frozenset.__iter__),
-    type: lambda reach, target: reach._code.class_(target),
-    FunctionType: lambda reach, target: reach._code.function(target),
+    type: lambda reach, target: reach.code.class_(target),
+    FunctionType: lambda reach, target: reach.code.function(target),
     MethodType: _members(MethodType, "__self__", "__func__"),
     BuiltinMethodType: _members(BuiltinMethodType, "__self__"),
     MethodWrapperType: _members(MethodWrapperType, "__self__"),
