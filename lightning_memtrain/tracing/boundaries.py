@@ -110,7 +110,9 @@ def is_foreign(module_name: Any) -> bool:
     if type(module_name) is not str or not module_name:
         return True
     package = module_name.partition(".")[0]
-    return package in _FOREIGN or (package in sys.stdlib_module_names and _is_of_python(package))
+    if package in sys.stdlib_module_names:
+        return _is_of_python(package)
+    return package in _FOREIGN or package in _ALONE_PACKAGES
 
 
 @cache

@@ -42,6 +42,7 @@ from lightning_memtrain.tracing.notes import (
     CellNote,
     DequeNote,
     DictNote,
+    EmptyNotes,
     InstanceNotes,
     ListNote,
     NamesNote,
@@ -84,7 +85,8 @@ class Reach:
     def __init__(self, roots: Collection[Any]) -> None:
         self._instances = InstanceNotes()
         self._iterators = IteratorNotes()
-        self.notes: list[Note] = [self._iterators, self._instances]
+        self._empty = EmptyNotes()
+        self.notes: list[Note] = [self._iterators, self._instances, self._empty]
         self.tensors: list[TensorNote] = []
         self._seen: dict[int, Any] = {}
         self._pending: list[Any] = []
@@ -166,17 +168,22 @@ class Reach:
     # Containers ---------------------------------------------------------------------------------------------
 
     def _dict(self, target: dict[Any, Any]) -> None:
+        if not dict.__len__(target):  # most are: a module has a dozen for hooks
+            self._empty.dicts.append(target)
+            return
         note = DictNote(target)
         self.notes.append(note)
-        if note.contents:
-            self._push(note.contents.keys())
-            self._push(note.contents.values())
+        self._push(note.contents.keys())
+        self._push(note.contents.values())
 
     def _defaultdict(self, target: defaultdict[Any, Any]) -> None:
         self._dict(target)
         self._slots(target, (defaultdict.__dict__["default_factory"],))
 
     def _ordered_dict(self, target: OrderedDict[Any, Any]) -> None:
+        if not dict.__len__(target):
+            self._empty.ordered.append(target)
+            return
         note = OrderedDictNote(target)
         self.notes.append(note)
         self._push(note.keys)
@@ -251,6 +258,12 @@ def _members(cls: type, *names: str) -> Callable[[Reach, Any], None]:
     return _pushed(lambda target: [member.__get__(target) for member in found])
 
 
+def _behind(proxy: MappingProxyType[Any, Any]) -> list[Any]:
+    found = gc.get_referents(proxy)
+    # The attributes of a class must be written through the class.
+    return [target for target in found if type(target) is not dict or "__module__" not in target]
+
+
 def _is_made_for(mro: tuple[type, ...]) -> bool:
     """Whether a class is of a package that is left alone, but there is a way back for its instances."""
     return any(base in (torch.Generator, threading.local, *WEAK) for base in mro)
@@ -276,7 +289,7 @@ _VISITS: dict[type, Callable[[Reach, Any], None]] = {
     property: _members(property, "fget", "fset", "fdel"),
     staticmethod: _members(staticmethod, "__func__"),
     classmethod: _members(classmethod, "__func__"),
-    MappingProxyType: _pushed(gc.get_referents),
+    MappingProxyType: _pushed(_behind),
     threading.local: _pushed(lambda target: [threading.local.__getattribute__(target, "__dict__")]),
     torch.jit.ScriptModule: Reach._script_module,
     itertools.count: Reach._iterator,
