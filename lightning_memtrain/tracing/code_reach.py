@@ -41,9 +41,13 @@ class CodeReach:
 
     def function(self, target: FunctionType) -> None:
         """Note a function and what its code names."""
-        self._notes.append(FunctionNote(target))
+        defaults, by_name = target.__defaults__, target.__kwdefaults__
+        if defaults or by_name:
+            self._notes.append(FunctionNote(target))
+            self._push((defaults, by_name))
         # Foreign functions, too, close over a user's: those that decorate one.
-        self._push((target.__defaults__, target.__kwdefaults__, *(target.__closure__ or ())))
+        if target.__closure__:
+            self._push(target.__closure__)
         space = target.__globals__
         if is_foreign(space.get("__name__")):
             return
@@ -66,9 +70,11 @@ class CodeReach:
         mro = mro_of(target)
         foreign = [own_of(base) for base in mro if is_foreign(module_of(base))]
         for name, value in note.contents.items():
-            if (
-                type(value) not in _CODE
-                or name in self._named
+            if type(value) not in _CODE:
+                if not name.startswith("__"):  # else fields of a dataclass, annotations and the like
+                    self._push((value,))
+            elif (
+                name in self._named
                 or name.startswith("__")
                 or any(name in attributes for attributes in foreign)
             ):

@@ -137,7 +137,7 @@ class Reach:
                 self._dict(attributes)
         if kind.slots:
             self._slots(target, kind.slots)
-        if kind.attributes is not None or kind.slots:
+        if (kind.attributes is not None or kind.slots) and cls is not FunctionType:
             self._instances.add(target, attributes, kind.attributes)
         if kind.visit is not None:
             kind.visit(self, target)
@@ -161,7 +161,11 @@ class Reach:
             for value in own_of(base).values()
             if type(value) is MemberDescriptorType
         ]
-        if type(attributes) not in (GetSetDescriptorType, MemberDescriptorType) or type in mro:
+        if (
+            type(attributes) not in (GetSetDescriptorType, MemberDescriptorType)
+            or cls in _BARE
+            or type in mro
+        ):
             attributes = None
         return _Kind(visit, attributes, tuple(slots))
 
@@ -262,6 +266,10 @@ def _behind(proxy: MappingProxyType[Any, Any]) -> list[Any]:
     found = gc.get_referents(proxy)
     # The attributes of a class must be written through the class.
     return [target for target in found if type(target) is not dict or "__module__" not in target]
+
+
+# The attributes of a plain ordered dictionary would be made by looking for them, a dozen times a module.
+_BARE = (OrderedDict,)
 
 
 def _is_made_for(mro: tuple[type, ...]) -> bool:
