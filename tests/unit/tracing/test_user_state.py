@@ -433,3 +433,30 @@ def test_hidden_states_of_transformers_are_recorded_by_one_set_of_hooks() -> Non
     assert [set(vars(module)) for module in model.modules()] == marks
     assert num_states() == 3
     assert num_hooks() == installed
+
+
+def test_generators_and_caches_of_functions_are_left_as_they_are() -> None:
+    @functools.lru_cache
+    def squared(value: int) -> int:
+        return value * value
+
+    holder = types.SimpleNamespace(generator=(value for value in range(3)), squared=squared)
+    state = UserState(holder)
+    next(holder.generator)
+    squared(2)
+    state.restore()
+    assert next(holder.generator) == 1
+    assert squared.cache_info().currsize == 1
+
+
+def test_another_generator_of_numpy_is_set_back() -> None:
+    numpy = pytest.importorskip("numpy")
+    usual = numpy.random.get_bit_generator()
+    numpy.random.set_bit_generator(numpy.random.PCG64(1))
+    try:
+        state = UserState()
+        first = numpy.random.rand()
+        state.restore()
+        assert numpy.random.rand() == first
+    finally:
+        numpy.random.set_bit_generator(usual)
