@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import sysconfig
 import types
+from collections.abc import Collection
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,8 @@ PLAIN = frozenset(
     }
 )
 """Types whose instances hold nothing that could be set back; generators and frames cannot be."""
+# From here on it pays to see first whether all items are plain.
+_MANY = 64
 
 _FOREIGN = frozenset(
     (
@@ -84,6 +87,17 @@ _ALONE_MODULES = (
 _ALONE_THEMSELVES = frozenset({"typing", "importlib", "inspect", "ast", "re", "weakref"})
 
 
+def push(pending: list[Any], items: Collection[Any]) -> None:
+    """Let those items be looked into that are not plain.
+
+    Args:
+        pending: takes them.
+        items: any.
+    """
+    if len(items) < _MANY or not PLAIN.issuperset(map(type, items)):
+        pending += [item for item in items if type(item) not in PLAIN]
+
+
 def is_foreign(module_name: Any) -> bool:
     """Whether the code of a module is not followed, and its classes are not noted.
 
@@ -96,7 +110,9 @@ def is_foreign(module_name: Any) -> bool:
     if type(module_name) is not str or not module_name:
         return True
     package = module_name.partition(".")[0]
-    return package in _FOREIGN or (package in sys.stdlib_module_names and _is_of_python(package))
+    if package in sys.stdlib_module_names:
+        return _is_of_python(package)
+    return package in _FOREIGN or package in _ALONE_PACKAGES
 
 
 @cache

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from types import FunctionType, ModuleType
 from typing import Any
 
-from lightning_memtrain.tracing.boundaries import is_foreign, module_of, mro_of, own_of
+from lightning_memtrain.tracing.boundaries import is_foreign, module_of, mro_of, own_of, push
 from lightning_memtrain.tracing.names import Names, names_in
 from lightning_memtrain.tracing.notes import ABSENT, ClassNote, FunctionNote, NamesNote, Note
 
@@ -24,23 +24,30 @@ class CodeReach:
     only those count that a step can get to. A name that is put together when the program runs is not seen.
 
     Args:
-        push: takes what is to be looked into.
+        pending: takes what is to be looked into.
         notes: where notes go.
     """
 
-    def __init__(self, push: Callable[[Collection[Any]], None], notes: list[Note]) -> None:
-        self._push = push
+    def __init__(self, pending: list[Any], notes: list[Note]) -> None:
+        self._pending = pending
         self._notes = notes
         self._namespaces: dict[int, NamesNote] = {}
         self._visited: dict[tuple[int, int], Any] = {}
         self._named: set[str] = set()
         self._waiting: dict[str, list[Any]] = {}
 
+    def _push(self, items: Collection[Any]) -> None:
+        push(self._pending, items)
+
     def function(self, target: FunctionType) -> None:
         """Note a function and what its code names."""
-        self._notes.append(FunctionNote(target))
+        defaults, by_name = target.__defaults__, target.__kwdefaults__
+        if defaults or by_name:
+            self._notes.append(FunctionNote(target))
+            self._push((defaults, by_name))
         # Foreign functions, too, close over a user's: those that decorate one.
-        self._push((target.__defaults__, target.__kwdefaults__, *(target.__closure__ or ())))
+        if target.__closure__:
+            self._push(target.__closure__)
         space = target.__globals__
         if is_foreign(space.get("__name__")):
             return
@@ -63,9 +70,11 @@ class CodeReach:
         mro = mro_of(target)
         foreign = [own_of(base) for base in mro if is_foreign(module_of(base))]
         for name, value in note.contents.items():
-            if (
-                type(value) not in _CODE
-                or name in self._named
+            if type(value) not in _CODE:
+                if not name.startswith("__"):  # else fields of a dataclass, annotations and the like
+                    self._push((value,))
+            elif (
+                name in self._named
                 or name.startswith("__")
                 or any(name in attributes for attributes in foreign)
             ):

@@ -51,8 +51,9 @@ def names_in(code: CodeType) -> Names:
         for constant in one.co_consts:
             if type(constant) is CodeType:
                 pending.append(constant)
-            elif type(constant) is str and constant.isidentifier():
-                named[constant] = None
+            for text in constant if type(constant) in (tuple, frozenset) else (constant,):
+                if type(text) is str and text.isidentifier():
+                    named[text] = None
     names = Names(tuple(named), stores, imports)
     _known[id(code)] = code, names  # the code is kept, so that its id stays its own
     return names

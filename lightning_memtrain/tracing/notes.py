@@ -92,6 +92,23 @@ class OrderedDictNote:
             OrderedDict.__setitem__(target, key, value)
 
 
+class EmptyNotes:
+    """Dictionaries without anything in them."""
+
+    def __init__(self) -> None:
+        self.dicts: list[dict[Any, Any]] = []
+        self.ordered: list[OrderedDict[Any, Any]] = []
+
+    def restore(self) -> None:
+        """Put it back; may be called several times."""
+        for target in self.dicts:
+            if dict.__len__(target):
+                dict.clear(target)
+        for target in self.ordered:
+            if dict.__len__(target):
+                OrderedDict.clear(target)
+
+
 class ListNote:
     """The items of a list.
 

@@ -33,6 +33,7 @@ from lightning_memtrain.tracing.boundaries import (
     module_of,
     mro_of,
     own_of,
+    push,
 )
 from lightning_memtrain.tracing.code_reach import CodeReach
 from lightning_memtrain.tracing.iterators import OVER_SEQUENCES, IteratorNotes
@@ -41,6 +42,7 @@ from lightning_memtrain.tracing.notes import (
     CellNote,
     DequeNote,
     DictNote,
+    EmptyNotes,
     InstanceNotes,
     ListNote,
     NamesNote,
@@ -57,9 +59,6 @@ from lightning_memtrain.tracing.tensor_notes import TensorNote
 _OF_TRAINER = ("_logger_connector", "fit_loop", "callbacks")
 # Not its process groups, wrapped models and launchers.
 _OF_STRATEGY = ("_optimizers", "_lightning_optimizers", "lr_scheduler_configs", "_precision_plugin")
-
-# From here on it pays to see first whether all items are plain.
-_MANY = 64
 
 
 class _Kind(NamedTuple):
@@ -86,12 +85,13 @@ class Reach:
     def __init__(self, roots: Collection[Any]) -> None:
         self._instances = InstanceNotes()
         self._iterators = IteratorNotes()
-        self.notes: list[Note] = [self._iterators, self._instances]
+        self._empty = EmptyNotes()
+        self.notes: list[Note] = [self._iterators, self._instances, self._empty]
         self.tensors: list[TensorNote] = []
         self._seen: dict[int, Any] = {}
         self._pending: list[Any] = []
         self._kinds: dict[type, _Kind | None] = {}
-        self._code = CodeReach(self._push, self.notes)
+        self.code = CodeReach(self._pending, self.notes)
         self._array_bytes_left = MOST_ARRAY_BYTES
         self._push(roots)
         # Thousands of notes are made that all stay: the collector would look at everything for nothing.
@@ -105,8 +105,7 @@ class Reach:
         self._iterators.locate(self.notes)
 
     def _push(self, items: Collection[Any]) -> None:
-        if len(items) < _MANY or not PLAIN.issuperset(map(type, items)):
-            self._pending += [item for item in items if type(item) not in PLAIN]
+        push(self._pending, items)
 
     def _walk(self) -> None:
         pending, seen = self._pending, self._seen
@@ -138,7 +137,7 @@ class Reach:
                 self._dict(attributes)
         if kind.slots:
             self._slots(target, kind.slots)
-        if kind.attributes is not None or kind.slots:
+        if (kind.attributes is not None or kind.slots) and cls is not FunctionType:
             self._instances.add(target, attributes, kind.attributes)
         if kind.visit is not None:
             kind.visit(self, target)
@@ -154,7 +153,9 @@ class Reach:
         for name, of_lightning in _OF_LIGHTNING.items():
             if is_lightnings(cls, name):
                 return _Kind(of_lightning, None, ())
-        attributes = next((own_of(base)["__dict__"] for base in mro if "__dict__" in own_of(base)), None)
+        # The first that is Python's own: a class may have a property of that name.
+        found = (own_of(base).get("__dict__") for base in mro if cls not in _BARE and type not in mro)
+        attributes = next((one for one in found if type(one) in _DESCRIPTORS), None)
         slots = [
             value
             for base in mro
@@ -162,24 +163,27 @@ class Reach:
             for value in own_of(base).values()
             if type(value) is MemberDescriptorType
         ]
-        if type(attributes) not in (GetSetDescriptorType, MemberDescriptorType) or type in mro:
-            attributes = None
         return _Kind(visit, attributes, tuple(slots))
 
     # Containers ---------------------------------------------------------------------------------------------
 
     def _dict(self, target: dict[Any, Any]) -> None:
+        if not dict.__len__(target):  # most are: a module has a dozen for hooks
+            self._empty.dicts.append(target)
+            return
         note = DictNote(target)
         self.notes.append(note)
-        if note.contents:
-            self._push(note.contents.keys())
-            self._push(note.contents.values())
+        self._push(note.contents.keys())
+        self._push(note.contents.values())
 
     def _defaultdict(self, target: defaultdict[Any, Any]) -> None:
         self._dict(target)
         self._slots(target, (defaultdict.__dict__["default_factory"],))
 
     def _ordered_dict(self, target: OrderedDict[Any, Any]) -> None:
+        if not dict.__len__(target):
+            self._empty.ordered.append(target)
+            return
         note = OrderedDictNote(target)
         self.notes.append(note)
         self._push(note.keys)
@@ -254,6 +258,17 @@ def _members(cls: type, *names: str) -> Callable[[Reach, Any], None]:
     return _pushed(lambda target: [member.__get__(target) for member in found])
 
 
+def _behind(proxy: MappingProxyType[Any, Any]) -> list[Any]:
+    found = gc.get_referents(proxy)
+    # The attributes of a class must be written through the class.
+    return [target for target in found if type(target) is not dict or "__module__" not in target]
+
+
+# The attributes of a plain ordered dictionary would be made by looking for them, a dozen times a module.
+_BARE = (OrderedDict,)
+_DESCRIPTORS = (GetSetDescriptorType, MemberDescriptorType)
+
+
 def _is_made_for(mro: tuple[type, ...]) -> bool:
     """Whether a class is of a package that is left alone, but there is a way back for its instances."""
     return any(base in (torch.Generator, threading.local, *WEAK) for base in mro)
@@ -270,8 +285,8 @@ _VISITS: dict[type, Callable[[Reach, Any], None]] = {
     CellType: _noted(CellNote),
     tuple: _pushed(tuple.__iter__),
     frozenset: _pushed(frozenset.__iter__),
-    type: lambda reach, target: reach._code.class_(target),
-    FunctionType: lambda reach, target: reach._code.function(target),
+    type: lambda reach, target: reach.code.class_(target),
+    FunctionType: lambda reach, target: reach.code.function(target),
     MethodType: _members(MethodType, "__self__", "__func__"),
     BuiltinMethodType: _members(BuiltinMethodType, "__self__"),
     MethodWrapperType: _members(MethodWrapperType, "__self__"),
@@ -279,7 +294,7 @@ _VISITS: dict[type, Callable[[Reach, Any], None]] = {
     property: _members(property, "fget", "fset", "fdel"),
     staticmethod: _members(staticmethod, "__func__"),
     classmethod: _members(classmethod, "__func__"),
-    MappingProxyType: _pushed(gc.get_referents),
+    MappingProxyType: _pushed(_behind),
     threading.local: _pushed(lambda target: [threading.local.__getattribute__(target, "__dict__")]),
     torch.jit.ScriptModule: Reach._script_module,
     itertools.count: Reach._iterator,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -55,14 +55,15 @@ class TensorNote:
         """
         target = self.target
         try:
-            with torch.inference_mode(target.is_inference()):
-                self.copied = _without_repetition(target.detach()).clone()
-            self._bytes = target.untyped_storage().nbytes()
-            # Notes the version now; to leave it is to go back to that.
-            self._version = _unsafe_preserve_version_counter(target)
-        except Exception as error:  # a layout that cannot be copied, or has no storage, or no version
+            with _writing(target):
+                self.copied = _written(target).clone()
+        except Exception as error:  # a layout that cannot be copied
             if is_out_of_memory(error):
                 raise
+            return
+        self._bytes = _or_none(lambda: target.untyped_storage().nbytes()) or 0
+        # Notes the version now; to leave it is to go back to that. Inference tensors have none.
+        self._version = _or_none(lambda: _unsafe_preserve_version_counter(target))
 
     @property
     def copied_bytes(self) -> int:
@@ -97,10 +98,10 @@ class TensorNote:
     def _restore_values(self, copied: Tensor) -> None:
         target = self.target
         try:
-            with torch.inference_mode(target.is_inference()):
+            with _writing(target):
                 if self._bytes and target.untyped_storage().nbytes() < self._bytes:
                     target.untyped_storage().resize_(self._bytes)
-                _without_repetition(target.detach()).copy_(copied)
+                _written(target).copy_(copied)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -109,13 +110,20 @@ class TensorNote:
                 self._version.__exit__(None, None, None)
 
 
-def _without_repetition(tensor: Tensor) -> Tensor:
-    """What an expanded tensor repeats, once: it cannot be written to as a whole."""
-    if tensor.layout is torch.strided and tensor.numel():
+def _written(tensor: Tensor) -> Tensor:
+    """Where the values of a tensor lie; an expanded one repeats them, and cannot be written to as a whole."""
+    if tensor.layout is not torch.strided:
+        return tensor  # another one would not share what it is made of
+    tensor = tensor.detach()
+    if tensor.numel() and not is_traceable_wrapper_subclass(tensor):
         for dim, stride in enumerate(tensor.stride()):
             if stride == 0:
                 tensor = tensor.narrow(dim, 0, 1)
     return tensor
+
+
+def _writing(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.inference_mode() if tensor.is_inference() else torch.no_grad()
 
 
 def _is_same_memory(one: Tensor, other: Tensor) -> bool:
