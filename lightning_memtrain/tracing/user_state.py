@@ -57,6 +57,22 @@ class UserState:
             self._random = global_random_states([*one_on_each_device.values()])
 
     @property
+    def uncopied(self) -> list[Tensor]:
+        """The tensors within reach whose values are not kept."""
+        return [note.target for note in self._tensor_notes if note.copied is None]
+
+    def copy(self, tensor: Tensor) -> None:
+        """Keep the values of a tensor within reach, too, which have not changed so far.
+
+        Args:
+            tensor: one of :attr:`tensors`; any other is passed over.
+        """
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            for note in self._tensor_notes:
+                if note.target is tensor and note.copied is None:
+                    note.copy()
+
+    @property
     def num_bytes(self) -> int:
         """What is held in copies of tensors and arrays, in bytes of all devices."""
         arrays = sum(note.num_bytes for note in self._notes if isinstance(note, StateNote))
