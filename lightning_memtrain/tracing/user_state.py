@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class UserState:
     Args:
         *roots: where a step begins: module, optimizers, schedulers, batch, the function that runs it.
         copies: says of which tensors the values are copied, too; by default of none.
+        leave: objects that are neither looked into nor set back, since nobody writes to them.
 
     Example:
         >>> from torch import nn
@@ -43,9 +44,11 @@ class UserState:
         []
     """
 
-    def __init__(self, *roots: Any, copies: Callable[[Tensor], bool] | None = None) -> None:
+    def __init__(
+        self, *roots: Any, copies: Callable[[Tensor], bool] | None = None, leave: Collection[Any] = ()
+    ) -> None:
         with _disable_current_modes(), torch._C.DisableTorchFunction():
-            reach = Reach(roots)
+            reach = Reach(roots, leave)
             self._notes, self._tensor_notes = reach.notes, reach.tensors
             self.tensors: tuple[Tensor, ...] = tuple(note.target for note in self._tensor_notes)
             """All tensors within reach, each once."""
