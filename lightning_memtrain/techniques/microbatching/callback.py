@@ -176,6 +176,11 @@ class Microbatching(Callback):
         if self._recovery is not None:
             self._recovery.begin_batch(batch)
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Watch the step if it is not known what it will hold."""
+        if self._recovery is not None:
+            self._recovery.before_update()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

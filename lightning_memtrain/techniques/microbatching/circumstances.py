@@ -20,7 +20,7 @@ class Circumstances(NamedTuple):
         batch_bytes: of the whole batch, on the device.
         trained: which parameters are trained, as bits of a number in the order of the model.
         amid_window: whether gradients of earlier batches may be there.
-        held_bytes: all that is within reach between two batches, but for gradients.
+        held_bytes: all that is within reach between two batches, but for gradients, and what is copied of it.
         update: see :func:`~.update.update_signature`.
     """
 

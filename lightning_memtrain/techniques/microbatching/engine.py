@@ -189,7 +189,8 @@ class MicrobatchEngine:
         strategy, outcome = self.trainer.strategy, BatchOutcome(self.splitter.loss_reduction == "sum")
         last = max((i for i, chunk in enumerate(chunks) if chunk.weight > 0 or self._in_step), default=0)
         for index, chunk in enumerate(chunks):
-            if len(chunks) > 1:
+            # That of a probe would last on.
+            if len(chunks) > 1 or (self.recovery is not None and self.recovery.has_probed):
                 mark(f"microbatch {index + 1} of {len(chunks)}")
             with (
                 parallel.gradient_sync(strategy, enabled=communicate and index == last),

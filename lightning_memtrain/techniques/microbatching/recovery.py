@@ -26,6 +26,7 @@ from lightning_memtrain.techniques.microbatching.refusals import (
 from lightning_memtrain.techniques.microbatching.snapshot import BatchSnapshot, WrittenTensors
 from lightning_memtrain.techniques.microbatching.trial import Trials, release_memory, restore
 from lightning_memtrain.techniques.microbatching.update import update_signature
+from lightning_memtrain.techniques.microbatching.update_guard import UpdateGuard
 
 if TYPE_CHECKING:
     from lightning_memtrain.techniques.microbatching.engine import Backward, MicrobatchEngine
@@ -51,6 +52,12 @@ class Recovery:
         self._device = self._trainer.strategy.root_device
         self._written = WrittenTensors()
         self._ledger: MemoryLedger | None = None
+        self._guard = UpdateGuard(self._trainer, engine.model)
+        self._guarded: set[str] = set()  # signatures of steps that could not be foretold
+        self._batch: Any = None
+        self._unknown_bytes: int | None = None  # within reach before the first batch, but used in no step
+        self.has_probed = False
+        """Whether the batch at hand was probed."""
 
     # ------------------------------------------------------------------ a batch
 
@@ -61,12 +68,24 @@ class Recovery:
             batch: the whole batch.
         """
         self.end_batch()
+        self._batch = batch
         with suppress(MisconfigurationException):  # a batch that cannot be split is refused when it is run
             if self._size.size_for(self._circumstances(batch, held_bytes=0)) is None:
                 self._watch(batch)
 
+    def before_update(self) -> None:
+        """Watch the step of the optimizer if nobody knows what it will hold."""
+        signature = update_signature(self._trainer.optimizers)
+        if signature in self._guarded and self._size.limit_bytes is not None:
+            self._guard.begin(signature, self._batch, self._size.limit_bytes)
+
     def end_batch(self) -> None:
         """Stop watching."""
+        self._guard.end()
+        self._batch = None
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
         if self._ledger is not None:
             self._ledger.__exit__(None, None, None)
             self._ledger = None
@@ -79,8 +98,9 @@ class Recovery:
         results = _compat.results(trainer)
         logged = _compat.results_state(results)
         snapshot = self._snapshot(kwargs)
-        now = self._circumstances(batch, snapshot.reachable_bytes)
-        if parallel.highest_of_ranks(trainer, int(size.choose(now) is None)):
+        now = self._circumstances(batch, snapshot.reachable_bytes + snapshot.num_bytes(self._amid_window))
+        self.has_probed = bool(parallel.highest_of_ranks(trainer, int(size.choose(now) is None)))
+        if self.has_probed:
             # The ledger's hooks are part of the state that each trial begins with, and not of the batch's.
             if self._ledger is None:
                 self._watch(batch)
@@ -88,10 +108,10 @@ class Recovery:
             try:
                 self._probe(kwargs, backward, snapshot, now)
             finally:
-                self.end_batch()
+                self._stop_watching()
             snapshot = self._snapshot(kwargs)
         else:
-            self.end_batch()
+            self._stop_watching()
         retries = sizing.allocation_retries(self._device)
         while True:
             assert size.size is not None
@@ -182,9 +202,22 @@ class Recovery:
         # A rank whose batch fits as a whole may be asked for chunks, which find gradients of others.
         amid_window = now.amid_window or trainer.world_size > 1
         assert self._ledger is not None
+        unknown_bytes = snapshot.bytes_unknown_to(self._ledger)
+        if self._unknown_bytes is None:
+            self._unknown_bytes = unknown_bytes
         spared_bytes = 0 if amid_window else sum(p.nbytes for p in self._engine.model.parameters())
         with aside("probe"):
-            trials = Trials(self._engine, kwargs, backward, snapshot, self._ledger, limit_bytes, amid_window)
+            trials = Trials(
+                self._engine,
+                kwargs,
+                backward,
+                snapshot,
+                self._ledger,
+                self._guard,
+                limit_bytes,
+                max(0, unknown_bytes - self._unknown_bytes),
+                amid_window,
+            )
             try:
                 peak = largest_fitting(trials.measure, now.num_samples, limit_bytes, spared_bytes)
             finally:
@@ -195,6 +228,8 @@ class Recovery:
         is_whole = peak.size >= now.num_samples
         agreed = -parallel.highest_of_ranks(trainer, -(_ANY_SIZE if is_whole else peak.size))
         measured = trials.measured.get(peak.size)
+        if trials.forecast is not None and trials.forecast.unknown:
+            self._guarded.add(now.update)
         self._size.start(
             trainer.global_step,
             Found(
@@ -210,7 +245,9 @@ class Recovery:
         )
 
     def _refusal(self, trials: Trials, limit_bytes: int) -> Exception | None:
-        """The reason why a single sample at a time does not fit, if a limit was given."""
+        """The reason why a single sample at a time does not fit into a limit that was given."""
+        if 1 in trials.out_of_reach:
+            return trials.out_of_reach[1]
         if self._size.limit_bytes is None:
             return None
         single, at_least = trials.measured.get(1), False

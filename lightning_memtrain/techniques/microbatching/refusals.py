@@ -125,7 +125,13 @@ def limit_refused(
 
 
 def update_refused(
-    limit_bytes: int, needed_bytes: int, held: CategoryBytes, coming_bytes: int, over_bytes: int
+    limit_bytes: int,
+    needed_bytes: int,
+    held: CategoryBytes,
+    coming_bytes: int,
+    over_bytes: int,
+    *,
+    at_least: bool = False,
 ) -> MisconfigurationException:
     """Of a limit that the step of the optimizer does not keep.
 
@@ -135,17 +141,19 @@ def update_refused(
         held: what was counted of that before the step.
         coming_bytes: optimizer state that the coming steps make.
         over_bytes: all that they hold at most beyond what there was before.
+        at_least: whether it may be more that is needed.
 
     Returns:
         The error.
     """
     temporary_bytes = over_bytes - coming_bytes
     temporary = f", {format_bytes(temporary_bytes)} of temporary tensors" if temporary_bytes else ""
+    needed = f"{'at least ' if at_least else ''}{format_bytes(needed_bytes)}"
     return MisconfigurationException(
-        "`Microbatching(limit)` must have room for the step of the optimizer, which takes "
-        f"{format_bytes(needed_bytes)} with {_listed(held, coming_bytes)}{temporary}, but got "
-        f"limit={format_bytes(limit_bytes)}. No size of microbatches changes that. Raise it, let the "
-        "optimizer step one parameter at a time (foreach=False) or keep less state, or make weights smaller."
+        f"`Microbatching(limit)` must have room for the step of the optimizer, which takes {needed} with "
+        f"{_listed(held, coming_bytes)}{temporary}, but got limit={format_bytes(limit_bytes)}. No size of "
+        "microbatches changes that. Raise it, let the optimizer step one parameter at a time "
+        "(foreach=False) or keep less state, or make weights smaller."
     )
 
 

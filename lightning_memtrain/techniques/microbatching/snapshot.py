@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_memtrain.core import keep_all
+from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.storages import storages_of, tensors_in
 from lightning_memtrain.tracing import UserState
 
-# Copied before every batch without asking whether anybody writes to it.
-_SMALL_BYTES = 64 * 1024
+# Copied before every batch without asking whether anybody writes to them: counters, sums, and the like.
+_SMALL_BYTES = 4 * 1024
+_MOST_SMALL_BYTES = 1024 * 1024
 
 
 class WrittenTensors:
@@ -45,9 +47,9 @@ class BatchSnapshot:
     """Everything that forward and backward of a batch can change, as it is before them.
 
     All Python state within reach of the model and its trainer, random numbers, buffers, metrics, gradients
-    and the loss scaler. Other techniques are told, and go back to what they had gathered. Parameters,
-    optimizer state, the batch and large tensors in plain attributes are copied only if steps are known to
-    write to them. Gradients are copied only where there are some, that is, amid an accumulation window.
+    and the loss scaler. Other techniques are told, and go back to what they had gathered. Parameters, the
+    batch and larger tensors in plain attributes are copied only if steps are known to write to them.
+    Gradients are copied only where there are some, that is, amid an accumulation window.
 
     Args:
         model: the module that is trained.
@@ -72,6 +74,7 @@ class BatchSnapshot:
         constant: Iterable[Tensor] = (),
         written: WrittenTensors | None = None,
     ) -> None:
+        self._model = model
         self._device = device
         self._written = WrittenTensors() if written is None else written
         self._batch = {id(tensor) for tensor in tensors_in(batch)}
@@ -100,15 +103,20 @@ class BatchSnapshot:
         wanted = {id(buffer) for buffer in model.buffers()}
         wanted.update(id(p.grad) for p in model.parameters() if p.grad is not None)
         wanted.update(id(getattr(metric, name)) for metric in metrics for name in metric._defaults)
+        small_bytes = 0
 
         def copies(tensor: Tensor) -> bool:
+            nonlocal small_bytes
             if id(tensor) in spared:
                 return False
             if id(tensor) in wanted or tensor in self._written:
                 return True
             if id(tensor) in self._batch:
                 return self._written.batch
-            return not isinstance(tensor, nn.Parameter) and tensor.nbytes <= _SMALL_BYTES
+            if isinstance(tensor, nn.Parameter) or tensor.nbytes > _SMALL_BYTES:
+                return False
+            small_bytes += tensor.nbytes
+            return small_bytes <= _MOST_SMALL_BYTES
 
         return copies
 
@@ -131,17 +139,34 @@ class BatchSnapshot:
     @property
     def reachable_bytes(self) -> int:
         """What is within reach on the device, but for gradients, the batch, and what has been logged."""
+        return self._bytes_of(self._reachable()) + self._bytes_of(
+            tensor for one in self._optimizers for tensor in tensors_in(list(one.state.values()))
+        )
+
+    def bytes_unknown_to(self, ledger: MemoryLedger) -> int:
+        """The part of it that a ledger does not count, since no operator has shown it.
+
+        Args:
+            ledger: knows training state, the batch and what operators have had to do with.
+
+        Returns:
+            The bytes.
+        """
+        return self._bytes_of(tensor for tensor in self._reachable() if not ledger.records_of(tensor))
+
+    def _reachable(self) -> Iterator[Tensor]:
         gradients = {id(p.grad) for p in self._state.tensors if p.is_leaf and p.grad is not None}
         left_out = gradients | self._batch | self._constant
+        return (tensor for tensor in self._state.tensors if id(tensor) not in left_out)
+
+    def _bytes_of(self, tensors: Iterable[Tensor]) -> int:
         storages = {
             storage._cdata: storage.nbytes()
-            for tensor in self._state.tensors
-            if tensor.device.type == self._device.type and id(tensor) not in left_out
+            for tensor in tensors
+            if tensor.device.type == self._device.type
             for storage in storages_of(tensor)
         }
-        state = [x for one in self._optimizers for x in tensors_in(list(one.state.values()))]
-        in_state = sum(tensor.nbytes for tensor in state if tensor.device.type == self._device.type)
-        return in_state + sum(storages.values())
+        return sum(storages.values())
 
     def before_write(self, tensor: Tensor) -> None:
         """Copy what shares memory with a tensor that is about to be written to, unless it is copied already.
@@ -158,7 +183,9 @@ class BatchSnapshot:
         """Set everything back to what it was. May be called several times."""
         for other in self._others:
             other.restore()
+        theirs = _PutIntoModules(self._model)
         self._state.restore()
+        theirs.restore()
         lost = [
             (key, tensor)
             for key, kept in self._uncopied.items()
@@ -179,3 +206,30 @@ class BatchSnapshot:
             self._written.batch = True
         else:
             self._written.add(tensor)
+
+
+class _PutIntoModules:
+    """What techniques have put into the attributes of modules, and whether it is there, is up to them.
+
+    Args:
+        model: the module that is trained.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._now = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+
+    def restore(self) -> None:
+        """Leave it as it was when this was made; everything else stays."""
+        for attributes, before in self._now:
+            for name in {*attributes, *before}:
+                one, other = attributes.get(name), before.get(name)
+                if one is other or not (_is_ours(one) or _is_ours(other)):
+                    continue
+                if name in before:
+                    attributes[name] = before[name]
+                else:
+                    del attributes[name]
+
+
+def _is_ours(value: object) -> bool:
+    return type(value).__module__.startswith("lightning_memtrain.")

@@ -30,6 +30,7 @@ from lightning_memtrain.techniques.microbatching.update import (
     forecast_update,
     update_signature,
 )
+from lightning_memtrain.techniques.microbatching.update_guard import UpdateGuard
 
 if TYPE_CHECKING:
     from lightning_memtrain.techniques.microbatching.engine import Backward, MicrobatchEngine
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 # Of each logged name Lightning keeps a sum and a count, and what it shows of them.
 _LOGGED_BYTES = 64
+# What the allocator holds beyond the ledger is looked at twice if it is more than one part in so many.
+_NOTABLE = 50
 # A loss scaler looks for infinities and makes a few scalars.
 _SCALER_BYTES = 512
 
@@ -79,7 +82,9 @@ class Trials:
         backward: backward of a loss; ``None`` to skip it.
         snapshot: of the state before the batch.
         ledger: watches since the batch began.
+        guard: knows of steps of the optimizer that cannot be foretold.
         limit_bytes: bytes that may be used in all.
+        kept_bytes: what the batches before have left behind, and the ledger does not see.
         amid_window: whether gradients of earlier batches may be there.
     """
 
@@ -90,7 +95,9 @@ class Trials:
         backward: Backward,
         snapshot: BatchSnapshot,
         ledger: MemoryLedger,
+        guard: UpdateGuard,
         limit_bytes: int,
+        kept_bytes: int,
         amid_window: bool,
     ) -> None:
         self.forecast: UpdateForecast | None = None
@@ -98,6 +105,8 @@ class Trials:
         """Chunks that ran to their end, by their size."""
         self.needed_bytes: dict[int, int] = {}
         """What chunks needed at least that were broken off, by their size."""
+        self.out_of_reach: dict[int, Exception] = {}
+        """What others said that could not keep a limit of theirs, by the size of the chunk."""
         self.held = CategoryBytes()
         """What the ledger counted when a chunk was last broken off."""
         self._engine = engine
@@ -106,7 +115,9 @@ class Trials:
         self._backward = backward
         self._snapshot = snapshot
         self._ledger = ledger
+        self._guard = guard
         self._limit_bytes = limit_bytes
+        self._kept_bytes = kept_bytes
         self._amid_window = amid_window
         self._device = self._trainer.strategy.root_device
         self._results = ResultBytes(self._device)
@@ -123,6 +134,11 @@ class Trials:
         state_bytes = 0 if self.forecast is None else self.forecast.kept_bytes
         return state_bytes + self._num_logged * _LOGGED_BYTES
 
+    @property
+    def _unseen_bytes(self) -> int:
+        """What there is while chunks run, and the ledger does not see."""
+        return self._snapshot.num_bytes(self._amid_window) + self._kept_bytes
+
     def measure(self, num_chunks: int) -> Peak:
         """Run the largest of evenly split chunks.
 
@@ -137,9 +153,12 @@ class Trials:
         """
         size = -(-self._batch_size // num_chunks)
         ran_out = self._run(num_chunks, size)
-        if ran_out:
+        if size not in self.measured:
             release_memory(self._device)
+        if ran_out:
             self._run(num_chunks, size)  # once more without what the allocator kept
+        elif self._beyond_ledger.get(size, 0) * _NOTABLE > self._ledger.current_bytes:
+            self._run(num_chunks, size)  # it may have been for once, as when another technique measures
         measured = self.measured.get(size)
         return Peak(size, None if measured is None else measured.peak_bytes)
 
@@ -153,7 +172,7 @@ class Trials:
         @contextmanager
         def watched() -> Iterator[None]:
             truth = device_truth(self._device)
-            held_bytes = self._snapshot.num_bytes(self._amid_window)
+            held_bytes = self._unseen_bytes
             first = self._ledger.tick
             if truth is not None:
                 truth.start()
@@ -192,6 +211,8 @@ class Trials:
             if not does_not_fit(error):
                 raise
             ran_out = is_out_of_memory(error)
+            if limit.needed_bytes is None and not ran_out:
+                self.out_of_reach[size] = _without_frames(error)
         # Outside of the `except` block, whose exception holds on to the tensors of the failed chunk.
         if limit.needed_bytes is not None:
             self.needed_bytes[size] = limit.needed_bytes + self._limit_bytes - limit.limit_bytes
@@ -209,9 +230,10 @@ class Trials:
         if self.forecast is None:
             self.forecast = self._forecast()
         held = self._ledger.held_between(first, last)
-        ledger_bytes = held.total_bytes + self._snapshot.num_bytes(self._amid_window)
+        ledger_bytes = held.total_bytes + self._unseen_bytes
         if truth_bytes is not None:
-            self._beyond_ledger[size] = max(0, truth_bytes - ledger_bytes)
+            beyond_bytes = max(0, truth_bytes - ledger_bytes)
+            self._beyond_ledger[size] = min(beyond_bytes, self._beyond_ledger.get(size, beyond_bytes))
         beyond_bytes = self._beyond(size)
         others_bytes = (num_chunks - 1) * kept_bytes + self._sum_bytes * (num_chunks > 1) + self._bucket_bytes
         # Of gradients only those that the parameters have now will be there when the optimizer steps.
@@ -222,6 +244,7 @@ class Trials:
             chunks_bytes=ledger_bytes + beyond_bytes + others_bytes + self.coming_bytes,
             held=held,
             update_bytes=left.total_bytes
+            + self._kept_bytes
             + others_bytes
             + self.forecast.over_bytes
             + self.coming_bytes
@@ -241,26 +264,30 @@ class Trials:
         left = self._ledger.held_between(self._ledger.tick, self._ledger.tick)
         trained = [p for p in self._engine.model.parameters() if p.requires_grad]
         left = CategoryBytes({**left, Category.GRADIENTS: sum(p.nbytes for p in trained)})
-        update_bytes = left.total_bytes + self.forecast.over_bytes + self._bucket_bytes
+        update_bytes = left.total_bytes + self._kept_bytes + self.forecast.over_bytes + self._bucket_bytes
         return Measured(0, CategoryBytes(), update_bytes, left, 0, 0)
 
     def _forecast(self, every_gradient: bool = False) -> UpdateForecast:
         trainer, precision = self._trainer, self._trainer.precision_plugin
         if isinstance(precision, StepsParameters):
-            return UpdateForecast(
-                signatures=(update_signature(trainer.optimizers),),
-                unknown=f"{type(precision).__name__} steps in a way of its own",
-            )
+            return self._watched_so_far(f"{type(precision).__name__} steps in a way of its own")
         clips = clipping(trainer, self._engine.model)
         found = forecast_update(trainer.optimizers, self._device, clips, every_gradient=every_gradient)
+        if found.unknown:
+            return self._watched_so_far(found.unknown)
         if _compat.grad_scaler(trainer) is not None:
             found = found._replace(over_bytes=found.over_bytes + _SCALER_BYTES)
         return found
 
+    def _watched_so_far(self, unknown: str) -> UpdateForecast:
+        signature = update_signature(self._trainer.optimizers)
+        over_bytes = self._guard.over_bytes(signature)
+        return UpdateForecast(over_bytes=over_bytes, signatures=(signature,), unknown=unknown)
+
     def _allowed_bytes(self, size: int, num_chunks: int) -> int:
         """What the ledger may count while a chunk runs."""
         kept_bytes = max((one.kept_bytes for one in self.measured.values()), default=0)
-        reserved = self._snapshot.num_bytes(self._amid_window) + self._bucket_bytes + self.coming_bytes
+        reserved = self._unseen_bytes + self._bucket_bytes + self.coming_bytes
         others_bytes = (num_chunks - 1) * kept_bytes + self._sum_bytes * (num_chunks > 1)
         return self._limit_bytes - reserved - self._beyond(size) - others_bytes
 
@@ -332,6 +359,12 @@ def restore(snapshot: BatchSnapshot) -> None:
         if not is_out_of_memory(error):
             raise
         snapshot.restore()  # needs no memory to speak of; what failed was somebody else's in between
+
+
+def _without_frames(error: Exception) -> Exception:
+    """An error that holds on to nothing of where it was raised."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def release_memory(device: torch.device) -> None:

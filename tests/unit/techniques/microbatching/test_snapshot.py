@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import SumMetric
 
 from lightning_memtrain.core import Kept, on_snapshot
+from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.techniques.microbatching.snapshot import BatchSnapshot, WrittenTensors
 
 CPU = torch.device("cpu")
@@ -193,6 +194,15 @@ def test_written_tensors_are_known_by_identity_and_not_kept_alive():
     assert alive() is None
 
 
+def test_small_tensors_are_copied_as_long_as_they_are_not_too_many():
+    model, rng_bytes = nn.Module(), torch.get_rng_state().nbytes
+    model.kept = [torch.zeros(1_024) for _ in range(300)]
+    snapshot = BatchSnapshot(model, None, CPU)
+    assert snapshot.num_bytes(amid_window=False) == rng_bytes + 256 * 4_096
+    model.kept = [torch.zeros(1_025) for _ in range(300)]
+    assert BatchSnapshot(model, None, CPU).num_bytes(amid_window=False) == rng_bytes
+
+
 # ---------------------------------------------------------------------- bytes
 
 
@@ -222,6 +232,10 @@ def test_it_says_what_is_within_reach():
     model.seen = [torch.ones(100)[:10], shown]
     snapshot = BatchSnapshot(model, None, CPU, batch=torch.ones(50), optimizers=[optimizer], constant=[shown])
     assert snapshot.reachable_bytes == state_bytes + (4 + 2 * 8) + 400
+    with MemoryLedger(model, optimizer) as ledger:
+        assert snapshot.bytes_unknown_to(ledger) == 400
+        model.seen[0].sum()
+        assert snapshot.bytes_unknown_to(ledger) == 0
 
 
 # ---------------------------------------------------------------------- devices
