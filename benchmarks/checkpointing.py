@@ -41,7 +41,7 @@ from lightning_memtrain.techniques.checkpointing import (
     insert_checkpoints,
 )
 from lightning_memtrain.techniques.checkpointing.choose import Chosen, StepCurve
-from lightning_memtrain.techniques.checkpointing.fake_step import FakeStep
+from lightning_memtrain.tracing.fake_step import FakeStep
 from lightning_memtrain.techniques.checkpointing.policies import CheckpointPolicy
 
 Prepare = Callable[[nn.Module], Any]
