@@ -1,0 +1,141 @@
+"""Random numbers of torch, Python and NumPy: how far they have come, and the way back."""
+
+from __future__ import annotations
+
+import random
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+_HOSTS = ("cpu", "meta")
+
+
+def device_type_of(tensors: Sequence[Tensor]) -> str | None:
+    """The kind of device that computes beside the CPU; ``None`` for none."""
+    return next((x.device.type for x in tensors if x.device.type not in _HOSTS), None)
+
+
+def global_random_states(tensors: Sequence[Tensor], with_numpy: bool = True) -> list[RandomState]:
+    """The states of the generators that everybody shares, as they are now.
+
+    Args:
+        tensors: those whose devices count, beside the CPU.
+        with_numpy: whether random numbers of NumPy count, too, if it is imported.
+
+    Returns:
+        One state for each library.
+    """
+    states: list[RandomState] = [TorchRandom(device_type_of(tensors), tensors), PythonRandom()]
+    if with_numpy and "numpy" in sys.modules:
+        states.append(NumpyRandom())
+    return states
+
+
+class RandomState(ABC):
+    """A generator's state when this was made."""
+
+    @abstractmethod
+    def has_moved(self) -> bool:
+        """Whether a random number was drawn since."""
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Go back to it; may be called several times."""
+
+    @abstractmethod
+    def restored(self) -> AbstractContextManager[None]:
+        """The state as it was; afterwards as it is now."""
+
+
+class TorchRandom(RandomState):
+    """Of the CPU and of the devices of some tensors.
+
+    Args:
+        device_type: the kind of device beside the CPU, if there is one.
+        tensors: on those devices; held until :meth:`has_moved` was asked.
+    """
+
+    def __init__(self, device_type: str | None, tensors: Sequence[Tensor]) -> None:
+        self._device_type = device_type
+        self._tensors = tensors
+        self._on_cpu, self._indices, self._states = self._now()
+
+    def _now(self) -> tuple[Tensor, list[int], list[Tensor]]:
+        indices: list[int] = []
+        states: list[Tensor] = []
+        if self._device_type is not None:
+            indices, states = get_device_states(*self._tensors)
+        return torch.get_rng_state(), indices, states
+
+    def has_moved(self) -> bool:
+        """Whether a random number was drawn since."""
+        on_cpu, indices, states = self._now()
+        self._tensors = ()  # not to be kept
+        # Comparing is no part of the program, so no dispatch mode need see it.
+        with torch._C._DisableTorchDispatch():
+            pairs = zip((on_cpu, *states), (self._on_cpu, *self._states), strict=True)
+            return indices != self._indices or not all(torch.equal(one, two) for one, two in pairs)
+
+    def restore(self) -> None:
+        """Go back to it; may be called several times."""
+        torch.set_rng_state(self._on_cpu)
+        if self._device_type is not None:
+            set_device_states(self._indices, self._states, device_type=self._device_type)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """The state as it was; afterwards as it is now."""
+        kinds = {} if self._device_type is None else {"device_type": self._device_type}
+        with torch.random.fork_rng(self._indices, **kinds):
+            self.restore()
+            yield
+
+
+class PythonRandom(RandomState):
+    """Of the module ``random``."""
+
+    def __init__(self) -> None:
+        self._state = self._get()
+
+    def _get(self) -> Any:
+        return random.getstate()
+
+    def _set(self, state: Any) -> None:
+        random.setstate(state)
+
+    def has_moved(self) -> bool:
+        """Whether a random number was drawn since."""
+        return bool(self._get() != self._state)
+
+    def restore(self) -> None:
+        """Go back to it; may be called several times."""
+        self._set(self._state)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """The state as it was; afterwards as it is now."""
+        now = self._get()
+        self._set(self._state)
+        try:
+            yield
+        finally:
+            self._set(now)
+
+
+class NumpyRandom(PythonRandom):
+    """Of the module ``numpy.random``, which must be imported."""
+
+    def _get(self) -> Any:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        return name, keys.tobytes(), *rest
+
+    def _set(self, state: Any) -> None:
+        numpy = sys.modules["numpy"]
+        name, keys, *rest = state
+        numpy.random.set_state((name, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))
