@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +107,11 @@ class OpWorkspace:
         return self._peaks[call]
 
     def _measure(self, call: OpCall) -> int:
+        # In a thread of its own: a profiler of this one may count what this one allocates.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            return thread.submit(self._measure_here, call).result()
+
+    def _measure_here(self, call: OpCall) -> int:
         with _disable_current_modes(), kept_random_state(self.device), torch.no_grad():
             try:
                 args, kwargs = call.thaw(self.device)

@@ -21,7 +21,6 @@ from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.ledger.workspace import OpWorkspace
 from lightning_memtrain.tracing.methods import RecordingMethods, TwinMethods
 from lightning_memtrain.tracing.questions import Answers, AsksForValue
-from lightning_memtrain.tracing.replace import replace
 from lightning_memtrain.tracing.reports import reports_dropped
 from lightning_memtrain.tracing.twin_mode import RecordingMode, TwinMode
 from lightning_memtrain.tracing.user_state import UserState
@@ -66,10 +65,11 @@ class FakeStep:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._answers = Answers()
         self._unknown: list[AsksForValue] = []
-        self._state = UserState(model, step, self._arguments, self._optimizers, *also)
         self._twins: dict[int, Tensor] = {}
         self._parameters: list[tuple[Tensor, Tensor]] = []
-        self._make_twins()
+        with rehearsal():  # nobody who watches steps is to see what is made here
+            self._state = UserState(model, step, self._arguments, self._optimizers, *also)
+            self._make_twins()
         self.uncounted: dict[str, str] = {}
         """Names of optimizers whose bytes are not all known, since they cannot step without data, and why."""
         self.state_bytes = 0
@@ -140,7 +140,7 @@ class FakeStep:
         with ExitStack() as undo:
             self._enter_quietly(undo)
             undo.callback(self._forget_gradients)
-            replace(self._state.notes, self._twins)
+            self._state.replace(self._twins)
             for optimizer in self._optimizers:
                 _without_bystanders(optimizer)
             undo.callback(mode.put_back)
@@ -212,7 +212,8 @@ class FakeStep:
                 self._step_optimizer(optimizer)
             except Exception as error:  # wants data, a closure, or another precision
                 # Not the error itself: its traceback would keep what the real step's frames hold.
-                others.append((optimizer, f"{type(error).__name__}: {error}".splitlines()[0]))
+                kind = "" if isinstance(error, AsksForValue) else f"{type(error).__name__}: "
+                others.append((optimizer, f"{kind}{error}".splitlines()[0]))
         return others
 
 

@@ -71,9 +71,11 @@ _scratch_bytes: dict[OpCall, int] = {}
 def _mkldnn_rnn_layer(func: Any, args: Any, kwargs: Any, given: Any, knows: Knows) -> Any:
     """A layer of an LSTM on a CPU: what it keeps for backward has a size that only the library knows."""
     output, hidden, cell, scratch = func(*args, **kwargs)
+    if not torch.is_grad_enabled():
+        return output, hidden, cell, scratch
     call = op_call(func, args, kwargs)
     if call not in _scratch_bytes:
-        with _disable_current_modes(), kept_random_state(torch.device("cpu")), torch.no_grad():
+        with _disable_current_modes(), kept_random_state(torch.device("cpu")):
             made_up, _ = call.thaw(torch.device("cpu"))
             _scratch_bytes[call] = func(*made_up)[3].numel()
     return output, hidden, cell, scratch.new_empty(_scratch_bytes[call])

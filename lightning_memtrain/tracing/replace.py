@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from types import CellType
 from typing import Any
 
@@ -21,7 +22,6 @@ from lightning_memtrain.tracing.notes import (
     OrderedDictNote,
     SetNote,
     SlotsNote,
-    attempt,
 )
 
 Swap = Callable[[Any], Any]
@@ -45,7 +45,8 @@ def replace(notes: Iterable[Note], others: Mapping[int, Tensor]) -> None:
     for note in notes:
         put = _PUT.get(type(note))
         if put is not None:
-            attempt(lambda: put(note, swap))  # noqa: B023
+            with suppress(Exception):  # what refuses to be written is passed over
+                put(note, swap)
 
 
 def _swapped_tuple(value: tuple[Any, ...], swap: Swap) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.tracing.known_shapes import SPECIAL, with_known_masks
 from lightning_memtrain.tracing.questions import Answers, Recorded, asked_by_distributions, asks
 from lightning_memtrain.tracing.usual import UsualValues
@@ -62,16 +63,15 @@ class TwinMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        tensors = tensors_in((args, kwargs)) if kwargs else tensors_in(args)
         if not tensors:
-            result = self._made_from_nothing(func, args, kwargs)
-        elif all(map(self.knows, tensors)) or (
-            returns_views(func) and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
-        ):
-            result = self._really(func, args, kwargs)
-        else:
-            result = self._without_data(func, args, kwargs)
-        return result
+            return self._made_from_nothing(func, args, kwargs)
+        num_fake = sum(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if num_fake == 0 and (returns_views(func) or all(map(self.knows, tensors))):
+            return self._really(func, args, kwargs)
+        if num_fake == len(tensors) and func not in SPECIAL:
+            return self._on_fakes(func, args, kwargs)
+        return self._without_data(func, args, kwargs)
 
     def knows(self, value: Any) -> bool:
         """Whether a tensor's values are known.
@@ -103,6 +103,14 @@ class TwinMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._answers.pass_by(str(func))
         result = func(*args, **kwargs)
         self._guard.after(func, result)
+        return result
+
+    def _on_fakes(self, func: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            result = func(*args, **kwargs)
+        except _DEPENDS_ON_DATA:
+            return self._answered(func, args)
+        self._usual.follow(func, args, result)
         return result
 
     def _without_data(self, func: Any, args: Any, kwargs: Any) -> Any:

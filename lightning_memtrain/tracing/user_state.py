@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lightning_memtrain.core import is_out_of_memory
 from lightning_memtrain.tracing.random_state import global_random_states
 from lightning_memtrain.tracing.reach import Reach
+from lightning_memtrain.tracing.replace import replace
 
 
 class UserState:
@@ -58,6 +59,15 @@ class UserState:
 
     def _copied(self) -> list[Tensor]:
         return [note.copied for note in self._tensor_notes if note.copied is not None]
+
+    def replace(self, others: Mapping[int, Tensor]) -> None:
+        """Put other tensors in the place of some, wherever these are held, until :meth:`restore`.
+
+        Args:
+            others: what to put in the place of a tensor, by its ``id``.
+        """
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            replace(self._notes, others)
 
     def restore(self) -> None:
         """Set everything back; may be called several times, and needs hardly any memory."""

@@ -46,6 +46,9 @@ _KEEP_VALUES = (
     _aten.max,
     _aten.min,
 )
+_SOURCES = frozenset(
+    (*_RARE, *_COMPARISONS, _aten.all, _aten._is_all_true, _aten.any, _aten._is_any_true)
+)
 
 
 class UsualValues:
@@ -76,8 +79,11 @@ class UsualValues:
             args: its arguments, as the program passed them.
             result: what it returned.
         """
-        if isinstance(result, Tensor) and args:
-            value = self._result(func.overloadpacket, args, result)
+        if not isinstance(result, Tensor) or not args:
+            return
+        packet = func.overloadpacket
+        if packet in _SOURCES or (self._known and id(args[0]) in self._known):
+            value = self._result(packet, args, result)
             if value is not None:
                 key = id(result)
                 self._known[key] = weakref.ref(result, lambda _: self._known.pop(key, None)), value
