@@ -8,17 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_memtrain.tracing.questions import Answers
 
-_TO_ARRAYS = {
-    Tensor.numpy: "Tensor.numpy",
-    Tensor.__array__: "Tensor.__array__",
-    Tensor.tolist: "Tensor.tolist",
-}
+_TO_ARRAYS = {Tensor.numpy: "Tensor.numpy", Tensor.__array__: "Tensor.__array__"}
 _FROM_VALUES = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+_NUMBER = str(torch.ops.aten._local_scalar_dense.default)
 
 
 class TwinMethods(TorchFunctionMode):  # type: ignore[no-untyped-call]
@@ -41,19 +37,14 @@ class TwinMethods(TorchFunctionMode):  # type: ignore[no-untyped-call]
             if not self._knows(args[0]):
                 return copy.deepcopy(self._answers.next(name))
             self._answers.pass_by(name)
+        elif func is Tensor.tolist:  # of a tensor with data: others ask for number after number
+            for _ in range(args[0].numel()):
+                self._answers.pass_by(_NUMBER)
         elif func is Tensor.__format__ and not self._knows(args[0]) and args[0].dim() == 0:
             return format(args[0].item(), *args[1:])
         elif func in _FROM_VALUES:
-            args = tuple(
-                _with_numbers(value) if isinstance(value, (list, tuple)) else value for value in args
-            )
+            args = _with_numbers(args)
         return func(*args, **kwargs)
-
-
-def _with_numbers(value: Any) -> Any:
-    if isinstance(value, FakeTensor):
-        return value.tolist()
-    return [_with_numbers(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 class RecordingMethods(TorchFunctionMode):  # type: ignore[no-untyped-call]
@@ -68,7 +59,31 @@ class RecordingMethods(TorchFunctionMode):  # type: ignore[no-untyped-call]
         self._answers = answers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FROM_VALUES:
+            args = _with_numbers(args, self._note)
         result = func(*args, **(kwargs or {}))
         if func in _TO_ARRAYS:
             self._answers.add(_TO_ARRAYS[func], copy.deepcopy(result))
+        elif func is Tensor.tolist:
+            self._note(result)
         return result
+
+    def _note(self, numbers: Any) -> None:
+        for number in numbers if isinstance(numbers, list) else [numbers]:
+            if isinstance(number, list):
+                self._note(number)
+            else:
+                self._answers.add(_NUMBER, number)
+
+
+def _with_numbers(args: tuple[Any, ...], note: Callable[[Any], None] = id) -> tuple[Any, ...]:
+    """Lists of tensors as lists of numbers, so that each is asked for."""
+
+    def numbers(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            found = value.tolist()
+            note(found)
+            return found
+        return [numbers(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+    return tuple(numbers(value) if isinstance(value, (list, tuple)) else value for value in args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from functools import cache
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
@@ -37,7 +38,8 @@ class Site(NamedTuple):
         return f"{self.file}:{self.line}"
 
 
-class Recorded(NamedTuple):
+@dataclass(frozen=True)
+class Recorded:
     """All of a tensor but what it holds."""
 
     shape: tuple[int, ...]

@@ -46,9 +46,7 @@ _KEEP_VALUES = (
     _aten.max,
     _aten.min,
 )
-_SOURCES = frozenset(
-    (*_RARE, *_COMPARISONS, _aten.all, _aten._is_all_true, _aten.any, _aten._is_any_true)
-)
+_SOURCES = frozenset((*_RARE, *_COMPARISONS, _aten.all, _aten._is_all_true, _aten.any, _aten._is_any_true))
 
 
 class UsualValues:

@@ -72,6 +72,28 @@ def insert_checkpoints(
     return remove
 
 
+def choosable(model: nn.Module) -> frozenset[str]:
+    """The modules that checkpoints can be put into.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Their paths: without parts of compiled modules, and without what the model checkpoints by itself and
+        what is in that.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = set()
+    for name in modules:
+        try:
+            _refuse(name, modules, model)
+        except MisconfigurationException:
+            continue
+        if not any(_checkpoints_itself(modules[path]) for path in _paths_to(name)):
+            found.add(name)
+    return frozenset(found)
+
+
 def _refuse(name: str, modules: dict[str, nn.Module], model: nn.Module) -> None:
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=3)

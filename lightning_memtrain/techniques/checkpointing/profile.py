@@ -19,6 +19,7 @@ from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
 from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.ledger.workspace import OpCall, op_call
+from lightning_memtrain.techniques.checkpointing.insertion import choosable
 from lightning_memtrain.techniques.checkpointing.items import Item
 from lightning_memtrain.techniques.checkpointing.writes import version_of
 
@@ -86,10 +87,11 @@ class StepWatch:
 
     def __enter__(self) -> StepWatch:
         self.root.start = self._ledger.tick
+        candidates = choosable(self._model)
         for name, module in self._model.named_modules():
-            if name:
+            if name in candidates and name:
                 before = module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
-                after = module.register_forward_hook(self._leave)
+                after = module.register_forward_hook(self._leave, always_call=True)
                 self._undo.callback(before.remove)
                 self._undo.callback(after.remove)
         SAVED_TENSOR_WATCH.add(self._on_saved)
@@ -108,6 +110,8 @@ class StepWatch:
 
     def _enter(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if _in_backward():  # the model recomputes by itself
+                return
             call = ModuleCall(name, parent=self._stack[-1])
             call.versions = [(tensor, version_of(tensor)) for tensor in tensors_in((args, kwargs))]
             call.start, call.first_save, call.first_op = self._now()
@@ -118,6 +122,8 @@ class StepWatch:
         return enter
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if _in_backward():
+            return
         call = self._stack.pop()
         call.end, call.last_save, call.last_op = self._now()
         call.returned = self._records(output)
@@ -137,7 +143,7 @@ class StepWatch:
         self.saves.append((self._ledger.records_of(tensor), len(self.op_calls)))
 
     def _on_operator(self, func: Any, args: Any, kwargs: Any) -> None:
-        if torch._C._current_graph_task_id() == -1:
+        if not _in_backward():
             if self.forward_end == 0:
                 self.op_calls.append(op_call(func, args, kwargs))
             return
@@ -315,6 +321,10 @@ class StepProfile:
             and _outlives(record, call.end)
             and self._is_saved_within(record, previous.first_save, call.last_save)
         )
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _is_transient(record: StorageRecord) -> bool:
