@@ -27,7 +27,7 @@ from lightning_memtrain.tracing.user_state import UserState
 
 
 class FakeStep:
-    """A training step in which parameters, gradients and optimizer state hold no data, nor does what they make.
+    """A training step in which weights, gradients and optimizer state hold no data, nor does what they make.
 
     It runs the user's own code, as it is and where it is: wherever a parameter is held (modules, lists,
     closures, globals, optimizers), its twin takes its place meanwhile. What does not depend on parameters is

@@ -1,5 +1,6 @@
-"""Operators whose results have a shape that depends on data, where that data is known; and one that has bytes
-which torch's own rule for tensors without data leaves out.
+"""Operators that torch's own rules for tensors without data refuse or get wrong.
+
+The results of most have a shape that depends on data, which is known here; of one, bytes are left out.
 """
 
 from __future__ import annotations
@@ -81,11 +82,20 @@ def _mkldnn_rnn_layer(func: Any, args: Any, kwargs: Any, given: Any, knows: Know
     return output, hidden, cell, scratch.new_empty(_scratch_bytes[call])
 
 
+def _mkldnn_rnn_layer_backward(func: Any, args: Any, kwargs: Any, given: Any, knows: Knows) -> Any:
+    """Gradients of both biases: torch's rule gives the same tensor for both, the library two."""
+    results = [*func(*args, **kwargs)]
+    if results[3] is results[4]:
+        results[4] = torch.empty_like(results[3])
+    return tuple(results)
+
+
 SPECIAL: dict[Any, Callable[[Any, Any, Any, Any, Knows], Any]] = {
     _aten.masked_select.default: _masked_select,
     _aten._pack_padded_sequence.default: _pack_padded_sequence,
     _aten._ctc_loss.default: _ctc_loss,
     _aten._ctc_loss.Tensor: _ctc_loss,
     _aten.mkldnn_rnn_layer.default: _mkldnn_rnn_layer,
+    _aten.mkldnn_rnn_layer_backward.default: _mkldnn_rnn_layer_backward,
 }
 """What to call in place of an operator: with it, its arguments without data, and the arguments as given."""

@@ -1,4 +1,4 @@
-"""Methods of tensors that ask for values without an operator: `numpy()`, `format()`, `torch.tensor([...])`."""
+"""Methods that ask for values without an operator: `numpy()`, `format()`, `torch.tensor([...])`."""
 
 from __future__ import annotations
 

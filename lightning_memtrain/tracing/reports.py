@@ -18,7 +18,7 @@ _REPORTS = ("log", "log_dict", "print")
 
 @contextmanager
 def reports_dropped(model: nn.Module) -> Iterator[list[AsksForValue]]:
-    """Run a step whose `self.log` does nothing, whose loggers log nothing, and in which no callback is called.
+    """Run a step whose `self.log` does nothing, whose loggers log nothing, and that calls no callback.
 
     Metrics run, since they may be losses, too; one that asks for values returns zero.
 

@@ -1,6 +1,6 @@
-"""Answers that checks nearly always get, found along with the operators of a step whose tensors hold no data.
+"""Answers that checks nearly always get, found along with the operators of a step without data.
 
-Programs ask whether something went wrong: `if torch.isnan(x).any()`, `if not valid.all()`, `if mask.sum() == 0`.
+Programs ask whether something went wrong: `if torch.isnan(x).any()`, `if not valid.all()`, `if x.sum() == 0`.
 What is asked is known by the operators that lead to the question, so it can be told from any other one.
 """
 

@@ -1,4 +1,4 @@
-"""What is recomputed under a budget: chosen before the first step, and again before a step that would break it."""
+"""What is recomputed under a budget: chosen before the first step, and again before one that would break it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from lightning_memtrain.core import Category, NoEffectWarning, is_out_of_memory
 from lightning_memtrain.ledger.op_times import OpTimes
 from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.ledger.workspace import OpWorkspace
-from lightning_memtrain.techniques.checkpointing.choose import Chosen, OutOfReach, StepCurve, counted
+from lightning_memtrain.techniques.checkpointing.choose import (
+    Chosen,
+    OutOfReach,
+    StepCurve,
+    counted,
+    predicted_peak_bytes,
+)
 from lightning_memtrain.techniques.checkpointing.circumstances import (
     Circumstances,
     KnownShapes,
@@ -108,7 +114,7 @@ class AutomaticChoice:
         else:
             if self._chosen is not None and not why:  # only the batch is another
                 ledger = counted(fake, groups, self._workspace)
-                if ledger.predicted_peak_bytes <= self._limit_bytes:
+                if predicted_peak_bytes(ledger, groups) <= self._limit_bytes:
                     self._fitting.add(now.shapes)
                     self._insert(groups)
                     return
@@ -129,7 +135,7 @@ class AutomaticChoice:
         return Circumstances(
             shapes=tuple(tuple(tensor.shape) for tensor in tensors),
             batch_bytes=sum(tensor.nbytes for tensor in tensors),
-            has_gradients=any(parameter.grad is not None for parameter in self._model.parameters()),
+            gradient_bytes=sum(p.grad.nbytes for p in self._model.parameters() if p.grad is not None),
             state_bytes=state_bytes(self._trainer.optimizers),
             trained=trained_parameters(self._model),
             parameter_bytes=sum(parameter.nbytes for parameter in self._model.parameters()),

@@ -26,6 +26,8 @@ _STEP_OVER_FORWARD = 3
 # So many choices are run around the one that the curve says.
 _MOST_TRIALS = 12
 _CALLS_TO_TIME = 30
+# Of random numbers on the CPU, beside those that calls keep.
+_STATES_AT_ONCE = 3
 
 
 class OutOfReach(MisconfigurationException):
@@ -91,7 +93,9 @@ class StepCurve:
         profile = StepProfile(watch, ledger.records, times, call_seconds())
         self.plain = ledger.breakdown(timeline=False)
         """The bytes of the step without recomputation."""
-        self.plain_peak_bytes = self._peak_bytes(ledger)
+        self.plain_peak_bytes = (
+            self.plain.peak_bytes if workspace is None else predicted_peak_bytes(ledger, [])
+        )
         """Its peak, with workspace if that counts."""
         self.step_seconds = _STEP_OVER_FORWARD * profile.forward_seconds
         """Time of the step without recomputation."""
@@ -100,16 +104,15 @@ class StepCurve:
 
     def _counted(self, groups: Groups) -> tuple[MemoryBreakdown, int]:
         ledger = counted(self._step, groups, self._workspace)
-        return ledger.breakdown(timeline=False), self._peak_bytes(ledger)
+        if self._workspace is None:
+            breakdown = ledger.breakdown(timeline=False)
+            return breakdown, breakdown.peak_bytes
+        return ledger.breakdown(timeline=False), predicted_peak_bytes(ledger, groups)
 
     def _watched(self) -> tuple[MemoryLedger, StepWatch]:
         with self._step.watched(self._workspace) as ledger, StepWatch(self._step.model, ledger) as watch:
             self._step.run()
         return ledger, watch
-
-    def _peak_bytes(self, ledger: MemoryLedger) -> int:
-        held = ledger.breakdown(per_module=False, timeline=False).peak_bytes
-        return held if self._workspace is None else max(held, ledger.predicted_peak_bytes)
 
     def knee(self) -> Chosen:
         """The choice after which more time buys little memory."""
@@ -173,6 +176,23 @@ def counted(step: FakeStep, groups: Groups, workspace: OpWorkspace | None = None
         finally:
             remove()
     return ledger
+
+
+def predicted_peak_bytes(ledger: MemoryLedger, groups: Groups) -> int:
+    """What the allocator will have seen of a step.
+
+    Args:
+        ledger: watched the step, with workspace.
+        groups: what is recomputed in it.
+
+    Returns:
+        The bytes: tensors, workspace of operators, and, on the CPU, states of random numbers, which each call
+        that is recomputed may keep, and which are compared and set.
+    """
+    held = max(ledger.predicted_peak_bytes, ledger.breakdown(per_module=False, timeline=False).peak_bytes)
+    if not groups or ledger.device.type != "cpu":
+        return held
+    return held + (sum(map(len, groups)) + _STATES_AT_ONCE) * torch.get_rng_state().nbytes
 
 
 def call_seconds() -> float:

@@ -21,7 +21,7 @@ class Circumstances:
     Args:
         shapes: of the batch's tensors.
         batch_bytes: of the batch.
-        has_gradients: whether gradients are there at the start.
+        gradient_bytes: of gradients that are there at the start.
         state_bytes: of the optimizers' state.
         trained: which parameters are trained, by ``id``.
         parameter_bytes: of all parameters.
@@ -29,7 +29,7 @@ class Circumstances:
 
     shapes: Shapes
     batch_bytes: int
-    has_gradients: bool
+    gradient_bytes: int
     state_bytes: int
     trained: frozenset[int]
     parameter_bytes: int
@@ -47,7 +47,7 @@ class Circumstances:
         least = 1.0 if exactly else _NOTABLY_LARGER
         if not exactly and self.batch_bytes > least * chosen_for.batch_bytes:
             return ", for a larger batch"
-        if self.has_gradients > chosen_for.has_gradients:
+        if self.gradient_bytes > least * chosen_for.gradient_bytes:
             return ", with gradients that are there in forward"
         if self.state_bytes > least * chosen_for.state_bytes:
             return ", with more optimizer state"
@@ -66,7 +66,7 @@ class Circumstances:
         return replace(
             self,
             batch_bytes=max(self.batch_bytes, other.batch_bytes),
-            has_gradients=self.has_gradients or other.has_gradients,
+            gradient_bytes=max(self.gradient_bytes, other.gradient_bytes),
             state_bytes=max(self.state_bytes, other.state_bytes),
             trained=self.trained | other.trained,
             parameter_bytes=max(self.parameter_bytes, other.parameter_bytes),
