@@ -7,11 +7,12 @@ are neither called nor in the way. Nothing is written where nothing has changed.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
 from contextlib import suppress
 from operator import is_
 from types import CellType, FunctionType, ModuleType
 from typing import Any, Protocol
+
+from lightning_memtrain.tracing.boundaries import own_of
 
 ABSENT: Any = object()
 """What a place holds that holds nothing."""
@@ -70,30 +71,42 @@ class OrderedDictNote:
         target: the dictionary.
     """
 
-    __slots__ = ("_keys", "_values", "target")
+    __slots__ = ("contents", "keys", "target")
 
     def __init__(self, target: OrderedDict[Any, Any]) -> None:
         self.target = target
-        self._keys = [*OrderedDict.keys(target)]
-        self._values = [*OrderedDict.values(target)]
-
-    @property
-    def contents(self) -> list[Any]:
-        """The values."""
-        return self._values
+        self.keys = [*OrderedDict.keys(target)]
+        self.contents = [*OrderedDict.values(target)]
 
     def restore(self) -> None:
         """Put it back; may be called several times."""
         target = self.target
         if (
-            dict.__len__(target) == len(self._keys)
-            and all(map(is_, OrderedDict.keys(target), self._keys))
-            and all(map(is_, OrderedDict.values(target), self._values))
+            dict.__len__(target) == len(self.keys)
+            and all(map(is_, OrderedDict.keys(target), self.keys))
+            and all(map(is_, OrderedDict.values(target), self.contents))
         ):
             return
         OrderedDict.clear(target)
-        for key, value in zip(self._keys, self._values, strict=True):
+        for key, value in zip(self.keys, self.contents, strict=True):
             OrderedDict.__setitem__(target, key, value)
+
+
+class EmptyNotes:
+    """Dictionaries without anything in them."""
+
+    def __init__(self) -> None:
+        self.dicts: list[dict[Any, Any]] = []
+        self.ordered: list[OrderedDict[Any, Any]] = []
+
+    def restore(self) -> None:
+        """Put it back; may be called several times."""
+        for target in self.dicts:
+            if dict.__len__(target):
+                dict.clear(target)
+        for target in self.ordered:
+            if dict.__len__(target):
+                OrderedDict.clear(target)
 
 
 class ListNote:
@@ -159,24 +172,6 @@ class SetNote:
         ):
             set.clear(target)
             set.update(target, self._items)
-
-
-class BytesNote:
-    """The bytes of a ``bytearray``.
-
-    Args:
-        target: the array.
-    """
-
-    __slots__ = ("_bytes", "target")
-
-    def __init__(self, target: bytearray) -> None:
-        self.target = target
-        self._bytes = bytes(target)
-
-    def restore(self) -> None:
-        """Put it back; may be called several times."""
-        bytearray.__setitem__(self.target, slice(None), self._bytes)
 
 
 class CellNote:
@@ -300,7 +295,7 @@ class ClassNote:
         self.contents = self._now()
 
     def _now(self) -> dict[str, Any]:
-        return dict(type.__dict__["__dict__"].__get__(self.target))
+        return dict(own_of(self.target))
 
     def restore(self) -> None:
         """Put it back; may be called several times."""
@@ -337,22 +332,3 @@ class InstanceNotes:
             if accessor is not None and accessor.__get__(target) is not attributes:
                 with suppress(Exception):
                     accessor.__set__(target, attributes)
-
-
-class StateNote:
-    """The state of an object that gives and takes it, such as a generator of random numbers.
-
-    Args:
-        get: returns the state.
-        put: takes a state.
-    """
-
-    __slots__ = ("_put", "_state")
-
-    def __init__(self, get: Callable[[], Any], put: Callable[[Any], Any]) -> None:
-        self._state = get()
-        self._put = put
-
-    def restore(self) -> None:
-        """Put it back; may be called several times."""
-        self._put(self._state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
 from abc import ABC, abstractmethod
@@ -132,10 +133,8 @@ class NumpyRandom(PythonRandom):
     """Of the module ``numpy.random``, which must be imported."""
 
     def _get(self) -> Any:
-        name, keys, *rest = sys.modules["numpy"].random.get_state()
-        return name, keys.tobytes(), *rest
+        # As bytes, which can be compared, whatever generator is set.
+        return pickle.dumps(sys.modules["numpy"].random.get_state(legacy=False))
 
     def _set(self, state: Any) -> None:
-        numpy = sys.modules["numpy"]
-        name, keys, *rest = state
-        numpy.random.set_state((name, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))
+        sys.modules["numpy"].random.set_state(pickle.loads(state))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import gc
-import random
-import sys
+import itertools
+import threading
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from types import (
     BuiltinMethodType,
     CellType,
@@ -23,18 +23,26 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_memtrain.tracing import boundaries
-from lightning_memtrain.tracing.boundaries import PLAIN, is_foreign, module_of, mro_of
-from lightning_memtrain.tracing.code import Names, names_in
+from lightning_memtrain.tracing.boundaries import (
+    PLAIN,
+    is_foreign,
+    is_left_alone,
+    is_lightnings,
+    module_of,
+    mro_of,
+    own_of,
+    push,
+)
+from lightning_memtrain.tracing.code_reach import CodeReach
+from lightning_memtrain.tracing.iterators import OVER_SEQUENCES, IteratorNotes
 from lightning_memtrain.tracing.notes import (
     ABSENT,
-    BytesNote,
     CellNote,
-    ClassNote,
     DequeNote,
     DictNote,
-    FunctionNote,
+    EmptyNotes,
     InstanceNotes,
     ListNote,
     NamesNote,
@@ -42,50 +50,62 @@ from lightning_memtrain.tracing.notes import (
     OrderedDictNote,
     SetNote,
     SlotsNote,
-    StateNote,
 )
+from lightning_memtrain.tracing.states import MOST_ARRAY_BYTES, WEAK, WeakNote, has_state, state_of
 from lightning_memtrain.tracing.tensor_notes import TensorNote
 
-# What a step touches of a trainer: what is logged, where the loop is, and callbacks. Loggers, data connectors
-# and loaders, signals, launchers and checkpoints are nothing of a step.
-_OF_TRAINER = ("_logger_connector", "fit_loop", "callbacks", "_accelerator_connector")
-# Of a strategy only what it keeps for the trainer, no process groups and no wrapped models.
+# What a step touches of a trainer: what is logged, how far the loop has come, callbacks, and, through the
+# strategy, optimizers and precision. Loggers, data connectors, signals and launchers are nothing of a step.
+_OF_TRAINER = ("_logger_connector", "fit_loop", "callbacks")
+# Not its process groups, wrapped models and launchers.
 _OF_STRATEGY = ("_optimizers", "_lightning_optimizers", "lr_scheduler_configs", "_precision_plugin")
 
 
 class _Kind(NamedTuple):
-    """How objects of one type are looked into."""
+    """How the objects of one type are looked into.
 
-    contents: Callable[[Any], None] | None
+    Args:
+        visit: notes what they hold beside attributes.
+        attributes: where their ``__dict__`` is found.
+        slots: where the places of their ``__slots__`` are found.
+    """
+
+    visit: Callable[[Reach, Any], None] | None
     attributes: Any
     slots: tuple[Any, ...]
 
 
 class Reach:
-    """Everything that can be reached from some objects, noted.
+    """Everything that can be reached from some objects, noted; each object once, by its identity.
 
     Args:
         roots: where to begin.
     """
 
-    def __init__(self, roots: Iterable[Any]) -> None:
-        self.notes: list[Note] = []
-        self.tensors: list[TensorNote] = []
+    def __init__(self, roots: Collection[Any]) -> None:
         self._instances = InstanceNotes()
-        self.notes.append(self._instances)
+        self._iterators = IteratorNotes()
+        self._empty = EmptyNotes()
+        self.notes: list[Note] = [self._iterators, self._instances, self._empty]
+        self.tensors: list[TensorNote] = []
         self._seen: dict[int, Any] = {}
         self._pending: list[Any] = []
         self._kinds: dict[type, _Kind | None] = {}
-        self._namespaces: dict[int, NamesNote] = {}
-        self._named: set[str] = set()
-        self._unnamed: dict[str, list[Any]] = {}
-        self._visited_modules: dict[tuple[int, int], Any] = {}
+        self.code = CodeReach(self._pending, self.notes)
+        self._array_bytes_left = MOST_ARRAY_BYTES
         self._push(roots)
-        self._walk()
-        self._seen.clear()
+        # Thousands of notes are made that all stay: the collector would look at everything for nothing.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            self._walk()
+        finally:
+            if collects:
+                gc.enable()
+        self._iterators.locate(self.notes)
 
-    def _push(self, items: Iterable[Any]) -> None:
-        self._pending += [item for item in items if type(item) not in PLAIN]
+    def _push(self, items: Collection[Any]) -> None:
+        push(self._pending, items)
 
     def _walk(self) -> None:
         pending, seen = self._pending, self._seen
@@ -94,6 +114,9 @@ class Reach:
             if id(target) in seen:
                 continue
             seen[id(target)] = target  # kept, so that its id stays its own
+            if type(target) is tuple:  # there are many
+                pending += [item for item in target if type(item) not in PLAIN]
+                continue
             try:
                 self._visit(target)
             except Exception:  # what refuses to be read is passed over
@@ -106,279 +129,183 @@ class Reach:
             kind = self._kinds[cls] = self._kind_of(cls)
         if kind is None:
             return
-        if kind.contents is not None:
-            kind.contents(target)
         attributes = None
         if kind.attributes is not None:
             attributes = kind.attributes.__get__(target)
-            if attributes is not None and id(attributes) not in self._seen:
+            if id(attributes) not in self._seen:
                 self._seen[id(attributes)] = attributes
                 self._dict(attributes)
         if kind.slots:
             self._slots(target, kind.slots)
-        if kind.attributes is not None or kind.slots:
+        if (kind.attributes is not None or kind.slots) and cls is not FunctionType:
             self._instances.add(target, attributes, kind.attributes)
-
-    def _slots(self, target: Any, slots: tuple[Any, ...]) -> None:
-        note = SlotsNote(target, slots)
-        self.notes.append(note)
-        self._push(value for value in note.contents if value is not ABSENT)
-
-    # Kinds ------------------------------------------------------------------------------------------------
+        if kind.visit is not None:
+            kind.visit(self, target)
 
     def _kind_of(self, cls: type) -> _Kind | None:
         mro = mro_of(cls)
-        if type in mro:
-            return _Kind(self._class, None, ())
-        if ModuleType in mro or (boundaries.is_left_alone(cls) and cls not in _CONTENTS):
+        visit = next((_VISITS[base] for base in mro if base in _VISITS), None)
+        if visit is None and has_state(mro):
+            visit = Reach._state
+        if ModuleType in mro or (is_left_alone(cls) and not _is_made_for(mro)):
             return None
-        self._push(base for base in mro if not is_foreign(module_of(base)))
-        if boundaries.is_trainer(cls):
-            return _Kind(self._trainer, None, ())
-        if boundaries.is_strategy(cls):
-            return _Kind(self._strategy, None, ())
-        if boundaries.is_data_module(cls):
-            return _Kind(self._shallow, None, ())
-        contents: Callable[[Any], None] | None = next(
-            (functools.partial(_CONTENTS[base], self) for base in mro if base in _CONTENTS), None
-        )
-        if contents is None:
-            contents = self._numpy_contents(mro)
-        accessor = next(
-            (
-                found
-                for base in mro
-                if type(found := _own(base).get("__dict__")) in (GetSetDescriptorType, MemberDescriptorType)
-                and found.__objclass__ is base
-            ),
-            None,
-        )
-        slots = tuple(
+        self._push([base for base in mro if not is_foreign(module_of(base))])
+        for name, of_lightning in _OF_LIGHTNING.items():
+            if is_lightnings(cls, name):
+                return _Kind(of_lightning, None, ())
+        attributes = next((own_of(base)["__dict__"] for base in mro if "__dict__" in own_of(base)), None)
+        slots = [
             value
             for base in mro
-            if "__slots__" in _own(base)
-            for value in _own(base).values()
+            if "__slots__" in own_of(base)
+            for value in own_of(base).values()
             if type(value) is MemberDescriptorType
-        )
-        return _Kind(contents, accessor, slots)
+        ]
+        if (
+            type(attributes) not in (GetSetDescriptorType, MemberDescriptorType)
+            or cls in _BARE
+            or type in mro
+        ):
+            attributes = None
+        return _Kind(visit, attributes, tuple(slots))
 
-    def _numpy_contents(self, mro: tuple[type, ...]) -> Callable[[Any], None] | None:
-        numpy = sys.modules.get("numpy")
-        if numpy is None:
-            return None
-        if numpy.random.Generator in mro:
-            return lambda target: self._state(target.bit_generator, "state")
-        if numpy.random.BitGenerator in mro:
-            return lambda target: self._state(target, "state")
-        if numpy.random.RandomState in mro:
-            return lambda target: self.notes.append(
-                StateNote(lambda: target.get_state(legacy=False), target.set_state)
-            )
-        return None
-
-    def _state(self, target: Any, name: str) -> None:
-        self.notes.append(
-            StateNote(lambda: getattr(target, name), lambda state: setattr(target, name, state))
-        )
+    # Containers ---------------------------------------------------------------------------------------------
 
     def _dict(self, target: dict[Any, Any]) -> None:
+        if not dict.__len__(target):  # most are: a module has a dozen for hooks
+            self._empty.dicts.append(target)
+            return
         note = DictNote(target)
         self.notes.append(note)
-        if note.contents:
-            self._push(note.contents)
-            self._push(note.contents.values())
+        self._push(note.contents.keys())
+        self._push(note.contents.values())
 
     def _defaultdict(self, target: defaultdict[Any, Any]) -> None:
         self._dict(target)
         self._slots(target, (defaultdict.__dict__["default_factory"],))
 
     def _ordered_dict(self, target: OrderedDict[Any, Any]) -> None:
+        if not dict.__len__(target):
+            self._empty.ordered.append(target)
+            return
         note = OrderedDictNote(target)
         self.notes.append(note)
-        self._push(dict.keys(target))
+        self._push(note.keys)
         self._push(note.contents)
 
-    def _list(self, target: list[Any]) -> None:
-        note = ListNote(target)
-        self.notes.append(note)
-        self._push_many(note.contents)
-
-    def _push_many(self, items: list[Any]) -> None:
-        if len(items) < 1000 or not PLAIN.issuperset(map(type, items)):
-            self._push(items)
-
-    def _deque(self, target: deque[Any]) -> None:
-        note = DequeNote(target)
+    def _contents(self, note: ListNote | DequeNote | SetNote | CellNote | SlotsNote) -> None:
         self.notes.append(note)
         self._push(note.contents)
 
-    def _set(self, target: set[Any]) -> None:
-        note = SetNote(target)
-        self.notes.append(note)
-        self._push(note.contents)
+    def _slots(self, target: Any, slots: tuple[Any, ...]) -> None:
+        self._contents(SlotsNote(target, slots))
 
-    def _tuple(self, target: tuple[Any, ...]) -> None:
-        self._push(tuple.__iter__(target))
-
-    def _frozenset(self, target: frozenset[Any]) -> None:
-        self._push(frozenset.__iter__(target))
-
-    def _bytearray(self, target: bytearray) -> None:
-        self.notes.append(BytesNote(target))
-
-    def _cell(self, target: CellType) -> None:
-        note = CellNote(target)
-        self.notes.append(note)
-        self._push(value for value in note.contents if value is not ABSENT)
-
-    def _method(self, target: Any) -> None:
-        self._push((target.__self__, getattr(target, "__func__", None)))
-
-    def _partial(self, target: functools.partial[Any]) -> None:
-        of = functools.partial
-        self._push(of.__dict__[name].__get__(target) for name in ("func", "args", "keywords"))
-
-    def _property(self, target: property) -> None:
-        self._push((target.fget, target.fset, target.fdel))
-
-    def _wrapped(self, target: Any) -> None:
-        self._push([target.__func__])
-
-    def _proxy(self, target: MappingProxyType[Any, Any]) -> None:
-        self._push(gc.get_referents(target))
+    # Objects ------------------------------------------------------------------------------------------------
 
     def _tensor(self, target: Tensor) -> None:
         note = TensorNote(target)
         self.tensors.append(note)
-        self._push((note.grad, target._backward_hooks, getattr(target, "_post_accumulate_grad_hooks", None)))
+        self._push(note.held)
+        if is_traceable_wrapper_subclass(target):
+            names, _ = target.__tensor_flatten__()
+            self._push([getattr(target, name) for name in names])
 
-    def _torch_generator(self, target: torch.Generator) -> None:
-        self.notes.append(StateNote(target.get_state, target.set_state))
+    def _script_module(self, target: Any) -> None:
+        self._push([*target.parameters(), *target.buffers()])  # what its attributes hold is no Python object
 
-    def _python_random(self, target: random.Random) -> None:
-        self.notes.append(
-            StateNote(
-                lambda: random.Random.getstate(target), lambda state: random.Random.setstate(target, state)
-            )
-        )
-
-    # Code -------------------------------------------------------------------------------------------------
-
-    def _function(self, target: FunctionType) -> None:
-        self.notes.append(FunctionNote(target))
-        self._push((target.__defaults__, target.__kwdefaults__, *(target.__closure__ or ())))
-        space = target.__globals__
-        if is_foreign(space.get("__name__")):
+    def _state(self, target: Any) -> None:
+        note = state_of(target, mro_of(type(target)), self._array_bytes_left)
+        if note is None:
             return
-        names = names_in(target.__code__)
-        self._now_named(names.read)
-        self._now_named(names.spelt)
-        self._names(space, names)
-        if names.imports:
-            package = space.get("__package__")
-            for name in names.read:
-                for module in (sys.modules.get(name), sys.modules.get(f"{package}.{name}")):
-                    if type(module) is ModuleType:
-                        self._module(module, names)
-
-    def _names(self, space: dict[str, Any], names: Names) -> None:
-        noted = self._namespaces.get(id(space))
-        if noted is None:
-            noted = self._namespaces[id(space)] = NamesNote(space)
-            self.notes.append(noted)
-        contents = noted.contents
-        for name in names.read:
-            value = dict.get(space, name, ABSENT)
-            if value is ABSENT:
-                if names.stores:
-                    contents.setdefault(name, ABSENT)
-                continue
-            if ModuleType in mro_of(type(value)):
-                self._module(value, names)
-            if name not in contents:
-                contents[name] = value
-                self._push([value])
-
-    def _module(self, module: ModuleType, names: Names) -> None:
-        key = id(module), id(names)
-        if key in self._visited_modules:
-            return
-        self._visited_modules[key] = names
-        space = object.__getattribute__(module, "__dict__")
-        if not is_foreign(space.get("__name__")):
-            self._names(space, names)
-
-    def _now_named(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name not in self._named:
-                self._named.add(name)
-                self._push(self._unnamed.pop(name, ()))
-
-    def _class(self, target: type) -> None:
-        if is_foreign(module_of(target)):
-            return
-        note = ClassNote(target)
         self.notes.append(note)
-        mro = mro_of(target)
-        foreign = [_own(base) for base in mro if is_foreign(module_of(base))]
-        for name, value in note.contents.items():
-            if (
-                type(value) not in _CODE
-                or name in self._named
-                or name.startswith("__")
-                or any(name in base for base in foreign)
-            ):
-                self._push([value])
-            else:
-                self._unnamed.setdefault(name, []).append(value)
-        self._push(base for base in mro if not is_foreign(module_of(base)))
+        self._array_bytes_left -= note.num_bytes
+        self._push(note.held)
 
-    # Lightning --------------------------------------------------------------------------------------------
+    def _weak(self, target: Any) -> None:
+        note = WeakNote(target)
+        self.notes.append(note)
+        self._push(note.held)
 
-    def _shallow(self, target: Any) -> None:
+    def _iterator(self, target: Any) -> None:
+        self._push(self._iterators.add(target))
+
+    # Lightning ----------------------------------------------------------------------------------------------
+
+    def _attributes_only(self, target: Any) -> None:
         self.notes.append(DictNote(object.__getattribute__(target, "__dict__")))
 
     def _trainer(self, target: Any) -> None:
-        self._shallow(target)
+        self._attributes_only(target)
         attributes = object.__getattribute__(target, "__dict__")
-        parts = [attributes.get(name) for name in _OF_TRAINER]
-        self._push(parts[:-1])
-        self._push([getattr(parts[-1], "strategy", None)])
+        self._push([attributes.get(name) for name in _OF_TRAINER])
+        self._push([getattr(attributes.get("_accelerator_connector"), "strategy", None)])
 
     def _strategy(self, target: Any) -> None:
         attributes = object.__getattribute__(target, "__dict__")
         note = NamesNote(attributes)
-        note.contents = {name: attributes.get(name, ABSENT) for name in _OF_STRATEGY}
+        note.contents.update({name: attributes.get(name, ABSENT) for name in _OF_STRATEGY})
         self.notes.append(note)
-        self._push(value for value in note.contents.values() if value is not ABSENT)
+        self._push(note.contents.values())
 
 
-_CONTENTS: dict[type, Callable[[Reach, Any], None]] = {
+def _pushed(get: Callable[[Any], Iterable[Any]]) -> Callable[[Reach, Any], None]:
+    """Look into objects that cannot change themselves, but what they hold can."""
+    return lambda reach, target: reach._push([*get(target)])
+
+
+def _noted(make: Callable[[Any], Any]) -> Callable[[Reach, Any], None]:
+    return lambda reach, target: reach._contents(make(target))
+
+
+def _members(cls: type, *names: str) -> Callable[[Reach, Any], None]:
+    found = [own_of(cls)[name] for name in names]
+    return _pushed(lambda target: [member.__get__(target) for member in found])
+
+
+def _behind(proxy: MappingProxyType[Any, Any]) -> list[Any]:
+    found = gc.get_referents(proxy)
+    # The attributes of a class must be written through the class.
+    return [target for target in found if type(target) is not dict or "__module__" not in target]
+
+
+# The attributes of a plain ordered dictionary would be made by looking for them, a dozen times a module.
+_BARE = (OrderedDict,)
+
+
+def _is_made_for(mro: tuple[type, ...]) -> bool:
+    """Whether a class is of a package that is left alone, but there is a way back for its instances."""
+    return any(base in (torch.Generator, threading.local, *WEAK) for base in mro)
+
+
+_VISITS: dict[type, Callable[[Reach, Any], None]] = {
+    Tensor: Reach._tensor,
     OrderedDict: Reach._ordered_dict,
     defaultdict: Reach._defaultdict,
     dict: Reach._dict,
-    list: Reach._list,
-    deque: Reach._deque,
-    set: Reach._set,
-    tuple: Reach._tuple,
-    frozenset: Reach._frozenset,
-    bytearray: Reach._bytearray,
-    CellType: Reach._cell,
-    FunctionType: Reach._function,
-    MethodType: Reach._method,
-    BuiltinMethodType: Reach._method,
-    MethodWrapperType: Reach._method,
-    functools.partial: Reach._partial,
-    property: Reach._property,
-    staticmethod: Reach._wrapped,
-    classmethod: Reach._wrapped,
-    MappingProxyType: Reach._proxy,
-    Tensor: Reach._tensor,
-    torch.Generator: Reach._torch_generator,
-    random.Random: Reach._python_random,
+    list: _noted(ListNote),
+    deque: _noted(DequeNote),
+    set: _noted(SetNote),
+    CellType: _noted(CellNote),
+    tuple: _pushed(tuple.__iter__),
+    frozenset: _pushed(frozenset.__iter__),
+    type: lambda reach, target: reach.code.class_(target),
+    FunctionType: lambda reach, target: reach.code.function(target),
+    MethodType: _members(MethodType, "__self__", "__func__"),
+    BuiltinMethodType: _members(BuiltinMethodType, "__self__"),
+    MethodWrapperType: _members(MethodWrapperType, "__self__"),
+    functools.partial: _members(functools.partial, "func", "args", "keywords"),
+    property: _members(property, "fget", "fset", "fdel"),
+    staticmethod: _members(staticmethod, "__func__"),
+    classmethod: _members(classmethod, "__func__"),
+    MappingProxyType: _pushed(_behind),
+    threading.local: _pushed(lambda target: [threading.local.__getattribute__(target, "__dict__")]),
+    torch.jit.ScriptModule: Reach._script_module,
+    itertools.count: Reach._iterator,
+    **dict.fromkeys(WEAK, Reach._weak),
+    **dict.fromkeys(OVER_SEQUENCES, Reach._iterator),
 }
-_CODE = (FunctionType, staticmethod, classmethod, property, functools.cached_property)
-
-
-def _own(cls: type) -> Any:
-    return type.__dict__["__dict__"].__get__(cls)
+_OF_LIGHTNING = {
+    "Trainer": Reach._trainer,
+    "Strategy": Reach._strategy,
+    "LightningDataModule": Reach._attributes_only,
+}

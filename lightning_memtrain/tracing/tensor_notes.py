@@ -2,58 +2,73 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_memtrain.core import is_out_of_memory
+from lightning_memtrain.ledger.storages import storages_of
+
+T = TypeVar("T")
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class TensorNote:
-    """A tensor as it was: its memory, its gradient, whether it wants one.
+    """A tensor as it was: its memory, its gradient and hooks, whether it wants a gradient.
 
     Args:
         target: the tensor.
     """
 
     __slots__ = (
-        "_alias",
-        "_bytes",
-        "_grad",
-        "_is_leaf",
-        "_requires_grad",
-        "_version",
-        "copied",
+        *("_alias", "_bytes", "_grad", "_hooks", "_is_leaf", "_needs_grad", "_version", "copied"),
         "target",
     )
 
     def __init__(self, target: Tensor) -> None:
         self.target = target
         self.copied: Tensor | None = None
+        self._version: _unsafe_preserve_version_counter | None = None
+        self._bytes = 0
         self._is_leaf = target.is_leaf
         self._needs_grad = target.requires_grad
         self._grad = target.grad if self._is_leaf or target.retains_grad else None
-        self._alias = _or_none(target.detach)  # holds the storage and the shape
-        self._bytes = _or_none(lambda: target.untyped_storage().nbytes())
-        # Notes the version now; to leave it is to go back to that.
+        self._hooks = [getattr(target, name) for name in _HOOKS]
+        # Holds the storage and the shape. One that is made of others holds these in attributes.
+        self._alias = None if is_traceable_wrapper_subclass(target) else _or_none(target.detach)
+
+    @property
+    def held(self) -> list[Any]:
+        """Its gradient and hooks."""
+        return [self._grad, *self._hooks]
+
+    def copy(self) -> None:
+        """Keep the values, too.
+
+        Raises:
+            RuntimeError: if memory runs out.
+        """
+        target = self.target
+        try:
+            with _writing(target):
+                self.copied = _written(target).clone()
+        except Exception as error:  # a layout that cannot be copied
+            if is_out_of_memory(error):
+                raise
+            return
+        self._bytes = _or_none(lambda: target.untyped_storage().nbytes()) or 0
+        # Notes the version now; to leave it is to go back to that. Inference tensors have none.
         self._version = _or_none(lambda: _unsafe_preserve_version_counter(target))
 
     @property
-    def grad(self) -> Tensor | None:
-        """The gradient that it had."""
-        return self._grad
-
-    def copy(self) -> None:
-        """Copy the values, too."""
-        try:
-            with torch.inference_mode(self.target.is_inference()):
-                self.copied = _without_repetition(self.target.detach()).clone()
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
+    def copied_bytes(self) -> int:
+        """What the copy holds."""
+        return 0 if self.copied is None else sum(storage.nbytes() for storage in storages_of(self.copied))
 
     def restore(self) -> None:
         """Put it back; may be called several times."""
@@ -73,14 +88,20 @@ class TensorNote:
             if target.grad is not self._grad:
                 with suppress(Exception):
                     target.grad = self._grad
+        for name, hooks in zip(_HOOKS, self._hooks, strict=True):
+            now = getattr(target, name)
+            if now is not hooks:
+                with suppress(Exception):
+                    # Once there are some, torch holds on to their dictionary.
+                    now.clear() if hooks is None else setattr(target, name, hooks)
 
     def _restore_values(self, copied: Tensor) -> None:
         target = self.target
         try:
-            with torch.inference_mode(target.is_inference()):
-                if self._bytes is not None and target.untyped_storage().nbytes() < self._bytes:
+            with _writing(target):
+                if self._bytes and target.untyped_storage().nbytes() < self._bytes:
                     target.untyped_storage().resize_(self._bytes)
-                _without_repetition(target.detach()).copy_(copied)
+                _written(target).copy_(copied)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -89,13 +110,20 @@ class TensorNote:
                 self._version.__exit__(None, None, None)
 
 
-def _without_repetition(tensor: Tensor) -> Tensor:
-    """What an expanded tensor repeats, once: it cannot be written to as a whole."""
-    if tensor.layout is torch.strided and 0 in tensor.stride() and tensor.numel():
+def _written(tensor: Tensor) -> Tensor:
+    """Where the values of a tensor lie; an expanded one repeats them, and cannot be written to as a whole."""
+    if tensor.layout is not torch.strided:
+        return tensor  # another one would not share what it is made of
+    tensor = tensor.detach()
+    if tensor.numel() and not is_traceable_wrapper_subclass(tensor):
         for dim, stride in enumerate(tensor.stride()):
             if stride == 0:
                 tensor = tensor.narrow(dim, 0, 1)
     return tensor
+
+
+def _writing(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.inference_mode() if tensor.is_inference() else torch.no_grad()
 
 
 def _is_same_memory(one: Tensor, other: Tensor) -> bool:
@@ -110,7 +138,7 @@ def _is_same_memory(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def _or_none(get: Any) -> Any:
+def _or_none(get: Callable[[], T]) -> T | None:
     try:
         return get()
     except Exception:

@@ -13,22 +13,42 @@ from lightning_memtrain.core import is_out_of_memory
 from lightning_memtrain.tracing.random_state import global_random_states
 from lightning_memtrain.tracing.reach import Reach
 from lightning_memtrain.tracing.replace import replace
+from lightning_memtrain.tracing.states import StateNote
 
 
 class UserState:
     """Everything in Python that a step can change, as it is now, to be set back in place.
 
+    Noted is what can be reached from the roots: attributes (of objects, modules, classes, functions and
+    tensors), items, closures, the globals that code names, hooks, gradients, generators of random numbers,
+    and those that everybody shares. Objects stay the same objects: what they hold is put back into them.
+
+    Left as they are: generators and iterators over other iterators, the cache of ``functools.lru_cache``,
+    files, threads, connections, loggers and experiments, data loaders, data frames, arrays beyond 16 MiB in
+    all, and objects that refuse to be read or written. Of a trainer only what is logged, its loop,
+    optimizers, precision and the user's callbacks are noted, of a data module its attributes. Techniques that
+    gather things in passes go back by themselves, see :func:`~lightning_memtrain.core.keep_all`.
+
     Args:
-        *roots: where a step begins: the module, optimizers, schedulers, the batch, the function that runs it.
+        *roots: where a step begins: module, optimizers, schedulers, batch, the function that runs it.
         copies: says of which tensors the values are copied, too; by default of none.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Linear(2, 2)
+        >>> model.seen = []
+        >>> state = UserState(model)
+        >>> model.seen.append(1)
+        >>> state.restore()
+        >>> model.seen
+        []
     """
 
     def __init__(self, *roots: Any, copies: Callable[[Tensor], bool] | None = None) -> None:
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             reach = Reach(roots)
-            self._notes = reach.notes
-            self._tensor_notes = reach.tensors
-            self.tensors: tuple[Tensor, ...] = tuple(note.target for note in reach.tensors)
+            self._notes, self._tensor_notes = reach.notes, reach.tensors
+            self.tensors: tuple[Tensor, ...] = tuple(note.target for note in self._tensor_notes)
             """All tensors within reach, each once."""
             if copies is not None:
                 for note in self._tensor_notes:
@@ -39,11 +59,12 @@ class UserState:
 
     @property
     def num_bytes(self) -> int:
-        """What is held in copies, in bytes of all devices."""
-        return sum(copied.nbytes for copied in self._copied())
+        """What is held in copies of tensors and arrays, in bytes of all devices."""
+        arrays = sum(note.num_bytes for note in self._notes if isinstance(note, StateNote))
+        return arrays + sum(note.copied_bytes for note in self._tensor_notes)
 
     def num_bytes_on(self, device: torch.device) -> int:
-        """What is held in copies on one device.
+        """What is held in copies of tensors and arrays on one device.
 
         Args:
             device: the device; without an index all of its type.
@@ -51,14 +72,16 @@ class UserState:
         Returns:
             The bytes.
         """
-        return sum(
-            copied.nbytes
-            for copied in self._copied()
-            if copied.device.type == device.type and device.index in (None, copied.device.index)
+        there = sum(
+            note.copied_bytes
+            for note in self._tensor_notes
+            if note.copied is not None
+            and note.copied.device.type == device.type
+            and device.index in (None, note.copied.device.index)
         )
-
-    def _copied(self) -> list[Tensor]:
-        return [note.copied for note in self._tensor_notes if note.copied is not None]
+        if device.type != "cpu":
+            return there
+        return there + sum(note.num_bytes for note in self._notes if isinstance(note, StateNote))
 
     def replace(self, others: Mapping[int, Tensor]) -> None:
         """Put other tensors in the place of some, wherever these are held, until :meth:`restore`.

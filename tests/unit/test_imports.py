@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = [
     "lightning_memtrain",
-    *(f"lightning_memtrain.{room}" for room in ("core", "ledger", "report", "cli")),
+    *(f"lightning_memtrain.{room}" for room in ("core", "ledger", "tracing", "report", "cli")),
     *(f"lightning_memtrain.techniques.{name}" for name in ("checkpointing", "microbatching", "precision")),
 ]
 OPTIONAL = ("wandb", "jsonargparse", "sklearn", "fairseq")

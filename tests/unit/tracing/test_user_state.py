@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import array
 import collections
 import dataclasses
 import functools
+import itertools
 import random
 import types
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,14 +19,10 @@ import torch
 from torch import nn
 
 from lightning_memtrain.tracing import UserState
-
-TOTAL = 0
-HISTORY: list[float] = []
+from lightning_memtrain.tracing.states import MOST_ARRAY_BYTES
 
 
 class Meter:
-    shared = 0
-
     def __init__(self) -> None:
         self.values: list[float] = []
         self.num = 0
@@ -30,7 +30,6 @@ class Meter:
     def add(self, value: float) -> None:
         self.values.append(value)
         self.num += 1
-        type(self).shared += 1
 
 
 class Slotted:
@@ -59,17 +58,6 @@ class Lazy:
     @functools.cached_property
     def table(self) -> list[int]:
         return [1, 2]
-
-
-METER = Meter()
-
-
-def add_to_globals(value: float) -> None:
-    global TOTAL, LATE
-    TOTAL += 1
-    LATE = value
-    HISTORY.append(value)
-    METER.add(value)
 
 
 def contents(value: Any) -> Any:
@@ -193,78 +181,172 @@ def test_an_object_is_set_back_however_deep_it_lies(
         state.restore()
         assert module.kept["deep"][0][0] is value
         assert contents(value) == before
-    shared = Meter.shared
+
+
+def test_an_object_that_was_replaced_comes_back_with_what_it_held() -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    meter = module.meter = Meter()
+    linear = module[0]
+    state = UserState(module)
+    meter.add(1.0)
+    module.meter = Meter()
+    module[0] = nn.Identity()
+    linear.bias = None
     state.restore()
-    assert Meter.shared == shared
+    assert module.meter is meter
+    assert (meter.values, meter.num) == ([], 0)
+    assert module[0] is linear
+    assert linear.bias is not None
 
 
-def test_globals_and_class_attributes_that_code_names_are_set_back() -> None:
-    class Step(nn.Module):
-        def forward(self, value: float) -> None:
-            add_to_globals(value)
-
-    step = Step()
-    state = UserState(step)
-    before = TOTAL, Meter.shared
-    step(1.0)
-    assert (TOTAL, len(HISTORY), Meter.shared, METER.num, LATE) == (before[0] + 1, 1, before[1] + 1, 1, 1.0)
+def test_order_of_attributes_and_submodules_is_set_back() -> None:
+    module = nn.Sequential(nn.Linear(1, 1), nn.Tanh())
+    first = module[0]
+    state = UserState(module)
+    del module[0]
+    module.add_module("0", first)
     state.restore()
-    assert (TOTAL, HISTORY, Meter.shared, METER.num, METER.values) == (before[0], [], before[1], 0, [])
-    assert "LATE" not in globals()
+    assert [name for name, _ in module.named_children()] == ["0", "1"]
 
 
-def test_closures_defaults_and_function_attributes_are_set_back() -> None:
-    count, seen = 0, []
-
-    def step(value: int, memory: list[int] = [], *, by_name: list[int] = []) -> None:  # noqa: B006
-        nonlocal count
-        count += 1
-        for one in (seen, memory, by_name):
-            one.append(value)
-        step.calls = count  # type: ignore[attr-defined]
-
-    state = UserState(functools.partial(step))
-    step(1)
+def test_a_cycle_and_a_long_chain_are_walked() -> None:
+    chain: list[Any] = []
+    innermost = chain
+    for _ in range(50_000):
+        chain = [chain]
+    holder = types.SimpleNamespace(chain=chain)
+    holder.itself = holder
+    state = UserState(holder)
+    innermost.append(1)
     state.restore()
-    assert (count, seen) == (0, [])
-    assert step.__defaults__ == ([],)
-    assert step.__kwdefaults__ == {"by_name": []}
-    assert not hasattr(step, "calls")
+    assert innermost == []
 
 
-def test_tensors_are_found_once_each_and_their_values_copied_where_asked() -> None:
-    module = nn.Linear(2, 2)
-    weights = torch.ones(3)
-    module.weights = [weights, {"again": weights}]
-    module.bias.grad = torch.ones(2)
-    state = UserState(module, copies=lambda tensor: tensor is not module.weight)
-    assert {id(tensor) for tensor in state.tensors} == {
-        id(tensor) for tensor in (module.weight, module.bias, module.bias.grad, weights)
-    }
-    assert len(state.tensors) == 4
-    assert state.num_bytes == state.num_bytes_on(torch.device("cpu")) == 4 * (2 + 2 + 3)
-    assert state.num_bytes_on(torch.device("cuda")) == 0
-    gradient, kept = module.bias.grad, [module.bias.detach().clone(), weights.clone()]
-    weight = module.weight
-    with torch.no_grad():
-        module.bias.add_(1)
-        module.weight.add_(1)
-        changed = module.weight.detach().clone()
-        weights.resize_(5).zero_()
-        gradient.zero_()
-    module.bias.grad = None
-    module.weight.requires_grad_(False)
-    module.weight.mark = 1
-    module.weight = nn.Parameter(torch.zeros(1))
+def test_attributes_that_are_their_own_dictionary_are_set_back() -> None:
+    class Items(dict):  # type: ignore[type-arg]
+        def __init__(self) -> None:
+            super().__init__(a=1)
+            self.__dict__ = self
+
+    items = Items()
+    state = UserState(items)
+    items.b = 2
+    items.__dict__ = {}
     state.restore()
-    assert module.weight is weight
-    assert module.weight.requires_grad
-    assert not hasattr(weight, "mark")
-    assert torch.equal(weight, changed)
-    assert module.bias.grad is gradient
-    assert torch.equal(gradient, torch.ones(2))
-    assert torch.equal(module.bias, kept[0])
-    assert torch.equal(weights, kept[1])
+    assert items == {"a": 1}
+    assert items.a == 1
+
+
+def test_keys_that_compare_by_what_they_hold_are_put_back() -> None:
+    class Key:
+        def __init__(self, value: int) -> None:
+            self.value = value
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Key) and self.value == other.value
+
+        def __hash__(self) -> int:
+            return hash(self.value)
+
+    one, two = Key(1), Key(2)
+    table, keys = {one: "one", two: "two"}, {one, two}
+    state = UserState(table, keys)
+    one.value = 2
+    table.pop(two)
+    keys.clear()
+    state.restore()
+    assert [*table] == [one, two]
+    assert (table[one], table[two]) == ("one", "two")
+    assert {id(key) for key in keys} == {id(one), id(two)}
+
+
+def test_what_is_alive_in_weak_collections_is_set_back() -> None:
+    kept = [Meter(), Meter()]
+    values = weakref.WeakValueDictionary({"a": kept[0]})
+    keys = weakref.WeakKeyDictionary({kept[0]: [1]})
+    items = weakref.WeakSet([kept[0]])
+    state = UserState(values, keys, items)
+    values["b"] = kept[1]
+    keys[kept[0]].append(2)
+    del keys[kept[0]]
+    items.remove(kept[0])
+    items.add(kept[1])
+    state.restore()
+    assert dict(values) == {"a": kept[0]}
+    assert dict(keys) == {kept[0]: [1]}
+    assert [*items] == [kept[0]]
+
+
+ITERATORS: dict[str, Callable[[], Any]] = {
+    "count": itertools.count,
+    "count by steps": lambda: itertools.count(5, 2),
+    "list": lambda: iter([1, 2]),
+    "tuple": lambda: iter((1, 2)),
+    "text": lambda: iter("ab"),
+    "range": lambda: iter(range(4, 6)),
+    "backwards": lambda: reversed([1, 2]),
+}
+
+
+@pytest.mark.parametrize("kind", ITERATORS)
+def test_an_iterator_begins_again_where_it_stood(kind: str) -> None:
+    iterator = ITERATORS[kind]()
+    holder = types.SimpleNamespace(first=iterator, others=[iterator, {"deep": iterator}])
+    state = UserState(holder)
+    state.restore()
+    assert holder.first is iterator  # nothing has moved
+    first = [next(holder.first), next(holder.others[0])]
+    for _ in range(2):
+        [*itertools.islice(holder.first, 5)]  # to its end, if it has one
+        state.restore()
+        assert holder.first is holder.others[0] is holder.others[1]["deep"]
+        assert [next(holder.first), next(holder.others[0])] == first
+
+
+def test_what_a_list_iterator_goes_over_is_set_back() -> None:
+    items = [[1], [2]]
+    holder = types.SimpleNamespace(iterator=iter(items))
+    state = UserState(holder)
+    next(holder.iterator).append(3)
+    state.restore()
+    assert items == [[1], [2]]
+
+
+def test_arrays_are_set_back_in_place() -> None:
+    numpy = pytest.importorskip("numpy")
+    grid = numpy.arange(6.0).reshape(2, 3)
+    objects = numpy.array([[1], None], dtype=object)
+    numbers = array.array("d", [1.0, 2.0])
+    state = UserState(types.SimpleNamespace(grid=grid, column=grid[:, 1], objects=objects, numbers=numbers))
+    assert state.num_bytes == state.num_bytes_on(torch.device("cpu")) == 8 * (6 + 2 + 2 + 2)
+    grid[:] = 0
+    objects[0].append(2)
+    objects[1] = "new"
+    numbers[0] = 5
+    numbers.append(3)
+    state.restore()
+    assert grid.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert objects.tolist() == [[1], None]
+    assert numbers.tolist() == [1, 2]
+
+
+def test_arrays_beyond_the_bound_and_those_that_cannot_be_written_are_left_alone(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    large = numpy.zeros(MOST_ARRAY_BYTES + 1, dtype=numpy.uint8)
+    fixed = numpy.zeros(2)
+    fixed.flags.writeable = False
+    of_a_file = numpy.memmap(tmp_path / "numbers", dtype=numpy.uint8, mode="w+", shape=(4,))
+    state = UserState(large, fixed, of_a_file, bytearray(MOST_ARRAY_BYTES + 1))
+    assert state.num_bytes == 0
+    large[0] = of_a_file[0] = 1
+    state.restore()
+    assert large[0] == of_a_file[0] == 1
+
+
+def test_many_small_arrays_are_copied_up_to_the_bound() -> None:
+    numpy = pytest.importorskip("numpy")
+    arrays = [numpy.zeros(MOST_ARRAY_BYTES // 4, dtype=numpy.uint8) for _ in range(6)]
+    assert UserState(arrays).num_bytes == MOST_ARRAY_BYTES
 
 
 def test_random_numbers_go_on_as_if_nothing_had_been_drawn() -> None:
@@ -351,3 +433,30 @@ def test_hidden_states_of_transformers_are_recorded_by_one_set_of_hooks() -> Non
     assert [set(vars(module)) for module in model.modules()] == marks
     assert num_states() == 3
     assert num_hooks() == installed
+
+
+def test_generators_and_caches_of_functions_are_left_as_they_are() -> None:
+    @functools.lru_cache
+    def squared(value: int) -> int:
+        return value * value
+
+    holder = types.SimpleNamespace(generator=(value for value in range(3)), squared=squared)
+    state = UserState(holder)
+    next(holder.generator)
+    squared(2)
+    state.restore()
+    assert next(holder.generator) == 1
+    assert squared.cache_info().currsize == 1
+
+
+def test_another_generator_of_numpy_is_set_back() -> None:
+    numpy = pytest.importorskip("numpy")
+    usual = numpy.random.get_bit_generator()
+    numpy.random.set_bit_generator(numpy.random.PCG64(1))
+    try:
+        state = UserState()
+        first = numpy.random.rand()
+        state.restore()
+        assert numpy.random.rand() == first
+    finally:
+        numpy.random.set_bit_generator(usual)

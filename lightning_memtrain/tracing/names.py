@@ -14,14 +14,12 @@ class Names(NamedTuple):
     """What a function names, with the functions that are written in it.
 
     Args:
-        read: names of globals, attributes and modules.
-        spelt: texts in it that could be names of attributes.
+        named: names of globals, attributes and modules, and texts in it that could be such.
         stores: whether it assigns to globals or attributes.
         imports: whether it imports.
     """
 
-    read: tuple[str, ...]
-    spelt: tuple[str, ...]
+    named: tuple[str, ...]
     stores: bool
     imports: bool
 
@@ -41,21 +39,21 @@ def names_in(code: CodeType) -> Names:
     known = _known.get(id(code))
     if known is not None:
         return known[1]
-    read: dict[str, None] = {}
-    spelt: dict[str, None] = {}
+    named: dict[str, None] = {}
     stores = imports = False
     pending = [code]
     while pending:
         one = pending.pop()
-        read.update(dict.fromkeys(one.co_names))
+        named.update(dict.fromkeys(one.co_names))
         operations = one.co_code[::2]
         stores = stores or any(operation in operations for operation in _STORES)
         imports = imports or _IMPORTS in operations
         for constant in one.co_consts:
             if type(constant) is CodeType:
                 pending.append(constant)
-            elif type(constant) is str and constant.isidentifier():
-                spelt[constant] = None
-    names = Names(tuple(read), tuple(spelt), stores, imports)
+            for text in constant if type(constant) in (tuple, frozenset) else (constant,):
+                if type(text) is str and text.isidentifier():
+                    named[text] = None
+    names = Names(tuple(named), stores, imports)
     _known[id(code)] = code, names  # the code is kept, so that its id stays its own
     return names
