@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_memtrain.core import Category, MemoryBreakdown, rehearsal_depth, watch_marks
 from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
 from lightning_memtrain.ledger.modules import ModuleWatch, Moment
+from lightning_memtrain.ledger.objects import tensors_within
 from lightning_memtrain.ledger.operators import OperatorWatch, returns_arguments
 from lightning_memtrain.ledger.records import FROM_THE_START, TRANSIENT, StorageRecord, analyse
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
@@ -62,7 +63,7 @@ class MemoryLedger:
     Args:
         model: the module that is trained; gives names to bytes. Its parameters decide on the device.
         optimizers: the optimizers whose state is to be told from activations.
-        inputs: the batch, in any nesting of lists, tuples and mappings.
+        inputs: the batch, of any kind: collections, mappings and objects that hold tensors, in any nesting.
         device: count storages of this device instead of that of the parameters.
         workspace: measure the bytes that each operator holds while it runs, so that
             :attr:`predicted_peak_bytes` can be given.
@@ -132,7 +133,7 @@ class MemoryLedger:
 
     def _install(self, undo: ExitStack) -> None:
         self._scan_training_state()
-        for tensor in tensors_in(self._inputs):
+        for tensor in tensors_within(self._inputs):
             self._book.note_from_the_start(tensor, Category.INPUTS)
         self._inputs = None  # the ledger must not keep the batch alive
         for name, parameter in self._model.named_parameters():
@@ -334,8 +335,10 @@ class MemoryLedger:
                     classify(buffer, Category.BUFFERS, owner)
         for optimizer in self._optimizers:
             for key, state in optimizer.state.items():
-                for tensor in tensors_in(state):
-                    classify(tensor, Category.OPTIMIZER_STATE, owners.get(key, ""))
+                owner = owners.get(key, "")
+                for value in state.values() if isinstance(state, dict) else (state,):
+                    for tensor in (value,) if isinstance(value, torch.Tensor) else tensors_within(value):
+                        classify(tensor, Category.OPTIMIZER_STATE, owner)
         self._num_scanned = len(self._book.records)
 
     def _outlived(self, record: StorageRecord) -> bool:

@@ -17,11 +17,13 @@ _NO_TREES = (int, float, str, type(None))
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
-    """All tensors in arguments or results of an operator, a batch, or the state of an optimizer.
+    """All tensors in arguments or results of an operator, which are asked of every one.
+
+    For what users make, such as batches, there is :func:`.objects.tensors_within`.
 
     Args:
-        tree: lists, tuples, sets, mappings (and look-alikes, such as the batches of tokenisers) and
-            dataclasses in any nesting; anything else that is no tensor is passed over.
+        tree: lists, tuples, sets, mappings (and look-alikes) and dataclasses in any nesting; anything else
+            that is no tensor is passed over.
 
     Returns:
         The tensors in the order in which they were found, with repetitions.
@@ -47,7 +49,7 @@ def _collect(tree: Any, found: list[torch.Tensor]) -> None:
             _collect(item, found)
     elif hasattr(tree, "__dataclass_fields__"):
         for name in tree.__dataclass_fields__:
-            _collect(getattr(tree, name), found)
+            _collect(getattr(tree, name, None), found)  # a field may be unset, or be an argument only
 
 
 def storages_of(tensor: torch.Tensor) -> Sequence[torch.UntypedStorage]:

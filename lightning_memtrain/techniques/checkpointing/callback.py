@@ -13,8 +13,8 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 
 from lightning_memtrain.core import Setting, TechniqueRecord, parse_bytes, wrap_training_step
+from lightning_memtrain.ledger.objects import tensors_within
 from lightning_memtrain.ledger.op_times import OpTimes
-from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.techniques.checkpointing.choose import StepCurve
 from lightning_memtrain.techniques.checkpointing.fake_step import FakeStep, state_bytes
 from lightning_memtrain.techniques.checkpointing.insertion import insert_checkpoints
@@ -191,7 +191,7 @@ class ActivationCheckpointing(Callback):
     ) -> None:
         assert isinstance(self.policy, Budget)
         now = _Circumstances(
-            sum(tensor.nbytes for tensor in tensors_in((args, kwargs))),
+            sum(tensor.nbytes for tensor in tensors_within((args, kwargs))),
             any(parameter.grad is not None for parameter in model.parameters()),
             state_bytes(trainer.optimizers),
         )
