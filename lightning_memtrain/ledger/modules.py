@@ -11,8 +11,6 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_memtrain.core import rehearsal_depth
-
 NOT_IN_BACKWARD = -1
 
 _current_graph_task = torch._C._current_graph_task_id
@@ -50,22 +48,22 @@ class ModuleWatch:
     Args:
         model: the model; its submodules are watched, compiled and scripted ones as a whole.
         mark: called with ``"forward <path>"`` when a module's forward begins.
+        in_force: tells whether a call is one of those to be followed.
     """
 
-    def __init__(self, model: nn.Module, mark: Callable[[str], None]) -> None:
+    def __init__(self, model: nn.Module, mark: Callable[[str], None], in_force: Callable[[], bool]) -> None:
         self._model = model
         self._mark = mark
+        self._in_force = in_force
         self._handles: list[RemovableHandle] = []
         self._stack: list[str] = []
         self._forward_moment = Moment(False, False, "")
         self._first_nodes: list[int] = [-1]
         self._modules_of_nodes: list[str] = [""]
         self._depth_at_backward: dict[int, int] = {}
-        self._rehearsal_depth = 0
         self.type_names = {name: type(module).__name__ for name, module in model.named_modules()}
 
     def __enter__(self) -> ModuleWatch:
-        self._rehearsal_depth = rehearsal_depth()
         for name, module in _watchable(self._model):
             self._handles.append(module.register_forward_pre_hook(self._pre_hook(name)))
             self._handles.append(module.register_forward_hook(self._post_hook, always_call=True))
@@ -99,7 +97,7 @@ class ModuleWatch:
 
     def _pre_hook(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any) -> None:
-            if rehearsal_depth() != self._rehearsal_depth:
+            if not self._in_force():
                 return
             task = _current_graph_task()
             if task != NOT_IN_BACKWARD:
@@ -111,7 +109,7 @@ class ModuleWatch:
         return enter
 
     def _post_hook(self, module: nn.Module, args: Any, output: Any) -> None:
-        if rehearsal_depth() != self._rehearsal_depth:
+        if not self._in_force():
             return
         if self._stack:
             self._stack.pop()
