@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +17,11 @@ from torch.optim import Optimizer
 
 from lightning_memtrain.core import Category, MemoryBreakdown, rehearsal_depth, watch_marks
 from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
+from lightning_memtrain.ledger.devices import parameter_device
 from lightning_memtrain.ledger.modules import ModuleWatch, Moment
+from lightning_memtrain.ledger.objects import tensors_within
 from lightning_memtrain.ledger.operators import OperatorWatch, returns_arguments
-from lightning_memtrain.ledger.records import FROM_THE_START, TRANSIENT, StorageRecord, analyse
+from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord, analyse
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
 from lightning_memtrain.ledger.storages import RESIZE_WATCH, storages_of, tensors_in
 from lightning_memtrain.ledger.workspace import OpWorkspace, PeakEstimate
@@ -57,12 +61,16 @@ class MemoryLedger:
     tensors of the program and not counted: see :class:`~lightning_memtrain.ledger.OpWorkspace`.
 
     A storage that was live before the block and shows up as an argument in it counts from the start: as an
-    input, or as a gradient when backward is the first to use it (communication buckets).
+    input, or as a gradient when backward is the first to use it (communication buckets). One that was empty
+    counts from the moment when it is filled.
+
+    What is counted is what the thread does that entered the block, with autograd's threads that work for it.
+    It may be read in any thread at any time.
 
     Args:
         model: the module that is trained; gives names to bytes. Its parameters decide on the device.
         optimizers: the optimizers whose state is to be told from activations.
-        inputs: the batch, in any nesting of lists, tuples and mappings.
+        inputs: the batch, of any kind: collections, mappings and objects that hold tensors, in any nesting.
         device: count storages of this device instead of that of the parameters.
         workspace: measure the bytes that each operator holds while it runs, so that
             :attr:`predicted_peak_bytes` can be given.
@@ -98,15 +106,15 @@ class MemoryLedger:
         self.device = torch.device(device) if device is not None else parameter_device(model)
         self._estimate = PeakEstimate(workspace) if workspace is not None else None
         self._book = StorageBook(self.device, self._estimate)
-        self._modules = ModuleWatch(model, self._book.mark)
         self._operators = OperatorWatch()  # type: ignore[no-untyped-call]
+        self._modules = ModuleWatch(model, self._book.mark, self._operators.in_force)
         self._undo = ExitStack()
         self._num_scanned = 0
         self._recomputed: list[StorageRecord] = []
         self._last_step_tick: int | None = None
         self._backward_module: str | None = None
         self._entered = False
-        self._depth = 0
+        self._thread: int | None = None
 
     # ------------------------------------------------------------------ entering and leaving
 
@@ -117,13 +125,18 @@ class MemoryLedger:
                 "Make a new `MemoryLedger(model, ...)` for each block."
             )
         self._entered = True
-        self._depth = rehearsal_depth()
+        self._thread = threading.get_ident()
         with ExitStack() as undo:  # undoes what was done so far if a later line fails
             self._install(undo)
             self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        if self._thread not in (None, threading.get_ident()):
+            raise RuntimeError(
+                "`MemoryLedger` must be left in the thread that entered it, whose operators it counts, but "
+                "was left in another one and still counts. Enter and leave it in the same thread."
+            )
         self._undo.close()
         self._settle_recomputed()
         if len(self._book.records) != self._num_scanned:
@@ -131,8 +144,10 @@ class MemoryLedger:
         self._book.close()
 
     def _install(self, undo: ExitStack) -> None:
+        inputs = tensors_within(self._inputs)
+        self._book.counts_fakes = rehearsal_depth() > 0 or _any_fake((*self._model.parameters(), *inputs))
         self._scan_training_state()
-        for tensor in tensors_in(self._inputs):
+        for tensor in inputs:
             self._book.note_from_the_start(tensor, Category.INPUTS)
         self._inputs = None  # the ledger must not keep the batch alive
         for name, parameter in self._model.named_parameters():
@@ -145,9 +160,9 @@ class MemoryLedger:
         undo.enter_context(self._modules)
         SAVED_TENSOR_WATCH.add(self._on_saved)
         undo.callback(SAVED_TENSOR_WATCH.remove, self._on_saved)
-        RESIZE_WATCH.add(self._book.resize)
-        undo.callback(RESIZE_WATCH.remove, self._book.resize)
-        undo.callback(watch_marks(self.mark))
+        RESIZE_WATCH.add(self._on_resize)
+        undo.callback(RESIZE_WATCH.remove, self._on_resize)
+        undo.callback(watch_marks(self._on_mark))
         self._operators.begin(self._on_arguments, self._on_results)
         undo.callback(self._operators.end)
 
@@ -156,7 +171,7 @@ class MemoryLedger:
     @property
     def current_bytes(self) -> int:
         """Bytes that are live now (or, after the block, were live at its end)."""
-        return sum(record.num_bytes for record, _ in self._book.live.values())
+        return sum(record.num_bytes for record, _ in self._book.live_entries())
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -184,11 +199,11 @@ class MemoryLedger:
             without one, at any time), is still live and is no training state.
         """
         return analyse(
-            self._book.records,
-            self._book.events,
+            [*self._book.records],  # another thread may ask while there are more and more
+            [*self._book.events],
             device=str(self.device),
             module_types=self._modules.type_names,
-            grown=[record for record, _ in self._book.live.values() if self._outlived(record)],
+            grown=[record for record, _ in self._book.live_entries() if self._outlived(record)],
             per_module=per_module,
             timeline=timeline,
         )
@@ -223,8 +238,8 @@ class MemoryLedger:
         """
         return tuple(
             Survivor(record.producer, record.num_bytes, reference)
-            for record, reference in self._book.live.values()
-            if record.born != FROM_THE_START and record.category not in TRAINING_STATE
+            for record, reference in self._book.live_entries()
+            if not record.existed_before and record.category not in TRAINING_STATE
         )
 
     def mark(self, name: str) -> None:
@@ -275,26 +290,39 @@ class MemoryLedger:
         self._book.note_from_the_start(tensor, Category.GRADIENTS if in_backward else Category.INPUTS)
 
     def _on_saved(self, tensor: torch.Tensor) -> None:
-        if rehearsal_depth() != self._depth:
+        if not self._operators.in_force():
             return
         # What no operator made in the block was there before.
         for record in self._book.note_from_the_start(tensor, Category.INPUTS):
-            if record.category is Category.TEMPORARY:
+            # What was there before and is filled anew, as FSDP gathers weights, is no activation.
+            if record.category is Category.TEMPORARY and not record.existed_before:
                 record.category = Category.ACTIVATIONS
                 record.recomputed = self._modules.now().recomputing
             if record.category is Category.ACTIVATIONS and record.saver is None:
                 record.saver = self._modules.now().module
 
+    def _on_resize(self, storage: torch.UntypedStorage, num_bytes_before: int) -> None:
+        if self._operators.in_force():
+            self._book.note_unknown(storage, num_bytes_before)
+            self._book.resize(storage, self._modules.now().module)
+        else:
+            self._book.resize(storage)
+
     def _gradient_hook(self, owner: str) -> Callable[[torch.Tensor], None]:
         def after_accumulation(parameter: torch.Tensor) -> None:
-            if parameter.grad is not None and rehearsal_depth() == self._depth:
+            if parameter.grad is not None and self._operators.in_force():
                 self._book.classify(parameter.grad, Category.GRADIENTS, owner)
 
         return after_accumulation
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._scan_training_state()
-        self.mark("optimizer step")
+        if self._operators.in_force():
+            self._scan_training_state()
+            self.mark("optimizer step")
+
+    def _on_mark(self, name: str) -> None:
+        if self._operators.in_force():
+            self.mark(name)
 
     def _settle_recomputed(self) -> None:
         # What outlives the recomputation was recomputed to be used by backward; the rest was temporary.
@@ -334,58 +362,22 @@ class MemoryLedger:
                     classify(buffer, Category.BUFFERS, owner)
         for optimizer in self._optimizers:
             for key, state in optimizer.state.items():
-                for tensor in tensors_in(state):
-                    classify(tensor, Category.OPTIMIZER_STATE, owners.get(key, ""))
+                owner = owners.get(key, "")
+                for value in state.values() if isinstance(state, dict) else (state,):
+                    for tensor in (value,) if isinstance(value, torch.Tensor) else tensors_within(value):
+                        classify(tensor, Category.OPTIMIZER_STATE, owner)
         self._num_scanned = len(self._book.records)
 
     def _outlived(self, record: StorageRecord) -> bool:
-        if record.born == FROM_THE_START or record.category in (*TRAINING_STATE, Category.INPUTS):
+        if record.existed_before or record.category in (*TRAINING_STATE, Category.INPUTS):
             return False
         return self._last_step_tick is None or record.born <= self._last_step_tick
 
 
+def _any_fake(tensors: Iterable[torch.Tensor]) -> bool:
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # where nobody has imported it, there are none
+    return fakes is not None and any(fakes.is_fake(tensor) for tensor in tensors)
+
+
 def _owner(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def parameter_devices(model: nn.Module) -> dict[torch.device, str]:
-    """The devices on which a model's parameters are, each with the name of the first one there.
-
-    Args:
-        model: any module.
-
-    Returns:
-        Names by device, in the order of the model.
-    """
-    devices: dict[torch.device, str] = {}
-    for name, parameter in model.named_parameters():
-        devices.setdefault(parameter.device, name)
-    return devices
-
-
-def parameter_device(model: nn.Module) -> torch.device:
-    """The one device on which a model's parameters are.
-
-    Args:
-        model: any module.
-
-    Returns:
-        The device, with its index.
-
-    Raises:
-        ValueError: if there are no parameters, or parameters on two devices.
-    """
-    devices = parameter_devices(model)
-    if not devices:
-        raise ValueError(
-            f"`MemoryLedger(model)` must have parameters, which decide on the device to count on, "
-            f"but got a {type(model).__name__} with none. "
-            "Pass `device=...`, or build the model before the ledger (in `configure_model`, for instance)."
-        )
-    if len(devices) > 1:
-        found = ", ".join(f"{name} on {device}" for device, name in devices.items())
-        raise ValueError(
-            f"`MemoryLedger(model)` must have all parameters on one device, but got {found}. "
-            "Move the model to one device, or pass `device=...` to count on one of them."
-        )
-    return next(iter(devices))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,9 +12,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_memtrain.core import rehearsal_depth
-
 NOT_IN_BACKWARD = -1
+
+# A module that has hooks takes one more frame of Python than one that has none, so that modules nested deeply
+# enough would recur too deeply only because they are watched. The limit is raised by this many frames at a
+# time, before they are needed; the first of them are for what runs around the innermost operator.
+_FRAMES_AT_A_TIME = 100
+_recursion_limit = threading.Lock()
 
 _current_graph_task = torch._C._current_graph_task_id
 
@@ -50,22 +55,24 @@ class ModuleWatch:
     Args:
         model: the model; its submodules are watched, compiled and scripted ones as a whole.
         mark: called with ``"forward <path>"`` when a module's forward begins.
+        in_force: tells whether a call is one of those to be followed.
     """
 
-    def __init__(self, model: nn.Module, mark: Callable[[str], None]) -> None:
+    def __init__(self, model: nn.Module, mark: Callable[[str], None], in_force: Callable[[], bool]) -> None:
         self._model = model
         self._mark = mark
+        self._in_force = in_force
         self._handles: list[RemovableHandle] = []
         self._stack: list[str] = []
         self._forward_moment = Moment(False, False, "")
         self._first_nodes: list[int] = [-1]
         self._modules_of_nodes: list[str] = [""]
         self._depth_at_backward: dict[int, int] = {}
-        self._rehearsal_depth = 0
+        self._num_frames = 0
         self.type_names = {name: type(module).__name__ for name, module in model.named_modules()}
 
     def __enter__(self) -> ModuleWatch:
-        self._rehearsal_depth = rehearsal_depth()
+        self._make_room()
         for name, module in _watchable(self._model):
             self._handles.append(module.register_forward_pre_hook(self._pre_hook(name)))
             self._handles.append(module.register_forward_hook(self._post_hook, always_call=True))
@@ -75,6 +82,8 @@ class ModuleWatch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        _raise_recursion_limit(-self._num_frames)
+        self._num_frames = 0
 
     def now(self) -> Moment:
         """What is running now."""
@@ -99,23 +108,29 @@ class ModuleWatch:
 
     def _pre_hook(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any) -> None:
-            if rehearsal_depth() != self._rehearsal_depth:
+            if not self._in_force():
                 return
             task = _current_graph_task()
             if task != NOT_IN_BACKWARD:
                 self._in_forward_of(task)  # notes a backward that begins with this module's recomputation
             self._stack.append(name)
+            if len(self._stack) + _FRAMES_AT_A_TIME > self._num_frames:
+                self._make_room()
             self._note_change()
             self._mark(f"forward {name}")
 
         return enter
 
     def _post_hook(self, module: nn.Module, args: Any, output: Any) -> None:
-        if rehearsal_depth() != self._rehearsal_depth:
+        if not self._in_force():
             return
         if self._stack:
             self._stack.pop()
         self._note_change()
+
+    def _make_room(self) -> None:
+        _raise_recursion_limit(_FRAMES_AT_A_TIME)
+        self._num_frames += _FRAMES_AT_A_TIME
 
     def _note_change(self) -> None:
         module = self._stack[-1] if self._stack else ""
@@ -124,6 +139,11 @@ class ModuleWatch:
         if _current_graph_task() == NOT_IN_BACKWARD:
             self._first_nodes.append(torch._C._autograd._get_sequence_nr())
             self._modules_of_nodes.append(module)
+
+
+def _raise_recursion_limit(num_frames: int) -> None:
+    with _recursion_limit:  # which is that of all threads
+        sys.setrecursionlimit(sys.getrecursionlimit() + num_frames)
 
 
 def _watchable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -7,6 +7,7 @@ from types import CodeType
 from typing import Any
 
 import torch
+from torch._C import _get_dispatch_stack_at, _len_torch_dispatch_stack
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _get_current_dispatch_mode_stack,
@@ -54,6 +55,15 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         self._before, self._after = before, after
         _push_mode(self)
+
+    def in_force(self) -> bool:
+        """Whether it is here, now and in this thread that operators are shown.
+
+        They are not shown while a rehearsal goes on, while torch compiles, and in other threads than the one
+        that began (but in those in which autograd runs its backward). Who follows a step by other means
+        than operators asks this, so that all that is seen is of the same step.
+        """
+        return any(_get_dispatch_stack_at(index) is self for index in range(_len_torch_dispatch_stack()))
 
     def end(self) -> None:
         """Stop watching, wherever on the stack: two ledgers may be left in the order of their entering."""

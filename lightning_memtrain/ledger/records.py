@@ -34,11 +34,22 @@ class StorageRecord:
         producer: path of the module that made it.
     """
 
-    __slots__ = ("born", "category", "died", "num_bytes", "owner", "producer", "recomputed", "saver")
+    __slots__ = (
+        "born",
+        "category",
+        "died",
+        "existed_before",
+        "num_bytes",
+        "owner",
+        "producer",
+        "recomputed",
+        "saver",
+    )
 
     def __init__(self, num_bytes: int, born: int, category: Category, producer: str = "") -> None:
         self.num_bytes = num_bytes
         self.born = born
+        self.existed_before = born == FROM_THE_START  # the storage, though maybe with another size
         self.died: int | None = None
         self.category = category
         self.producer = producer
@@ -54,6 +65,7 @@ class StorageRecord:
         """Close this record at ``tick`` and open the next one of the same storage, to be changed."""
         successor = StorageRecord(self.num_bytes, tick, self.category, self.producer)
         successor.saver, successor.owner, successor.recomputed = self.saver, self.owner, self.recomputed
+        successor.existed_before = self.existed_before
         self.died = tick
         return successor
 

@@ -150,14 +150,17 @@ class PeakEstimate:
 
     def allocate(self, num_bytes: int, late: bool = False) -> None:
         """Count a storage; a ``late`` one was live from the start, so during all that was noted before."""
-        self._live_bytes += self._rounded(num_bytes)
+        # First rounded, then added: within a call, garbage may be collected, which changes the sum.
+        num_bytes = self._rounded(num_bytes)
+        self._live_bytes += num_bytes
         if late:
-            self._late_bytes += self._rounded(num_bytes)
+            self._late_bytes += num_bytes
         self._peak_bytes = max(self._peak_bytes, self._live_bytes - self._late_bytes)
 
     def free(self, num_bytes: int) -> None:
         """Count a storage no more."""
-        self._live_bytes -= self._rounded(num_bytes)
+        num_bytes = self._rounded(num_bytes)
+        self._live_bytes -= num_bytes
 
     def before(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Note how much is live when an operator begins."""

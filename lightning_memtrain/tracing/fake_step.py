@@ -105,7 +105,7 @@ class FakeStep:
         output = self._step(*self._arguments)
         loss = output["loss"] if isinstance(output, dict) else output
         if self._zeroes_after_forward:
-            self._forget_gradients()
+            self._zero_grad()
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             if self._unknown:  # the loss may be what a metric could not tell
                 raise self._unknown[0]
@@ -180,6 +180,12 @@ class FakeStep:
     def _empty_like(self, tensor: Tensor) -> Tensor:
         with self._fake:
             return torch.empty_like(tensor)
+
+    def _zero_grad(self) -> None:
+        if not self._optimizers:
+            self._forget_gradients()
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
 
     def _forget_gradients(self) -> None:
         for _, twin in self._parameters:

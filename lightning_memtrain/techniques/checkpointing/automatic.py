@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from torch.optim import Optimizer
 
 from lightning_memtrain.core import Category, NoEffectWarning, is_out_of_memory
+from lightning_memtrain.ledger.objects import tensors_within
 from lightning_memtrain.ledger.op_times import OpTimes
-from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.ledger.workspace import OpWorkspace
 from lightning_memtrain.techniques.checkpointing.choose import (
     Chosen,
@@ -131,7 +131,7 @@ class AutomaticChoice:
         self._groups, self.num_modules = groups, sum(len(group) for group in groups)
 
     def _circumstances(self, arguments: Any) -> Circumstances:
-        tensors = tensors_in(arguments)
+        tensors = tensors_within(arguments)
         return Circumstances(
             shapes=tuple(tuple(tensor.shape) for tensor in tensors),
             batch_bytes=sum(tensor.nbytes for tensor in tensors),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_memtrain.core import mark, partial_backward
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.storages import tensors_in
+from lightning_memtrain.ledger.objects import tensors_within
 from lightning_memtrain.techniques.microbatching import _compat, parallel, sizing
 from lightning_memtrain.techniques.microbatching.chunks import Chunk, Splitter
 from lightning_memtrain.techniques.microbatching.logs import CallRecorder
@@ -269,5 +269,5 @@ class MicrobatchEngine:
             loss, extra = self._run_chunk(kwargs, backward, chunk)
         peak_bytes = ledger.breakdown(per_module=False, timeline=False).ledger_peak_bytes
         # The last chunk finds there what all others returned and logged.
-        kept_bytes = sum(tensor.nbytes for tensor in tensors_in((loss, extra, recorder.logged_values())))
+        kept_bytes = sum(tensor.nbytes for tensor in tensors_within((loss, extra, recorder.logged_values())))
         return Peak(chunk.num_samples or 1, peak_bytes + held_bytes + (count - 1) * kept_bytes)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lightning_memtrain.ledger.objects import tensors_within
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH, KeptTensor, hooks_in_force
-from lightning_memtrain.ledger.storages import PLAIN_TENSORS, tensors_in
+from lightning_memtrain.ledger.storages import PLAIN_TENSORS
 from lightning_memtrain.techniques.precision.activation_kernels import Kernels
 from lightning_memtrain.techniques.precision.activation_layout import (
     MemoryOrder,
@@ -114,9 +115,9 @@ class ActivationPacking:
         """Do not pack these when the context is next entered, since somebody keeps them in any case.
 
         Args:
-            tree: tensors in any nesting, such as the batch.
+            tree: whatever holds them, such as the batch.
         """
-        tensors = [t for t in tensors_in(tree) if type(t) in PLAIN_TENSORS and t.layout is torch.strided]
+        tensors = [t for t in tensors_within(tree) if type(t) in PLAIN_TENSORS and t.layout is torch.strided]
         self._spared = {t.untyped_storage()._cdata for t in tensors}
 
     def state_dict(self) -> dict[str, int]:
