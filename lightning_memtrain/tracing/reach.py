@@ -153,7 +153,9 @@ class Reach:
         for name, of_lightning in _OF_LIGHTNING.items():
             if is_lightnings(cls, name):
                 return _Kind(of_lightning, None, ())
-        attributes = next((own_of(base)["__dict__"] for base in mro if "__dict__" in own_of(base)), None)
+        # The first that is Python's own: a class may have a property of that name.
+        found = (own_of(base).get("__dict__") for base in mro if cls not in _BARE and type not in mro)
+        attributes = next((one for one in found if type(one) in _DESCRIPTORS), None)
         slots = [
             value
             for base in mro
@@ -161,12 +163,6 @@ class Reach:
             for value in own_of(base).values()
             if type(value) is MemberDescriptorType
         ]
-        if (
-            type(attributes) not in (GetSetDescriptorType, MemberDescriptorType)
-            or cls in _BARE
-            or type in mro
-        ):
-            attributes = None
         return _Kind(visit, attributes, tuple(slots))
 
     # Containers ---------------------------------------------------------------------------------------------
@@ -270,6 +266,7 @@ def _behind(proxy: MappingProxyType[Any, Any]) -> list[Any]:
 
 # The attributes of a plain ordered dictionary would be made by looking for them, a dozen times a module.
 _BARE = (OrderedDict,)
+_DESCRIPTORS = (GetSetDescriptorType, MemberDescriptorType)
 
 
 def _is_made_for(mro: tuple[type, ...]) -> bool:

@@ -395,6 +395,21 @@ def test_an_object_that_refuses_everything_is_passed_over() -> None:
     assert [*list.__iter__(items)] == [[1]]
 
 
+def test_attributes_behind_a_property_of_their_name_are_set_back() -> None:
+    class Hidden(Meter):
+        @property
+        def __dict__(self) -> Any:  # type: ignore[override]
+            raise RuntimeError("I am not to be asked")
+
+    meter = Hidden()
+    state = UserState(meter)
+    meter.add(1.0)
+    meter.late = 1
+    state.restore()
+    assert (meter.values, meter.num) == ([], 0)
+    assert not hasattr(meter, "late")
+
+
 def test_hooks_that_a_forward_sets_are_taken_away() -> None:
     module = nn.Sequential(nn.Linear(2, 2))
     state = UserState(module)
