@@ -1,10 +1,11 @@
 """Words that all rooms of the library share."""
 
+from lightning_memtrain.core.asides import aside, watch_asides
 from lightning_memtrain.core.breakdown import Growth, MemoryBreakdown, ModuleMemory, TimelineEvent
 from lightning_memtrain.core.categories import Category, CategoryBytes
 from lightning_memtrain.core.indexed_state import ReindexesState
 from lightning_memtrain.core.marks import mark, watch_marks
-from lightning_memtrain.core.out_of_memory import is_out_of_memory
+from lightning_memtrain.core.out_of_memory import OutOfReach, does_not_fit, is_out_of_memory
 from lightning_memtrain.core.rehearsal import rehearsal, rehearsal_depth
 from lightning_memtrain.core.snapshots import Kept, keep_all, on_snapshot
 from lightning_memtrain.core.stepping import StepsParameters, step_parameter
@@ -25,6 +26,7 @@ __all__ = [
     "MemoryBreakdown",
     "ModuleMemory",
     "NoEffectWarning",
+    "OutOfReach",
     "ReindexesState",
     "ReportWarning",
     "Setting",
@@ -32,7 +34,9 @@ __all__ = [
     "Technique",
     "TechniqueRecord",
     "TimelineEvent",
+    "aside",
     "backward_is_partial",
+    "does_not_fit",
     "format_bytes",
     "is_out_of_memory",
     "is_technique",
@@ -44,6 +48,7 @@ __all__ = [
     "rehearsal",
     "rehearsal_depth",
     "step_parameter",
+    "watch_asides",
     "watch_marks",
     "wrap_training_step",
 ]

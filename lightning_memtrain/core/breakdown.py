@@ -117,6 +117,8 @@ class MemoryBreakdown:
         peak_event: the last timeline event before the peak.
         recomputed_at_peak_bytes: the part of the activations at the peak that checkpointing recomputed.
         recomputed_max_bytes: the largest part of the activations at any time that was recomputed.
+        aside_peak_bytes: most bytes that were live at once in what ran within the step and is left out of all
+            other figures, such as probes; 0 if nothing is left out.
         start_bytes: live bytes when the ledger was entered.
         end_bytes: live bytes when it was left.
         modules: one row per module that held anything at the peak.
@@ -135,6 +137,7 @@ class MemoryBreakdown:
     peak_event: str = ""
     recomputed_at_peak_bytes: int = 0
     recomputed_max_bytes: int = 0
+    aside_peak_bytes: int = 0
     start_bytes: int = 0
     end_bytes: int = 0
     modules: tuple[ModuleMemory, ...] = ()

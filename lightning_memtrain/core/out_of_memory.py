@@ -1,4 +1,4 @@
-"""Telling an out-of-memory error from any other error."""
+"""Telling errors that say that something does not fit into memory from any other error."""
 
 from __future__ import annotations
 
@@ -60,3 +60,38 @@ def is_out_of_memory(exception: BaseException) -> bool:
     if isinstance(exception, RuntimeError) and _MARKS.search(str(exception)):
         return True
     return exception.__cause__ is not None and is_out_of_memory(exception.__cause__)
+
+
+class OutOfReach(Exception):
+    """What was asked for cannot be kept with as many samples at a time; with fewer it may be.
+
+    Whoever keeps a limit raises an error that is this one, too, before anything is broken::
+
+        class BudgetOutOfReach(OutOfReach, MisconfigurationException):
+            ...
+
+    and leaves everything as it was, so that whoever chooses how many samples there are at a time can try
+    fewer (see :func:`does_not_fit`). Where nobody does, the error ends the run with its own text.
+    """
+
+
+def does_not_fit(exception: BaseException) -> bool:
+    """Whether an exception says that fewer samples at a time may go well.
+
+    An exception that was raised ``from`` such a one counts as one.
+
+    Args:
+        exception: any exception.
+
+    Returns:
+        ``True`` for :class:`OutOfReach`, and for all that :func:`is_out_of_memory` recognises.
+
+    Example:
+        >>> does_not_fit(OutOfReach("at least 4 GiB are needed"))
+        True
+        >>> does_not_fit(ValueError("4 is no prime number"))
+        False
+    """
+    if isinstance(exception, OutOfReach) or is_out_of_memory(exception):
+        return True
+    return exception.__cause__ is not None and does_not_fit(exception.__cause__)

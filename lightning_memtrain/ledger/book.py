@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lightning_memtrain.core import Category
-from lightning_memtrain.ledger.records import FROM_THE_START, Event, StorageRecord
+from lightning_memtrain.ledger.records import FROM_THE_START, NEVER, Event, StorageRecord
 from lightning_memtrain.ledger.storages import PLAIN_TENSORS, StorageReference, storages_of
 from lightning_memtrain.ledger.workspace import PeakEstimate
 
@@ -32,6 +32,12 @@ class StorageBook:
         self.events: list[Event] = []
         self.live: dict[int, tuple[StorageRecord, StorageReference]] = {}
         self.tick = FROM_THE_START
+        self.asides: list[tuple[int, int]] = []
+        """Ticks between which something ran that is no part of the step."""
+        self.live_bytes = 0
+        """What is live now."""
+        self.late_bytes = 0
+        """What was live from the start but was first seen later, also what is freed by now."""
         self.is_open = True
         self._estimate = estimate
         self._tell_freed = _teller(self)
@@ -48,6 +54,15 @@ class StorageBook:
         for both.
         """
         return [*self.live.values()]
+
+    def begin_aside(self) -> None:
+        """What comes next is no part of the step."""
+        self.asides.append((self.tick, NEVER))
+
+    def end_aside(self) -> None:
+        """What comes next is a part of the step again."""
+        begin, _ = self.asides.pop()
+        self.asides.append((begin, self.tick))
 
     def mark(self, name: str) -> None:
         """Write down a named moment."""
@@ -146,6 +161,7 @@ class StorageBook:
         if self._estimate is not None:
             self._estimate.free(record.num_bytes)
             self._estimate.allocate(storage.nbytes())
+        self.live_bytes += storage.nbytes() - record.num_bytes
         record.num_bytes = storage.nbytes()
 
     def _storages_of(self, tensor: torch.Tensor) -> Sequence[torch.UntypedStorage]:
@@ -183,6 +199,9 @@ class StorageBook:
     ) -> StorageRecord:
         record = StorageRecord(storage.nbytes() if num_bytes is None else num_bytes, born, category, producer)
         self.records.append(record)
+        self.live_bytes += record.num_bytes
+        if born == FROM_THE_START:
+            self.late_bytes += record.num_bytes
         reference = StorageReference(storage, self._tell_freed)
         reference.key = storage._cdata
         self.live[reference.key] = (record, reference)
@@ -197,6 +216,7 @@ class StorageBook:
         entry = self.live.pop(key, None)
         if entry is not None:
             entry[0].died = self._advance()
+            self.live_bytes -= entry[0].num_bytes
             if self._estimate is not None:
                 self._estimate.free(entry[0].num_bytes)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,21 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_memtrain.core import Category, MemoryBreakdown, rehearsal_depth, watch_marks
+from lightning_memtrain.core import (
+    Category,
+    CategoryBytes,
+    MemoryBreakdown,
+    rehearsal_depth,
+    watch_asides,
+    watch_marks,
+)
 from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
 from lightning_memtrain.ledger.devices import parameter_device
+from lightning_memtrain.ledger.limit import AllocationLimit
 from lightning_memtrain.ledger.modules import ModuleWatch, Moment
 from lightning_memtrain.ledger.objects import tensors_within
 from lightning_memtrain.ledger.operators import OperatorWatch, returns_arguments
-from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord, analyse
+from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord, analyse, held_at_peak
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
 from lightning_memtrain.ledger.storages import RESIZE_WATCH, storages_of, tensors_in
 from lightning_memtrain.ledger.workspace import OpWorkspace, PeakEstimate
@@ -74,6 +82,7 @@ class MemoryLedger:
         device: count storages of this device instead of that of the parameters.
         workspace: measure the bytes that each operator holds while it runs, so that
             :attr:`predicted_peak_bytes` can be given.
+        limit: asked before each operator, and may break the block off.
 
     Raises:
         ValueError: if ``device`` is not given and ``model`` has no parameters, or has them on two devices.
@@ -99,12 +108,15 @@ class MemoryLedger:
         *,
         device: torch.device | str | None = None,
         workspace: OpWorkspace | None = None,
+        limit: AllocationLimit | None = None,
     ) -> None:
         self._model = model
         self._optimizers = tuple(optimizers) if isinstance(optimizers, Sequence) else (optimizers,)
         self._inputs = inputs
         self.device = torch.device(device) if device is not None else parameter_device(model)
         self._estimate = PeakEstimate(workspace) if workspace is not None else None
+        self._limit = limit
+        self._late_before = 0
         self._book = StorageBook(self.device, self._estimate)
         self._operators = OperatorWatch()  # type: ignore[no-untyped-call]
         self._modules = ModuleWatch(model, self._book.mark, self._operators.in_force)
@@ -163,6 +175,8 @@ class MemoryLedger:
         RESIZE_WATCH.add(self._on_resize)
         undo.callback(RESIZE_WATCH.remove, self._on_resize)
         undo.callback(watch_marks(self._on_mark))
+        undo.callback(watch_asides(self._book.begin_aside, self._book.end_aside))
+        self._late_before = self._book.late_bytes
         self._operators.begin(self._on_arguments, self._on_results)
         undo.callback(self._operators.end)
 
@@ -171,7 +185,18 @@ class MemoryLedger:
     @property
     def current_bytes(self) -> int:
         """Bytes that are live now (or, after the block, were live at its end)."""
-        return sum(record.num_bytes for record, _ in self._book.live_entries())
+        return self._book.live_bytes
+
+    def bytes_at(self, tick: int) -> int:
+        """Bytes that were live at a moment of :attr:`tick`, with those that were only seen later.
+
+        Args:
+            tick: the moment.
+
+        Returns:
+            The bytes.
+        """
+        return self.held_between(tick, tick).total_bytes
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -187,12 +212,15 @@ class MemoryLedger:
             )
         return self._estimate.peak_bytes()
 
-    def breakdown(self, *, per_module: bool = True, timeline: bool = True) -> MemoryBreakdown:
+    def breakdown(
+        self, *, per_module: bool = True, timeline: bool = True, with_asides: bool = True
+    ) -> MemoryBreakdown:
         """What was counted so far.
 
         Args:
             per_module: whether to make the rows per module.
             timeline: whether to make the rows per event.
+            with_asides: whether what ran within the step but is no part of it (probes) counts for the peak.
 
         Returns:
             A frozen breakdown; its growth rows hold what was made before the last :meth:`next_step` (or,
@@ -206,6 +234,7 @@ class MemoryLedger:
             grown=[record for record, _ in self._book.live_entries() if self._outlived(record)],
             per_module=per_module,
             timeline=timeline,
+            asides=() if with_asides else self._book.asides,
         )
 
     @property
@@ -250,6 +279,32 @@ class MemoryLedger:
         """
         self._book.mark(name)
 
+    @contextmanager
+    def limited(self, limit: AllocationLimit) -> Iterator[None]:
+        """Ask a limit in this block, which may break it off.
+
+        Args:
+            limit: asked before each operator.
+        """
+        before = self._limit, self._late_before
+        self._limit, self._late_before = limit, self._book.late_bytes
+        try:
+            yield
+        finally:
+            self._limit, self._late_before = before
+
+    def held_between(self, first: int, last: int) -> CategoryBytes:
+        """What was live at the highest moment of a stretch.
+
+        Args:
+            first: the beginning, as :attr:`tick` told it.
+            last: its end.
+
+        Returns:
+            Bytes by category, as they are known by now.
+        """
+        return held_at_peak(self._book.records, first, last)
+
     def next_step(self) -> None:
         """Say that a training step is over, when one ledger counts several: what outlives it is growth."""
         self._last_step_tick = self._book.tick
@@ -273,6 +328,9 @@ class MemoryLedger:
                     self._note_argument(tensor)
         if self._estimate is not None:
             self._estimate.before(func, args, kwargs)
+        if self._limit is not None:
+            late_bytes = self._book.late_bytes - self._late_before
+            self._limit.before(func, args, kwargs, self._book.live_bytes, late_bytes)
 
     def _on_results(self, func: Any, results: Any) -> None:
         now = self._modules.now()
@@ -280,10 +338,14 @@ class MemoryLedger:
             self._follow_backward(now)
         if returns_arguments(func):
             return
+        made_bytes = 0
         for tensor in (results,) if isinstance(results, torch.Tensor) else tensors_in(results):
             new = self._book.note_new(tensor, now.module)
+            made_bytes += sum(record.num_bytes for record in new)
             if now.recomputing:
                 self._recomputed.extend(new)
+        if self._limit is not None:
+            self._limit.after(made_bytes)
 
     def _note_argument(self, tensor: torch.Tensor) -> None:
         in_backward = self._modules.now().in_backward

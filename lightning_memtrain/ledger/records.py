@@ -8,6 +8,7 @@ that they cannot disagree with each other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from lightning_memtrain.core import (
 )
 
 FROM_THE_START = 0
+#: A tick that no clock reaches.
+NEVER = 2**63
 TRANSIENT = (Category.ACTIVATIONS, Category.TEMPORARY)
 
 
@@ -86,6 +89,7 @@ def analyse(
     grown: Iterable[StorageRecord] = (),
     per_module: bool = True,
     timeline: bool = True,
+    asides: Sequence[tuple[int, int]] = (),
 ) -> MemoryBreakdown:
     """Turn the lives of storages into a breakdown.
 
@@ -97,6 +101,8 @@ def analyse(
         grown: the records that outlived their step and are no training state.
         per_module: whether to make the module rows.
         timeline: whether to make the timeline rows.
+        asides: ticks between which nothing counts for peak and maxima, in order; those of the peak of the
+            asides.
 
     Returns:
         The breakdown without a truth. Among equal peaks the first counts.
@@ -116,6 +122,8 @@ def analyse(
     maxima = list(held)
     at_peak = list(held)
     total = peak = start_bytes = recomputed = recomputed_max = recomputed_at_peak = 0
+    aside_peak = 0
+    left = list(asides)
     peak_tick = FROM_THE_START
     samples: list[TimelineEvent] = []
     next_event = 0
@@ -135,11 +143,16 @@ def analyse(
             recomputed += recomputed_bytes
             touched.add(column)
             index += 1
+        if tick == FROM_THE_START:
+            start_bytes = total
+        while left and left[0][1] <= tick:
+            del left[0]
+        if left and left[0][0] < tick:
+            aside_peak = max(aside_peak, total)
+            continue
         for column in touched:
             maxima[column] = max(maxima[column], held[column])
         recomputed_max = max(recomputed_max, recomputed)
-        if tick == FROM_THE_START:
-            start_bytes = total
         if total > peak:
             peak, peak_tick, at_peak, recomputed_at_peak = total, tick, list(held), recomputed
     if timeline:
@@ -159,12 +172,40 @@ def analyse(
         peak_event=peak_event,
         recomputed_at_peak_bytes=recomputed_at_peak,
         recomputed_max_bytes=recomputed_max,
+        aside_peak_bytes=aside_peak,
         start_bytes=start_bytes,
         end_bytes=total,
         modules=_module_rows(records, peak_tick, module_types) if per_module else (),
         timeline=tuple(samples),
         growth=sum_growth((record.producer, record.num_bytes) for record in grown),
     )
+
+
+def held_at_peak(records: Iterable[StorageRecord], first: int, last: int) -> CategoryBytes:
+    """What was live at the highest moment of a stretch.
+
+    Args:
+        records: every storage that was ever live.
+        first: the tick right after which the stretch begins, its state included.
+        last: the last tick of it.
+
+    Returns:
+        Bytes by category; among equal moments of the first.
+    """
+    records = [one for one in records if one.born <= last and (one.died is None or one.died > first)]
+    changes = [(max(one.born, first), one.num_bytes) for one in records]
+    changes += [(one.died, -one.num_bytes) for one in records if one.died is not None and one.died <= last]
+    total = peak = 0
+    peak_tick = first
+    for tick, moment in groupby(sorted(changes), key=itemgetter(0)):
+        total += sum(num_bytes for _, num_bytes in moment)
+        if total > peak:
+            peak, peak_tick = total, tick
+    held: dict[Category, int] = {}
+    for one in records:
+        if one.live_at(peak_tick):
+            held[one.category] = held.get(one.category, 0) + one.num_bytes
+    return CategoryBytes(held)
 
 
 def _sample(index: int, name: str, held: list[int]) -> TimelineEvent:

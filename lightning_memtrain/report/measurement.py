@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_memtrain.core import MemoryBreakdown
+from lightning_memtrain.core import MemoryBreakdown, watch_asides
 from lightning_memtrain.ledger import DeviceTruth, MemoryLedger, Survivor
 
 
@@ -49,7 +49,8 @@ class Measured:
 class BatchMeasurement:
     """Measures from :meth:`start` until :meth:`finish`.
 
-    Whoever starts it abandons it in the end, whatever happened; after :meth:`finish` that does nothing.
+    Whoever starts it abandons it in the end, whatever happened; after :meth:`finish` that does nothing. What
+    runs in it but is no part of the step (probes) is left out: the allocator is read from there on only.
 
     Args:
         truth: reader of the allocator's peak, or ``None`` to do without.
@@ -59,6 +60,8 @@ class BatchMeasurement:
     def __init__(self, truth: DeviceTruth | None, ledger: MemoryLedger | None) -> None:
         self._truth = truth
         self._ledger = ledger
+        self._reading_since: int | None = None
+        self._unwatch: Callable[[], None] | None = None
 
     @classmethod
     def with_ledger(
@@ -90,11 +93,22 @@ class BatchMeasurement:
             self._ledger.__enter__()
         if self._truth is not None:
             self._truth.start()
+            self._unwatch = watch_asides(self._pause, self._resume)
 
     def mark(self, name: str) -> None:
         """Put an event on the ledger's timeline, if the ledger is on."""
         if self._ledger is not None:
             self._ledger.mark(name)
+
+    def _pause(self) -> None:
+        # Whatever is aside may read the allocator itself.
+        if self._truth is not None:
+            self._truth.stop()
+
+    def _resume(self) -> None:
+        if self._truth is not None:
+            self._truth.start()
+            self._reading_since = self._ledger.tick if self._ledger is not None else None
 
     def finish(self, *, per_module: bool, timeline: bool) -> Measured:
         """End the measurement.
@@ -111,10 +125,14 @@ class BatchMeasurement:
         survivors: tuple[Survivor, ...] = ()
         if ledger is not None:
             ledger.__exit__(None, None, None)
-            breakdown = ledger.breakdown(per_module=per_module, timeline=timeline)
+            breakdown = ledger.breakdown(per_module=per_module, timeline=timeline, with_asides=False)
             survivors = ledger.survivors()
-        truth, self._truth = self._truth, None
-        ends = (breakdown.start_bytes, breakdown.end_bytes) if breakdown is not None else ()
+        truth = self._take_truth()
+        ends: tuple[int, ...] = ()
+        if ledger is not None and breakdown is not None:
+            since = self._reading_since
+            start_bytes = breakdown.start_bytes if since is None else ledger.bytes_at(since)
+            ends = start_bytes, breakdown.end_bytes
         reading = truth.stop(*ends) if truth is not None else None
         peak_bytes = reading.peak_bytes if reading is not None else None
         if breakdown is not None and reading is not None:
@@ -127,9 +145,15 @@ class BatchMeasurement:
 
     def abandon(self) -> None:
         """End whatever is still going on and throw it away."""
-        truth, self._truth = self._truth, None
+        truth = self._take_truth()
         if truth is not None:
             truth.stop()
         ledger, self._ledger = self._ledger, None
         if ledger is not None:
             ledger.__exit__(None, None, None)
+
+    def _take_truth(self) -> DeviceTruth | None:
+        truth, self._truth = self._truth, None
+        if self._unwatch is not None:
+            self._unwatch()
+        return truth

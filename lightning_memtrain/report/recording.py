@@ -80,7 +80,7 @@ class StageRecord:
             breakdown = replace(measured.breakdown, growth=self.growth)
             measured = replace(measured, breakdown=breakdown)
             self.latest, self.latest_number = breakdown, step.number
-            if self.highest is None or breakdown.peak_bytes > self.highest.peak_bytes:
+            if self.highest is None or _height(breakdown) > _height(self.highest):
                 self.highest = breakdown
         self.since_published += replace(measured, survivors=())
         if measured.peak_bytes is None:
@@ -191,6 +191,11 @@ class RunRecord:
             out_of_memory=self.out_of_memory,
             techniques=techniques,
         )
+
+
+def _height(breakdown: MemoryBreakdown) -> tuple[int, bool]:
+    # Of equal ones, a step without probes on its timeline is easier to read.
+    return breakdown.peak_bytes, breakdown.aside_peak_bytes == 0
 
 
 def thinned(peaks: list[StepPeak]) -> list[StepPeak]:

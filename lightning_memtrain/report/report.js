@@ -89,6 +89,7 @@
       stage.reserved_bytes !== null ? ["Reserved by the allocator", bytes(stage.reserved_bytes)] : null,
       stage.num_alloc_retries ? ["Allocation retries in this step", stage.num_alloc_retries.toLocaleString("en")] : null,
       stage.recomputed_max_bytes ? ["Recomputed at the peak", bytes(stage.recomputed_at_peak_bytes)] : null,
+      stage.aside_peak_bytes ? ["Probes, left out", bytes(stage.aside_peak_bytes)] : null,
       ["Growth over the run", grown ? bytes(grown) : "none"],
       report.ranks ? [`Over ${count(report.ranks.world_size, "rank")}`, `${bytes(report.ranks.min_peak_bytes)} to ${bytes(report.ranks.max_peak_bytes)}`] : null,
       report.techniques.length ? ["Techniques", report.techniques.map((technique) => technique.name).join("\n")] : null,
@@ -218,16 +219,21 @@
     const shown = () => categories.filter((category) => !hidden.has(category));
     const spans = spansOfMarks(all);
     const height = spans.length ? 362 : 340;
+    // The ledger says where the peak of the step is: probes within it, which may hold more, do not count.
+    const isPeak = (sample) => sample.name === "peak" || sample.name.startsWith("peak, in ");
     // More samples than columns: keep the highest of each stretch, so that no peak is lost.
     const stretch = Math.ceil(all.length / 900);
     const points = [];
     for (let from = 0; from < all.length; from += stretch) {
       const to = Math.min(all.length, from + stretch);
       let best = from;
-      for (let index = from; index < to; index++) if (all[index].total > all[best].total) best = index;
+      for (let index = from; index < to; index++) {
+        if (isPeak(all[index]) || (!isPeak(all[best]) && all[index].total > all[best].total)) best = index;
+      }
       points.push({ ...all[best], at: best, from, to });
     }
-    const peak = points.reduce((best, sample, index) => (sample.total > points[best].total ? index : best), 0);
+    const highestPoint = points.reduce((best, sample, index) => (sample.total > points[best].total ? index : best), 0);
+    const peak = points.some(isPeak) ? points.findIndex(isPeak) : highestPoint;
     const visibleTotal = (sample) => sum(shown().map((category) => sample.held[category]));
 
     function draw(width) {

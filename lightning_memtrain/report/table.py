@@ -85,6 +85,8 @@ def _headline(report: MemoryReport, stage: str, breakdown: MemoryBreakdown) -> R
         line.append(f", after {breakdown.peak_event!r}")
     if peaks:
         line.append(f"; {len(peaks):,} {'step' if len(peaks) == 1 else 'steps'}")
+    if breakdown.aside_peak_bytes:
+        line.append(f"; probes, which are left out, held {format_bytes(breakdown.aside_peak_bytes)}")
     return line
 
 

@@ -42,7 +42,8 @@ def _masked_select(func: Any, args: Any, kwargs: Any, given: Any, knows: Knows) 
     tensor, mask = args
     if not knows(given[1]):
         return func(*args, **kwargs)
-    return tensor.new_empty(int(given[1].expand(torch.broadcast_shapes(tensor.shape, mask.shape)).sum()))
+    shape = torch.broadcast_tensors(tensor, mask)[0].shape
+    return tensor.new_empty(int(given[1].expand(shape).sum()))
 
 
 def _pack_padded_sequence(func: Any, args: Any, kwargs: Any, given: Any, knows: Knows) -> Any:

@@ -12,12 +12,12 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_memtrain.tracing.questions import Answers
 
-_TO_ARRAYS = {Tensor.numpy: "Tensor.numpy", Tensor.__array__: "Tensor.__array__"}
+_TO_ARRAYS: dict[Any, str] = {Tensor.numpy: "Tensor.numpy", Tensor.__array__: "Tensor.__array__"}
 _FROM_VALUES = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 _NUMBER = str(torch.ops.aten._local_scalar_dense.default)
 
 
-class TwinMethods(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class TwinMethods(TorchFunctionMode):
     """Answers them for tensors without data from what a step with data answered.
 
     Args:
@@ -47,7 +47,7 @@ class TwinMethods(TorchFunctionMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-class RecordingMethods(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class RecordingMethods(TorchFunctionMode):
     """Notes what they give in a step with data.
 
     Args:
@@ -76,7 +76,7 @@ class RecordingMethods(TorchFunctionMode):  # type: ignore[no-untyped-call]
                 self._answers.add(_NUMBER, number)
 
 
-def _with_numbers(args: tuple[Any, ...], note: Callable[[Any], None] = id) -> tuple[Any, ...]:
+def _with_numbers(args: tuple[Any, ...], note: Callable[[Any], Any] = id) -> tuple[Any, ...]:
     """Lists of tensors as lists of numbers, so that each is asked for."""
 
     def numbers(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ class WriteGuard:
             for storage in storages_of(tensor):
                 key = storage._cdata
                 if key not in self._own and key not in self._before:
-                    self._before[key] = storage, storage.clone()
+                    self._before[key] = storage, storage.clone()  # type: ignore[no-untyped-call]
 
     def after(self, func: Callable[..., Any], result: Any) -> None:
         """Note what a call has made.
@@ -100,7 +100,10 @@ class WriteGuard:
             for storage in storages_of(tensor):
                 key = storage._cdata
                 if key not in self._before:
-                    self._own[key] = weakref.ref(storage, lambda _, key=key: self._own.pop(key, None))
+                    self._own[key] = weakref.ref(storage, partial(self._forget, key))
+
+    def _forget(self, key: int, reference: Any) -> None:
+        self._own.pop(key, None)
 
     def put_back(self) -> None:
         """Give everything back what it held; may be called several times."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_memtrain.core import is_out_of_memory
+from lightning_memtrain.core import OutOfReach, does_not_fit, is_out_of_memory
 
 
 def _raised_from(cause: BaseException) -> BaseException:
@@ -116,3 +116,21 @@ def test_the_cpu_allocator_itself():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8, device="cpu")
     assert is_out_of_memory(caught.value)
+
+
+class KeptLimit(OutOfReach, ValueError):
+    """What a technique raises that keeps a limit."""
+
+
+@pytest.mark.parametrize("exception", [*OUT_OF_MEMORY, KeptLimit("4 GiB"), _raised_from(KeptLimit("4 GiB"))])
+def test_what_does_not_fit_may_fit_with_fewer_samples(exception: BaseException):
+    assert does_not_fit(exception)
+
+
+@pytest.mark.parametrize("exception", OTHER, ids=repr)
+def test_other_errors_say_nothing_of_samples(exception: BaseException):
+    assert not does_not_fit(exception)
+
+
+def test_a_limit_out_of_reach_is_no_lack_of_memory():
+    assert not is_out_of_memory(KeptLimit("4 GiB"))

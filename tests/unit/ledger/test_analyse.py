@@ -3,7 +3,7 @@
 import pytest
 
 from lightning_memtrain.core import Category, CategoryBytes, Growth
-from lightning_memtrain.ledger.records import Event, StorageRecord, analyse, sum_growth
+from lightning_memtrain.ledger.records import Event, StorageRecord, analyse, held_at_peak, sum_growth
 
 
 def record(num_bytes, born, died, category=Category.TEMPORARY, producer="", saver=None, recomputed=False):
@@ -95,3 +95,39 @@ def test_groups_of_the_memory_report():
 def test_unknown_categories_are_refused():
     with pytest.raises(ValueError, match="'wieghts' is not a valid Category"):
         CategoryBytes({"wieghts": 1})
+
+
+def test_what_is_aside_counts_for_no_peak_but_its_own():
+    lives = [
+        *LIVES,
+        record(1000, 5, 7, Category.ACTIVATIONS, recomputed=True),
+        record(40, 6, 8),
+        record(9, 9, None, Category.ACTIVATIONS),
+    ]
+    events = [*EVENTS, Event(4, "probe"), Event(8, "goes on")]
+    options = {"device": "cpu", "module_types": {}}
+    with_it = analyse(lives, events, **options)
+    assert (with_it.ledger_peak_bytes, with_it.peak_event, with_it.aside_peak_bytes) == (1155, "probe", 0)
+    without = analyse(lives, events, **options, asides=[(4, 8)])
+    assert (without.ledger_peak_bytes, without.peak_event) == (130, "forward b")
+    assert without.aside_peak_bytes == 1155
+    assert without.maxima == CategoryBytes({"parameters": 100, "activations": 25, "temporary": 20})
+    assert without.recomputed_max_bytes == 15
+    assert without.end_bytes == with_it.end_bytes == 124
+    # It stays on the timeline.
+    assert [event.name for event in without.timeline if not event.name.startswith("peak")] == [
+        *("start", "forward b", "backward", "probe", "goes on")
+    ]
+
+
+def test_what_comes_after_something_aside_counts_again():
+    lives = [record(10, 0, None), record(50, 1, 2), record(20, 3, 4), record(60, 5, 6), record(30, 7, None)]
+    breakdown = analyse(lives, [], device="cpu", module_types={}, asides=[(0, 2), (4, 6)])
+    assert (breakdown.ledger_peak_bytes, breakdown.aside_peak_bytes) == (40, 70)
+
+
+def test_the_highest_moment_of_a_stretch():
+    held = [(0, 0), (0, 1), (1, 2), (2, 3), (3, 4), (4, 4), (0, 4)]
+    totals = [held_at_peak(LIVES, first, last).total_bytes for first, last in held]
+    assert totals == [100, 110, 130, 130, 125, 115, 130]
+    assert held_at_peak(LIVES, 3, 4) == CategoryBytes({"parameters": 100, "activations": 25})

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
-from lightning_memtrain.core import CategoryBytes, MemoryBreakdown, TechniqueRecord
+from lightning_memtrain.core import CategoryBytes, MemoryBreakdown, TechniqueRecord, aside
 from lightning_memtrain.ledger import DeviceTruth, MemoryLedger, TruthReading
 from lightning_memtrain.report import recording
 from lightning_memtrain.report.document import StepPeak
@@ -49,6 +51,47 @@ def test_the_allocators_figures_are_laid_beside_the_ledgers():
     breakdown = batch.finish(per_module=False, timeline=False).breakdown
     assert breakdown is not None
     assert (breakdown.truth_bytes, breakdown.reserved_bytes, breakdown.num_alloc_retries) == (500, 4096, 2)
+
+
+def test_what_is_aside_is_read_neither_by_the_ledger_nor_from_the_allocator():
+    calls: list[tuple[int, ...]] = []
+
+    class Allocator(DeviceTruth):
+        def start(self):
+            calls.append(())
+
+        def stop(self, start_bytes=0, end_bytes=None):
+            calls.append((start_bytes, end_bytes or 0))
+            return TruthReading(start_bytes + 50, 50)
+
+    layer = nn.Linear(2, 1)  # 12 bytes
+    batch = BatchMeasurement(Allocator(), MemoryLedger(layer))
+    batch.start()
+    kept = torch.zeros(2)
+    with aside("probe of 2 samples"):
+        torch.zeros(1000)
+    kept = torch.cat([kept, kept])
+    breakdown = batch.finish(per_module=False, timeline=True).breakdown
+    assert breakdown is not None
+    assert (breakdown.ledger_peak_bytes, breakdown.aside_peak_bytes) == (12 + 8 + 16, 12 + 8 + 4000)
+    assert breakdown.timeline[0].name == "probe of 2 samples"
+    # Begun, ended before the aside, begun after it, ended with what was live then and is live now.
+    assert calls == [(), (0, 0), (), (12 + 8, 12 + 16)]
+    assert breakdown.truth_bytes == 20 + 50
+    with aside("probe"):
+        pass
+    assert len(calls) == 4
+
+
+def test_of_equally_high_steps_one_without_probes_is_shown():
+    with_probe, without = replace(_breakdown(24), aside_peak_bytes=8), _breakdown(24)
+    for steps, shown in (([with_probe, without], without), ([with_probe, _breakdown(16)], with_probe)):
+        run = RunRecord(CPU)
+        for breakdown in steps:
+            _take_step(run, Measured(breakdown))
+        report = run.report(nn.Linear(2, 1))
+        assert report is not None
+        assert report.stages["fit"] == shown
 
 
 def test_the_report_holds_the_techniques():
