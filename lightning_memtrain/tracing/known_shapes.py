@@ -42,7 +42,7 @@ def _masked_select(func: Any, args: Any, kwargs: Any, given: Any, knows: Knows) 
     tensor, mask = args
     if not knows(given[1]):
         return func(*args, **kwargs)
-    shape = torch.broadcast_tensors(tensor, mask)[0].shape
+    shape = torch.broadcast_tensors(tensor, mask)[0].shape  # type: ignore[no-untyped-call]
     return tensor.new_empty(int(given[1].expand(shape).sum()))
 
 
