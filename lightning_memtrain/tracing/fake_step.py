@@ -102,7 +102,14 @@ class FakeStep:
         Raises:
             AsksForValue: if the step asks for data, and :meth:`ask_data` has not found it.
         """
-        output = self._step(*self._arguments)
+        try:
+            output = self._step(*self._arguments)
+        except AsksForValue:
+            raise
+        except Exception as error:
+            if self._unknown:  # it may come of the zero that a metric returned in place of what it asked for
+                raise self._unknown[0] from error
+            raise
         loss = output["loss"] if isinstance(output, dict) else output
         if self._zeroes_after_forward:
             self._zero_grad()

@@ -26,6 +26,13 @@ _COMPARISONS: dict[Any, Callable[[Any, Any], Any]] = {
     _aten.gt: operator.gt,
     _aten.ge: operator.ge,
 }
+_COMBINED: dict[Any, Callable[[Any, Any], Any]] = {
+    _aten.logical_and: lambda one, other: one and other,
+    _aten.bitwise_and: lambda one, other: one and other,
+    _aten.mul: lambda one, other: one and other,  # `isfinite` multiplies what it asks for
+    _aten.logical_or: lambda one, other: one or other,
+    _aten.bitwise_or: lambda one, other: one or other,
+}
 _KEEP_VALUES = (
     _aten.alias,
     _aten.clone,
@@ -102,12 +109,9 @@ class UsualValues:
             return not first
         if packet in (_aten.sum, _aten.count_nonzero):
             return int(first) * (args[0].numel() // max(result.numel(), 1))
-        if packet in (_aten.logical_and, _aten.bitwise_and, _aten.logical_or, _aten.bitwise_or):
+        if packet in _COMBINED:
             second = self.of(args[1])
-            if second is None:
-                return None
-            both = packet in (_aten.logical_and, _aten.bitwise_and)
-            return (first and second) if both else (first or second)
+            return None if second is None else _COMBINED[packet](first, second)
         return first if packet in _KEEP_VALUES else None
 
     def _compared(self, packet: Any, args: tuple[Any, ...], first: Any) -> Any:
