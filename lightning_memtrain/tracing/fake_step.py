@@ -40,7 +40,8 @@ class FakeStep:
         step: computes the loss; runs :attr:`model` on the arguments that are passed to it.
         arguments: arguments of ``step``.
         optimizers: the optimizers that step afterwards, if they can without data.
-        zeroes_after_forward: whether gradients that are there at first are dropped before backward.
+        zeroes_after_forward: whether gradients that are there at first are dropped after forward.
+        is_first: whether no step has left gradients yet, but the steps to come will find them in forward.
         step_optimizer: lets one of the optimizers step, as the run does it; by default ``optimizer.step()``.
         also: what else the step may change, such as schedulers.
     """
@@ -53,6 +54,7 @@ class FakeStep:
         optimizers: Sequence[Optimizer] = (),
         *,
         zeroes_after_forward: bool = True,
+        is_first: bool = False,
         step_optimizer: Callable[[Optimizer], Any] | None = None,
         also: Sequence[Any] = (),
     ) -> None:
@@ -61,6 +63,7 @@ class FakeStep:
         self._arguments = tuple(arguments)
         self._optimizers = list(optimizers)
         self._zeroes_after_forward = zeroes_after_forward
+        self._is_first = is_first
         self._step_optimizer = step_optimizer if step_optimizer is not None else _plain_step
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._answers = Answers()
@@ -76,6 +79,9 @@ class FakeStep:
         """What the optimizers hold, as far as it is known."""
         self._optimizer_state: list[dict[Any, Any]] = [{} for _ in self._optimizers]
         self._make_optimizer_state()
+        self.gradient_bytes = 0
+        """Of the gradients that are there in forward."""
+        self._in_forward: set[int] = set()
 
     @contextmanager
     def watched(self, workspace: OpWorkspace | None = None) -> Iterator[MemoryLedger]:
@@ -88,10 +94,7 @@ class FakeStep:
             The ledger.
         """
         with self._in_place() as undo:
-            for optimizer, made in zip(self._optimizers, self._optimizer_state, strict=True):
-                optimizer.state.update({key: _copied(value) for key, value in made.items()})
-            for parameter, twin in self._parameters:
-                twin.grad = None if parameter.grad is None else self._empty_like(twin)
+            self._set_up()
             yield undo.enter_context(
                 MemoryLedger(self.model, self._optimizers, self._arguments, workspace=workspace)
             )
@@ -119,7 +122,19 @@ class FakeStep:
             return
         loss.backward()  # type: ignore[no-untyped-call]
         del loss, output
+        if self._is_first:
+            self._in_forward = {id(twin) for _, twin in self._parameters if twin.grad is not None}
         self._step_optimizers()
+
+    def prepare(self) -> None:
+        """Run the step once, to see whether it can, and which gradients the next one will find.
+
+        Raises:
+            AsksForValue: see :meth:`run`.
+        """
+        with self._in_place():
+            self._set_up()
+            self.run()
 
     def ask_data(self) -> None:
         """Find the answers that only data has, by running the step's forward with it, but without a graph.
@@ -156,6 +171,15 @@ class FakeStep:
             undo.enter_context(TwinMethods(self._answers, mode.knows))
             undo.enter_context(torch.enable_grad())
             yield undo
+
+    def _set_up(self) -> None:
+        """Optimizer state and gradients, as the step finds them."""
+        for optimizer, made in zip(self._optimizers, self._optimizer_state, strict=True):
+            optimizer.state.update({key: _copied(value) for key, value in made.items()})
+        for parameter, twin in self._parameters:
+            has_gradient = parameter.grad is not None or id(twin) in self._in_forward
+            twin.grad = self._empty_like(twin) if has_gradient else None
+        self.gradient_bytes = sum(t.grad.nbytes for _, t in self._parameters if t.grad is not None)
 
     def _enter_quietly(self, undo: ExitStack) -> None:
         undo.enter_context(rehearsal())

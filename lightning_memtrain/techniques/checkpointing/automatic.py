@@ -108,7 +108,6 @@ class AutomaticChoice:
 
     def _choose(self, fake: FakeStep, now: Circumstances, why: str, groups: Groups) -> None:
         self._warn_of_uncounted(fake)
-        now = now.with_state(fake.state_bytes)
         if self._limit_bytes is None:
             chosen = StepCurve(fake, self._times).knee()
         else:
@@ -122,7 +121,7 @@ class AutomaticChoice:
             chosen = StepCurve(fake, self._times, self._workspace).fitting(self._limit_bytes)
             self._fitting = KnownShapes()
             self._fitting.add(now.shapes)
-        self._chosen, self._chosen_for = chosen, now
+        self._chosen, self._chosen_for = chosen, now.at_least(fake.state_bytes, fake.gradient_bytes)
         self._insert(chosen.groups)
         self._say(f"step {self._trainer.global_step}{why}: {chosen}")
 
@@ -164,6 +163,7 @@ class AutomaticChoice:
             (args, kwargs),
             trainer.optimizers,
             zeroes_after_forward=zeroes,
+            is_first=zeroes and not any(parameter.grad is not None for parameter in model.parameters()),
             step_optimizer=step_optimizer,
             also=(trainer, trainer.lr_scheduler_configs),
         )

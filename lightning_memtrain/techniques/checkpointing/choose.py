@@ -86,10 +86,12 @@ class StepCurve:
         self._step = step
         self._workspace = workspace
         try:
-            ledger, watch = self._watched()
+            step.prepare()
         except AsksForValue:
             step.ask_data()
-            ledger, watch = self._watched()
+            step.prepare()
+        with step.watched(workspace) as ledger, StepWatch(step.model, ledger) as watch:
+            step.run()
         profile = StepProfile(watch, ledger.records, times, call_seconds())
         self.plain = ledger.breakdown(timeline=False)
         """The bytes of the step without recomputation."""
@@ -108,11 +110,6 @@ class StepCurve:
             breakdown = ledger.breakdown(timeline=False)
             return breakdown, breakdown.peak_bytes
         return ledger.breakdown(timeline=False), predicted_peak_bytes(ledger, groups)
-
-    def _watched(self) -> tuple[MemoryLedger, StepWatch]:
-        with self._step.watched(self._workspace) as ledger, StepWatch(self._step.model, ledger) as watch:
-            self._step.run()
-        return ledger, watch
 
     def knee(self) -> Chosen:
         """The choice after which more time buys little memory."""

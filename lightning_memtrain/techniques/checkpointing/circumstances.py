@@ -57,9 +57,13 @@ class Circumstances:
             return ", with more parameters"
         return ""
 
-    def with_state(self, state_bytes: int) -> Circumstances:
-        """The same with at least so much optimizer state, as the first step will make it."""
-        return replace(self, state_bytes=max(self.state_bytes, state_bytes))
+    def at_least(self, state_bytes: int, gradient_bytes: int) -> Circumstances:
+        """The same with at least so much, as the steps to come will have it."""
+        return replace(
+            self,
+            state_bytes=max(self.state_bytes, state_bytes),
+            gradient_bytes=max(self.gradient_bytes, gradient_bytes),
+        )
 
     def joined(self, other: Circumstances) -> Circumstances:
         """The most of both, for the batch of this one."""
