@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from lightning_memtrain.core import Category
+from lightning_memtrain.ledger.operators import skip_in_dynamo
 from lightning_memtrain.ledger.records import FROM_THE_START, NEVER, Event, StorageRecord
 from lightning_memtrain.ledger.storages import PLAIN_TENSORS, StorageReference, storages_of
 from lightning_memtrain.ledger.workspace import PeakEstimate
@@ -40,7 +42,8 @@ class StorageBook:
         """What was live from the start but was first seen later, also what is freed by now."""
         self.is_open = True
         self._estimate = estimate
-        self._tell_freed = _teller(self)
+        # References are kept for long, by survivors, and do not keep the book.
+        self._tell_freed = functools.partial(_tell_freed, weakref.ref(self))
 
     def close(self) -> None:
         """Leave everything as it is now: later releases are not written down."""
@@ -225,13 +228,10 @@ class StorageBook:
         return self.tick
 
 
-def _teller(book: StorageBook) -> Callable[[StorageReference], None]:
-    """What is called when a storage is freed; references that are kept for long do not keep the book."""
-    weak_book = weakref.ref(book)
+def _tell_freed(weak_book: weakref.ref[StorageBook], reference: StorageReference) -> None:
+    book = weak_book()
+    if book is not None:
+        book.on_freed(reference.key)
 
-    def tell(reference: StorageReference) -> None:
-        book = weak_book()
-        if book is not None:
-            book.on_freed(reference.key)
 
-    return tell
+skip_in_dynamo(_tell_freed)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,39 +23,18 @@ from lightning_memtrain.core import (
     watch_marks,
 )
 from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
+from lightning_memtrain.ledger.compiled import COMPILER_WATCH, MODES_HIDDEN, CompilerListener
 from lightning_memtrain.ledger.devices import parameter_device
 from lightning_memtrain.ledger.limit import AllocationLimit
 from lightning_memtrain.ledger.modules import ModuleWatch, Moment
 from lightning_memtrain.ledger.objects import tensors_within
-from lightning_memtrain.ledger.operators import OperatorWatch, returns_arguments
-from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord, analyse, held_at_peak
+from lightning_memtrain.ledger.operators import OperatorWatch, returns_arguments, skip_in_dynamo
+from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord, Survivor, analyse, held_at_peak
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
 from lightning_memtrain.ledger.storages import RESIZE_WATCH, storages_of, tensors_in
 from lightning_memtrain.ledger.workspace import OpWorkspace, PeakEstimate
 
 _LIFT_FRESH = torch.ops.aten.lift_fresh.default
-
-
-@dataclass(frozen=True)
-class Survivor:
-    """A storage that was live when its ledger was left and is no part of the training state.
-
-    It holds a weak reference only: looking at it keeps nothing alive.
-
-    Args:
-        module: path of the module that made it.
-        num_bytes: its size.
-        reference: weak reference to the storage.
-    """
-
-    module: str
-    num_bytes: int
-    reference: weakref.ref[torch.UntypedStorage]
-
-    @property
-    def alive(self) -> bool:
-        """Whether the storage still exists."""
-        return self.reference() is not None
 
 
 class MemoryLedger:
@@ -127,6 +105,7 @@ class MemoryLedger:
         self._backward_module: str | None = None
         self._entered = False
         self._thread: int | None = None
+        self._num_graphs = 0  # compiled ones that are running
 
     # ------------------------------------------------------------------ entering and leaving
 
@@ -164,7 +143,7 @@ class MemoryLedger:
         self._inputs = None  # the ledger must not keep the batch alive
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter):
-                hook = self._gradient_hook(_owner(name))
+                hook = functools.partial(self._after_accumulation, _owner(name))
                 handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 undo.callback(handle.remove)
         for optimizer in self._optimizers:
@@ -177,6 +156,18 @@ class MemoryLedger:
         undo.callback(watch_marks(self._on_mark))
         undo.callback(watch_asides(self._book.begin_aside, self._book.end_aside))
         self._late_before = self._book.late_bytes
+        listener = CompilerListener(
+            self._before_compilation,
+            self._modules.show,
+            self._before_graph,
+            self._after_graph,
+            self._on_allocated,
+        )
+        COMPILER_WATCH.add(listener)
+        undo.callback(COMPILER_WATCH.remove, listener)
+        if MODES_HIDDEN.needed:
+            MODES_HIDDEN.add()
+            undo.callback(MODES_HIDDEN.remove)
         self._operators.begin(self._on_arguments, self._on_results)
         undo.callback(self._operators.end)
 
@@ -348,6 +339,9 @@ class MemoryLedger:
             self._limit.after(made_bytes)
 
     def _note_argument(self, tensor: torch.Tensor) -> None:
+        if self._num_graphs:
+            self._on_results(None, tensor)  # made by the graph that is running, and shown to an operator
+            return
         in_backward = self._modules.now().in_backward
         self._book.note_from_the_start(tensor, Category.GRADIENTS if in_backward else Category.INPUTS)
 
@@ -370,17 +364,33 @@ class MemoryLedger:
         else:
             self._book.resize(storage)
 
-    def _gradient_hook(self, owner: str) -> Callable[[torch.Tensor], None]:
-        def after_accumulation(parameter: torch.Tensor) -> None:
-            if parameter.grad is not None and self._operators.in_force():
-                self._book.classify(parameter.grad, Category.GRADIENTS, owner)
-
-        return after_accumulation
+    def _after_accumulation(self, owner: str, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None and self._operators.in_force():
+            self._book.classify(parameter.grad, Category.GRADIENTS, owner)
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._operators.in_force():
             self._scan_training_state()
             self.mark("optimizer step")
+
+    def _before_compilation(self) -> None:
+        if threading.get_ident() == self._thread:
+            self._modules.hide()
+
+    def _before_graph(self, inputs: Sequence[Any]) -> None:
+        if self._operators.in_force():
+            for tensor in tensors_in(inputs):
+                self._note_argument(tensor)
+            self._num_graphs += 1
+
+    def _after_graph(self, outputs: Any) -> None:
+        if self._operators.in_force():
+            self._num_graphs -= 1
+            self._on_results(None, outputs)
+
+    def _on_allocated(self, tensor: torch.Tensor) -> None:
+        if self._operators.in_force():
+            self._on_results(None, tensor)
 
     def _on_mark(self, name: str) -> None:
         if self._operators.in_force():
@@ -434,6 +444,9 @@ class MemoryLedger:
         if record.existed_before or record.category in (*TRAINING_STATE, Category.INPUTS):
             return False
         return self._last_step_tick is None or record.born <= self._last_step_tick
+
+
+skip_in_dynamo(MemoryLedger._after_accumulation, MemoryLedger._after_optimizer_step)
 
 
 def _any_fake(tensors: Iterable[torch.Tensor]) -> bool:

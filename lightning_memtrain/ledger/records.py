@@ -7,10 +7,14 @@ that they cannot disagree with each other.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
+
+import torch
 
 from lightning_memtrain.core import (
     Category,
@@ -71,6 +75,28 @@ class StorageRecord:
         successor.existed_before = self.existed_before
         self.died = tick
         return successor
+
+
+@dataclass(frozen=True)
+class Survivor:
+    """A storage that was live when its ledger was left and is no part of the training state.
+
+    It holds a weak reference only: looking at it keeps nothing alive.
+
+    Args:
+        module: path of the module that made it.
+        num_bytes: its size.
+        reference: weak reference to the storage.
+    """
+
+    module: str
+    num_bytes: int
+    reference: weakref.ref[torch.UntypedStorage]
+
+    @property
+    def alive(self) -> bool:
+        """Whether the storage still exists."""
+        return self.reference() is not None
 
 
 class Event(NamedTuple):

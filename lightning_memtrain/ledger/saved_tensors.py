@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lightning_memtrain.ledger.operators import skip_in_dynamo
 from lightning_memtrain.ledger.storages import PLAIN_TENSORS, tensors_in
 
 _SavedCallback = Callable[[torch.Tensor], None]
@@ -134,4 +135,5 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
 
 
+skip_in_dynamo(_WatchingPair.pack, KeptTensor.given_back)
 SAVED_TENSOR_WATCH = SavedTensorWatch()
