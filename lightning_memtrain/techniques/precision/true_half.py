@@ -148,7 +148,7 @@ class TrueHalf(Precision):
         finally:
             self._steps_now = False
         if self._settings.rounds_stochastically:
-            step: Callable[[], Any] = partial(self._bucketed(optimizer).step, **kwargs)
+            step: Callable[[], Any] = partial(self._bucketed(optimizer).step, result, **kwargs)
         else:
             step = partial(optimizer.step, **kwargs)
         if scaler is not None:
