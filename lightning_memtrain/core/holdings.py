@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_memtrain.core.lightning_names import PACKAGES
+
 # Code, and what leads out of the optimizer into the rest of the program.
 _OPAQUE = (
     *(type, ModuleType, FunctionType, MethodType, BuiltinFunctionType),
     *(logging.Logger, torch.Generator, Dataset, DataLoader),
 )
-_OPAQUE_PACKAGES = {"lightning", "pytorch_lightning", "lightning_fabric", "threading"}
+_OPAQUE_PACKAGES = {*PACKAGES, "threading"}
 _CONTAINERS = (list, tuple, deque, set, frozenset)
 
 

@@ -24,6 +24,9 @@ _ROOTS: dict[str, Package] = {
     "lightning_fabric": "pytorch_lightning",
 }
 
+#: Where modules of either package are found.
+PACKAGES = tuple(_ROOTS)
+
 _T = TypeVar("_T")
 
 

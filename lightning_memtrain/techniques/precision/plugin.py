@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import ref
 
@@ -156,6 +156,12 @@ class LowPrecision(Precision):
         """Where the model computes."""
         return self._mode.forward_context()
 
+    @contextmanager
+    def train_step_context(self) -> Generator[None, None, None]:
+        """Where the model trains."""
+        with self._mode.train_step_context():
+            yield
+
     def convert_input(self, data: Any) -> Any:
         """Cast a batch."""
         return self._mode.convert_input(data)
@@ -254,6 +260,8 @@ class LowPrecision(Precision):
             }
         skipped = self.scaler.num_skipped if isinstance(self.scaler, HalfGradScaler) else 0
         events: tuple[str, ...] = (f"{skipped} steps left out for infinite gradients",) if skipped else ()
+        if isinstance(self._mode, TrueHalf):
+            events += self._mode.events
         if self._packed is not None:
             shown |= {f"activations_{name}": value for name, value in self._packed.settings.items()}
             events += self._packed.events
