@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.precision.utils import _DtypeContextManager
@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_memtrain.core.lightning_names import in_both, namesake
 from lightning_memtrain.core.stepping import step_parameter
 from lightning_memtrain.techniques.precision.buffer_watch import BufferWatch
 from lightning_memtrain.techniques.precision.conversion import BufferPlace, convert_module_
@@ -32,8 +33,31 @@ from lightning_memtrain.techniques.precision.stepping import BucketedStep
 _MANY_BACKWARDS = 64
 
 
-class TrueHalf(Precision):
+if TYPE_CHECKING:
+    _Base = Precision
+else:
+    _Base = object
+
+
+def true_half(settings: Settings, noise: RoundingNoise, like: object = None) -> TrueHalf:
+    """What does the work for trainers of one of the packages that Lightning goes by.
+
+    Args:
+        settings: of the plugin.
+        noise: for stochastic rounding.
+        like: a trainer or module of the package; that of ``lightning`` without one.
+
+    Returns:
+        A ``Precision`` of the package, whose methods look for modules of the same.
+    """
+    kind: type[TrueHalf] = type("TrueHalf", (TrueHalf, namesake(Precision, like)), {})
+    return kind(settings, noise)
+
+
+class TrueHalf(_Base):
     """Lightning's half precision with a loss scaler, layers kept in float32, and steps in float32.
+
+    To be derived from together with the ``Precision`` of a package, see :func:`true_half`.
 
     Args:
         settings: of the plugin.
@@ -197,7 +221,7 @@ class TrueHalf(Precision):
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
         """Clip gradients that are not scaled: in manual optimization this comes before the step."""
-        if isinstance(optimizer, LightningOptimizer):
+        if isinstance(optimizer, in_both(LightningOptimizer)):
             optimizer = optimizer.optimizer
         if clip_val > 0 and self.scaler is not None and not self._steps_now:
             self.scaler.unscale_once_(optimizer)
