@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lightning_memtrain.core import TechniqueRecord
+from lightning_memtrain.core.lightning_names import (
+    bases_in_both,
+    in_both,
+    namesake,
+    package_of,
+    refuse_mix,
+)
 from lightning_memtrain.core.stepping import step_parameter
 from lightning_memtrain.techniques.precision.activation_codec import ActivationCodec
 from lightning_memtrain.techniques.precision.activation_training import PackedTraining
@@ -28,14 +35,22 @@ from lightning_memtrain.techniques.precision.refusals import (
 from lightning_memtrain.techniques.precision.rounding import RoundingNoise
 from lightning_memtrain.techniques.precision.scaler import CappedGradScaler, HalfGradScaler, ScalerConfig
 from lightning_memtrain.techniques.precision.settings import Compute, Settings, WeightRounding
-from lightning_memtrain.techniques.precision.true_half import TrueHalf
+from lightning_memtrain.techniques.precision.true_half import TrueHalf, true_half
 
 # Lightning keys a plugin's state by the name of its class, and drops it when that is another one.
 _CHECKPOINT_KEY = "lightning_memtrain.precision"
 _VERSION = 1
 
 
-class LowPrecision(Precision):
+if TYPE_CHECKING:
+    _InBoth = Precision
+else:
+
+    class _InBoth(*bases_in_both(Precision)):
+        """Known as a precision plugin to trainers of `lightning` and of `pytorch_lightning`."""
+
+
+class LowPrecision(_InBoth):
     r"""Trains with weights and gradients in 2 bytes each, and converges as in float32.
 
     With ``"bf16-true"`` and ``"16-true"`` weights, gradients, inputs and activations are in half precision.
@@ -96,21 +111,28 @@ class LowPrecision(Precision):
         refuse_settings(self._settings)
         self.precision = compute
         self._noise = RoundingNoise(seed)
-        # What does the work; that of mixed precision is made once the device is known.
-        self._mode: Precision = (
-            TrueHalf(self._settings, self._noise) if self._settings.halves_weights else Precision()
-        )
+        self._mode = self._mode_for(None)
         self._packed = (
             None if activations is None else PackedTraining(activations, "`LowPrecision(activations)`")
         )
         self._module: ref[LightningModule] | None = None
+        self._trainer: ref[Trainer] | None = None
         self._fits = False
+
+    def _mode_for(self, like: object) -> Precision:
+        """What does the work; that of mixed precision is made once the device is known."""
+        if self._settings.halves_weights:
+            return true_half(self._settings, self._noise, like)
+        return namesake(Precision, like)()
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Cast the model in place, after a last look at the strategy."""
-        if isinstance(module, LightningModule) and module._trainer is not None:
+        if isinstance(module, in_both(LightningModule)) and module._trainer is not None:
+            refuse_mix("LowPrecision", module.trainer)
             refuse_strategy(module.trainer.strategy)
             self._module = ref(module)  # `connect` may get it inside of DDP
+        if package_of(module) not in (package_of(self._mode), None):
+            self._mode = self._mode_for(module)
         return self._mode.convert_module(module)
 
     def connect(
@@ -123,8 +145,9 @@ class LowPrecision(Precision):
         if self._settings.compute in ("bf16-mixed", "16-mixed"):
             device = next((p.device.type for p in model.parameters()), "cpu")
             # Anew for each fit, with a scaler whose scale is not what another fit ended with.
-            if optimizers or not isinstance(self._mode, MixedPrecision) or self._mode.device != device:
-                self._mode = MixedPrecision(
+            mode: Any = self._mode
+            if optimizers or not isinstance(mode, in_both(MixedPrecision)) or mode.device != device:
+                self._mode = namesake(MixedPrecision, self._mode)(
                     self._settings.compute,
                     device,
                     None
@@ -132,9 +155,19 @@ class LowPrecision(Precision):
                     else CappedGradScaler(device, self._settings.scaler),
                 )
         module = None if self._module is None else self._module()
+        if self._fits:
+            self._begin_anew(None if module is None else module.trainer)
         if self._packed is not None and self._fits and module is not None:
             self._packed.begin(module, module.global_rank)
         return self._mode.connect(model, optimizers, lr_schedulers)
+
+    def _begin_anew(self, trainer: Trainer | None) -> None:
+        """Let noise begin with its first step, unless the same trainer goes on; a checkpoint comes later."""
+        if trainer is None or self._trainer is None or self._trainer() is not trainer:
+            self._noise.restart()
+            if self._packed is not None:
+                self._packed.restart()
+        self._trainer = None if trainer is None else ref(trainer)
 
     def teardown(self) -> None:
         """Leave the model and the optimizers as they were found."""
@@ -155,6 +188,12 @@ class LowPrecision(Precision):
     def forward_context(self) -> AbstractContextManager[Any]:
         """Where the model computes."""
         return self._mode.forward_context()
+
+    @contextmanager
+    def train_step_context(self) -> Generator[None, None, None]:
+        """Where the model trains."""
+        with self._mode.train_step_context():
+            yield
 
     def convert_input(self, data: Any) -> Any:
         """Cast a batch."""
@@ -254,6 +293,8 @@ class LowPrecision(Precision):
             }
         skipped = self.scaler.num_skipped if isinstance(self.scaler, HalfGradScaler) else 0
         events: tuple[str, ...] = (f"{skipped} steps left out for infinite gradients",) if skipped else ()
+        if isinstance(self._mode, TrueHalf):
+            events += self._mode.events
         if self._packed is not None:
             shown |= {f"activations_{name}": value for name, value in self._packed.settings.items()}
             events += self._packed.events

@@ -53,3 +53,16 @@ class Settings:
     def rounds_stochastically(self) -> bool:
         """Whether there are weights to be rounded stochastically."""
         return self.halves_weights and self.weight_rounding == "stochastic"
+
+
+def written_names(names: Sequence[str]) -> str:
+    """A tuple of names as one would write it.
+
+    Args:
+        names: e.g. those of layers.
+
+    Returns:
+        E.g. ``("norm",)``.
+    """
+    quoted = ", ".join(f'"{name}"' for name in names)
+    return f"({quoted},)" if len(names) == 1 else f"({quoted})"

@@ -268,6 +268,35 @@ def test_noise_of_activations_goes_on_after_an_interruption(tmp_path: Path) -> N
         assert torch.equal(one, other)
 
 
+def packs(**settings: Any) -> ActivationCodec:
+    return ActivationCodec(bits=4, group=8, min_numel=8, stochastic=True, compiled=False, **settings)
+
+
+@pytest.mark.parametrize("used_as", ["plugin", "callback"])
+def test_a_second_trainer_begins_anew_and_the_same_one_goes_on(used_as: str, tmp_path: Path) -> None:
+    def run(plugin: Any, callback: Any, trainer: Any = None) -> tuple[Any, BoringModel]:
+        torch.manual_seed(0)
+        model = BoringModel()
+        if trainer is None:
+            callbacks = [callback] if callback else []
+            trainer = quiet_trainer(tmp_path, *callbacks, plugins=[plugin] if plugin else None)
+        else:
+            trainer.fit_loop.max_epochs += 1
+        trainer.fit(model)
+        return trainer, model
+
+    made = LowPrecision(activations=packs()) if used_as == "plugin" else CompressedActivations(packs())
+    plugin, callback = (made, None) if used_as == "plugin" else (None, made)
+    first, one = run(plugin, callback)
+    again, other = run(plugin, callback)
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+    _, further = run(plugin, callback, again)
+    assert any(not torch.equal(p, q) for p, q in zip(one.parameters(), further.parameters(), strict=True))
+    if used_as == "plugin":
+        assert made._noise.state_dict()["step"] == 12
+    assert first is not again
+
+
 def test_a_warning_if_no_activation_is_large_enough(tmp_path: Path) -> None:
     plugin = LowPrecision(activations=ActivationCodec())
     with pytest.warns(NoEffectWarning, match=r"`LowPrecision\(activations\)` packed nothing"):
