@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -109,9 +109,25 @@ class SparseLayer(nn.Module):
         Args:
             positions: int64, ascending, as many as there are values.
         """
-        pattern = encode(positions, self.dense_shape.numel(), self.storage)
-        self.sparsity_pattern = pattern.to(self.values.device)
-        self._chunks = self._spans(positions)
+        self.with_positions(positions)()
+
+    def with_positions(self, positions: Tensor) -> Callable[[], None]:
+        """Prepare :meth:`set_positions`.
+
+        Args:
+            positions: see there.
+
+        Returns:
+            Does it by assignments alone; may be called several times.
+        """
+        pattern = encode(positions, self.dense_shape.numel(), self.storage).to(self.values.device)
+        chunks = self._spans(positions)
+
+        def assign() -> None:
+            self.sparsity_pattern = pattern
+            self._chunks = chunks
+
+        return assign
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -141,14 +157,32 @@ class SparseLayer(nn.Module):
         Args:
             values: of one axis.
         """
+        gradient = self.values.grad
+        fits = gradient is not None and gradient.shape == values.shape
+        self.with_values(values, gradient if fits else None)()
+
+    def with_values(self, values: Tensor, gradient: Tensor | None) -> Callable[[], None]:
+        """Prepare to give the parameter other values and another gradient.
+
+        Args:
+            values: of one axis.
+            gradient: of the same shape, or none.
+
+        Returns:
+            Does it by assignments alone; may be called several times.
+        """
         # The node that accumulates gradients knows the shape, and where something keeps it alive, it is used
         # again. It is made anew only for another dtype or device, so the values pass through another dtype.
         other = torch.float16 if values.dtype != torch.float16 else torch.float32
-        gradient, self.values.grad = self.values.grad, None
-        self.values.data = torch.empty(0, dtype=other, device=values.device)
-        self.values.data = values
-        if gradient is not None and gradient.shape == values.shape:
+        nothing = torch.empty(0, dtype=other, device=values.device)
+
+        def assign() -> None:
+            self.values.grad = None
+            self.values.data = nothing
+            self.values.data = values
             self.values.grad = gradient
+
+        return assign
 
     @torch.no_grad()
     def write(self, dense: Tensor) -> None:
