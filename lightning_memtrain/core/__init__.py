@@ -4,6 +4,7 @@ from lightning_memtrain.core.breakdown import Growth, MemoryBreakdown, ModuleMem
 from lightning_memtrain.core.categories import Category, CategoryBytes
 from lightning_memtrain.core.indexed_state import ReindexesState
 from lightning_memtrain.core.marks import mark, watch_marks
+from lightning_memtrain.core.on_demand import OnDemandTensor
 from lightning_memtrain.core.out_of_memory import is_out_of_memory
 from lightning_memtrain.core.rehearsal import rehearsal, rehearsal_depth
 from lightning_memtrain.core.snapshots import Kept, keep_all, on_snapshot
@@ -25,6 +26,7 @@ __all__ = [
     "MemoryBreakdown",
     "ModuleMemory",
     "NoEffectWarning",
+    "OnDemandTensor",
     "ReindexesState",
     "ReportWarning",
     "Setting",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.candidates import CandidateSearch
-from lightning_memtrain.techniques.sparsity.dense_weight import DenseWeight
+from lightning_memtrain.techniques.sparsity.dense_weight import DenseWeight, Look
 from lightning_memtrain.techniques.sparsity.functions import Materialised, uncompiled
 from lightning_memtrain.techniques.sparsity.note import overlook_note
 from lightning_memtrain.techniques.sparsity.patterns import (
@@ -51,17 +51,18 @@ class SparseLayer(nn.Module):
 
         Only stored entries can be written: elsewhere it stays 0.
         """
+        look = Materialised if torch.compiler.is_compiling() else Look
         arguments = self.values, self.sparsity_pattern, self.dense_shape, self.search
         made: Tensor = (
-            Materialised.apply(*arguments)  # type: ignore[no-untyped-call]
+            look.apply(*arguments)  # type: ignore[no-untyped-call]
             if self.search is None
-            else uncompiled(Materialised.apply, *arguments)
+            else uncompiled(look.apply, *arguments)
         )
-        return made if torch.compiler.is_compiling() else DenseWeight.of(made, self)
+        return made
 
     def _write_weight(self, dense: Tensor) -> None:
         # What `layer.weight += 1` assigns has been written already, in place.
-        if not (isinstance(dense, DenseWeight) and dense._layer is self):
+        if not (isinstance(dense, DenseWeight) and dense.is_of(self.values)):
             if not isinstance(dense, Tensor) or dense.shape != self.dense_shape:
                 got = tuple(dense.shape) if isinstance(dense, Tensor) else repr(dense)
                 raise ValueError(
