@@ -2,6 +2,7 @@
 
 from lightning_memtrain.core.breakdown import Growth, MemoryBreakdown, ModuleMemory, TimelineEvent
 from lightning_memtrain.core.categories import Category, CategoryBytes
+from lightning_memtrain.core.gradient_sync import on_gradient_sync, sync_gradients
 from lightning_memtrain.core.indexed_state import ReindexesState
 from lightning_memtrain.core.marks import mark, watch_marks
 from lightning_memtrain.core.on_demand import OnDemandTensor
@@ -40,12 +41,14 @@ __all__ = [
     "is_technique",
     "keep_all",
     "mark",
+    "on_gradient_sync",
     "on_snapshot",
     "parse_bytes",
     "partial_backward",
     "rehearsal",
     "rehearsal_depth",
     "step_parameter",
+    "sync_gradients",
     "watch_marks",
     "wrap_training_step",
 ]
