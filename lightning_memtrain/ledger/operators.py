@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import (
     _push_mode,
 )
 
+from lightning_memtrain.core import OnDemandTensor
+
 
 def skip_in_dynamo(*functions: Callable[..., Any]) -> bool:
     """Have ``torch.compile`` leave functions and all that they call alone; ``False`` where torch cannot."""
@@ -35,6 +37,8 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     _after: Callable[[Any, Any], None]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if types and any(issubclass(one, OnDemandTensor) for one in types):
+            return NotImplemented  # the operators that make its numbers come here instead
         kwargs = kwargs or {}
         self._before(func, args, kwargs)
         results = func(*args, **kwargs)

@@ -11,6 +11,8 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_memtrain.core import OnDemandTensor
+
 #: Types whose instances hold their bytes in one storage, unless their layout says otherwise.
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
@@ -69,7 +71,10 @@ def storages_of(tensor: torch.Tensor) -> Sequence[torch.UntypedStorage]:
         return (tensor.untyped_storage(),)
     if is_lazy(tensor):
         return ()
-    if is_traceable_wrapper_subclass(tensor):
+    parts: Sequence[torch.Tensor]
+    if isinstance(tensor, OnDemandTensor):
+        parts = tensor.held()
+    elif is_traceable_wrapper_subclass(tensor):
         inner_names, _ = tensor.__tensor_flatten__()
         # Distributed tensors name their device mesh among these, too.
         parts = [part for name in inner_names if isinstance(part := getattr(tensor, name), torch.Tensor)]

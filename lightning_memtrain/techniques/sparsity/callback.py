@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import nn
 
-from lightning_memtrain.core import NoEffectWarning, Setting, TechniqueRecord
+from lightning_memtrain.core import NoEffectWarning, Setting, TechniqueRecord, on_gradient_sync
 from lightning_memtrain.techniques.sparsity import distributed, optimizers, record, refusals, sharding
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks, UpdateClock
 from lightning_memtrain.techniques.sparsity.conversion import around_configure_model, sparsify_at_random
@@ -195,6 +195,7 @@ class SparseTraining(Callback):
             optimizers.refuse_optimizers(trainer.optimizers, values)
         if distributed.is_on(trainer.strategy):
             distributed.broadcast_values(self._weights)
+            self._undo.append(on_gradient_sync(self._average_gradients))
         leading = optimizers.leading_optimizer(trainer.optimizers, values)
         if leading is not None:
             self._undo.append(leading.register_step_post_hook(self._count).remove)
@@ -245,7 +246,12 @@ class SparseTraining(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the gradients of values over ranks, before anything looks at them."""
         if distributed.is_on(trainer.strategy) and distributed.synchronizes(trainer.strategy):
-            distributed.average_gradients(self._weights)
+            self._average_gradients()
+        elif self._updater is not None:
+            self._updater.note_gradients()
+
+    def _average_gradients(self) -> None:
+        distributed.average_gradients(self._weights)
         if self._updater is not None:
             self._updater.note_gradients()
 

@@ -173,5 +173,6 @@ def refuse_differences(weights: Mapping[str, SparseWeight], step: int) -> None:
                 raise RuntimeError(
                     f"The pattern of {name!r} differs between rank 0 and rank {rank} after the update of "
                     f"step {step}, so their weights have drifted apart. Give every rank the same "
-                    "`SparseTraining(seed)`, and let nothing change weights on single ranks."
+                    "`SparseTraining(seed)`, and let nothing change weights on single ranks, nor step them "
+                    "by gradients that were not averaged over ranks (a backward under `no_sync`, say)."
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.candidates import CandidateSearch
-from lightning_memtrain.techniques.sparsity.dense_weight import DenseWeight
+from lightning_memtrain.techniques.sparsity.dense_weight import DenseWeight, Look
 from lightning_memtrain.techniques.sparsity.functions import Materialised, uncompiled
 from lightning_memtrain.techniques.sparsity.note import overlook_note
 from lightning_memtrain.techniques.sparsity.patterns import (
@@ -51,17 +51,18 @@ class SparseLayer(nn.Module):
 
         Only stored entries can be written: elsewhere it stays 0.
         """
+        look = Materialised if torch.compiler.is_compiling() else Look
         arguments = self.values, self.sparsity_pattern, self.dense_shape, self.search
         made: Tensor = (
-            Materialised.apply(*arguments)  # type: ignore[no-untyped-call]
+            look.apply(*arguments)  # type: ignore[no-untyped-call]
             if self.search is None
-            else uncompiled(Materialised.apply, *arguments)
+            else uncompiled(look.apply, *arguments)
         )
-        return made if torch.compiler.is_compiling() else DenseWeight.of(made, self)
+        return made
 
     def _write_weight(self, dense: Tensor) -> None:
         # What `layer.weight += 1` assigns has been written already, in place.
-        if not (isinstance(dense, DenseWeight) and dense._layer is self):
+        if not (isinstance(dense, DenseWeight) and dense.is_of(self.values)):
             if not isinstance(dense, Tensor) or dense.shape != self.dense_shape:
                 got = tuple(dense.shape) if isinstance(dense, Tensor) else repr(dense)
                 raise ValueError(
@@ -109,9 +110,25 @@ class SparseLayer(nn.Module):
         Args:
             positions: int64, ascending, as many as there are values.
         """
-        pattern = encode(positions, self.dense_shape.numel(), self.storage)
-        self.sparsity_pattern = pattern.to(self.values.device)
-        self._chunks = self._spans(positions)
+        self.with_positions(positions)()
+
+    def with_positions(self, positions: Tensor) -> Callable[[], None]:
+        """Prepare :meth:`set_positions`.
+
+        Args:
+            positions: see there.
+
+        Returns:
+            Does it by assignments alone; may be called several times.
+        """
+        pattern = encode(positions, self.dense_shape.numel(), self.storage).to(self.values.device)
+        chunks = self._spans(positions)
+
+        def assign() -> None:
+            self.sparsity_pattern = pattern
+            self._chunks = chunks
+
+        return assign
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -141,14 +158,32 @@ class SparseLayer(nn.Module):
         Args:
             values: of one axis.
         """
+        gradient = self.values.grad
+        fits = gradient is not None and gradient.shape == values.shape
+        self.with_values(values, gradient if fits else None)()
+
+    def with_values(self, values: Tensor, gradient: Tensor | None) -> Callable[[], None]:
+        """Prepare to give the parameter other values and another gradient.
+
+        Args:
+            values: of one axis.
+            gradient: of the same shape, or none.
+
+        Returns:
+            Does it by assignments alone; may be called several times.
+        """
         # The node that accumulates gradients knows the shape, and where something keeps it alive, it is used
         # again. It is made anew only for another dtype or device, so the values pass through another dtype.
         other = torch.float16 if values.dtype != torch.float16 else torch.float32
-        gradient, self.values.grad = self.values.grad, None
-        self.values.data = torch.empty(0, dtype=other, device=values.device)
-        self.values.data = values
-        if gradient is not None and gradient.shape == values.shape:
+        nothing = torch.empty(0, dtype=other, device=values.device)
+
+        def assign() -> None:
+            self.values.grad = None
+            self.values.data = nothing
+            self.values.data = values
             self.values.grad = gradient
+
+        return assign
 
     @torch.no_grad()
     def write(self, dense: Tensor) -> None:

@@ -6,7 +6,7 @@ Patterns are whole on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,13 +116,22 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def write(shards_of: DTensor, entries: Tensor) -> None:
-    """Put new entries in the place of the old ones, each rank its own.
+def written(shards_of: DTensor, entries: Tensor) -> Callable[[], None]:
+    """Prepare to put new entries in the place of the old ones, each rank its own.
 
     Args:
         shards_of: what is divided.
         entries: all of them, equal on all ranks.
+
+    Returns:
+        Does it without a new tensor; may be called several times.
     """
     mesh = shards_of.device_mesh
     everywhere = DTensor.from_local(entries, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    shards_of.to_local().copy_(everywhere.redistribute(placements=shards_of.placements).to_local())
+    old, new = shards_of.to_local(), everywhere.redistribute(placements=shards_of.placements).to_local()
+
+    def copy() -> None:
+        with torch.no_grad():
+            old.copy_(new)
+
+    return copy

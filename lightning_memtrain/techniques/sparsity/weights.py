@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -19,7 +19,7 @@ from lightning_memtrain.techniques.sparsity.export import export_dense
 from lightning_memtrain.techniques.sparsity.layer_types import SPARSE_TYPES
 from lightning_memtrain.techniques.sparsity.layers import SparseLayer
 from lightning_memtrain.techniques.sparsity.patterns import Storage, choose_storage
-from lightning_memtrain.techniques.sparsity.state import check_state, move_state, moved
+from lightning_memtrain.techniques.sparsity.state import check_state, moved, moved_state
 
 # All that whoever moves entries needs to know of how they are stored.
 __all__ = [
@@ -84,7 +84,8 @@ class SparseWeight:
 
         What stays keeps its value, gradient and state. What is new starts at 0, with momentum 0 and with the
         mean of the layer for what scales its step: see
-        :func:`~lightning_memtrain.techniques.sparsity.state.move_state`. The parameter stays the same object.
+        :func:`~lightning_memtrain.techniques.sparsity.state.moved_state`. The parameter stays the same
+        object. All of it changes or nothing: an error (out of memory, say) leaves everything as it was.
 
         Of values that ``fully_shard`` divided among ranks, all ranks have to call this with the same
         arguments; each has all values of this layer while it runs.
@@ -130,16 +131,29 @@ class SparseWeight:
             )
         check_state(optimizers, values)
         source = torch.cat([staying, staying.new_full((len(grown),), -1)])[order]
-        move_state(optimizers, values, source)
+        # All that is new exists before anything changes.
+        exchange = moved_state(optimizers, values, source)
         gradient = values.grad
         if isinstance(values.data, DTensor):
             for divided in (values.data, gradient):
                 if isinstance(divided, DTensor):
-                    sharding.write(divided, moved(sharding.whole(divided), source))
+                    exchange.append(sharding.written(divided, moved(sharding.whole(divided), source)))
         else:
-            self.layer.set_values(moved(values.detach(), source))
-            values.grad = None if gradient is None else moved(gradient, source)
-        self.layer.set_positions(positions)
+            new_gradient = None if gradient is None else moved(gradient, source)
+            exchange.append(self.layer.with_values(moved(values.detach(), source), new_gradient))
+        exchange.append(self.layer.with_positions(positions))
+        _carry_out(exchange)
+
+
+def _carry_out(exchange: Sequence[Callable[[], None]]) -> None:
+    """Change everything, even if an interrupt comes in between: half a change would mix weights."""
+    try:
+        for assign in exchange:
+            assign()
+    except BaseException:
+        for assign in exchange:
+            assign()
+        raise
 
 
 def sparse_weights(module: nn.Module) -> dict[str, SparseWeight]:
