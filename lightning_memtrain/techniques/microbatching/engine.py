@@ -18,6 +18,7 @@ from lightning_memtrain.techniques.microbatching.chunks import Chunk, Splitter
 from lightning_memtrain.techniques.microbatching.logs import CallRecorder
 from lightning_memtrain.techniques.microbatching.normalization import BatchNormPolicy
 from lightning_memtrain.techniques.microbatching.outputs import BatchOutcome, merge_outputs
+from lightning_memtrain.techniques.microbatching.past_gradients import PastGradients, zero_grad_hooks
 from lightning_memtrain.techniques.microbatching.probe import Peak
 from lightning_memtrain.techniques.microbatching.recovery import Recovery
 from lightning_memtrain.techniques.microbatching.snapshot import BatchSnapshot
@@ -29,7 +30,7 @@ class MicrobatchedClosure(_compat.Closure):
     """zero_grad, then forward and backward of one chunk after the other.
 
     Gradients are zeroed before the forward, not after it as Lightning does, since those of the first chunk
-    have to survive the forward of the second.
+    have to survive the forward of the second; or put aside, for hooks that are called when they are zeroed.
 
     Args:
         engine: runs the chunks.
@@ -52,9 +53,7 @@ class MicrobatchedClosure(_compat.Closure):
     @torch.enable_grad()
     def closure(self, *args: Any, **kwargs: Any) -> _compat.ClosureResult:
         """Run the batch; an optimizer that evaluates several times calls it several times."""
-        if self._zero_grad_fn is not None:
-            self._zero_grad_fn()
-        result = self._engine.run(self._kwargs, self._backward_fn)
+        result = self._engine.run_zeroed(self._kwargs, self._backward_fn, self._zero_grad_fn)
         if result.loss is None:
             self.warning_cache.warn(
                 "`training_step` returned `None`. If this was on purpose, ignore this warning..."
@@ -91,6 +90,8 @@ class MicrobatchEngine:
         self._size = size
         self._batchnorm = batchnorm
         self._metrics = _compat.BatchMetrics(model)
+        self._zero_grad_hooks = zero_grad_hooks(trainer, model)
+        self._repeats_backward = isinstance(size, sizing.AutoSize) or batchnorm.may_synchronize
         # Where forward or backward communicates, all ranks must run equally many chunks.
         self._in_step = trainer.world_size > 1 and (
             parallel.is_sharded(trainer.strategy) or parallel.has_synchronized_batchnorm(model)
@@ -101,6 +102,30 @@ class MicrobatchEngine:
         backward = _compat.backward_fn(self.trainer, optimizer)
         zero_grad = _compat.zero_grad_fn(self.trainer, batch_idx, optimizer)
         return MicrobatchedClosure(self, kwargs, backward, zero_grad)
+
+    def run_zeroed(
+        self, kwargs: Any, backward: Backward, zero_grad: Callable[[], None] | None
+    ) -> _compat.ClosureResult:
+        """As :meth:`run`, without the gradients of the step before.
+
+        Args:
+            kwargs: arguments of ``training_step`` by name.
+            backward: backward of a loss; ``None`` to skip it.
+            zero_grad: zeroes gradients; ``None`` while they are accumulated.
+
+        Returns:
+            Loss and further outputs of the whole batch.
+        """
+        if zero_grad is None:
+            return self.run(kwargs, backward)
+        if not self._zero_grad_hooks:
+            zero_grad()
+            return self.run(kwargs, backward)
+        groups = (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
+        parameters = [*self.model.parameters(), *(p for group in groups for p in group["params"])]
+        with PastGradients(parameters, zero_grad, self.trainer.strategy) as past:
+            # A batch that may be run again is only over when all of it has run.
+            return self.run(kwargs, backward if self._repeats_backward else past.before_last(backward))
 
     def run(self, kwargs: Any, backward: Backward) -> _compat.ClosureResult:
         """Forward and backward of one batch.
