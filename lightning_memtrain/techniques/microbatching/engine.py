@@ -14,6 +14,7 @@ from lightning_memtrain.core import mark, partial_backward
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.techniques.microbatching import _compat, parallel, sizing
+from lightning_memtrain.techniques.microbatching.carried_state import CarriedState
 from lightning_memtrain.techniques.microbatching.chunks import Chunk, Splitter
 from lightning_memtrain.techniques.microbatching.logs import CallRecorder
 from lightning_memtrain.techniques.microbatching.normalization import BatchNormPolicy
@@ -90,6 +91,7 @@ class MicrobatchEngine:
         self._size = size
         self._batchnorm = batchnorm
         self._metrics = _compat.BatchMetrics(model)
+        self._carried = CarriedState(model)
         self._zero_grad_hooks = zero_grad_hooks(trainer, model)
         self._repeats_backward = isinstance(size, sizing.AutoSize) or batchnorm.may_synchronize
         # Where forward or backward communicates, all ranks must run equally many chunks.
@@ -198,6 +200,7 @@ class MicrobatchEngine:
         self, kwargs: Any, backward: Backward, chunks: list[Chunk], communicate: bool
     ) -> BatchOutcome:
         strategy, outcome = self.trainer.strategy, BatchOutcome(self.splitter.loss_reduction == "sum")
+        self._carried.begin(chunks)
         last = max((i for i, chunk in enumerate(chunks) if chunk.weight > 0 or self._in_step), default=0)
         for index, chunk in enumerate(chunks):
             if len(chunks) > 1:
@@ -262,7 +265,8 @@ class MicrobatchEngine:
         """Forward and backward of one chunk; its loss, not yet weighed, and what else it returned."""
         kwargs = type(kwargs)(kwargs)
         kwargs["batch"] = chunk.batch
-        output = _compat.training_step(self.trainer, kwargs)
+        with self._carried.watch(chunk):
+            output = _compat.training_step(self.trainer, kwargs)
         loss = output.closure_loss
         # A chunk that does not count only runs for its outputs, and where ranks wait for each other.
         if loss is not None and backward is not None and (chunk.weight > 0 or self._in_step):
@@ -282,7 +286,8 @@ class MicrobatchEngine:
         Returns:
             The peak of the last of them.
         """
-        chunk, recorder = self.splitter.split(kwargs["batch"], count)[0], CallRecorder()
+        chunks, recorder = self.splitter.split(kwargs["batch"], count), CallRecorder()
+        self._carried.begin(chunks)
         self._metrics.begin()
         with ExitStack() as undo:
             undo.callback(self._metrics.abandon)
@@ -291,8 +296,8 @@ class MicrobatchEngine:
             undo.enter_context(parallel.gradient_sync(self.trainer.strategy, enabled=False))
             undo.enter_context(_compat.results_replaced(self.trainer, recorder))
             ledger = undo.enter_context(MemoryLedger(self.model, self.trainer.optimizers, kwargs["batch"]))
-            loss, extra = self._run_chunk(kwargs, backward, chunk)
+            loss, extra = self._run_chunk(kwargs, backward, chunks[0])
         peak_bytes = ledger.breakdown(per_module=False, timeline=False).ledger_peak_bytes
         # The last chunk finds there what all others returned and logged.
         kept_bytes = sum(tensor.nbytes for tensor in tensors_in((loss, extra, recorder.logged_values())))
-        return Peak(chunk.num_samples or 1, peak_bytes + held_bytes + (count - 1) * kept_bytes)
+        return Peak(chunks[0].num_samples or 1, peak_bytes + held_bytes + (count - 1) * kept_bytes)
