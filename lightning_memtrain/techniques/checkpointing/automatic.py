@@ -15,8 +15,8 @@ from lightning_memtrain.ledger.objects import tensors_within
 from lightning_memtrain.ledger.op_times import OpTimes
 from lightning_memtrain.ledger.workspace import OpWorkspace
 from lightning_memtrain.techniques.checkpointing.choose import (
+    BudgetOutOfReach,
     Chosen,
-    OutOfReach,
     StepCurve,
     counted,
     predicted_peak_bytes,
@@ -91,7 +91,7 @@ class AutomaticChoice:
         self.close()
         try:
             self._choose(self._fake(step, args, kwargs, zeroes), now, why, groups)
-        except OutOfReach:
+        except BudgetOutOfReach:
             raise
         except Exception as error:
             if self._limit_bytes is not None:

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_memtrain.core import Category, MemoryBreakdown, format_bytes
+from lightning_memtrain.core import Category, MemoryBreakdown, OutOfReach, format_bytes
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.op_times import OpTimes
 from lightning_memtrain.ledger.workspace import OpWorkspace
@@ -30,8 +30,8 @@ _CALLS_TO_TIME = 30
 _STATES_AT_ONCE = 3
 
 
-class OutOfReach(MisconfigurationException):
-    """No way to recompute brings the step within a limit."""
+class BudgetOutOfReach(OutOfReach, MisconfigurationException):
+    """No way to recompute brings the step within a limit, with so many samples at a time."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class StepCurve:
             The choice, with its bytes counted.
 
         Raises:
-            OutOfReach: if no choice is within the limit.
+            BudgetOutOfReach: if no choice is within the limit.
         """
         last = len(self.choices) - 1
         # The curve knows of no workspace.
@@ -223,14 +223,14 @@ _CURES = {
 }
 
 
-def _out_of_reach(limit_bytes: int, floor: Chosen) -> OutOfReach:
+def _out_of_reach(limit_bytes: int, floor: Chosen) -> BudgetOutOfReach:
     held = sorted(
         ((num, _CURES.get(category, category.value)) for category, num in floor.breakdown.at_peak.items()),
         key=lambda row: -row[0],
     )
     held.append((floor.peak_bytes - floor.breakdown.peak_bytes, "workspace of operators"))
     rows = ", ".join(f"{format_bytes(num)} of {what}" for num, what in held if num > 0)
-    return OutOfReach(
+    return BudgetOutOfReach(
         f"`Budget(limit)` must be at least {format_bytes(floor.peak_bytes)} for this model and batch, the "
         f"lowest peak that recomputing reaches, but got {format_bytes(limit_bytes)}. At that peak there are "
         f"{rows}. Raise the limit, or make one of these smaller."

@@ -85,6 +85,11 @@ def uses_static_graph(strategy: Any) -> bool:
     return bool(getattr(strategy, "_ddp_kwargs", {}).get("static_graph", False))
 
 
+def gradients_are_bucket_views(strategy: Any) -> bool:
+    """Whether gradients lie in the buckets that DDP averages."""
+    return bool(getattr(getattr(strategy, "model", None), "gradient_as_bucket_view", False))
+
+
 def trainer_callbacks(model: Any) -> list[Any]:
     """The callbacks of a module's trainer, to be added to; an empty list before it has one."""
     if model is None or model._trainer is None:

@@ -8,6 +8,7 @@ has to be run again leaves no trace.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,7 +99,7 @@ class ChunkLogs:
         Args:
             recorder: its calls.
             chunk: the chunk.
-            loss: its own loss, before weighing; ``None`` if it had none.
+            loss: its own loss, before weighing; ``None`` if it is left out.
         """
         self._recorders.append(recorder)
         self._chunks.append(chunk)
@@ -127,6 +128,8 @@ class ChunkLogs:
                 for i, recorder in enumerate(self._recorders)
                 if key in recorder.calls
             ]
+            # Without the chunks that are left out, unless they alone log a name.
+            logged = [(i, call) for i, call in logged if self._losses[i] is not None] or logged
             numbers, calls = [i for i, _ in logged], [call for _, call in logged]
             last = calls[-1]
             sizes, added_up = self._explicit_sizes(numbers, calls, batch_size)
@@ -158,18 +161,22 @@ class ChunkLogs:
         if not values.is_floating_point() or values.dtype in (torch.float16, torch.bfloat16):
             values = values.to(torch.get_default_dtype())
         weights = [self._chunks[i].weight for i in numbers]
+        total = math.fsum(weights)
+        if len(calls) < len(self._chunks) and not self.sum_losses and total > 0:
+            # A name that some chunks did not log is a mean over those that did.
+            weights = [weight / total for weight in weights]
         as_loss = _weighted_sum(values, weights)
         reduction = calls[-1].reduction
         if reduction in ("max", "min", "sum"):
             merged: Tensor = getattr(values, reduction)()
         elif sizes is None and not self.sum_losses:
-            # A name that some chunks did not log is a mean over those that did.
-            return as_loss / (sum(weights) or 1.0) if len(calls) < len(self._chunks) else as_loss
+            return as_loss
         else:
             counts = sizes if sizes is not None else [self._chunks[i].num_samples or 1 for i in numbers]
             merged = _weighted_sum(values, [count / sum(counts) for count in counts])
         losses = [self._losses[i] for i in numbers]
-        if any(loss is None for loss in losses) or len(calls) < len(self._chunks):
+        num_with_loss = sum(loss is not None for loss in self._losses)
+        if any(loss is None for loss in losses) or len(calls) < num_with_loss:
             return merged
         # Whatever it is to be reduced by later, a value that is the loss in every chunk is the loss of the
         # whole batch. Compared on the device, since a look at the values would wait for it.
