@@ -1,4 +1,4 @@
-"""From a step on tensors without data to what is recomputed: within a limit in the least time, or at the knee."""
+"""From a step without data to what is recomputed: within a limit in the least time, or at the knee."""
 
 from __future__ import annotations
 

@@ -12,14 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_memtrain.techniques.checkpointing.bystanders import Bystanders
-from lightning_memtrain.techniques.checkpointing.slots import (
-    ABSENT,
-    Slot,
-    attributes,
-    has_changed,
-    shallow_copy,
-)
-from lightning_memtrain.techniques.checkpointing.writes import copied, version_of
+from lightning_memtrain.techniques.checkpointing.slots import ABSENT, Slot, attributes
+from lightning_memtrain.techniques.checkpointing.twins import Copies
+from lightning_memtrain.techniques.checkpointing.writes import version_of
 
 
 class _Held:
@@ -48,20 +43,15 @@ class ModuleState:
 
     The tensors and flags that forward finds are noted, not copied; what it writes to in place was copied by
     :class:`KeptBefore`. Attributes that forward assigns, such as a counter, a hidden state or the state of a
-    metric, are known once it has run, and from then on only these are noted, until a call changes another.
+    metric, are known once it has run, and from then on only these are noted, until a call assigns another.
+    What changes within an attribute is found by :class:`Objects`.
 
     Args:
         modules: the module that is called, and those within it.
         assigned: the attributes that earlier calls assigned; ``None`` at the first call.
-        holders: the other attributes that hold a tensor or a container.
     """
 
-    def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        assigned: Collection[Slot] | None,
-        holders: Collection[Slot] = (),
-    ) -> None:
+    def __init__(self, modules: Sequence[nn.Module], assigned: Collection[Slot] | None) -> None:
         self._modules = modules
         self._held: list[_Held] = []
         sharded = _sharded_within(modules)
@@ -82,104 +72,106 @@ class ModuleState:
             noted |= self._of_hooks
         else:
             self._of_hooks = {}
-        self._held += [_Held(slot, shallow_copy(slot.value)) for slot in noted]
+        self._held += [_Held(slot, slot.value) for slot in noted]
         self._noted = noted
-        self._bystanders = None if assigned is None else Bystanders(modules, holders)
+        self._bystanders = None if assigned is None else Bystanders(modules)
 
     @property
     def tensors(self) -> list[tuple[Slot, Tensor]]:
-        """All tensors that the result may depend on."""
+        """The parameters and buffers that the result may depend on."""
         return [
             (held.slot, held.value)
             for held in self._held
-            if isinstance(held.value, Tensor) and not held.is_statistic
+            if held.slot.kind != "__dict__" and isinstance(held.value, Tensor) and not held.is_statistic
         ]
 
     @property
     def has_tensors_of_its_own(self) -> bool:
         """Whether there are tensors beside parameters and running statistics, which forward may write to."""
-        return any(slot.kind != "_parameters" for slot, _ in self.tensors)
+        return any(
+            held.slot.kind != "_parameters" and isinstance(held.value, Tensor) and not held.is_statistic
+            for held in self._held
+        )
 
     @property
     def statistics(self) -> list[Tensor]:
         """Running statistics that the call moves."""
         return [held.value for held in self._held if held.is_statistic and held.value is not None]
 
-    def call_ended(self, before: Mapping[Any, Tensor]) -> None:
+    def call_ended(
+        self, before: Mapping[Any, Tensor], tensors: Sequence[tuple[Any, Tensor]], changed: Collection[Any]
+    ) -> None:
         """Note what the call wrote to.
 
         Args:
             before: copies of what it wrote to, as it was before.
+            tensors: what attributes and objects hold.
+            changed: attributes within which it changed something.
         """
+        more: dict[Slot, Any] = {slot: tensor for slot, tensor in tensors if slot in before}
+        more |= dict.fromkeys(changed)  # a twin takes the place of each
+        held_already = {held.slot: held for held in self._held} if more else {}
+        for slot, value in more.items():
+            if slot in held_already:
+                held_already[slot].value = value
+            elif isinstance(slot, Slot):
+                self._held.append(_Held(slot, value))
         for held in self._held:
             if isinstance(held.value, Tensor):
                 held.version = version_of(held.value)
                 held.before = before.get(held.slot) if before else None
 
-    def assigned(self, written: Collection[Any]) -> list[Slot]:
-        """The attributes that the first call changed; of all attributes, only these are held from here.
-
-        Args:
-            written: keys of what it wrote to in place.
-
-        Returns:
-            Those that it assigned, and those that it wrote to.
-        """
-        contents = {held.slot: held.value for held in self._held if held.slot in self._attributes}
+    def assigned(self) -> list[Slot]:
+        """The attributes that the call is the first to assign; of all, only these and known ones are held."""
+        if self._bystanders is not None:
+            before = self._bystanders.assigned(self._noted)
+            self._bystanders = None  # it keeps what it compares with
+            self._held += [_Held(slot, value) for slot, value in before.items()]
+            return [*before]
         now = attributes(self._modules)
-        slots = {
-            slot: None
+        slots = [
+            slot
             for slot in self._attributes | now
-            if slot in written
-            or has_changed(self._attributes.get(slot, ABSENT), contents.get(slot), now.get(slot, ABSENT))
-        }
-        dropped = self._attributes.keys() - slots.keys() - self._of_hooks.keys()
+            if self._attributes.get(slot, ABSENT) is not now.get(slot, ABSENT)
+        ]
+        dropped = self._attributes.keys() - {*slots} - self._of_hooks.keys()
         self._held = [held for held in self._held if held.slot not in dropped]
         self._held += [_Held(slot, ABSENT) for slot in slots if slot not in self._attributes]
         self._attributes = {}
-        return [*slots]
+        return slots
 
-    def assigned_late(self) -> tuple[list[Slot], list[Slot]]:
-        """The attributes that a later call changed though none before it did; they are held from here.
-
-        Returns:
-            Those that it assigned, and those whose tensor it wrote to in place, so that what was is lost.
-        """
-        if self._bystanders is None:
-            return [], []
-        before, lost = self._bystanders.changed(self._noted)
-        self._bystanders = None  # it keeps what it compares with
-        self._held += [_Held(slot, value) for slot, value in before.items()]
-        return [*before], lost
-
-    def changed_since(self) -> str | None:
-        """The name of a tensor that was written to after the call, so that another run would see it."""
-        for held in self._held:
-            if (
-                isinstance(held.value, Tensor)
-                and version_of(held.value) != held.version
-                and held.before is None
-                and not held.is_statistic
-            ):
-                return held.slot.described(self._modules[0])
-        return None
+    def changed_since(self) -> list[Slot]:
+        """Where the tensors are that were written to after the call, so that another run would see it."""
+        return [
+            held.slot
+            for held in self._held
+            if isinstance(held.value, Tensor)
+            and version_of(held.value) != held.version
+            and held.before is None
+            and not held.is_statistic
+        ]
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Everything as it was, to be written to and assigned; afterwards as it is now."""
+    def restored(self, copies: Copies, twins: Mapping[Any, Any]) -> Iterator[None]:
+        """Everything as it was, to be written to and assigned; afterwards as it is now.
+
+        Args:
+            copies: of tensors that are written to.
+            twins: what to put in the place of attributes within which the call changed something.
+
+        Yields:
+            Nothing.
+        """
         restored = [held for held in self._held if held.is_restored]
         now = [held.slot.value for held in restored]
-        copies: dict[int, Tensor] = {}  # one for a tensor in several places
         try:
             for held in restored:
                 if held.before is not None:
-                    if id(held.before) not in copies:
-                        copies[id(held.before)] = copied(held.before, held.value.requires_grad)
-                    held.slot.put(copies[id(held.before)])
+                    held.slot.put(copies.of(held.before, held.value.requires_grad))
                 elif held.is_statistic and held.value is not None:
                     held.slot.put(held.value.clone())
                 else:
-                    held.slot.put(shallow_copy(held.value))
+                    held.slot.put(twins.get(held.slot, held.value))
             yield
         finally:
             for held, value in zip(restored, now, strict=True):

@@ -57,12 +57,13 @@ class KeptBefore:
         self._tensors = tensors
         self._versions = [version_of(tensor) for _, tensor in tensors]
         self._watch = WriteWatch([tensor for _, tensor in tensors]) if known is None else None
-        self._copies: dict[int, Tensor] = {}
-        for key, tensor in tensors if known else ():
-            if known and key in known and id(tensor) not in self._copies:
-                self._copies[id(tensor)] = tensor.detach().clone()
         self.before: dict[Any, Tensor] = {}
-        """What was written to, as it was before."""
+        """What was written to, as it was before, by key."""
+        self.copies: dict[int, Tensor] = {}
+        """The same by the number of the tensor."""
+        for key, tensor in tensors if known else ():
+            if known and key in known and id(tensor) not in self.copies:
+                self.copies[id(tensor)] = tensor.detach().clone()
         self.missed: list[Any] = []
         """Keys of what was written to without a copy."""
 
@@ -79,21 +80,26 @@ class KeptBefore:
     def __exit__(self, *exc_info: object) -> None:
         if self._watch is not None:
             self._watch.__exit__(*exc_info)  # type: ignore[no-untyped-call]
-            self._copies = self._watch.copies
+            self.copies = self._watch.copies
         for (key, tensor), version in zip(self._tensors, self._versions, strict=True):
-            if id(tensor) in self._copies:
-                self.before[key] = self._copies[id(tensor)]
+            if id(tensor) in self.copies:
+                self.before[key] = self.copies[id(tensor)]
             elif version_of(tensor) != version:
                 self.missed.append(key)
 
     def entangled(self) -> list[Any]:
-        """Keys of tensors that share memory and are written to, so that copies of each would be apart."""
-        written = [(key, tensor) for key, tensor in self._tensors if id(tensor) in self._copies]
+        """Keys of tensors that share memory and are written to, so that copies of each would be apart.
+
+        An argument that is held by an attribute or an object as well has a copy in each of both places.
+        """
+        written = [(key, tensor) for key, tensor in self._tensors if id(tensor) in self.copies]
         owners: dict[int, set[int]] = {}
         for _, tensor in written:
             for storage in storages_of(tensor):
                 owners.setdefault(storage._cdata, set()).add(id(tensor))
         several = {one for together in owners.values() if len(together) > 1 for one in together}
+        arguments = {id(tensor) for key, tensor in written if isinstance(key, int)}
+        several |= {id(tensor) for key, tensor in written if not isinstance(key, int)} & arguments
         return [key for key, tensor in written if id(tensor) in several]
 
 
