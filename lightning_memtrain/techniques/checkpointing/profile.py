@@ -20,6 +20,7 @@ from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
 from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.ledger.workspace import OpCall, op_call
 from lightning_memtrain.techniques.checkpointing.items import Item
+from lightning_memtrain.techniques.checkpointing.own_checkpoints import is_backward
 from lightning_memtrain.techniques.checkpointing.writes import version_of
 
 _ACCUMULATES_GRADIENT = 2**64 - 1
@@ -108,6 +109,8 @@ class StepWatch:
 
     def _enter(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if is_backward():  # the model recomputes it by itself
+                return
             call = ModuleCall(name, parent=self._stack[-1])
             call.versions = [(tensor, version_of(tensor)) for tensor in tensors_in((args, kwargs))]
             call.start, call.first_save, call.first_op = self._now()
@@ -118,6 +121,8 @@ class StepWatch:
         return enter
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if is_backward():
+            return
         call = self._stack.pop()
         call.end, call.last_save, call.last_op = self._now()
         call.returned = self._records(output)
@@ -137,7 +142,7 @@ class StepWatch:
         self.saves.append((self._ledger.records_of(tensor), len(self.op_calls)))
 
     def _on_operator(self, func: Any, args: Any, kwargs: Any) -> None:
-        if torch._C._current_graph_task_id() == -1:
+        if not is_backward():
             if self.forward_end == 0:
                 self.op_calls.append(op_call(func, args, kwargs))
             return
