@@ -6,7 +6,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -126,15 +126,19 @@ class FakeStep:
             self._in_forward = {id(twin) for _, twin in self._parameters if twin.grad is not None}
         self._step_optimizers()
 
-    def prepare(self) -> None:
+    def prepare(self, watch: AbstractContextManager[Any] = nullcontext()) -> None:  # noqa: B008
         """Run the step once, to see whether it can, and which gradients the next one will find.
+
+        Args:
+            watch: to be entered meanwhile.
 
         Raises:
             AsksForValue: see :meth:`run`.
         """
         with self._in_place():
             self._set_up()
-            self.run()
+            with watch:
+                self.run()
 
     def ask_data(self) -> None:
         """Find the answers that only data has, by running the step's forward with it, but without a graph.

@@ -16,6 +16,7 @@ from lightning_memtrain.ledger.workspace import OpWorkspace
 from lightning_memtrain.techniques.checkpointing.choice import fitting, knee, pareto
 from lightning_memtrain.techniques.checkpointing.insertion import insert_checkpoints
 from lightning_memtrain.techniques.checkpointing.items import Choice
+from lightning_memtrain.techniques.checkpointing.own_checkpoints import OwnCheckpoints
 from lightning_memtrain.techniques.checkpointing.policies import Groups, Recomputed
 from lightning_memtrain.techniques.checkpointing.profile import StepProfile, StepWatch
 from lightning_memtrain.tracing.fake_step import FakeStep
@@ -85,12 +86,13 @@ class StepCurve:
     def __init__(self, step: FakeStep, times: OpTimes, workspace: OpWorkspace | None = None) -> None:
         self._step = step
         self._workspace = workspace
+        own = OwnCheckpoints(step.model)
         try:
-            step.prepare()
+            step.prepare(own)
         except AsksForValue:
             step.ask_data()
-            step.prepare()
-        with step.watched(workspace) as ledger, StepWatch(step.model, ledger) as watch:
+            step.prepare(own := OwnCheckpoints(step.model))
+        with step.watched(workspace) as ledger, StepWatch(step.model, ledger, own.names) as watch:
             step.run()
         profile = StepProfile(watch, ledger.records, times, call_seconds())
         self.plain = ledger.breakdown(timeline=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -21,6 +21,7 @@ from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.ledger.workspace import OpCall, op_call
 from lightning_memtrain.techniques.checkpointing.insertion import choosable
 from lightning_memtrain.techniques.checkpointing.items import Item
+from lightning_memtrain.techniques.checkpointing.own_checkpoints import is_backward
 from lightning_memtrain.techniques.checkpointing.writes import version_of
 
 _ACCUMULATES_GRADIENT = 2**64 - 1
@@ -69,9 +70,12 @@ class StepWatch:
     Args:
         model: the module whose submodules are followed.
         ledger: counts the bytes.
+        left_out: paths of submodules that are not followed.
     """
 
-    def __init__(self, model: nn.Module, ledger: MemoryLedger) -> None:
+    def __init__(
+        self, model: nn.Module, ledger: MemoryLedger, left_out: Collection[str] = frozenset()
+    ) -> None:
         self.root = ModuleCall(None)
         self.op_calls: list[OpCall] = []
         #: Of each tensor that was saved, its records and how many operators had run by then.
@@ -79,6 +83,7 @@ class StepWatch:
         self.forward_end = 0
         self._model = model
         self._ledger = ledger
+        self._left_out = left_out
         self._stack = [self.root]
         self._first_nodes = [-1]
         self._calls_of_nodes = [self.root]
@@ -87,7 +92,7 @@ class StepWatch:
 
     def __enter__(self) -> StepWatch:
         self.root.start = self._ledger.tick
-        candidates = choosable(self._model)
+        candidates = choosable(self._model).difference(self._left_out)
         for name, module in self._model.named_modules():
             if name in candidates and name:
                 before = module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
@@ -110,7 +115,7 @@ class StepWatch:
 
     def _enter(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if _in_backward():  # the model recomputes by itself
+            if is_backward():  # the model recomputes it by itself
                 return
             call = ModuleCall(name, parent=self._stack[-1])
             call.versions = [(tensor, version_of(tensor)) for tensor in tensors_in((args, kwargs))]
@@ -122,7 +127,7 @@ class StepWatch:
         return enter
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if _in_backward():
+        if is_backward():
             return
         call = self._stack.pop()
         call.end, call.last_save, call.last_op = self._now()
@@ -143,7 +148,7 @@ class StepWatch:
         self.saves.append((self._ledger.records_of(tensor), len(self.op_calls)))
 
     def _on_operator(self, func: Any, args: Any, kwargs: Any) -> None:
-        if not _in_backward():
+        if not is_backward():
             if self.forward_end == 0:
                 self.op_calls.append(op_call(func, args, kwargs))
             return
@@ -321,10 +326,6 @@ class StepProfile:
             and _outlives(record, call.end)
             and self._is_saved_within(record, previous.first_save, call.last_save)
         )
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _is_transient(record: StorageRecord) -> bool:
