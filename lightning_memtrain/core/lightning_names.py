@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from inspect import ismodule
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 Package = Literal["lightning", "pytorch_lightning"]
 
@@ -89,22 +88,46 @@ def in_both(kind: type[_T]) -> tuple[type[_T], ...]:
     return (kind, _in_pytorch_lightning(kind)) if roots & sys.modules.keys() else (kind,)
 
 
-def bases_in_both(kind: type[_T]) -> tuple[type[_T], ...]:
-    """A class of ``lightning`` and its namesake, to derive from, so that trainers of both know what they get.
+class KnownToBoth:
+    """A class to derive from, beside one of ``lightning``, that trainers of both packages know.
 
-    Loads ``pytorch_lightning`` where it is installed, which takes a tenth of a second once ``lightning`` is
-    there. Methods are those of ``lightning``: where it matters whose they are, use :func:`namesake`.
+    Once somebody has imported ``pytorch_lightning``, the class is derived from the namesake, too: when it is
+    made, or else when ``isinstance`` first asks. So nothing is loaded for it, and it does not matter what is
+    imported or made first. Methods are those of ``lightning``: where it matters whose they are, use
+    :func:`namesake`.
 
-    Args:
-        kind: of ``lightning``.
-
-    Returns:
-        One class where ``pytorch_lightning`` is not installed, or cannot be imported.
+    Example:
+        >>> from lightning.pytorch.plugins.precision import Precision
+        >>> class Mine(KnownToBoth, Precision, kind=Precision):
+        ...     pass
+        >>> isinstance(Mine(), in_both(Precision))
+        True
     """
-    try:
-        return (kind, _in_pytorch_lightning(kind)) if find_spec("pytorch_lightning") else (kind,)
-    except (ImportError, AttributeError):  # too old or broken: no trainer can be made of it
-        return (kind,)
+
+    _kinds: ClassVar[tuple[type, type]]
+
+    def __init_subclass__(cls, kind: type | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if kind is not None:
+            cls._kinds = cls, kind
+            _join(cls)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """Asked by ``isinstance`` where the type alone does not do, which may be the first time to join."""
+        own = type(self)
+        # Of another class than its type, since else this is not looked at.
+        return type(own.__name__, (own,), {}) if _join(own) else own
+
+
+def _join(cls: type[KnownToBoth]) -> bool:
+    """Derive a class from the namesake of its kind; whether this had to be done now."""
+    ours, kind = cls._kinds
+    found: tuple[type, ...] = in_both(kind)
+    if len(found) == 1 or issubclass(ours, found[1]):
+        return False
+    ours.__bases__ = (*ours.__bases__, found[1])
+    return True
 
 
 def refuse_mix(technique: str, trainer: Any) -> None:

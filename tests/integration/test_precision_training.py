@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -423,3 +424,66 @@ def test_a_change_of_a_buffer_that_no_text_tells_of_is_warned_of_in_training_onl
     with pytest.warns(UserWarning, match="keeps the buffers 'table' in half precision") as caught:
         trainer.fit(Hidden(), DataLoader(batches(), batch_size=None))
     assert len([w for w in caught if "keeps the buffers" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("compute", ["bf16-true", "16-true"])
+def test_a_model_that_is_left_in_float32_is_one_for_its_own_project(compute: Any, tmp_path: Path) -> None:
+    models = []
+    for leave in ("half", "float32"):
+        torch.manual_seed(0)
+        model = Counts()
+        plugin = LowPrecision(compute, leave=leave)  # type: ignore[arg-type]
+        trainer = quiet_trainer(tmp_path, plugins=[plugin], max_epochs=1)
+        trainer.fit(model, DataLoader(batches(), batch_size=None))
+        trainer.fit_loop.max_epochs = 2  # goes on as if it had been left as it was
+        trainer.fit(model, DataLoader(batches(), batch_size=None))
+        models.append(model)
+    half, full = models
+    half_dtype = torch.bfloat16 if compute == "bf16-true" else torch.float16
+    assert {p.dtype for p in half.parameters()} == {half_dtype, torch.float32}
+    assert {p.dtype for p in full.parameters()} == {torch.float32} == {b.dtype for b in full.buffers()}
+    for name, value in half.state_dict().items():
+        assert torch.equal(full.state_dict()[name], value.float())
+    # What a project does: computes with float32, saves, loads into a new model, trains without the plugin.
+    x = batches()[0][0]
+    outputs = full.eval().net(x)
+    assert outputs.dtype == torch.float32
+    torch.save(full.state_dict(), tmp_path / "weights.pt")
+    fresh = Counts()
+    fresh.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert torch.equal(fresh.eval().net(x), outputs)
+    assert torch.equal(copy.deepcopy(full).net(x), outputs)
+    quiet_trainer(tmp_path).fit(full.train(), DataLoader(batches(), batch_size=None))
+    assert full.net[0].weight.dtype == torch.float32
+
+
+def test_checkpoints_of_a_run_are_the_same_whatever_it_leaves(tmp_path: Path) -> None:
+    saved = []
+    for leave in ("half", "float32"):
+        torch.manual_seed(0)
+        checkpoint = ModelCheckpoint(tmp_path / leave, filename="last", every_n_epochs=1)
+        plugin = LowPrecision(leave=leave)  # type: ignore[arg-type]
+        options = {"plugins": [plugin], "enable_checkpointing": True}
+        quiet_trainer(tmp_path, checkpoint, **options).fit(
+            Regression(), DataLoader(batches(), batch_size=None)
+        )
+        saved.append(torch.load(tmp_path / leave / "last.ckpt", weights_only=True)["state_dict"])
+    assert saved[0]["net.0.weight"].dtype == torch.bfloat16
+    assert all(torch.equal(saved[1][name], value) for name, value in saved[0].items())
+    loaded = Regression.load_from_checkpoint(tmp_path / "float32" / "last.ckpt")
+    assert loaded.net[0].weight.dtype == torch.float32
+    assert torch.equal(loaded.net[0].weight, saved[0]["net.0.weight"].float())
+
+
+def test_a_run_that_ends_in_an_error_leaves_float32_too(tmp_path: Path) -> None:
+    class Fails(Regression):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            raise RuntimeError("fails")
+
+    model = Fails()
+    with pytest.raises(RuntimeError, match=r"^fails$"):
+        quiet_trainer(tmp_path, plugins=[LowPrecision(leave="float32")]).fit(
+            model, DataLoader(batches(), batch_size=None)
+        )
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not any("forward" in vars(layer) for layer in model.modules())

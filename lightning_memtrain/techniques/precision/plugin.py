@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_memtrain.core import TechniqueRecord
 from lightning_memtrain.core.lightning_names import (
-    bases_in_both,
+    KnownToBoth,
     in_both,
     namesake,
     package_of,
@@ -26,7 +26,7 @@ from lightning_memtrain.core.lightning_names import (
 from lightning_memtrain.core.stepping import step_parameter
 from lightning_memtrain.techniques.precision.activation_codec import ActivationCodec
 from lightning_memtrain.techniques.precision.activation_training import PackedTraining
-from lightning_memtrain.techniques.precision.conversion import NORM
+from lightning_memtrain.techniques.precision.conversion import NORM, restore_module_
 from lightning_memtrain.techniques.precision.refusals import (
     refuse_optimizer,
     refuse_settings,
@@ -34,7 +34,7 @@ from lightning_memtrain.techniques.precision.refusals import (
 )
 from lightning_memtrain.techniques.precision.rounding import RoundingNoise
 from lightning_memtrain.techniques.precision.scaler import CappedGradScaler, HalfGradScaler, ScalerConfig
-from lightning_memtrain.techniques.precision.settings import Compute, Settings, WeightRounding
+from lightning_memtrain.techniques.precision.settings import Compute, Leave, Settings, WeightRounding
 from lightning_memtrain.techniques.precision.true_half import TrueHalf, true_half
 
 # Lightning keys a plugin's state by the name of its class, and drops it when that is another one.
@@ -42,15 +42,7 @@ _CHECKPOINT_KEY = "lightning_memtrain.precision"
 _VERSION = 1
 
 
-if TYPE_CHECKING:
-    _InBoth = Precision
-else:
-
-    class _InBoth(*bases_in_both(Precision)):
-        """Known as a precision plugin to trainers of `lightning` and of `pytorch_lightning`."""
-
-
-class LowPrecision(_InBoth):
+class LowPrecision(KnownToBoth, Precision, kind=Precision):
     r"""Trains with weights and gradients in 2 bytes each, and converges as in float32.
 
     With ``"bf16-true"`` and ``"16-true"`` weights, gradients, inputs and activations are in half precision.
@@ -75,6 +67,9 @@ class LowPrecision(_InBoth):
         seed: of the noise for stochastic rounding, which no other generator sees.
         bucket_numel: weights that are float32 at a time during a step; a parameter with more is a bucket of
             its own. By default 1/64 of all, at least 65536.
+        leave: what the model is in after a run: ``"half"``, as it was trained, or ``"float32"``: a model like
+            any other, with the numbers that it was trained to, which its own code can save, load and use.
+            Checkpoints of the run are in half precision in either case.
 
     Raises:
         MisconfigurationException: if an argument is out of its range; before the run begins, with a strategy
@@ -103,10 +98,11 @@ class LowPrecision(_InBoth):
         cast_targets: bool = False,
         seed: int = 0,
         bucket_numel: int | None = None,
+        leave: Leave = "half",
     ) -> None:
         super().__init__()
         self._settings = Settings(
-            compute, weight_rounding, keep_fp32, scaler, activations, cast_targets, seed, bucket_numel
+            compute, weight_rounding, keep_fp32, scaler, activations, cast_targets, seed, bucket_numel, leave
         )
         refuse_settings(self._settings)
         self.precision = compute
@@ -170,12 +166,15 @@ class LowPrecision(_InBoth):
         self._trainer = None if trainer is None else ref(trainer)
 
     def teardown(self) -> None:
-        """Leave the model and the optimizers as they were found."""
+        """Leave the optimizers as they were found, and the model in the precision that was asked for."""
         if self._packed is not None and self._fits:
             self._packed.end()
             self._packed.warn_if_useless()
         self._fits = False
         self._mode.teardown()
+        module = None if self._module is None else self._module()
+        if module is not None and self._settings.leave == "float32":
+            restore_module_(module)
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         """Where weights are made."""
@@ -291,6 +290,8 @@ class LowPrecision(_InBoth):
                 "weight_rounding": settings.weight_rounding,
                 "keep_fp32": ", ".join(settings.keep_fp32) or None,
             }
+        if settings.leave != "half":
+            shown["leave"] = settings.leave
         skipped = self.scaler.num_skipped if isinstance(self.scaler, HalfGradScaler) else 0
         events: tuple[str, ...] = (f"{skipped} steps left out for infinite gradients",) if skipped else ()
         if isinstance(self._mode, TrueHalf):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +18,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_memtrain.core.lightning_names import (
-    bases_in_both,
+    KnownToBoth,
     in_both,
     namesake,
     package_of,
@@ -24,6 +26,7 @@ from lightning_memtrain.core.lightning_names import (
 )
 from lightning_memtrain.report import MemoryProfiler
 
+ROOT = Path(__file__).resolve().parents[3]
 old: Any = pytest.importorskip("pytorch_lightning")
 
 
@@ -72,26 +75,60 @@ def test_either_is_an_instance() -> None:
 
 
 def test_a_class_of_both_is_known_to_both() -> None:
-    from pytorch_lightning.plugins.precision import Precision as OldPrecision
+    class Mine(KnownToBoth, Precision, kind=Precision):
+        pass
 
-    assert bases_in_both(Precision) == (Precision, OldPrecision)
+    class Derived(Mine):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+    made = Derived("one")
+    for package in (new, old):
+        assert isinstance(made, package.plugins.precision.Precision)
+        assert issubclass(Derived, package.plugins.precision.Precision)
+    assert made.__class__ is Derived
+    assert package_of(made) == "lightning"
+    assert copy.copy(made).name == copy.deepcopy(made).name == "one"
+
+
+ORDERS = {
+    "imported before": "import pytorch_lightning as old\n{define}\nmade = Mine()",
+    "imported before it is made": "{define}\nimport pytorch_lightning as old\nmade = Mine()",
+    "imported last": "{define}\nmade = Mine()\nimport pytorch_lightning as old",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_in_whatever_order_packages_and_classes_come(order: str) -> None:
+    define = (
+        "from lightning.pytorch.plugins.precision import Precision\n"
+        "from lightning_memtrain.core.lightning_names import KnownToBoth\n"
+        "class Mine(KnownToBoth, Precision, kind=Precision): pass"
+    )
+    run_python(
+        ORDERS[order].format(define=define),
+        "assert isinstance(made, Precision) and isinstance(made, old.plugins.precision.Precision)",
+        "assert made.__class__ is Mine is type(made)",
+        "assert issubclass(Mine, old.plugins.precision.Precision)",
+    )
 
 
 def test_nothing_of_the_other_package_is_loaded_to_ask() -> None:
-    code = (
-        "import sys, lightning.pytorch as new\n"
-        "from lightning_memtrain.core.lightning_names import in_both, namesake\n"
-        "assert in_both(new.Callback) == (new.Callback,)\n"
-        "assert namesake(new.Callback, new.LightningModule()) is new.Callback\n"
-        "assert 'pytorch_lightning' not in sys.modules"
+    run_python(
+        "import sys, lightning.pytorch as new, lightning_memtrain as mt",
+        "from lightning_memtrain.core.lightning_names import in_both, namesake",
+        "assert in_both(new.Callback) == (new.Callback,)",
+        "assert namesake(new.Callback, new.LightningModule()) is new.Callback",
+        "assert isinstance(mt.LowPrecision(), new.plugins.precision.Precision)",
+        "assert 'pytorch_lightning' not in sys.modules",
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+
+
+def run_python(*lines: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
-
-
-def test_bases_without_the_other_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_memtrain.core.lightning_names.find_spec", lambda name: None)
-    assert bases_in_both(Precision) == (Precision,)
 
 
 def run(package: Any, model: Any, *callbacks: Any, datamodule: Any = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,14 @@ pytestmark = [pytest.mark.filterwarnings(text) for text in (*LIGHTNING_WARNINGS,
             r"bucket_numel\)` needs weights that are rounded stochastically.*got bucket_numel=5, "
             r"compute='bf16-true' and weight_rounding='nearest'. Leave it out.",
         ),
+        (
+            {"leave": "float16"},
+            r"`LowPrecision\(leave\)` must be one of 'half', 'float32', but got leave='float16'. Use one of",
+        ),
+        (
+            {"compute": "bf16-mixed", "leave": "float32"},
+            r"`LowPrecision\(leave\)` needs compute=.*got leave='float32' and compute='bf16-mixed'. Leave",
+        ),
         ({"compute": "32-true", "bucket_numel": 5}, r"got bucket_numel=5, compute='32-true' and weight"),
     ],
 )
@@ -153,6 +162,10 @@ def test_lightning_refuses_a_second_precision(tmp_path: Path) -> None:
         Trainer(precision="bf16-true", plugins=[LowPrecision()], logger=False)
 
 
+def test_tools_see_its_arguments() -> None:
+    assert list(inspect.signature(LowPrecision).parameters)[:2] == ["compute", "weight_rounding"]
+
+
 def test_it_is_a_technique() -> None:
     plugin = LowPrecision("16-true", keep_fp32=("norm", "head"))
     assert is_technique(plugin)
@@ -161,6 +174,7 @@ def test_it_is_a_technique() -> None:
         "LowPrecision(compute='16-true', weight_rounding='stochastic', keep_fp32='norm, head')"
     )
     assert LowPrecision("32-true").exact
+    assert LowPrecision(leave="float32").technique_record().settings["leave"] == "float32"
     assert str(LowPrecision("bf16-mixed").technique_record()) == "LowPrecision(compute='bf16-mixed')"
 
 
