@@ -102,6 +102,7 @@ class SparseTraining(Callback):
 
     def _begin(self) -> None:
         self._weights: dict[str, SparseWeight] = {}
+        self._share = 0, 1
         self._updater: Updater | None = None
         self._ticks: Ticks | None = None
         self._steps = 0
@@ -163,13 +164,11 @@ class SparseTraining(Callback):
             sharding.refuse_late(self.select.layers(model), self._known)
         if not self._known and not sparse_weights(model):
             sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
-        found = {
-            name.removesuffix("weight").removesuffix("."): weight
-            for name, weight in sparse_weights(model).items()
-        }
+        found = {weight.path: weight for weight in sparse_weights(model).values()}
         if self._weights and _layers(self._weights) != _layers(found):
             self._begin()  # the same trainer goes on with another model
         self._weights = found
+        self._share = record.share_of_all(model, found.values())
         if shards:
             sharding.refuse_other_shards(self._weights, trainer.world_size)
         if self._weights and distributed.is_on(trainer.strategy):
@@ -177,7 +176,7 @@ class SparseTraining(Callback):
                 distributed.refuse_nothing_left(model, self._weights)
             weights = {weight.name: weight for weight in self._weights.values()}
             self._undo.append(distributed.hide_from_ddp(model, weights))
-        expected = frozenset(self._weights)
+        expected = frozenset(weight.place for weight in found.values())
         handle = model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             lambda _, state, *rest: refusals.refuse_layers_of(state, expected)
         )
@@ -373,6 +372,7 @@ class SparseTraining(Callback):
         if self._weights:
             nnz, numel = (sum(getattr(w, what) for w in self._weights.values()) for what in ("nnz", "numel"))
             settings |= {"nnz": nnz, "sparsity": round(1 - nnz / numel, 4)}
+            settings |= {"share_of_all_parameters": round(self._share[0] / self._share[1], 4)}
             settings |= {"num_dropped": self._num_dropped, "num_grown": self._num_grown}
         if self._updater is not None:
             settings |= self._updater.state
@@ -385,7 +385,9 @@ class SparseTraining(Callback):
         return TechniqueRecord("SparseTraining", settings, events)
 
     def _summary(self) -> str:
-        return f"at step {self._steps}, {record.zeros_described(self._weights, self.method.starts_dense)}"
+        share = self._share[0] / self._share[1]
+        described = record.zeros_described(self._weights, share, self.method.starts_dense)
+        return f"at step {self._steps}, {described}"
 
     def _say(self, event: str) -> None:
         self._events.append(event)

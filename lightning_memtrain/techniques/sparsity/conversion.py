@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_memtrain.core import NoEffectWarning
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
 from lightning_memtrain.techniques.sparsity.patterns import Storage
 from lightning_memtrain.techniques.sparsity.refusals import refuse_layers
 from lightning_memtrain.techniques.sparsity.rules import Moment, sample_inactive
-from lightning_memtrain.techniques.sparsity.selection import Select
-from lightning_memtrain.techniques.sparsity.weights import sparsify_
+from lightning_memtrain.techniques.sparsity.selection import DEFAULT_TYPES, Select
+from lightning_memtrain.techniques.sparsity.weights import sparse_weights, sparsify_
+
+# Below that share of what is trained a run is warned that it saves little.
+_LITTLE = 0.5
 
 
 def sparsify_at_random(
@@ -49,24 +53,49 @@ def sparsify_at_random(
     """
     layers = select.layers(model)
     refuse_layers(model, layers)
-    weights: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    shapes = {path: place.shape for path, place in layers.items()}
     start, none = Moment(0, 0, 0, seed), torch.empty(0, dtype=torch.int64)
     positions = {}
-    for name, count in (method.counts(shapes, select.overrides) if layers else {}).items():
-        numel = weights[name].numel()
+    for path, count in (method.counts(shapes, select.overrides) if layers else {}).items():
+        numel = math.prod(shapes[path])
         # A layer that keeps all of its weights for good needs no pattern.
         if count < numel or method.changes_counts:
-            drawn = sample_inactive(numel, none, count, start.generator(name))
-            positions[f"{name}.weight" if name else "weight"] = drawn
+            positions[layers[path].name] = sample_inactive(numel, none, count, start.generator(path))
     if positions:
         sparsify_(model, positions, storage=storage, chunk_bytes=chunk_bytes)
+        if select.types == DEFAULT_TYPES and not isinstance(method.sparsity, Mapping):
+            _warn_of_little(model, select)
         return
     what = f"leaves all of {', '.join(layers)} dense" if layers else f"matched no layer: {select}"
     warnings.warn(
         f"`SparseTraining` has no effect: {method} {what}. Raise the sparsity, or choose layers by "
         "Select(types=..., dense_ends=False).",
         NoEffectWarning,
+        stacklevel=2,
+    )
+
+
+def _warn_of_little(model: nn.Module, select: Select) -> None:
+    """Warn if most of what is trained stays dense, and nobody asked for that."""
+    weights = sparse_weights(model).values()
+    numels = {id(weight.values): weight.numel for weight in weights}
+    dense = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in numels
+        and not is_lazy(parameter)
+        and parameter.requires_grad
+        and not select.keeps_dense(name)
+    }
+    sparse = sum(numels.values())
+    if (share := sparse / (sparse + sum(dense.values()))) >= _LITTLE:
+        return
+    largest = sorted(dense, key=dense.__getitem__, reverse=True)[:3]
+    named = ", ".join(f"{name!r} ({dense[name]:,})" for name in largest)
+    warnings.warn(
+        f"`SparseTraining` reaches {sparse:,} of {sparse + sum(dense.values()):,} trained parameters, "
+        f"{share:.1%}, so that it saves little. The largest that stay dense are {named}. Choose other layers "
+        "by Select(types=..., dense_ends=False), or name these in Select(dense=[...]) if they are meant to.",
         stacklevel=2,
     )
 

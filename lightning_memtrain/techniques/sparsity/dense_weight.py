@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_memtrain.core import OnDemandTensor
 from lightning_memtrain.techniques.sparsity import sharding
-from lightning_memtrain.techniques.sparsity.functions import Materialised, spread
+from lightning_memtrain.techniques.sparsity.functions import spread
 from lightning_memtrain.techniques.sparsity.patterns import Span, decode
 
 _NOT_IN_BACKWARD = -1
@@ -41,15 +42,36 @@ _TAKE_NO_NUMBERS = frozenset(
 ) | frozenset(getattr(_aten, f"new_{what}").default for what in ("empty", "zeros", "ones", "full"))
 
 
-class Look(Materialised):
-    """The dense weight of a layer, made when an operator needs its numbers, in forward and in backward."""
+class Stored(NamedTuple):
+    """What a dense tensor is made from.
 
-    @staticmethod
-    def forward(values: Tensor, pattern: Tensor, shape: Sequence[int], search: Any) -> Tensor:
-        """Make nothing yet."""
-        weight = DenseWeight(values, pattern, shape)
-        weight._is_parameter = True
-        return weight
+    Args:
+        values: the stored entries of the weight.
+        pattern: where they belong.
+        numel: entries of the weight.
+        span: the part of it that is meant.
+        shape: of this part.
+    """
+
+    values: Tensor
+    pattern: Tensor
+    numel: int
+    span: Span
+    shape: tuple[int, ...]
+
+    def dense(self) -> Tensor:
+        """Make the dense tensor."""
+        values = sharding.whole(self.values.detach())[self.span.start : self.span.stop]
+        positions = decode(self.pattern, self.numel, self.span)
+        return spread(values, positions, math.prod(self.shape)).view(self.shape)
+
+    def take(self, dense: Tensor) -> None:
+        """Keep the entries of a dense tensor that have a place here."""
+        positions = decode(self.pattern, self.numel, self.span)
+        values = self.values.detach()[self.span.start : self.span.stop]
+        values.copy_(dense.reshape(-1).index_select(0, positions))
+        if not self.values.is_inference():
+            torch.autograd.graph.increment_version(self.values)
 
 
 class _View(NamedTuple):
@@ -73,44 +95,58 @@ class DenseWeight(OnDemandTensor):
     look this would be lost without a word, so whatever is written is read back into the stored values.
 
     Args:
-        values: the stored entries.
-        pattern: where they belong.
-        shape: of the dense tensor.
+        stored: what it is made from.
         views: how this one is seen.
         like: has the size and strides that it is seen with, if it is a view.
     """
 
-    _stored: Tensor
-    _pattern: Tensor
-    _shape: tuple[int, ...]
+    _stored: Stored
     _views: tuple[_View, ...]
     _version_then: int | None
     _is_parameter: bool
+    _part: Callable[[int], Tensor] | None
     _kept: Tensor | None
 
     @staticmethod
     def __new__(
-        cls: type[DenseWeight],
-        values: Tensor,
-        pattern: Tensor,
-        shape: Sequence[int],
-        views: tuple[_View, ...] = (),
-        like: Tensor | None = None,
+        cls: type[DenseWeight], stored: Stored, views: tuple[_View, ...] = (), like: Tensor | None = None
     ) -> DenseWeight:
         """Hold nothing but values and pattern."""
-        size = tuple(shape) if like is None else tuple(like.shape)
+        values = stored.values
+        size = stored.shape if like is None else tuple(like.shape)
         options: dict[str, Any] = {"dtype": values.dtype if like is None else like.dtype}
         if like is not None:
             options |= {"strides": like.stride(), "storage_offset": like.storage_offset()}
         made: DenseWeight = Tensor._make_wrapper_subclass(cls, size, device=values.device, **options)
-        made._stored, made._pattern, made._shape, made._views = values, pattern, tuple(shape), views
-        made._version_then = _version(values)
-        made._is_parameter, made._kept = False, None
+        made._stored, made._views, made._version_then = stored, views, _version(values)
+        made._is_parameter, made._part, made._kept = False, None, None
         return made
+
+    @classmethod
+    def of_parameter(cls, stored: Stored) -> DenseWeight:
+        """What stands in the place of a parameter.
+
+        Args:
+            stored: the whole of it.
+
+        Returns:
+            One that is copied, frozen and asked for its gradient as a parameter is.
+        """
+        made = cls(stored)
+        made._is_parameter = True
+        return made
+
+    def divided_by(self, part: Callable[[int], Tensor]) -> None:
+        """Give whoever takes one matrix of three axes a tensor of its own, so that the others are not made.
+
+        Args:
+            part: makes it, by its number.
+        """
+        self._part = part
 
     def held(self) -> Sequence[Tensor]:
         """Values and pattern."""
-        return self._stored, self._pattern
+        return self._stored.values, self._stored.pattern
 
     def is_of(self, values: Tensor) -> bool:
         """Whether it is the whole dense weight of some values.
@@ -121,7 +157,7 @@ class DenseWeight(OnDemandTensor):
         Returns:
             ``False`` for views, which may be of another shape.
         """
-        return self._stored is values and self._is_parameter
+        return self._stored.values is values and self._is_parameter
 
     # ------------------------------------------------------------------ what operators see
 
@@ -147,13 +183,12 @@ class DenseWeight(OnDemandTensor):
 
     def _seen(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         def part(like: Tensor, number: int | None) -> DenseWeight:
-            views = (*self._views, _View(func, args, kwargs, number))
-            made = DenseWeight(self._stored, self._pattern, self._shape, views, like)
+            made = DenseWeight(self._stored, (*self._views, _View(func, args, kwargs, number)), like)
             made._version_then = self._version_then
             return made
 
         with _disable_current_modes():
-            root = torch.empty(self._shape, dtype=self._stored.dtype, device="meta")
+            root = torch.empty(self._stored.shape, dtype=self._stored.values.dtype, device="meta")
             shown = func(self._see(root), *args, **kwargs)
         if isinstance(shown, Tensor):
             return part(shown, None)
@@ -165,32 +200,16 @@ class DenseWeight(OnDemandTensor):
         return root
 
     def _without_numbers(self) -> Tensor:
-        return self._stored.detach().new_empty(1, dtype=self.dtype).expand(self.shape)
-
-    def _make(self) -> Tensor:
-        """The dense tensor as a whole, whatever the view."""
-        values = sharding.whole(self._stored.detach())
-        numel, nnz = torch.Size(self._shape).numel(), values.shape[0]
-        positions = decode(self._pattern, numel, Span(0, numel, 0, nnz))
-        return spread(values, positions, numel).view(self._shape)
+        return self._stored.values.detach().new_empty(1, dtype=self.dtype).expand(self.shape)
 
     def _refuse_stale(self) -> None:
         in_backward = torch._C._current_graph_task_id() != _NOT_IN_BACKWARD
-        if in_backward and self._version_then != _version(self._stored):
+        if in_backward and self._version_then != _version(self._stored.values):
             raise RuntimeError(
                 "One of the variables needed for gradient computation, the weight of a sparse layer of shape "
-                f"{self._shape}, has been modified by an inplace operation since the forward. Change weights "
-                "after the backward, or run the forward again."
+                f"{self._stored.shape}, has been modified by an inplace operation since the forward. Change "
+                "weights after the backward, or run the forward again."
             )
-
-    def _store(self, root: Tensor) -> None:
-        """Keep the entries of a dense tensor that have a place here."""
-        values, numel = self._stored, root.numel()
-        positions = decode(self._pattern, numel, Span(0, numel, 0, values.shape[0]))
-        values.detach().copy_(root.reshape(-1).index_select(0, positions))
-        if not values.is_inference():
-            torch.autograd.graph.increment_version(values)
-        self._version_then = _version(values)
 
     # ------------------------------------------------------------------ what goes past operators
 
@@ -213,6 +232,8 @@ class DenseWeight(OnDemandTensor):
                 return _set_data(weight, *args[1:])
             if weight is not None and weight._is_parameter and func in _OF_PARAMETERS:
                 return _OF_PARAMETERS[func](weight, *args[1:], **kwargs)
+            if weight is not None and weight._part is not None and func in _DIVIDE:
+                return _divided(weight, weight._part, func, args[1:], kwargs)
             return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -241,22 +262,26 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], records_grad
     ]
     if changed:
         _refuse_change(func, changed, records_gradients)
-    roots: dict[int, Tensor] = {}  # one for all views of the same values
+    roots: dict[tuple[int, Span], Tensor] = {}  # one for all views of the same entries
     seen: dict[int, Tensor] = {}
+
+    def root_of(weight: DenseWeight) -> Tensor:
+        key = id(weight._stored.values), weight._stored.span
+        if key not in roots:
+            roots[key] = weight._stored.dense()
+        return roots[key]
 
     def dense(weight: DenseWeight) -> Tensor:
         weight._refuse_stale()
-        key = id(weight._stored)
-        if key not in roots:
-            roots[key] = weight._make()
-        return seen.setdefault(id(weight), weight._see(roots[key]))
+        return seen.setdefault(id(weight), weight._see(root_of(weight)))
 
     def as_given(made: Any) -> Any:
         return next((weight for weight in changed if seen[id(weight)] is made), made)
 
     result = func(*tree_map_only(DenseWeight, dense, args), **tree_map_only(DenseWeight, dense, kwargs))
     for weight in changed:
-        weight._store(roots[id(weight._stored)])
+        weight._stored.take(root_of(weight))
+        weight._version_then = _version(weight._stored.values)
     return tree_map_only(Tensor, as_given, result) if changed else result
 
 
@@ -278,8 +303,8 @@ def _refuse_change(func: Any, changed: Sequence[DenseWeight], records_gradients:
         )
     if torch.Tag.inplace_view in func.tags:
         raise RuntimeError(
-            f"The weight of a sparse layer must keep its shape {changed[0]._shape}, but got {func}. Make "
-            "another layer instead."
+            f"The weight of a sparse layer must keep its shape {changed[0]._stored.shape}, but got {func}. "
+            "Make another layer instead."
         )
 
 
@@ -302,22 +327,23 @@ def _set_data(weight: DenseWeight, value: Tensor) -> None:
 
 
 def _set_requires_grad(weight: DenseWeight, requires_grad: bool = True) -> DenseWeight:
-    weight._stored.requires_grad_(requires_grad)
+    weight._stored.values.requires_grad_(requires_grad)
     return weight
 
 
 def _gradient(weight: DenseWeight) -> DenseWeight | None:
-    gradient: Tensor | None = weight._stored.grad
-    return None if gradient is None else DenseWeight(gradient, weight._pattern, weight._shape)
+    gradient: Tensor | None = weight._stored.values.grad
+    return None if gradient is None else DenseWeight(weight._stored._replace(values=gradient))
 
 
 def _set_gradient(weight: DenseWeight, gradient: Tensor | None) -> None:
+    values = weight._stored.values
     if gradient is not None:
         with torch.no_grad():
-            made = DenseWeight(torch.empty_like(weight._stored), weight._pattern, weight._shape)
-            made.copy_(gradient)
-        gradient = made._stored
-    weight._stored.grad = gradient
+            made = weight._stored._replace(values=torch.empty_like(values))
+            DenseWeight(made).copy_(gradient)
+        gradient = made.values
+    values.grad = gradient
 
 
 # What is asked of a parameter itself is asked of the values.
@@ -327,3 +353,30 @@ _OF_PARAMETERS: dict[Any, Callable[..., Any]] = {
     Tensor.grad.__get__: _gradient,  # type: ignore[union-attr]
     Tensor.grad.__set__: _set_gradient,  # type: ignore[union-attr]
 }
+
+
+# ---------------------------------------------------------------------- one matrix of three axes
+
+_DIVIDE = frozenset({Tensor.__getitem__, Tensor.__iter__, Tensor.select, Tensor.unbind})
+
+
+def _divided(
+    weight: DenseWeight,
+    part: Callable[[int], Tensor],
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """The parts that are asked for, or what the function makes of the whole where they are no such parts."""
+    if func is Tensor.__iter__:
+        return iter([part(number) for number in range(len(weight))])
+    if func is Tensor.unbind and not (args and args[0]) and not kwargs.get("dim"):
+        return tuple(part(number) for number in range(len(weight)))
+    number: Any = args[0] if func is Tensor.__getitem__ else None
+    if func is Tensor.select and not kwargs and args[0] == 0:
+        number = args[1]
+    if isinstance(number, Tensor) and not number.dim() and not number.is_floating_point():
+        number = number.item() if number.dtype != torch.bool else None
+    if isinstance(number, int) and not isinstance(number, bool) and -len(weight) <= number < len(weight):
+        return part(number % len(weight))
+    return func(weight, *args, **kwargs)

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.candidates import CandidateSearch
-from lightning_memtrain.techniques.sparsity.dense_weight import DenseWeight, Look
+from lightning_memtrain.techniques.sparsity.dense_weight import DenseWeight
 from lightning_memtrain.techniques.sparsity.functions import Materialised, uncompiled
+from lightning_memtrain.techniques.sparsity.looks import Look, LookAtPart
 from lightning_memtrain.techniques.sparsity.note import overlook_note
 from lightning_memtrain.techniques.sparsity.patterns import (
     Span,
@@ -47,18 +49,32 @@ class SparseLayer(nn.Module):
         raise NotImplementedError
 
     def _weight(self) -> Tensor:
-        """The dense weight, made anew at each look; what is written into it in place is stored.
+        """The dense weight, whose numbers are made for each operator; what is written in place is stored.
 
         Only stored entries can be written: elsewhere it stays 0.
         """
-        look = Materialised if torch.compiler.is_compiling() else Look
-        arguments = self.values, self.sparsity_pattern, self.dense_shape, self.search
-        made: Tensor = (
-            look.apply(*arguments)  # type: ignore[no-untyped-call]
-            if self.search is None
-            else uncompiled(look.apply, *arguments)
-        )
+        if torch.compiler.is_compiling():
+            return self.materialised()
+        made = self._apply_function(Look)
+        if self.parts and isinstance(made, DenseWeight):
+            made.divided_by(lambda number: self._apply_function(LookAtPart, number, self.parts))
         return made
+
+    def materialised(self) -> Tensor:
+        """The dense weight as a plain tensor with a gradient, which takes its bytes as long as it is kept."""
+        return self._apply_function(Materialised)
+
+    def _apply_function(self, function: type[Function], *rest: Any) -> Tensor:
+        arguments = self.values, self.sparsity_pattern, self.dense_shape, self.search, *rest
+        if self.search is not None:
+            return uncompiled(function.apply, *arguments)
+        made: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+        return made
+
+    @property
+    def parts(self) -> tuple[Span, ...]:
+        """Parts of the weight that may be looked at alone; none if they are not worth it."""
+        return ()
 
     def _write_weight(self, dense: Tensor) -> None:
         # What `layer.weight += 1` assigns has been written already, in place.
@@ -216,6 +232,17 @@ class SparseLayer(nn.Module):
         bias = None if bias is None else cast(bias)
         return cast(input), bias, own if own == torch.float64 else dtype
 
+    def dense_key(self, prefix: str) -> str:
+        """Name of the dense weight.
+
+        Args:
+            prefix: of what the layer holds, empty or with a dot at its end.
+
+        Returns:
+            The name that it has in the model without sparse layers.
+        """
+        return f"{prefix}weight"
+
     def extra_repr(self) -> str:
         """The dense layer's own, how much is stored, and how."""
         storage = storage_of(self.sparsity_pattern)
@@ -238,10 +265,7 @@ class SparseLayer(nn.Module):
         values = state_dict.get(f"{prefix}values")
         pattern = state_dict.get(f"{prefix}sparsity_pattern")
         if values is None and f"{prefix}weight" in state_dict:
-            error_msgs.append(
-                f'"{prefix}weight" is dense in the checkpoint, but this layer is sparse. Load it before '
-                "`sparsify_` or in a model without sparse layers."
-            )
+            error_msgs.append(dense_in_checkpoint(f"{prefix}weight"))
         if values is not None and pattern is not None:
             if (complaint := complaint_about(pattern, values, self.dense_shape)) is not None:
                 error_msgs.append(f'"{prefix}sparsity_pattern" {complaint}')
@@ -257,3 +281,18 @@ class SparseLayer(nn.Module):
         overlook_note(unexpected_keys)
         if values is not None and pattern is not None:
             self.set_positions(self.positions())
+
+
+def dense_in_checkpoint(key: str) -> str:
+    """What is wrong with a dense weight for a sparse layer.
+
+    Args:
+        key: of the weight.
+
+    Returns:
+        Text for the error of ``load_state_dict``.
+    """
+    return (
+        f'"{key}" is dense in the checkpoint, but this layer is sparse. Load it before `sparsify_` or in a '
+        "model without sparse layers."
+    )

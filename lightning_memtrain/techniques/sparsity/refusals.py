@@ -18,9 +18,10 @@ from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks, UpdateClock
 from lightning_memtrain.techniques.sparsity.layer_types import SPARSE_TYPES
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
+from lightning_memtrain.techniques.sparsity.parameters import SUFFIX, can_be_sparse
 from lightning_memtrain.techniques.sparsity.patterns import Storage
 from lightning_memtrain.techniques.sparsity.rules import Moment
-from lightning_memtrain.techniques.sparsity.selection import Select
+from lightning_memtrain.techniques.sparsity.selection import Place, Select
 
 _STRATEGIES = (
     "FSDPStrategy",
@@ -113,7 +114,7 @@ def _kind(candidate: Any, names: Iterable[str]) -> bool:
     return any(base.__name__ in names for base in type(candidate).__mro__)
 
 
-def refuse_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+def refuse_layers(model: nn.Module, layers: Mapping[str, Place]) -> None:
     """Refuse weights that cannot be taken out of their layer.
 
     Args:
@@ -123,30 +124,27 @@ def refuse_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     Raises:
         MisconfigurationException: naming the layer.
     """
-    weights = {id(layer.weight): name for name, layer in layers.items()}
-    for name, layer in layers.items():
-        if is_lazy(layer.weight):  # type: ignore[arg-type]
+    weights = {id(place.parameter): path for path, place in layers.items()}
+    for path, place in layers.items():
+        kind = type(place.module)
+        if is_lazy(place.parameter):
             raise MisconfigurationException(
-                f"`SparseTraining` needs layers whose weights exist, but {name!r} is {type(layer).__name__}. "
+                f"`SparseTraining` needs layers whose weights exist, but {path!r} is {kind.__name__}. "
                 "Run the model on one batch in `__init__`, or name it in Select(dense=...)."
             )
-        if type(layer) not in SPARSE_TYPES:
+        if kind not in SPARSE_TYPES and not can_be_sparse(place.module, place.attribute):
             raise MisconfigurationException(
-                f"`SparseTraining` cannot make {name!r} sparse, since {type(layer).__name__} is a class of "
-                f"its own, whose methods would be lost or would not know sparse values. Add {name!r} to "
+                f"`SparseTraining` cannot make {path!r} sparse, since {kind.__name__} is a class of "
+                f"its own, whose methods would be lost or would not know sparse values. Add {path!r} to "
                 "Select(dense=[...]), or use torch's own layer."
             )
-    for path, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         tied = weights.get(id(parameter))
-        if tied is not None and path != _weight_name(tied):
+        if tied is not None and name != layers[tied].name:
             raise MisconfigurationException(
-                f"`SparseTraining` cannot make {tied!r} sparse, since its weight is tied to {path!r} and "
+                f"`SparseTraining` cannot make {tied!r} sparse, since its weight is tied to {name!r} and "
                 f"would no longer be. Add {tied!r} to Select(dense=...), or untie them."
             )
-
-
-def _weight_name(layer: str) -> str:
-    return f"{layer}.weight" if layer else "weight"
 
 
 def warn_of_recompiling(model: LightningModule, method: SparseMethod) -> None:
@@ -240,15 +238,16 @@ def refuse_layers_of(state_dict: Mapping[str, Any], expected: frozenset[str]) ->
 
     Args:
         state_dict: to be loaded.
-        expected: layers that are sparse in the model.
+        expected: paths of what holds values in the model.
 
     Raises:
         MisconfigurationException: naming a layer.
     """
     ending = "sparsity_pattern"
     saved = {key.removesuffix(ending).removesuffix(".") for key in state_dict if key.endswith(ending)}
-    for name in sorted(saved ^ expected):
-        there, here = ("sparse", "dense") if name in saved else ("dense", "sparse")
+    for place in sorted(saved ^ expected):
+        there, here = ("sparse", "dense") if place in saved else ("dense", "sparse")
+        name = place.removesuffix(SUFFIX)
         cure = "Load it with the same method and `Select`."
         if not saved:
             cure = (

@@ -6,31 +6,67 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_memtrain.techniques.sparsity.distributions import check_sparsity
+from lightning_memtrain.techniques.sparsity.distributions import Stack, check_sparsity
+from lightning_memtrain.techniques.sparsity.parameters import can_be_sparse
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SHORTCUTS = ("*shortcut*", "*downsample*", "*skip*")
+
+
+class Place(NamedTuple):
+    """A weight that can be sparse.
+
+    Args:
+        module: that has it.
+        attribute: its name there.
+        name: its name in the model.
+    """
+
+    module: nn.Module
+    attribute: str
+    name: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight, dense."""
+        return cast(nn.Parameter, self.module._parameters[self.attribute])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight; a stack of matrices where there is one for each expert."""
+        shape = tuple(self.parameter.shape)
+        return Stack(shape) if can_be_sparse(self.module, self.attribute) and len(shape) == 3 else shape
+
+
+DEFAULT_TYPES = (
+    *("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"),
+    *("RNNBase", "RNNCellBase"),
+    # Mixtures whose experts are slices of one parameter, as in transformers.
+    "*Expert*",
+)
 
 
 @dataclass(frozen=True)
 class Select:
     """Says which layers become sparse: by type, and by name those that do not.
 
-    Only weights of linear and convolution layers can be sparse. Depthwise convolutions, frozen layers and
+    These may be linear, convolution, transposed convolution and recurrent layers, and modules with a
+    parameter of three axes, one matrix for each expert. Such a parameter, and each weight of a recurrent
+    layer, is a layer of its own here, by the name of the parameter. Depthwise convolutions, frozen layers and
     layers whose weight is computed (weight norm and other parametrizations) stay dense. In a model with
     convolutions, so do by default the first convolution, shortcuts (1x1 convolutions below a module with
     "shortcut", "downsample" or "skip" in its name) and the last linear layer: they hold few weights, which
     count for much.
 
     Args:
-        types: class names or classes.
-        dense: paths of layers that stay dense, ``*`` stands for any text.
+        types: class names, in which ``*`` stands for any text, or classes.
+        dense: paths of layers or other modules that stay dense, ``*`` stands for any text.
         overrides: fraction of zeros of single layers by path, ``*`` stands for any text.
         dense_ends: whether first convolution, shortcuts and last linear layer of a convolutional network stay
             dense.
@@ -45,7 +81,7 @@ class Select:
         (['1'], ['0', '1', '3'])
     """
 
-    types: Sequence[str | type[nn.Module]] = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+    types: Sequence[str | type[nn.Module]] = DEFAULT_TYPES
     dense: Sequence[str] = ()
     overrides: Mapping[str, float] = field(default_factory=dict)
     dense_ends: bool = True
@@ -66,7 +102,19 @@ class Select:
         for name, sparsity in self.overrides.items():
             check_sparsity(sparsity, f"Select(overrides)[{name!r}]")
 
-    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+    def keeps_dense(self, name: str) -> bool:
+        """Whether a parameter is named as one that stays dense.
+
+        Args:
+            name: of the parameter.
+
+        Returns:
+            ``True`` where ``dense`` matches the name, or that of the module that has it.
+        """
+        paths = name, name.rpartition(".")[0]
+        return any(fnmatchcase(path, pattern) for path in paths for pattern in self.dense)
+
+    def layers(self, model: nn.Module) -> dict[str, Place]:
         """Layers to make sparse.
 
         Args:
@@ -76,27 +124,48 @@ class Select:
             By path, in the order of the model.
 
         Raises:
-            MisconfigurationException: if a name of ``dense`` matches no layer with a weight.
+            MisconfigurationException: if a name of ``dense`` matches no module with parameters.
         """
-        weighted = {name: layer for name, layer in model.named_modules() if _has_weight(layer)}
+        places = all_places(model)
+        known = [path for path, module in model.named_modules() if module._parameters] + [*places]
         for pattern in self.dense:
-            if not any(fnmatchcase(name, pattern) for name in weighted):
-                near = difflib.get_close_matches(pattern, weighted, n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(weighted)}."
+            if not any(fnmatchcase(path, pattern) for path in known):
+                near = difflib.get_close_matches(pattern, known, n=1)
+                hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(places)}."
                 raise MisconfigurationException(
                     f"`Select(dense)` must name layers of {type(model).__name__}, but {pattern!r} matches "
                     f"none. {hint}"
                 )
-        ends = _ends(weighted) if self.dense_ends else set()
+        ends = _ends(places) if self.dense_ends else set()
         return {
-            name: layer
-            for name, layer in weighted.items()
-            if any(_is_a(layer, kind) for kind in self.types)
-            and name not in ends
-            and not any(fnmatchcase(name, pattern) for pattern in self.dense)
-            and layer._parameters["weight"].requires_grad
-            and not _is_depthwise(layer)
+            path: place
+            for path, place in places.items()
+            if any(_is_a(place.module, kind) for kind in self.types)
+            and path not in ends
+            and not self.keeps_dense(place.name)
+            and place.parameter.requires_grad
+            and not _is_depthwise(place)
         }
+
+
+def all_places(model: nn.Module) -> dict[str, Place]:
+    """Weights that can be sparse, if their layers are chosen.
+
+    Args:
+        model: the module that is trained.
+
+    Returns:
+        By path of the layer, in the order of the model.
+    """
+    places = {}
+    for path, module in model.named_modules():
+        for attribute in module._parameters:
+            name = f"{path}.{attribute}" if path else attribute
+            if can_be_sparse(module, attribute):
+                places[name] = Place(module, attribute, name)
+            elif attribute == "weight" and module._parameters["weight"] is not None and _is_layer(module):
+                places[path] = Place(module, attribute, name)
+    return places
 
 
 def has_weights(model: nn.Module) -> bool:
@@ -108,41 +177,41 @@ def has_weights(model: nn.Module) -> bool:
     Returns:
         ``True`` also if they are sparse already.
     """
-    return any(isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) for layer in model.modules())
+    return any(_is_layer(module) for module in model.modules()) or bool(all_places(model))
 
 
-def _has_weight(layer: nn.Module) -> bool:
-    weight = layer._parameters.get("weight")
-    return isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and weight is not None
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
 
 
-def _is_a(layer: nn.Module, kind: str | type[nn.Module]) -> bool:
+def _is_a(module: nn.Module, kind: str | type[nn.Module]) -> bool:
     if isinstance(kind, type):
-        return isinstance(layer, kind)
-    return any(base.__name__ == kind for base in type(layer).__mro__)
+        return isinstance(module, kind)
+    return any(fnmatchcase(base.__name__, kind) for base in type(module).__mro__)
 
 
-def _is_depthwise(layer: nn.Module) -> bool:
+def _is_depthwise(place: Place) -> bool:
+    module = place.module
     return (
-        isinstance(layer, nn.modules.conv._ConvNd)
-        and layer.groups > 1
-        and not is_lazy(layer.weight)
-        and layer.weight.shape[1] == 1
+        isinstance(module, nn.modules.conv._ConvNd)
+        and module.groups > 1
+        and not is_lazy(place.parameter)
+        and place.parameter.shape[1] == 1
     )
 
 
-def _ends(layers: Mapping[str, nn.Module]) -> set[str]:
-    convolutions = [name for name, layer in layers.items() if isinstance(layer, _CONVOLUTIONS)]
+def _ends(places: Mapping[str, Place]) -> set[str]:
+    convolutions = {path: place for path, place in places.items() if isinstance(place.module, _CONVOLUTIONS)}
     if not convolutions:
         return set()
-    linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
+    linear = [path for path, place in places.items() if isinstance(place.module, nn.Linear)]
     shortcuts = [
-        name
-        for name in convolutions
-        if any(fnmatchcase(name, pattern) for pattern in _SHORTCUTS)
-        and all(size == 1 for size in layers[name].kernel_size)  # type: ignore[union-attr]
+        path
+        for path, place in convolutions.items()
+        if any(fnmatchcase(path, pattern) for pattern in _SHORTCUTS)
+        and all(size == 1 for size in place.module.kernel_size)  # type: ignore[union-attr]
     ]
-    return {convolutions[0], *linear[-1:], *shortcuts}
+    return {next(iter(convolutions)), *linear[-1:], *shortcuts}
 
 
 def _check_list(name: str, given: Any, kinds: tuple[type, ...], what: str, example: str) -> None:

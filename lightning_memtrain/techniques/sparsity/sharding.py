@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 if TYPE_CHECKING:
+    from lightning_memtrain.techniques.sparsity.selection import Place
     from lightning_memtrain.techniques.sparsity.weights import SparseWeight
 
 
@@ -34,7 +35,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def refuse_late(layers: Mapping[str, nn.Module], known: set[int]) -> None:
+def refuse_late(layers: Mapping[str, Place], known: set[int]) -> None:
     """Refuse layers that nobody could make sparse before they were divided.
 
     Args:
@@ -45,7 +46,7 @@ def refuse_late(layers: Mapping[str, nn.Module], known: set[int]) -> None:
         MisconfigurationException: naming the first.
     """
     for name, layer in layers.items():
-        if id(layer) not in known:
+        if id(layer.module) not in known:
             raise MisconfigurationException(
                 "`SparseTraining` needs layers before `fully_shard` divides them, but "
                 f"{name!r} was made in `configure_model`. Make it in `__init__`, call "

@@ -18,6 +18,13 @@ from lightning_memtrain.techniques.sparsity.candidates import Candidates, Candid
 from lightning_memtrain.techniques.sparsity.export import export_dense
 from lightning_memtrain.techniques.sparsity.layer_types import SPARSE_TYPES
 from lightning_memtrain.techniques.sparsity.layers import SparseLayer
+from lightning_memtrain.techniques.sparsity.parameters import (
+    SUFFIX,
+    SparseOwner,
+    SparseParameter,
+    can_be_sparse,
+    sparsify_parameter,
+)
 from lightning_memtrain.techniques.sparsity.patterns import Storage, choose_storage
 from lightning_memtrain.techniques.sparsity.state import check_state, moved, moved_state
 
@@ -50,6 +57,18 @@ class SparseWeight:
 
     def __repr__(self) -> str:
         return f"SparseWeight({self.name!r}, shape={tuple(self.shape)}, nnz={self.nnz})"
+
+    @property
+    def path(self) -> str:
+        """Of the layer, or the name of a parameter of another module."""
+        if isinstance(self.layer, SparseParameter):
+            return self.name
+        return self.name.removesuffix("weight").removesuffix(".")
+
+    @property
+    def place(self) -> str:
+        """Path of the module that holds the values."""
+        return f"{self.name}{SUFFIX}" if isinstance(self.layer, SparseParameter) else self.path
 
     @property
     def shape(self) -> torch.Size:
@@ -172,7 +191,7 @@ def sparse_weights(module: nn.Module) -> dict[str, SparseWeight]:
         {'0.weight': SparseWeight('0.weight', shape=(2, 4), nnz=2)}
     """
     return {
-        (name := _joined(path, "weight")): SparseWeight(name, layer)
+        (name := layer.dense_key(f"{path}." if path else "")): SparseWeight(name, layer)
         for path, layer in module.named_modules()
         if isinstance(layer, SparseLayer)
     }
@@ -186,13 +205,17 @@ def sparsify_(
     storage: Storage = "auto",
     chunk_bytes: int | None = None,
 ) -> dict[str, SparseWeight]:
-    """Store only some entries of the weights of linear and convolution layers, in place.
+    """Store only some entries of weights, in place.
+
+    These are the weights of linear and convolution layers, transposed ones included, and of recurrent layers,
+    and parameters of three axes: one matrix for each expert of a mixture.
 
     A layer becomes sparse by changing its class: it stays the same object, with its hooks, bias and name.
-    Its parameter ``weight`` gives way to ``values``, of one axis, and a buffer ``sparsity_pattern``. So do
-    this before the optimizer is made, and load dense checkpoints first. Weights, gradients and the state of
-    elementwise optimizers then take the memory of what is stored. A dense weight and its dense gradient
-    exist while the layer's own forward or backward runs.
+    Its parameter ``weight`` gives way to ``values``, of one axis, and a buffer ``sparsity_pattern``; of other
+    modules, a parameter gives way to a submodule with these, ``"<its name>_sparse"``. So do this before the
+    optimizer is made, and load dense checkpoints first. Weights, gradients and the state of elementwise
+    optimizers then take the memory of what is stored. A dense weight and its dense gradient exist while the
+    layer's own forward or backward runs; those of a recurrent layer from its forward to its backward.
 
     Args:
         module: a model, or one layer.
@@ -230,11 +253,15 @@ def sparsify_(
     found = {name: _layer_to_change(module, name) for name in positions}
     _refuse_tied(module, found)
     ascending = {
-        name: _ascending(f"`sparsify_(positions)` of {name!r}", chosen, _dense(found[name]).numel())
+        name: _ascending(f"`sparsify_(positions)` of {name!r}", chosen, _dense(found[name], name).numel())
         for name, chosen in positions.items()
     }
     for name, layer in found.items():
-        dense = _dense(layer)
+        attribute = name.rpartition(".")[2]
+        if can_be_sparse(layer, attribute):
+            sparsify_parameter(layer, attribute, ascending[name], storage)
+            continue
+        dense = _dense(layer, name)
         del layer._parameters["weight"]
         layer.__class__ = SPARSE_TYPES[type(layer)]
         sparse = cast(SparseLayer, layer)
@@ -253,7 +280,8 @@ def _layer_to_change(module: nn.Module, name: str) -> nn.Module:
         layer = None
     weight = None if layer is None else layer._parameters.get(attribute)
     subject = f"`sparsify_(positions)` names {name!r}, but "
-    if isinstance(layer, SparseLayer) and attribute in ("weight", "values"):
+    is_sparse = isinstance(layer, SparseOwner) and attribute in layer.sparse_names
+    if is_sparse or (isinstance(layer, SparseLayer) and attribute in ("weight", "values")):
         raise ValueError(
             f"{subject}this weight is sparse already. Use `SparseWeight.replace` to move entries."
         )
@@ -275,7 +303,8 @@ def _layer_to_change(module: nn.Module, name: str) -> nn.Module:
             f"{subject}this weight is a {type(weight.data).__name__}. Make it sparse before it is sharded or "
             "quantised."
         )
-    if attribute != "weight" or type(layer) not in SPARSE_TYPES:
+    has_form = attribute == "weight" and type(layer) in SPARSE_TYPES
+    if not has_form and not can_be_sparse(layer, attribute):
         own = next((base.__name__ for base in SPARSE_TYPES if isinstance(layer, base)), None)
         reason = (
             f"{type(layer).__name__} is a subclass of {own}, whose own forward would not know sparse values"
@@ -283,7 +312,10 @@ def _layer_to_change(module: nn.Module, name: str) -> nn.Module:
             else f"{attribute!r} of {type(layer).__name__} has no sparse form"
         )
         can = ", ".join(base.__name__ for base in SPARSE_TYPES)
-        raise TypeError(f"{subject}{reason}. Leave it out: only weights of {can} can be sparse.")
+        raise TypeError(
+            f"{subject}{reason}. Leave it out: only weights of {can} and of recurrent layers, and parameters "
+            "of three axes such as those of experts, can be sparse."
+        )
     if not weight.is_floating_point():
         raise TypeError(f"{subject}it is {weight.dtype}, where floating-point numbers were expected.")
     if weight.numel() >= 2**31:
@@ -291,8 +323,8 @@ def _layer_to_change(module: nn.Module, name: str) -> nn.Module:
     return layer
 
 
-def _dense(layer: nn.Module) -> nn.Parameter:
-    return cast(nn.Parameter, layer._parameters["weight"])
+def _dense(layer: nn.Module, name: str) -> nn.Parameter:
+    return cast(nn.Parameter, layer._parameters[name.rpartition(".")[2]])
 
 
 def _is_computed(layer: nn.Module, attribute: str) -> bool:
@@ -306,13 +338,14 @@ def _refuse_tied(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     for name, layer in found.items():
-        for other in names[id(_dense(layer))]:
-            if module.get_submodule(other.rpartition(".")[0]) is not layer:
+        for other in names[id(_dense(layer, name))]:
+            path, _, attribute = other.rpartition(".")
+            if module.get_submodule(path) is not layer or attribute != name.rpartition(".")[2]:
                 raise ValueError(
                     f"`sparsify_(positions)` names {name!r}, but this weight is tied to {other!r} and would "
                     "no longer be. Leave it out, or give each its own."
                 )
-        if (first := names[id(_dense(layer))][0]) != name:
+        if (first := names[id(_dense(layer, name))][0]) != name:
             raise ValueError(
                 f"`sparsify_(positions)` names {name!r}, but the layer's first name is {first!r}. Use that."
             )
@@ -342,7 +375,3 @@ def _check_positions(subject: str, positions: Tensor, numel: int) -> None:
         raise ValueError(
             f"{subject} must be ascending, each position once, but got a repetition or a descent."
         )
-
-
-def _joined(path: str, attribute: str) -> str:
-    return f"{path}.{attribute}" if path else attribute
