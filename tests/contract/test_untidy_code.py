@@ -178,4 +178,6 @@ def test_untidy_code_trains_as_without(names: tuple[str, ...], tmp_path: Path) -
     if not INEXACT.intersection(names):
         for (name, tensor), twin in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
             torch.testing.assert_close(tensor, twin, rtol=1e-10, atol=1e-12, msg=name)
-        torch.testing.assert_close(model.meter.total / model.meter.count, plain.meter.total / plain.meter.count)
+        torch.testing.assert_close(
+            model.meter.total / model.meter.count, plain.meter.total / plain.meter.count
+        )

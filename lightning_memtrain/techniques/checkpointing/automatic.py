@@ -184,10 +184,9 @@ class AutomaticChoice:
         kept = "keeps what it recomputes" if groups else "recomputes nothing"
         self._say(f"step {self._trainer.global_step}: {kept}, since no step can run without data")
         rank_zero_warn(
-            f"`ActivationCheckpointing()` {kept}: it runs `training_step` without data, to see what it holds, and "
-            f"that ended {_described(error)}. Training goes on as it would without. Say what to "
-            "recompute, e.g. ActivationCheckpointing('full'), or make this line work on tensors whose values "
-            "are not known.",
+            f"`ActivationCheckpointing()` {kept}: it runs `training_step` without data to see what it holds, "
+            f"and that ended {_described(error)}. Training goes on as it would without. Say what to recompute, "
+            "e.g. ActivationCheckpointing('full'), or make this line work on tensors whose values are not known.",
             category=NoEffectWarning,
         )
 

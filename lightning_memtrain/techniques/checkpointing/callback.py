@@ -151,8 +151,8 @@ class ActivationCheckpointing(Callback):
             got = type(trainer.strategy).__name__
         elif not model.automatic_optimization:
             expected = (
-                "needs a LightningModule with automatic_optimization=True, since it runs `training_step` once "
-                "without data"
+                "needs a LightningModule with automatic_optimization=True, since it runs `training_step` "
+                "once without data"
             )
             got = "automatic_optimization=False, whose `training_step` steps optimizers and schedulers itself"
         else:

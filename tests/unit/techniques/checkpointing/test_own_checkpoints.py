@@ -18,8 +18,8 @@ from lightning_memtrain import MemoryLedger
 from lightning_memtrain.ledger.op_times import OpTimes
 from lightning_memtrain.techniques.checkpointing import Full, insert_checkpoints
 from lightning_memtrain.techniques.checkpointing.choose import StepCurve
-from lightning_memtrain.techniques.checkpointing.fake_step import FakeStep
 from lightning_memtrain.techniques.checkpointing.own_checkpoints import OwnCheckpoints, checkpointed_by
+from lightning_memtrain.tracing.fake_step import FakeStep
 from tests.helpers.recomputed import recompute
 
 
