@@ -185,8 +185,9 @@ class AutomaticChoice:
         self._say(f"step {self._trainer.global_step}: {kept}, since no step can run without data")
         rank_zero_warn(
             f"`ActivationCheckpointing()` {kept}: it runs `training_step` without data to see what it holds, "
-            f"and that ended {_described(error)}. Training goes on as it would without. Say what to recompute, "
-            "e.g. ActivationCheckpointing('full'), or make this line work on tensors whose values are not known.",
+            f"and that ended {_described(error)}. Training goes on as it would without. Say what to "
+            "recompute, e.g. ActivationCheckpointing('full'), or make this line work on tensors whose values "
+            "are not known.",
             category=NoEffectWarning,
         )
 

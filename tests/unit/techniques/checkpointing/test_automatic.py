@@ -138,8 +138,8 @@ def test_a_resumed_optimizer_counts_from_the_first_step(tmp_path: Path) -> None:
     limit = max(plain_steps) - 8 * KIB
     found = []
     for checkpoint in (None, tmp_path / "two.ckpt"):
+        trainer = quiet_trainer(tmp_path, mt.ActivationCheckpointing(mt.Budget(limit)), max_epochs=4)
         with pytest.raises(MisconfigurationException, match=r"`Budget\(limit\)` must be at least") as caught:
-            trainer = quiet_trainer(tmp_path, mt.ActivationCheckpointing(mt.Budget(limit)), max_epochs=4)
             trainer.fit(Adamic(), ckpt_path=checkpoint)
         found.append(str(caught.value).partition(" for this model")[0])
     assert found[0] == found[1]
