@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ from lightning_memtrain.tracing.questions import Answers, AsksForValue
 from lightning_memtrain.tracing.reports import reports_dropped
 from lightning_memtrain.tracing.twin_mode import RecordingMode, TwinMode
 from lightning_memtrain.tracing.user_state import UserState
+
+Watch = TypeVar("Watch", bound=AbstractContextManager[Any])
+ClosureStep = Callable[[Optimizer, Callable[[], Any]], Any]
+"""Steps an optimizer, which calls the closure once or several times."""
 
 
 class FakeStep:
@@ -42,7 +46,8 @@ class FakeStep:
         optimizers: the optimizers that step afterwards, if they can without data.
         zeroes_after_forward: whether gradients that are there at first are dropped after forward.
         is_first: whether no step has left gradients yet, but the steps to come will find them in forward.
-        step_optimizer: lets one of the optimizers step, as the run does it; by default ``optimizer.step()``.
+        closure_step: lets an optimizer step as the run does it, with a closure that runs forward and backward;
+            by default they run first, and ``optimizer.step()`` after them.
         also: what else the step may change, such as schedulers.
     """
 
@@ -55,7 +60,7 @@ class FakeStep:
         *,
         zeroes_after_forward: bool = True,
         is_first: bool = False,
-        step_optimizer: Callable[[Optimizer], Any] | None = None,
+        closure_step: ClosureStep | None = None,
         also: Sequence[Any] = (),
     ) -> None:
         self.model = model
@@ -64,7 +69,7 @@ class FakeStep:
         self._optimizers = list(optimizers)
         self._zeroes_after_forward = zeroes_after_forward
         self._is_first = is_first
-        self._step_optimizer = step_optimizer if step_optimizer is not None else _plain_step
+        self._closure_step = closure_step
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._answers = Answers()
         self._unknown: list[AsksForValue] = []
@@ -73,6 +78,8 @@ class FakeStep:
         with rehearsal():  # nobody who watches steps is to see what is made here
             self._state = UserState(model, step, self._arguments, self._optimizers, *also)
             self._make_twins()
+        self.has_backward = False
+        """Whether the last run had a loss to go back from."""
         self.uncounted: dict[str, str] = {}
         """Names of optimizers whose bytes are not all known, since they cannot step without data, and why."""
         self.state_bytes = 0
@@ -105,6 +112,15 @@ class FakeStep:
         Raises:
             AsksForValue: if the step asks for data, and :meth:`ask_data` has not found it.
         """
+        self.has_backward = False
+        if len(self._optimizers) == 1 and self._closure_step is not None:
+            self._run_within_step(self._optimizers[0], self._closure_step)
+            return
+        self._forward_and_backward()
+        if self.has_backward:
+            self._note_uncounted(self._step_optimizers())
+
+    def _forward_and_backward(self) -> Tensor | None:
         try:
             output = self._step(*self._arguments)
         except AsksForValue:
@@ -119,26 +135,56 @@ class FakeStep:
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             if self._unknown:  # the loss may be what a metric could not tell
                 raise self._unknown[0]
-            return
+            return None
         loss.backward()  # type: ignore[no-untyped-call]
-        del loss, output
+        self.has_backward = True
         if self._is_first:
             self._in_forward = {id(twin) for _, twin in self._parameters if twin.grad is not None}
-        self._step_optimizers()
+        return loss.detach()
 
-    def prepare(self, watch: AbstractContextManager[Any] = nullcontext()) -> None:  # noqa: B008
-        """Run the step once, to see whether it can, and which gradients the next one will find.
+    def _run_within_step(self, optimizer: Optimizer, closure_step: ClosureStep) -> None:
+        """As Lightning does it: the optimizer's step runs forward and backward, some optimizers several times."""
+        own: list[BaseException] = []
+
+        def closure() -> Any:
+            try:
+                return self._forward_and_backward()
+            except BaseException as error:
+                own.append(error)
+                raise
+
+        try:
+            closure_step(optimizer, closure)
+        except Exception as error:
+            if own:
+                raise own[0] from None
+            self._note_uncounted([(optimizer, _reason(error))])
+
+    def prepare(self, watch: Callable[[], Watch]) -> Watch:
+        """Run the step once: to see whether it can, what it asks for, and which gradients the next one finds.
 
         Args:
-            watch: to be entered meanwhile.
+            watch: makes a context to be entered meanwhile.
+
+        Returns:
+            The context.
 
         Raises:
-            AsksForValue: see :meth:`run`.
+            AsksForValue: if the step asks for data where no real forward can tell.
         """
-        with self._in_place():
-            self._set_up()
-            with watch:
-                self.run()
+        for can_ask in (True, False):
+            with self._in_place():
+                self._set_up()
+                entered = watch()
+                try:
+                    with entered:
+                        self.run()
+                    return entered
+                except AsksForValue:
+                    if not can_ask:
+                        raise
+            self.ask_data()
+        raise AssertionError("the second run returns or raises")
 
     def ask_data(self) -> None:
         """Find the answers that only data has, by running the step's forward with it, but without a graph.
@@ -234,11 +280,12 @@ class FakeStep:
             stateless = [optimizer for optimizer in self._optimizers if not optimizer.state]
             for _, twin in self._parameters:
                 twin.grad = self._empty_like(twin) if twin.requires_grad else None
-            for optimizer, reason in self._step_optimizers():
-                # One that has its state, say for weights of another precision, holds hardly more than that;
-                # what calls the model holds its own beside what the model does.
-                if optimizer in stateless or needs_closure(optimizer):
-                    self.uncounted[type(optimizer).__name__] = reason
+            # What calls the model holds its own state beside what the model does.
+            self._note_uncounted(
+                (optimizer, reason)
+                for optimizer, reason in self._step_optimizers()
+                if optimizer in stateless or needs_closure(optimizer)
+            )
             self.state_bytes = state_bytes(self._optimizers)
             self._optimizer_state = [
                 {key: _copied(value) for key, value in optimizer.state.items()}
@@ -246,16 +293,21 @@ class FakeStep:
             ]
 
     def _step_optimizers(self) -> list[tuple[Optimizer, str]]:
-        """Let those step that can, and return the others, with what they said."""
+        """Let those step that can, without closure, and return the others, with what they said."""
         others: list[tuple[Optimizer, str]] = []
         for optimizer in self._optimizers:
             try:
-                self._step_optimizer(optimizer)
+                if self._closure_step is not None:
+                    self._closure_step(optimizer, _nothing)
+                else:
+                    optimizer.step()
             except Exception as error:  # wants data, a closure, or another precision
-                # Not the error itself: its traceback would keep what the real step's frames hold.
-                kind = "" if isinstance(error, AsksForValue) else f"{type(error).__name__}: "
-                others.append((optimizer, f"{kind}{error}".splitlines()[0]))
+                others.append((optimizer, _reason(error)))
         return others
+
+    def _note_uncounted(self, others: Iterable[tuple[Optimizer, str]]) -> None:
+        for optimizer, reason in others:
+            self.uncounted[type(optimizer).__name__] = reason
 
 
 def state_bytes(optimizers: Sequence[Optimizer]) -> int:
@@ -271,8 +323,14 @@ def state_bytes(optimizers: Sequence[Optimizer]) -> int:
     return sum(tensor.nbytes for tensor in tensors_in(states))
 
 
-def _plain_step(optimizer: Optimizer) -> None:
-    optimizer.step()
+def _nothing() -> None:
+    return None
+
+
+def _reason(error: Exception) -> str:
+    # Not the error itself: its traceback would keep what the real step's frames hold.
+    kind = "" if isinstance(error, AsksForValue) else f"{type(error).__name__}: "
+    return f"{kind}{error}".splitlines()[0]
 
 
 def _is_parameter(tensor: Tensor) -> bool:

@@ -91,6 +91,34 @@ def _mkldnn_rnn_layer_backward(func: Any, args: Any, kwargs: Any, given: Any, kn
     return tuple(results)
 
 
+def _grouped_mm(func: Any, args: Any, kwargs: Any, given: Any, knows: Knows) -> Any:
+    """Products of experts' weights, which torch's rule has for bfloat16 alone."""
+    one, other, offsets = [*args, *(kwargs.get(name) for name in ("self", "mat2", "offs"))][:3]
+    offsets = kwargs.get("offs", offsets)
+    columns = other.shape[-1]
+    if one.dim() == 3:
+        shape = [one.shape[0], one.shape[1], columns] if other.dim() == 3 else [one.shape[1], columns]
+    else:
+        shape = [len(one), columns] if other.dim() == 3 else [len(offsets), len(one), columns]
+    dtype = kwargs.get("out_dtype") or one.dtype
+    # Rows begin at multiples of 16 bytes.
+    aligned = 16 // dtype.itemsize
+    row = -(-columns // aligned) * aligned
+    strides = [shape[1] * row, row, 1][-len(shape) :]
+    return torch.empty_strided(shape, strides, dtype=dtype, device=one.device)
+
+
+def _batch_norm(func: Any, args: Any, kwargs: Any, given: Any, knows: Knows) -> Any:
+    """On a CPU the result is contiguous, where torch's rule keeps the strides of the input."""
+    results = func(*args, **kwargs)
+    if args[0].device.type != "cpu" or results[0].is_contiguous():
+        return results
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(args[0].dim())
+    if channels_last is not None and args[0].is_contiguous(memory_format=channels_last):
+        return results
+    return results[0].new_empty(results[0].shape), *results[1:]
+
+
 SPECIAL: dict[Any, Callable[[Any, Any, Any, Any, Knows], Any]] = {
     _aten.masked_select.default: _masked_select,
     _aten._pack_padded_sequence.default: _pack_padded_sequence,
@@ -98,5 +126,11 @@ SPECIAL: dict[Any, Callable[[Any, Any, Any, Any, Knows], Any]] = {
     _aten._ctc_loss.Tensor: _ctc_loss,
     _aten.mkldnn_rnn_layer.default: _mkldnn_rnn_layer,
     _aten.mkldnn_rnn_layer_backward.default: _mkldnn_rnn_layer_backward,
+    _aten.native_batch_norm.default: _batch_norm,
 }
 """What to call in place of an operator: with it, its arguments without data, and the arguments as given."""
+
+# Of newer versions of torch only.
+_packet = getattr(_aten, "_grouped_mm", None)
+if _packet is not None:
+    SPECIAL[_packet.default] = _grouped_mm

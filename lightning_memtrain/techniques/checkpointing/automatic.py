@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -107,20 +108,23 @@ class AutomaticChoice:
         self._remove, self._groups, self.num_modules = None, [], 0
 
     def _choose(self, fake: FakeStep, now: Circumstances, why: str, groups: Groups) -> None:
+        limit_bytes = self._limit_bytes
+        if limit_bytes is not None and self._chosen is not None and not why:  # only the batch is another
+            fake.prepare(nullcontext)
+            ledger = counted(fake, groups, self._workspace)
+            if predicted_peak_bytes(ledger, groups) <= limit_bytes:
+                self._fitting.add(now.shapes)
+                self._insert(groups)
+                return
+            why = ", for a larger batch"
+        curve = StepCurve(fake, self._times, self._workspace)
+        if not fake.has_backward:  # such as a batch that is left out: it tells nothing of the others
+            self._insert(groups)
+            return
+        chosen = curve.knee() if limit_bytes is None else curve.fitting(limit_bytes)
         self._warn_of_uncounted(fake)
-        if self._limit_bytes is None:
-            chosen = StepCurve(fake, self._times).knee()
-        else:
-            if self._chosen is not None and not why:  # only the batch is another
-                ledger = counted(fake, groups, self._workspace)
-                if predicted_peak_bytes(ledger, groups) <= self._limit_bytes:
-                    self._fitting.add(now.shapes)
-                    self._insert(groups)
-                    return
-                why = ", for a larger batch"
-            chosen = StepCurve(fake, self._times, self._workspace).fitting(self._limit_bytes)
-            self._fitting = KnownShapes()
-            self._fitting.add(now.shapes)
+        self._fitting = KnownShapes()
+        self._fitting.add(now.shapes)
         self._chosen, self._chosen_for = chosen, now.at_least(fake.state_bytes, fake.gradient_bytes)
         self._insert(chosen.groups)
         self._say(f"step {self._trainer.global_step}{why}: {chosen}")
@@ -153,9 +157,9 @@ class AutomaticChoice:
     def _fake(self, step: Callable[..., Any], args: Any, kwargs: Any, zeroes: bool) -> FakeStep:
         trainer, model = self._trainer, self._model
 
-        def step_optimizer(optimizer: Optimizer) -> None:
+        def step_optimizer(optimizer: Optimizer, closure: Callable[[], Any]) -> None:
             # As the run does it: clips gradients, and may hold weights in another precision.
-            trainer.precision_plugin.optimizer_step(optimizer, model=model, closure=_nothing)
+            trainer.precision_plugin.optimizer_step(optimizer, model=model, closure=closure)
 
         return FakeStep(
             model,
@@ -164,7 +168,7 @@ class AutomaticChoice:
             trainer.optimizers,
             zeroes_after_forward=zeroes,
             is_first=zeroes and not any(parameter.grad is not None for parameter in model.parameters()),
-            step_optimizer=step_optimizer,
+            closure_step=step_optimizer,
             also=(trainer, trainer.lr_scheduler_configs),
         )
 
@@ -206,7 +210,3 @@ def _described(error: Exception) -> str:
     where = f"at {site} " if site is not None else ""
     what = str(error).splitlines()[0] if str(error) else ""
     return f"{where}with {type(error).__name__}: {what}".rstrip(": .")
-
-
-def _nothing() -> None:
-    return None

@@ -20,7 +20,6 @@ from lightning_memtrain.techniques.checkpointing.own_checkpoints import OwnCheck
 from lightning_memtrain.techniques.checkpointing.policies import Groups, Recomputed
 from lightning_memtrain.techniques.checkpointing.profile import StepProfile, StepWatch
 from lightning_memtrain.tracing.fake_step import FakeStep
-from lightning_memtrain.tracing.questions import AsksForValue
 
 # Backward takes about twice as long as forward: two matrix products for each one.
 _STEP_OVER_FORWARD = 3
@@ -86,12 +85,7 @@ class StepCurve:
     def __init__(self, step: FakeStep, times: OpTimes, workspace: OpWorkspace | None = None) -> None:
         self._step = step
         self._workspace = workspace
-        own = OwnCheckpoints(step.model)
-        try:
-            step.prepare(own)
-        except AsksForValue:
-            step.ask_data()
-            step.prepare(own := OwnCheckpoints(step.model))
+        own = step.prepare(lambda: OwnCheckpoints(step.model))
         with step.watched(workspace) as ledger, StepWatch(step.model, ledger, own.names) as watch:
             step.run()
         profile = StepProfile(watch, ledger.records, times, call_seconds())

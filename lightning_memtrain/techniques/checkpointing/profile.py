@@ -84,7 +84,8 @@ class StepWatch:
         self._model = model
         self._ledger = ledger
         self._left_out = left_out
-        self._stack = [self.root]
+        # `None` for calls that are not followed.
+        self._stack: list[ModuleCall | None] = [self.root]
         self._first_nodes = [-1]
         self._calls_of_nodes = [self.root]
         self._undo = ExitStack()
@@ -115,21 +116,24 @@ class StepWatch:
 
     def _enter(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if is_backward():  # the model recomputes it by itself
+            if self._is_over():
+                self._stack.append(None)
                 return
-            call = ModuleCall(name, parent=self._stack[-1])
+            outer = self._stack[-1]
+            assert outer is not None
+            call = ModuleCall(name, parent=outer)
             call.versions = [(tensor, version_of(tensor)) for tensor in tensors_in((args, kwargs))]
             call.start, call.first_save, call.first_op = self._now()
-            self._stack[-1].calls.append(call)
+            outer.calls.append(call)
             self._stack.append(call)
             self._note_change()
 
         return enter
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if is_backward():
-            return
         call = self._stack.pop()
+        if call is None:
+            return
         call.end, call.last_save, call.last_op = self._now()
         call.returned = self._records(output)
         for tensor, version in call.versions:
@@ -137,12 +141,18 @@ class StepWatch:
         call.versions.clear()
         self._note_change()
 
+    def _is_over(self) -> bool:
+        """Whether backward has begun: what is called from then on is recomputed, or evaluated once more."""
+        return self.forward_end > 0 or is_backward()
+
     def _now(self) -> tuple[int, int, int]:
         return self._ledger.tick, len(self.saves), len(self.op_calls)
 
     def _note_change(self) -> None:
         self._first_nodes.append(torch._C._autograd._get_sequence_nr())
-        self._calls_of_nodes.append(self._stack[-1])
+        innermost = self._stack[-1]
+        assert innermost is not None
+        self._calls_of_nodes.append(innermost)
 
     def _on_saved(self, tensor: Tensor) -> None:
         self.saves.append((self._ledger.records_of(tensor), len(self.op_calls)))
