@@ -46,7 +46,7 @@ class FakeStep:
         optimizers: the optimizers that step afterwards, if they can without data.
         zeroes_after_forward: whether gradients that are there at first are dropped after forward.
         is_first: whether no step has left gradients yet, but the steps to come will find them in forward.
-        closure_step: lets an optimizer step as the run does it, with a closure that runs forward and backward;
+        closure_step: steps an optimizer as the run does it, with a closure that runs forward and backward;
             by default they run first, and ``optimizer.step()`` after them.
         also: what else the step may change, such as schedulers.
     """
