@@ -14,6 +14,7 @@ from lightning_memtrain.core import NoEffectWarning, Setting, TechniqueRecord, o
 from lightning_memtrain.techniques.sparsity import distributed, optimizers, record, refusals, sharding
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks, UpdateClock
 from lightning_memtrain.techniques.sparsity.conversion import around_configure_model, sparsify_at_random
+from lightning_memtrain.techniques.sparsity.copies import Copies, follow_trained, followers
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
 from lightning_memtrain.techniques.sparsity.note import with_note
 from lightning_memtrain.techniques.sparsity.patterns import Storage
@@ -103,6 +104,8 @@ class SparseTraining(Callback):
     def _begin(self) -> None:
         self._weights: dict[str, SparseWeight] = {}
         self._share = 0, 1
+        self._copies = Copies()
+        self._with_gradient: set[str] = set()
         self._updater: Updater | None = None
         self._ticks: Ticks | None = None
         self._steps = 0
@@ -156,14 +159,14 @@ class SparseTraining(Callback):
         """
         if not sparse_weights(model):
             sharding.refuse_meta(model)
-            sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
+            self._copies = sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
         self._known = {id(module) for module in model.modules()}
 
     def _find(self, trainer: Trainer, model: LightningModule, stage: str) -> None:
         if shards := sharding.shards(trainer.strategy):
             sharding.refuse_late(self.select.layers(model), self._known)
         if not self._known and not sparse_weights(model):
-            sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
+            self._copies = sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
         found = {weight.path: weight for weight in sparse_weights(model).values()}
         if self._weights and _layers(self._weights) != _layers(found):
             self._begin()  # the same trainer goes on with another model
@@ -187,11 +190,14 @@ class SparseTraining(Callback):
         if self._end_of_loading is not None:
             self._end_of_loading()
         sharding.reshard(pl_module)  # whole parameters are others than those that optimizers have
-        values = {name: weight.values for name, weight in self._weights.items()}
+        values = self._values()
         optimizers.warn_of_groups(trainer.optimizers, values)
         refusals.warn_of_recompiling(pl_module, self.method)
         if self._clock is not None:
             optimizers.refuse_optimizers(trainer.optimizers, values)
+        if trainer.global_step == 0 and trainer.ckpt_path is None:
+            dense = self.select.not_named(pl_module)
+            follow_trained(self._copies, self._weights, dense, optimizers.held_by(trainer.optimizers))
         if distributed.is_on(trainer.strategy):
             distributed.broadcast_values(self._weights)
             self._undo.append(on_gradient_sync(self._average_gradients))
@@ -229,6 +235,8 @@ class SparseTraining(Callback):
             self._explore()
         self._restored = None
         self._say(self._summary() if self._weights else "all layers stay dense")
+        if self._copies.originals:
+            self._say(self._copies.described())
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -249,6 +257,8 @@ class SparseTraining(Callback):
         elif self._updater is not None:
             self._updater.note_gradients()
 
+        self._with_gradient |= {path for path, one in self._values().items() if one.grad is not None}
+
     def _average_gradients(self) -> None:
         distributed.average_gradients(self._weights)
         if self._updater is not None:
@@ -262,12 +272,12 @@ class SparseTraining(Callback):
         self._steps_of_batch = max(1, self._steps_of_batch)
         if self._bytes is None and self._steps:
             if self._clock is not None:  # what has state by now, long before an update
-                values = {name: weight.values for name, weight in self._weights.items()}
-                optimizers.refuse_optimizers(trainer.optimizers, values)
+                optimizers.refuse_optimizers(trainer.optimizers, self._values())
             self._measure(trainer)
         if not self._pending or self._updater.lacks_candidates(self._moment(self._pending)):
             return
         sharding.reshard(pl_module)
+        self._updater.followers = self._followers(trainer, pl_module)
         moved = self._updater.update(self._moment(self._pending), trainer.optimizers)
         self._pending = 0
         self._num_dropped += moved.num_dropped
@@ -275,6 +285,15 @@ class SparseTraining(Callback):
         self._measure(trainer)
         self._explore()
         self._log(trainer, moved)
+
+    def _followers(self, trainer: Trainer, model: LightningModule) -> dict[str, list[SparseWeight]]:
+        """Layers that are never stepped, such as a teacher's, by the layer whose copies they are."""
+        weights = {weight.path: weight for weight in sparse_weights(model).values()}
+        trained = optimizers.stepped(trainer.optimizers, self._values(), self._with_gradient)
+        return followers(weights, trained, self._copies, self._weights)
+
+    def _values(self) -> dict[str, nn.Parameter]:
+        return {path: weight.values for path, weight in self._weights.items()}
 
     def _moment(self, step: int) -> Moment:
         assert self._ticks is not None

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_memtrain.core import NoEffectWarning
+from lightning_memtrain.techniques.sparsity.copies import Copies
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
 from lightning_memtrain.techniques.sparsity.patterns import Storage
 from lightning_memtrain.techniques.sparsity.refusals import refuse_layers
@@ -30,8 +31,10 @@ def sparsify_at_random(
     seed: int,
     storage: Storage = "auto",
     chunk_bytes: int | None = None,
-) -> None:
+) -> Copies:
     """Keep as many weights of each layer as a method says, at random positions, with their values.
+
+    Layers that are copies have the positions of their original.
 
     Args:
         model: becomes sparse in place.
@@ -41,19 +44,22 @@ def sparsify_at_random(
         storage: form of the pattern.
         chunk_bytes: most bytes of a dense weight that a linear layer makes at a time.
 
+    Returns:
+        Which layers are copies of which.
+
     Raises:
         MisconfigurationException: if a weight is tied or not yet made.
 
     Example:
         >>> from lightning_memtrain.techniques.sparsity.methods import StaticSparse
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-        >>> sparsify_at_random(model, StaticSparse(0.75), Select(dense=["1"]), seed=0)
+        >>> _ = sparsify_at_random(model, StaticSparse(0.75), Select(dense=["1"]), seed=0)
         >>> model[0]
         SparseLinear(in_features=4, out_features=4, bias=True, nnz=4, storage='bitmask')
     """
-    layers = select.layers(model)
+    layers, copies = select.choose(model)
     refuse_layers(model, layers)
-    shapes = {path: place.shape for path, place in layers.items()}
+    shapes = {path: place.shape for path, place in layers.items() if path not in copies.originals}
     start, none = Moment(0, 0, 0, seed), torch.empty(0, dtype=torch.int64)
     positions = {}
     for path, count in (method.counts(shapes, select.overrides) if layers else {}).items():
@@ -61,11 +67,14 @@ def sparsify_at_random(
         # A layer that keeps all of its weights for good needs no pattern.
         if count < numel or method.changes_counts:
             positions[layers[path].name] = sample_inactive(numel, none, count, start.generator(path))
+    for copy, original in copies.originals.items():
+        if layers[original].name in positions:
+            positions[layers[copy].name] = positions[layers[original].name]
     if positions:
         sparsify_(model, positions, storage=storage, chunk_bytes=chunk_bytes)
         if select.types == DEFAULT_TYPES and not isinstance(method.sparsity, Mapping):
             _warn_of_little(model, select)
-        return
+        return copies
     what = f"leaves all of {', '.join(layers)} dense" if layers else f"matched no layer: {select}"
     warnings.warn(
         f"`SparseTraining` has no effect: {method} {what}. Raise the sparsity, or choose layers by "
@@ -73,6 +82,7 @@ def sparsify_at_random(
         NoEffectWarning,
         stacklevel=2,
     )
+    return copies
 
 
 def _warn_of_little(model: nn.Module, select: Select) -> None:

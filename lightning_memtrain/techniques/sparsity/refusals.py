@@ -20,8 +20,9 @@ from lightning_memtrain.techniques.sparsity.layer_types import SPARSE_TYPES
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
 from lightning_memtrain.techniques.sparsity.parameters import SUFFIX, can_be_sparse
 from lightning_memtrain.techniques.sparsity.patterns import Storage
+from lightning_memtrain.techniques.sparsity.places import Place
 from lightning_memtrain.techniques.sparsity.rules import Moment
-from lightning_memtrain.techniques.sparsity.selection import Place, Select
+from lightning_memtrain.techniques.sparsity.selection import Select
 
 _STRATEGIES = (
     "FSDPStrategy",

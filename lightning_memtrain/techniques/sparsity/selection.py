@@ -4,44 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_memtrain.techniques.sparsity.distributions import Stack, check_sparsity
-from lightning_memtrain.techniques.sparsity.parameters import can_be_sparse
+from lightning_memtrain.techniques.sparsity.copies import Copies, find_copies
+from lightning_memtrain.techniques.sparsity.distributions import check_sparsity
+from lightning_memtrain.techniques.sparsity.places import Place, all_places, is_layer
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SHORTCUTS = ("*shortcut*", "*downsample*", "*skip*")
-
-
-class Place(NamedTuple):
-    """A weight that can be sparse.
-
-    Args:
-        module: that has it.
-        attribute: its name there.
-        name: its name in the model.
-    """
-
-    module: nn.Module
-    attribute: str
-    name: str
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The weight, dense."""
-        return cast(nn.Parameter, self.module._parameters[self.attribute])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight; a stack of matrices where there is one for each expert."""
-        shape = tuple(self.parameter.shape)
-        return Stack(shape) if can_be_sparse(self.module, self.attribute) and len(shape) == 3 else shape
 
 
 DEFAULT_TYPES = (
@@ -114,6 +90,18 @@ class Select:
         paths = name, name.rpartition(".")[0]
         return any(fnmatchcase(path, pattern) for path in paths for pattern in self.dense)
 
+    def not_named(self, model: nn.Module) -> dict[str, Place]:
+        """Dense layers that are not among those that are named.
+
+        Args:
+            model: the module that is trained.
+
+        Returns:
+            By path.
+        """
+        places = all_places(model)
+        return {path: place for path, place in places.items() if not self.keeps_dense(place.name)}
+
     def layers(self, model: nn.Module) -> dict[str, Place]:
         """Layers to make sparse.
 
@@ -122,6 +110,20 @@ class Select:
 
         Returns:
             By path, in the order of the model.
+
+        Raises:
+            MisconfigurationException: if a name of ``dense`` matches no module with parameters.
+        """
+        return self.choose(model)[0]
+
+    def choose(self, model: nn.Module) -> tuple[dict[str, Place], Copies]:
+        """Layers to make sparse, and which of them are copies of others.
+
+        Args:
+            model: the module that is trained.
+
+        Returns:
+            Layers by path, in the order of the model, and the copies, which are chosen as their originals.
 
         Raises:
             MisconfigurationException: if a name of ``dense`` matches no module with parameters.
@@ -136,36 +138,27 @@ class Select:
                     f"`Select(dense)` must name layers of {type(model).__name__}, but {pattern!r} matches "
                     f"none. {hint}"
                 )
-        ends = _ends(places) if self.dense_ends else set()
-        return {
+        named = {path for path, place in places.items() if self.keeps_dense(place.name)}
+        of_types = {
             path: place
             for path, place in places.items()
             if any(_is_a(place.module, kind) for kind in self.types)
+        }
+        copies = find_copies(of_types, named)
+        own = {path: place for path, place in places.items() if path not in copies.originals}
+        ends = _ends(own) if self.dense_ends else set()
+        chosen = {
+            path
+            for path, place in of_types.items()
+            if path in own
+            and path not in named
             and path not in ends
-            and not self.keeps_dense(place.name)
             and place.parameter.requires_grad
             and not _is_depthwise(place)
         }
-
-
-def all_places(model: nn.Module) -> dict[str, Place]:
-    """Weights that can be sparse, if their layers are chosen.
-
-    Args:
-        model: the module that is trained.
-
-    Returns:
-        By path of the layer, in the order of the model.
-    """
-    places = {}
-    for path, module in model.named_modules():
-        for attribute in module._parameters:
-            name = f"{path}.{attribute}" if path else attribute
-            if can_be_sparse(module, attribute):
-                places[name] = Place(module, attribute, name)
-            elif attribute == "weight" and module._parameters["weight"] is not None and _is_layer(module):
-                places[path] = Place(module, attribute, name)
-    return places
+        originals = {c: of for c, of in copies.originals.items() if of in chosen and c not in named}
+        layers = {path: place for path, place in places.items() if path in chosen or path in originals}
+        return layers, replace(copies, originals=originals)
 
 
 def has_weights(model: nn.Module) -> bool:
@@ -177,11 +170,7 @@ def has_weights(model: nn.Module) -> bool:
     Returns:
         ``True`` also if they are sparse already.
     """
-    return any(_is_layer(module) for module in model.modules()) or bool(all_places(model))
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+    return any(is_layer(module) for module in model.modules()) or bool(all_places(model))
 
 
 def _is_a(module: nn.Module, kind: str | type[nn.Module]) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 if TYPE_CHECKING:
-    from lightning_memtrain.techniques.sparsity.selection import Place
+    from lightning_memtrain.techniques.sparsity.places import Place
     from lightning_memtrain.techniques.sparsity.weights import SparseWeight
 
 
