@@ -143,7 +143,7 @@ class FakeStep:
         return loss.detach()
 
     def _run_within_step(self, optimizer: Optimizer, closure_step: ClosureStep) -> None:
-        """As Lightning does it: the optimizer's step runs forward and backward, some optimizers several times."""
+        """As Lightning does it: the optimizer's step runs forward and backward, some several times."""
         own: list[BaseException] = []
 
         def closure() -> Any:

@@ -80,15 +80,16 @@ class Reach:
 
     Args:
         roots: where to begin.
+        leave: objects that are not looked into.
     """
 
-    def __init__(self, roots: Collection[Any]) -> None:
+    def __init__(self, roots: Collection[Any], leave: Collection[Any] = ()) -> None:
         self._instances = InstanceNotes()
         self._iterators = IteratorNotes()
         self._empty = EmptyNotes()
         self.notes: list[Note] = [self._iterators, self._instances, self._empty]
         self.tensors: list[TensorNote] = []
-        self._seen: dict[int, Any] = {}
+        self._seen: dict[int, Any] = {id(target): target for target in leave}
         self._pending: list[Any] = []
         self._kinds: dict[type, _Kind | None] = {}
         self.code = CodeReach(self._pending, self.notes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class UserState:
     Args:
         *roots: where a step begins: module, optimizers, schedulers, batch, the function that runs it.
         copies: says of which tensors the values are copied, too; by default of none.
+        leave: objects that are neither looked into nor set back, since nobody writes to them.
 
     Example:
         >>> from torch import nn
@@ -44,9 +45,11 @@ class UserState:
         []
     """
 
-    def __init__(self, *roots: Any, copies: Callable[[Tensor], bool] | None = None) -> None:
+    def __init__(
+        self, *roots: Any, copies: Callable[[Tensor], bool] | None = None, leave: Collection[Any] = ()
+    ) -> None:
         with _disable_current_modes(), torch._C.DisableTorchFunction():
-            reach = Reach(roots)
+            reach = Reach(roots, leave)
             self._notes, self._tensor_notes = reach.notes, reach.tensors
             self.tensors: tuple[Tensor, ...] = tuple(note.target for note in self._tensor_notes)
             """All tensors within reach, each once."""
@@ -56,6 +59,22 @@ class UserState:
                         note.copy()
             one_on_each_device = {tensor.device: tensor for tensor in self.tensors}
             self._random = global_random_states([*one_on_each_device.values()])
+
+    @property
+    def uncopied(self) -> list[Tensor]:
+        """The tensors within reach whose values are not kept."""
+        return [note.target for note in self._tensor_notes if note.copied is None]
+
+    def copy(self, tensor: Tensor) -> None:
+        """Keep the values of a tensor within reach, too, which have not changed so far.
+
+        Args:
+            tensor: one of :attr:`tensors`; any other is passed over.
+        """
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            for note in self._tensor_notes:
+                if note.target is tensor and note.copied is None:
+                    note.copy()
 
     @property
     def num_bytes(self) -> int:

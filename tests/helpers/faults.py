@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Event
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class FailAtOp(TorchDispatchMode):
 class FailAt(Callback):
     """Makes one batch fail once, in its forward or its backward.
 
+    Like a device, and unlike anything in Python, it does not forget a failure when the batch is run again.
+
     Args:
         where: ``"forward"`` or ``"backward"``.
         batch_idx: the batch.
@@ -42,7 +45,12 @@ class FailAt(Callback):
     def __init__(self, where: str, batch_idx: int) -> None:
         self.where = where
         self.batch_idx = batch_idx
-        self.done = False
+        self._failed = Event()  # nothing that could be set back
+
+    @property
+    def done(self) -> bool:
+        """Whether it has failed."""
+        return self._failed.is_set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         layer = next(m for m in pl_module.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 3)
@@ -50,7 +58,7 @@ class FailAt(Callback):
         def fail(*_: Any) -> None:
             now = trainer.fit_loop.epoch_loop.batch_idx == self.batch_idx
             if now and not self.done:
-                self.done = True
+                self._failed.set()
                 raise torch.OutOfMemoryError("injected: out of memory")
 
         if self.where == "forward":

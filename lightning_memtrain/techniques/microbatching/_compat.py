@@ -156,6 +156,13 @@ def restore_results(collection: Any, state: Any) -> None:
         collection[key] = metric
 
 
+def logged_tensors(trainer: Trainer) -> list[Tensor]:
+    """What has been logged so far, as loggers and callbacks see it; nobody writes to these tensors."""
+    shown = vars(trainer._logger_connector).values()
+    metrics = [value for one in shown if isinstance(one, dict) for value in one.values()]
+    return [value for value in metrics if isinstance(value, Tensor)]
+
+
 def accumulates(trainer: Trainer) -> bool:
     """Whether the current batch ends without an optimizer step."""
     return trainer.fit_loop._should_accumulate()
@@ -164,39 +171,6 @@ def accumulates(trainer: Trainer) -> bool:
 def grad_scaler(trainer: Trainer) -> Any:
     """The loss scaler of mixed precision, ``None`` without one."""
     return getattr(trainer.precision_plugin, "scaler", None)
-
-
-class MetricStates:
-    """The states of all metrics of a model, to be set back any number of times.
-
-    Tensors are copied, since metrics add to them in place; of lists, to which they append, only the list is.
-
-    Args:
-        model: the module whose metrics are meant.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        metrics = [module for module in model.modules() if isinstance(module, Metric)]
-        self._kept = [
-            (metric, {name: _copy(getattr(metric, name)) for name in metric._defaults}, metric._update_count)
-            for metric in metrics
-        ]
-
-    def tensors(self) -> list[Tensor]:
-        """The copies."""
-        return [x for _, state, _ in self._kept for x in state.values() if isinstance(x, Tensor)]
-
-    def restore(self) -> None:
-        """Set all states back."""
-        for metric, state, count in self._kept:
-            for name, value in state.items():
-                setattr(metric, name, _copy(value))
-            metric._update_count = count
-            metric._computed = None
-
-
-def _copy(state: Any) -> Any:
-    return state.detach().clone() if isinstance(state, Tensor) else list(state)
 
 
 class BatchMetrics:

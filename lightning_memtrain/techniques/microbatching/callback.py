@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -16,6 +17,7 @@ from lightning_memtrain.techniques.microbatching.chunks import LossReduction, Sp
 from lightning_memtrain.techniques.microbatching.early_zero_grad import EarlyZeroGrad
 from lightning_memtrain.techniques.microbatching.engine import MicrobatchEngine
 from lightning_memtrain.techniques.microbatching.normalization import BatchNormMode, BatchNormPolicy
+from lightning_memtrain.techniques.microbatching.recovery import Recovery
 from lightning_memtrain.techniques.microbatching.refusals import refuse_run
 from lightning_memtrain.techniques.microbatching.sizing import AutoSize, FixedSplit
 
@@ -122,6 +124,7 @@ class Microbatching(Callback):
         self._splitter = Splitter(loss_reduction, weight_fn, split_fn)
         self._batchnorm: BatchNormMode = batchnorm
         self._num_sweeps = batchnorm_sweeps
+        self._grow_after_batches = grow_after_batches
         self._size: AutoSize | FixedSplit
         if microbatch_size == "auto":
             limit_bytes = None if limit is None else parse_bytes(limit, argument="Microbatching(limit)")
@@ -130,6 +133,8 @@ class Microbatching(Callback):
             self._size = FixedSplit(num_microbatches, microbatch_size)
         self._has_batchnorm = False
         self._num_events_logged = 0
+        self._recovery: Recovery | None = None
+        self._fits: tuple[weakref.ref[Trainer], weakref.ref[LightningModule]] | None = None
         self._undo: Callable[[], None] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -140,6 +145,7 @@ class Microbatching(Callback):
         num_given = sum(isinstance(callback, Microbatching) for callback in callbacks)
         refuse_run(trainer, pl_module, self._size, num_given)
         _compat.check(trainer)
+        self._forget_other_runs(trainer, pl_module)
         if any(isinstance(callback, EarlyZeroGrad) for callback in callbacks):
             warnings.warn(
                 "`EarlyZeroGrad` has no effect beside `Microbatching`, which zeroes gradients early by "
@@ -160,7 +166,15 @@ class Microbatching(Callback):
                 "batchnorm_to_groupnorm(model) does without batch statistics."
             )
         engine = MicrobatchEngine(trainer, pl_module, self._splitter, self._size, policy)
+        self._recovery = engine.recovery
         self._undo = _compat.install_closure(trainer, engine.make_closure)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Watch the batch from its beginning if a size is to be found with it."""
+        if self._recovery is not None:
+            self._recovery.begin_batch(batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -168,6 +182,8 @@ class Microbatching(Callback):
         """Log the size that was chosen or changed."""
         if isinstance(self._size, FixedSplit):
             return
+        if self._recovery is not None:
+            self._recovery.end_batch()
         for event in self._size.events[self._num_events_logged :]:
             rank_zero_info(f"Microbatching, {event}")
         if len(self._size.events) > self._num_events_logged:
@@ -180,9 +196,25 @@ class Microbatching(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the training loop as it was found."""
+        if self._recovery is not None:
+            self._recovery.end_batch()
+            self._recovery = None
         if self._undo is not None:
             self._undo()
             self._undo = None
+
+    def _forget_other_runs(self, trainer: Trainer, model: LightningModule) -> None:
+        """Begin anew, unless the same trainer goes on with the same model."""
+        before, self._fits = self._fits, (weakref.ref(trainer), weakref.ref(model))
+        if before is None or (before[0]() is trainer and before[1]() is model):
+            return
+        self._has_batchnorm, self._num_events_logged = False, 0
+        if isinstance(self._size, AutoSize):
+            self._size = AutoSize(self._size.limit_bytes, self._grow_after_batches)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Sent to spawned processes and copied by tuners; which run it was for is not known there.
+        return {**self.__dict__, "_fits": None, "_recovery": None}
 
     def state_dict(self) -> dict[str, Any]:
         """The size that was found, so that a resumed run goes on with it."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,8 +12,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from torch import Tensor
 
 from lightning_memtrain.core import mark, partial_backward
-from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.objects import tensors_within
 from lightning_memtrain.techniques.microbatching import _compat, parallel, sizing
 from lightning_memtrain.techniques.microbatching.carried_state import CarriedState
 from lightning_memtrain.techniques.microbatching.chunks import Chunk, Splitter
@@ -21,12 +19,25 @@ from lightning_memtrain.techniques.microbatching.logs import CallRecorder
 from lightning_memtrain.techniques.microbatching.normalization import BatchNormPolicy
 from lightning_memtrain.techniques.microbatching.outputs import BatchOutcome, factor_of_the_rest
 from lightning_memtrain.techniques.microbatching.past_gradients import PastGradients, zero_grad_hooks
-from lightning_memtrain.techniques.microbatching.probe import Peak
 from lightning_memtrain.techniques.microbatching.recovery import Recovery
 from lightning_memtrain.techniques.microbatching.refusals import refuse_left_out
 from lightning_memtrain.techniques.microbatching.snapshot import BatchSnapshot
 
 Backward = Callable[[Tensor], None] | None
+
+
+class Kept(NamedTuple):
+    """What a chunk leaves behind until its batch is over.
+
+    Args:
+        loss: its loss, not yet weighed.
+        extra: what else ``training_step`` returned.
+        logged: what it logged.
+    """
+
+    loss: Tensor | None
+    extra: dict[str, Any]
+    logged: list[Any]
 
 
 class MicrobatchedClosure(_compat.Closure):
@@ -97,6 +108,8 @@ class MicrobatchEngine:
         self._carried = CarriedState(model)
         self._zero_grad_hooks = zero_grad_hooks(trainer, model)
         self._repeats_backward = isinstance(size, sizing.AutoSize) or batchnorm.may_synchronize
+        self.recovery = Recovery(self, size) if isinstance(size, sizing.AutoSize) else None
+        """Finds the size and corrects it, if it is not fixed."""
         # Where forward or backward communicates, all ranks must run equally many chunks.
         self._in_step = trainer.world_size > 1 and (
             parallel.is_sharded(trainer.strategy) or parallel.has_synchronized_batchnorm(model)
@@ -140,8 +153,9 @@ class MicrobatchEngine:
         Returns:
             Loss and further outputs of the whole batch.
         """
-        if isinstance(self._size, sizing.AutoSize):
-            return Recovery(self, self._size).run(kwargs, backward)
+        if self.recovery is not None:
+            return self.recovery.run(kwargs, backward)
+        assert isinstance(self._size, sizing.FixedSplit)
         batch = kwargs["batch"]
         count = self._size.num_microbatches
         if count is None:
@@ -222,7 +236,14 @@ class MicrobatchEngine:
     ) -> BatchOutcome:
         """All chunks, normalised by the statistics of the whole batch, which a first pass finds."""
         scaler, device = _compat.grad_scaler(self.trainer), self.trainer.strategy.root_device
-        before = BatchSnapshot(self.model, scaler, device, spared=self._batchnorm.running_statistics)
+        before = BatchSnapshot(
+            self.model,
+            scaler,
+            device,
+            spared=self._batchnorm.running_statistics,
+            batch=dict(kwargs),
+            optimizers=self.trainer.optimizers,
+        )
         mark("batch statistics")
         with self._batchnorm.statistics_pass(), _compat.results_replaced(self.trainer, CallRecorder()):
             _compat.training_step(self.trainer, kwargs)
@@ -318,30 +339,43 @@ class MicrobatchEngine:
             dict.fromkeys((*self.model.parameters(), *(p for group in groups for p in group["params"])))
         )
 
-    def probe(self, kwargs: Any, backward: Backward, count: int, held_bytes: int = 0) -> Peak:
-        """Run the first of ``count`` chunks in a ledger.
+    def run_trial(
+        self,
+        kwargs: Any,
+        backward: Backward,
+        count: int,
+        watched: Callable[[], AbstractContextManager[None]],
+        *,
+        warms_up: bool,
+    ) -> tuple[int, Kept]:
+        """Run the first of ``count`` chunks as if others had run before it. Nothing is logged.
 
         Args:
             kwargs: arguments of ``training_step`` by name.
             backward: backward of a loss; ``None`` to skip it.
             count: chunks to make of the batch.
-            held_bytes: bytes that the ledger cannot know of, since they were there before and are not used.
+            watched: around the run that is meant.
+            warms_up: whether to run the chunk once before, so that there are gradients.
 
         Returns:
-            The peak of the last of them.
+            Samples of the chunk, and what it would leave behind until the end of the batch.
         """
-        chunks, recorder = self.splitter.split(kwargs["batch"], count), CallRecorder()
+        chunks = self.splitter.split(kwargs["batch"], count)
         self._carried.begin(chunks)
         self._metrics.begin()
         with ExitStack() as undo:
             undo.callback(self._metrics.abandon)
             undo.enter_context(self._batchnorm.batch(count))
-            undo.enter_context(self._batchnorm.chunk())
             undo.enter_context(parallel.gradient_sync(self.trainer.strategy, enabled=False))
-            undo.enter_context(_compat.results_replaced(self.trainer, recorder))
-            ledger = undo.enter_context(MemoryLedger(self.model, self.trainer.optimizers, kwargs["batch"]))
-            loss, extra = self._run_chunk(kwargs, backward, chunks[0])
-        peak_bytes = ledger.breakdown(per_module=False, timeline=False).ledger_peak_bytes
-        # The last chunk finds there what all others returned and logged.
-        kept_bytes = sum(tensor.nbytes for tensor in tensors_within((loss, extra, recorder.logged_values())))
-        return Peak(chunks[0].num_samples or 1, peak_bytes + held_bytes + (count - 1) * kept_bytes)
+
+            def run() -> Kept:
+                recorder = CallRecorder()
+                with self._batchnorm.chunk(), _compat.results_replaced(self.trainer, recorder):
+                    return Kept(*self._run_chunk(kwargs, backward, chunks[0]), recorder.logged_values())
+
+            # Pooled statistics take more from the second chunk on.
+            if warms_up or (self._batchnorm.has_layers and count > 1):
+                run()
+            with watched():
+                kept = run()
+        return chunks[0].num_samples or 1, kept

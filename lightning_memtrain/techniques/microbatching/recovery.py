@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-import gc
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_memtrain.core import format_bytes, is_out_of_memory
+from lightning_memtrain.core import aside, does_not_fit, is_out_of_memory
+from lightning_memtrain.ledger import MemoryLedger
+from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.techniques.microbatching import _compat, parallel, sizing
-from lightning_memtrain.techniques.microbatching.probe import Peak, largest_fitting
-from lightning_memtrain.techniques.microbatching.snapshot import BatchSnapshot
+from lightning_memtrain.techniques.microbatching.circumstances import (
+    Circumstances,
+    Found,
+    trained_parameters,
+)
+from lightning_memtrain.techniques.microbatching.probe import largest_fitting
+from lightning_memtrain.techniques.microbatching.refusals import (
+    limit_refused,
+    refused_elsewhere,
+    update_refused,
+)
+from lightning_memtrain.techniques.microbatching.snapshot import BatchSnapshot, WrittenTensors
+from lightning_memtrain.techniques.microbatching.trial import Trials, release_memory, restore
+from lightning_memtrain.techniques.microbatching.update import update_signature
 
 if TYPE_CHECKING:
     from lightning_memtrain.techniques.microbatching.engine import Backward, MicrobatchEngine
 
+# More than any batch has samples; exact in float32, by which ranks agree.
+_ANY_SIZE = 2**24
+
 
 class Recovery:
-    """Runs one batch again with smaller chunks whenever memory runs out, on all ranks alike.
+    """Runs batches with the size that fits, and again with smaller chunks when memory runs out.
+
+    All ranks do so alike.
 
     Args:
         engine: runs the chunks.
@@ -30,6 +49,27 @@ class Recovery:
         self._size = size
         self._trainer = engine.trainer
         self._device = self._trainer.strategy.root_device
+        self._written = WrittenTensors()
+        self._ledger: MemoryLedger | None = None
+
+    # ------------------------------------------------------------------ a batch
+
+    def begin_batch(self, batch: Any) -> None:
+        """Watch a batch that is going to be probed from its very beginning.
+
+        Args:
+            batch: the whole batch.
+        """
+        self.end_batch()
+        with suppress(MisconfigurationException):  # a batch that cannot be split is refused when it is run
+            if self._size.size_for(self._circumstances(batch, held_bytes=0)) is None:
+                self._watch(batch)
+
+    def end_batch(self) -> None:
+        """Stop watching."""
+        if self._ledger is not None:
+            self._ledger.__exit__(None, None, None)
+            self._ledger = None
 
     def run(self, kwargs: Any, backward: Backward) -> _compat.ClosureResult:
         """As :meth:`MicrobatchEngine.run`."""
@@ -38,11 +78,20 @@ class Recovery:
         parallel.broadcast_buffers(trainer.strategy)
         results = _compat.results(trainer)
         logged = _compat.results_state(results)
-        snapshot = self._snapshot()
-        has_state = any(optimizer.state for optimizer in trainer.optimizers)
-        to_probe = size.is_unknown_for(engine.splitter.batch_size(batch), has_state)
-        if parallel.highest_of_ranks(trainer, int(to_probe)):
-            self._probe(kwargs, backward, snapshot)
+        snapshot = self._snapshot(kwargs)
+        now = self._circumstances(batch, snapshot.reachable_bytes)
+        if parallel.highest_of_ranks(trainer, int(size.choose(now) is None)):
+            # The ledger's hooks are part of the state that each trial begins with, and not of the batch's.
+            if self._ledger is None:
+                self._watch(batch)
+                snapshot = self._snapshot(kwargs)
+            try:
+                self._probe(kwargs, backward, snapshot, now)
+            finally:
+                self.end_batch()
+            snapshot = self._snapshot(kwargs)
+        else:
+            self.end_batch()
         retries = sizing.allocation_retries(self._device)
         while True:
             assert size.size is not None
@@ -54,9 +103,11 @@ class Recovery:
                 if not delayed.needed:
                     result = engine.commit(outcome)
             except Exception as error:
-                if not is_out_of_memory(error):
+                # A limit of somebody else's that is out of reach even so ends the run in its own words.
+                if not does_not_fit(error) or (attempted == 1 and not is_out_of_memory(error)):
                     raise
                 failure = str(error) or type(error).__name__
+                why = "out of memory" if is_out_of_memory(error) else "a limit is out of reach"
             # Outside of the `except` block, whose exception holds on to the tensors of the failed chunk.
             retried = sizing.allocation_retries(self._device) > retries
             verdict = parallel.highest_of_ranks(trainer, 2 if failure else int(retried))
@@ -69,96 +120,122 @@ class Recovery:
             outcome, chunks = None, []
             engine.discard()
             _compat.restore_results(results, logged)
-            _restore(snapshot)
-            _release_memory(self._device)
+            restore(snapshot)
+            release_memory(self._device)
             attempted = parallel.highest_of_ranks(trainer, attempted)
             if attempted == 1:
                 raise torch.OutOfMemoryError(
                     "Out of memory with a single sample at a time, so `Microbatching` cannot help further. "
                     f"The device said: {failure or 'out of memory on another rank'}"
                 )
-            size.failed(trainer.global_step, attempted)
+            size.failed(trainer.global_step, attempted, why if failure else "out of memory on another rank")
 
-    def _snapshot(self) -> BatchSnapshot:
-        arguments = (self._engine.model, _compat.grad_scaler(self._trainer), self._device)
+    def _snapshot(self, kwargs: Any) -> BatchSnapshot:
+        def make() -> BatchSnapshot:
+            return BatchSnapshot(
+                self._engine.model,
+                _compat.grad_scaler(self._trainer),
+                self._device,
+                batch=dict(kwargs),
+                optimizers=self._trainer.optimizers,
+                constant=_compat.logged_tensors(self._trainer),
+                written=self._written,
+            )
+
         try:
-            return BatchSnapshot(*arguments)
+            return make()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
         # Nothing has changed yet, and what an iterator or the allocator's cache held may be free now.
-        _release_memory(self._device)
-        return BatchSnapshot(*arguments)
+        release_memory(self._device)
+        return make()
 
-    def _probe(self, kwargs: Any, backward: Backward, snapshot: BatchSnapshot) -> None:
+    # ------------------------------------------------------------------ the size
+
+    def _circumstances(self, batch: Any, held_bytes: int) -> Circumstances:
+        engine = self._engine
+        tensors = [tensor for tensor in tensors_in(batch) if tensor.device.type == self._device.type]
+        # Only the default way of splitting is known to split along the first axis.
+        first = 1 if engine.splitter.split_fn is None else 0
+        return Circumstances(
+            num_samples=engine.splitter.batch_size(batch),
+            shapes=tuple(tuple(tensor.shape[first:]) for tensor in tensors),
+            batch_bytes=sum(tensor.nbytes for tensor in tensors),
+            trained=trained_parameters(engine.model),
+            amid_window=self._amid_window,
+            held_bytes=held_bytes,
+            update=update_signature(self._trainer.optimizers),
+        )
+
+    @property
+    def _amid_window(self) -> bool:
+        return self._trainer.accumulate_grad_batches > 1
+
+    def _watch(self, batch: Any) -> None:
+        ledger = MemoryLedger(self._engine.model, self._trainer.optimizers, batch, device=self._device)
+        self._ledger = ledger.__enter__()
+
+    def _probe(self, kwargs: Any, backward: Backward, snapshot: BatchSnapshot, now: Circumstances) -> None:
         """Find the size to start from. Leaves no trace but the size."""
-        engine, size, trainer = self._engine, self._size, self._trainer
-        batch_size = engine.splitter.batch_size(kwargs["batch"])
-        free_bytes = self._free_bytes()
-        amid_window = trainer.accumulate_grad_batches > 1
-        held_bytes = snapshot.num_bytes(amid_window)
-        has_gradients = False
-
-        def run(num_chunks: int) -> Peak | None:
-            nonlocal has_gradients
+        trainer, limit_bytes = self._trainer, self._limit_bytes()
+        # A rank whose batch fits as a whole may be asked for chunks, which find gradients of others.
+        amid_window = now.amid_window or trainer.world_size > 1
+        assert self._ledger is not None
+        spared_bytes = 0 if amid_window else sum(p.nbytes for p in self._engine.model.parameters())
+        with aside("probe"):
+            trials = Trials(self._engine, kwargs, backward, snapshot, self._ledger, limit_bytes, amid_window)
             try:
-                if num_chunks == 1 and not amid_window:
-                    _restore(snapshot)  # nothing before this one has left gradients
-                elif not has_gradients:
-                    engine.probe(kwargs, backward, num_chunks, held_bytes)
-                has_gradients = num_chunks > 1
-                return engine.probe(kwargs, backward, num_chunks, held_bytes)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                return None
+                peak = largest_fitting(trials.measure, now.num_samples, limit_bytes, spared_bytes)
+            finally:
+                restore(snapshot)
+        refusal = self._refusal(trials, limit_bytes) if peak.size == 1 else None
+        if parallel.highest_of_ranks(trainer, int(refusal is not None)):
+            raise refusal or refused_elsewhere()
+        is_whole = peak.size >= now.num_samples
+        agreed = -parallel.highest_of_ranks(trainer, -(_ANY_SIZE if is_whole else peak.size))
+        measured = trials.measured.get(peak.size)
+        self._size.start(
+            trainer.global_step,
+            Found(
+                size=min(peak.size, agreed),
+                peak_bytes=peak.num_bytes,
+                limit_bytes=limit_bytes,
+                growing_bytes=0 if measured is None else measured.growing_bytes,
+                kept_bytes=0 if measured is None else measured.kept_bytes,
+                coming_bytes=trials.coming_bytes,
+                updates=(now.update,) if trials.forecast is None else trials.forecast.signatures,
+                made_for=now._replace(amid_window=amid_window),
+            ),
+        )
 
-        def measure(num_chunks: int) -> Peak:
-            asked = -(-batch_size // num_chunks)
-            found = run(num_chunks)
-            if found is None:
-                _release_memory(self._device)
-                found = run(num_chunks) or Peak(asked, None)  # once more without what the allocator kept
-            if found.size != asked:
-                raise MisconfigurationException(
-                    '`Microbatching(microbatch_size="auto")` needs chunks of even size, but asked for '
-                    f"{num_chunks} chunks of {batch_size} samples `split_fn` returned a first one with "
-                    f"{found.size}. With this `split_fn`, use `num_microbatches` instead."
-                )
-            return found
-
-        try:
-            peak = largest_fitting(measure, batch_size, free_bytes)
-        finally:
-            _restore(snapshot)
-        if size.limit_bytes is not None and peak.num_bytes is not None and peak.num_bytes > free_bytes:
-            raise MisconfigurationException(
-                "`Microbatching(limit)` must have room for one sample at a time, which takes "
-                f"{format_bytes(peak.num_bytes)}, but got limit={format_bytes(free_bytes)}. Raise it, or "
-                "make weights, gradients or optimizer state smaller: microbatching only shrinks activations."
+    def _refusal(self, trials: Trials, limit_bytes: int) -> Exception | None:
+        """The reason why a single sample at a time does not fit, if a limit was given."""
+        if self._size.limit_bytes is None:
+            return None
+        single, at_least = trials.measured.get(1), False
+        if single is None:
+            needed_bytes = trials.needed_bytes.get(1)
+            if needed_bytes is None:
+                return None  # whatever else broke it off, such as the device itself, speaks for itself
+            at_least, single = True, trials.least()._replace(chunks_bytes=needed_bytes, held=trials.held)
+        if not at_least and single.peak_bytes <= limit_bytes:
+            return None
+        if single.update_bytes <= max(limit_bytes, single.chunks_bytes) or trials.forecast is None:
+            return limit_refused(
+                limit_bytes, single.chunks_bytes, single.held, trials.coming_bytes, at_least=at_least
             )
-        agreed = -parallel.highest_of_ranks(trainer, -peak.size)
-        has_state = any(optimizer.state for optimizer in trainer.optimizers)
-        size.start(trainer.global_step, agreed, batch_size, peak.num_bytes, free_bytes, has_state)
+        return update_refused(
+            limit_bytes,
+            single.update_bytes,
+            single.left,
+            trials.forecast.kept_bytes,
+            trials.forecast.over_bytes,
+        )
 
-    def _free_bytes(self) -> int:
+    def _limit_bytes(self) -> int:
         if self._size.limit_bytes is not None:
             return self._size.limit_bytes
         free_bytes = sizing.free_device_bytes(self._device)
         assert free_bytes is not None
         return free_bytes
-
-
-def _restore(snapshot: BatchSnapshot) -> None:
-    try:
-        snapshot.restore()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        snapshot.restore()  # needs no memory to speak of; what failed was somebody else's in between
-
-
-def _release_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type != "cpu":
-        getattr(torch, device.type).empty_cache()

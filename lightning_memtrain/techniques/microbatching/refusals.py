@@ -6,6 +6,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
+from lightning_memtrain.core import Category, CategoryBytes, format_bytes
 from lightning_memtrain.techniques.microbatching import _compat, parallel
 from lightning_memtrain.techniques.microbatching.sizing import AutoSize, FixedSplit, free_device_bytes
 
@@ -94,3 +95,91 @@ def _refuse_auto(trainer: Trainer, model: LightningModule, size: AutoSize) -> No
             f"while the others go on, but got {reason}: they would wait forever. "
             "Give num_microbatches or a size."
         )
+
+
+def uneven_chunks(num_chunks: int, batch_size: int, num_samples: int) -> MisconfigurationException:
+    """Of a ``split_fn`` whose first chunk is not the largest of even ones.
+
+    Args:
+        num_chunks: what was asked for.
+        batch_size: samples of the batch.
+        num_samples: samples of the first chunk.
+
+    Returns:
+        The error.
+    """
+    return MisconfigurationException(
+        '`Microbatching(microbatch_size="auto")` needs chunks of even size, but asked for '
+        f"{num_chunks} chunks of {batch_size} samples `split_fn` returned a first one with {num_samples}. "
+        "With this `split_fn`, use `num_microbatches` instead."
+    )
+
+
+_WORDS = {
+    Category.INPUTS: "the batch and other inputs",
+    Category.OPTIMIZER_STATE: "optimizer state",
+    Category.TEMPORARY: "temporary tensors",
+}
+
+
+def limit_refused(
+    limit_bytes: int, needed_bytes: int, held: CategoryBytes, coming_bytes: int, *, at_least: bool
+) -> MisconfigurationException:
+    """Of a limit that a single sample at a time does not keep.
+
+    Args:
+        limit_bytes: what may be used.
+        needed_bytes: what is needed.
+        held: what was counted of that.
+        coming_bytes: optimizer state that is still to be made.
+        at_least: whether it may be more that is needed.
+
+    Returns:
+        The error.
+    """
+    return MisconfigurationException(
+        "`Microbatching(limit)` must have room for one sample at a time, which takes "
+        f"{'at least ' if at_least else ''}{format_bytes(needed_bytes)} with {_listed(held, coming_bytes)}, "
+        f"but got limit={format_bytes(limit_bytes)}. Raise it, or make weights, gradients or optimizer state "
+        "smaller: microbatching only shrinks activations."
+    )
+
+
+def update_refused(
+    limit_bytes: int, needed_bytes: int, held: CategoryBytes, coming_bytes: int, over_bytes: int
+) -> MisconfigurationException:
+    """Of a limit that the step of the optimizer does not keep.
+
+    Args:
+        limit_bytes: what may be used.
+        needed_bytes: what is needed.
+        held: what was counted of that before the step.
+        coming_bytes: optimizer state that the coming steps make.
+        over_bytes: all that they hold at most beyond what there was before.
+
+    Returns:
+        The error.
+    """
+    temporary_bytes = over_bytes - coming_bytes
+    temporary = f", {format_bytes(temporary_bytes)} of temporary tensors" if temporary_bytes else ""
+    return MisconfigurationException(
+        "`Microbatching(limit)` must have room for the step of the optimizer, which takes "
+        f"{format_bytes(needed_bytes)} with {_listed(held, coming_bytes)}{temporary}, but got "
+        f"limit={format_bytes(limit_bytes)}. No size of microbatches changes that. Raise it, let the "
+        "optimizer step one parameter at a time (foreach=False) or keep less state, or make weights smaller."
+    )
+
+
+def refused_elsewhere() -> MisconfigurationException:
+    """Of a limit that this rank keeps and another one does not."""
+    return MisconfigurationException(
+        "`Microbatching(limit)` must have room for one sample at a time on every rank, but got a limit that "
+        "another rank cannot keep; its error says what it needs. Raise the limit."
+    )
+
+
+def _listed(held: CategoryBytes, coming_bytes: int) -> str:
+    parts = {_WORDS.get(category, category.value): num_bytes for category, num_bytes in held.items()}
+    parts["optimizer state"] += coming_bytes
+    largest_first = sorted(parts.items(), key=lambda part: -part[1])
+    return ", ".join(f"{format_bytes(num_bytes)} of {name}" for name, num_bytes in largest_first if num_bytes)

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 
 from lightning_memtrain.core import format_bytes
+from lightning_memtrain.techniques.microbatching.circumstances import Circumstances, Found
+
+# So many sizes are remembered for batches of different kinds.
+_MOST_FOUND = 32
 
 
 class FixedSplit:
@@ -25,9 +29,10 @@ class FixedSplit:
 class AutoSize:
     """The number of samples at a time that fits the memory.
 
-    It starts from what a probe found, see :func:`~.probe.largest_fitting`. Running out of memory halves it;
-    so does an allocator that had to free its cache and try again in two batches running. After a stretch of
-    clean batches it doubles, up to what the probe found; each failure makes the stretch twice as long.
+    It is what probes found, see :func:`~.probe.largest_fitting`: the largest of those that are sure to hold
+    for the batch at hand. Running out of memory halves it; so does an allocator that had to free its cache
+    and try again in two batches running. After a stretch of clean batches it doubles, up to what probes
+    found; each failure makes the stretch twice as long.
 
     Args:
         limit_bytes: most bytes to use; ``None`` for what the device has free.
@@ -38,61 +43,67 @@ class AutoSize:
         self.limit_bytes = limit_bytes
         self.events: list[str] = []
         self.size: int | None = None
-        """Most samples per chunk; ``None`` before the probe."""
-        self._ceiling = 0
+        """Most samples per chunk; ``None`` before the first probe."""
+        self._found: list[Found] = []
+        self._most: int | None = None  # since memory ran out
         self._grow_after = grow_after_batches
         self._num_clean = 0
         self._num_retries = 0
-        # The batch of the last probe, and whether that ran before the optimizer had made its state.
-        self._probed_size = 0
-        self._lacks_optimizer_state = False
 
-    def is_unknown_for(self, batch_size: int, has_optimizer_state: bool) -> bool:
-        """Whether the last probe, if any, says nothing about a batch.
+    def size_for(self, now: Circumstances) -> int | None:
+        """The size for a batch.
 
         Args:
-            batch_size: samples of the batch.
-            has_optimizer_state: whether the optimizer has made its state by now.
+            now: the batch.
 
         Returns:
-            Whether to probe: at first, once there is optimizer state, and for a batch larger than one that
-            fitted as a whole.
+            The size; ``None`` if no probe says anything about such a batch, so that it has to be probed.
         """
-        if self.size is None or (self._lacks_optimizer_state and has_optimizer_state):
-            return True
-        return batch_size > self._probed_size == self._ceiling
+        sizes = [found.size for found in self._found if found.holds_for(now, self.limit_bytes)]
+        if not sizes:
+            return None
+        return max(sizes) if self._most is None else min(max(sizes), self._most)
 
-    def start(
-        self,
-        step: int,
-        size: int,
-        batch_size: int,
-        peak_bytes: int | None,
-        free_bytes: int,
-        has_optimizer_state: bool,
-    ) -> None:
-        """Take a size that a probe found as the one to start from and never to exceed.
+    def choose(self, now: Circumstances) -> int | None:
+        """Take the size for a batch, if it is known.
+
+        Args:
+            now: the batch.
+
+        Returns:
+            As :meth:`size_for`.
+        """
+        size = self.size_for(now)
+        if size is not None:
+            self.size = size
+        return size
+
+    def start(self, step: int, found: Found) -> None:
+        """Take what a probe found.
 
         Args:
             step: optimizer steps so far.
-            size: most samples per chunk, on all ranks.
-            batch_size: samples of the whole batch.
-            peak_bytes: peak of a chunk of this rank's own choice; ``None`` if memory ran out.
-            free_bytes: bytes that may be used in all.
-            has_optimizer_state: whether the optimizer has made its state.
+            found: the size, for the batch at hand.
         """
-        had_room = self._probed_size == self._ceiling == self.size
-        self._lacks_optimizer_state, self._probed_size = not has_optimizer_state, batch_size
-        if self.size is not None and not had_room:
-            size = min(size, self.size)
-        if size != self.size:
-            found = "no size was found that fits" if peak_bytes is None else f"{format_bytes(peak_bytes)}"
-            now = " with optimizer state" if has_optimizer_state and self.size is not None else ""
+        now = found.made_for
+        why = self._found[-1].lacks(now) if self._found else ""
+        # What was found for less than this, and is no larger, will not be asked for again.
+        self._found = [
+            one
+            for one in self._found
+            if one.size > found.size or not found.holds_for(one.made_for, self.limit_bytes)
+        ]
+        self._found = [*self._found[1 - _MOST_FOUND :], found]
+        before = self.size
+        self.size = found.size if self._most is None else min(found.size, self._most)
+        if self.size != before:
+            peak_bytes = found.peak_bytes
+            fits = "no size was found that fits" if peak_bytes is None else format_bytes(peak_bytes)
             self._say(
                 step,
-                f"microbatch_size={size} of {batch_size} samples{now}: {found} of {format_bytes(free_bytes)}",
+                f"microbatch_size={self.size} of {now.num_samples} samples{why}: {fits} of "
+                f"{format_bytes(found.limit_bytes)}",
             )
-        self.size = self._ceiling = size
 
     def reduce_to(self, step: int, size: int, why: str) -> None:
         """Take a smaller size from now on.
@@ -103,18 +114,19 @@ class AutoSize:
             why: what to say in the report.
         """
         self._say(step, f"{why}; microbatch_size={size} from here")
-        self.size = size
+        self.size = self._most = size
         self._num_clean = 0
 
-    def failed(self, step: int, attempted: int) -> None:
-        """Halve the size, because memory ran out.
+    def failed(self, step: int, attempted: int, why: str = "out of memory") -> None:
+        """Halve the size, because it does not fit.
 
         Args:
             step: optimizer steps so far.
             attempted: samples of the largest chunk that was tried, at least 2.
+            why: what to say in the report.
         """
         self._grow_after *= 2
-        self.reduce_to(step, (attempted + 1) // 2, f"out of memory at microbatch_size={attempted}")
+        self.reduce_to(step, (attempted + 1) // 2, f"{why} at microbatch_size={attempted}")
 
     def succeeded(self, step: int, retried: bool) -> None:
         """Count a batch that went well; shrink or grow for the next ones.
@@ -131,22 +143,22 @@ class AutoSize:
             self.reduce_to(step, (self.size + 1) // 2, "the allocator had to retry in two batches running")
             return
         self._num_clean += 1
-        if self._num_clean >= self._grow_after and self.size < self._ceiling:
-            size = min(2 * self.size, self._ceiling)
-            self._say(step, f"{self._num_clean} clean batches; microbatch_size={size} from here")
-            self.size = size
+        ceiling = max((found.size for found in self._found), default=0)
+        if self._most is not None and self._most < ceiling and self._num_clean >= self._grow_after:
+            self._most = min(2 * self._most, ceiling)
+            self._say(step, f"{self._num_clean} clean batches; microbatch_size={self._most} from here")
+            self.size = self._most
             self._num_clean = 0
 
-    def state_dict(self) -> dict[str, int | None]:
+    def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know."""
         return {
             "microbatch_size": self.size,
-            "ceiling": self._ceiling,
+            "most_since_failure": self._most,
             "grow_after_batches": self._grow_after,
             "num_clean_batches": self._num_clean,
             "num_retries": self._num_retries,
-            "probed_size": self._probed_size,
-            "lacks_optimizer_state": self._lacks_optimizer_state,
+            "found": [found.to_list() for found in self._found],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -156,12 +168,15 @@ class AutoSize:
             state: what it returned.
         """
         self.size = state["microbatch_size"]
-        self._ceiling = state["ceiling"]
         self._grow_after = state["grow_after_batches"]
         self._num_clean = state["num_clean_batches"]
         self._num_retries = state["num_retries"]
-        self._probed_size = state["probed_size"]
-        self._lacks_optimizer_state = state["lacks_optimizer_state"]
+        # Older versions did not save what was found, so they probe again.
+        self._found = [Found.from_list(values) for values in state.get("found", ())]
+        self._most = state.get("most_since_failure")
+        # Below all that probes found, it can only be that memory ran out.
+        if self._found and self.size is not None and self.size < min(found.size for found in self._found):
+            self._most = self.size
 
     def _say(self, step: int, what: str) -> None:
         self.events.append(f"step {step}: {what}")

@@ -47,7 +47,9 @@ class UpdateForecast(NamedTuple):
 def forecast_update(
     optimizers: Sequence[Optimizer],
     device: torch.device,
-    before: Callable[[Optimizer], None] = lambda _: None,
+    before: Callable[[Optimizer], Any] = lambda _: None,
+    *,
+    every_gradient: bool = False,
 ) -> UpdateForecast:
     """Run the coming steps of optimizers on tensors without data; they themselves stay as they are.
 
@@ -55,6 +57,7 @@ def forecast_update(
         optimizers: the run's, whose parameters have the gradients that the step is going to have.
         device: where bytes are counted.
         before: what happens to gradients before each step, such as clipping; called with a stand-in.
+        every_gradient: take it that every parameter in training is going to have a gradient.
 
     Returns:
         The bytes.
@@ -73,7 +76,7 @@ def forecast_update(
         return UpdateForecast(signatures=(now,), unknown=f"{refused} evaluates the model in its step")
     state = UserState(*optimizers)
     try:
-        return _forecast(optimizers, device, before, state.tensors)
+        return _forecast(optimizers, device, before, state.tensors, every_gradient)
     except Exception as error:  # an optimizer may refuse tensors without data in any way it likes
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
@@ -86,12 +89,13 @@ def _forecast(
     device: torch.device,
     before: Callable[[Optimizer], Any],
     tensors: Sequence[Tensor],
+    every_gradient: bool,
 ) -> UpdateForecast:
     signatures = [update_signature(optimizers)]
     with ExitStack() as undo:
         undo.enter_context(rehearsal())
         mode = FakeTensorMode()
-        memo = {id(tensor): _without_data(tensor, mode) for tensor in tensors}
+        memo = {id(tensor): _without_data(tensor, mode, every_gradient) for tensor in tensors}
         undo.enter_context(mode)
         undo.enter_context(_Ones())  # type: ignore[no-untyped-call]
         undo.enter_context(torch.no_grad())
@@ -125,7 +129,7 @@ class _Ones(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
 
 
-def _without_data(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+def _without_data(tensor: Tensor, mode: FakeTensorMode, with_gradient: bool) -> Tensor:
     if tensor.device.type == "cpu" and tensor.numel() == 1 and not isinstance(tensor, nn.Parameter):
         # Steps are counted in such tensors, and optimizers ask for their values.
         value = tensor.item()
@@ -136,6 +140,8 @@ def _without_data(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
         twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
         if tensor.grad is not None:
             twin.grad = mode.from_tensor(tensor.grad.detach(), static_shapes=True)
+        elif with_gradient and tensor.requires_grad:
+            twin.grad = torch.empty_like(twin)
     return twin
 
 
@@ -150,7 +156,7 @@ def _twin(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
     for own, group in zip(optimizer.param_groups, twin.param_groups, strict=True):
         # Which way is the default depends on the device and on the type of the tensors, which is another now.
         if "foreach" in own and own["foreach"] is None and not own.get("fused"):
-            with_gradient = [p for p in own["params"] if p.grad is not None]
+            with_gradient = [p for p in own["params"] if p.grad is not None or p.requires_grad]
             group["foreach"] = _default_to_fused_or_foreach(with_gradient, differentiable=False)[1]
     return twin
 

@@ -306,3 +306,19 @@ def test_running_out_of_memory_is_said(when: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.Tensor, "clone", fail)
     with pytest.raises(torch.OutOfMemoryError):
         UserState(held, copies=everything)
+
+
+def test_values_may_be_kept_later_while_they_are_as_they_were():
+    module = nn.Linear(2, 2)
+    module.queue = torch.zeros(3)
+    state = UserState(module)
+    assert any(tensor is module.queue for tensor in state.uncopied)
+    assert state.num_bytes == 0
+    state.copy(module.queue)
+    state.copy(torch.ones(5))  # not within reach
+    assert not any(tensor is module.queue for tensor in state.uncopied)
+    assert state.num_bytes == 12
+    module.queue.add_(1)
+    state.copy(module.queue)  # does nothing more
+    state.restore()
+    assert torch.equal(module.queue, torch.zeros(3))

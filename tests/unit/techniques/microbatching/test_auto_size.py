@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_memtrain.core import format_bytes, parse_bytes
+from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.report import MemoryProfiler
 from lightning_memtrain.techniques.microbatching import Microbatching, sizing
 from tests.helpers.faults import FailAt
@@ -28,10 +32,18 @@ class Net(LightningModule):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 3))
         self.optimizer = optimizer
-        self.sizes: list[int] = []
+        self._sizes: SimpleQueue[int] = SimpleQueue()  # nothing that is set back with the model
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of all chunks so far, also of those whose batch was run again."""
+        sizes = [self._sizes.get() for _ in range(self._sizes.qsize())]
+        for size in sizes:
+            self._sizes.put(size)
+        return sizes
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        self.sizes.append(len(batch))
+        self._sizes.put(len(batch))
         return self.net(batch).square().mean()
 
     def configure_optimizers(self) -> Any:
@@ -60,7 +72,8 @@ def largest_chunk(microbatching: Microbatching) -> int:
 @pytest.fixture(autouse=True)
 def _peaks_are_the_ledgers(monkeypatch: pytest.MonkeyPatch) -> None:
     # The CPU's allocator has a reading for most steps only, which depends on the addresses of blocks.
-    monkeypatch.setattr("lightning_memtrain.report.profiler.device_truth", lambda device: None)
+    for module in ("report.profiler", "techniques.microbatching.trial"):
+        monkeypatch.setattr(f"lightning_memtrain.{module}.device_truth", lambda device: None)
 
 
 def step_peaks(folder: Path, technique: Microbatching, optimizer: Any, accumulate: int = 1) -> list[int]:
@@ -99,27 +112,75 @@ def test_it_finds_the_largest_size_within_the_limit(
     assert largest_chunk(too_little) == smaller
 
 
-def test_the_optimizer_state_is_counted_once_it_is_there(tmp_path: Path):
+def test_room_is_left_for_optimizer_state_before_it_is_there(tmp_path: Path):
     first, *_, last = step_peaks(tmp_path, Microbatching(microbatch_size=8), torch.optim.Adam)
     assert last - first == 2 * PARAMETERS_BYTES + 4 * 6  # and the number of steps, for each parameter
+    microbatching = auto(last + RNG_BYTES)
+    assert step_peaks(tmp_path, microbatching, torch.optim.Adam) == [first, last, last]
+    (event,) = microbatching.technique_record().events
+    assert event.startswith("step 0: microbatch_size=8 of 24 samples: ")
+    # In the first step, 8 samples would fit.
     microbatching = auto(last + RNG_BYTES - LOSSES_BYTES)
-    step_peaks(tmp_path, microbatching, torch.optim.Adam)
-    chosen, reduced = microbatching.technique_record().events
-    assert chosen.startswith("step 0: microbatch_size=8 of 24 samples: ")
-    assert reduced.startswith("step 1: microbatch_size=6 of 24 samples with optimizer state: ")
-    assert largest_chunk(microbatching) == 6
+    assert max(step_peaks(tmp_path, microbatching, torch.optim.Adam)) <= last - LOSSES_BYTES
+    (event,) = microbatching.technique_record().events
+    assert event.startswith("step 0: microbatch_size=6 of 24 samples: ")
 
 
-def test_a_limit_below_one_sample_is_refused(tmp_path: Path):
-    message = (
-        r"^`Microbatching\(limit\)` must have room for one sample at a time, which takes [\d.]+ KiB, but got "
-        r"limit=1 B\. Raise it, or make weights, gradients or optimizer state smaller: microbatching only "
-        r"shrinks activations\.$"
-    )
-    trainer = quiet_trainer(tmp_path, auto(1))
-    with pytest.raises(MisconfigurationException, match=message):
-        trainer.fit(Net(), loader(2))
+BATCH_BYTES = NUM_SAMPLES * 40 * 4 * 4
+
+
+def refused(limit_bytes: int, optimizer: Any, folder: Path, **options: Any) -> str:
+    """Why a limit is refused; it is not broken until then."""
+    ledgers = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            ledgers.append(MemoryLedger(pl_module, trainer.optimizers, batch).__enter__())
+
+    trainer = quiet_trainer(folder, Watch(), auto(limit_bytes), **options)
+    with pytest.raises(MisconfigurationException) as caught:
+        trainer.fit(Net(optimizer), loader(2))
+    ledgers[0].__exit__(None, None, None)
     assert trainer.global_step == 0
+    breakdown = ledgers[0].breakdown()
+    assert breakdown.ledger_peak_bytes <= max(limit_bytes, breakdown.start_bytes)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("short_by", [1, 3_000, 20_000])
+def test_a_limit_below_one_sample_is_refused_with_what_holds_it(short_by: int, tmp_path: Path):
+    peak_bytes = step_peaks(tmp_path, Microbatching(microbatch_size=1), torch.optim.SGD)[0]
+    limit_bytes = peak_bytes + RNG_BYTES - short_by
+    message = (
+        r"^`Microbatching\(limit\)` must have room for one sample at a time, which takes "
+        r"(at least )?(?P<needed>[\d.]+ KiB) with .*15\.00 KiB of the batch and other inputs.* 5\.51 KiB of "
+        rf"parameters.*, but got limit={re.escape(format_bytes(limit_bytes))}\. Raise it, or make weights, "
+        r"gradients or optimizer state smaller: microbatching only shrinks activations\.$"
+    )
+    found = re.match(message, refused(limit_bytes, torch.optim.SGD, tmp_path))
+    assert found is not None
+    assert limit_bytes < parse_bytes(found["needed"]) + 6  # rounded
+    assert parse_bytes(found["needed"]) <= peak_bytes + RNG_BYTES + 6
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_limit_below_the_step_of_the_optimizer_is_refused_with_what_holds_it(foreach: bool, tmp_path: Path):
+    adam = functools.partial(torch.optim.Adam, foreach=foreach)
+    # Root and quotient of the largest parameter; or, at once, the roots of all.
+    temporary_bytes = PARAMETERS_BYTES if foreach else 2 * 4 * 64 * 16
+    state_bytes = 2 * PARAMETERS_BYTES + 4 * 6
+    needed_bytes = 2 * PARAMETERS_BYTES + BATCH_BYTES + state_bytes
+    message = (
+        r"^`Microbatching\(limit\)` must have room for the step of the optimizer, which takes "
+        r"(?P<needed>[\d.]+ KiB) with 15\.00 KiB of the batch and other inputs, 11\.05 KiB of optimizer "
+        r"state, 5\.51 KiB of parameters, 5\.51 KiB of gradients, (?P<temporary>[\d.]+ K?i?B) of temporary "
+        r"tensors, but got limit=1 B\. No size of microbatches changes that\. Raise it, let the optimizer "
+        r"step one parameter at a time \(foreach=False\) or keep less state, or make weights smaller\.$"
+    )
+    found = re.match(message, refused(1, adam, tmp_path))
+    assert found is not None
+    assert parse_bytes(found["temporary"]) == pytest.approx(temporary_bytes, abs=300)  # and small ones
+    assert parse_bytes(found["needed"]) == pytest.approx(needed_bytes + temporary_bytes, abs=300)
 
 
 @pytest.mark.parametrize("num_samples", [1, 2])

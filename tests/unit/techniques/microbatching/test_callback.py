@@ -23,8 +23,8 @@ from lightning_memtrain.techniques.microbatching import (
     Microbatching,
     _compat,
 )
-from lightning_memtrain.techniques.microbatching.engine import MicrobatchEngine
 from lightning_memtrain.techniques.microbatching.probe import Peak
+from lightning_memtrain.techniques.microbatching.trial import Trials
 from tests.helpers.trainers import assert_torch_is_as_found, quiet_trainer
 from tests.helpers.twin_runs import assert_same_run, train
 
@@ -73,12 +73,12 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Steps in which probes were run; each sample seems to take a megabyte."""
     steps: list[int] = []
 
-    def probe(self: Any, kwargs: Any, backward: Any, count: int, *_: Any) -> Peak:
-        steps.append(self.trainer.global_step)
-        size = -(-NUM_SAMPLES // count)
+    def measure(self: Any, num_chunks: int) -> Peak:
+        steps.append(self._trainer.global_step)
+        size = -(-NUM_SAMPLES // num_chunks)
         return Peak(size, size * 10**6)
 
-    monkeypatch.setattr(MicrobatchEngine, "probe", probe)
+    monkeypatch.setattr(Trials, "measure", measure)
     return steps
 
 
@@ -148,7 +148,7 @@ def test_a_resumed_run_goes_on_with_the_size_that_was_found(tmp_path: Path, prob
     trainer.fit(WithState(), loader())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     assert first.microbatch_size == 2
-    assert set(probes) == {0, 1}  # again once there was optimizer state
+    assert set(probes) == {0}
     num_probes = len(probes)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=False)["callbacks"]["Microbatching"]
     assert saved == first.state_dict()
@@ -162,17 +162,55 @@ def test_a_resumed_run_goes_on_with_the_size_that_was_found(tmp_path: Path, prob
     assert resumed.state_dict() == first.state_dict() | {"num_clean_batches": 6}
 
 
-def test_a_run_interrupted_before_its_second_probe_makes_up_for_it(tmp_path: Path, probes: list[int]):
+def test_a_resumed_run_with_less_room_chooses_again(tmp_path: Path, probes: list[int]):
     first = auto(limit="2.1MB")
     trainer = quiet_trainer(tmp_path, first, max_steps=1)
     trainer.fit(WithState(), loader())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    assert set(probes) == {0}
+    assert first.microbatch_size == 2
     resumed = auto(limit="1.1MB")
     trainer = quiet_trainer(tmp_path, resumed, max_epochs=2)
     trainer.fit(WithState(), loader(), ckpt_path=tmp_path / "last.ckpt")
     assert set(probes) == {0, 1}
     assert resumed.microbatch_size == 1
+
+
+def test_what_an_older_version_saved_is_probed_again(tmp_path: Path, probes: list[int]):
+    microbatching = auto(limit="2.1MB")
+    microbatching.load_state_dict(
+        {
+            "microbatch_size": 1,
+            "ceiling": 1,
+            "grow_after_batches": 200,
+            "num_clean_batches": 3,
+            "num_retries": 0,
+            "probed_size": NUM_SAMPLES,
+            "lacks_optimizer_state": False,
+        }
+    )
+    quiet_trainer(tmp_path, microbatching).fit(WithState(), loader())
+    assert set(probes) == {0}
+    assert microbatching.microbatch_size == 2
+    assert microbatching.state_dict()["grow_after_batches"] == 200
+
+
+def test_a_second_trainer_or_another_model_begins_anew(tmp_path: Path, probes: list[int]):
+    microbatching, model = auto(limit="2.1MB", grow_after_batches=7), Net()
+    trainer = quiet_trainer(tmp_path, microbatching, max_epochs=-1, max_steps=3)
+    trainer.fit(model, loader())
+    once = len(probes)
+    microbatching.load_state_dict(microbatching.state_dict() | {"grow_after_batches": 14})
+    trainer.fit_loop.epoch_loop.max_steps = 6
+    trainer.fit(model, loader())  # the same run goes on
+    assert trainer.global_step == 6
+    assert len(probes) == once
+    assert microbatching.state_dict()["grow_after_batches"] == 14
+    for other, num_probes in ((model, 2), (Net(), 3)):
+        again = quiet_trainer(tmp_path, microbatching)
+        again.fit(other, loader())
+        assert len(probes) == num_probes * once
+        assert len(microbatching.technique_record().events) == 1
+        assert microbatching.state_dict()["grow_after_batches"] == 7
 
 
 def test_a_fixed_split_has_no_state():

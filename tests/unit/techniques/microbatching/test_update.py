@@ -216,3 +216,14 @@ def test_gradients_are_clipped_as_the_trainer_does(
     optimizer = OPTIM.SGD([weight])
     clipping(quiet_trainer(tmp_path, **options), model())(optimizer)
     torch.testing.assert_close(weight.grad, torch.full((4,), largest))
+
+
+def test_gradients_that_are_not_there_yet_may_be_taken_for_granted():
+    model, optimizer = stepped(OPTIM.AdamW, {}, 0)
+    expected = forecast_update([optimizer], CPU, clip)
+    unused = optimizer.param_groups[0]["params"].pop()
+    for parameter in (*model.parameters(), unused):
+        parameter.grad = None
+    assert forecast_update([optimizer], CPU, clip)[:2] == (0, 4)  # the norm of nothing
+    assert forecast_update([optimizer], CPU, clip, every_gradient=True)[:2] == expected[:2]
+    assert all(parameter.grad is None for parameter in model.parameters())
