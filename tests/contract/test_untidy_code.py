@@ -157,6 +157,7 @@ RUNS = [(name,) for name in ALL] + PAIRS + [(first, second) for first in MORE fo
 
 
 REFUSED = {
+    ("Microbatching, auto", "OptimizerInBackward"): "each batch is run once",
     ("OptimizerInBackward",): "Following",  # its rate would follow the parameters
 }
 
