@@ -49,6 +49,8 @@ class FakeStep:
         closure_step: steps an optimizer as the run does it, with a closure that runs forward and backward;
             by default they run first, and ``optimizer.step()`` after them.
         also: what else the step may change, such as schedulers.
+        may_keep_graph: whether a forward that is run for what its data answers may keep a graph for backward,
+            if it cannot do without, as one that differentiates by itself. Its activations are held then.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class FakeStep:
         is_first: bool = False,
         closure_step: ClosureStep | None = None,
         also: Sequence[Any] = (),
+        may_keep_graph: bool = False,
     ) -> None:
         self.model = model
         self._step = step
@@ -69,6 +72,7 @@ class FakeStep:
         self._optimizers = list(optimizers)
         self._zeroes_after_forward = zeroes_after_forward
         self._is_first = is_first
+        self._may_keep_graph = may_keep_graph
         self._closure_step = closure_step
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._answers = Answers()
@@ -192,6 +196,14 @@ class FakeStep:
         So it holds no activations for backward, only what a layer holds at a time; no way to recompute
         holds less in forward.
         """
+        try:
+            self._record_answers(torch.no_grad())
+        except Exception:
+            if not self._may_keep_graph:
+                raise
+            self._record_answers(torch.enable_grad())
+
+    def _record_answers(self, grad_mode: AbstractContextManager[Any]) -> None:
         self._answers = Answers()
         mode = RecordingMode(self._answers)
         with ExitStack() as undo:
@@ -199,7 +211,7 @@ class FakeStep:
             undo.callback(mode.put_back)
             undo.enter_context(mode)
             undo.enter_context(RecordingMethods(self._answers))
-            undo.enter_context(torch.no_grad())
+            undo.enter_context(grad_mode)
             self._step(*self._arguments)
 
     # ------------------------------------------------------------------ in place and back

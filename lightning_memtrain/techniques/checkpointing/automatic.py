@@ -170,6 +170,7 @@ class AutomaticChoice:
             is_first=zeroes and not any(parameter.grad is not None for parameter in model.parameters()),
             closure_step=step_optimizer,
             also=(trainer, trainer.lr_scheduler_configs),
+            may_keep_graph=self._limit_bytes is None,
         )
 
     # ------------------------------------------------------------------ what cannot be

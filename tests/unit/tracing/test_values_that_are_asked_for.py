@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from queue import SimpleQueue
 from typing import Any
 
@@ -228,4 +229,25 @@ def test_a_loss_that_is_a_metric_is_found() -> None:
         assert model.layer.weight.grad is not None
     assert ledger.breakdown().maxima["gradients"] == sum(p.nbytes for p in model.parameters())
     assert model.loss.total == 0
+    assert model.layer.weight.grad is None
+
+
+def test_a_forward_that_differentiates_by_itself_keeps_a_graph_only_where_it_may() -> None:
+    class Penalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            out = self.layer(x).tanh().sum()
+            (slope,) = torch.autograd.grad(out, x, create_graph=True)
+            return out * (2 if out.item() > 1e9 else 1) + slope.square().sum()
+
+    model, x = Penalised(), torch.randn(ROWS, WIDTH)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        FakeStep(model, model, (x,)).ask_data()
+    fake = FakeStep(model, model, (x,), may_keep_graph=True)
+    fake.prepare(nullcontext)
+    assert fake.has_backward
     assert model.layer.weight.grad is None
