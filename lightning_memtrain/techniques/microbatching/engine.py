@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lightning_memtrain.core import mark, partial_backward
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.techniques.microbatching import _compat, parallel, sizing
+from lightning_memtrain.techniques.microbatching.batch_metrics import BatchMetrics
 from lightning_memtrain.techniques.microbatching.carried_state import CarriedState
 from lightning_memtrain.techniques.microbatching.chunks import Chunk, Splitter
 from lightning_memtrain.techniques.microbatching.logs import CallRecorder
@@ -92,7 +93,7 @@ class MicrobatchEngine:
         self.splitter = splitter
         self._size = size
         self._batchnorm = batchnorm
-        self._metrics = _compat.BatchMetrics(model)
+        self._metrics = BatchMetrics(model)
         self._said_left_out = False
         self._carried = CarriedState(model)
         self._zero_grad_hooks = zero_grad_hooks(trainer, model)
@@ -210,12 +211,26 @@ class MicrobatchEngine:
                 parallel.gradient_sync(strategy, enabled=communicate and index == last),
                 partial_backward(index != last),
                 self._batchnorm.chunk(),
-                _compat.results_replaced(self.trainer, recorder := CallRecorder()),
+                self._recorded(recorder := CallRecorder(), counts=not chunk.repeated),
             ):
                 loss, extra = self._run_chunk(kwargs, backward, chunk, outcome if index == last else None)
             if not chunk.repeated:
                 outcome.add(chunk, loss, self.trainer.accumulate_grad_batches, extra, recorder)
         return outcome
+
+    @contextmanager
+    def _recorded(self, recorder: CallRecorder, counts: bool = True) -> Iterator[None]:
+        """Write down what a chunk logs, and what metrics are given and return."""
+
+        def note_source(name: str, value: Any) -> None:
+            recorder.source = self._metrics.source_of(name, value)
+
+        with (
+            _compat.results_replaced(self.trainer, recorder),
+            self._metrics.chunk(counts),
+            _compat.log_watched(self.model, note_source) if self._metrics.are_watched else nullcontext(),
+        ):
+            yield
 
     def _synchronized(
         self, kwargs: Any, backward: Backward, chunks: list[Chunk], communicate: bool
@@ -250,8 +265,8 @@ class MicrobatchEngine:
             Loss and further outputs of the whole batch.
         """
         try:
-            self._metrics.end({id(metric) for metric in outcome.logs.metrics_on_step()}, len(outcome.chunks))
-            outcome.logs.replay(_compat.results(self.trainer), outcome.num_samples)
+            returned = self._metrics.end(outcome.logs)
+            outcome.logs.replay(_compat.results(self.trainer), outcome.num_samples, returned)
         except BaseException:
             self._metrics.abandon()
             raise
@@ -338,10 +353,11 @@ class MicrobatchEngine:
             undo.enter_context(self._batchnorm.batch(count))
             undo.enter_context(self._batchnorm.chunk())
             undo.enter_context(parallel.gradient_sync(self.trainer.strategy, enabled=False))
-            undo.enter_context(_compat.results_replaced(self.trainer, recorder))
+            undo.enter_context(self._recorded(recorder))
             ledger = undo.enter_context(MemoryLedger(self.model, self.trainer.optimizers, kwargs["batch"]))
             loss, extra = self._run_chunk(kwargs, backward, chunks[0])
+            kept = (loss, extra, recorder.logged_values(), self._metrics.kept())
         peak_bytes = ledger.breakdown(per_module=False, timeline=False).ledger_peak_bytes
-        # The last chunk finds there what all others returned and logged.
-        kept_bytes = sum(tensor.nbytes for tensor in tensors_in((loss, extra, recorder.logged_values())))
+        # The last chunk finds there what all others returned and logged, and gave to metrics.
+        kept_bytes = sum(tensor.nbytes for tensor in tensors_in(kept))
         return Peak(chunks[0].num_samples or 1, peak_bytes + held_bytes + (count - 1) * kept_bytes)

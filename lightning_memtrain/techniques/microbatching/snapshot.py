@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memtrain.core import keep_all
-from lightning_memtrain.techniques.microbatching._compat import MetricStates
+from lightning_memtrain.techniques.microbatching.metric_states import MetricStates
 
 
 class BatchSnapshot:
