@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_memtrain.core import mark, partial_backward
 from lightning_memtrain.techniques.microbatching import _compat, parallel, sizing
+from lightning_memtrain.techniques.microbatching.batch_metrics import BatchMetrics
 from lightning_memtrain.techniques.microbatching.carried_state import CarriedState
 from lightning_memtrain.techniques.microbatching.chunks import Chunk, Splitter
 from lightning_memtrain.techniques.microbatching.logs import CallRecorder
@@ -33,11 +34,13 @@ class Kept(NamedTuple):
         loss: its loss, not yet weighed.
         extra: what else ``training_step`` returned.
         logged: what it logged.
+        metrics: what it gave to metrics.
     """
 
     loss: Tensor | None
     extra: dict[str, Any]
     logged: list[Any]
+    metrics: list[Tensor]
 
 
 class MicrobatchedClosure(_compat.Closure):
@@ -103,7 +106,7 @@ class MicrobatchEngine:
         self.splitter = splitter
         self._size = size
         self._batchnorm = batchnorm
-        self._metrics = _compat.BatchMetrics(model)
+        self._metrics = BatchMetrics(model)
         self._said_left_out = False
         self._carried = CarriedState(model)
         self._zero_grad_hooks = zero_grad_hooks(trainer, model)
@@ -224,12 +227,26 @@ class MicrobatchEngine:
                 parallel.gradient_sync(strategy, enabled=communicate and index == last),
                 partial_backward(index != last),
                 self._batchnorm.chunk(),
-                _compat.results_replaced(self.trainer, recorder := CallRecorder()),
+                self._recorded(recorder := CallRecorder(), counts=not chunk.repeated),
             ):
                 loss, extra = self._run_chunk(kwargs, backward, chunk, outcome if index == last else None)
             if not chunk.repeated:
                 outcome.add(chunk, loss, self.trainer.accumulate_grad_batches, extra, recorder)
         return outcome
+
+    @contextmanager
+    def _recorded(self, recorder: CallRecorder, counts: bool = True) -> Iterator[None]:
+        """Write down what a chunk logs, and what metrics are given and return."""
+
+        def note_source(name: str, value: Any) -> None:
+            recorder.source = self._metrics.source_of(name, value)
+
+        with (
+            _compat.results_replaced(self.trainer, recorder),
+            self._metrics.chunk(counts),
+            _compat.log_watched(self.model, note_source) if self._metrics.are_watched else nullcontext(),
+        ):
+            yield
 
     def _synchronized(
         self, kwargs: Any, backward: Backward, chunks: list[Chunk], communicate: bool
@@ -271,8 +288,8 @@ class MicrobatchEngine:
             Loss and further outputs of the whole batch.
         """
         try:
-            self._metrics.end({id(metric) for metric in outcome.logs.metrics_on_step()}, len(outcome.chunks))
-            outcome.logs.replay(_compat.results(self.trainer), outcome.num_samples)
+            returned = self._metrics.end(outcome.logs)
+            outcome.logs.replay(_compat.results(self.trainer), outcome.num_samples, returned)
         except BaseException:
             self._metrics.abandon()
             raise
@@ -370,8 +387,9 @@ class MicrobatchEngine:
 
             def run() -> Kept:
                 recorder = CallRecorder()
-                with self._batchnorm.chunk(), _compat.results_replaced(self.trainer, recorder):
-                    return Kept(*self._run_chunk(kwargs, backward, chunks[0]), recorder.logged_values())
+                with self._batchnorm.chunk(), self._recorded(recorder):
+                    loss, extra = self._run_chunk(kwargs, backward, chunks[0])
+                    return Kept(loss, extra, recorder.logged_values(), self._metrics.kept())
 
             # Pooled statistics take more from the second chunk on.
             if warms_up or (self._batchnorm.has_layers and count > 1):
