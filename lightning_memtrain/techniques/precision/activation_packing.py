@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import sys
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +96,7 @@ class ActivationPacking:
 
     def __enter__(self) -> ActivationPacking:
         _refuse_place(self._is_parameter is not None)
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        hooks = torch.autograd.graph.saved_tensors_hooks(_not_traced(self._pack), _not_traced(self._unpack))
         try:
             self._undo.enter_context(hooks)
         except RuntimeError as error:
@@ -199,9 +201,17 @@ def _refuse_torch_func(error: BaseException | None) -> None:
         ) from error
 
 
+def _not_traced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep dynamo off a hook: it takes what runs while a compiled block runs eagerly for a part of it."""
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and loading it takes a second
+        return hook
+    undisturbed: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return undisturbed
+
+
 def _refuse_place(entered: bool) -> None:
     hooks = hooks_in_force()
-    around = None if hooks is None else getattr(hooks[0], "__self__", None)
+    around = None if hooks is None else getattr(inspect.unwrap(hooks[0]), "__self__", None)
     if entered or isinstance(around, ActivationPacking):
         raise RuntimeError(
             "`ActivationCodec.packing` must be entered once at a time, but got a second one inside of the "

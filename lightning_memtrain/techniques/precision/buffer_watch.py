@@ -28,7 +28,7 @@ class BufferWatch:
         self._settings = settings
         self._steps_left = _NUM_STEPS
         self._watched = {
-            found.place: (ref(found.layer), found.name, *_state_of(found.layer._buffers[found.name]))
+            found.place: (ref(found.layer), found.name, *_state_of(getattr(found.layer, found.name)))
             for found in buffers
         }
 
@@ -40,7 +40,7 @@ class BufferWatch:
         changed = []
         for place, (layer_ref, name, version, total) in list(self._watched.items()):
             layer = layer_ref()
-            buffer = None if layer is None else layer._buffers.get(name)
+            buffer = getattr(layer, name, None)
             if buffer is None or buffer._version == version:
                 continue
             # Written to with the same numbers: DistributedDataParallel sends buffers to all ranks.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torchmetrics import Metric
 
@@ -82,6 +83,9 @@ def convert_module_(
 
     Returns:
         What became of its buffers.
+
+    Raises:
+        MisconfigurationException: if a name is that of a TorchScript module, whose forward is what it is.
 
     Warns:
         NoEffectWarning: if a name matches no layer.
@@ -228,6 +232,13 @@ def _kept_layers(module: nn.Module, keep_fp32: Sequence[str]) -> list[nn.Module]
                 NoEffectWarning,
                 stacklevel=2,
             )
+        for name, layer in found.items():
+            if isinstance(layer, torch.jit.ScriptModule):
+                raise MisconfigurationException(
+                    f"`LowPrecision(keep_fp32)` names layers whose forward can be changed, but got "
+                    f"{pattern!r}, which is the TorchScript module {name!r}. Put it into a module of your own, whose "
+                    "`forward` calls it, and name that."
+                )
         chosen |= found
     return [layer for name, layer in chosen.items() if not _has_parent_in(name, chosen)]
 

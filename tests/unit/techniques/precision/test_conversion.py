@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils._pytree import tree_flatten
@@ -249,6 +250,28 @@ def test_a_forward_that_somebody_else_has_given_a_layer_stays() -> None:
     assert model(torch.ones(1, 4))[0, 0] == 1
     restore_module_(model)
     assert "forward" in vars(model[0])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is ")
+def test_torchscript_is_cast_and_cannot_be_named() -> None:
+    def model() -> nn.ModuleDict:
+        script = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+        return nn.ModuleDict({"script": script, "mine": nn.Sequential(torch.jit.script(nn.Linear(4, 4)))})
+
+    half = torch.ones(2, 4).bfloat16()
+    converted = model()
+    buffers = convert_module_(converted, torch.bfloat16, ("mine",))
+    assert converted["script"](half).dtype == converted["mine"](half).dtype == torch.bfloat16
+    assert next(converted["script"].parameters()).dtype == torch.bfloat16
+    assert next(converted["mine"].parameters()).dtype == torch.float32
+    assert [found.place for found in buffers.unclear] == ["script.1.running_mean", "script.1.running_var"]
+    restore_module_(converted)
+    assert {p.dtype for p in converted.parameters()} == {torch.float32}
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"got 'scr\*', which is the TorchScript module 'script'. Put it into a module of your own",
+    ):
+        convert_module_(model(), torch.bfloat16, ("scr*",))
 
 
 def test_a_restored_model_is_one_in_float32_with_the_same_numbers() -> None:
