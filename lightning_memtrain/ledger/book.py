@@ -168,8 +168,10 @@ class StorageBook:
         record.num_bytes = storage.nbytes()
 
     def _storages_of(self, tensor: torch.Tensor) -> Sequence[torch.UntypedStorage]:
+        if type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided:  # saves a call for most tensors
+            return (tensor.untyped_storage(),)
         storages = storages_of(tensor)
-        if type(tensor) in PLAIN_TENSORS or self.counts_fakes:
+        if self.counts_fakes:
             return storages
         # A fake tensor says that it is on some device, but its storage is on `meta`.
         return [storage for storage in storages if storage.device.type == self.device.type]

@@ -181,37 +181,37 @@ COMPILER_WATCH = CompilerWatch()
 
 
 class ModesHidden:
-    """Takes the dispatch modes of ledgers off the stack of a thread while torch's compiler looks at it.
+    """Takes ledgers' dispatch modes and hooks away in a thread while torch's compiler looks at it.
 
-    Before torch 2.10 guards see that a mode is on, and code is compiled anew for it until torch gives it up.
-    What is compiled runs with the modes on again; so does all that is called between two graphs, which is not
-    seen, since the compiler is still looking.
+    Before torch 2.10 guards see that a mode is on, or that a function calls a module with hooks, and code is
+    compiled anew for it until torch gives it up. Graphs run with everything in place again. What is called
+    between two graphs is not seen, since the compiler is still looking.
     """
 
     #: Whether this torch needs it.
     needed = not hasattr(torch._C._dynamo.guards, "set_is_in_mode_without_ignore_compile_internals")
 
     def __init__(self) -> None:
-        self._num_users = 0
+        self._listeners: list[CompilerListener] = []
         self._lock = threading.Lock()
         self._here = threading.local()
         self._module: Any = None
         self._original: Callable[[Any], Any] | None = None
 
-    def add(self) -> None:
-        """Hide modes until :meth:`remove`."""
+    def add(self, listener: CompilerListener) -> None:
+        """Hide modes, and what ``listener`` hides, until :meth:`remove`."""
         with self._lock:
-            self._num_users += 1
+            self._listeners.append(listener)
             module: Any = sys.modules.get("torch._dynamo.eval_frame")
             if self._original is None and module is not None:
                 self._module, self._original = module, module._maybe_set_eval_frame
                 module._maybe_set_eval_frame = self._replacement(self._original)
 
-    def remove(self) -> None:
+    def remove(self, listener: CompilerListener) -> None:
         """Hide them no more."""
         with self._lock:
-            self._num_users -= 1
-            if not self._num_users and self._original is not None:
+            self._listeners.remove(listener)
+            if not self._listeners and self._original is not None:
                 self._module._maybe_set_eval_frame = self._original
                 self._original = None
 
@@ -239,11 +239,15 @@ class ModesHidden:
         for mode in reversed(others):
             _push_mode(mode)
         self._here.hidden = [*getattr(self._here, "hidden", ()), *reversed(hidden)]
+        for listener in tuple(self._listeners):
+            listener.before_compilation()
 
     def _show(self) -> None:
         for mode in getattr(self._here, "hidden", ()):
             _push_mode(mode)
         self._here.hidden = []
+        for listener in tuple(self._listeners):
+            listener.after_compilation()
 
 
 MODES_HIDDEN = ModesHidden()

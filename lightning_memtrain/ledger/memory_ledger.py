@@ -166,8 +166,8 @@ class MemoryLedger:
         COMPILER_WATCH.add(listener)
         undo.callback(COMPILER_WATCH.remove, listener)
         if MODES_HIDDEN.needed:
-            MODES_HIDDEN.add()
-            undo.callback(MODES_HIDDEN.remove)
+            MODES_HIDDEN.add(listener)
+            undo.callback(MODES_HIDDEN.remove, listener)
         self._operators.begin(self._on_arguments, self._on_results)
         undo.callback(self._operators.end)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._C import _get_dispatch_stack_at, _len_torch_dispatch_stack
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _get_current_dispatch_mode_stack,
@@ -73,7 +72,7 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         that began (but in those in which autograd runs its backward). Who follows a step by other means
         than operators asks this, so that all that is seen is of the same step.
         """
-        return any(_get_dispatch_stack_at(index) is self for index in range(_len_torch_dispatch_stack()))
+        return self in _get_current_dispatch_mode_stack()
 
     def end(self) -> None:
         """Stop watching, wherever on the stack: two ledgers may be left in the order of their entering."""

@@ -97,7 +97,8 @@ def test_the_same_graphs_are_made_and_run_in_every_step_watched_or_not(
     num_graphs: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ModesHidden, "needed", hides_modes)
+    if hides_modes:
+        monkeypatch.setattr(ModesHidden, "needed", True)
     net, counting, batch = net_type(), Counting(), torch.ones(BATCH, 4)
     model = nn.Sequential(net, nn.Identity())
     call = how(net, counting.backend)
