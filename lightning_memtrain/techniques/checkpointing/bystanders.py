@@ -1,8 +1,8 @@
-"""Attributes that a forward leaves alone in its first call, and may assign in a later one."""
+"""What a call finds assigned in its modules, to tell what it assigns."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from operator import is_
 from typing import Any
 
@@ -10,34 +10,53 @@ from torch import nn
 
 from lightning_memtrain.techniques.checkpointing.slots import ABSENT, NOT_FORWARDS, Slot
 
+_REGISTERED = ("_parameters", "_buffers")
+
 
 class Bystanders:
-    """All attributes when a call begins, to tell those that it assigns though no call before it did.
+    """All attributes and submodules when a call begins, to tell what it assigns though no call before it did.
 
-    They are compared by identity, module by module, which takes about a microsecond for each.
+    They are compared by identity, module by module, which takes one or two microseconds for each.
 
     Args:
         modules: the module that is called, and those within it.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._found = [(module, module.__dict__.copy()) for module in modules]
+        self._found = [(one, one.__dict__.copy(), one._modules.copy(), _sizes(one)) for one in modules]
 
-    def assigned(self, known: Collection[Slot]) -> dict[Slot, Any]:
-        """What the call has assigned beside what is known to be assigned.
+    def assigned(self, known: Collection[Slot] = ()) -> dict[Slot, Any]:
+        """What was assigned since, beside what is known to be assigned.
+
+        Parameters and buffers that were there are not looked at, for they are set back anyway.
 
         Args:
             known: attributes that earlier calls assigned.
 
         Returns:
-            What each attribute held before.
+            What each slot held before.
         """
         before: dict[Slot, Any] = {}
-        for module, found in self._found:
-            now = module.__dict__
-            if now.keys() == found.keys() and all(map(is_, now.values(), found.values())):
-                continue
-            for name in (found.keys() | now.keys()) - NOT_FORWARDS:
-                if found.get(name, ABSENT) is not now.get(name, ABSENT):
-                    before[Slot(module, "__dict__", name)] = found.get(name, ABSENT)
+        for module, attributes, submodules, sizes in self._found:
+            for name in _differences(attributes, module.__dict__):
+                if name not in NOT_FORWARDS:
+                    before[Slot(module, "__dict__", name)] = attributes.get(name, ABSENT)
+            for name in _differences(submodules, module._modules):
+                before[Slot(module, "_modules", name)] = submodules.get(name, ABSENT)
+            if _sizes(module) != sizes:
+                for kind, size in zip(_REGISTERED, sizes, strict=True):
+                    for name in [*getattr(module, kind)][size:]:
+                        before[Slot(module, kind, name)] = ABSENT
         return {slot: value for slot, value in before.items() if slot not in known}
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    return len(module._parameters), len(module._buffers)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    if now.keys() == before.keys() and all(map(is_, now.values(), before.values())):
+        return
+    for name in before.keys() | now.keys():
+        if before.get(name, ABSENT) is not now.get(name, ABSENT):
+            yield name

@@ -101,7 +101,7 @@ class Call:
         structure: TreeSpec,
         makers: Mapping[int, Made],
         before: Mapping[Any, Tensor],
-        twins: TwinMaker | None,
+        twins: TwinMaker,
     ) -> None:
         """Keep what the call was given, where nothing makes it again.
 
@@ -118,8 +118,7 @@ class Call:
         place_kept: dict[int, int] = {}
         for place, value in enumerate(flat):
             if not isinstance(value, Tensor) or value.is_inference():  # autograd keeps no tensor of that mode
-                has_twin = twins is not None and place in twins.roots
-                self.arguments.append(Argument(None if has_twin else value))
+                self.arguments.append(Argument(value if place not in twins.roots else None))
                 continue
             if place not in makers and id(value) not in place_kept:
                 place_kept[id(value)] = len(kept)
@@ -148,8 +147,9 @@ class Call:
             RuntimeError: if the result would not be the same.
         """
         changed = self._state.changed_since()
-        if not changed and self._twins is not None:
-            changed = self._twins.outdated
+        assert self._structure is not None
+        assert self._twins is not None
+        changed = changed or self._twins.outdated
         if changed:
             raise RuntimeError(
                 f"`ActivationCheckpointing` cannot recompute {self.unit.name!r}: its "
@@ -158,9 +158,8 @@ class Call:
                 "another model. Run backward before the change, e.g. before the optimizer steps, or leave "
                 "this module out."
             )
-        assert self._structure is not None
         copies = Copies()
-        twins = self._twins.twins(copies) if self._twins is not None else {}
+        twins = self._twins.twins(copies)
         args, kwargs = tree_unflatten(self._values(made, twins), self._structure)
         watch = WriteWatch() if self._is_watched else nullcontext()
         with self._surroundings.restored(), self._state.restored(copies, twins), watch, self._context:
@@ -197,7 +196,9 @@ def described(key: Any, module: nn.Module) -> str:
     if isinstance(key, Place):
         root = described(key.root, module)
         return f"{root[:-1]}{key}'" if root.endswith("'") else f"{root} ({str(key).lstrip('.')!r})"
-    return key.described(module) if isinstance(key, Slot) else f"argument {key + 1}"
+    if isinstance(key, int):
+        return f"argument {key + 1}"
+    return key.described(module) if isinstance(key, Slot) else "argument or attribute"
 
 
 def flattened(tree: Any) -> tuple[list[Any], TreeSpec]:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lightning_memtrain.techniques.checkpointing.caches import Layers
 from lightning_memtrain.techniques.checkpointing.call import Call, Unit, described, flattened
+from lightning_memtrain.techniques.checkpointing.habits import Habits
 from lightning_memtrain.techniques.checkpointing.objects import Objects, holds_what_changes
 from lightning_memtrain.techniques.checkpointing.segment import Segment
-from lightning_memtrain.techniques.checkpointing.slots import Slot, holders
+from lightning_memtrain.techniques.checkpointing.slots import holders
 from lightning_memtrain.techniques.checkpointing.state import ModuleState
 from lightning_memtrain.techniques.checkpointing.surroundings import Surroundings
 from lightning_memtrain.techniques.checkpointing.twins import TwinMaker
@@ -97,35 +98,6 @@ def _hook_around() -> Any:
     return hooks[0] if hooks is not None else None
 
 
-class _Habits(NamedTuple):
-    """What forward changes, known once it has run.
-
-    Args:
-        written: what it writes to in place: places of arguments, slots of modules, and places within these.
-        watched: where attributes and objects held tensors when it was watched.
-        assigned: which attributes it assigns.
-        draws_from_numpy: whether it draws random numbers there, whose state takes long to read.
-        fills_what_is_saved: whether it writes to tensors after autograd has saved them.
-        looks_back: whether it runs a backward of its own, which needs what was saved so far.
-    """
-
-    written: frozenset[Any]
-    watched: frozenset[Any]
-    assigned: frozenset[Slot]
-    draws_from_numpy: bool
-    fills_what_is_saved: bool
-    looks_back: bool
-
-    def knows(self, objects: Objects) -> bool:
-        """Whether it is known of all that is there whether forward writes to it."""
-        return all(place in self.watched for place, _ in objects.tensors)
-
-    @property
-    def writes_to_attributes(self) -> bool:
-        """Whether it writes to tensors that are neither arguments, parameters nor buffers."""
-        return any(isinstance(key, Slot) and key.kind == "__dict__" for key in self.written)
-
-
 class CheckpointedForward:
     """Takes the place of a module's forward: runs it, and again in backward.
 
@@ -150,7 +122,7 @@ class CheckpointedForward:
         self._group = group
         self._is_removed = False
         # By the modes of the modules: in training a forward may change what it leaves alone otherwise.
-        self._habits: dict[tuple[bool, ...], _Habits] = {}
+        self._habits: dict[tuple[bool, ...], Habits] = {}
         # `module.compile()` keeps the compiled forward in another attribute than an own forward.
         self._attribute = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
         self._replaced = module.__dict__.get(self._attribute)
@@ -187,31 +159,28 @@ class CheckpointedForward:
 
         modules = [*self.module.modules()]
         modes = tuple(module.training for module in modules)
-        habits = self._habits.get(modes)
-        state = ModuleState(modules, habits.assigned if habits is not None else None)
+        habits = self._habits.get(modes, Habits())
+        state = ModuleState(modules, habits.assigned, habits.swapped)
         passed = {
             place: value
             for place, value in enumerate(flat)
             if place not in tensors and holds_what_changes(value)
         }
         objects = Objects(passed, holders(modules), Layers(modules, self.name))
-        is_known = habits is not None and habits.knows(objects)
+        is_known = habits.know(objects)
         is_watched = not is_known and not _has_compiled(self.module)
-        known = None if is_watched else habits.written if habits is not None else ()
         given = [*tensors.items(), *state.tensors, *objects.tensors]
-        writes = KeptBefore(given, known)
-        surroundings = Surroundings(
-            [tensor for _, tensor in given], habits is None or habits.draws_from_numpy
+        writes = KeptBefore(
+            given, None if is_watched else habits.written, None if is_known else objects.look_for_changes
         )
+        surroundings = Surroundings([tensor for _, tensor in given], habits.draws_from_numpy)
         own, again = self._group.contexts() if self._group.contexts is not None else (nullcontext(),) * 2
         unit = Unit(self.name, self.module, self.original, self.position, self.path)
         call = Call(len(segment.calls), unit, surroundings, state, again, is_watched)
 
         # What is saved is held until the call has ended if it may be needed so long: by a backward in the
         # forward, or by autograd if the call turns out not to be one that can run again.
-        holds = (
-            habits is None or habits.looks_back or habits.writes_to_attributes or state.has_tensors_of_its_own
-        )
+        holds = habits.looks_back or habits.write_to_attributes or state.has_tensors_of_its_own
         stretch = segment.stretch(self.path)
         num_before = len(stretch)
         try:
@@ -221,51 +190,45 @@ class CheckpointedForward:
             stretch.forget_since(num_before)
             raise
         surroundings.call_ended()
-        if writes.missed and not holds:
-            raise RuntimeError(
-                f"`ActivationCheckpointing` cannot recompute {self.name!r}: its forward changes "
-                f"{self._named(writes.missed)} in place, which it did not in its first call. Let it "
-                "make a new tensor, or leave this module out."
-            )
+        swapped = [slot for slot in state.swapped() if slot not in habits.swapped]
         assigned = state.assigned()
-        if habits is None:
-            habits = _Habits(
-                written=frozenset(),
-                watched=frozenset(),
-                assigned=frozenset(),
+        if (writes.missed or swapped) and not holds:
+            raise self._late(writes.missed, swapped)
+        if habits.is_new:
+            habits = habits._replace(
+                is_new=False,
                 draws_from_numpy=surroundings.draws_from_numpy,
-                fills_what_is_saved=writes.fills_what_is_saved,
                 looks_back=stretch.looks_back,
             )
-        if assigned or writes.missed or not is_known:
+        if assigned or writes.missed or swapped or not is_known:
             habits = self._habits[modes] = habits._replace(
                 written=habits.written.union(writes.before, writes.missed),
-                watched=habits.watched.union(place for place, _ in objects.tensors),
+                watched=habits.watched.union(objects.looked_at),
+                passing=habits.passing.union(objects.changed_for_a_while),
                 assigned=habits.assigned.union(assigned),
+                swapped=habits.swapped.union(swapped),
                 fills_what_is_saved=habits.fills_what_is_saved or writes.fills_what_is_saved,
             )
-        if writes.missed:  # it cannot run again as it did, but the next call will know
+        if writes.missed or swapped:  # it cannot run again as it did, but the next call will know
             stretch.forget_since(num_before)
             return output
         self._refuse_entangled(writes.entangled())
         stretch.drop_since(num_before)
         call.runs_to_its_end = habits.fills_what_is_saved
-        twins = self._twins(objects, writes)
-        state.call_ended(writes.before, objects.tensors, twins.roots if twins is not None else ())
+        twins = TwinMaker(objects, objects.roots_changed(writes.copies, habits.passing), writes.copies)
+        state.call_ended(writes.before, objects.tensors, twins.roots)
         call.keep(flat, structure, makers, writes.before, twins)
         segment.add(call, flattened(output)[0])
         self._group.give_back(segment)
         return output
 
-    @staticmethod
-    def _twins(objects: Objects, writes: KeptBefore) -> TwinMaker | None:
-        """For what is passed, which others may change before backward, and for what this call has changed."""
-        changed = objects.around(objects.changed(writes.copies))
-        attributes = objects.attributes_with(changed)
-        if not objects.arguments and not attributes:
-            return None
-        roots = {**objects.arguments, **attributes}
-        return TwinMaker(objects, roots, writes.copies)
+    def _late(self, written: list[Any], swapped: list[Any]) -> RuntimeError:
+        keys, how = (written, "in place") if written else (swapped, "by giving it other data")
+        return RuntimeError(
+            f"`ActivationCheckpointing` cannot recompute {self.name!r}: its forward changes "
+            f"{self._named(keys)} {how}, which it did not in its first call. Let it make a new tensor, or "
+            "leave this module out."
+        )
 
     def _refuse_entangled(self, keys: list[Any]) -> None:
         if keys:

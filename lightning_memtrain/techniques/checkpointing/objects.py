@@ -16,6 +16,7 @@ from lightning_memtrain.techniques.checkpointing.parts import Fixed, Generator, 
 # What is nearest; what reaches more is an application rather than a statistic.
 _MOST_OBJECTS = 2000
 _MOST_STEPS = 100
+_MOST_COMPARISONS = 10_000
 
 
 class Place(NamedTuple):
@@ -63,10 +64,12 @@ class Objects:
     def __init__(self, arguments: Mapping[Any, Any], attributes: Mapping[Any, Any], layers: Layers) -> None:
         self.tensors: list[tuple[Any, Tensor]] = []
         """What objects hold, by place; attributes that are tensors themselves, by slot."""
-        self.arguments = arguments
+        self._arguments = arguments
         self._attributes = attributes
         self._layers = layers
         self._by_layer: set[int] = set()
+        self._changed: set[int] = set()
+        self._num_calls, self._num_looked_at, self._stride = 0, 0, 1
         self._seen: set[int] = set()
         self._found = self._within(arguments) + self._within(attributes)
 
@@ -102,34 +105,57 @@ class Objects:
                     ahead.extend(inner)
         return found
 
-    def changed(self, written: Collection[int] = ()) -> set[int]:
-        """Numbers of the objects that hold something else now.
+    @property
+    def looked_at(self) -> list[Any]:
+        """Where the tensors are, and how many attributes there are: what tells one call from another."""
+        return [len(self._attributes), *(place for place, _ in self.tensors)]
+
+    def look_for_changes(self) -> None:
+        """Note what holds something else just now, though it may not any more in the end.
+
+        A run may end early, in the middle of that. Called before every operator, it looks less often later.
+        """
+        self._num_calls += 1
+        if self._num_calls % self._stride:
+            return
+        self._num_looked_at += len(self._found)
+        if self._num_looked_at > _MOST_COMPARISONS:
+            self._num_looked_at, self._stride = 0, 2 * self._stride
+        self._changed |= self._changed_now()
+
+    @property
+    def changed_for_a_while(self) -> dict[Any, Any]:
+        """The attributes within which :meth:`look_for_changes` has found changes, by slot."""
+        numbers = self.around(self._changed)
+        return {slot: value for slot, value in self._attributes.items() if id(value) in numbers}
+
+    def roots_changed(self, written: Collection[int], known: Collection[Any]) -> dict[Any, Any]:
+        """What a run should not work on itself, since others do, or it would leave traces.
 
         Args:
-            written: numbers of the tensors that were written to, which are something else, too.
+            written: numbers of the tensors that the call wrote to.
+            known: slots of attributes within which it is known to change something.
 
         Returns:
-            The ``id`` of each.
+            All arguments, and the attributes within which the call has changed something, by place and slot.
         """
-        changed = {id(one.value) for one in self._found if not one.part.is_unchanged(one.value, one.contents)}
+        changed = self._changed_now()
         if written:
             changed |= {
                 id(one.value)
                 for one in self._found
                 if any(id(held) in written for _, held in one.part.items(one.contents))
             }
-        return changed
+        numbers = self.around(changed)
+        attributes = {
+            slot: value
+            for slot, value in (self._attributes.items() if changed or known else ())
+            if id(value) in numbers or slot in known
+        }
+        return {**self._arguments, **attributes}
 
-    def attributes_with(self, numbers: Collection[int]) -> dict[Any, Any]:
-        """Some attributes by slot, each with what was there.
-
-        Args:
-            numbers: of the objects that are there.
-
-        Returns:
-            The attributes that are one of these.
-        """
-        return {slot: value for slot, value in self._attributes.items() if id(value) in numbers}
+    def _changed_now(self) -> set[int]:
+        return {id(one.value) for one in self._found if not one.part.is_unchanged(one.value, one.contents)}
 
     def around(self, numbers: Collection[int]) -> set[int]:
         """Objects within reach of which there are some others.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class _Held:
         is_restored: whether it is to hold the same when the call runs again.
     """
 
-    __slots__ = ("before", "is_restored", "is_statistic", "slot", "value", "version")
+    __slots__ = ("before", "data", "identity", "is_restored", "is_statistic", "slot", "value", "version")
 
     def __init__(self, slot: Slot, value: Any, is_restored: bool = True) -> None:
         self.slot = slot
@@ -36,6 +36,9 @@ class _Held:
         self.is_statistic = False
         self.before: Tensor | None = None
         self.version = 0
+        # Of a parameter: which data it has, and the data itself if calls are known to give it others.
+        self.identity: _Data | None = None
+        self.data: Tensor | None = None
 
 
 class ModuleState:
@@ -48,10 +51,13 @@ class ModuleState:
 
     Args:
         modules: the module that is called, and those within it.
-        assigned: the attributes that earlier calls assigned; ``None`` at the first call.
+        assigned: what earlier calls assigned.
+        swapped: the parameters that earlier calls gave other data.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], assigned: Collection[Slot] | None) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], assigned: Collection[Slot], swapped: Collection[Slot]
+    ) -> None:
         self._modules = modules
         self._held: list[_Held] = []
         sharded = _sharded_within(modules)
@@ -64,17 +70,18 @@ class ModuleState:
                 self._held[-1].is_statistic = isinstance(one, _NormBase) and one.training
             for name, parameter in one._parameters.items():
                 # Where it is sharded, hooks put it in and out.
-                self._held.append(_Held(Slot(one, "_parameters", name), parameter, id(one) not in sharded))
-        self._attributes = attributes(modules) if assigned is None else {}
-        noted = dict.fromkeys(self._attributes if assigned is None else assigned)
+                held = _Held(Slot(one, "_parameters", name), parameter, id(one) not in sharded)
+                self._held.append(held)
+                if held.is_restored:
+                    held.identity = _Data.of(parameter)
+                    if parameter is not None and held.slot in swapped:
+                        held.data = parameter.data
+        noted = dict.fromkeys(assigned)
         if modules[0]._forward_pre_hooks:  # they run before its forward, and assign attributes, too
-            self._of_hooks = attributes(modules[:1])
-            noted |= self._of_hooks
-        else:
-            self._of_hooks = {}
+            noted |= attributes(modules[:1])
         self._held += [_Held(slot, slot.value) for slot in noted]
         self._noted = noted
-        self._bystanders = None if assigned is None else Bystanders(modules)
+        self._bystanders: Bystanders | None = Bystanders(modules)
 
     @property
     def tensors(self) -> list[tuple[Slot, Tensor]]:
@@ -122,33 +129,35 @@ class ModuleState:
                 held.before = before.get(held.slot) if before else None
 
     def assigned(self) -> list[Slot]:
-        """The attributes that the call is the first to assign; of all, only these and known ones are held."""
-        if self._bystanders is not None:
-            before = self._bystanders.assigned(self._noted)
-            self._bystanders = None  # it keeps what it compares with
-            self._held += [_Held(slot, value) for slot, value in before.items()]
-            return [*before]
-        now = attributes(self._modules)
-        slots = [
-            slot
-            for slot in self._attributes | now
-            if self._attributes.get(slot, ABSENT) is not now.get(slot, ABSENT)
-        ]
-        dropped = self._attributes.keys() - {*slots} - self._of_hooks.keys()
-        self._held = [held for held in self._held if held.slot not in dropped]
-        self._held += [_Held(slot, ABSENT) for slot in slots if slot not in self._attributes]
-        self._attributes = {}
-        return slots
+        """What the call is the first to assign; it is held from here."""
+        assert self._bystanders is not None
+        before = self._bystanders.assigned(self._noted)
+        self._bystanders = None  # it keeps what it compares with
+        self._held += [_Held(slot, value) for slot, value in before.items()]
+        return [*before]
+
+    def swapped(self) -> list[Slot]:
+        """The parameters that have other data since, which is no change in place."""
+        return [held.slot for held in self._held if self._has_other_data(held)]
+
+    @staticmethod
+    def _has_other_data(held: _Held) -> bool:
+        # DeepSpeed gathers the data of each module when it runs.
+        return (
+            held.identity is not None
+            and not held.identity.is_that_of(held.value)
+            and not hasattr(held.value, "ds_id")
+        )
 
     def changed_since(self) -> list[Slot]:
-        """Where the tensors are that were written to after the call, so that another run would see it."""
+        """Where the tensors are that were changed after the call, so that another run would see it."""
         return [
             held.slot
             for held in self._held
             if isinstance(held.value, Tensor)
-            and version_of(held.value) != held.version
             and held.before is None
             and not held.is_statistic
+            and (version_of(held.value) != held.version or (held.data is None and self._has_other_data(held)))
         ]
 
     @contextmanager
@@ -164,7 +173,17 @@ class ModuleState:
         """
         restored = [held for held in self._held if held.is_restored]
         now = [held.slot.value for held in restored]
+        # It may end in the middle of the forward, which would have set back what it changes for a while.
+        bystanders = Bystanders(self._modules)
+        parameters = [held.value for held in restored if held.identity is not None]
+        swapped = [held for held in restored if held.data is not None]
+        gradients = [held.value.grad for held in swapped]
+        with torch._C._DisableTorchDispatch():  # it is no part of the program
+            data = [parameter.data for parameter in parameters]
         try:
+            for held in swapped:
+                # What converts a parameter converts its gradient, too.
+                held.value.data, held.value.grad = held.data, None
             for held in restored:
                 if held.before is not None:
                     held.slot.put(copies.of(held.before, held.value.requires_grad))
@@ -176,6 +195,32 @@ class ModuleState:
         finally:
             for held, value in zip(restored, now, strict=True):
                 held.slot.put(value)
+            for slot, value in bystanders.assigned().items():
+                slot.put(value)
+            for parameter, there in zip(parameters, data, strict=True):
+                if parameter.data_ptr() != there.data_ptr() or parameter.dtype is not there.dtype:
+                    parameter.data = there
+            for held, gradient in zip(swapped, gradients, strict=True):
+                held.value.grad = gradient
+
+
+class _Data(NamedTuple):
+    """Which data a parameter has; as long as this is held, other data cannot be at the same address."""
+
+    storage: torch.UntypedStorage
+    address: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, parameter: Any) -> _Data | None:
+        """That of a parameter; ``None`` for other classes, such as tensors without data."""
+        if type(parameter) is not nn.Parameter:
+            return None
+        return cls(parameter.untyped_storage(), parameter.data_ptr(), parameter.dtype)
+
+    def is_that_of(self, parameter: Any) -> bool:
+        """Whether a parameter has this data."""
+        return bool(self.address == parameter.data_ptr() and self.dtype is parameter.dtype)
 
 
 def _sharded_within(modules: Sequence[nn.Module]) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -51,6 +52,11 @@ class TwinMaker:
         before: Mapping[int, Tensor],
     ) -> None:
         self._versions: list[tuple[Any, Tensor, int]] = []
+        self._found: dict[int, list[Found]] = {}
+        self.roots = roots
+        """Where twins are needed."""
+        if not roots:
+            return
         places = {id(tensor): place for place, tensor in objects.tensors}
         found = objects.within(roots.values())
         # An empty one of its class stands for each object.
@@ -67,14 +73,12 @@ class TwinMaker:
             self._versions.append((places.get(id(held)), held, version_of(held)))
             return held
 
-        self._found: dict[int, list[Found]] = {}
         for one in found:
             value = empty[id(one.value)]
             if value is not one.value:
                 contents = objects.swapped(one, kept)
                 self._found.setdefault(id(value), []).append(Found(value, one.part, contents))
         self.roots = {root: empty.get(id(value), value) for root, value in roots.items()}
-        """Where twins are needed."""
 
     @property
     def outdated(self) -> list[Any]:
@@ -90,21 +94,24 @@ class TwinMaker:
         Returns:
             One for each root.
         """
-        made: dict[int, Any] = {}
+        if not self.roots:
+            return {}
+        swap = partial(self._twin, made={}, copies=copies)
+        return {root: swap(value) for root, value in self.roots.items()}
 
-        def twin(held: Any) -> Any:
-            if isinstance(held, _Written):
-                return copies.of(*held)
-            several = self._found.get(id(held))
-            if several is None:
-                return held
-            if id(held) not in made:
-                made[id(held)] = held if isinstance(several[0].part, Fixed) else _empty(several[0])
-                for one in several:
-                    made[id(held)] = one.part.filled(made[id(held)], one.part.swapped(one.contents, twin))
-            return made[id(held)]
-
-        return {root: twin(value) for root, value in self.roots.items()}
+    def _twin(self, held: Any, made: dict[int, Any], copies: Copies) -> Any:
+        # No function within `twins`, which would hold itself and all that was made until a collection.
+        if isinstance(held, _Written):
+            return copies.of(*held)
+        several = self._found.get(id(held))
+        if several is None:
+            return held
+        if id(held) not in made:
+            made[id(held)] = held if isinstance(several[0].part, Fixed) else _empty(several[0])
+            swap = partial(self._twin, made=made, copies=copies)
+            for one in several:
+                made[id(held)] = one.part.filled(made[id(held)], one.part.swapped(one.contents, swap))
+        return made[id(held)]
 
 
 def _empty(one: Found) -> Any:

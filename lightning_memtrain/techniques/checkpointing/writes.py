@@ -51,12 +51,19 @@ class KeptBefore:
     Args:
         tensors: what may be written to, with any keys.
         known: keys of what earlier calls wrote to; ``None`` at the first call.
+        before_each: called before every operator of the first call.
     """
 
-    def __init__(self, tensors: Sequence[tuple[Any, Tensor]], known: Collection[Hashable] | None) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[tuple[Any, Tensor]],
+        known: Collection[Hashable] | None,
+        before_each: Callable[[], None] | None = None,
+    ) -> None:
         self._tensors = tensors
         self._versions = [version_of(tensor) for _, tensor in tensors]
-        self._watch = WriteWatch([tensor for _, tensor in tensors]) if known is None else None
+        watched = [tensor for _, tensor in tensors]
+        self._watch = WriteWatch(watched, before_each) if known is None else None
         self.before: dict[Any, Tensor] = {}
         """What was written to, as it was before, by key."""
         self.copies: dict[int, Tensor] = {}
@@ -108,14 +115,18 @@ class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         tensors: which; without any, everything runs as under a watch, and nothing else happens.
+        before_each: called before every operator.
     """
 
-    def __init__(self, tensors: Collection[Tensor] = ()) -> None:
+    def __init__(
+        self, tensors: Collection[Tensor] = (), before_each: Callable[[], None] | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.copies: dict[int, Tensor] = {}
         """What was written to as it was before, by ``id``."""
         self.fills_what_is_saved = False
         """Whether an operator wrote to a tensor after autograd had saved it."""
+        self._before_each = before_each
         self._watched: dict[int, list[Tensor]] = {}
         for tensor in tensors:
             for storage in storages_of(tensor):
@@ -128,6 +139,8 @@ class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._before_each is not None:
+            self._before_each()
         self.fills_what_is_saved |= func is torch.ops.aten.rrelu_with_noise.default  # alone in this
         for position, name in _written_arguments(func) if self._watched else ():
             written = kwargs[name] if name in kwargs else args[position] if position < len(args) else None
