@@ -236,8 +236,8 @@ def _kept_layers(module: nn.Module, keep_fp32: Sequence[str]) -> list[nn.Module]
             if isinstance(layer, torch.jit.ScriptModule):
                 raise MisconfigurationException(
                     f"`LowPrecision(keep_fp32)` names layers whose forward can be changed, but got "
-                    f"{pattern!r}, which is the TorchScript module {name!r}. Put it into a module of your own, whose "
-                    "`forward` calls it, and name that."
+                    f"{pattern!r}, which is the TorchScript module {name!r}. Put it into a module of your "
+                    "own, whose `forward` calls it, and name that."
                 )
         chosen |= found
     return [layer for name, layer in chosen.items() if not _has_parent_in(name, chosen)]

@@ -104,6 +104,8 @@ class BucketedStep:
         self._stepped_singly = False
         self._changed_as_whole: list[str] = []
         self._stand_ins = StandIns()
+        # Asked once: a look at a protocol takes as long as a step of a small parameter.
+        self._rounds_pieces = isinstance(optimizer, RoundsPieces)
         self._undo = ExitStack()
         for inner in optimizers_in(optimizer):
             self._undo.callback(keep_state_dtypes(inner))
@@ -231,7 +233,7 @@ class BucketedStep:
             yield bucket
 
     def _is_copied(self, parameter: Tensor) -> bool:
-        return parameter.dtype in HALF and not isinstance(self._optimizer, RoundsPieces)
+        return parameter.dtype in HALF and not self._rounds_pieces
 
     def _round(self, values: Tensor, dtype: torch.dtype) -> None:
         stochastic_round_(values, dtype, self._noise.generator(values.device))
@@ -276,12 +278,13 @@ class BucketedStep:
         return stepped
 
     def _write_back(self, stepped: Stepped) -> None:
+        piece_numel = max(self._numel(), _SMALLEST_PIECE)
         while stepped:
             parameter, stand_in = stepped.pop(0)
             # In the order of memory, so that any strides can be cut into pieces: the noise need not be larger
             # than a bucket.
             flat = stand_in.data.as_strided((stand_in.numel(),), (1,))
-            for piece in torch.split(flat, max(self._numel(), _SMALLEST_PIECE)):
+            for piece in torch.split(flat, piece_numel):
                 self._round(piece, parameter.dtype)
             parameter.copy_(stand_in)
             del flat, piece
