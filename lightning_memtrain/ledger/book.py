@@ -10,7 +10,7 @@ import torch
 
 from lightning_memtrain.core import Category
 from lightning_memtrain.ledger.operators import skip_in_dynamo
-from lightning_memtrain.ledger.records import FROM_THE_START, NEVER, Event, StorageRecord
+from lightning_memtrain.ledger.records import FROM_THE_START, NEVER, Event, StorageRecord, Survivor
 from lightning_memtrain.ledger.storages import PLAIN_TENSORS, StorageReference, storages_of
 from lightning_memtrain.ledger.workspace import PeakEstimate
 
@@ -57,6 +57,19 @@ class StorageBook:
         for both.
         """
         return [*self.live.values()]
+
+    def records_of(self, tensor: torch.Tensor) -> list[StorageRecord]:
+        """The records of the storages behind a tensor, as far as they are counted."""
+        found = (self.record_of(storage) for storage in storages_of(tensor))
+        return [record for record in found if record is not None]
+
+    def survivors(self) -> tuple[Survivor, ...]:
+        """What is still live of all that was made meanwhile and is no training state."""
+        return tuple(
+            Survivor(record.producer, record.num_bytes, reference)
+            for record, reference in self.live_entries()
+            if not record.existed_before and record.category not in TRAINING_STATE
+        )
 
     def begin_aside(self) -> None:
         """What comes next is no part of the step."""

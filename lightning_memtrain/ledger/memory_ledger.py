@@ -31,7 +31,8 @@ from lightning_memtrain.ledger.objects import tensors_within
 from lightning_memtrain.ledger.operators import OperatorWatch, returns_arguments, skip_in_dynamo
 from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord, Survivor, analyse, held_at_peak
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
-from lightning_memtrain.ledger.storages import RESIZE_WATCH, storages_of, tensors_in
+from lightning_memtrain.ledger.storages import RESIZE_WATCH, tensors_in
+from lightning_memtrain.ledger.training_state import classify_training_state
 from lightning_memtrain.ledger.workspace import OpWorkspace, PeakEstimate
 
 _LIFT_FRESH = torch.ops.aten.lift_fresh.default
@@ -247,8 +248,7 @@ class MemoryLedger:
         Returns:
             One record per storage.
         """
-        found = (self._book.record_of(storage) for storage in storages_of(tensor))
-        return [record for record in found if record is not None]
+        return self._book.records_of(tensor)
 
     def survivors(self) -> tuple[Survivor, ...]:
         """What is still live of all that was made in the block and is no training state.
@@ -256,11 +256,7 @@ class MemoryLedger:
         Returns:
             Weak handles that can be asked later whether the storage still exists.
         """
-        return tuple(
-            Survivor(record.producer, record.num_bytes, reference)
-            for record, reference in self._book.live_entries()
-            if not record.existed_before and record.category not in TRAINING_STATE
-        )
+        return self._book.survivors()
 
     def mark(self, name: str) -> None:
         """Put an event on the timeline.
@@ -417,27 +413,7 @@ class MemoryLedger:
             self.mark(f"backward {now.module}".rstrip())
 
     def _scan_training_state(self) -> None:
-        """Find parameters, buffers, gradients and optimizer state again; any of them may be a new storage."""
-        owners: dict[Any, str] = {}
-        classify = self._book.classify
-        modules = list(self._model.named_modules())
-        for owner, module in modules:
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    owners.setdefault(parameter, owner)
-                    classify(parameter, Category.PARAMETERS, owner)
-                    if parameter.grad is not None:
-                        classify(parameter.grad, Category.GRADIENTS, owner)
-        for owner, module in modules:
-            for buffer in module._buffers.values():
-                if buffer is not None:
-                    classify(buffer, Category.BUFFERS, owner)
-        for optimizer in self._optimizers:
-            for key, state in optimizer.state.items():
-                owner = owners.get(key, "")
-                for value in state.values() if isinstance(state, dict) else (state,):
-                    for tensor in (value,) if isinstance(value, torch.Tensor) else tensors_within(value):
-                        classify(tensor, Category.OPTIMIZER_STATE, owner)
+        classify_training_state(self._book, self._model, self._optimizers)
         self._num_scanned = len(self._book.records)
 
     def _outlived(self, record: StorageRecord) -> bool:
