@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ def _collect(tree: Any, found: list[torch.Tensor]) -> None:
             _collect(item, found)
     elif hasattr(tree, "__dataclass_fields__"):
         for name in tree.__dataclass_fields__:
-            _collect(getattr(tree, name, None), found)  # a field may be unset, or be an argument only
+            with suppress(Exception):  # a field may be unset, an argument only, or a property that raises
+                _collect(getattr(tree, name), found)
 
 
 def storages_of(tensor: torch.Tensor) -> Sequence[torch.UntypedStorage]:

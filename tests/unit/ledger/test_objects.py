@@ -141,6 +141,20 @@ def test_a_dataclass_with_arguments_that_are_no_fields_and_fields_that_are_not_s
     assert {id(tensor) for tensor in tensors_in([batch])} == {id(batch.atoms), id(THREE)}
 
 
+@dataclasses.dataclass
+class Cached:
+    x: torch.Tensor
+    total: torch.Tensor = dataclasses.field(init=False)
+
+
+Cached.total = property(lambda self: 1 / 0)  # type: ignore[assignment]
+
+
+def test_a_dataclass_with_a_property_that_raises() -> None:
+    for found in (tensors_within(Cached(ONE)), tensors_in([Cached(ONE)])):
+        assert [id(tensor) for tensor in found] == [id(ONE)]
+
+
 def test_attrs_classes_of_both_kinds() -> None:
     attrs = pytest.importorskip("attrs")
     for slots in (True, False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,10 +126,11 @@ def test_counts_by_hand() -> None:
     assert packing.last == PackedBytes(4, 4 * 64 * 128 * 4, 4 * 64 * 128 + num_groups * 6)
 
 
-def test_what_somebody_else_keeps_can_be_spared_for_one_entry() -> None:
+@pytest.mark.parametrize("batch", [dict, SimpleNamespace])
+def test_what_somebody_else_keeps_can_be_spared_for_one_entry(batch: type) -> None:
     model, x = mlp(), torch.randn(64, 128)
     packing = eager().packing(model)
-    packing.spare({"images": [x]})
+    packing.spare(batch(images=[x]))
     with packing:
         model(x)
     assert packing.last.num_tensors == 3
