@@ -69,6 +69,7 @@ class ParameterPlaces:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
+        self._of = optimizer.param_groups, optimizer.state
         inner = optimizers_in(optimizer)
         known = {id(p) for one in inner for group in one.param_groups for p in group["params"]}
         self._places: dict[int, list[tuple[Any, Any]]] = {number: [] for number in known}
@@ -76,6 +77,10 @@ class ParameterPlaces:
         """Dictionaries and sets that have parameters for keys."""
         for holding in holdings(optimizer):
             self._look_at(holding)
+
+    def are_of(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer still has its groups and state in the same places, which loading changes."""
+        return optimizer.param_groups is self._of[0] and optimizer.state is self._of[1]
 
     def _look_at(self, holding: Holding) -> None:
         holder = holding.holder

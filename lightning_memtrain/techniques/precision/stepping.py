@@ -102,6 +102,7 @@ class BucketedStep:
         # Whether buckets, or single parameters, were found to leave alone what is kept across parameters.
         self._tested = self._tested_singly = False
         self._stepped_singly = False
+        self._places: ParameterPlaces | None = None
         self._changed_as_whole: list[str] = []
         self._stand_ins = StandIns()
         # Asked once: a look at a protocol takes as long as a step of a small parameter.
@@ -142,13 +143,15 @@ class BucketedStep:
         """
         with _one_step(self._optimizer, kwargs) as raw_step, self._gradients_taken() as gradients:
             self._noise.next_step()
-            places = ParameterPlaces(self._optimizer)
+            self._places = None
+            places = self._places_now()
             buckets = list(self._buckets(gradients))
             if len(buckets) > 1 and not self._changed_as_whole:
                 buckets = self._step_in_parts(buckets, places, raw_step, result)
             if buckets or not gradients:
                 self._write_back(self._step_bucket(gradients, places, raw_step, result))
         self._tested_singly |= self._stepped_singly
+        self._places = None  # until the next step, parameters may come and go
 
     def _step_in_parts(
         self, buckets: list[Bucket], places: ParameterPlaces, raw_step: RawStep, result: Any
@@ -191,8 +194,7 @@ class BucketedStep:
         self._stepped_singly = True
         with self._gradients_taken() as gradients, own_step(self._optimizer) as step:
             pair = [pair for pair in gradients if pair[0] is parameter]
-            places = ParameterPlaces(self._optimizer)
-            stepped = self._step_bucket(pair, places, partial(step, self._optimizer), None)
+            stepped = self._step_bucket(pair, self._places_now(), partial(step, self._optimizer), None)
             self._write_back(stepped)
         if before is not None and (changed := before.changed()):
             raise MisconfigurationException(
@@ -201,6 +203,12 @@ class BucketedStep:
                 f"{type(self._optimizer).__name__}, whose step changes {_listed(changed)}. "
                 "Train without `OptimizerInBackward`, or use another optimizer."
             )
+
+    def _places_now(self) -> ParameterPlaces:
+        """Where the optimizer keeps its parameters, looked up once per step of all."""
+        if self._places is None or not self._places.are_of(self._optimizer):
+            self._places = ParameterPlaces(self._optimizer)
+        return self._places
 
     @contextmanager
     def _gradients_taken(self) -> Iterator[Bucket]:

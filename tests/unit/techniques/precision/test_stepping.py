@@ -608,6 +608,21 @@ def test_parameters_one_by_one_with_noise_that_a_resumed_run_draws_again() -> No
         torch.testing.assert_close(p.float(), q, rtol=0.02, atol=4e-3)
 
 
+def test_state_that_is_loaded_amid_single_steps_is_stepped_on() -> None:
+    whole, loaded = layers(), layers()
+    for model in (whole, loaded):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        stepping = BucketedStep(optimizer, RoundingNoise(0))
+        set_gradients(model)
+        for number, p in enumerate(model.parameters()):
+            stepping.step_parameter(p)
+            if model is loaded and number == 3:
+                optimizer.load_state_dict(optimizer.state_dict())  # its groups and state are others now
+        stepping.step()
+        assert all("momentum_buffer" in optimizer.state[p] for p in model.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), loaded.parameters(), strict=True))
+
+
 def test_one_parameter_at_a_time_is_refused_where_steps_are_counted_in_groups() -> None:
     class Counts(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
