@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_memtrain.core import NoEffectWarning
@@ -18,10 +18,12 @@ from lightning_memtrain.techniques.sparsity.patterns import Storage
 from lightning_memtrain.techniques.sparsity.refusals import refuse_layers
 from lightning_memtrain.techniques.sparsity.rules import Moment, sample_inactive
 from lightning_memtrain.techniques.sparsity.selection import DEFAULT_TYPES, Select
-from lightning_memtrain.techniques.sparsity.weights import sparse_weights, sparsify_
+from lightning_memtrain.techniques.sparsity.sparsify import sparsify_
+from lightning_memtrain.techniques.sparsity.weights import sparse_weights
 
 # Below that share of what is trained a run is warned that it saves little.
 _LITTLE = 0.5
+_NONE = torch.empty(0, dtype=torch.int64)
 
 
 def sparsify_at_random(
@@ -34,7 +36,8 @@ def sparsify_at_random(
 ) -> Copies:
     """Keep as many weights of each layer as a method says, at random positions, with their values.
 
-    Layers that are copies have the positions of their original.
+    Layers that are copies have the positions of their original. Weights of a layer, or of the model, that
+    have so many zeros already lose nothing: all that are not 0 stay.
 
     Args:
         model: becomes sparse in place.
@@ -60,13 +63,17 @@ def sparsify_at_random(
     layers, copies = select.choose(model)
     refuse_layers(model, layers)
     shapes = {path: place.shape for path, place in layers.items() if path not in copies.originals}
-    start, none = Moment(0, 0, 0, seed), torch.empty(0, dtype=torch.int64)
+    start = Moment(0, 0, 0, seed)
+    counts = method.counts(shapes, select.overrides) if layers else {}
+    nonzero = {path: _count_nonzero(layers[path].parameter) for path in counts}
     positions = {}
-    for path, count in (method.counts(shapes, select.overrides) if layers else {}).items():
-        numel = math.prod(shapes[path])
+    for path, count in _with_room(counts, nonzero).items():
         # A layer that keeps all of its weights for good needs no pattern.
-        if count < numel or method.changes_counts:
-            positions[layers[path].name] = sample_inactive(numel, none, count, start.generator(path))
+        if count < math.prod(shapes[path]) or method.changes_counts:
+            present = _nonzero(layers[path].parameter) if nonzero[path] <= count else _NONE
+            numel, missing = math.prod(shapes[path]), count - len(present)
+            drawn = sample_inactive(numel, present, missing, start.generator(path))
+            positions[layers[path].name] = torch.cat([present, drawn])
     for copy, original in copies.originals.items():
         if layers[original].name in positions:
             positions[layers[copy].name] = positions[layers[original].name]
@@ -83,6 +90,27 @@ def sparsify_at_random(
         stacklevel=2,
     )
     return copies
+
+
+def _count_nonzero(parameter: nn.Parameter) -> int:
+    return parameter.numel() if parameter.is_meta else int(torch.count_nonzero(parameter.detach()))
+
+
+def _nonzero(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().reshape(-1).nonzero().flatten().cpu()
+
+
+def _with_room(counts: Mapping[str, int], nonzero: Mapping[str, int]) -> dict[str, int]:
+    """Counts of the same sum that lose nothing, if the model as a whole has so few weights."""
+    if sum(nonzero.values()) > sum(counts.values()):
+        return dict(counts)
+    lacking = sum(max(0, nonzero[path] - count) for path, count in counts.items())
+    roomy = {}
+    for path, count in counts.items():
+        given = min(lacking, max(0, count - nonzero[path]))
+        lacking -= given
+        roomy[path] = max(count - given, nonzero[path])
+    return roomy
 
 
 def _warn_of_little(model: nn.Module, select: Select) -> None:

@@ -31,6 +31,7 @@ class SparseLayer(nn.Module):
     Attributes:
         values: the stored entries, by ascending flat position.
         sparsity_pattern: their positions.
+        dense_type: the class that the layer has without sparse weights.
         storage: the form of the pattern that was asked for.
         chunk_bytes: most bytes of a chunk of the weight's rows, or ``None`` for the whole weight at once.
         search: of :func:`~lightning_memtrain.techniques.sparsity.watch_candidates` while it is on.
@@ -38,6 +39,7 @@ class SparseLayer(nn.Module):
 
     values: nn.Parameter
     sparsity_pattern: Tensor
+    dense_type: type[nn.Module]
     storage: Storage
     chunk_bytes: int | None
     _chunks: tuple[Span, ...]
@@ -119,6 +121,22 @@ class SparseLayer(nn.Module):
         self.values = nn.Parameter(kept, requires_grad=dense.requires_grad)
         self.register_buffer("sparsity_pattern", None)
         self.set_positions(positions)
+
+    @torch.no_grad()
+    def become_dense(self) -> nn.Parameter:
+        """Be the layer that it was, with a dense weight.
+
+        Returns:
+            The weight.
+        """
+        dense = nn.Parameter(self.dense(), requires_grad=self.values.requires_grad)
+        kind = self.dense_type
+        del self._parameters["values"], self._buffers["sparsity_pattern"]
+        for name in ("dense_type", "storage", "chunk_bytes", "_chunks", "search"):
+            self.__dict__.pop(name, None)
+        self.__class__ = kind  # type: ignore[assignment]
+        self._parameters = {"weight": dense, **self._parameters}
+        return dense
 
     def set_positions(self, positions: Tensor) -> None:
         """Say where the values belong.

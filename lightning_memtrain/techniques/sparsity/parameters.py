@@ -91,6 +91,8 @@ class SparseOwner(nn.Module):
 
     sparse_names: ClassVar[tuple[str, ...]]
     dense_type: ClassVar[type[nn.Module]]
+    #: Of all parameters of the dense module, in their order.
+    _parameter_names: list[str]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.sparse_names:
@@ -175,9 +177,35 @@ def sparsify_parameter(module: nn.Module, name: str, positions: Tensor, storage:
         storage: form of the pattern.
     """
     names = module.sparse_names if isinstance(module, SparseOwner) else ()
+    module.__dict__.setdefault("_parameter_names", [*module._parameters])
     dense_type: Any = module.dense_type if isinstance(module, SparseOwner) else type(module)
     dense = cast(nn.Parameter, module._parameters.pop(name))
     module._modules[f"{name}{SUFFIX}"] = SparseParameter(dense, positions, storage)
     module.__class__ = _owner_type(dense_type, (*names, name))
     if isinstance(module, _SparseRecurrent):
         module._init_flat_weights()
+
+
+def densify_parameter(module: SparseOwner, name: str) -> nn.Parameter:
+    """Make one parameter of a module dense again, in place.
+
+    Args:
+        module: has its own class back when this was the last.
+        name: of the parameter there.
+
+    Returns:
+        The parameter.
+    """
+    stored, names = _stored(module, name), tuple(one for one in module.sparse_names if one != name)
+    dense = nn.Parameter(stored.dense(), requires_grad=stored.values.requires_grad)
+    dense_type: Any = module.dense_type
+    del module._modules[f"{name}{SUFFIX}"]
+    parameters = {**module._parameters, name: dense}
+    module._parameters = {one: parameters[one] for one in module._parameter_names if one in parameters}
+    module.__class__ = _owner_type(dense_type, names) if names else dense_type
+    if not names:
+        for attribute in ("_parameter_names", "_made"):
+            module.__dict__.pop(attribute, None)
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
+    return dense

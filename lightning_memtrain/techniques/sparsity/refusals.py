@@ -34,7 +34,9 @@ _STRATEGIES = (
 _AVERAGES = ("StochasticWeightAveraging", "WeightAveraging")
 
 
-def refuse_arguments(method: Any, update: Any, layers: Any, storage: Any, chunk_bytes: Any) -> None:
+def refuse_arguments(
+    method: Any, update: Any, layers: Any, storage: Any, chunk_bytes: Any, leave: Any
+) -> None:
     """Refuse arguments of the callback that are of another type or out of their range.
 
     Args:
@@ -43,6 +45,7 @@ def refuse_arguments(method: Any, update: Any, layers: Any, storage: Any, chunk_
         layers: see there.
         storage: see there.
         chunk_bytes: see there.
+        leave: see there.
 
     Raises:
         MisconfigurationException: naming the argument.
@@ -60,6 +63,27 @@ def refuse_arguments(method: Any, update: Any, layers: Any, storage: Any, chunk_
             "`SparseTraining(chunk_bytes)` must be a number of bytes of at least 1, or None, but got "
             f"chunk_bytes={chunk_bytes!r}. Leave it out for whole weights."
         )
+    if leave not in ("sparse", "dense"):
+        raise MisconfigurationException(
+            f"`SparseTraining(leave)` must be 'sparse' or 'dense', but got leave={leave!r}. Use 'dense' for "
+            "a model that code without sparse layers can use after the run."
+        )
+
+
+def warn_of_update(method: SparseMethod, update: UpdateClock | None) -> None:
+    """Warn of a clock for a pattern that never changes.
+
+    Args:
+        method: of the callback.
+        update: of the callback.
+    """
+    if method.clock is None and update is not None:
+        warnings.warn(
+            f"`SparseTraining(update)` has no effect with `{type(method).__name__}`, whose pattern never "
+            "changes. Leave it out.",
+            NoEffectWarning,
+            stacklevel=3,
+        )
 
 
 def _check_type(name: str, value: Any, kind: Any, expected: str) -> None:
@@ -69,13 +93,14 @@ def _check_type(name: str, value: Any, kind: Any, expected: str) -> None:
         )
 
 
-def refuse_run(trainer: Trainer, num_given: int, method: SparseMethod) -> None:
+def refuse_run(trainer: Trainer, num_given: int, method: SparseMethod, leave: str = "sparse") -> None:
     """Refuse strategies that shard, and callbacks that look at weights by their place.
 
     Args:
         trainer: of the run.
         num_given: how many callbacks of the kind it has.
         method: that is at work.
+        leave: what the run leaves.
 
     Raises:
         MisconfigurationException: naming the strategy or the callback.
@@ -96,6 +121,11 @@ def refuse_run(trainer: Trainer, num_given: int, method: SparseMethod) -> None:
             "`SparseTraining(method)` must keep the number of weights of each layer under "
             f"{type(trainer.strategy).__name__}, whose shards keep their size, but got {method!r}. Use RigL, "
             "SET or StaticSparse, or train with ddp or on one device."
+        )
+    if sharding.shards(trainer.strategy) and leave == "dense":
+        raise MisconfigurationException(
+            "`SparseTraining(leave='dense')` needs weights that are whole on each device, but got "
+            f"{type(trainer.strategy).__name__}. Use leave='sparse', and load `export_dense(model)` after it."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if _kind(callback, _AVERAGES):
@@ -259,6 +289,28 @@ def refuse_layers_of(state_dict: Mapping[str, Any], expected: frozenset[str]) ->
             "`SparseTraining(layers)` must choose the layers that are sparse in the checkpoint, but "
             f"{name!r} is {there} there and {here} here. {cure}"
         )
+
+
+def identity(method: SparseMethod, overrides: Mapping[str, float], seed: int, version: int) -> dict[str, Any]:
+    """What a checkpoint says of the training that it is of, see :func:`refuse_checkpoint`.
+
+    Args:
+        method: in force.
+        overrides: in force, sparsities of single layers.
+        seed: in force.
+        version: of what is saved.
+
+    Returns:
+        Names and values.
+    """
+    return {
+        "version": version,
+        "method": type(method).__name__,
+        "sparsity": repr(method.sparsity),
+        "distribution": repr(method.distribution),
+        "overrides": dict(overrides),
+        "seed": seed,
+    }
 
 
 def refuse_checkpoint(

@@ -48,7 +48,7 @@ class Updater:
 
     Example:
         >>> from lightning_memtrain.techniques.sparsity.methods import RigL
-        >>> from lightning_memtrain.techniques.sparsity.weights import sparsify_
+        >>> from lightning_memtrain.techniques.sparsity.sparsify import sparsify_
         >>> layer = torch.nn.Linear(8, 1)
         >>> updater = Updater(sparsify_(layer, {"weight": torch.tensor([0, 3])}), RigL(0.75, drop=0.5))
         >>> optimizer, now = torch.optim.SGD(layer.parameters(), lr=0.1), Moment(step=1, elapsed=1, span=10)
