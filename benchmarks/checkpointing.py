@@ -41,8 +41,8 @@ from lightning_memtrain.techniques.checkpointing import (
     insert_checkpoints,
 )
 from lightning_memtrain.techniques.checkpointing.choose import Chosen, StepCurve
-from lightning_memtrain.techniques.checkpointing.fake_step import FakeStep
 from lightning_memtrain.techniques.checkpointing.policies import CheckpointPolicy
+from lightning_memtrain.tracing.fake_step import FakeStep
 
 Prepare = Callable[[nn.Module], Any]
 

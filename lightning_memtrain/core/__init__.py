@@ -3,8 +3,10 @@
 from lightning_memtrain.core.asides import aside, watch_asides
 from lightning_memtrain.core.breakdown import Growth, MemoryBreakdown, ModuleMemory, TimelineEvent
 from lightning_memtrain.core.categories import Category, CategoryBytes
+from lightning_memtrain.core.gradient_sync import on_gradient_sync, sync_gradients
 from lightning_memtrain.core.indexed_state import ReindexesState
 from lightning_memtrain.core.marks import mark, watch_marks
+from lightning_memtrain.core.on_demand import OnDemandTensor
 from lightning_memtrain.core.out_of_memory import OutOfReach, does_not_fit, is_out_of_memory
 from lightning_memtrain.core.rehearsal import rehearsal, rehearsal_depth
 from lightning_memtrain.core.snapshots import Kept, keep_all, on_snapshot
@@ -26,6 +28,7 @@ __all__ = [
     "MemoryBreakdown",
     "ModuleMemory",
     "NoEffectWarning",
+    "OnDemandTensor",
     "OutOfReach",
     "ReindexesState",
     "ReportWarning",
@@ -42,12 +45,14 @@ __all__ = [
     "is_technique",
     "keep_all",
     "mark",
+    "on_gradient_sync",
     "on_snapshot",
     "parse_bytes",
     "partial_backward",
     "rehearsal",
     "rehearsal_depth",
     "step_parameter",
+    "sync_gradients",
     "watch_asides",
     "watch_marks",
     "wrap_training_step",

@@ -19,6 +19,9 @@ class ReindexesState(Protocol):
     def reindex_state(self, parameter: Tensor, source: Tensor) -> None:
         """Give each entry the state that another one has had; called before ``parameter`` changes its size.
 
+        Puts new tensors in the place of the old ones, and writes into none of these: if memory runs out for
+        something else, the old ones come back.
+
         Args:
             parameter: of one axis; without state, nothing is to be done.
             source: int64, one per entry to be: the number of the entry that it was, or -1 if it is new and

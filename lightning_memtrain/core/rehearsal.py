@@ -13,7 +13,8 @@ def rehearsal() -> Iterator[None]:
     """Run a step that is none: what is in it must not be counted, pooled or logged with real ones.
 
     Dispatch modes are out of the way inside. Whoever follows steps by other means (hooks of modules, of saved
-    tensors) asks :func:`rehearsal_depth` and does nothing if it is another than when the watch began.
+    tensors) asks :func:`rehearsal_depth` and does nothing if it is another than when the watch began, or, as
+    the ledger does, asks whether its own mode is on the stack.
 
     Example:
         >>> with rehearsal():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,26 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
+
+from lightning_memtrain.core.closures import (
+    EvaluatesModelError,
+    SpentClosure,
+    needs_closure,
+    takes_closure,
+)
+from lightning_memtrain.core.shared_state import SharedState
+
+__all__ = [
+    "StepsParameters",
+    "changed_shared_state",
+    "needs_closure",
+    "own_step",
+    "shared_state",
+    "step_parameter",
+]
+
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 @runtime_checkable
@@ -36,6 +54,9 @@ def step_parameter(optimizer: Optimizer, parameter: Tensor) -> None:
         optimizer: any that treats each parameter by itself.
         parameter: one of its parameters; its gradient stays.
 
+    Raises:
+        MisconfigurationException: if the optimizer evaluates the model again during its step.
+
     Example:
         >>> first, second = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
         >>> optimizer = torch.optim.SGD([first, second], lr=0.5)
@@ -55,7 +76,17 @@ def step_parameter(optimizer: Optimizer, parameter: Tensor) -> None:
         other.grad = None
     try:
         with own_step(optimizer) as step:
-            step(optimizer)
+            if takes_closure(optimizer):
+                step(optimizer, closure=SpentClosure(None, [parameter]))
+            else:
+                step(optimizer)
+    except EvaluatesModelError as error:
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        raise MisconfigurationException(
+            "Parameters can be stepped one by one only by an optimizer that steps without evaluating the "
+            f"model, but got {type(optimizer).__name__}: {error}. Use another optimizer."
+        ) from error
     finally:
         for other, gradient in others:
             other.grad = gradient
@@ -71,54 +102,34 @@ def own_step(optimizer: Optimizer) -> Iterator[Callable[..., Any]]:
     Yields:
         The ``step`` of its class, to be called with the optimizer.
     """
-    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    # Optimizers that wrap another one and do without the constructor of their class have no hooks.
+    hooks = {name: vars(optimizer)[name] for name in _HOOKS if name in vars(optimizer)}
     step: Any = type(optimizer).step
     step = step.__wrapped__ if getattr(step, "hooked", False) else step
     # A step that calls that of a parent class would come upon the hooks again.
-    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    vars(optimizer).update((name, OrderedDict()) for name in hooks)
     try:
         yield step
     finally:
-        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = hooks
+        vars(optimizer).update(hooks)
 
 
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether an optimizer evaluates the model during its step.
-
-    Args:
-        optimizer: any.
-
-    Returns:
-        Whether its step cannot do without a closure.
-    """
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    required = closure is not None and closure.default is inspect.Parameter.empty
-    return required or isinstance(optimizer, LBFGS)
-
-
-def shared_state(optimizer: Optimizer) -> dict[str, float]:
-    """What an optimizer keeps besides the state of its parameters, as far as it is made of numbers.
+def shared_state(optimizer: Optimizer) -> SharedState:
+    """What an optimizer keeps besides the state of its parameters.
 
     Args:
         optimizer: any.
 
     Returns:
-        Each number by its place. Those that a step changes make a step in parts differ from a whole one.
+        What there is now. A step in parts differs from a whole one where a step changes it.
     """
-    places: list[tuple[str, dict[Any, Any]]] = [("its attributes", vars(optimizer))]
-    places += [(f"param_groups[{i}]", group) for i, group in enumerate(optimizer.param_groups)]
-    places += [("state", {k: v for k, v in optimizer.state.items() if not isinstance(k, Tensor)})]
-    return {
-        f"{place}[{key!r}]": float(value)
-        for place, values in places
-        for key, value in values.items()
-        if (isinstance(value, (int, float)) and not isinstance(value, bool))
-        or (isinstance(value, Tensor) and value.numel() == 1)
-    }
+    return SharedState(optimizer)
 
 
-def changed_shared_state(before: dict[str, float], optimizer: Optimizer) -> list[str]:
+def changed_shared_state(before: SharedState, optimizer: Optimizer) -> list[str]:
     """Where an optimizer has changed what it keeps across parameters.
+
+    This is the test of all techniques for whether an optimizer may be stepped in parts.
 
     Args:
         before: of :func:`shared_state`.
@@ -127,5 +138,5 @@ def changed_shared_state(before: dict[str, float], optimizer: Optimizer) -> list
     Returns:
         The places, sorted.
     """
-    after = shared_state(optimizer)
-    return sorted(key for key in after if key not in before or before[key] != after[key])
+    assert before.optimizer is optimizer
+    return before.changed()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from lightning_memtrain.core import Category
-from lightning_memtrain.ledger.records import FROM_THE_START, NEVER, Event, StorageRecord
+from lightning_memtrain.ledger.operators import skip_in_dynamo
+from lightning_memtrain.ledger.records import FROM_THE_START, NEVER, Event, StorageRecord, Survivor
 from lightning_memtrain.ledger.storages import PLAIN_TENSORS, StorageReference, storages_of
 from lightning_memtrain.ledger.workspace import PeakEstimate
 
@@ -26,6 +28,8 @@ class StorageBook:
 
     def __init__(self, device: torch.device, estimate: PeakEstimate | None = None) -> None:
         self.device = device
+        self.counts_fakes = False
+        """Whether fake tensors, which have sizes but no bytes, are counted as if they had."""
         self.records: list[StorageRecord] = []
         self.events: list[Event] = []
         self.live: dict[int, tuple[StorageRecord, StorageReference]] = {}
@@ -38,11 +42,34 @@ class StorageBook:
         """What was live from the start but was first seen later, also what is freed by now."""
         self.is_open = True
         self._estimate = estimate
-        self._tell_freed = _teller(self)
+        # References are kept for long, by survivors, and do not keep the book.
+        self._tell_freed = functools.partial(_tell_freed, weakref.ref(self))
 
     def close(self) -> None:
         """Leave everything as it is now: later releases are not written down."""
         self.is_open = False
+
+    def live_entries(self) -> list[tuple[StorageRecord, StorageReference]]:
+        """What is live now, to go through.
+
+        Any object that is made may start the garbage collector, and another thread may let go of a tensor at
+        any time; :attr:`live` changes with each storage that is freed. Taking all of it at once is one step
+        for both.
+        """
+        return [*self.live.values()]
+
+    def records_of(self, tensor: torch.Tensor) -> list[StorageRecord]:
+        """The records of the storages behind a tensor, as far as they are counted."""
+        found = (self.record_of(storage) for storage in storages_of(tensor))
+        return [record for record in found if record is not None]
+
+    def survivors(self) -> tuple[Survivor, ...]:
+        """What is still live of all that was made meanwhile and is no training state."""
+        return tuple(
+            Survivor(record.producer, record.num_bytes, reference)
+            for record, reference in self.live_entries()
+            if not record.existed_before and record.category not in TRAINING_STATE
+        )
 
     def begin_aside(self) -> None:
         """What comes next is no part of the step."""
@@ -84,7 +111,7 @@ class StorageBook:
             The records of the new storages.
         """
         new: list[StorageRecord] = []
-        for storage in storages_of(tensor):
+        for storage in self._storages_of(tensor):
             if self._known(storage) is None:
                 if tensor.device != self.device:
                     return ()
@@ -105,7 +132,7 @@ class StorageBook:
             return ()
         return [
             self._known(storage) or self._write(storage, FROM_THE_START, category, "")
-            for storage in storages_of(tensor)
+            for storage in self._storages_of(tensor)
         ]
 
     def classify(self, tensor: torch.Tensor, category: Category, owner: str) -> None:
@@ -115,7 +142,7 @@ class StorageBook:
         """
         if tensor.device != self.device:
             return
-        for storage in storages_of(tensor):
+        for storage in self._storages_of(tensor):
             record = self._known(storage) or self._write(storage, FROM_THE_START, category, "")
             if record.category not in TRAINING_STATE:
                 if record.category is not Category.TEMPORARY:
@@ -124,16 +151,43 @@ class StorageBook:
             if record.owner is None:
                 record.owner = owner
 
-    def resize(self, storage: torch.UntypedStorage) -> None:
-        """Write down that a storage has another size now, if it is in the book."""
+    def note_unknown(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
+        """Write down a storage that shows up by being resized, unless it is in the book.
+
+        Args:
+            storage: any storage; it was there before the first event.
+            num_bytes: its size until now.
+        """
+        if storage._cdata not in self.live and storage.device == self.device:
+            self._write(storage, FROM_THE_START, Category.INPUTS, "", num_bytes)
+
+    def resize(self, storage: torch.UntypedStorage, producer: str | None = None) -> None:
+        """Write down that a storage has another size now, if it is in the book.
+
+        Args:
+            storage: any storage.
+            producer: path of the module that resized it, if it is known. What it puts into a storage that was
+                empty is made there, and no input any more.
+        """
         if storage._cdata not in self.live:
             return
         record = self._continue(storage)
+        if record.num_bytes == 0 and producer is not None and record.category is Category.INPUTS:
+            record.category, record.producer = Category.TEMPORARY, producer
         if self._estimate is not None:
             self._estimate.free(record.num_bytes)
             self._estimate.allocate(storage.nbytes())
         self.live_bytes += storage.nbytes() - record.num_bytes
         record.num_bytes = storage.nbytes()
+
+    def _storages_of(self, tensor: torch.Tensor) -> Sequence[torch.UntypedStorage]:
+        if type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided:  # saves a call for most tensors
+            return (tensor.untyped_storage(),)
+        storages = storages_of(tensor)
+        if self.counts_fakes:
+            return storages
+        # A fake tensor says that it is on some device, but its storage is on `meta`.
+        return [storage for storage in storages if storage.device.type == self.device.type]
 
     def _known(self, storage: torch.UntypedStorage) -> StorageRecord | None:
         """The record of a live storage, with its present size."""
@@ -154,9 +208,14 @@ class StorageBook:
         return successor
 
     def _write(
-        self, storage: torch.UntypedStorage, born: int, category: Category, producer: str
+        self,
+        storage: torch.UntypedStorage,
+        born: int,
+        category: Category,
+        producer: str,
+        num_bytes: int | None = None,
     ) -> StorageRecord:
-        record = StorageRecord(storage.nbytes(), born, category, producer)
+        record = StorageRecord(storage.nbytes() if num_bytes is None else num_bytes, born, category, producer)
         self.records.append(record)
         self.live_bytes += record.num_bytes
         if born == FROM_THE_START:
@@ -184,13 +243,10 @@ class StorageBook:
         return self.tick
 
 
-def _teller(book: StorageBook) -> Callable[[StorageReference], None]:
-    """What is called when a storage is freed; references that are kept for long do not keep the book."""
-    weak_book = weakref.ref(book)
+def _tell_freed(weak_book: weakref.ref[StorageBook], reference: StorageReference) -> None:
+    book = weak_book()
+    if book is not None:
+        book.on_freed(reference.key)
 
-    def tell(reference: StorageReference) -> None:
-        book = weak_book()
-        if book is not None:
-            book.on_freed(reference.key)
 
-    return tell
+skip_in_dynamo(_tell_freed)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,37 +23,19 @@ from lightning_memtrain.core import (
     watch_marks,
 )
 from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
+from lightning_memtrain.ledger.compiled import COMPILER_WATCH, MODES_HIDDEN, CompilerListener
+from lightning_memtrain.ledger.devices import parameter_device
 from lightning_memtrain.ledger.limit import AllocationLimit
 from lightning_memtrain.ledger.modules import ModuleWatch, Moment
-from lightning_memtrain.ledger.operators import OperatorWatch, returns_arguments
-from lightning_memtrain.ledger.records import FROM_THE_START, TRANSIENT, StorageRecord, analyse, held_at_peak
+from lightning_memtrain.ledger.objects import tensors_within
+from lightning_memtrain.ledger.operators import OperatorWatch, returns_arguments, skip_in_dynamo
+from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord, Survivor, analyse, held_at_peak
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
-from lightning_memtrain.ledger.storages import RESIZE_WATCH, storages_of, tensors_in
+from lightning_memtrain.ledger.storages import RESIZE_WATCH, tensors_in
+from lightning_memtrain.ledger.training_state import classify_training_state
 from lightning_memtrain.ledger.workspace import OpWorkspace, PeakEstimate
 
 _LIFT_FRESH = torch.ops.aten.lift_fresh.default
-
-
-@dataclass(frozen=True)
-class Survivor:
-    """A storage that was live when its ledger was left and is no part of the training state.
-
-    It holds a weak reference only: looking at it keeps nothing alive.
-
-    Args:
-        module: path of the module that made it.
-        num_bytes: its size.
-        reference: weak reference to the storage.
-    """
-
-    module: str
-    num_bytes: int
-    reference: weakref.ref[torch.UntypedStorage]
-
-    @property
-    def alive(self) -> bool:
-        """Whether the storage still exists."""
-        return self.reference() is not None
 
 
 class MemoryLedger:
@@ -65,12 +48,16 @@ class MemoryLedger:
     tensors of the program and not counted: see :class:`~lightning_memtrain.ledger.OpWorkspace`.
 
     A storage that was live before the block and shows up as an argument in it counts from the start: as an
-    input, or as a gradient when backward is the first to use it (communication buckets).
+    input, or as a gradient when backward is the first to use it (communication buckets). One that was empty
+    counts from the moment when it is filled.
+
+    What is counted is what the thread does that entered the block, with autograd's threads that work for it.
+    It may be read in any thread at any time.
 
     Args:
         model: the module that is trained; gives names to bytes. Its parameters decide on the device.
         optimizers: the optimizers whose state is to be told from activations.
-        inputs: the batch, in any nesting of lists, tuples and mappings.
+        inputs: the batch, of any kind: collections, mappings and objects that hold tensors, in any nesting.
         device: count storages of this device instead of that of the parameters.
         workspace: measure the bytes that each operator holds while it runs, so that
             :attr:`predicted_peak_bytes` can be given.
@@ -110,15 +97,16 @@ class MemoryLedger:
         self._limit = limit
         self._late_before = 0
         self._book = StorageBook(self.device, self._estimate)
-        self._modules = ModuleWatch(model, self._book.mark)
         self._operators = OperatorWatch()  # type: ignore[no-untyped-call]
+        self._modules = ModuleWatch(model, self._book.mark, self._operators.in_force)
         self._undo = ExitStack()
         self._num_scanned = 0
         self._recomputed: list[StorageRecord] = []
         self._last_step_tick: int | None = None
         self._backward_module: str | None = None
         self._entered = False
-        self._depth = 0
+        self._thread: int | None = None
+        self._num_graphs = 0  # compiled ones that are running
 
     # ------------------------------------------------------------------ entering and leaving
 
@@ -129,13 +117,18 @@ class MemoryLedger:
                 "Make a new `MemoryLedger(model, ...)` for each block."
             )
         self._entered = True
-        self._depth = rehearsal_depth()
+        self._thread = threading.get_ident()
         with ExitStack() as undo:  # undoes what was done so far if a later line fails
             self._install(undo)
             self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        if self._thread not in (None, threading.get_ident()):
+            raise RuntimeError(
+                "`MemoryLedger` must be left in the thread that entered it, whose operators it counts, but "
+                "was left in another one and still counts. Enter and leave it in the same thread."
+            )
         self._undo.close()
         self._settle_recomputed()
         if len(self._book.records) != self._num_scanned:
@@ -143,13 +136,15 @@ class MemoryLedger:
         self._book.close()
 
     def _install(self, undo: ExitStack) -> None:
+        inputs = tensors_within(self._inputs)
+        self._book.counts_fakes = rehearsal_depth() > 0 or _any_fake((*self._model.parameters(), *inputs))
         self._scan_training_state()
-        for tensor in tensors_in(self._inputs):
+        for tensor in inputs:
             self._book.note_from_the_start(tensor, Category.INPUTS)
         self._inputs = None  # the ledger must not keep the batch alive
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter):
-                hook = self._gradient_hook(_owner(name))
+                hook = functools.partial(self._after_accumulation, _owner(name))
                 handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 undo.callback(handle.remove)
         for optimizer in self._optimizers:
@@ -157,11 +152,23 @@ class MemoryLedger:
         undo.enter_context(self._modules)
         SAVED_TENSOR_WATCH.add(self._on_saved)
         undo.callback(SAVED_TENSOR_WATCH.remove, self._on_saved)
-        RESIZE_WATCH.add(self._book.resize)
-        undo.callback(RESIZE_WATCH.remove, self._book.resize)
-        undo.callback(watch_marks(self.mark))
+        RESIZE_WATCH.add(self._on_resize)
+        undo.callback(RESIZE_WATCH.remove, self._on_resize)
+        undo.callback(watch_marks(self._on_mark))
         undo.callback(watch_asides(self._book.begin_aside, self._book.end_aside))
         self._late_before = self._book.late_bytes
+        listener = CompilerListener(
+            self._before_compilation,
+            self._modules.show,
+            self._before_graph,
+            self._after_graph,
+            self._on_allocated,
+        )
+        COMPILER_WATCH.add(listener)
+        undo.callback(COMPILER_WATCH.remove, listener)
+        if MODES_HIDDEN.needed:
+            MODES_HIDDEN.add(listener)
+            undo.callback(MODES_HIDDEN.remove, listener)
         self._operators.begin(self._on_arguments, self._on_results)
         undo.callback(self._operators.end)
 
@@ -212,11 +219,11 @@ class MemoryLedger:
             without one, at any time), is still live and is no training state.
         """
         return analyse(
-            self._book.records,
-            self._book.events,
+            [*self._book.records],  # another thread may ask while there are more and more
+            [*self._book.events],
             device=str(self.device),
             module_types=self._modules.type_names,
-            grown=[record for record, _ in self._book.live.values() if self._outlived(record)],
+            grown=[record for record, _ in self._book.live_entries() if self._outlived(record)],
             per_module=per_module,
             timeline=timeline,
             asides=() if with_asides else self._book.asides,
@@ -241,8 +248,7 @@ class MemoryLedger:
         Returns:
             One record per storage.
         """
-        found = (self._book.record_of(storage) for storage in storages_of(tensor))
-        return [record for record in found if record is not None]
+        return self._book.records_of(tensor)
 
     def survivors(self) -> tuple[Survivor, ...]:
         """What is still live of all that was made in the block and is no training state.
@@ -250,11 +256,7 @@ class MemoryLedger:
         Returns:
             Weak handles that can be asked later whether the storage still exists.
         """
-        return tuple(
-            Survivor(record.producer, record.num_bytes, reference)
-            for record, reference in self._book.live.values()
-            if record.born != FROM_THE_START and record.category not in TRAINING_STATE
-        )
+        return self._book.survivors()
 
     def mark(self, name: str) -> None:
         """Put an event on the timeline.
@@ -333,30 +335,62 @@ class MemoryLedger:
             self._limit.after(made_bytes)
 
     def _note_argument(self, tensor: torch.Tensor) -> None:
+        if self._num_graphs:
+            self._on_results(None, tensor)  # made by the graph that is running, and shown to an operator
+            return
         in_backward = self._modules.now().in_backward
         self._book.note_from_the_start(tensor, Category.GRADIENTS if in_backward else Category.INPUTS)
 
     def _on_saved(self, tensor: torch.Tensor) -> None:
-        if rehearsal_depth() != self._depth:
+        if not self._operators.in_force():
             return
         # What no operator made in the block was there before.
         for record in self._book.note_from_the_start(tensor, Category.INPUTS):
-            if record.category is Category.TEMPORARY:
+            # What was there before and is filled anew, as FSDP gathers weights, is no activation.
+            if record.category is Category.TEMPORARY and not record.existed_before:
                 record.category = Category.ACTIVATIONS
                 record.recomputed = self._modules.now().recomputing
             if record.category is Category.ACTIVATIONS and record.saver is None:
                 record.saver = self._modules.now().module
 
-    def _gradient_hook(self, owner: str) -> Callable[[torch.Tensor], None]:
-        def after_accumulation(parameter: torch.Tensor) -> None:
-            if parameter.grad is not None and rehearsal_depth() == self._depth:
-                self._book.classify(parameter.grad, Category.GRADIENTS, owner)
+    def _on_resize(self, storage: torch.UntypedStorage, num_bytes_before: int) -> None:
+        if self._operators.in_force():
+            self._book.note_unknown(storage, num_bytes_before)
+            self._book.resize(storage, self._modules.now().module)
+        else:
+            self._book.resize(storage)
 
-        return after_accumulation
+    def _after_accumulation(self, owner: str, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None and self._operators.in_force():
+            self._book.classify(parameter.grad, Category.GRADIENTS, owner)
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._scan_training_state()
-        self.mark("optimizer step")
+        if self._operators.in_force():
+            self._scan_training_state()
+            self.mark("optimizer step")
+
+    def _before_compilation(self) -> None:
+        if threading.get_ident() == self._thread:
+            self._modules.hide()
+
+    def _before_graph(self, inputs: Sequence[Any]) -> None:
+        if self._operators.in_force():
+            for tensor in tensors_in(inputs):
+                self._note_argument(tensor)
+            self._num_graphs += 1
+
+    def _after_graph(self, outputs: Any) -> None:
+        if self._operators.in_force():
+            self._num_graphs -= 1
+            self._on_results(None, outputs)
+
+    def _on_allocated(self, tensor: torch.Tensor) -> None:
+        if self._operators.in_force():
+            self._on_results(None, tensor)
+
+    def _on_mark(self, name: str) -> None:
+        if self._operators.in_force():
+            self.mark(name)
 
     def _settle_recomputed(self) -> None:
         # What outlives the recomputation was recomputed to be used by backward; the rest was temporary.
@@ -379,75 +413,22 @@ class MemoryLedger:
             self.mark(f"backward {now.module}".rstrip())
 
     def _scan_training_state(self) -> None:
-        """Find parameters, buffers, gradients and optimizer state again; any of them may be a new storage."""
-        owners: dict[Any, str] = {}
-        classify = self._book.classify
-        modules = list(self._model.named_modules())
-        for owner, module in modules:
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    owners.setdefault(parameter, owner)
-                    classify(parameter, Category.PARAMETERS, owner)
-                    if parameter.grad is not None:
-                        classify(parameter.grad, Category.GRADIENTS, owner)
-        for owner, module in modules:
-            for buffer in module._buffers.values():
-                if buffer is not None:
-                    classify(buffer, Category.BUFFERS, owner)
-        for optimizer in self._optimizers:
-            for key, state in optimizer.state.items():
-                for tensor in tensors_in(state):
-                    classify(tensor, Category.OPTIMIZER_STATE, owners.get(key, ""))
+        classify_training_state(self._book, self._model, self._optimizers)
         self._num_scanned = len(self._book.records)
 
     def _outlived(self, record: StorageRecord) -> bool:
-        if record.born == FROM_THE_START or record.category in (*TRAINING_STATE, Category.INPUTS):
+        if record.existed_before or record.category in (*TRAINING_STATE, Category.INPUTS):
             return False
         return self._last_step_tick is None or record.born <= self._last_step_tick
 
 
+skip_in_dynamo(MemoryLedger._after_accumulation, MemoryLedger._after_optimizer_step)
+
+
+def _any_fake(tensors: Iterable[torch.Tensor]) -> bool:
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # where nobody has imported it, there are none
+    return fakes is not None and any(fakes.is_fake(tensor) for tensor in tensors)
+
+
 def _owner(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def parameter_devices(model: nn.Module) -> dict[torch.device, str]:
-    """The devices on which a model's parameters are, each with the name of the first one there.
-
-    Args:
-        model: any module.
-
-    Returns:
-        Names by device, in the order of the model.
-    """
-    devices: dict[torch.device, str] = {}
-    for name, parameter in model.named_parameters():
-        devices.setdefault(parameter.device, name)
-    return devices
-
-
-def parameter_device(model: nn.Module) -> torch.device:
-    """The one device on which a model's parameters are.
-
-    Args:
-        model: any module.
-
-    Returns:
-        The device, with its index.
-
-    Raises:
-        ValueError: if there are no parameters, or parameters on two devices.
-    """
-    devices = parameter_devices(model)
-    if not devices:
-        raise ValueError(
-            f"`MemoryLedger(model)` must have parameters, which decide on the device to count on, "
-            f"but got a {type(model).__name__} with none. "
-            "Pass `device=...`, or build the model before the ledger (in `configure_model`, for instance)."
-        )
-    if len(devices) > 1:
-        found = ", ".join(f"{name} on {device}" for device, name in devices.items())
-        raise ValueError(
-            f"`MemoryLedger(model)` must have all parameters on one device, but got {found}. "
-            "Move the model to one device, or pass `device=...` to count on one of them."
-        )
-    return next(iter(devices))

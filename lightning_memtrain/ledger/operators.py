@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import CodeType
 from typing import Any
 
 import torch
@@ -14,13 +13,17 @@ from torch.utils._python_dispatch import (
     _push_mode,
 )
 
+from lightning_memtrain.core import OnDemandTensor
 
-def _skip_in_dynamo(code: CodeType) -> bool:
-    """Have ``torch.compile`` leave a function and all that it calls alone; ``False`` where torch cannot."""
+
+def skip_in_dynamo(*functions: Callable[..., Any]) -> bool:
+    """Have ``torch.compile`` leave functions and all that they call alone; ``False`` where torch cannot."""
     try:
         eval_frame = torch._C._dynamo.eval_frame
         skip = eval_frame._FrameAction.SKIP
-        eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))
+        for function in functions:
+            strategy = eval_frame._FrameExecStrategy(skip, skip)
+            eval_frame.set_code_exec_strategy(function.__code__, strategy)
     except AttributeError:  # an older torch
         return False
     return True
@@ -33,6 +36,8 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     _after: Callable[[Any, Any], None]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if types and any(issubclass(one, OnDemandTensor) for one in types):
+            return NotImplemented  # the operators that make its numbers come here instead
         kwargs = kwargs or {}
         self._before(func, args, kwargs)
         results = func(*args, **kwargs)
@@ -43,7 +48,12 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _should_skip_dynamo(cls) -> bool:
         # torch asks this when the class is made. Where the answer is yes, it wraps `__torch_dispatch__` in
         # `torch._dynamo.disable`, some more calls in Python around every operator.
-        return not _skip_in_dynamo(cls.__dict__["__torch_dispatch__"].__code__)
+        return not skip_in_dynamo(cls.__dict__["__torch_dispatch__"])
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Have ``torch.compile`` compile what it meets under this mode, and not give it up for good."""
+        return True
 
     def begin(self, before: Callable[[Any, Any, Any], None], after: Callable[[Any, Any], None]) -> None:
         """Begin to watch.
@@ -54,6 +64,15 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         self._before, self._after = before, after
         _push_mode(self)
+
+    def in_force(self) -> bool:
+        """Whether it is here, now and in this thread that operators are shown.
+
+        They are not shown while a rehearsal goes on, while torch compiles, and in other threads than the one
+        that began (but in those in which autograd runs its backward). Who follows a step by other means
+        than operators asks this, so that all that is seen is of the same step.
+        """
+        return self in _get_current_dispatch_mode_stack()
 
     def end(self) -> None:
         """Stop watching, wherever on the stack: two ledgers may be left in the order of their entering."""

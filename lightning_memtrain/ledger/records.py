@@ -7,10 +7,14 @@ that they cannot disagree with each other.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
+
+import torch
 
 from lightning_memtrain.core import (
     Category,
@@ -37,11 +41,22 @@ class StorageRecord:
         producer: path of the module that made it.
     """
 
-    __slots__ = ("born", "category", "died", "num_bytes", "owner", "producer", "recomputed", "saver")
+    __slots__ = (
+        "born",
+        "category",
+        "died",
+        "existed_before",
+        "num_bytes",
+        "owner",
+        "producer",
+        "recomputed",
+        "saver",
+    )
 
     def __init__(self, num_bytes: int, born: int, category: Category, producer: str = "") -> None:
         self.num_bytes = num_bytes
         self.born = born
+        self.existed_before = born == FROM_THE_START  # the storage, though maybe with another size
         self.died: int | None = None
         self.category = category
         self.producer = producer
@@ -57,8 +72,31 @@ class StorageRecord:
         """Close this record at ``tick`` and open the next one of the same storage, to be changed."""
         successor = StorageRecord(self.num_bytes, tick, self.category, self.producer)
         successor.saver, successor.owner, successor.recomputed = self.saver, self.owner, self.recomputed
+        successor.existed_before = self.existed_before
         self.died = tick
         return successor
+
+
+@dataclass(frozen=True)
+class Survivor:
+    """A storage that was live when its ledger was left and is no part of the training state.
+
+    It holds a weak reference only: looking at it keeps nothing alive.
+
+    Args:
+        module: path of the module that made it.
+        num_bytes: its size.
+        reference: weak reference to the storage.
+    """
+
+    module: str
+    num_bytes: int
+    reference: weakref.ref[torch.UntypedStorage]
+
+    @property
+    def alive(self) -> bool:
+        """Whether the storage still exists."""
+        return self.reference() is not None
 
 
 class Event(NamedTuple):

@@ -1,4 +1,4 @@
-"""One pair of saved-tensor hooks for all ledgers.
+"""One pair of saved-tensor hooks for all ledgers of a thread.
 
 Only the innermost pair of hooks is called, so ledgers that are nested share one pair, which tells each of
 them, and which hands on to the pair around it. Hooks switch off autograd's check for in-place changes of
@@ -7,11 +7,13 @@ saved tensors; :class:`KeptTensor` checks instead.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
+from lightning_memtrain.ledger.operators import skip_in_dynamo
 from lightning_memtrain.ledger.storages import PLAIN_TENSORS, tensors_in
 
 _SavedCallback = Callable[[torch.Tensor], None]
@@ -62,37 +64,59 @@ class KeptTensor(NamedTuple):
 
 
 class SavedTensorWatch:
-    """Calls back with every tensor that autograd saves for backward.
+    """Calls back with every tensor that autograd saves for backward in a thread.
 
     Inside of other hooks, such as those that compress what is saved, it calls back with what these keep.
     """
 
     def __init__(self) -> None:
-        self._callbacks: list[_SavedCallback] = []
-        self._around: HookPair | None = None
+        self._here = threading.local()
+        self._pairs: list[_WatchingPair] = []
 
     def add(self, callback: _SavedCallback) -> None:
-        """Call ``callback`` with every saved tensor, until :meth:`remove`."""
-        if not self._callbacks:
-            self._around = hooks_in_force()
-            # What was packed by hooks that are gone by then has to be unpacked by them all the same.
-            unpack = KeptTensor.given_back if self._around is None else self._around[1]
-            torch._C._autograd._push_saved_tensors_default_hooks(self._pack, unpack)
-        self._callbacks.append(callback)
+        """Call ``callback`` with every tensor that this thread saves, until :meth:`remove` in this thread."""
+        pair: _WatchingPair | None = getattr(self._here, "pair", None)
+        if pair is None:
+            pair = self._here.pair = _WatchingPair(hooks_in_force())
+            self._pairs.append(pair)
+            torch._C._autograd._push_saved_tensors_default_hooks(pair.pack, pair.unpack)
+        pair.callbacks.append(callback)
 
     def remove(self, callback: _SavedCallback) -> None:
         """Stop calling ``callback``."""
-        self._callbacks.remove(callback)
-        if not self._callbacks:
+        pair: _WatchingPair = self._here.pair
+        pair.callbacks.remove(callback)
+        if not pair.callbacks:
             torch._C._autograd._pop_saved_tensors_default_hooks()
-            self._around = None
+            self._pairs.remove(pair)
+            del self._here.pair
 
     def tell(self, tensor: torch.Tensor) -> None:
         """Say that ``tensor`` is kept for backward; for hooks inside of a ledger, which hide from it."""
-        for callback in tuple(self._callbacks):
+        pair: _WatchingPair | None = getattr(self._here, "pair", None)
+        # Autograd may work for a thread in one of its own. Who is told there asks whether it is concerned.
+        for one in (pair,) if pair is not None else tuple(self._pairs):
+            one.tell(tensor)
+
+
+class _WatchingPair:
+    """The pair of hooks of one thread.
+
+    Args:
+        around: the hooks that were in force, which still decide on what is kept.
+    """
+
+    def __init__(self, around: HookPair | None) -> None:
+        self.callbacks: list[_SavedCallback] = []
+        self._around = around
+        # What was packed by hooks that are gone by then has to be unpacked by them all the same.
+        self.unpack = KeptTensor.given_back if around is None else around[1]
+
+    def tell(self, tensor: torch.Tensor) -> None:
+        for callback in tuple(self.callbacks):
             callback(tensor)
 
-    def _pack(self, tensor: torch.Tensor) -> Any:
+    def pack(self, tensor: torch.Tensor) -> Any:
         if self._around is None:
             self.tell(tensor)
             return KeptTensor.of(tensor)
@@ -111,4 +135,5 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
 
 
+skip_in_dynamo(_WatchingPair.pack, KeptTensor.given_back)
 SAVED_TENSOR_WATCH = SavedTensorWatch()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lightning_memtrain.core import OnDemandTensor
 
 #: Types whose instances hold their bytes in one storage, unless their layout says otherwise.
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
@@ -17,11 +21,13 @@ _NO_TREES = (int, float, str, type(None))
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
-    """All tensors in arguments or results of an operator, a batch, or the state of an optimizer.
+    """All tensors in arguments or results of an operator, which are asked of every one.
+
+    For what users make, such as batches, there is :func:`.objects.tensors_within`.
 
     Args:
-        tree: lists, tuples, sets, mappings (and look-alikes, such as the batches of tokenisers) and
-            dataclasses in any nesting; anything else that is no tensor is passed over.
+        tree: lists, tuples, sets, mappings (and look-alikes) and dataclasses in any nesting; anything else
+            that is no tensor is passed over.
 
     Returns:
         The tensors in the order in which they were found, with repetitions.
@@ -47,7 +53,8 @@ def _collect(tree: Any, found: list[torch.Tensor]) -> None:
             _collect(item, found)
     elif hasattr(tree, "__dataclass_fields__"):
         for name in tree.__dataclass_fields__:
-            _collect(getattr(tree, name), found)
+            with suppress(Exception):  # a field may be unset, an argument only, or a property that raises
+                _collect(getattr(tree, name), found)
 
 
 def storages_of(tensor: torch.Tensor) -> Sequence[torch.UntypedStorage]:
@@ -66,7 +73,10 @@ def storages_of(tensor: torch.Tensor) -> Sequence[torch.UntypedStorage]:
         return (tensor.untyped_storage(),)
     if is_lazy(tensor):
         return ()
-    if is_traceable_wrapper_subclass(tensor):
+    parts: Sequence[torch.Tensor]
+    if isinstance(tensor, OnDemandTensor):
+        parts = tensor.held()
+    elif is_traceable_wrapper_subclass(tensor):
         inner_names, _ = tensor.__tensor_flatten__()
         # Distributed tensors name their device mesh among these, too.
         parts = [part for name in inner_names if isinstance(part := getattr(tensor, name), torch.Tensor)]
@@ -97,28 +107,35 @@ class ResizeWatch:
     """
 
     def __init__(self) -> None:
-        self._callbacks: list[Callable[[torch.UntypedStorage], None]] = []
+        self._callbacks: list[Callable[[torch.UntypedStorage, int], None]] = []
         self._original = torch.UntypedStorage.resize_
+        self._lock = threading.Lock()
 
-    def add(self, callback: Callable[[torch.UntypedStorage], None]) -> None:
-        """Call ``callback`` with every storage that was resized, until :meth:`remove`."""
-        if not self._callbacks:
-            original = self._original
+    def add(self, callback: Callable[[torch.UntypedStorage, int], None]) -> None:
+        """Call ``callback`` with every storage that was resized and its size before, until :meth:`remove`."""
+        with self._lock:
+            if not self._callbacks:
+                torch.UntypedStorage.resize_ = self._replacement()  # type: ignore[method-assign, assignment]
+            self._callbacks.append(callback)
 
-            def resize_(storage: torch.UntypedStorage, size: int) -> Any:
-                result = original(storage, size)
-                for watcher in tuple(self._callbacks):
-                    watcher(storage)
-                return result
-
-            torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
-        self._callbacks.append(callback)
-
-    def remove(self, callback: Callable[[torch.UntypedStorage], None]) -> None:
+    def remove(self, callback: Callable[[torch.UntypedStorage, int], None]) -> None:
         """Stop calling ``callback``."""
-        self._callbacks.remove(callback)
-        if not self._callbacks:
-            torch.UntypedStorage.resize_ = self._original  # type: ignore[method-assign]
+        with self._lock:
+            self._callbacks.remove(callback)
+            if not self._callbacks:
+                torch.UntypedStorage.resize_ = self._original  # type: ignore[method-assign]
+
+    def _replacement(self) -> Callable[[torch.UntypedStorage, int], Any]:
+        original = self._original
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            num_bytes_before = storage.nbytes()
+            result = original(storage, size)
+            for callback in tuple(self._callbacks):
+                callback(storage, num_bytes_before)
+            return result
+
+        return resize_
 
 
 RESIZE_WATCH = ResizeWatch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +107,11 @@ class OpWorkspace:
         return self._peaks[call]
 
     def _measure(self, call: OpCall) -> int:
+        # In a thread of its own: a profiler of this one may count what this one allocates.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            return thread.submit(self._measure_here, call).result()
+
+    def _measure_here(self, call: OpCall) -> int:
         with _disable_current_modes(), kept_random_state(self.device), torch.no_grad():
             try:
                 args, kwargs = call.thaw(self.device)
@@ -144,14 +150,17 @@ class PeakEstimate:
 
     def allocate(self, num_bytes: int, late: bool = False) -> None:
         """Count a storage; a ``late`` one was live from the start, so during all that was noted before."""
-        self._live_bytes += self._rounded(num_bytes)
+        # First rounded, then added: within a call, garbage may be collected, which changes the sum.
+        num_bytes = self._rounded(num_bytes)
+        self._live_bytes += num_bytes
         if late:
-            self._late_bytes += self._rounded(num_bytes)
+            self._late_bytes += num_bytes
         self._peak_bytes = max(self._peak_bytes, self._live_bytes - self._late_bytes)
 
     def free(self, num_bytes: int) -> None:
         """Count a storage no more."""
-        self._live_bytes -= self._rounded(num_bytes)
+        num_bytes = self._rounded(num_bytes)
+        self._live_bytes -= num_bytes
 
     def before(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Note how much is live when an operator begins."""

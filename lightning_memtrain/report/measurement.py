@@ -78,7 +78,7 @@ class BatchMeasurement:
             truth: reader of the allocator's peak, or ``None`` to do without.
             model: the module that is trained.
             optimizers: its optimizers; those that are no torch optimizers (DeepSpeed's) are left out.
-            batch: the batch, in any nesting.
+            batch: the batch, of any kind.
             device: the device whose storages are counted.
 
         Returns:

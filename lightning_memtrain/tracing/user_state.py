@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lightning_memtrain.core import is_out_of_memory
 from lightning_memtrain.tracing.random_state import global_random_states
 from lightning_memtrain.tracing.reach import Reach
+from lightning_memtrain.tracing.replace import replace
 from lightning_memtrain.tracing.states import StateNote
 
 
@@ -100,6 +101,15 @@ class UserState:
         if device.type != "cpu":
             return there
         return there + sum(note.num_bytes for note in self._notes if isinstance(note, StateNote))
+
+    def replace(self, others: Mapping[int, Tensor]) -> None:
+        """Put other tensors in the place of some, wherever these are held, until :meth:`restore`.
+
+        Args:
+            others: what to put in the place of a tensor, by its ``id``.
+        """
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            replace(self._notes, others)
 
     def restore(self) -> None:
         """Set everything back; may be called several times, and needs hardly any memory."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -352,3 +353,137 @@ def test_it_shows_in_the_memory_report_with_its_bytes(tmp_path: Path) -> None:
     assert held[Category.PARAMETERS] == held[Category.GRADIENTS] == 2 * 321 + 4 * 80
     # Two moments of each in float32, and a count of steps for each of six parameters.
     assert held[Category.OPTIMIZER_STATE] == 2 * 4 * 401 + 4 * 6
+
+
+class Counts(Regression):
+    """A layer that counts and averages in buffers, and an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(3, 6)
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("average", torch.zeros(6))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.seen += 1
+        self.average.mul_(0.999).add_((batch[0] + 3).mean(0), alpha=0.001)
+        x = batch[0] + self.embedding(torch.arange(12) % 3)
+        return (self.net(x) - batch[1]).square().mean()
+
+
+def test_counts_and_averages_are_those_of_float32(tmp_path: Path) -> None:
+    full, half = Counts(), Counts()
+    for model, plugins in ((full, None), (half, [LowPrecision(keep_fp32=("norm", "embedding"))])):
+        trainer = quiet_trainer(tmp_path, plugins=plugins)
+        trainer.fit(model, DataLoader(batches(300), batch_size=None))
+    assert half.seen.item() == full.seen.item() == 300
+    assert half.average.dtype == half.embedding.weight.dtype == torch.float32
+    torch.testing.assert_close(half.average, full.average, rtol=0, atol=1e-3)
+    assert half.net[0].weight.dtype == torch.bfloat16
+
+
+class Rates(torch.optim.SGD):
+    """Counts for itself, in a dictionary, and sets its rate by that."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.history = {"steps": 0}
+
+    def step(self, closure: Any = None) -> Any:
+        self.history["steps"] += 1
+        for group in self.param_groups:
+            group["lr"] = 0.1 / self.history["steps"]
+        return super().step(closure)
+
+
+def test_an_optimizer_that_counts_for_itself_counts_steps(tmp_path: Path) -> None:
+    model = Regression()
+    model.configure_optimizers = lambda: Rates(model.parameters())  # type: ignore[method-assign]
+    plugin = LowPrecision(bucket_numel=1)
+    trainer = quiet_trainer(tmp_path, plugins=[plugin], max_steps=3)
+    with pytest.warns(UserWarning, match="steps Rates on all weights at once, since its step changes his"):
+        trainer.fit(model, DataLoader(batches(), batch_size=None))
+    assert trainer.optimizers[0].history == {"steps": 3}
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.1 / 3
+    said = "stepped Rates on all weights at once, since its step changes history['steps']"
+    assert plugin.technique_record().events == (said,)
+
+
+def test_a_change_of_a_buffer_that_no_text_tells_of_is_warned_of_in_training_only(tmp_path: Path) -> None:
+    class Hidden(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.zeros(3))
+
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            for buffer in list(self.buffers())[:1]:
+                buffer.add_(1)
+            return super().training_step(batch, batch_idx)
+
+    trainer = quiet_trainer(tmp_path, plugins=[LowPrecision()], max_steps=2)
+    with pytest.warns(UserWarning, match="keeps the buffers 'table' in half precision") as caught:
+        trainer.fit(Hidden(), DataLoader(batches(), batch_size=None))
+    assert len([w for w in caught if "keeps the buffers" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("compute", ["bf16-true", "16-true"])
+def test_a_model_that_is_left_in_float32_is_one_for_its_own_project(compute: Any, tmp_path: Path) -> None:
+    models = []
+    for leave in ("half", "float32"):
+        torch.manual_seed(0)
+        model = Counts()
+        plugin = LowPrecision(compute, leave=leave)  # type: ignore[arg-type]
+        trainer = quiet_trainer(tmp_path, plugins=[plugin], max_epochs=1)
+        trainer.fit(model, DataLoader(batches(), batch_size=None))
+        trainer.fit_loop.max_epochs = 2  # goes on as if it had been left as it was
+        trainer.fit(model, DataLoader(batches(), batch_size=None))
+        models.append(model)
+    half, full = models
+    half_dtype = torch.bfloat16 if compute == "bf16-true" else torch.float16
+    assert {p.dtype for p in half.parameters()} == {half_dtype, torch.float32}
+    assert {p.dtype for p in full.parameters()} == {torch.float32} == {b.dtype for b in full.buffers()}
+    for name, value in half.state_dict().items():
+        assert torch.equal(full.state_dict()[name], value.float())
+    # What a project does: computes with float32, saves, loads into a new model, trains without the plugin.
+    x = batches()[0][0]
+    outputs = full.eval().net(x)
+    assert outputs.dtype == torch.float32
+    torch.save(full.state_dict(), tmp_path / "weights.pt")
+    fresh = Counts()
+    fresh.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert torch.equal(fresh.eval().net(x), outputs)
+    assert torch.equal(copy.deepcopy(full).net(x), outputs)
+    quiet_trainer(tmp_path).fit(full.train(), DataLoader(batches(), batch_size=None))
+    assert full.net[0].weight.dtype == torch.float32
+
+
+def test_checkpoints_of_a_run_are_the_same_whatever_it_leaves(tmp_path: Path) -> None:
+    saved = []
+    for leave in ("half", "float32"):
+        torch.manual_seed(0)
+        checkpoint = ModelCheckpoint(tmp_path / leave, filename="last", every_n_epochs=1)
+        plugin = LowPrecision(leave=leave)  # type: ignore[arg-type]
+        options = {"plugins": [plugin], "enable_checkpointing": True}
+        quiet_trainer(tmp_path, checkpoint, **options).fit(
+            Regression(), DataLoader(batches(), batch_size=None)
+        )
+        saved.append(torch.load(tmp_path / leave / "last.ckpt", weights_only=True)["state_dict"])
+    assert saved[0]["net.0.weight"].dtype == torch.bfloat16
+    assert all(torch.equal(saved[1][name], value) for name, value in saved[0].items())
+    loaded = Regression.load_from_checkpoint(tmp_path / "float32" / "last.ckpt")
+    assert loaded.net[0].weight.dtype == torch.float32
+    assert torch.equal(loaded.net[0].weight, saved[0]["net.0.weight"].float())
+
+
+def test_a_run_that_ends_in_an_error_leaves_float32_too(tmp_path: Path) -> None:
+    class Fails(Regression):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            raise RuntimeError("fails")
+
+    model = Fails()
+    with pytest.raises(RuntimeError, match=r"^fails$"):
+        quiet_trainer(tmp_path, plugins=[LowPrecision(leave="float32")]).fit(
+            model, DataLoader(batches(), batch_size=None)
+        )
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not any("forward" in vars(layer) for layer in model.modules())

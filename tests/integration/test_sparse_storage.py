@@ -121,3 +121,58 @@ def test_entries_move_beside_other_techniques(
         assert state["exp_avg_sq"].shape == weight.values.shape
         assert state["exp_avg_sq"].dtype == torch.float32
         assert weight.values.isfinite().all()
+
+
+class Attends(L.LightningModule):
+    """Attention reads the weight of its output projection, and recurrent code asks it for its dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(24, 4, 48, 0.0, batch_first=True)
+        self.net = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        x = batch[0].unsqueeze(1).expand(-1, 6, -1).to(self.net.layers[0].linear2.weight.dtype)
+        return self.net(x).square().mean() + self.net(x)[:, 0].cumsum(1).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters())
+
+
+@pytest.mark.parametrize("method", [mt.StaticSparse(0.5), mt.RigL(0.5, drop=0.5)])
+def test_recomputation_is_chosen_where_weights_are_read(method: Any, tmp_path: Path) -> None:
+    models, record = [], None
+    for recomputation in ([], [mt.ActivationCheckpointing()]):
+        update = mt.UpdateEvery(2, stop=1.0) if isinstance(method, mt.RigL) else None
+        sparse = mt.SparseTraining(method, update)
+        models.append(Attends())
+        quiet_trainer(tmp_path, sparse, *recomputation, max_steps=4).fit(models[-1], data())
+        record = recomputation and recomputation[0].technique_record()
+    assert record.events
+    assert "recomputed: peak" in record.events[0]
+    assert len(sparse_weights(models[0])) == 9
+    for (name, one), other in zip(
+        models[0].state_dict().items(), models[1].state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_validation_and_prediction_of_attention(tmp_path: Path) -> None:
+    class Predicts(Attends):
+        def validation_step(self, batch: Any, _: int) -> None:
+            self.log("loss", self.training_step(batch, 0))
+
+        def predict_step(self, batch: Any, _: int) -> Tensor:
+            return self.training_step(batch, 0)
+
+    model, sparse = Predicts(), mt.SparseTraining(mt.StaticSparse(0.8))
+    trainer = quiet_trainer(tmp_path, sparse, max_steps=2)
+    trainer.fit(model, data(), data())
+    trainer.validate(model, data(), verbose=False)
+    predicted = trainer.predict(model, data())
+    dense = Predicts().eval()
+    dense.load_state_dict(export_dense(model))
+    with torch.no_grad():
+        expected = [dense.training_step(batch, 0) for batch in data()]
+    torch.testing.assert_close(torch.stack(predicted), torch.stack(expected))

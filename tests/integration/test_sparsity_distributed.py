@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
+from lightning_memtrain.core import gradient_sync
 from lightning_memtrain.techniques.sparsity import distributed
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 from tests.helpers.two_ranks import found_by_two_ranks
@@ -45,6 +46,15 @@ class Net(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.02)
 
 
+class Cramped(Net):
+    """The last rank has room for two rows at a time."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if len(batch) > 2 and self.global_rank == self.trainer.world_size - 1:
+            raise torch.OutOfMemoryError("no room for more than two rows")
+        return super().training_step(batch, batch_idx)
+
+
 class Drifts(Net):
     """One rank changes its weights behind everyone's back."""
 
@@ -62,13 +72,18 @@ METHODS: dict[str, Any] = {
     "DSR": lambda: mt.DSR(0.5, threshold=0.05),
     "GMP": lambda: mt.GradualMagnitudePruning(0.5),
 }
+AUTO = {"microbatch_size": "auto", "limit": "1GiB"}
 OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {} for name in METHODS},
     "RigL, accumulated": {"accumulate_grad_batches": 2},
     "DSR, clipped": {"gradient_clip_val": 0.1},
     "DSR, static graph": {"ddp": {"static_graph": True}},
     "DSR, bucket views": {"ddp": {"gradient_as_bucket_view": True}},
-    "RigL, microbatched": {"microbatched": True},
+    "RigL, microbatched": {"microbatches": {"num_microbatches": 2}},
+    "StaticSparse, auto": {"make": Cramped, "microbatches": AUTO},
+    "SET, auto, accumulated": {"make": Cramped, "microbatches": AUTO, "accumulate_grad_batches": 2},
+    "RigL, auto": {"make": Cramped, "microbatches": AUTO},
+    "DSR, auto, clipped": {"make": Cramped, "microbatches": AUTO, "gradient_clip_val": 0.1},
 }
 
 
@@ -77,8 +92,8 @@ def run(name: str, folder: Path, seed: int, **options: Any) -> Net:
     options = OPTIONS[name] | options
     update = None if method.clock is None else mt.UpdateEvery(2, stop=1.0)
     callbacks: list[Any] = [mt.SparseTraining(method, update)]
-    if options.pop("microbatched", False):
-        callbacks.append(mt.Microbatching(num_microbatches=2))
+    if microbatches := options.pop("microbatches", None):
+        callbacks.append(mt.Microbatching(**microbatches))
     ddp, checkpoint = options.pop("ddp", {}), options.pop("ckpt_path", None)
     if options.get("devices") == 2:
         options["strategy"] = DDPStrategy(process_group_backend="gloo", **ddp)
@@ -105,7 +120,7 @@ def checked(name: str, folder: Path, rank: int) -> Any:
         "values": {key: one.values.tolist() for key, one in mt.sparse_weights(model).items()},
         "patterns": {key: one.positions().tolist() for key, one in mt.sparse_weights(model).items()},
         "biases": [layer.bias.tolist() for layer in model.net[::2]],
-        "leftover": hasattr(model, distributed._IGNORED),
+        "leftover": hasattr(model, distributed._IGNORED) or bool(gradient_sync._averaging),
     }
 
 
@@ -121,6 +136,7 @@ def test_two_ranks_train_as_one_process_on_the_joint_batch(tmp_path: Path) -> No
             values = torch.tensor(first[name]["values"][key], dtype=torch.float64)
             torch.testing.assert_close(values, weight.values.detach(), rtol=1e-8, atol=1e-10)
     assert "differs between rank 0 and rank 1 after the update of step 4" in first["drift"]
+    assert "gradients that were not averaged over ranks" in first["drift"]
     assert "'net.0'" in first["drift"]
     assert first["drift"] == second["drift"]
     assert first["half"] is None

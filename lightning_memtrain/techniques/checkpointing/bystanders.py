@@ -1,67 +1,62 @@
-"""Attributes that a forward leaves alone in its first call, and may change in a later one."""
+"""What a call finds assigned in its modules, to tell what it assigns."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from operator import is_
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_memtrain.techniques.checkpointing.slots import (
-    ABSENT,
-    NOT_FORWARDS,
-    Slot,
-    has_changed,
-    shallow_copy,
-)
-from lightning_memtrain.techniques.checkpointing.writes import version_of
+from lightning_memtrain.techniques.checkpointing.slots import ABSENT, NOT_FORWARDS, Slot
+
+_REGISTERED = ("_parameters", "_buffers")
 
 
 class Bystanders:
-    """All attributes when a call begins, to tell those that it changes though no call before it did.
+    """All attributes and submodules when a call begins, to tell what it assigns though no call before it did.
 
-    Attributes are compared by identity, module by module, which takes about a microsecond for each.
+    They are compared by identity, module by module, which takes one or two microseconds for each.
 
     Args:
         modules: the module that is called, and those within it.
-        holders: the attributes that hold a tensor or a container, and can be changed without being assigned.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], holders: Collection[Slot]) -> None:
-        self._found = [(module, module.__dict__.copy()) for module in modules]
-        self._holders = [(slot, slot.value) for slot in holders]
-        # Each object once: a configuration is in many modules.
-        held = {id(value): value for _, value in self._holders}.values()
-        self._containers = [(value, shallow_copy(value)) for value in held if not isinstance(value, Tensor)]
-        self._tensors = [(value, version_of(value)) for value in held if isinstance(value, Tensor)]
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._found = [(one, one.__dict__.copy(), one._modules.copy(), _sizes(one)) for one in modules]
 
-    def changed(self, known: Collection[Slot]) -> tuple[dict[Slot, Any], list[Slot]]:
-        """What the call has changed beside what is known to change.
+    def assigned(self, known: Collection[Slot] = ()) -> dict[Slot, Any]:
+        """What was assigned since, beside what is known to be assigned.
+
+        Parameters and buffers that were there are not looked at, for they are set back anyway.
 
         Args:
-            known: attributes that earlier calls changed.
+            known: attributes that earlier calls assigned.
 
         Returns:
-            What each attribute held that was assigned, or whose container was changed; and attributes whose
-            tensor was written to in place, so that what it held is lost.
+            What each slot held before.
         """
         before: dict[Slot, Any] = {}
-        for module, found in self._found:
-            now = module.__dict__
-            if now.keys() == found.keys() and all(map(is_, now.values(), found.values())):
-                continue
-            for name in (found.keys() | now.keys()) - NOT_FORWARDS:
-                if found.get(name, ABSENT) is not now.get(name, ABSENT):
-                    before[Slot(module, "__dict__", name)] = found.get(name, ABSENT)
-        contents = {id(value): inside for value, inside in self._containers}
-        moved = {id(value) for value, inside in self._containers if has_changed(value, inside, value)}
-        moved |= {id(value) for value, version in self._tensors if version_of(value) != version}
-        lost = []
-        for slot, value in self._holders:
-            if isinstance(value, Tensor):
-                if id(value) in moved:
-                    lost.append(slot)
-            elif slot in before or id(value) in moved:
-                before[slot] = contents[id(value)]
-        return {slot: value for slot, value in before.items() if slot not in known}, lost
+        for module, attributes, submodules, sizes in self._found:
+            for name in _differences(attributes, module.__dict__):
+                if name not in NOT_FORWARDS:
+                    before[Slot(module, "__dict__", name)] = attributes.get(name, ABSENT)
+            for name in _differences(submodules, module._modules):
+                before[Slot(module, "_modules", name)] = submodules.get(name, ABSENT)
+            if _sizes(module) != sizes:
+                for kind, size in zip(_REGISTERED, sizes, strict=True):
+                    for name in [*getattr(module, kind)][size:]:
+                        before[Slot(module, kind, name)] = ABSENT
+        return {slot: value for slot, value in before.items() if slot not in known}
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    return len(module._parameters), len(module._buffers)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    if now.keys() == before.keys() and all(map(is_, now.values(), before.values())):
+        return
+    for name in before.keys() | now.keys():
+        if before.get(name, ABSENT) is not now.get(name, ABSENT):
+            yield name

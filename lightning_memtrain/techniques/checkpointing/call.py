@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from lightning_memtrain.techniques.checkpointing.slots import shallow_copy
+from lightning_memtrain.techniques.checkpointing.holding import is_cache
+from lightning_memtrain.techniques.checkpointing.objects import Place
+from lightning_memtrain.techniques.checkpointing.slots import Slot
 from lightning_memtrain.techniques.checkpointing.state import ModuleState
 from lightning_memtrain.techniques.checkpointing.surroundings import Surroundings
+from lightning_memtrain.techniques.checkpointing.twins import Copies, TwinMaker
 from lightning_memtrain.techniques.checkpointing.writes import WriteWatch, copied
 
 Made = tuple[int, int]
@@ -41,7 +44,7 @@ class Argument(NamedTuple):
     """Where a call finds one of its arguments when it runs again.
 
     Args:
-        value: the argument itself, if it is no tensor.
+        value: the argument itself, if it is neither a tensor nor an object that is looked into.
         kept: its place among the tensors that the call keeps.
         made: the earlier call of the segment that makes it again.
         requires_grad: whether the tensor did.
@@ -90,6 +93,7 @@ class Call:
         self._structure: TreeSpec | None = None
         self._keeper: Any = None
         self._kept: Sequence[Tensor] | None = None
+        self._twins: TwinMaker | None = None
 
     def keep(
         self,
@@ -97,6 +101,7 @@ class Call:
         structure: TreeSpec,
         makers: Mapping[int, Made],
         before: Mapping[Any, Tensor],
+        twins: TwinMaker,
     ) -> None:
         """Keep what the call was given, where nothing makes it again.
 
@@ -105,13 +110,15 @@ class Call:
             structure: how they belong together.
             makers: by place, what earlier calls of the segment make again.
             before: by place, what it wrote to, as it was before.
+            twins: makes twins of the arguments that are objects, and of those that its modules hold.
         """
         self._structure = structure
+        self._twins = twins
         kept: list[Tensor] = []
         place_kept: dict[int, int] = {}
         for place, value in enumerate(flat):
             if not isinstance(value, Tensor) or value.is_inference():  # autograd keeps no tensor of that mode
-                self.arguments.append(Argument(value))
+                self.arguments.append(Argument(value if place not in twins.roots else None))
                 continue
             if place not in makers and id(value) not in place_kept:
                 place_kept[id(value)] = len(kept)
@@ -140,27 +147,32 @@ class Call:
             RuntimeError: if the result would not be the same.
         """
         changed = self._state.changed_since()
-        if changed is not None:
+        assert self._structure is not None
+        assert self._twins is not None
+        changed = changed or self._twins.outdated
+        if changed:
             raise RuntimeError(
-                f"`ActivationCheckpointing` cannot recompute {self.unit.name!r}: its {changed} was changed "
+                f"`ActivationCheckpointing` cannot recompute {self.unit.name!r}: its "
+                f"{described(changed[0], self.unit.module)} was changed "
                 "in place after its forward and before its backward, so the gradients would be those of "
                 "another model. Run backward before the change, e.g. before the optimizer steps, or leave "
                 "this module out."
             )
-        assert self._structure is not None
-        args, kwargs = tree_unflatten(self._values(made), self._structure)
+        copies = Copies()
+        twins = self._twins.twins(copies)
+        args, kwargs = tree_unflatten(self._values(made, twins), self._structure)
         watch = WriteWatch() if self._is_watched else nullcontext()
-        with self._surroundings.restored(), self._state.restored(), watch, self._context:
-            return tree_flatten(self.unit.forward(*args, **kwargs))[0]
+        with self._surroundings.restored(), self._state.restored(copies, twins), watch, self._context:
+            return flattened(self.unit.forward(*args, **kwargs))[0]
 
-    def _values(self, made: Callable[[Made], Tensor]) -> list[Any]:
+    def _values(self, made: Callable[[Made], Tensor], twins: Mapping[Any, Any]) -> list[Any]:
         if self._kept is None:  # a checkpoint around this one may give them only once
             self._kept = self._keeper.saved_tensors if self._keeper is not None else ()
         again: dict[Argument, Tensor] = {}  # the same tensor in several places is so again
         values = []
-        for argument in self.arguments:
+        for place, argument in enumerate(self.arguments):
             if argument.kept is None and argument.made is None:
-                values.append(shallow_copy(argument.value))
+                values.append(twins.get(place, argument.value))
                 continue
             if argument not in again:
                 tensor = (
@@ -169,6 +181,40 @@ class Call:
                 again[argument] = _remade(tensor, argument)
             values.append(again[argument])
         return values
+
+
+def described(key: Any, module: nn.Module) -> str:
+    """What a tensor is, for people.
+
+    Args:
+        key: place of an argument, slot of a module, or place within what one of these holds.
+        module: the module that is called.
+
+    Returns:
+        E.g. ``"argument 2"``, or ``"attribute 'tracker.total'"``.
+    """
+    if isinstance(key, Place):
+        root = described(key.root, module)
+        return f"{root[:-1]}{key}'" if root.endswith("'") else f"{root} ({str(key).lstrip('.')!r})"
+    if isinstance(key, int):
+        return f"argument {key + 1}"
+    return key.described(module) if isinstance(key, Slot) else "argument or attribute"
+
+
+def flattened(tree: Any) -> tuple[list[Any], TreeSpec]:
+    """The leaves of arguments or outputs, and how they belong together.
+
+    Args:
+        tree: arguments or outputs.
+
+    Returns:
+        Both. Key-value caches are leaves, of which others may have told torch how to take them apart.
+    """
+    return tree_flatten(tree, is_leaf=_is_leaf)
+
+
+def _is_leaf(value: Any) -> bool:
+    return is_cache(type(value))
 
 
 def _remade(tensor: Tensor, argument: Argument) -> Tensor:

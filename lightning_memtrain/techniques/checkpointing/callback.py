@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -12,11 +12,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 
-from lightning_memtrain.core import Setting, TechniqueRecord, parse_bytes, wrap_training_step
-from lightning_memtrain.ledger.op_times import OpTimes
-from lightning_memtrain.ledger.storages import tensors_in
-from lightning_memtrain.techniques.checkpointing.choose import StepCurve
-from lightning_memtrain.techniques.checkpointing.fake_step import FakeStep, state_bytes
+from lightning_memtrain.core import (
+    NoEffectWarning,
+    Setting,
+    TechniqueRecord,
+    parse_bytes,
+    wrap_training_step,
+)
+from lightning_memtrain.techniques.checkpointing.automatic import AutomaticChoice
 from lightning_memtrain.techniques.checkpointing.insertion import insert_checkpoints
 from lightning_memtrain.techniques.checkpointing.policies import (
     SHORT_NAMES,
@@ -24,35 +27,6 @@ from lightning_memtrain.techniques.checkpointing.policies import (
     CheckpointPolicy,
     Modules,
 )
-
-# A batch, or state of optimizers, that is this much larger than what was chosen for is chosen for anew.
-_NOTABLY_LARGER = 1.1
-
-
-class _Circumstances(NamedTuple):
-    """What a choice depends on, and steps may differ in."""
-
-    batch_bytes: int
-    has_gradients: bool
-    state_bytes: int
-
-    def beyond(self, chosen_for: _Circumstances) -> str:
-        """What there is more of now, for people; nothing if the choice still holds."""
-        if self.batch_bytes > _NOTABLY_LARGER * chosen_for.batch_bytes:
-            return ", for a larger batch"
-        if self.has_gradients > chosen_for.has_gradients:
-            return ", with gradients that are there in forward"
-        if self.state_bytes > _NOTABLY_LARGER * chosen_for.state_bytes:
-            return ", with more optimizer state"
-        return ""
-
-    def joined(self, other: _Circumstances) -> _Circumstances:
-        """The most of both."""
-        return _Circumstances(
-            max(self.batch_bytes, other.batch_bytes),
-            self.has_gradients or other.has_gradients,
-            max(self.state_bytes, other.state_bytes),
-        )
 
 
 class ActivationCheckpointing(Callback):
@@ -95,9 +69,7 @@ class ActivationCheckpointing(Callback):
         self._unwrap: Callable[[], None] | None = None
         self._num_modules = 0
         self._events: list[str] = []
-        self._warned_of: set[str] = set()
-        self._times: OpTimes | None = None
-        self._chosen_for: _Circumstances | None = None
+        self._automatic: AutomaticChoice | None = None
         self._zeroes_after_forward = True
         self._in_batch = False
 
@@ -110,36 +82,34 @@ class ActivationCheckpointing(Callback):
                 "`ActivationCheckpointing` must be given once, but got it twice. Name all modules in one "
                 "of them."
             )
-        sharded = isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
-        if isinstance(self.policy, Budget) and sharded:
-            raise MisconfigurationException(
-                f"`ActivationCheckpointing(policy={self.policy!r})` needs whole parameters to run a step "
-                f"without data, but got {type(trainer.strategy).__name__}. Say what to recompute, e.g. "
-                "policy='full'."
-            )
-        self._refuse_manual_optimization(pl_module)
+        self._can_choose(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put checkpoints in; the model is complete by now, also one that is built in ``configure_model``."""
-        self._num_modules, self._events, self._chosen_for = 0, [], None
+        self._num_modules, self._events = 0, []
         # Lightning's own policy of FSDP is in this attribute.
         if getattr(trainer.strategy, "_activation_checkpointing_kwargs", None):
             self._say("nothing is inserted, since FSDPStrategy(activation_checkpointing_policy=...) is set")
         elif isinstance(self.policy, Budget):
-            self._refuse_manual_optimization(pl_module)  # its own `setup` may have asked for it
-            self._times = OpTimes(trainer.strategy.root_device)
-
-            def around(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                if torch.is_grad_enabled():
-                    self._choose_if_needed(trainer, pl_module, step, args, kwargs)
-                self._in_batch = True
-                return step(*args, **kwargs)
-
-            self._unwrap = wrap_training_step(pl_module, around)
+            if self._can_choose(trainer, pl_module):  # the module's own `setup` may have changed that
+                self._choose_before_steps(trainer, pl_module, self.policy)
         else:
             groups = self.policy.groups(pl_module)
             self._remove = insert_checkpoints(pl_module, groups, self.policy.contexts)
             self._num_modules = sum(len(group) for group in groups)
+
+    def _choose_before_steps(self, trainer: Trainer, model: LightningModule, policy: Budget) -> None:
+        self._automatic = automatic = AutomaticChoice(trainer, model, policy, self._say)
+
+        def around(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if torch.is_grad_enabled():
+                automatic.before_step(step, args, kwargs, self._zeroes_after_forward)
+                self._num_modules = automatic.num_modules
+            self._in_batch = True
+            return step(*args, **kwargs)
+
+        self._remove = automatic.close
+        self._unwrap = wrap_training_step(model, around)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -160,7 +130,7 @@ class ActivationCheckpointing(Callback):
         for undo in (self._unwrap, self._remove):
             if undo is not None:
                 undo()
-        self._unwrap = self._remove = self._times = None
+        self._unwrap = self._remove = self._automatic = None
 
     @property
     def exact(self) -> bool:
@@ -172,62 +142,27 @@ class ActivationCheckpointing(Callback):
         settings: dict[str, Setting] = {"policy": repr(self.policy), "num_modules": self._num_modules}
         return TechniqueRecord("ActivationCheckpointing", settings, tuple(self._events))
 
-    def _refuse_manual_optimization(self, model: LightningModule) -> None:
-        if isinstance(self.policy, Budget) and not model.automatic_optimization:
-            raise MisconfigurationException(
-                f"`ActivationCheckpointing(policy={self.policy!r})` needs a LightningModule with "
-                "automatic_optimization=True, since it runs `training_step` once without data, but got "
-                "automatic_optimization=False, whose `training_step` steps optimizers and schedulers itself. "
-                "Say what to recompute, e.g. policy='full'."
+    def _can_choose(self, trainer: Trainer, model: LightningModule) -> bool:
+        """Whether a step can run without data; with a limit it must."""
+        if not isinstance(self.policy, Budget):
+            return True
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+            expected = "needs whole parameters to run a step without data"
+            got = type(trainer.strategy).__name__
+        elif not model.automatic_optimization:
+            expected = (
+                "needs a LightningModule with automatic_optimization=True, since it runs `training_step` "
+                "once without data"
             )
-
-    def _choose_if_needed(
-        self,
-        trainer: Trainer,
-        model: LightningModule,
-        step: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        assert isinstance(self.policy, Budget)
-        now = _Circumstances(
-            sum(tensor.nbytes for tensor in tensors_in((args, kwargs))),
-            any(parameter.grad is not None for parameter in model.parameters()),
-            state_bytes(trainer.optimizers),
-        )
-        why = ""
-        if self._chosen_for is not None:
-            why = now.beyond(self._chosen_for)
-            if not why:
-                return
-            now = now.joined(self._chosen_for)
-        if self._remove is not None:
-            self._remove()
-            self._remove = None
-        assert self._times is not None
-        fake = FakeStep(
-            model,
-            lambda args, kwargs: step(*args, **kwargs),
-            (args, kwargs),
-            trainer.optimizers,
-            zeroes_after_forward=self._zeroes_after_forward,
-        )
-        self._chosen_for = now._replace(state_bytes=max(now.state_bytes, fake.state_bytes))
-        self._warn_of_uncounted(fake)
-        curve, limit_bytes = StepCurve(fake, self._times), self.policy.limit_bytes
-        chosen = curve.knee() if limit_bytes is None else curve.fitting(limit_bytes)
-        self._remove = insert_checkpoints(model, chosen.groups)
-        self._num_modules = sum(len(group) for group in chosen.groups)
-        self._say(f"step {trainer.global_step}{why}: {chosen}")
-
-    def _warn_of_uncounted(self, fake: FakeStep) -> None:
-        for name in fake.uncounted.keys() - self._warned_of:
-            self._warned_of.add(name)
-            rank_zero_warn(
-                f"`ActivationCheckpointing(policy={self.policy!r})` cannot run the step of {name} without "
-                f"data ({fake.uncounted[name]}), so its bytes are not in the limit: its state is once it has "
-                "stepped, what its step holds beside is not. Set a limit that leaves room for that."
-            )
+            got = "automatic_optimization=False, whose `training_step` steps optimizers and schedulers itself"
+        else:
+            return True
+        what = f"`ActivationCheckpointing(policy={self.policy!r})`"
+        text = f"{expected}, but got {got}. Say what to recompute, e.g. policy='full'."
+        if self.policy.has_limit:
+            raise MisconfigurationException(f"{what} {text}")
+        rank_zero_warn(f"{what} recomputes nothing: it {text}", category=NoEffectWarning)
+        return False
 
     def _say(self, event: str) -> None:
         if event not in self._events:

@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
 
-from lightning_memtrain.techniques.checkpointing.call import Call, Unit
+from lightning_memtrain.techniques.checkpointing.caches import Layers
+from lightning_memtrain.techniques.checkpointing.call import Call, Unit, described, flattened
+from lightning_memtrain.techniques.checkpointing.habits import Habits
+from lightning_memtrain.techniques.checkpointing.objects import Objects, holds_what_changes
 from lightning_memtrain.techniques.checkpointing.segment import Segment
-from lightning_memtrain.techniques.checkpointing.slots import Slot, holders, shallow_copy
+from lightning_memtrain.techniques.checkpointing.slots import holders
 from lightning_memtrain.techniques.checkpointing.state import ModuleState
 from lightning_memtrain.techniques.checkpointing.surroundings import Surroundings
+from lightning_memtrain.techniques.checkpointing.twins import TwinMaker
 from lightning_memtrain.techniques.checkpointing.writes import KeptBefore
 
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
@@ -95,26 +98,6 @@ def _hook_around() -> Any:
     return hooks[0] if hooks is not None else None
 
 
-class _Habits(NamedTuple):
-    """What forward changes, known once it has run: places of arguments and slots, and slots.
-
-    Args:
-        written: what it writes to in place.
-        assigned: which attributes it assigns.
-        holders: which attributes hold a tensor or a container.
-        draws_from_numpy: whether it draws random numbers there, whose state takes long to read.
-        fills_what_is_saved: whether it writes to tensors after autograd has saved them.
-        looks_back: whether it runs a backward of its own, which needs what was saved so far.
-    """
-
-    written: frozenset[Any]
-    assigned: frozenset[Slot]
-    holders: frozenset[Slot]
-    draws_from_numpy: bool
-    fills_what_is_saved: bool
-    looks_back: bool
-
-
 class CheckpointedForward:
     """Takes the place of a module's forward: runs it, and again in backward.
 
@@ -139,7 +122,7 @@ class CheckpointedForward:
         self._group = group
         self._is_removed = False
         # By the modes of the modules: in training a forward may change what it leaves alone otherwise.
-        self._habits: dict[tuple[bool, ...], _Habits] = {}
+        self._habits: dict[tuple[bool, ...], Habits] = {}
         # `module.compile()` keeps the compiled forward in another attribute than an own forward.
         self._attribute = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
         self._replaced = module.__dict__.get(self._attribute)
@@ -169,35 +152,35 @@ class CheckpointedForward:
         """Run the module's own forward, keeping what it takes to run it again."""
         if self._is_removed or not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
-        args, kwargs = _without_cache((args, kwargs), self.module)
-        flat, structure = tree_flatten((args, kwargs))
-        flat = [shallow_copy(value) for value in flat]  # as they are before the call
+        flat, structure = flattened((args, kwargs))
         tensors = {place: value for place, value in enumerate(flat) if isinstance(value, Tensor)}
         segment = self._group.take(self.position, tensors.values())
         makers = {place: made for place, tensor in tensors.items() if (made := segment.maker(tensor))}
 
         modules = [*self.module.modules()]
         modes = tuple(module.training for module in modules)
-        habits = self._habits.get(modes)
-        state = (
-            ModuleState(modules, habits.assigned, habits.holders - habits.assigned)
-            if habits is not None
-            else ModuleState(modules, None)
+        habits = self._habits.get(modes, Habits())
+        state = ModuleState(modules, habits.assigned, habits.swapped)
+        passed = {
+            place: value
+            for place, value in enumerate(flat)
+            if place not in tensors and holds_what_changes(value)
+        }
+        objects = Objects(passed, holders(modules), Layers(modules, self.name))
+        is_known = habits.know(objects)
+        is_watched = not is_known and not _has_compiled(self.module)
+        given = [*tensors.items(), *state.tensors, *objects.tensors]
+        writes = KeptBefore(
+            given, None if is_watched else habits.written, None if is_known else objects.look_for_changes
         )
-        is_watched = habits is None and not _has_compiled(self.module)
-        known = None if is_watched else habits.written if habits is not None else ()
-        given = [*tensors.items(), *state.tensors]
-        writes = KeptBefore(given, known)
-        surroundings = Surroundings(
-            [tensor for _, tensor in given], habits is None or habits.draws_from_numpy
-        )
+        surroundings = Surroundings([tensor for _, tensor in given], habits.draws_from_numpy)
         own, again = self._group.contexts() if self._group.contexts is not None else (nullcontext(),) * 2
         unit = Unit(self.name, self.module, self.original, self.position, self.path)
         call = Call(len(segment.calls), unit, surroundings, state, again, is_watched)
 
         # What is saved is held until the call has ended if it may be needed so long: by a backward in the
         # forward, or by autograd if the call turns out not to be one that can run again.
-        holds = habits is None or habits.looks_back or state.has_tensors_of_its_own
+        holds = habits.looks_back or habits.write_to_attributes or state.has_tensors_of_its_own
         stretch = segment.stretch(self.path)
         num_before = len(stretch)
         try:
@@ -207,51 +190,56 @@ class CheckpointedForward:
             stretch.forget_since(num_before)
             raise
         surroundings.call_ended()
-        if habits is None:
-            habits = _Habits(
-                written=frozenset(writes.before),
-                assigned=frozenset(state.assigned({*writes.before, *writes.missed})),
-                holders=frozenset(holders(modules)),
+        swapped = [slot for slot in state.swapped() if slot not in habits.swapped]
+        assigned = state.assigned()
+        if (writes.missed or swapped) and not holds:
+            raise self._late(writes.missed, swapped)
+        if habits.is_new:
+            habits = habits._replace(
+                is_new=False,
                 draws_from_numpy=surroundings.draws_from_numpy,
-                fills_what_is_saved=writes.fills_what_is_saved,
                 looks_back=stretch.looks_back,
             )
-            self._habits[modes] = habits
-        late, lost = state.assigned_late()
-        missed = [*writes.missed, *lost]
-        if missed and not holds:
-            raise RuntimeError(
-                f"`ActivationCheckpointing` cannot recompute {self.name!r}: its forward changes "
-                f"{self._named(missed, tensors)} in place, which it did not in its first call. Let it "
-                "make a new tensor, or leave this module out."
+        if assigned or writes.missed or swapped or not is_known:
+            habits = self._habits[modes] = habits._replace(
+                written=habits.written.union(writes.before, writes.missed),
+                watched=habits.watched.union(objects.looked_at),
+                passing=habits.passing.union(objects.changed_for_a_while),
+                assigned=habits.assigned.union(assigned),
+                swapped=habits.swapped.union(swapped),
+                fills_what_is_saved=habits.fills_what_is_saved or writes.fills_what_is_saved,
             )
-        if late or missed:
-            self._habits[modes] = habits._replace(
-                written=habits.written.union(missed), assigned=habits.assigned.union(late, lost)
-            )
-        if missed:  # it cannot run again as it did, but the next call will know
+        if writes.missed or swapped:  # it cannot run again as it did, but the next call will know
             stretch.forget_since(num_before)
             return output
-        self._refuse_entangled(writes.entangled(), tensors)
+        self._refuse_entangled(writes.entangled())
         stretch.drop_since(num_before)
         call.runs_to_its_end = habits.fills_what_is_saved
-        state.call_ended(writes.before)
-        call.keep(flat, structure, makers, writes.before)
-        segment.add(call, tree_flatten(output)[0])
+        twins = TwinMaker(objects, objects.roots_changed(writes.copies, habits.passing), writes.copies)
+        state.call_ended(writes.before, objects.tensors, twins.roots)
+        call.keep(flat, structure, makers, writes.before, twins)
+        segment.add(call, flattened(output)[0])
         self._group.give_back(segment)
         return output
 
-    def _refuse_entangled(self, keys: list[Any], tensors: Collection[int]) -> None:
+    def _late(self, written: list[Any], swapped: list[Any]) -> RuntimeError:
+        keys, how = (written, "in place") if written else (swapped, "by giving it other data")
+        return RuntimeError(
+            f"`ActivationCheckpointing` cannot recompute {self.name!r}: its forward changes "
+            f"{self._named(keys)} {how}, which it did not in its first call. Let it make a new tensor, or "
+            "leave this module out."
+        )
+
+    def _refuse_entangled(self, keys: list[Any]) -> None:
         if keys:
             raise RuntimeError(
                 f"`ActivationCheckpointing` cannot recompute {self.name!r}: what it writes to in place must "
-                f"not share memory with anything else that it is given, but {self._named(keys, tensors)} do. "
+                f"not share memory with anything else that it is given, but {self._named(keys)} do. "
                 "Pass a copy (`.clone()`), write to none of them, or leave this module out."
             )
 
-    def _named(self, keys: Collection[Any], tensors: Collection[int]) -> str:
-        names = (f"argument {key + 1}" if key in tensors else key.described(self.module) for key in keys)
-        return " and ".join(names)
+    def _named(self, keys: Collection[Any]) -> str:
+        return " and ".join(described(key, self.module) for key in keys)
 
 
 def _as_it_is(value: Any) -> Any:
@@ -262,21 +250,3 @@ def _has_compiled(module: nn.Module) -> bool:
     # `torch.compile(module)` keeps the module in this attribute; `module.compile()` in the other.
     # Compiled code does not run under a dispatch mode.
     return any("_orig_mod" in one._modules or one._compiled_call_impl is not None for one in module.modules())
-
-
-def _without_cache(arguments: Any, module: nn.Module) -> Any:
-    """Arguments without empty key-value caches of `transformers`.
-
-    Layers append to it, once more when they are recomputed; what they append is of no use in training. The
-    library's own checkpointing leaves it out, too.
-    """
-
-    def is_empty_cache(value: Any) -> bool:
-        if not hasattr(value, "get_seq_length") or not callable(getattr(value, "update", None)):
-            return False
-        layers = [i for part in module.modules() if isinstance(i := getattr(part, "layer_idx", None), int)]
-        return bool(layers) and all(value.get_seq_length(layer) == 0 for layer in layers)
-
-    if not any(is_empty_cache(value) for value in tree_flatten(arguments)[0]):
-        return arguments  # the very containers, for the module may add to them
-    return tree_map(lambda value: None if is_empty_cache(value) else value, arguments)

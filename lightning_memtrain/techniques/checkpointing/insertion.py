@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_memtrain.techniques.checkpointing.forward import CheckpointedForward, Contexts, Group
+from lightning_memtrain.techniques.checkpointing.own_checkpoints import checkpointed_by
 from lightning_memtrain.techniques.checkpointing.policies import Recomputed
 from lightning_memtrain.techniques.checkpointing.state import unshards_itself
 from lightning_memtrain.techniques.checkpointing.units import described
@@ -72,6 +73,27 @@ def insert_checkpoints(
     return remove
 
 
+def choosable(model: nn.Module) -> frozenset[str]:
+    """The modules that checkpoints can be put into.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Their paths: without parts of compiled modules, and without what the model checkpoints by itself and
+        what is in that.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = set()
+    for name in modules:
+        try:
+            _refuse(name, modules, model)
+        except MisconfigurationException:
+            continue
+        found.add(name)
+    return frozenset(found)
+
+
 def _refuse(name: str, modules: dict[str, nn.Module], model: nn.Module) -> None:
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=3)
@@ -96,14 +118,14 @@ def _refuse(name: str, modules: dict[str, nn.Module], model: nn.Module) -> None:
                 "Compile the blocks one by one instead of the module around them, or choose the compiled "
                 "module as a whole."
             )
-    for one in module.modules():  # itself among them
-        if _checkpoints_itself(one):
-            raise MisconfigurationException(
-                f"`ActivationCheckpointing` found {name!r} checkpointed by the model itself "
-                f"({type(one).__name__}). Remove this callback, or switch the other off: in `transformers` "
-                "that is `model.activation_checkpointing_disable()`, or `gradient_checkpointing_disable()` "
-                "in older ones."
-            )
+    own = checkpointed_by(model, name)
+    if own is not None:
+        raise MisconfigurationException(
+            f"`ActivationCheckpointing` found {name!r} checkpointed by the model itself "
+            f"({type(own).__name__}). Remove this callback, or switch the other off: in `transformers` "
+            "that is `model.activation_checkpointing_disable()`, or `gradient_checkpointing_disable()` "
+            "in older ones."
+        )
 
 
 def _paths_to(name: str) -> list[str]:
@@ -117,12 +139,4 @@ def _is_compiled(module: nn.Module) -> bool:
         "_orig_mod" in module._modules
         or module._compiled_call_impl is not None
         or getattr(module, "_compiler_ctx", None) is not None
-    )
-
-
-def _checkpoints_itself(module: nn.Module) -> bool:
-    # The flag of `transformers`, and torch's wrapper.
-    return (
-        getattr(module, "gradient_checkpointing", False) is True
-        or type(module).__name__ == "CheckpointWrapper"
     )

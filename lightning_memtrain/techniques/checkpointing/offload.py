@@ -13,7 +13,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_memtrain.core import MIB, NoEffectWarning, TechniqueRecord, parse_bytes, wrap_training_step
+from lightning_memtrain.core import (
+    MIB,
+    NoEffectWarning,
+    OnDemandTensor,
+    TechniqueRecord,
+    parse_bytes,
+    wrap_training_step,
+)
 
 
 class offloaded_activations(saved_tensors_hooks):
@@ -45,7 +52,7 @@ class offloaded_activations(saved_tensors_hooks):
     def _pack(self, tensor: Tensor) -> Tensor | _HostCopy:
         # Linear layers save a view of their weight.
         is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
-        stays = is_weight or tensor.layout is not torch.strided
+        stays = is_weight or tensor.layout is not torch.strided or isinstance(tensor, OnDemandTensor)
         if stays or tensor.nbytes < self._min_bytes or tensor.device.type == "meta":
             return tensor
         # The version tells a tensor from what was written over it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -19,7 +19,9 @@ from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
 from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.ledger.workspace import OpCall, op_call
+from lightning_memtrain.techniques.checkpointing.insertion import choosable
 from lightning_memtrain.techniques.checkpointing.items import Item
+from lightning_memtrain.techniques.checkpointing.own_checkpoints import is_backward
 from lightning_memtrain.techniques.checkpointing.writes import version_of
 
 _ACCUMULATES_GRADIENT = 2**64 - 1
@@ -68,9 +70,12 @@ class StepWatch:
     Args:
         model: the module whose submodules are followed.
         ledger: counts the bytes.
+        left_out: paths of submodules that are not followed.
     """
 
-    def __init__(self, model: nn.Module, ledger: MemoryLedger) -> None:
+    def __init__(
+        self, model: nn.Module, ledger: MemoryLedger, left_out: Collection[str] = frozenset()
+    ) -> None:
         self.root = ModuleCall(None)
         self.op_calls: list[OpCall] = []
         #: Of each tensor that was saved, its records and how many operators had run by then.
@@ -78,7 +83,9 @@ class StepWatch:
         self.forward_end = 0
         self._model = model
         self._ledger = ledger
-        self._stack = [self.root]
+        self._left_out = left_out
+        # `None` for calls that are not followed.
+        self._stack: list[ModuleCall | None] = [self.root]
         self._first_nodes = [-1]
         self._calls_of_nodes = [self.root]
         self._undo = ExitStack()
@@ -86,10 +93,11 @@ class StepWatch:
 
     def __enter__(self) -> StepWatch:
         self.root.start = self._ledger.tick
+        candidates = choosable(self._model).difference(self._left_out)
         for name, module in self._model.named_modules():
-            if name:
+            if name in candidates and name:
                 before = module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
-                after = module.register_forward_hook(self._leave)
+                after = module.register_forward_hook(self._leave, always_call=True)
                 self._undo.callback(before.remove)
                 self._undo.callback(after.remove)
         SAVED_TENSOR_WATCH.add(self._on_saved)
@@ -108,10 +116,15 @@ class StepWatch:
 
     def _enter(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            call = ModuleCall(name, parent=self._stack[-1])
+            if self._is_over():
+                self._stack.append(None)
+                return
+            outer = self._stack[-1]
+            assert outer is not None
+            call = ModuleCall(name, parent=outer)
             call.versions = [(tensor, version_of(tensor)) for tensor in tensors_in((args, kwargs))]
             call.start, call.first_save, call.first_op = self._now()
-            self._stack[-1].calls.append(call)
+            outer.calls.append(call)
             self._stack.append(call)
             self._note_change()
 
@@ -119,6 +132,8 @@ class StepWatch:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         call = self._stack.pop()
+        if call is None:
+            return
         call.end, call.last_save, call.last_op = self._now()
         call.returned = self._records(output)
         for tensor, version in call.versions:
@@ -126,18 +141,24 @@ class StepWatch:
         call.versions.clear()
         self._note_change()
 
+    def _is_over(self) -> bool:
+        """Whether backward has begun: what is called from then on is recomputed, or evaluated once more."""
+        return self.forward_end > 0 or is_backward()
+
     def _now(self) -> tuple[int, int, int]:
         return self._ledger.tick, len(self.saves), len(self.op_calls)
 
     def _note_change(self) -> None:
         self._first_nodes.append(torch._C._autograd._get_sequence_nr())
-        self._calls_of_nodes.append(self._stack[-1])
+        innermost = self._stack[-1]
+        assert innermost is not None
+        self._calls_of_nodes.append(innermost)
 
     def _on_saved(self, tensor: Tensor) -> None:
         self.saves.append((self._ledger.records_of(tensor), len(self.op_calls)))
 
     def _on_operator(self, func: Any, args: Any, kwargs: Any) -> None:
-        if torch._C._current_graph_task_id() == -1:
+        if not is_backward():
             if self.forward_end == 0:
                 self.op_calls.append(op_call(func, args, kwargs))
             return

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable
-from operator import is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+from lightning_memtrain.techniques.checkpointing.objects import holds_what_changes
 
 _CONTAINERS = (list, dict, set, OrderedDict, defaultdict, Counter, deque)
 NOT_FORWARDS = frozenset({*nn.Module().__dict__, "forward", "_compiled_call_impl"})
@@ -98,39 +99,18 @@ def attributes(modules: Iterable[nn.Module]) -> dict[Slot, Any]:
     }
 
 
-def holders(modules: Iterable[nn.Module]) -> list[Slot]:
+def holders(modules: Iterable[nn.Module]) -> dict[Slot, Any]:
     """Attributes that can be changed without being assigned.
 
     Args:
         modules: any modules.
 
     Returns:
-        Those that hold a tensor, or a container that :func:`shallow_copy` copies.
+        The value of each that holds a tensor, or an object that is looked into.
     """
-    held = attributes(modules)
-    return [slot for slot, value in held.items() if isinstance(value, Tensor) or _is_container(value)]
-
-
-def has_changed(before: Any, contents: Any, now: Any) -> bool:
-    """Whether an attribute is another, or what it contains.
-
-    Args:
-        before: what it was.
-        contents: a copy of that, if it is a container.
-        now: what it is.
-
-    Returns:
-        Whether anything is not the very same object.
-    """
-    if before is not now:
-        return True
-    inside, inside_now = _contents(contents), _contents(now)
-    return len(inside) != len(inside_now) or not all(map(is_, inside, inside_now))
-
-
-def _contents(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [*value.keys(), *value.values()]
-    if type(value) in _CONTAINERS:
-        return list(value)
-    return [*vars(value).values()] if _is_container(value) and hasattr(value, "__dict__") else []
+    return {
+        Slot(module, "__dict__", name): value
+        for module in modules
+        for name, value in module.__dict__.items()
+        if name not in NOT_FORWARDS and holds_what_changes(value)
+    }

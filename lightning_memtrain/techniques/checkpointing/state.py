@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_memtrain.techniques.checkpointing.bystanders import Bystanders
-from lightning_memtrain.techniques.checkpointing.slots import (
-    ABSENT,
-    Slot,
-    attributes,
-    has_changed,
-    shallow_copy,
-)
-from lightning_memtrain.techniques.checkpointing.writes import copied, version_of
+from lightning_memtrain.techniques.checkpointing.slots import ABSENT, Slot, attributes
+from lightning_memtrain.techniques.checkpointing.twins import Copies
+from lightning_memtrain.techniques.checkpointing.writes import version_of
 
 
 class _Held:
@@ -31,7 +26,7 @@ class _Held:
         is_restored: whether it is to hold the same when the call runs again.
     """
 
-    __slots__ = ("before", "is_restored", "is_statistic", "slot", "value", "version")
+    __slots__ = ("before", "data", "identity", "is_restored", "is_statistic", "slot", "value", "version")
 
     def __init__(self, slot: Slot, value: Any, is_restored: bool = True) -> None:
         self.slot = slot
@@ -41,6 +36,9 @@ class _Held:
         self.is_statistic = False
         self.before: Tensor | None = None
         self.version = 0
+        # Of a parameter: which data it has, and the data itself if calls are known to give it others.
+        self.identity: _Data | None = None
+        self.data: Tensor | None = None
 
 
 class ModuleState:
@@ -48,19 +46,17 @@ class ModuleState:
 
     The tensors and flags that forward finds are noted, not copied; what it writes to in place was copied by
     :class:`KeptBefore`. Attributes that forward assigns, such as a counter, a hidden state or the state of a
-    metric, are known once it has run, and from then on only these are noted, until a call changes another.
+    metric, are known once it has run, and from then on only these are noted, until a call assigns another.
+    What changes within an attribute is found by :class:`Objects`.
 
     Args:
         modules: the module that is called, and those within it.
-        assigned: the attributes that earlier calls assigned; ``None`` at the first call.
-        holders: the other attributes that hold a tensor or a container.
+        assigned: what earlier calls assigned.
+        swapped: the parameters that earlier calls gave other data.
     """
 
     def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        assigned: Collection[Slot] | None,
-        holders: Collection[Slot] = (),
+        self, modules: Sequence[nn.Module], assigned: Collection[Slot], swapped: Collection[Slot]
     ) -> None:
         self._modules = modules
         self._held: list[_Held] = []
@@ -74,116 +70,157 @@ class ModuleState:
                 self._held[-1].is_statistic = isinstance(one, _NormBase) and one.training
             for name, parameter in one._parameters.items():
                 # Where it is sharded, hooks put it in and out.
-                self._held.append(_Held(Slot(one, "_parameters", name), parameter, id(one) not in sharded))
-        self._attributes = attributes(modules) if assigned is None else {}
-        noted = dict.fromkeys(self._attributes if assigned is None else assigned)
+                held = _Held(Slot(one, "_parameters", name), parameter, id(one) not in sharded)
+                self._held.append(held)
+                if held.is_restored:
+                    held.identity = _Data.of(parameter)
+                    if parameter is not None and held.slot in swapped:
+                        held.data = parameter.data
+        noted = dict.fromkeys(assigned)
         if modules[0]._forward_pre_hooks:  # they run before its forward, and assign attributes, too
-            self._of_hooks = attributes(modules[:1])
-            noted |= self._of_hooks
-        else:
-            self._of_hooks = {}
-        self._held += [_Held(slot, shallow_copy(slot.value)) for slot in noted]
+            noted |= attributes(modules[:1])
+        self._held += [_Held(slot, slot.value) for slot in noted]
         self._noted = noted
-        self._bystanders = None if assigned is None else Bystanders(modules, holders)
+        self._bystanders: Bystanders | None = Bystanders(modules)
 
     @property
     def tensors(self) -> list[tuple[Slot, Tensor]]:
-        """All tensors that the result may depend on."""
+        """The parameters and buffers that the result may depend on."""
         return [
             (held.slot, held.value)
             for held in self._held
-            if isinstance(held.value, Tensor) and not held.is_statistic
+            if held.slot.kind != "__dict__" and isinstance(held.value, Tensor) and not held.is_statistic
         ]
 
     @property
     def has_tensors_of_its_own(self) -> bool:
         """Whether there are tensors beside parameters and running statistics, which forward may write to."""
-        return any(slot.kind != "_parameters" for slot, _ in self.tensors)
+        return any(
+            held.slot.kind != "_parameters" and isinstance(held.value, Tensor) and not held.is_statistic
+            for held in self._held
+        )
 
     @property
     def statistics(self) -> list[Tensor]:
         """Running statistics that the call moves."""
         return [held.value for held in self._held if held.is_statistic and held.value is not None]
 
-    def call_ended(self, before: Mapping[Any, Tensor]) -> None:
+    def call_ended(
+        self, before: Mapping[Any, Tensor], tensors: Sequence[tuple[Any, Tensor]], changed: Collection[Any]
+    ) -> None:
         """Note what the call wrote to.
 
         Args:
             before: copies of what it wrote to, as it was before.
+            tensors: what attributes and objects hold.
+            changed: attributes within which it changed something.
         """
+        more: dict[Slot, Any] = {slot: tensor for slot, tensor in tensors if slot in before}
+        more |= dict.fromkeys(changed)  # a twin takes the place of each
+        held_already = {held.slot: held for held in self._held} if more else {}
+        for slot, value in more.items():
+            if slot in held_already:
+                held_already[slot].value = value
+            elif isinstance(slot, Slot):
+                self._held.append(_Held(slot, value))
         for held in self._held:
             if isinstance(held.value, Tensor):
                 held.version = version_of(held.value)
                 held.before = before.get(held.slot) if before else None
 
-    def assigned(self, written: Collection[Any]) -> list[Slot]:
-        """The attributes that the first call changed; of all attributes, only these are held from here.
-
-        Args:
-            written: keys of what it wrote to in place.
-
-        Returns:
-            Those that it assigned, and those that it wrote to.
-        """
-        contents = {held.slot: held.value for held in self._held if held.slot in self._attributes}
-        now = attributes(self._modules)
-        slots = {
-            slot: None
-            for slot in self._attributes | now
-            if slot in written
-            or has_changed(self._attributes.get(slot, ABSENT), contents.get(slot), now.get(slot, ABSENT))
-        }
-        dropped = self._attributes.keys() - slots.keys() - self._of_hooks.keys()
-        self._held = [held for held in self._held if held.slot not in dropped]
-        self._held += [_Held(slot, ABSENT) for slot in slots if slot not in self._attributes]
-        self._attributes = {}
-        return [*slots]
-
-    def assigned_late(self) -> tuple[list[Slot], list[Slot]]:
-        """The attributes that a later call changed though none before it did; they are held from here.
-
-        Returns:
-            Those that it assigned, and those whose tensor it wrote to in place, so that what was is lost.
-        """
-        if self._bystanders is None:
-            return [], []
-        before, lost = self._bystanders.changed(self._noted)
+    def assigned(self) -> list[Slot]:
+        """What the call is the first to assign; it is held from here."""
+        assert self._bystanders is not None
+        before = self._bystanders.assigned(self._noted)
         self._bystanders = None  # it keeps what it compares with
         self._held += [_Held(slot, value) for slot, value in before.items()]
-        return [*before], lost
+        return [*before]
 
-    def changed_since(self) -> str | None:
-        """The name of a tensor that was written to after the call, so that another run would see it."""
-        for held in self._held:
-            if (
-                isinstance(held.value, Tensor)
-                and version_of(held.value) != held.version
-                and held.before is None
-                and not held.is_statistic
-            ):
-                return held.slot.described(self._modules[0])
-        return None
+    def swapped(self) -> list[Slot]:
+        """The parameters that have other data since, which is no change in place."""
+        return [held.slot for held in self._held if self._has_other_data(held)]
+
+    @staticmethod
+    def _has_other_data(held: _Held) -> bool:
+        # DeepSpeed gathers the data of each module when it runs.
+        return (
+            held.identity is not None
+            and not held.identity.is_that_of(held.value)
+            and not hasattr(held.value, "ds_id")
+        )
+
+    def changed_since(self) -> list[Slot]:
+        """Where the tensors are that were changed after the call, so that another run would see it."""
+        return [
+            held.slot
+            for held in self._held
+            if isinstance(held.value, Tensor)
+            and held.before is None
+            and not held.is_statistic
+            and (version_of(held.value) != held.version or (held.data is None and self._has_other_data(held)))
+        ]
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Everything as it was, to be written to and assigned; afterwards as it is now."""
+    def restored(self, copies: Copies, twins: Mapping[Any, Any]) -> Iterator[None]:
+        """Everything as it was, to be written to and assigned; afterwards as it is now.
+
+        Args:
+            copies: of tensors that are written to.
+            twins: what to put in the place of attributes within which the call changed something.
+
+        Yields:
+            Nothing.
+        """
         restored = [held for held in self._held if held.is_restored]
         now = [held.slot.value for held in restored]
-        copies: dict[int, Tensor] = {}  # one for a tensor in several places
+        # It may end in the middle of the forward, which would have set back what it changes for a while.
+        bystanders = Bystanders(self._modules)
+        parameters = [held.value for held in restored if held.identity is not None]
+        swapped = [held for held in restored if held.data is not None]
+        gradients = [held.value.grad for held in swapped]
+        with torch._C._DisableTorchDispatch():  # it is no part of the program
+            data = [parameter.data for parameter in parameters]
         try:
+            for held in swapped:
+                # What converts a parameter converts its gradient, too.
+                held.value.data, held.value.grad = held.data, None
             for held in restored:
                 if held.before is not None:
-                    if id(held.before) not in copies:
-                        copies[id(held.before)] = copied(held.before, held.value.requires_grad)
-                    held.slot.put(copies[id(held.before)])
+                    held.slot.put(copies.of(held.before, held.value.requires_grad))
                 elif held.is_statistic and held.value is not None:
                     held.slot.put(held.value.clone())
                 else:
-                    held.slot.put(shallow_copy(held.value))
+                    held.slot.put(twins.get(held.slot, held.value))
             yield
         finally:
             for held, value in zip(restored, now, strict=True):
                 held.slot.put(value)
+            for slot, value in bystanders.assigned().items():
+                slot.put(value)
+            for parameter, there in zip(parameters, data, strict=True):
+                if parameter.data_ptr() != there.data_ptr() or parameter.dtype is not there.dtype:
+                    parameter.data = there
+            for held, gradient in zip(swapped, gradients, strict=True):
+                held.value.grad = gradient
+
+
+class _Data(NamedTuple):
+    """Which data a parameter has; as long as this is held, other data cannot be at the same address."""
+
+    storage: torch.UntypedStorage
+    address: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, parameter: Any) -> _Data | None:
+        """That of a parameter; ``None`` for other classes, such as tensors without data."""
+        if type(parameter) is not nn.Parameter:
+            return None
+        return cls(parameter.untyped_storage(), parameter.data_ptr(), parameter.dtype)
+
+    def is_that_of(self, parameter: Any) -> bool:
+        """Whether a parameter has this data."""
+        return bool(self.address == parameter.data_ptr() and self.dtype is parameter.dtype)
 
 
 def _sharded_within(modules: Sequence[nn.Module]) -> set[int]:

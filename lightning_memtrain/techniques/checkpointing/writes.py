@@ -51,18 +51,26 @@ class KeptBefore:
     Args:
         tensors: what may be written to, with any keys.
         known: keys of what earlier calls wrote to; ``None`` at the first call.
+        before_each: called before every operator of the first call.
     """
 
-    def __init__(self, tensors: Sequence[tuple[Any, Tensor]], known: Collection[Hashable] | None) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[tuple[Any, Tensor]],
+        known: Collection[Hashable] | None,
+        before_each: Callable[[], None] | None = None,
+    ) -> None:
         self._tensors = tensors
         self._versions = [version_of(tensor) for _, tensor in tensors]
-        self._watch = WriteWatch([tensor for _, tensor in tensors]) if known is None else None
-        self._copies: dict[int, Tensor] = {}
-        for key, tensor in tensors if known else ():
-            if known and key in known and id(tensor) not in self._copies:
-                self._copies[id(tensor)] = tensor.detach().clone()
+        watched = [tensor for _, tensor in tensors]
+        self._watch = WriteWatch(watched, before_each) if known is None else None
         self.before: dict[Any, Tensor] = {}
-        """What was written to, as it was before."""
+        """What was written to, as it was before, by key."""
+        self.copies: dict[int, Tensor] = {}
+        """The same by the number of the tensor."""
+        for key, tensor in tensors if known else ():
+            if known and key in known and id(tensor) not in self.copies:
+                self.copies[id(tensor)] = tensor.detach().clone()
         self.missed: list[Any] = []
         """Keys of what was written to without a copy."""
 
@@ -79,21 +87,26 @@ class KeptBefore:
     def __exit__(self, *exc_info: object) -> None:
         if self._watch is not None:
             self._watch.__exit__(*exc_info)  # type: ignore[no-untyped-call]
-            self._copies = self._watch.copies
+            self.copies = self._watch.copies
         for (key, tensor), version in zip(self._tensors, self._versions, strict=True):
-            if id(tensor) in self._copies:
-                self.before[key] = self._copies[id(tensor)]
+            if id(tensor) in self.copies:
+                self.before[key] = self.copies[id(tensor)]
             elif version_of(tensor) != version:
                 self.missed.append(key)
 
     def entangled(self) -> list[Any]:
-        """Keys of tensors that share memory and are written to, so that copies of each would be apart."""
-        written = [(key, tensor) for key, tensor in self._tensors if id(tensor) in self._copies]
+        """Keys of tensors that share memory and are written to, so that copies of each would be apart.
+
+        An argument that is held by an attribute or an object as well has a copy in each of both places.
+        """
+        written = [(key, tensor) for key, tensor in self._tensors if id(tensor) in self.copies]
         owners: dict[int, set[int]] = {}
         for _, tensor in written:
             for storage in storages_of(tensor):
                 owners.setdefault(storage._cdata, set()).add(id(tensor))
         several = {one for together in owners.values() if len(together) > 1 for one in together}
+        arguments = {id(tensor) for key, tensor in written if isinstance(key, int)}
+        several |= {id(tensor) for key, tensor in written if not isinstance(key, int)} & arguments
         return [key for key, tensor in written if id(tensor) in several]
 
 
@@ -102,14 +115,18 @@ class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         tensors: which; without any, everything runs as under a watch, and nothing else happens.
+        before_each: called before every operator.
     """
 
-    def __init__(self, tensors: Collection[Tensor] = ()) -> None:
+    def __init__(
+        self, tensors: Collection[Tensor] = (), before_each: Callable[[], None] | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.copies: dict[int, Tensor] = {}
         """What was written to as it was before, by ``id``."""
         self.fills_what_is_saved = False
         """Whether an operator wrote to a tensor after autograd had saved it."""
+        self._before_each = before_each
         self._watched: dict[int, list[Tensor]] = {}
         for tensor in tensors:
             for storage in storages_of(tensor):
@@ -122,6 +139,8 @@ class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._before_each is not None:
+            self._before_each()
         self.fills_what_is_saved |= func is torch.ops.aten.rrelu_with_noise.default  # alone in this
         for position, name in _written_arguments(func) if self._watched else ():
             written = kwargs[name] if name in kwargs else args[position] if position < len(args) else None

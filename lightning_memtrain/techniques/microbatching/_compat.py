@@ -1,4 +1,4 @@
-"""Every touch of what Lightning and torchmetrics keep private, checked once per run against what is expected.
+"""Every touch of what Lightning keeps private, checked once per run against what is expected.
 
 Proven by running with Lightning 2.4 to 2.6. If a release changes one of these names, :func:`check` says so
 before training starts; nothing is ever patched blindly.
@@ -7,17 +7,16 @@ before training starts; nothing is ever patched blindly.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection as ResultCollection
-from torch import Tensor, nn
-from torchmetrics import Metric
+from torch import Tensor
 
 __all__ = ["Closure", "ClosureResult", "ResultCollection"]
 
@@ -85,6 +84,11 @@ def uses_static_graph(strategy: Any) -> bool:
     return bool(getattr(strategy, "_ddp_kwargs", {}).get("static_graph", False))
 
 
+def gradients_are_bucket_views(strategy: Any) -> bool:
+    """Whether gradients lie in the buckets that DDP averages."""
+    return bool(getattr(getattr(strategy, "model", None), "gradient_as_bucket_view", False))
+
+
 def trainer_callbacks(model: Any) -> list[Any]:
     """The callbacks of a module's trainer, to be added to; an empty list before it has one."""
     if model is None or model._trainer is None:
@@ -118,6 +122,30 @@ def training_step(trainer: Trainer, kwargs: Any) -> ClosureResult:
 def results(trainer: Trainer) -> Any:
     """The collection that ``self.log`` of the training loop writes to."""
     return trainer.fit_loop.epoch_loop._results
+
+
+@contextmanager
+def log_watched(model: LightningModule, before: Callable[[str, Any], None]) -> Iterator[None]:
+    """Look at each value that is logged, as it was passed to ``self.log``, which hands copies on.
+
+    Args:
+        model: the module whose ``log`` is meant.
+        before: called with the name and the value.
+    """
+    found, own = vars(model).get("log"), model.log
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        before(name, value)
+        own(name, value, *args, **kwargs)
+
+    vars(model)["log"] = log
+    try:
+        yield
+    finally:
+        del vars(model)["log"]
+        if found is not None:
+            vars(model)["log"] = found
 
 
 @contextmanager
@@ -166,82 +194,3 @@ def accumulates(trainer: Trainer) -> bool:
 def grad_scaler(trainer: Trainer) -> Any:
     """The loss scaler of mixed precision, ``None`` without one."""
     return getattr(trainer.precision_plugin, "scaler", None)
-
-
-class BatchMetrics:
-    """Lets torchmetrics' metrics see the chunks of a batch as one batch.
-
-    ``metric(...)`` returns and keeps the value of that call alone, which ``self.log(..., on_step=True)``
-    logs. Over chunks, the value of the whole batch is needed: each metric starts the batch empty, its state
-    after the last chunk is the batch's, and is merged into what it held before, as ``Metric.forward`` does.
-
-    Metrics whose state cannot be merged (``full_state_update``) and wrappers keep the value of the last
-    chunk.
-
-    Args:
-        model: the module whose metrics are meant.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        metrics = [module for module in model.modules() if isinstance(module, Metric)]
-        inside = {metric: [m for m in metric.modules() if isinstance(m, Metric)] for metric in metrics}
-        wrapped = {one for many in inside.values() if len(many) > 1 for one in many}
-        self._metrics = [
-            metric
-            for metric in metrics
-            if metric not in wrapped and metric.full_state_update is False and metric._defaults
-        ]
-        self._before: list[tuple[Metric, dict[str, Any], int]] = []
-
-    def begin(self) -> None:
-        """Begin a batch: put the states aside and let each metric start empty."""
-        self._before = []
-        for metric in self._metrics:
-            state = {name: getattr(metric, name) for name in metric._defaults}
-            self._before.append((metric, state, metric._update_count))
-            for name, default in metric._defaults.items():
-                # Not `metric.reset()`, which empties lists in place.
-                empty: Any = []
-                if isinstance(default, Tensor):
-                    empty = default.detach().clone().to(state[name].device)
-                setattr(metric, name, empty)
-            metric._update_count = 0
-            metric._computed = None
-
-    def end(self, logged_on_step: Container[int], num_chunks: int) -> None:
-        """End a batch: merge the states, and keep the batch's value where it is logged.
-
-        Args:
-            logged_on_step: identities of the metrics whose value of the step is logged.
-            num_chunks: chunks that were run.
-        """
-        for metric, state, count in self._before if num_chunks > 1 else ():
-            num_calls = metric._update_count
-            if num_calls == 0:
-                self._set(metric, state, count)
-                continue
-            if id(metric) in logged_on_step and metric._forward_cache is not None:
-                synchronizes, metric._to_sync = metric._to_sync, metric.dist_sync_on_step
-                metric._forward_cache = metric.compute()
-                metric._to_sync = synchronizes
-            metric._update_count = count + max(1, num_calls // num_chunks)
-            metric._computed = None
-            with torch.no_grad():
-                metric._reduce_states(state)
-
-    def keep(self) -> None:
-        """Let the batch be over: nothing can be taken back from here."""
-        self._before = []
-
-    def abandon(self) -> None:
-        """Forget the batch, even if it has ended: every metric is as it was before."""
-        for metric, state, count in self._before:
-            self._set(metric, state, count)
-        self._before = []
-
-    @staticmethod
-    def _set(metric: Metric, state: dict[str, Any], count: int) -> None:
-        for name, value in state.items():
-            setattr(metric, name, value)
-        metric._update_count = count
-        metric._computed = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 from collections import UserDict
 from collections.abc import Callable, Mapping, MutableMapping
 from functools import cached_property
@@ -13,8 +12,17 @@ from typing import Any, TypeAlias
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
+
+from lightning_memtrain.techniques.microbatching.opaque import (
+    array_types,
+    holds_data,
+    is_tensordict,
+    obstacle,
+    sliced_shape,
+)
+
+# Key of what a container holds, step of the path to it, and it itself.
+_Child: TypeAlias = tuple[Any, str, Any]
 
 # What takes the place of a leaf, given the leaf and its path in the batch.
 LeafFunction: TypeAlias = Callable[[Any, str], Any]
@@ -30,29 +38,30 @@ def batch_size_of(batch: Any) -> int:
 
     Args:
         batch: tensors and NumPy arrays in tuples, lists, mappings, named tuples and dataclasses, nested in
-            any way. What has no axis does not count.
+            any way. What has no axis does not count. Other objects must not hold data of samples.
 
     Returns:
         Number of samples, at least 0.
 
     Raises:
         MisconfigurationException: if nothing in ``batch`` has an axis, if the first axes differ, or if an
-            item cannot be sliced by its first axis. The message names the items by their path.
+            item cannot be sliced by its first axis, such as a batch of graphs. The message names the items by
+            their path.
 
     Example:
         >>> batch_size_of({"images": torch.zeros(8, 3, 32, 32), "labels": torch.zeros(8), "epoch": 3})
         8
     """
     shapes: dict[str, tuple[int, ...]] = {}
+    lists: dict[str, Any] = {}
 
     def note_shape(leaf: Any, path: str) -> Any:
-        if obstacle := _obstacle_to_slicing(leaf):
-            raise MisconfigurationException(
-                "Every item of the batch must allow to be sliced by its first axis, the samples, "
-                f"but got {path}, {obstacle}.\n{_CURE}"
-            )
-        if _has_axis(leaf):
-            shapes[path] = tuple(leaf.shape)
+        if _is_list(leaf):
+            lists[path] = leaf  # of graphs or images, say: one per sample or not, which shapes will tell
+        else:
+            _refuse_obstacle(leaf, path)
+        if shape := sliced_shape(leaf):
+            shapes[path] = shape
         return leaf
 
     _map_leaves(batch, "batch", note_shape)
@@ -67,7 +76,20 @@ def batch_size_of(batch: Any) -> int:
             "All tensors of the batch must have the same length along their first axis, the samples, "
             f"but got{listed}\n{_CURE}"
         )
-    return next(iter(shapes.values()))[0]
+    num_samples = next(iter(shapes.values()))[0]
+    for path, items in lists.items():
+        if len(items) != num_samples:
+            for number, item in enumerate(items):
+                _refuse_obstacle(item, f"{path}[{number}]")
+    return num_samples
+
+
+def _refuse_obstacle(leaf: Any, path: str) -> None:
+    if described := obstacle(leaf):
+        raise MisconfigurationException(
+            "Every item of the batch must allow to be sliced by its first axis, the samples, "
+            f"but got {path}, {described}.\n{_CURE}"
+        )
 
 
 def split_batch(batch: Any, num_microbatches: int) -> list[Any]:
@@ -142,20 +164,24 @@ def _require_positive(function: str, argument: str, given: int) -> None:
 
 def _slicer(num_samples: int, samples: slice) -> LeafFunction:
     def slice_leaf(leaf: Any, path: str) -> Any:
-        if _has_axis(leaf):
+        if sliced_shape(leaf):
             return leaf[samples]
         # `default_collate` turns the strings of samples into a list or tuple of strings, and other collate
         # functions keep ids, paths or weights this way: as many plain items as samples are one per sample.
         # A subclass of tuple is a record, such as torch.Size, whatever its length.
-        if type(leaf) is tuple and len(leaf) == num_samples:
-            return leaf[samples]
-        if isinstance(leaf, list) and len(leaf) == num_samples:
+        if not _is_list(leaf) or len(leaf) != num_samples:
+            return leaf
+        if isinstance(leaf, list):
             clone = copy.copy(leaf)  # keeps the attributes of a subclass
             clone[:] = leaf[samples]
             return clone
-        return leaf
+        return leaf[samples]
 
     return slice_leaf
+
+
+def _is_list(leaf: Any) -> bool:
+    return type(leaf) is tuple or isinstance(leaf, list)
 
 
 def _map_leaves(item: Any, path: str, function: LeafFunction) -> Any:
@@ -164,29 +190,28 @@ def _map_leaves(item: Any, path: str, function: LeafFunction) -> Any:
     A container in which no leaf is replaced is not copied.
     """
     children = _children(item)
-    if not children:
-        return function(item, path)
-    replaced = {}
-    for key, step, child in children:
-        mapped = _map_leaves(child, path + step, function)
-        if mapped is not child:
-            replaced[key] = mapped
-    if not replaced:
-        return item
-    clone = _with_replaced(item, replaced)
+    mapped = _with_items(item, _replaced(children, path, function)) if children else function(item, path)
     # Hugging Face's BatchEncoding keeps one record per sample beside its data.
-    if isinstance(item, UserDict) and (records := vars(item).get("_encodings")):
-        clone._encodings = function(records, f"{path}.encodings")
-    return clone
+    if mapped is not item and isinstance(item, UserDict) and (records := vars(item).get("_encodings")):
+        mapped._encodings = function(records, f"{path}.encodings")
+    if isinstance(item, (Mapping, list, tuple)) or _is_dataclass(item):
+        attributes = _replaced(_further_attributes(item, children), path, function)
+        return _with_attributes(item, mapped, attributes)
+    return mapped
 
 
-def _children(item: Any) -> list[tuple[Any, str, Any]]:
-    """Key, step of the path and value of what a container holds; none for a leaf."""
-    if isinstance(item, (*_array_types(), PackedSequence)):
+def _replaced(children: list[_Child], path: str, function: LeafFunction) -> dict[Any, Any]:
+    mapped = {key: _map_leaves(child, path + step, function) for key, step, child in children}
+    return {key: mapped[key] for key, _, child in children if mapped[key] is not child}
+
+
+def _children(item: Any) -> list[_Child]:
+    """What a container holds; none for a leaf."""
+    if _is_data(item):
         return []
     if isinstance(item, Mapping):
         return [(key, f"[{key!r}]", value) for key, value in item.items()]
-    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+    if _is_dataclass(item):
         names = [field.name for field in dataclasses.fields(item) if hasattr(item, field.name)]
         return [(name, f".{name}", getattr(item, name)) for name in names]
     if isinstance(item, tuple) and hasattr(item, "_fields"):
@@ -196,11 +221,35 @@ def _children(item: Any) -> list[tuple[Any, str, Any]]:
     return []
 
 
-def _with_replaced(item: Any, replaced: dict[Any, Any]) -> Any:
+def _further_attributes(item: Any, children: list[_Child]) -> list[_Child]:
+    """Data that a container of a class of its own has beside its items, e.g. set in ``__post_init__``."""
+    if not hasattr(item, "__dict__") or _is_data(item):
+        return []
+    known = {id(value) for _, _, value in children}
+    return [
+        (name, f".{name}", value)
+        for name, value in vars(item).items()
+        if id(value) not in known
+        and not (isinstance(item, UserDict) and name in ("data", "_encodings"))
+        and not _is_cached(item, name)
+        and holds_data(value)
+    ]
+
+
+def _with_items(item: Any, replaced: dict[Any, Any]) -> Any:
     """Copy a container, with other values for some of its keys."""
+    if not replaced:
+        return item
     if isinstance(item, tuple):
         values = [replaced.get(i, value) for i, value in enumerate(item)]
-        return getattr(item, "_make", type(item))(values)  # a named tuple takes its values one by one
+        try:
+            # Not by the constructor, which may take them one by one, or others.
+            record: Any = tuple.__new__(type(item), values)
+        except TypeError:
+            return type(item)(values)  # of C, such as torch.return_types.max
+        if hasattr(item, "__dict__"):
+            vars(record).update(vars(item))
+        return record
     if isinstance(item, Mapping) and not isinstance(item, MutableMapping):
         return type(item)({**item, **replaced})  # type: ignore[call-arg]
     # A copy keeps what no constructor is known for: default factories, attributes, init=False fields.
@@ -209,35 +258,35 @@ def _with_replaced(item: Any, replaced: dict[Any, Any]) -> Any:
         for key, value in replaced.items():
             clone[key] = value
         return clone
+    return _with_attributes(item, clone, replaced)
+
+
+def _with_attributes(item: Any, mapped: Any, replaced: dict[str, Any]) -> Any:
+    """Set attributes of what takes the place of a container; of a copy, if it is the container itself."""
+    clone = copy.copy(item) if replaced and mapped is item else mapped
+    if clone is item:
+        return item
     for name, value in replaced.items():
         object.__setattr__(clone, name, value)  # also if it is frozen
-    for name in list(getattr(clone, "__dict__", ())):
-        if isinstance(getattr(type(clone), name, None), cached_property):
-            del clone.__dict__[name]  # computed from the whole batch
+    for name in [name for name in getattr(clone, "__dict__", ()) if _is_cached(clone, name)]:
+        del clone.__dict__[name]  # computed from the whole batch
     return clone
+
+
+def _is_data(item: Any) -> bool:
+    """Whether an item is data itself, also if it is a container by its class."""
+    return isinstance(item, (*array_types(), torch.nn.utils.rnn.PackedSequence)) or is_tensordict(item)
+
+
+def _is_cached(item: Any, name: str) -> bool:
+    return isinstance(getattr(type(item), name, None), cached_property)
+
+
+def _is_dataclass(item: Any) -> bool:
+    return dataclasses.is_dataclass(item) and not isinstance(item, type)
 
 
 def _is_plain(kind: type) -> bool:
     # Asked of types, since a list of strings is as long as the batch.
     is_container = issubclass(kind, (Mapping, list, tuple)) or dataclasses.is_dataclass(kind)
-    return not is_container and not issubclass(kind, _array_types())
-
-
-def _array_types() -> tuple[type[Any], ...]:
-    # NumPy is no dependency: where nothing has imported it, nothing is an array of it.
-    numpy = sys.modules.get("numpy")
-    return (Tensor,) if numpy is None else (Tensor, numpy.ndarray)
-
-
-def _has_axis(leaf: Any) -> bool:
-    return isinstance(leaf, _array_types()) and leaf.ndim > 0
-
-
-def _obstacle_to_slicing(leaf: Any) -> str:
-    if isinstance(leaf, PackedSequence):
-        return "a PackedSequence, whose first axis runs over time steps and samples together"
-    if isinstance(leaf, Tensor) and leaf.is_nested:
-        return "a nested tensor, whose samples differ in shape"
-    if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
-        return f"a tensor of layout {leaf.layout}"
-    return ""
+    return not is_container and not issubclass(kind, array_types())

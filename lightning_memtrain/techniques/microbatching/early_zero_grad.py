@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
-from lightning_memtrain.core import TechniqueRecord
+from lightning_memtrain.core import NoEffectWarning, TechniqueRecord
 from lightning_memtrain.techniques.microbatching import _compat
+from lightning_memtrain.techniques.microbatching.past_gradients import zero_grad_hooks
 
 
 class EarlyZeroGrad(Callback):
@@ -18,10 +20,12 @@ class EarlyZeroGrad(Callback):
 
     Lightning runs ``training_step``, then ``zero_grad``, then ``backward``, so the gradients of the last step
     are kept through the next forward. Zeroed first, their bytes are free while activations are made. Loss and
-    gradients stay equal to the bit; only the hook ``on_before_zero_grad`` comes earlier.
+    gradients stay equal to the bit.
 
     It lowers the peak where the peak is at the end of the forward, by at most the bytes of the gradients.
-    :class:`Microbatching` does the same by itself.
+    :class:`Microbatching` does the same by itself. It has no effect, and warns, if the model or a callback
+    does something in ``on_before_zero_grad``: what is averaged there, or looked at, would be another in the
+    forward.
 
     Raises:
         MisconfigurationException: at ``setup``, with manual optimization.
@@ -55,6 +59,15 @@ class EarlyZeroGrad(Callback):
         _compat.check(trainer)
         if _compat.closure_replaced(trainer):
             return  # `Microbatching`, which says so
+        if hooks := zero_grad_hooks(trainer, pl_module):
+            rank_zero_warn(
+                "`EarlyZeroGrad` has no effect beside an `on_before_zero_grad` (here of "
+                f"{', '.join(hooks)}), which must see weights and gradients after the forward. Use "
+                "`on_train_batch_end` for what needs no gradients and may come before the next forward, or "
+                "leave out `EarlyZeroGrad`.",
+                category=NoEffectWarning,
+            )
+            return
 
         def make_closure(kwargs: Any, optimizer: Any, batch_idx: int) -> _compat.Closure:
             return _ZeroFirst(

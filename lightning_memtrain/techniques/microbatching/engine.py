@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
 
 from lightning_memtrain.core import mark, partial_backward
 from lightning_memtrain.techniques.microbatching import _compat, parallel, sizing
+from lightning_memtrain.techniques.microbatching.batch_metrics import BatchMetrics
+from lightning_memtrain.techniques.microbatching.carried_state import CarriedState
 from lightning_memtrain.techniques.microbatching.chunks import Chunk, Splitter
 from lightning_memtrain.techniques.microbatching.logs import CallRecorder
 from lightning_memtrain.techniques.microbatching.normalization import BatchNormPolicy
-from lightning_memtrain.techniques.microbatching.outputs import BatchOutcome, merge_outputs
+from lightning_memtrain.techniques.microbatching.outputs import BatchOutcome, factor_of_the_rest
+from lightning_memtrain.techniques.microbatching.past_gradients import PastGradients, zero_grad_hooks
 from lightning_memtrain.techniques.microbatching.recovery import Recovery
+from lightning_memtrain.techniques.microbatching.refusals import refuse_left_out
 from lightning_memtrain.techniques.microbatching.snapshot import BatchSnapshot
 
 Backward = Callable[[Tensor], None] | None
@@ -29,18 +34,20 @@ class Kept(NamedTuple):
         loss: its loss, not yet weighed.
         extra: what else ``training_step`` returned.
         logged: what it logged.
+        metrics: what it gave to metrics.
     """
 
     loss: Tensor | None
     extra: dict[str, Any]
     logged: list[Any]
+    metrics: list[Tensor]
 
 
 class MicrobatchedClosure(_compat.Closure):
     """zero_grad, then forward and backward of one chunk after the other.
 
     Gradients are zeroed before the forward, not after it as Lightning does, since those of the first chunk
-    have to survive the forward of the second.
+    have to survive the forward of the second; or put aside, for hooks that are called when they are zeroed.
 
     Args:
         engine: runs the chunks.
@@ -63,9 +70,7 @@ class MicrobatchedClosure(_compat.Closure):
     @torch.enable_grad()
     def closure(self, *args: Any, **kwargs: Any) -> _compat.ClosureResult:
         """Run the batch; an optimizer that evaluates several times calls it several times."""
-        if self._zero_grad_fn is not None:
-            self._zero_grad_fn()
-        result = self._engine.run(self._kwargs, self._backward_fn)
+        result = self._engine.run_zeroed(self._kwargs, self._backward_fn, self._zero_grad_fn)
         if result.loss is None:
             self.warning_cache.warn(
                 "`training_step` returned `None`. If this was on purpose, ignore this warning..."
@@ -101,7 +106,11 @@ class MicrobatchEngine:
         self.splitter = splitter
         self._size = size
         self._batchnorm = batchnorm
-        self._metrics = _compat.BatchMetrics(model)
+        self._metrics = BatchMetrics(model)
+        self._said_left_out = False
+        self._carried = CarriedState(model)
+        self._zero_grad_hooks = zero_grad_hooks(trainer, model)
+        self._repeats_backward = isinstance(size, sizing.AutoSize) or batchnorm.may_synchronize
         self.recovery = Recovery(self, size) if isinstance(size, sizing.AutoSize) else None
         """Finds the size and corrects it, if it is not fixed."""
         # Where forward or backward communicates, all ranks must run equally many chunks.
@@ -114,6 +123,28 @@ class MicrobatchEngine:
         backward = _compat.backward_fn(self.trainer, optimizer)
         zero_grad = _compat.zero_grad_fn(self.trainer, batch_idx, optimizer)
         return MicrobatchedClosure(self, kwargs, backward, zero_grad)
+
+    def run_zeroed(
+        self, kwargs: Any, backward: Backward, zero_grad: Callable[[], None] | None
+    ) -> _compat.ClosureResult:
+        """As :meth:`run`, without the gradients of the step before.
+
+        Args:
+            kwargs: arguments of ``training_step`` by name.
+            backward: backward of a loss; ``None`` to skip it.
+            zero_grad: zeroes gradients; ``None`` while they are accumulated.
+
+        Returns:
+            Loss and further outputs of the whole batch.
+        """
+        if zero_grad is None:
+            return self.run(kwargs, backward)
+        if not self._zero_grad_hooks:
+            zero_grad()
+            return self.run(kwargs, backward)
+        with PastGradients(self._parameters(), zero_grad, self.trainer.strategy) as past:
+            # A batch that may be run again is only over when all of it has run.
+            return self.run(kwargs, backward if self._repeats_backward else past.before_last(backward))
 
     def run(self, kwargs: Any, backward: Backward) -> _compat.ClosureResult:
         """Forward and backward of one batch.
@@ -187,6 +218,7 @@ class MicrobatchEngine:
         self, kwargs: Any, backward: Backward, chunks: list[Chunk], communicate: bool
     ) -> BatchOutcome:
         strategy, outcome = self.trainer.strategy, BatchOutcome(self.splitter.loss_reduction == "sum")
+        self._carried.begin(chunks)
         last = max((i for i, chunk in enumerate(chunks) if chunk.weight > 0 or self._in_step), default=0)
         for index, chunk in enumerate(chunks):
             # That of a probe would last on.
@@ -196,12 +228,26 @@ class MicrobatchEngine:
                 parallel.gradient_sync(strategy, enabled=communicate and index == last),
                 partial_backward(index != last),
                 self._batchnorm.chunk(),
-                _compat.results_replaced(self.trainer, recorder := CallRecorder()),
+                self._recorded(recorder := CallRecorder(), counts=not chunk.repeated),
             ):
-                loss, extra = self._run_chunk(kwargs, backward, chunk)
+                loss, extra = self._run_chunk(kwargs, backward, chunk, outcome if index == last else None)
             if not chunk.repeated:
                 outcome.add(chunk, loss, self.trainer.accumulate_grad_batches, extra, recorder)
         return outcome
+
+    @contextmanager
+    def _recorded(self, recorder: CallRecorder, counts: bool = True) -> Iterator[None]:
+        """Write down what a chunk logs, and what metrics are given and return."""
+
+        def note_source(name: str, value: Any) -> None:
+            recorder.source = self._metrics.source_of(name, value)
+
+        with (
+            _compat.results_replaced(self.trainer, recorder),
+            self._metrics.chunk(counts),
+            _compat.log_watched(self.model, note_source) if self._metrics.are_watched else nullcontext(),
+        ):
+            yield
 
     def _synchronized(
         self, kwargs: Any, backward: Backward, chunks: list[Chunk], communicate: bool
@@ -243,29 +289,73 @@ class MicrobatchEngine:
             Loss and further outputs of the whole batch.
         """
         try:
-            self._metrics.end({id(metric) for metric in outcome.logs.metrics_on_step()}, len(outcome.chunks))
-            outcome.logs.replay(_compat.results(self.trainer), outcome.num_samples)
+            returned = self._metrics.end(outcome.logs)
+            outcome.logs.replay(_compat.results(self.trainer), outcome.num_samples, returned)
         except BaseException:
             self._metrics.abandon()
             raise
         self._metrics.keep()
-        result = _compat.ClosureResult(None, extra=merge_outputs(outcome.extras, outcome.chunks))
+        self._say_left_out(outcome)
+        result = _compat.ClosureResult(None, extra=outcome.merged_outputs())
         result.loss = result.closure_loss = outcome.loss
         return result
 
     def _run_chunk(
-        self, kwargs: Any, backward: Backward, chunk: Chunk
+        self, kwargs: Any, backward: Backward, chunk: Chunk, before: BatchOutcome | None = None
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Forward and backward of one chunk; its loss, not yet weighed, and what else it returned."""
+        """Forward and backward of one chunk; its loss, not yet weighed, and what else it returned.
+
+        For the last chunk that counts, ``before`` is what came of the others.
+        """
         kwargs = type(kwargs)(kwargs)
         kwargs["batch"] = chunk.batch
-        output = _compat.training_step(self.trainer, kwargs)
+        with self._carried.watch(chunk):
+            output = _compat.training_step(self.trainer, kwargs)
         loss = output.closure_loss
+        weight = chunk.weight
+        if before is not None:
+            weight *= self._reweigh([*before.chunks, chunk], [*before.left_out, loss is None])
         # A chunk that does not count only runs for its outputs, and where ranks wait for each other.
         if loss is not None and backward is not None and (chunk.weight > 0 or self._in_step):
             # At weight 1 the loss is left alone, so that one chunk is plain Lightning to the bit.
-            backward(loss if chunk.weight == 1.0 else loss * chunk.weight)
+            backward(loss if weight == 1.0 else loss * weight)
         return output.loss, output.extra
+
+    def _reweigh(self, chunks: list[Chunk], left_out: list[bool]) -> float:
+        """Let the chunks that have a loss count for those that have none, before the last backward."""
+        factor = factor_of_the_rest(chunks, left_out)
+        if factor == 1.0 or self.splitter.loss_reduction == "sum":
+            return 1.0
+        refuse_left_out(self.trainer, sum(left_out))
+        if self.trainer.accumulate_grad_batches > 1:
+            return 1.0  # here a whole batch without a loss counts as zero, too
+        with torch.no_grad():
+            for parameter in self._parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        return factor
+
+    def _say_left_out(self, outcome: BatchOutcome) -> None:
+        num_chunks, num_left_out = len(outcome.chunks), outcome.num_left_out
+        if self._said_left_out or not 0 < num_left_out < num_chunks:
+            return
+        if outcome.factor == 1.0 and not outcome.sum_losses:
+            return  # those without a loss had no weight
+        self._said_left_out = True
+        amid_window = self.trainer.accumulate_grad_batches > 1 and not outcome.sum_losses
+        rank_zero_warn(
+            f"`training_step` returned `None` for {num_left_out} of {num_chunks} microbatches of a batch, so "
+            "its loss, gradients, logs and outputs are those of the other microbatches"
+            + (", except that zero is accumulated for the gradients that are missing" if amid_window else "")
+            + ". If this was on purpose, ignore this warning."
+        )
+
+    def _parameters(self) -> list[Tensor]:
+        """All that may have a gradient, once."""
+        groups = (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
+        return list(
+            dict.fromkeys((*self.model.parameters(), *(p for group in groups for p in group["params"])))
+        )
 
     def run_trial(
         self,
@@ -288,7 +378,8 @@ class MicrobatchEngine:
         Returns:
             Samples of the chunk, and what it would leave behind until the end of the batch.
         """
-        chunk = self.splitter.split(kwargs["batch"], count)[0]
+        chunks = self.splitter.split(kwargs["batch"], count)
+        self._carried.begin(chunks)
         self._metrics.begin()
         with ExitStack() as undo:
             undo.callback(self._metrics.abandon)
@@ -297,12 +388,13 @@ class MicrobatchEngine:
 
             def run() -> Kept:
                 recorder = CallRecorder()
-                with self._batchnorm.chunk(), _compat.results_replaced(self.trainer, recorder):
-                    return Kept(*self._run_chunk(kwargs, backward, chunk), recorder.logged_values())
+                with self._batchnorm.chunk(), self._recorded(recorder):
+                    loss, extra = self._run_chunk(kwargs, backward, chunks[0])
+                    return Kept(loss, extra, recorder.logged_values(), self._metrics.kept())
 
             # Pooled statistics take more from the second chunk on.
             if warms_up or (self._batchnorm.has_layers and count > 1):
                 run()
             with watched():
                 kept = run()
-        return chunk.num_samples or 1, kept
+        return chunks[0].num_samples or 1, kept

@@ -8,9 +8,10 @@ has to be run again leaves no trace.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,20 @@ from lightning_memtrain.techniques.microbatching.chunks import Chunk
 _Key = tuple[str, str, int]
 
 
+class Source(NamedTuple):
+    """Where a number that is logged comes from.
+
+    Args:
+        key: which call of which metric has returned it.
+        leaf: in which tensor of what that returned.
+        offset: as which element of it.
+    """
+
+    key: Any
+    leaf: int
+    offset: int
+
+
 @dataclass
 class LogCall:
     """One call of ``self.log``.
@@ -32,12 +47,14 @@ class LogCall:
         name: logged name.
         value: a tensor with one element, or a metric.
         options: all other arguments of the result collection's ``log``.
+        source: the metric that has returned the value; ``None`` if none has.
     """
 
     fx: str
     name: str
     value: Tensor | Metric
     options: dict[str, Any]
+    source: Source | None = None
 
     @property
     def batch_size(self) -> int | None:
@@ -58,6 +75,8 @@ class CallRecorder(ResultCollection):
         super().__init__(training=True)
         self.calls: dict[_Key, LogCall] = {}
         self.resets: list[str] = []
+        self.source: Source | None = None
+        """Of the value that is logged next."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def log(self, fx: str, name: str, value: Tensor | Metric, **options: Any) -> None:
@@ -67,7 +86,8 @@ class CallRecorder(ResultCollection):
         occurrence = 0
         while (fx, name, occurrence) in self.calls:
             occurrence += 1
-        self.calls[fx, name, occurrence] = LogCall(fx, name, value, options)
+        self.calls[fx, name, occurrence] = LogCall(fx, name, value, options, self.source)
+        self.source = None
 
     def logged_values(self) -> list[Tensor | Metric]:
         """All values, in order."""
@@ -98,7 +118,7 @@ class ChunkLogs:
         Args:
             recorder: its calls.
             chunk: the chunk.
-            loss: its own loss, before weighing; ``None`` if it had none.
+            loss: its own loss, before weighing; ``None`` if it is left out.
         """
         self._recorders.append(recorder)
         self._chunks.append(chunk)
@@ -112,12 +132,24 @@ class ChunkLogs:
         }
         return list(found.values())
 
-    def replay(self, results: Any, batch_size: int | None) -> None:
+    def sources(self) -> set[Source]:
+        """Where values come from that metrics have returned, and that were logged as they are."""
+        calls = (call for recorder in self._recorders for call in recorder.calls.values())
+        return {call.source for call in calls if call.source is not None}
+
+    def sizes(self, numbers: Sequence[int]) -> list[float]:
+        """Samples of some chunks; 0 where that is not known."""
+        return [float(self._chunks[i].num_samples or 0) for i in numbers]
+
+    def replay(
+        self, results: Any, batch_size: int | None, returned: Mapping[Source, Tensor] | None = None
+    ) -> None:
         """Log once for the whole batch.
 
         Args:
             results: the trainer's result collection.
             batch_size: samples of the whole batch, ``None`` if unknown.
+            returned: what metrics return for the whole batch.
         """
         for fx in dict.fromkeys(fx for recorder in self._recorders for fx in recorder.resets):
             results.reset(metrics=False, fx=fx)
@@ -127,13 +159,19 @@ class ChunkLogs:
                 for i, recorder in enumerate(self._recorders)
                 if key in recorder.calls
             ]
+            # Without the chunks that are left out, unless they alone log a name.
+            logged = [(i, call) for i, call in logged if self._losses[i] is not None] or logged
             numbers, calls = [i for i, _ in logged], [call for _, call in logged]
             last = calls[-1]
             sizes, added_up = self._explicit_sizes(numbers, calls, batch_size)
-            value = last.value
+            value, source = last.value, last.source
+            known = returned is not None and source in returned
+            if known and all(call.source == source for call in calls):
+                value = returned[source]  # type: ignore[index]
             # After backward of the last chunk all gradients are in, as after backward of the whole batch.
-            if isinstance(value, Tensor) and last.fx != "on_after_backward":
-                value = self._merge(numbers, calls, sizes)
+            elif isinstance(value, Tensor) and last.fx != "on_after_backward":
+                values = [call.value for call in calls if isinstance(call.value, Tensor)]
+                value = self.merge_values(numbers, values, last.reduction, sizes)
             results.log(last.fx, last.name, value, **{**last.options, "batch_size": added_up})
 
     def _explicit_sizes(
@@ -149,27 +187,49 @@ class ChunkLogs:
             return None, sizes[0]
         return (sizes if sum(sizes) else None), sum(sizes)
 
-    def _merge(self, numbers: Sequence[int], calls: Sequence[LogCall], sizes: Sequence[int] | None) -> Tensor:
-        if len(calls) == 1:
-            only = calls[0].value
-            assert isinstance(only, Tensor)
-            return only
-        values = torch.stack([call.value for call in calls if isinstance(call.value, Tensor)])
+    def merge_values(
+        self,
+        numbers: Sequence[int],
+        given: Sequence[Tensor],
+        reduction: str,
+        sizes: Sequence[float] | None = None,
+    ) -> Tensor:
+        """Merge what chunks say about themselves into what the whole batch would.
+
+        Args:
+            numbers: of the chunks.
+            given: what they say.
+            reduction: ``"mean"``, ``"sum"``, ``"max"`` or ``"min"``.
+            sizes: over how much each is a mean; by default as the loss is.
+
+        Returns:
+            The merged value.
+        """
+        if len(given) == 1:
+            return given[0]
+        kept: Sequence[int] = range(len(numbers))
+        if reduction == "mean":  # of what is left, unless nothing is
+            kept = [k for k in kept if self._losses[numbers[k]] is not None] or kept
+        numbers, sizes = [numbers[k] for k in kept], sizes and [sizes[k] for k in kept]
+        values = torch.stack([given[k] for k in kept])
         if not values.is_floating_point() or values.dtype in (torch.float16, torch.bfloat16):
             values = values.to(torch.get_default_dtype())
         weights = [self._chunks[i].weight for i in numbers]
-        as_loss = _weighted_sum(values, weights)
-        reduction = calls[-1].reduction
-        if reduction in ("max", "min", "sum"):
-            merged: Tensor = getattr(values, reduction)()
-        elif sizes is None and not self.sum_losses:
+        total = math.fsum(weights)
+        if len(numbers) < len(self._chunks) and not self.sum_losses and total > 0:
             # A name that some chunks did not log is a mean over those that did.
-            return as_loss / (sum(weights) or 1.0) if len(calls) < len(self._chunks) else as_loss
+            weights = [weight / total for weight in weights]
+        as_loss = _weighted_sum(values, weights)
+        if reduction in ("max", "min", "sum"):
+            merged: Tensor = getattr(values, {"max": "amax", "min": "amin", "sum": "sum"}[reduction])(dim=0)
+        elif sizes is None and not self.sum_losses:
+            return as_loss
         else:
             counts = sizes if sizes is not None else [self._chunks[i].num_samples or 1 for i in numbers]
             merged = _weighted_sum(values, [count / sum(counts) for count in counts])
         losses = [self._losses[i] for i in numbers]
-        if any(loss is None for loss in losses) or len(calls) < len(self._chunks):
+        num_with_loss = sum(loss is not None for loss in self._losses)
+        if any(loss is None for loss in losses) or len(numbers) < num_with_loss or values.ndim > 1:
             return merged
         # Whatever it is to be reduced by later, a value that is the loss in every chunk is the loss of the
         # whole batch. Compared on the device, since a look at the values would wait for it.
@@ -187,4 +247,5 @@ def _weighted_sum(values: Tensor, weights: Sequence[float]) -> Tensor:
     # In double precision, so that a constant stays what it is.
     dtype = torch.float32 if values.device.type == "mps" else torch.float64
     factors = torch.tensor(weights, dtype=dtype, device=values.device)
-    return (values.to(dtype) * factors).sum().to(values.dtype)
+    factors = factors.view(-1, *[1] * (values.ndim - 1))
+    return (values.to(dtype) * factors).sum(dim=0).to(values.dtype)

@@ -37,6 +37,11 @@ class BatchNormPolicy:
         return bool(self._layers)
 
     @property
+    def may_synchronize(self) -> bool:
+        """Whether some batches need that."""
+        return self._synchronized is not None
+
+    @property
     def synchronizes(self) -> bool:
         """Whether the batch at hand needs a pass over all of it, and sweeps."""
         return self._active and self._synchronized is not None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,11 +24,13 @@ class BatchOutcome:
     """
 
     sum_losses: bool
-    loss: Tensor | None = None
-    """The loss of the whole batch, without a graph; ``None`` if no chunk had one."""
+    sum_of_losses: Tensor | None = None
+    """Losses of the chunks so far, weighed, without a graph; ``None`` if no chunk had one."""
     chunks: list[Chunk] = field(default_factory=list)
     extras: list[Mapping[str, Any]] = field(default_factory=list)
     """What ``training_step`` returned beside the loss, chunk by chunk."""
+    left_out: list[bool] = field(default_factory=list)
+    """Whether it returned ``None``, chunk by chunk."""
     logs: ChunkLogs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -38,6 +41,31 @@ class BatchOutcome:
         """Samples of the whole batch, ``None`` if unknown."""
         sizes = [chunk.num_samples for chunk in self.chunks]
         return None if None in sizes else sum(size for size in sizes if size is not None)
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The loss of the whole batch, as far as it has one."""
+        if self.sum_of_losses is None or self.factor == 1.0:
+            return self.sum_of_losses
+        return self.sum_of_losses * self.factor
+
+    @property
+    def num_left_out(self) -> int:
+        """Chunks for which ``training_step`` returned ``None``."""
+        return sum(self.left_out)
+
+    @property
+    def factor(self) -> float:
+        """See :func:`factor_of_the_rest`."""
+        return 1.0 if self.sum_losses else factor_of_the_rest(self.chunks, self.left_out)
+
+    def merged_outputs(self) -> dict[str, Any]:
+        """What ``training_step`` returns beside the loss for the chunks that have one."""
+        kept = [i for i, out in enumerate(self.left_out) if not out]
+        if not kept:
+            return {}
+        chunks = [replace(self.chunks[i], weight=self.chunks[i].weight * self.factor) for i in kept]
+        return merge_outputs([self.extras[i] for i in kept], chunks)
 
     def add(
         self,
@@ -58,10 +86,34 @@ class BatchOutcome:
         """
         self.chunks.append(chunk)
         self.extras.append(extra)
+        self.left_out.append(loss is None)
         self.logs.add(logs, chunk, None if loss is None else loss * num_accumulated)
         if loss is not None and chunk.weight > 0:
             weighted = loss if chunk.weight == 1.0 else loss * chunk.weight
-            self.loss = weighted if self.loss is None else self.loss + weighted
+            self.sum_of_losses = weighted if self.sum_of_losses is None else self.sum_of_losses + weighted
+
+
+def factor_of_the_rest(chunks: Sequence[Chunk], left_out: Sequence[bool]) -> float:
+    r"""What makes the weights of the chunks that have a loss add up to those of all.
+
+    The mean over the samples that are left is :math:`\sum_{i \in K} \frac{n_i}{N_K} L_i` with
+    :math:`N_K = \sum_{i \in K} n_i`, where :math:`K` are the chunks that have a loss.
+
+    Args:
+        chunks: of a batch.
+        left_out: whether ``training_step`` returned ``None``, chunk by chunk.
+
+    Returns:
+        The factor, at least 1; 1 if no chunk is left.
+
+    Example:
+        >>> factor_of_the_rest([Chunk(None, 0.75), Chunk(None, 0.25)], [True, False])
+        4.0
+    """
+    left = math.fsum(chunk.weight for chunk, out in zip(chunks, left_out, strict=True) if not out)
+    if not any(left_out) or not left:
+        return 1.0
+    return math.fsum(chunk.weight for chunk in chunks) / left
 
 
 def merge_outputs(outputs: Sequence[Mapping[str, Any]], chunks: Sequence[Chunk]) -> dict[str, Any]:

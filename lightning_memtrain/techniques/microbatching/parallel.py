@@ -12,6 +12,8 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_memtrain.core import sync_gradients
+
 
 def is_sharded(strategy: Any) -> bool:
     """Whether parameters are sharded, so that forward and backward communicate."""
@@ -84,7 +86,7 @@ class DelayedGradientSync:
 
     So no rank waits inside of a backward for another one that ran out of memory: all ranks first agree that
     all chunks went well. As many all-reduces as without splitting, through the same reducer, buckets and
-    communication hooks.
+    communication hooks. Techniques that average by themselves after a backward are asked to do so then.
 
     Args:
         strategy: the trainer's strategy.
@@ -105,8 +107,11 @@ class DelayedGradientSync:
         if ddp is None or not ddp.require_backward_grad_sync:
             return
         held = [p for p in ddp.module.parameters() if p.requires_grad and p.grad is not None]
-        if not held:
-            return
+        if held:
+            self._average_in_buckets(ddp, held)
+        sync_gradients()
+
+    def _average_in_buckets(self, ddp: DistributedDataParallel, held: list[nn.Parameter]) -> None:
         module = ddp.module
         module.forward = lambda: _Touch.apply(*held)  # type: ignore[no-untyped-call]
         try:

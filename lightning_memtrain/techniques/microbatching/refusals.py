@@ -52,6 +52,27 @@ def refuse_run(
         _refuse_auto(trainer, model, size)
 
 
+def refuse_left_out(trainer: Trainer, num_left_out: int) -> None:
+    """Refuse to leave chunks out where the gradients of the others are taken up already.
+
+    Args:
+        trainer: the trainer that fits.
+        num_left_out: chunks for which ``training_step`` returned ``None``, not all of the batch.
+
+    Raises:
+        MisconfigurationException: if a callback steps during backward.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if getattr(callback, "steps_in_backward", False):
+            raise MisconfigurationException(
+                f"`Microbatching` beside `{type(callback).__name__}` needs a loss of every microbatch, since "
+                "the optimizer has taken up the gradients of some before it is known how much each is to "
+                f"count, but got `None` from `training_step` for {num_left_out}. Return a loss of zero that "
+                "depends on the parameters, and leave samples out by `weight_fn`."
+            )
+
+
 def _refuse_auto(trainer: Trainer, model: LightningModule, size: AutoSize) -> None:
     device = trainer.strategy.root_device
     if size.limit_bytes is None and free_device_bytes(device) is None:

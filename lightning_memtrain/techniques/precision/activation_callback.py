@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -44,11 +45,18 @@ class CompressedActivations(Callback):
         codec = ActivationCodec() if codec is None else codec
         check_codec("CompressedActivations(codec)", codec)
         self._training = PackedTraining(codec, "`CompressedActivations`")
+        self._trainer: ref[Trainer] | None = None
 
     @property
     def codec(self) -> ActivationCodec:
         """How it packs."""
         return self._training.codec
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin anew with another trainer, before a checkpoint is restored."""
+        if stage == "fit" and (self._trainer is None or self._trainer() is not trainer):
+            self._trainer = ref(trainer)
+            self._training.restart()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the context around ``training_step``; the model is complete by now."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import sys
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lightning_memtrain.ledger.objects import tensors_within
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH, KeptTensor, hooks_in_force
-from lightning_memtrain.ledger.storages import PLAIN_TENSORS, tensors_in
+from lightning_memtrain.ledger.storages import PLAIN_TENSORS
 from lightning_memtrain.techniques.precision.activation_kernels import Kernels
 from lightning_memtrain.techniques.precision.activation_layout import (
     MemoryOrder,
@@ -93,7 +96,7 @@ class ActivationPacking:
 
     def __enter__(self) -> ActivationPacking:
         _refuse_place(self._is_parameter is not None)
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        hooks = torch.autograd.graph.saved_tensors_hooks(_not_traced(self._pack), _not_traced(self._unpack))
         try:
             self._undo.enter_context(hooks)
         except RuntimeError as error:
@@ -114,9 +117,9 @@ class ActivationPacking:
         """Do not pack these when the context is next entered, since somebody keeps them in any case.
 
         Args:
-            tree: tensors in any nesting, such as the batch.
+            tree: whatever holds them, such as the batch.
         """
-        tensors = [t for t in tensors_in(tree) if type(t) in PLAIN_TENSORS and t.layout is torch.strided]
+        tensors = [t for t in tensors_within(tree) if type(t) in PLAIN_TENSORS and t.layout is torch.strided]
         self._spared = {t.untyped_storage()._cdata for t in tensors}
 
     def state_dict(self) -> dict[str, int]:
@@ -198,9 +201,17 @@ def _refuse_torch_func(error: BaseException | None) -> None:
         ) from error
 
 
+def _not_traced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep dynamo off a hook: it takes what runs while a compiled block runs eagerly for a part of it."""
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and loading it takes a second
+        return hook
+    undisturbed: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return undisturbed
+
+
 def _refuse_place(entered: bool) -> None:
     hooks = hooks_in_force()
-    around = None if hooks is None else getattr(hooks[0], "__self__", None)
+    around = None if hooks is None else getattr(inspect.unwrap(hooks[0]), "__self__", None)
     if entered or isinstance(around, ActivationPacking):
         raise RuntimeError(
             "`ActivationCodec.packing` must be entered once at a time, but got a second one inside of the "

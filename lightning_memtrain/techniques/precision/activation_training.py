@@ -33,6 +33,10 @@ class PackedTraining:
         self._largest = PackedBytes()
         self._num_steps = 0
 
+    def restart(self) -> None:
+        """Begin with the first noise, for a run that does not go on with another one."""
+        self._state = {"num_packed": 0}
+
     def begin(self, model: LightningModule, rank: int) -> None:
         """Put the codec around the steps of a model, which is complete by now.
 

@@ -1,33 +1,77 @@
-"""Models in half precision, in place, with layers that are kept in float32."""
+"""Models in half precision, in place, with layers and buffers that are kept in float32."""
 
 from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
 from torchmetrics import Metric
 
 from lightning_memtrain.core import NoEffectWarning
+from lightning_memtrain.core.lightning_names import in_both
+from lightning_memtrain.techniques.precision.buffers import BufferUse, holds_whole_numbers
+from lightning_memtrain.techniques.precision.forwards import (
+    BATCH_NORMS,
+    LAYER_NORMS,
+    Forward,
+    answers_as_asked,
+    forward_of_kept,
+    replace_forwards,
+)
+from lightning_memtrain.techniques.precision.state import HALF
 
 NORM = "norm"
+# A layer with at most so many parameters for each number of its statistics is kept in float32 as a whole.
+_FEW = 4
 
-_BATCH_NORMS = (nn.modules.batchnorm._NormBase,)
-_LAYER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+class BufferPlace(NamedTuple):
+    """Where a buffer is.
+
+    Args:
+        layer: has it.
+        name: of the buffer in its layer.
+        place: name of the buffer in the model.
+    """
+
+    layer: nn.Module
+    name: str
+    place: str
 
 
-def convert_module_(module: nn.Module, dtype: torch.dtype, keep_fp32: Sequence[str] = (NORM,)) -> None:
+class ConvertedBuffers(NamedTuple):
+    """What became of a model's buffers, other than those of layers that are kept as a whole.
+
+    Args:
+        kept: they stay in float32, among others in half precision; those of a single number are left out.
+        unclear: they were cast, and may change in training, for all that the code of the model says.
+    """
+
+    kept: list[BufferPlace]
+    unclear: list[BufferPlace]
+
+
+def convert_module_(
+    module: nn.Module, dtype: torch.dtype, keep_fp32: Sequence[str] = (NORM,)
+) -> ConvertedBuffers:
     """Cast floating-point parameters and buffers in place, and keep those of some layers in float32.
 
-    A kept layer works with half-precision inputs and answers in their dtype. Batch and instance normalisation
-    do so by themselves; layer, group and root-mean-square normalisation run with their weights cast on the
-    fly, so that their activations stay in half precision; any other layer computes in float32.
+    A kept layer works with half-precision inputs and answers in their dtype, or in half precision if it gets
+    no floating-point number. Batch and instance normalisation do so by themselves; layer, group and
+    root-mean-square normalisation run with their weights cast on the fly, so that their activations stay in
+    half precision; any other layer computes in float32.
+
+    Whatever is named, some buffers stay in float32: those that count or average (see :class:`BufferUse`),
+    those of a single number, and those of whole numbers that ``dtype`` does not have. A layer that has such
+    buffers, and hardly more parameters, is kept as a whole. Another one answers in the dtype of its inputs;
+    of its buffers those are cast, after all, that are written by operators which want all in one dtype.
 
     Metrics of torchmetrics and complex numbers are left alone. Once converted, a model can be converted
     again, which changes nothing.
@@ -37,22 +81,32 @@ def convert_module_(module: nn.Module, dtype: torch.dtype, keep_fp32: Sequence[s
         dtype: ``torch.bfloat16`` or ``torch.float16``.
         keep_fp32: ``"norm"`` for all normalisations, and names of layers, in which ``*`` stands for any text.
 
+    Returns:
+        What became of its buffers.
+
+    Raises:
+        MisconfigurationException: if a name is that of a TorchScript module, whose forward is what it is.
+
     Warns:
         NoEffectWarning: if a name matches no layer.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
         >>> convert_module_(model, torch.bfloat16, keep_fp32=("norm", "2"))
+        ConvertedBuffers(kept=[], unclear=[])
         >>> [layer.weight.dtype for layer in model]
         [torch.bfloat16, torch.float32, torch.float32]
         >>> model(torch.ones(1, 4, dtype=torch.bfloat16)).dtype
         torch.bfloat16
     """
-    kept = _kept_layers(module, keep_fp32)
-    inside = {id(m) for layer in kept for m in layer.modules()}
-    metrics = {id(m) for metric in module.modules() if isinstance(metric, Metric) for m in metric.modules()}
+    named = _kept_layers(module, keep_fp32)
+    metrics = _metrics(module)
+    buffers = _Buffers(module, dtype, leave_out=_inside(named) | metrics)
+    kept = [*named, *buffers.layers]
+    inside = _inside(kept)
     in_fp32 = {id(p) for layer in kept for p in layer.parameters()}  # also if tied to one elsewhere
-    for layer in module.modules():
+    converted = ConvertedBuffers([], [])
+    for place, layer in module.named_modules():
         if id(layer) in metrics:
             continue
         for parameter in layer._parameters.values():
@@ -60,11 +114,46 @@ def convert_module_(module: nn.Module, dtype: torch.dtype, keep_fp32: Sequence[s
                 _cast_(parameter, torch.float32 if id(parameter) in in_fp32 else dtype)
         for name, buffer in layer._buffers.items():
             if buffer is not None and buffer.is_floating_point():
-                layer._buffers[name] = buffer.to(torch.float32 if id(layer) in inside else dtype)
-        if isinstance(layer, _DeviceDtypeModuleMixin):
+                found = BufferPlace(layer, name, f"{place}.{name}".lstrip("."))
+                in_half = id(layer) not in inside and buffer.dim() > 0
+                if in_half and name in buffers.in_fp32.get(layer, ()):
+                    in_half = False
+                    converted.kept.append(found)
+                elif in_half and name in buffers.unclear.get(layer, ()):
+                    converted.unclear.append(found)
+                layer._buffers[name] = buffer.to(dtype if in_half else torch.float32)
+        if isinstance(layer, in_both(_DeviceDtypeModuleMixin)):
             layer._dtype = dtype
-    for layer in kept:
-        _accept_half(layer)
+    forwards: dict[nn.Module, Forward | None] = {
+        layer: answers_as_asked
+        for layer in buffers.in_fp32
+        if layer is not module and id(layer) not in inside
+    }
+    replace_forwards(module, forwards | {layer: forward_of_kept(layer, dtype) for layer in kept})
+    return converted
+
+
+def restore_module_(module: nn.Module) -> None:
+    """Make a converted model one in float32 again that knows nothing of half precision.
+
+    Its numbers stay what they are, and its parameters the same objects.
+
+    Args:
+        module: the model.
+    """
+    metrics = _metrics(module)
+    for layer in module.modules():
+        if id(layer) in metrics:
+            continue
+        for parameter in layer._parameters.values():
+            if parameter is not None and parameter.dtype in HALF:
+                _cast_(parameter, torch.float32)
+        for name, buffer in layer._buffers.items():
+            if buffer is not None and buffer.dtype in HALF:
+                layer._buffers[name] = buffer.float()
+        if isinstance(layer, in_both(_DeviceDtypeModuleMixin)):
+            layer._dtype = torch.float32
+    replace_forwards(module, {})
 
 
 def _cast_(parameter: nn.Parameter, dtype: torch.dtype) -> None:
@@ -72,6 +161,59 @@ def _cast_(parameter: nn.Parameter, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
         if parameter.grad is not None:
             parameter.grad = None
+
+
+class _Buffers:
+    """What becomes of a model's buffers of more than one floating-point number.
+
+    Args:
+        module: the model.
+        dtype: the half precision.
+        leave_out: numbers of layers that are not looked at.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, leave_out: set[int]) -> None:
+        self.layers: list[nn.Module] = []
+        """Layers that are kept in float32 as a whole."""
+        self.in_fp32: dict[nn.Module, set[str]] = {}
+        """Those that stay in float32 by themselves, by their layer."""
+        self.unclear: dict[nn.Module, set[str]] = {}
+        """Those that are cast though they, or for all that the code of the model says, change in training."""
+        found = [
+            (layer, name, buffer)
+            for layer in module.modules()
+            for name, buffer in layer._buffers.items()
+            if buffer is not None and buffer.is_floating_point() and buffer.dim() > 0
+            if id(layer) not in leave_out
+        ]
+        if not found:
+            return
+        use = BufferUse(module)
+        statistics: dict[nn.Module, int] = Counter()
+        for layer, name, buffer in found:
+            if use.accumulates(layer, name):
+                statistics[layer] += buffer.numel()
+        for layer, num_statistics in statistics.items():
+            if layer is not module and sum(p.numel() for p in layer.parameters()) <= _FEW * num_statistics:
+                self.layers.append(layer)
+        inside = _inside(self.layers)
+        for layer, name, buffer in found:
+            if id(layer) in inside:
+                continue
+            stays = use.accumulates(layer, name) and not use.accumulates_strictly(layer, name)
+            if stays or holds_whole_numbers(buffer, dtype):
+                self.in_fp32.setdefault(layer, set()).add(name)
+            elif not use.overwrites(layer, name):
+                self.unclear.setdefault(layer, set()).add(name)
+
+
+def _metrics(module: nn.Module) -> set[int]:
+    return _inside(layer for layer in module.modules() if isinstance(layer, Metric))
+
+
+def _inside(layers: Iterable[nn.Module]) -> set[int]:
+    """Numbers of layers and of all in them."""
+    return {id(inner) for layer in layers for inner in layer.modules()}
 
 
 def _kept_layers(module: nn.Module, keep_fp32: Sequence[str]) -> list[nn.Module]:
@@ -90,6 +232,13 @@ def _kept_layers(module: nn.Module, keep_fp32: Sequence[str]) -> list[nn.Module]
                 NoEffectWarning,
                 stacklevel=2,
             )
+        for name, layer in found.items():
+            if isinstance(layer, torch.jit.ScriptModule):
+                raise MisconfigurationException(
+                    f"`LowPrecision(keep_fp32)` names layers whose forward can be changed, but got "
+                    f"{pattern!r}, which is the TorchScript module {name!r}. Put it into a module of your "
+                    "own, whose `forward` calls it, and name that."
+                )
         chosen |= found
     return [layer for name, layer in chosen.items() if not _has_parent_in(name, chosen)]
 
@@ -108,75 +257,6 @@ def is_norm(layer: nn.Module) -> bool:
     Returns:
         ``True`` for a class whose name ends in ``Norm``, unless it consists of other layers.
     """
-    if isinstance(layer, (*_BATCH_NORMS, *_LAYER_NORMS)):
+    if isinstance(layer, (*BATCH_NORMS, *LAYER_NORMS)):
         return True
     return type(layer).__name__.endswith("Norm") and not any(layer.children())
-
-
-def _accept_half(layer: nn.Module) -> None:
-    if isinstance(layer, _BATCH_NORMS) or "forward" in vars(layer):
-        return
-    own = type(layer).forward
-    forward = _in_fp32
-    for kind, replacement in _CASTING_FORWARDS.items():
-        if own is kind.forward:
-            forward = replacement
-    layer.forward = _ForwardOf(layer, forward)
-
-
-class _ForwardOf:
-    """A forward of one layer; its copies are of the copied layer.
-
-    A bound method would be unpickled by its name, which the layer's class does not have.
-    """
-
-    def __init__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
-        self._layer = layer
-        self._forward = forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(self._layer, *args, **kwargs)
-
-
-def _in_fp32(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Compute in float32; answer in the dtype that was asked in."""
-    dtypes: list[torch.dtype] = []
-
-    def widen(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        dtypes.append(value.dtype)
-        return value.float() if value.dtype.itemsize < 4 else value
-
-    args, kwargs = tree_map(widen, (args, kwargs))
-    outputs = type(layer).forward(layer, *args, **kwargs)
-    if not dtypes or dtypes[0].itemsize >= 4:
-        return outputs
-    return tree_map(
-        lambda x: x.to(dtypes[0]) if isinstance(x, Tensor) and x.is_floating_point() else x, outputs
-    )
-
-
-def _like(parameter: Tensor | None, inputs: Tensor) -> Tensor | None:
-    return None if parameter is None else parameter.to(inputs.dtype)
-
-
-def _layer_norm(layer: nn.LayerNorm, inputs: Tensor) -> Tensor:
-    weight, bias = _like(layer.weight, inputs), _like(layer.bias, inputs)
-    return F.layer_norm(inputs, layer.normalized_shape, weight, bias, layer.eps)
-
-
-def _group_norm(layer: nn.GroupNorm, inputs: Tensor) -> Tensor:
-    weight, bias = _like(layer.weight, inputs), _like(layer.bias, inputs)
-    return F.group_norm(inputs, layer.num_groups, weight, bias, layer.eps)
-
-
-def _rms_norm(layer: nn.RMSNorm, inputs: Tensor) -> Tensor:
-    return F.rms_norm(inputs, layer.normalized_shape, _like(layer.weight, inputs), layer.eps)
-
-
-_CASTING_FORWARDS: dict[type[nn.Module], Any] = {
-    nn.LayerNorm: _layer_norm,
-    nn.GroupNorm: _group_norm,
-    nn.RMSNorm: _rms_norm,
-}

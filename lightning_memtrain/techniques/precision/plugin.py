@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import ref
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lightning_memtrain.core import TechniqueRecord
+from lightning_memtrain.core.lightning_names import (
+    KnownToBoth,
+    in_both,
+    namesake,
+    package_of,
+    refuse_mix,
+)
 from lightning_memtrain.core.stepping import step_parameter
 from lightning_memtrain.techniques.precision.activation_codec import ActivationCodec
 from lightning_memtrain.techniques.precision.activation_training import PackedTraining
-from lightning_memtrain.techniques.precision.conversion import NORM
+from lightning_memtrain.techniques.precision.conversion import NORM, restore_module_
 from lightning_memtrain.techniques.precision.refusals import (
     refuse_optimizer,
     refuse_settings,
@@ -27,15 +34,15 @@ from lightning_memtrain.techniques.precision.refusals import (
 )
 from lightning_memtrain.techniques.precision.rounding import RoundingNoise
 from lightning_memtrain.techniques.precision.scaler import CappedGradScaler, HalfGradScaler, ScalerConfig
-from lightning_memtrain.techniques.precision.settings import Compute, Settings, WeightRounding
-from lightning_memtrain.techniques.precision.true_half import TrueHalf
+from lightning_memtrain.techniques.precision.settings import Compute, Leave, Settings, WeightRounding
+from lightning_memtrain.techniques.precision.true_half import TrueHalf, true_half
 
 # Lightning keys a plugin's state by the name of its class, and drops it when that is another one.
 _CHECKPOINT_KEY = "lightning_memtrain.precision"
 _VERSION = 1
 
 
-class LowPrecision(Precision):
+class LowPrecision(KnownToBoth, Precision, kind=Precision):
     r"""Trains with weights and gradients in 2 bytes each, and converges as in float32.
 
     With ``"bf16-true"`` and ``"16-true"`` weights, gradients, inputs and activations are in half precision.
@@ -60,6 +67,9 @@ class LowPrecision(Precision):
         seed: of the noise for stochastic rounding, which no other generator sees.
         bucket_numel: weights that are float32 at a time during a step; a parameter with more is a bucket of
             its own. By default 1/64 of all, at least 65536.
+        leave: what the model is in after a run: ``"half"``, as it was trained, or ``"float32"``: a model like
+            any other, with the numbers that it was trained to, which its own code can save, load and use.
+            Checkpoints of the run are in half precision in either case.
 
     Raises:
         MisconfigurationException: if an argument is out of its range; before the run begins, with a strategy
@@ -88,29 +98,37 @@ class LowPrecision(Precision):
         cast_targets: bool = False,
         seed: int = 0,
         bucket_numel: int | None = None,
+        leave: Leave = "half",
     ) -> None:
         super().__init__()
         self._settings = Settings(
-            compute, weight_rounding, keep_fp32, scaler, activations, cast_targets, seed, bucket_numel
+            compute, weight_rounding, keep_fp32, scaler, activations, cast_targets, seed, bucket_numel, leave
         )
         refuse_settings(self._settings)
         self.precision = compute
         self._noise = RoundingNoise(seed)
-        # What does the work; that of mixed precision is made once the device is known.
-        self._mode: Precision = (
-            TrueHalf(self._settings, self._noise) if self._settings.halves_weights else Precision()
-        )
+        self._mode = self._mode_for(None)
         self._packed = (
             None if activations is None else PackedTraining(activations, "`LowPrecision(activations)`")
         )
         self._module: ref[LightningModule] | None = None
+        self._trainer: ref[Trainer] | None = None
         self._fits = False
+
+    def _mode_for(self, like: object) -> Precision:
+        """What does the work; that of mixed precision is made once the device is known."""
+        if self._settings.halves_weights:
+            return true_half(self._settings, self._noise, like)
+        return namesake(Precision, like)()
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Cast the model in place, after a last look at the strategy."""
-        if isinstance(module, LightningModule) and module._trainer is not None:
+        if isinstance(module, in_both(LightningModule)) and module._trainer is not None:
+            refuse_mix("LowPrecision", module.trainer)
             refuse_strategy(module.trainer.strategy)
             self._module = ref(module)  # `connect` may get it inside of DDP
+        if package_of(module) not in (package_of(self._mode), None):
+            self._mode = self._mode_for(module)
         return self._mode.convert_module(module)
 
     def connect(
@@ -123,8 +141,9 @@ class LowPrecision(Precision):
         if self._settings.compute in ("bf16-mixed", "16-mixed"):
             device = next((p.device.type for p in model.parameters()), "cpu")
             # Anew for each fit, with a scaler whose scale is not what another fit ended with.
-            if optimizers or not isinstance(self._mode, MixedPrecision) or self._mode.device != device:
-                self._mode = MixedPrecision(
+            mode: Any = self._mode
+            if optimizers or not isinstance(mode, in_both(MixedPrecision)) or mode.device != device:
+                self._mode = namesake(MixedPrecision, self._mode)(
                     self._settings.compute,
                     device,
                     None
@@ -132,17 +151,30 @@ class LowPrecision(Precision):
                     else CappedGradScaler(device, self._settings.scaler),
                 )
         module = None if self._module is None else self._module()
+        if self._fits:
+            self._begin_anew(None if module is None else module.trainer)
         if self._packed is not None and self._fits and module is not None:
             self._packed.begin(module, module.global_rank)
         return self._mode.connect(model, optimizers, lr_schedulers)
 
+    def _begin_anew(self, trainer: Trainer | None) -> None:
+        """Let noise begin with its first step, unless the same trainer goes on; a checkpoint comes later."""
+        if trainer is None or self._trainer is None or self._trainer() is not trainer:
+            self._noise.restart()
+            if self._packed is not None:
+                self._packed.restart()
+        self._trainer = None if trainer is None else ref(trainer)
+
     def teardown(self) -> None:
-        """Leave the model and the optimizers as they were found."""
+        """Leave the optimizers as they were found, and the model in the precision that was asked for."""
         if self._packed is not None and self._fits:
             self._packed.end()
             self._packed.warn_if_useless()
         self._fits = False
         self._mode.teardown()
+        module = None if self._module is None else self._module()
+        if module is not None and self._settings.leave == "float32":
+            restore_module_(module)
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         """Where weights are made."""
@@ -155,6 +187,12 @@ class LowPrecision(Precision):
     def forward_context(self) -> AbstractContextManager[Any]:
         """Where the model computes."""
         return self._mode.forward_context()
+
+    @contextmanager
+    def train_step_context(self) -> Generator[None, None, None]:
+        """Where the model trains."""
+        with self._mode.train_step_context():
+            yield
 
     def convert_input(self, data: Any) -> Any:
         """Cast a batch."""
@@ -252,8 +290,12 @@ class LowPrecision(Precision):
                 "weight_rounding": settings.weight_rounding,
                 "keep_fp32": ", ".join(settings.keep_fp32) or None,
             }
+        if settings.leave != "half":
+            shown["leave"] = settings.leave
         skipped = self.scaler.num_skipped if isinstance(self.scaler, HalfGradScaler) else 0
         events: tuple[str, ...] = (f"{skipped} steps left out for infinite gradients",) if skipped else ()
+        if isinstance(self._mode, TrueHalf):
+            events += self._mode.events
         if self._packed is not None:
             shown |= {f"activations_{name}": value for name, value in self._packed.settings.items()}
             events += self._packed.events

@@ -12,7 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_memtrain.techniques.precision.activation_codec import check_codec, is_int
 from lightning_memtrain.techniques.precision.conversion import NORM
 from lightning_memtrain.techniques.precision.scaler import ScalerConfig
-from lightning_memtrain.techniques.precision.settings import Compute, Settings, WeightRounding
+from lightning_memtrain.techniques.precision.settings import Compute, Leave, Settings, WeightRounding
 
 # The smallest positive number of float16 is 6e-8; half of it is rounded to 0.
 _SMALLEST_EPS = 2.0**-25
@@ -37,6 +37,7 @@ def refuse_settings(settings: Settings) -> None:
     """
     _check_choice("compute", settings.compute, get_args(Compute))
     _check_choice("weight_rounding", settings.weight_rounding, get_args(WeightRounding))
+    _check_choice("leave", settings.leave, get_args(Leave))
     names = settings.keep_fp32
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise MisconfigurationException(
@@ -79,6 +80,7 @@ def _refuse_without_effect(settings: Settings) -> None:
         for name, unused in (
             ("keep_fp32", tuple(settings.keep_fp32) != (NORM,)),
             ("cast_targets", settings.cast_targets),
+            ("leave", settings.leave != "half"),
         ):
             if unused:
                 raise MisconfigurationException(

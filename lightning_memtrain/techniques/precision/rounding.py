@@ -104,9 +104,13 @@ class RoundingNoise:
     """
 
     def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._step = 0
+        self._first = {"seed": seed, "step": 0}
+        self._seed, self._step = seed, 0
         self._generators: dict[torch.device, torch.Generator] = {}
+
+    def restart(self) -> None:
+        """Begin anew with the first step."""
+        self.load_state_dict(self._first)
 
     def next_step(self) -> None:
         """Go on to the noise of the next step."""

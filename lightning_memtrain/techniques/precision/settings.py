@@ -13,6 +13,7 @@ from lightning_memtrain.techniques.precision.scaler import ScalerConfig
 
 Compute = Literal["bf16-true", "16-true", "bf16-mixed", "16-mixed", "32-true"]
 WeightRounding = Literal["stochastic", "nearest"]
+Leave = Literal["half", "float32"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Settings:
         cast_targets: whether targets are cast.
         seed: of the noise for rounding.
         bucket_numel: weights that are float32 at a time during a step.
+        leave: what the weights are after a run.
     """
 
     compute: Compute
@@ -38,6 +40,7 @@ class Settings:
     cast_targets: bool
     seed: int
     bucket_numel: int | None
+    leave: Leave = "half"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,3 +56,16 @@ class Settings:
     def rounds_stochastically(self) -> bool:
         """Whether there are weights to be rounded stochastically."""
         return self.halves_weights and self.weight_rounding == "stochastic"
+
+
+def written_names(names: Sequence[str]) -> str:
+    """A tuple of names as one would write it.
+
+    Args:
+        names: e.g. those of layers.
+
+    Returns:
+        E.g. ``("norm",)``.
+    """
+    quoted = ", ".join(f'"{name}"' for name in names)
+    return f"({quoted},)" if len(names) == 1 else f"({quoted})"

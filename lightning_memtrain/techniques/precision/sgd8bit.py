@@ -96,7 +96,7 @@ class SGD8bit(Optimizer):
         try:
             yield
         finally:
-            self._round = None
+            del self._round
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_memtrain.core.holdings import holdings, optimizers_in
+
 #: Dtypes of weights whose state is to be float32.
 HALF = (torch.bfloat16, torch.float16)
+#: What optimizers lack that wrap another one and do without the constructor of their class.
+LOAD_HOOKS = "_optimizer_load_state_dict_post_hooks"
 
 
 def keep_state_dtypes(optimizer: Optimizer) -> Callable[[], None]:
@@ -36,6 +40,8 @@ def keep_state_dtypes(optimizer: Optimizer) -> Callable[[], None]:
         >>> optimizer.state[weight]["momentum_buffer"].dtype
         torch.float32
     """
+    if not hasattr(optimizer, LOAD_HOOKS):
+        return _nothing
     loading: list[Mapping[str, Any]] = []
 
     def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -106,11 +112,25 @@ def widen_state(optimizer: Optimizer) -> None:
 
     Args:
         optimizer: e.g. ``torch.optim.Adagrad``, whose sums are made at its construction, in the dtype of the
-            parameters, or one that has loaded moments of a run without float32 steps.
+            parameters, one that wraps another one and has copies of the weights from its construction, or
+            one that has loaded moments of a run without float32 steps.
     """
-    for parameter, state in optimizer.state.items():
-        if isinstance(parameter, Tensor):
-            optimizer.state[parameter] = _widened(state)
+    for inner in optimizers_in(optimizer):
+        for parameter, state in inner.state.items():
+            if isinstance(parameter, Tensor):
+                inner.state[parameter] = _widened(state)
+    storages = {
+        p.untyped_storage()._cdata
+        for inner in optimizers_in(optimizer)
+        for group in inner.param_groups
+        for p in group["params"]
+    }
+    for holding in list(holdings(optimizer)):
+        for key, value in holding.items:
+            if not isinstance(value, Tensor) or value.dtype not in HALF:
+                continue
+            if isinstance(holding.holder, (list, dict)) and value.untyped_storage()._cdata not in storages:
+                holding.holder[key] = value.float()
 
 
 def _widened(value: Any) -> Any:
@@ -121,3 +141,7 @@ def _widened(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_widened(inner) for inner in value)
     return value
+
+
+def _nothing() -> None:
+    pass

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,14 +15,34 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import optimizer as _torch_optimizer
 
-from lightning_memtrain.core.stepping import changed_shared_state, needs_closure, own_step, shared_state
+from lightning_memtrain.core import format_bytes
+from lightning_memtrain.core.closures import (
+    EvaluatesModelError,
+    SpentClosure,
+    needs_closure,
+    takes_closure,
+)
+from lightning_memtrain.core.holdings import optimizers_in
+from lightning_memtrain.core.shared_state import SharedState
+from lightning_memtrain.core.stepping import own_step
 from lightning_memtrain.techniques.precision.rounding import RoundingNoise, stochastic_round_
-from lightning_memtrain.techniques.precision.state import HALF, keep_state_dtypes, widen_state
+from lightning_memtrain.techniques.precision.stand_ins import ParameterPlaces, StandIns
+from lightning_memtrain.techniques.precision.state import HALF, LOAD_HOOKS, keep_state_dtypes, widen_state
 
 _SMALLEST_BUCKET = 2**16
+# Numbers that are rounded at a time even where buckets are smaller.
+_SMALLEST_PIECE = 2**12
+# Places that are named in a message.
+_SHOWN = 4
 
 #: Rounds float32 numbers, in place, to numbers that a half precision has.
 Round = Callable[[Tensor, torch.dtype], None]
+#: Parameters with their gradients.
+Bucket = list[tuple[Tensor, Tensor]]
+#: Parameters with the stand-ins that were stepped for them.
+Stepped = list[tuple[Tensor, nn.Parameter]]
+#: The optimizer's own step.
+RawStep = Callable[..., Any]
 
 
 @runtime_checkable
@@ -45,9 +68,10 @@ class BucketedStep:
     of each parameter (moments, momentum) is made for float32 and stays so. A full copy of the weights never
     exists. Scheduler and step hooks see one step. An optimizer that :class:`RoundsPieces` needs no copies.
 
-    The optimizer may be any that treats each parameter by itself. One that counts steps in its groups or in
-    itself is refused at its first step; one that looks across parameters (norms over all of them) cannot be
-    told from the others and needs ``bucket_numel`` to be at least the number of all weights.
+    The optimizer may be any that treats each parameter by itself. One that keeps anything across parameters,
+    such as a count of its steps or a rate that follows it, shows so at its first bucket; that is taken back,
+    and from then on all weights are one bucket. One that looks across parameters (norms over all of them)
+    cannot be told from the others and needs ``bucket_numel`` to be at least the number of all weights.
 
     Args:
         optimizer: the optimizer; its parameters may be in any mixture of dtypes.
@@ -56,8 +80,8 @@ class BucketedStep:
             default 1/64 of all, at least 65536.
 
     Raises:
-        MisconfigurationException: if the optimizer needs a closure; at the first step, if it keeps state
-            across parameters.
+        MisconfigurationException: if the optimizer evaluates the model during its step; at a step, if it
+            begins to keep state across parameters that cannot be taken back.
 
     Example:
         >>> layer = torch.nn.Linear(16, 16).bfloat16()
@@ -70,50 +94,88 @@ class BucketedStep:
     """
 
     def __init__(self, optimizer: Optimizer, noise: RoundingNoise, bucket_numel: int | None = None) -> None:
-        _refuse_closures(optimizer)
+        if needs_closure(optimizer):
+            raise _evaluates(optimizer, "it calls a closure")
         self._optimizer = optimizer
         self._noise = noise
         self._bucket_numel = bucket_numel
-        self._checked = False
+        # Whether buckets, or single parameters, were found to leave alone what is kept across parameters.
+        self._tested = self._tested_singly = False
+        self._stepped_singly = False
+        self._places: ParameterPlaces | None = None
+        self._changed_as_whole: list[str] = []
+        self._stand_ins = StandIns()
+        # Asked once: a look at a protocol takes as long as a step of a small parameter.
+        self._rounds_pieces = isinstance(optimizer, RoundsPieces)
         self._undo = ExitStack()
-        self._undo.callback(keep_state_dtypes(optimizer))
+        for inner in optimizers_in(optimizer):
+            self._undo.callback(keep_state_dtypes(inner))
         widen_state(optimizer)
 
     def close(self) -> None:
         """Take the hooks off the optimizer."""
         self._undo.close()
 
+    @property
+    def events(self) -> tuple[str, ...]:
+        """What a report says of it."""
+        if not self._changed_as_whole:
+            return ()
+        name, changed = type(self._optimizer).__name__, _listed(self._changed_as_whole)
+        return (f"stepped {name} on all weights at once, since its step changes {changed}",)
+
     def widen_loaded_state(self) -> None:
         """Make state float32 when it is loaded: that of a run whose steps were in half precision."""
-        self._undo.callback(self._optimizer.register_load_state_dict_post_hook(widen_state).remove)
+        for inner in optimizers_in(self._optimizer):
+            if hasattr(inner, LOAD_HOOKS):
+                self._undo.callback(inner.register_load_state_dict_post_hook(widen_state).remove)
 
     @torch.no_grad()
-    def step(self, **kwargs: Any) -> None:
+    def step(self, result: Any = None, **kwargs: Any) -> None:
         """One step of all parameters that have a gradient.
 
         Args:
+            result: of the evaluation that made the gradients, for optimizers that ask for it.
             **kwargs: passed to the optimizer's ``step``.
 
         Raises:
             MisconfigurationException: see the class.
         """
-        with _one_step(self._optimizer, kwargs) as raw_step:
+        with _one_step(self._optimizer, kwargs) as raw_step, self._gradients_taken() as gradients:
             self._noise.next_step()
-            gradients = [(p, p.grad) for p in _parameters(self._optimizer) if p.grad is not None]
-            for parameter, _ in gradients:
-                parameter.grad = None
-            try:
-                buckets = list(self._buckets(gradients))
-                for bucket in buckets:
-                    # The first of several shows whether the others would find another state than it did.
-                    before = None if self._checked or len(buckets) == 1 else shared_state(self._optimizer)
-                    self._step_bucket(bucket, raw_step)
-                    if before is not None:
-                        self._refuse_shared_state(before)
-                        self._checked = True
-            finally:
-                for parameter, gradient in gradients:
-                    parameter.grad = gradient
+            self._places = None
+            places = self._places_now()
+            buckets = list(self._buckets(gradients))
+            if len(buckets) > 1 and not self._changed_as_whole:
+                buckets = self._step_in_parts(buckets, places, raw_step, result)
+            if buckets or not gradients:
+                self._write_back(self._step_bucket(gradients, places, raw_step, result))
+        self._tested_singly |= self._stepped_singly
+        self._places = None  # until the next step, parameters may come and go
+
+    def _step_in_parts(
+        self, buckets: list[Bucket], places: ParameterPlaces, raw_step: RawStep, result: Any
+    ) -> list[Bucket]:
+        """Step by the bucket; what is left to be stepped as a whole is nothing, or all."""
+        before = SharedState(self._optimizer)
+        kept = None
+        if not self._tested and not before.known:
+            kept = _KeptState(self._optimizer, buckets[0], self._stand_ins)
+        for bucket in buckets:
+            stepped = self._step_bucket(bucket, places, raw_step, result)
+            if kept is not None and (changed := before.changed()):
+                self._empty(stepped)
+                if not (kept.restore() and before.restore()):
+                    raise self._keeps_shared_state(changed)
+                self._changed_as_whole = changed
+                self._warn_of_whole_steps()
+                return buckets
+            kept = None
+            self._write_back(stepped)
+        if changed := before.changed():
+            raise self._keeps_shared_state(changed)
+        self._tested = True
+        return []
 
     @torch.no_grad()
     def step_parameter(self, parameter: Tensor) -> None:
@@ -126,29 +188,45 @@ class BucketedStep:
             parameter: one of the optimizer's, with a gradient, which stays.
 
         Raises:
-            MisconfigurationException: see the class.
+            MisconfigurationException: see the class; here there is no whole step to go over to.
         """
-        gradients = [(p, p.grad) for p in _parameters(self._optimizer) if p.grad is not None]
-        for p, _ in gradients:
-            p.grad = None
-        before = None if self._checked else shared_state(self._optimizer)
-        try:
-            with own_step(self._optimizer) as step:
-                pair = [pair for pair in gradients if pair[0] is parameter]
-                self._step_bucket(pair, lambda: step(self._optimizer))
-            if before is not None:
-                self._refuse_shared_state(before)
-            self._checked = True
-        finally:
-            for p, gradient in gradients:
-                p.grad = gradient
+        before = None if self._tested_singly else SharedState(self._optimizer)
+        self._stepped_singly = True
+        with self._gradients_taken() as gradients, own_step(self._optimizer) as step:
+            pair = [pair for pair in gradients if pair[0] is parameter]
+            stepped = self._step_bucket(pair, self._places_now(), partial(step, self._optimizer), None)
+            self._write_back(stepped)
+        if before is not None and (changed := before.changed()):
+            raise MisconfigurationException(
+                "`LowPrecision` beside `OptimizerInBackward` needs an optimizer that keeps its state by "
+                f"parameter, since parameters are stepped one by one, but got "
+                f"{type(self._optimizer).__name__}, whose step changes {_listed(changed)}. "
+                "Train without `OptimizerInBackward`, or use another optimizer."
+            )
 
-    def _buckets(self, gradients: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Parameters with their gradients: first all that need no copy, then the others by the bucket."""
-        full = [pair for pair in gradients if not self._is_copied(pair[0])]
-        if full:
-            yield full
-        bucket: list[tuple[Tensor, Tensor]] = []
+    def _places_now(self) -> ParameterPlaces:
+        """Where the optimizer keeps its parameters, looked up once per step of all."""
+        if self._places is None or not self._places.are_of(self._optimizer):
+            self._places = ParameterPlaces(self._optimizer)
+        return self._places
+
+    @contextmanager
+    def _gradients_taken(self) -> Iterator[Bucket]:
+        """All gradients, which are off the parameters in the meantime."""
+        gradients = [(p, p.grad) for p in _parameters(self._optimizer) if p.grad is not None]
+        for parameter, _ in gradients:
+            parameter.grad = None
+        try:
+            yield gradients
+        except EvaluatesModelError as error:
+            raise _evaluates(self._optimizer, str(error)) from error
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+
+    def _buckets(self, gradients: Bucket) -> Iterator[Bucket]:
+        """Parameters with their gradients; those that need no copy are in the last bucket."""
+        bucket: Bucket = []
         free_numel = bucket_numel = self._numel()
         for pair in gradients:
             if not self._is_copied(pair[0]):
@@ -158,11 +236,12 @@ class BucketedStep:
                 bucket, free_numel = [], bucket_numel
             bucket.append(pair)
             free_numel -= pair[0].numel()
+        bucket += [pair for pair in gradients if not self._is_copied(pair[0])]
         if bucket:
             yield bucket
 
     def _is_copied(self, parameter: Tensor) -> bool:
-        return parameter.dtype in HALF and not isinstance(self._optimizer, RoundsPieces)
+        return parameter.dtype in HALF and not self._rounds_pieces
 
     def _round(self, values: Tensor, dtype: torch.dtype) -> None:
         stochastic_round_(values, dtype, self._noise.generator(values.device))
@@ -172,68 +251,121 @@ class BucketedStep:
             return self._bucket_numel
         return max(_SMALLEST_BUCKET, sum(p.numel() for p in _parameters(self._optimizer)) // 64)
 
-    def _step_bucket(self, bucket: list[tuple[Tensor, Tensor]], raw_step: Callable[[], Any]) -> None:
+    def _step_bucket(
+        self, bucket: Bucket, places: ParameterPlaces, raw_step: RawStep, result: Any
+    ) -> Stepped:
         # Stand-ins take the place of the parameters in the optimizer. The parameters themselves cannot be
         # float32 for a while: with another dtype torch makes them a new node in the graph of gradients, and
         # the hooks of DistributedDataParallel sit on the old one.
-        places = {id(p): (g["params"], i) for g in self._groups() for i, p in enumerate(g["params"])}
-        exchanged: list[tuple[Tensor, Tensor]] = []
+        stepped: Stepped = []
+        watched: list[Tensor] = []
         try:
             for parameter, gradient in bucket:
                 if not self._is_copied(parameter):
                     parameter.grad = gradient
+                    watched.append(parameter)
                     continue
-                stand_in = _stand_in(parameter, gradient)
-                exchanged.append((parameter, stand_in))
-                self._exchange(places[id(parameter)], parameter, stand_in)
+                stand_in = self._stand_ins.filled(parameter, gradient)
+                stepped.append((parameter, stand_in))
+                watched.append(stand_in)
+                places.exchange(parameter, parameter, stand_in)
             optimizer = self._optimizer
             rounding = optimizer.rounding_by(self._round) if isinstance(optimizer, RoundsPieces) else None
+            closure = {"closure": SpentClosure(result, watched)} if takes_closure(optimizer) else {}
             with rounding or nullcontext():
-                raw_step()
+                raw_step(**closure)
+        except BaseException:
+            self._empty(stepped)
+            raise
         finally:
-            for parameter, stand_in in exchanged:
+            for parameter, stand_in in stepped:
                 stand_in.grad = None
-                self._exchange(places[id(parameter)], stand_in, parameter)
+                places.exchange(parameter, stand_in, parameter)
             for parameter, _ in bucket:
                 parameter.grad = None
-        while exchanged:
-            self._write_back(*exchanged.pop(0))
+        return stepped
 
-    def _groups(self) -> list[dict[str, Any]]:
-        return self._optimizer.param_groups
+    def _write_back(self, stepped: Stepped) -> None:
+        piece_numel = max(self._numel(), _SMALLEST_PIECE)
+        while stepped:
+            parameter, stand_in = stepped.pop(0)
+            # In the order of memory, so that any strides can be cut into pieces: the noise need not be larger
+            # than a bucket.
+            flat = stand_in.data.as_strided((stand_in.numel(),), (1,))
+            for piece in torch.split(flat, piece_numel):
+                self._round(piece, parameter.dtype)
+            parameter.copy_(stand_in)
+            del flat, piece
+            self._stand_ins.empty(stand_in)
 
-    def _exchange(self, place: tuple[list[Tensor], int], old: Tensor, new: Tensor) -> None:
-        parameters, index = place
-        parameters[index] = new
-        if old in self._optimizer.state:
-            self._optimizer.state[new] = self._optimizer.state.pop(old)
+    def _empty(self, stepped: Stepped) -> None:
+        for _, stand_in in stepped:
+            self._stand_ins.empty(stand_in)
 
-    def _write_back(self, parameter: Tensor, stepped: Tensor) -> None:
-        # In the order of memory, so that any strides can be cut into pieces: the noise need not be larger
-        # than a bucket.
-        flat = stepped.data.as_strided((stepped.numel(),), (1,))
-        for piece in torch.split(flat, self._numel()):
-            self._round(piece, parameter.dtype)
-        parameter.copy_(stepped)
+    def _warn_of_whole_steps(self) -> None:
+        numel = sum(p.numel() for p in _parameters(self._optimizer) if self._is_copied(p))
+        warnings.warn(
+            f"`LowPrecision` steps {type(self._optimizer).__name__} on all weights at once, since its step "
+            f"changes {_listed(self._changed_as_whole)}, which a step by the bucket would do once per "
+            f"bucket. While it steps, float32 copies of weights and gradients take "
+            f"{format_bytes(8 * numel)}. Say that this is intended by LowPrecision(bucket_numel=10**12), or "
+            "use an optimizer that keeps its state by parameter.",
+            stacklevel=2,
+        )
 
-    def _refuse_shared_state(self, before: dict[str, float]) -> None:
-        changed = changed_shared_state(before, self._optimizer)
-        if changed:
-            raise MisconfigurationException(
-                "`LowPrecision(weight_rounding='stochastic')` needs an optimizer that keeps its state by "
-                f"parameter, since it is stepped once per bucket of weights, but got "
-                f"{type(self._optimizer).__name__}, whose step changes {', '.join(changed)}. "
-                "Let all weights be one bucket, at the cost of a float32 copy of them during the step: "
-                "LowPrecision(bucket_numel=10**12)."
-            )
+    def _keeps_shared_state(self, changed: list[str]) -> MisconfigurationException:
+        return MisconfigurationException(
+            "`LowPrecision(weight_rounding='stochastic')` needs an optimizer that keeps its state by "
+            f"parameter, since it is stepped once per bucket of weights, but got "
+            f"{type(self._optimizer).__name__}, whose step changes {_listed(changed)}. "
+            "Let all weights be one bucket, at the cost of a float32 copy of them during the step: "
+            "LowPrecision(bucket_numel=10**12)."
+        )
 
 
-def _stand_in(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """A float32 copy of a parameter and its gradient, with what others have written on it."""
-    made = nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
-    made.__dict__.update(parameter.__dict__)
-    made.grad = gradient.float()
-    return made
+class _KeptState:
+    """What an optimizer keeps of some parameters before they are stepped.
+
+    Args:
+        optimizer: the optimizer.
+        bucket: these parameters.
+        stand_ins: under which it may keep something, too.
+    """
+
+    def __init__(self, optimizer: Optimizer, bucket: Bucket, stand_ins: StandIns) -> None:
+        self._optimizer = optimizer
+        self._keys = [key for p, _ in bucket for key in (p, stand_ins.of(p))]
+        try:
+            self._kept: dict[int, dict[Tensor, Any]] | None = {
+                id(keyed): {key: copy.deepcopy(keyed[key]) for key in self._keys if key in keyed}
+                for keyed in ParameterPlaces(optimizer).keyed
+                if not isinstance(keyed, set)
+            }
+        except Exception:  # whatever a class of tensors, or of the user's, does not allow
+            self._kept = None
+
+    def restore(self) -> bool:
+        """Go back to it; whether that was possible."""
+        if self._kept is None:
+            return False
+        for keyed in ParameterPlaces(self._optimizer).keyed:
+            for key in [key for key in self._keys if key in keyed and not isinstance(keyed, set)]:
+                del keyed[key]
+            keyed.update(self._kept.get(id(keyed), {}))
+        return True
+
+
+def _listed(places: list[str]) -> str:
+    shown = ", ".join(places[:_SHOWN])
+    return f"{shown} and {len(places) - _SHOWN} more" if len(places) > _SHOWN else shown
+
+
+def _evaluates(optimizer: Optimizer, how: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        "`LowPrecision(weight_rounding='stochastic')` needs an optimizer that steps without evaluating "
+        f"the model, but got {type(optimizer).__name__}: {how}. Use another optimizer, or "
+        "LowPrecision(compute='bf16-mixed') or LowPrecision(compute='32-true'), where weights are float32."
+    )
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
@@ -241,24 +373,18 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
         yield from group["params"]
 
 
-def _refuse_closures(optimizer: Optimizer) -> None:
-    if needs_closure(optimizer):
-        raise MisconfigurationException(
-            "`LowPrecision(weight_rounding='stochastic')` needs an optimizer that steps without evaluating "
-            f"the model, but got {type(optimizer).__name__}, which calls a closure. Use another optimizer, "
-            "or LowPrecision(compute='32-true')."
-        )
-
-
 @contextmanager
-def _one_step(optimizer: Optimizer, kwargs: dict[str, Any]) -> Iterator[Callable[[], Any]]:
+def _one_step(optimizer: Optimizer, kwargs: dict[str, Any]) -> Iterator[RawStep]:
     """Step hooks run once around any number of calls of the optimizer's own code."""
-    own_hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    # Optimizers that wrap another one and do without the constructor of their class have no hooks.
+    own_hooks = [
+        getattr(optimizer, name, {}) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    ]
     arguments: tuple[Any, Any] = ((optimizer,), kwargs)
     for before in (*_torch_optimizer._global_optimizer_pre_hooks.values(), *own_hooks[0].values()):
         arguments = before(optimizer, *arguments) or arguments
     with own_step(optimizer) as step:
-        yield lambda: step(*arguments[0], **arguments[1])
+        yield partial(step, *arguments[0], **arguments[1])
     for after in (*own_hooks[1].values(), *_torch_optimizer._global_optimizer_post_hooks.values()):
         after(optimizer, *arguments)
     if hasattr(optimizer.step, "_wrapped_by_lr_sched"):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.precision.utils import _DtypeContextManager
@@ -18,8 +18,10 @@ from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_memtrain.core.lightning_names import in_both, namesake
 from lightning_memtrain.core.stepping import step_parameter
-from lightning_memtrain.techniques.precision.conversion import convert_module_
+from lightning_memtrain.techniques.precision.buffer_watch import BufferWatch
+from lightning_memtrain.techniques.precision.conversion import BufferPlace, convert_module_
 from lightning_memtrain.techniques.precision.half_errors import layers_named_in_errors
 from lightning_memtrain.techniques.precision.inputs import cast_batch
 from lightning_memtrain.techniques.precision.rounding import RoundingNoise
@@ -31,8 +33,31 @@ from lightning_memtrain.techniques.precision.stepping import BucketedStep
 _MANY_BACKWARDS = 64
 
 
-class TrueHalf(Precision):
+if TYPE_CHECKING:
+    _Base = Precision
+else:
+    _Base = object
+
+
+def true_half(settings: Settings, noise: RoundingNoise, like: object = None) -> TrueHalf:
+    """What does the work for trainers of one of the packages that Lightning goes by.
+
+    Args:
+        settings: of the plugin.
+        noise: for stochastic rounding.
+        like: a trainer or module of the package; that of ``lightning`` without one.
+
+    Returns:
+        A ``Precision`` of the package, whose methods look for modules of the same.
+    """
+    kind: type[TrueHalf] = type("TrueHalf", (TrueHalf, namesake(Precision, like)), {})
+    return kind(settings, noise)
+
+
+class TrueHalf(_Base):
     """Lightning's half precision with a loss scaler, layers kept in float32, and steps in float32.
+
+    To be derived from together with the ``Precision`` of a package, see :func:`true_half`.
 
     Args:
         settings: of the plugin.
@@ -46,13 +71,18 @@ class TrueHalf(Precision):
         self._noise = noise
         self._steps: dict[Optimizer, BucketedStep] = {}
         self._model: weakref.ref[nn.Module] | None = None
+        self._kept_buffers: list[BufferPlace] = []
+        self._watch: BufferWatch | None = None
         self._num_backwards = 0
         self._steps_now = False
+        self._events: tuple[str, ...] = ()
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Cast the weights in place."""
-        convert_module_(module, self._settings.dtype, self._settings.keep_fp32)
+        buffers = convert_module_(module, self._settings.dtype, self._settings.keep_fp32)
         self._model = weakref.ref(module)
+        self._kept_buffers = buffers.kept
+        self._watch = BufferWatch(buffers.unclear, self._settings)
         return module
 
     def convert_input(self, data: Any) -> Any:
@@ -76,9 +106,21 @@ class TrueHalf(Precision):
     def forward_context(self) -> Iterator[None]:
         """Make half precision the default dtype, as Lightning's half precision does."""
         model = None if self._model is None else self._model()
-        names = nullcontext() if model is None else layers_named_in_errors(model)
+        names = (
+            nullcontext()
+            if model is None
+            else layers_named_in_errors(model, self._settings, self._kept_buffers)
+        )
         with names, _DtypeContextManager(self._settings.dtype):
             yield
+
+    @contextmanager
+    def train_step_context(self) -> Generator[None, None, None]:
+        """Look whether a training step changes a buffer that half precision may spoil."""
+        with self.forward_context():
+            yield
+        if self._watch is not None:
+            self._watch.after_step()
 
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
@@ -89,6 +131,7 @@ class TrueHalf(Precision):
         if self._settings.compute == "16-true" and optimizers:
             self.scaler = HalfGradScaler(device, self._settings.scaler or ScalerConfig())
         self.teardown()
+        self._events = ()
         self._num_backwards = 0
         if self._settings.rounds_stochastically:
             for optimizer in optimizers:
@@ -102,9 +145,15 @@ class TrueHalf(Precision):
 
     def teardown(self) -> None:
         """Take all hooks off the optimizers."""
+        self._events = self.events
         for step in self._steps.values():
             step.close()
         self._steps.clear()
+
+    @property
+    def events(self) -> tuple[str, ...]:
+        """What a report says of the last run's steps."""
+        return (*self._events, *(event for step in self._steps.values() for event in step.events))
 
     def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
         """Scale the loss, in float32: in float16 a loss above 2 times 32768 would be infinite."""
@@ -148,7 +197,7 @@ class TrueHalf(Precision):
         finally:
             self._steps_now = False
         if self._settings.rounds_stochastically:
-            step: Callable[[], Any] = partial(self._bucketed(optimizer).step, **kwargs)
+            step: Callable[[], Any] = partial(self._bucketed(optimizer).step, result, **kwargs)
         else:
             step = partial(optimizer.step, **kwargs)
         if scaler is not None:
@@ -172,7 +221,7 @@ class TrueHalf(Precision):
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
         """Clip gradients that are not scaled: in manual optimization this comes before the step."""
-        if isinstance(optimizer, LightningOptimizer):
+        if isinstance(optimizer, in_both(LightningOptimizer)):
             optimizer = optimizer.optimizer
         if clip_val > 0 and self.scaler is not None and not self._steps_now:
             self.scaler.unscale_once_(optimizer)

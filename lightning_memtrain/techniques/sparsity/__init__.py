@@ -22,7 +22,8 @@ from lightning_memtrain.techniques.sparsity.schedules import (
     Schedule,
 )
 from lightning_memtrain.techniques.sparsity.selection import Select
-from lightning_memtrain.techniques.sparsity.weights import SparseWeight, sparse_weights, sparsify_
+from lightning_memtrain.techniques.sparsity.sparsify import densify_, sparsify_
+from lightning_memtrain.techniques.sparsity.weights import SparseWeight, sparse_weights
 
 __all__ = [
     "DSR",
@@ -51,6 +52,7 @@ __all__ = [
     "UpdateEvery",
     "UpdatePiecewise",
     "dense_state_dict",
+    "densify_",
     "export_dense",
     "sparse_weights",
     "sparsify_",

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import nn
 
-from lightning_memtrain.core import NoEffectWarning, Setting, TechniqueRecord
+from lightning_memtrain.core import TechniqueRecord, on_gradient_sync
 from lightning_memtrain.techniques.sparsity import distributed, optimizers, record, refusals, sharding
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks, UpdateClock
 from lightning_memtrain.techniques.sparsity.conversion import around_configure_model, sparsify_at_random
+from lightning_memtrain.techniques.sparsity.copies import Copies, follow_trained, followers
+from lightning_memtrain.techniques.sparsity.journal import Journal
+from lightning_memtrain.techniques.sparsity.leaving import (
+    Leave,
+    around_checkpoints,
+    make_dense,
+    make_sparse,
+    patterns_of,
+)
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
 from lightning_memtrain.techniques.sparsity.note import with_note
 from lightning_memtrain.techniques.sparsity.patterns import Storage
 from lightning_memtrain.techniques.sparsity.rules import Moment
 from lightning_memtrain.techniques.sparsity.selection import Select, has_weights
-from lightning_memtrain.techniques.sparsity.updater import Moved, Updater
+from lightning_memtrain.techniques.sparsity.sparsify import densify_
+from lightning_memtrain.techniques.sparsity.updater import Updater
 from lightning_memtrain.techniques.sparsity.weights import SparseWeight, sparse_weights
 
 _VERSION = 1
@@ -49,6 +57,8 @@ class SparseTraining(Callback):
         chunk_bytes: most bytes of a dense weight that a linear layer makes at a time; ``None`` for the whole.
         seed: of the pattern and of what grows. No other random numbers are used.
         track_exploration: keep a bit per weight in host memory, to say how many positions were ever active.
+        leave: what the model is after a run: ``"sparse"``, as small as it was in training, or ``"dense"``,
+            for code that knows of no sparse layers. Then checkpoints hold dense weights as well.
 
     Raises:
         MisconfigurationException: if an argument is out of its range; before the run, with strategies that
@@ -79,22 +89,19 @@ class SparseTraining(Callback):
         chunk_bytes: int | None = None,
         seed: int = 0,
         track_exploration: bool = False,
+        leave: Leave = "sparse",
     ) -> None:
         super().__init__()
-        refusals.refuse_arguments(method, update, layers, storage, chunk_bytes)
+        refusals.refuse_arguments(method, update, layers, storage, chunk_bytes, leave)
         self.method = method
         self.select = layers or Select()
         self._clock = update or method.clock
         self._given: dict[str, Any] = {"storage": storage, "chunk_bytes": chunk_bytes}
         self._seed = seed
         self._tracks = track_exploration
-        if method.clock is None and update is not None:
-            warnings.warn(
-                f"`SparseTraining(update)` has no effect with `{type(method).__name__}`, whose pattern never "
-                "changes. Leave it out.",
-                NoEffectWarning,
-                stacklevel=2,
-            )
+        self._leaves_dense = leave == "dense"
+        self._copies = Copies()
+        refusals.warn_of_update(method, update)
         self._undo: list[Callable[[], None]] = []
         self._known: set[int] = set()
         self._end_of_loading: Callable[[], None] | None = None
@@ -102,6 +109,9 @@ class SparseTraining(Callback):
 
     def _begin(self) -> None:
         self._weights: dict[str, SparseWeight] = {}
+        self._journal = Journal(self.method)
+        self._left: TechniqueRecord | None = None
+        self._with_gradient: set[str] = set()
         self._updater: Updater | None = None
         self._ticks: Ticks | None = None
         self._steps = 0
@@ -109,23 +119,19 @@ class SparseTraining(Callback):
         self._pending = 0
         # The global step when candidates began to be watched: any other means that the step was left out.
         self._watched_at = -1
-        self._num_dropped = self._num_grown = 0
-        self._explored: dict[str, record.Explored] = {}
         self._restored: dict[str, Any] | None = None
-        self._bytes: tuple[int, int] | None = None
-        self._events: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and convert the model as soon as it is complete."""
-        self.teardown(trainer, pl_module, stage)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        num_given = sum(isinstance(one, SparseTraining) for one in callbacks)
-        refusals.refuse_run(trainer, num_given, self.method)
+        self._take_back()
+        num_given = sum(isinstance(one, SparseTraining) for one in trainer.callbacks)  # type: ignore[attr-defined]
+        refusals.refuse_run(trainer, num_given, self.method, "dense" if self._leaves_dense else "sparse")
         if stage == "fit":
+            self._left = None
             if trainer.global_step == 0:  # else the same trainer goes on
                 self._begin()
-            self._restored = self._bytes = None
-            self._events = []
+            self._restored = None
+            self._journal.begin_run()
 
         def before() -> None:
             self._known = set()
@@ -134,9 +140,14 @@ class SparseTraining(Callback):
 
         # After `configure_model` the model is complete, and neither loaded nor known to an optimizer yet.
         # What it shards, however, has to be sparse before.
-        self._undo.append(
-            around_configure_model(pl_module, before, lambda: self._find(trainer, pl_module, stage))
-        )
+        self._undo += [
+            around_configure_model(pl_module, before, lambda: self._find(trainer, pl_module, stage)),
+            around_checkpoints(
+                pl_module,
+                on_save=self._make_dense,
+                on_load=lambda checkpoint: make_sparse(checkpoint, self.state_key, self._weights),
+            ),
+        ]
 
     def convert(self, model: nn.Module) -> None:
         """Make layers sparse now, for a ``configure_model`` that makes layers and shards them.
@@ -155,21 +166,21 @@ class SparseTraining(Callback):
         """
         if not sparse_weights(model):
             sharding.refuse_meta(model)
-            sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
+            self._copies = sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
         self._known = {id(module) for module in model.modules()}
 
     def _find(self, trainer: Trainer, model: LightningModule, stage: str) -> None:
         if shards := sharding.shards(trainer.strategy):
             sharding.refuse_late(self.select.layers(model), self._known)
-        if not self._known and not sparse_weights(model):
-            sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
-        found = {
-            name.removesuffix("weight").removesuffix("."): weight
-            for name, weight in sparse_weights(model).items()
-        }
-        if self._weights and _layers(self._weights) != _layers(found):
+        found = {weight.path: weight for weight in sparse_weights(model).values()}
+        if not self._known and not found:
+            self._copies = sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
+            found = {weight.path: weight for weight in sparse_weights(model).values()}
+        before = [id(weight.layer) for weight in self._weights.values()]
+        if before and before != [id(weight.layer) for weight in found.values()]:
             self._begin()  # the same trainer goes on with another model
         self._weights = found
+        self._journal.see(model, found)
         if shards:
             sharding.refuse_other_shards(self._weights, trainer.world_size)
         if self._weights and distributed.is_on(trainer.strategy):
@@ -177,7 +188,7 @@ class SparseTraining(Callback):
                 distributed.refuse_nothing_left(model, self._weights)
             weights = {weight.name: weight for weight in self._weights.values()}
             self._undo.append(distributed.hide_from_ddp(model, weights))
-        expected = frozenset(self._weights)
+        expected = frozenset(weight.place for weight in found.values())
         handle = model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             lambda _, state, *rest: refusals.refuse_layers_of(state, expected)
         )
@@ -188,13 +199,17 @@ class SparseTraining(Callback):
         if self._end_of_loading is not None:
             self._end_of_loading()
         sharding.reshard(pl_module)  # whole parameters are others than those that optimizers have
-        values = {name: weight.values for name, weight in self._weights.items()}
+        values = self._values()
         optimizers.warn_of_groups(trainer.optimizers, values)
         refusals.warn_of_recompiling(pl_module, self.method)
         if self._clock is not None:
             optimizers.refuse_optimizers(trainer.optimizers, values)
+        if trainer.global_step == 0 and self._restored is None:
+            dense = self.select.not_named(pl_module)
+            follow_trained(self._copies, self._weights, dense, optimizers.held_by(trainer.optimizers))
         if distributed.is_on(trainer.strategy):
             distributed.broadcast_values(self._weights)
+            self._undo.append(on_gradient_sync(self._average_gradients))
         leading = optimizers.leading_optimizer(trainer.optimizers, values)
         if leading is not None:
             self._undo.append(leading.register_step_post_hook(self._count).remove)
@@ -220,15 +235,13 @@ class SparseTraining(Callback):
             refusals.refuse_ticks(self._ticks, known, self.method, nnz)
         if self._updater is None:
             self._updater = Updater(self._weights, self.method, trainer.world_size)
+        self._updater.weights = dict(self._weights)  # others, if the run before has left dense ones
         if self._restored is not None:
             self._updater.state = self._restored["state"]
         if self._tracks and not self._explored:
-            self._explored = {name: record.Explored(weight.numel) for name, weight in self._weights.items()}
-            for name, bits in ((self._restored or {}).get("explored") or {}).items():
-                self._explored[name].bits = bits
-            self._explore()
+            self._journal.track(self._weights, (self._restored or {}).get("explored") or {})
         self._restored = None
-        self._say(self._summary() if self._weights else "all layers stay dense")
+        self._journal.begin_training(self._steps, self._weights, self._copies)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -245,7 +258,13 @@ class SparseTraining(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the gradients of values over ranks, before anything looks at them."""
         if distributed.is_on(trainer.strategy) and distributed.synchronizes(trainer.strategy):
-            distributed.average_gradients(self._weights)
+            self._average_gradients()
+        elif self._updater is not None:
+            self._updater.note_gradients()
+        self._with_gradient |= {path for path, one in self._values().items() if one.grad is not None}
+
+    def _average_gradients(self) -> None:
+        distributed.average_gradients(self._weights)
         if self._updater is not None:
             self._updater.note_gradients()
 
@@ -255,54 +274,63 @@ class SparseTraining(Callback):
         """Change the pattern if a step was due."""
         assert self._updater is not None
         self._steps_of_batch = max(1, self._steps_of_batch)
-        if self._bytes is None and self._steps:
+        if not self._journal.is_measured and self._steps:
             if self._clock is not None:  # what has state by now, long before an update
-                values = {name: weight.values for name, weight in self._weights.items()}
-                optimizers.refuse_optimizers(trainer.optimizers, values)
-            self._measure(trainer)
+                optimizers.refuse_optimizers(trainer.optimizers, self._values())
+            self._journal.measure(self._weights, trainer.optimizers)
         if not self._pending or self._updater.lacks_candidates(self._moment(self._pending)):
             return
         sharding.reshard(pl_module)
+        self._updater.followers = self._followers(trainer, pl_module)
         moved = self._updater.update(self._moment(self._pending), trainer.optimizers)
         self._pending = 0
-        self._num_dropped += moved.num_dropped
-        self._num_grown += moved.num_grown
-        self._measure(trainer)
-        self._explore()
-        self._log(trainer, moved)
+        self._journal.count(moved)
+        self._journal.measure(self._weights, trainer.optimizers)
+        self._journal.explore(self._weights)
+        metrics = self._journal.metrics(self._weights, moved, self._updater.state)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _followers(self, trainer: Trainer, model: LightningModule) -> dict[str, list[SparseWeight]]:
+        """Layers that are never stepped, such as a teacher's, by the layer whose copies they are."""
+        weights = {weight.path: weight for weight in sparse_weights(model).values()}
+        trained = optimizers.stepped(trainer.optimizers, self._values(), self._with_gradient)
+        return followers(weights, trained, self._copies, self._weights)
+
+    def _values(self) -> dict[str, nn.Parameter]:
+        return {path: weight.values for path, weight in self._weights.items()}
 
     def _moment(self, step: int) -> Moment:
         assert self._ticks is not None
         return Moment(step, step - self._ticks.start, self.method.span(self._ticks), self._seed)
 
-    def _explore(self) -> None:
-        for name, explored in self._explored.items():
-            explored.add(self._weights[name].positions())
-
-    def _log(self, trainer: Trainer, moved: Moved) -> None:
-        assert self._updater is not None
-        metrics: dict[str, float] = {f"sparsity/nnz/{name}": w.nnz for name, w in self._weights.items()}
-        metrics |= {"sparsity/pruned": moved.num_dropped, "sparsity/grown": moved.num_grown}
-        metrics |= {f"sparsity/{name}": value for name, value in self._updater.state.items()}
-        if self._explored:
-            metrics["sparsity/exploration_rate"] = self._exploration_rate()
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-    def _exploration_rate(self) -> float:
-        numel = sum(weight.numel for weight in self._weights.values())
-        return sum(explored.count for explored in self._explored.values()) / numel
+    @property
+    def _explored(self) -> dict[str, record.Explored]:
+        return self._journal.explored
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take all hooks away: after an error Lightning calls no ``teardown``."""
-        self.teardown(trainer, pl_module, "fit")
+        """Take all hooks away: after an error Lightning calls no ``teardown``.
 
-    def _measure(self, trainer: Trainer) -> None:
-        pairs = [record.training_bytes(weight, trainer.optimizers) for weight in self._weights.values()]
-        self._bytes = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+        Layers stay sparse in any case, so that a checkpoint that is saved now can be resumed.
+        """
+        self._take_back()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave dense weights, if that was asked for: the last checkpoint has been saved."""
+        self._leave(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take all hooks away; the layers stay sparse."""
+        """Take all hooks away; the layers stay sparse unless dense ones were asked for."""
+        self._leave(trainer, pl_module)
+        self._take_back()
+
+    def _leave(self, trainer: Trainer, model: LightningModule) -> None:
+        if self._leaves_dense and self._weights:
+            self._left = self._left or self.technique_record()
+            densify_(model, trainer.optimizers)
+            self._weights = {}
+
+    def _take_back(self) -> None:
         if self._updater is not None:
             self._updater.close()
         for undo in (self._end_of_loading, *self._undo):
@@ -313,28 +341,28 @@ class SparseTraining(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say among the weights how they are loaded."""
-        if self._weights and not sharding.shards(trainer.strategy):  # those are read name by name
+        """Say among the weights how they are loaded, or make them dense."""
+        self._make_dense(checkpoint)
+        # Those of shards are read name by name.
+        if self._weights and not self._leaves_dense and not sharding.shards(trainer.strategy):
             checkpoint["state_dict"] = with_note(checkpoint["state_dict"])
+
+    def _make_dense(self, checkpoint: dict[str, Any]) -> None:
+        if self._leaves_dense:
+            make_dense(checkpoint, self._weights)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides values and patterns, which are in the model's own."""
         if not self._weights or self._updater is None:
             return {}
         return {
-            "version": _VERSION,
-            "method": type(self.method).__name__,
-            "sparsity": repr(self.method.sparsity),
-            "distribution": repr(self.method.distribution),
-            "overrides": dict(self.select.overrides),
-            "seed": self._seed,
+            **refusals.identity(self.method, self.select.overrides, self._seed, _VERSION),
             "steps": self._steps,
             "pending": self._pending,
             "state": dict(self._updater.state),
-            "num_dropped": self._num_dropped,
-            "num_grown": self._num_grown,
+            **self._journal.state_dict(),
             "patterns": {name: distributed.fingerprint(w.positions()) for name, w in self._weights.items()},
-            "explored": {name: explored.bits for name, explored in self._explored.items()} or None,
+            "stored": patterns_of(self._weights) if self._leaves_dense else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -353,7 +381,7 @@ class SparseTraining(Callback):
         overrides = self.select.overrides
         refusals.refuse_checkpoint(state_dict, self.method, overrides, self._seed, _VERSION, found)
         self._steps, self._pending = state_dict["steps"], state_dict["pending"]
-        self._num_dropped, self._num_grown = state_dict["num_dropped"], state_dict["num_grown"]
+        self._journal.load_counts(state_dict)
         self._restored = state_dict
 
     @property
@@ -363,28 +391,6 @@ class SparseTraining(Callback):
 
     def technique_record(self) -> TechniqueRecord:
         """How sparse the model is, what changed, and the bytes of a dense one."""
-        settings: dict[str, Setting] = {"method": repr(self.method), "num_sparse_layers": len(self._weights)}
-        if self._weights:
-            nnz, numel = (sum(getattr(w, what) for w in self._weights.values()) for what in ("nnz", "numel"))
-            settings |= {"nnz": nnz, "sparsity": round(1 - nnz / numel, 4)}
-            settings |= {"num_dropped": self._num_dropped, "num_grown": self._num_grown}
-        if self._updater is not None:
-            settings |= self._updater.state
-        if self._explored:
-            settings["exploration_rate"] = round(self._exploration_rate(), 4)
-        events = tuple(self._events)
-        if self._weights and self._bytes is not None:
-            settings |= {"sparse_bytes": self._bytes[0], "dense_bytes": self._bytes[1]}
-            events += (record.described(self._weights, *self._bytes),)
-        return TechniqueRecord("SparseTraining", settings, events)
-
-    def _summary(self) -> str:
-        return f"at step {self._steps}, {record.zeros_described(self._weights, self.method.starts_dense)}"
-
-    def _say(self, event: str) -> None:
-        self._events.append(event)
-        rank_zero_info(f"SparseTraining, {event}")
-
-
-def _layers(weights: dict[str, SparseWeight]) -> list[int]:
-    return [id(weight.layer) for weight in weights.values()]
+        if self._left is not None:
+            return self._left
+        return self._journal.technique_record(self._weights, self._updater.state if self._updater else {})

@@ -44,6 +44,20 @@ class CandidateSearch:
         self._num_candidates = num_candidates
         self._found: Candidates | None = None
         self._best: list[Candidates] = []
+        self._parts: dict[int, CandidateSearch] = {}
+
+    def part(self, first: int) -> CandidateSearch:
+        """The search in a part of the weight that has passes of its own.
+
+        Args:
+            first: flat position that it begins with.
+
+        Returns:
+            The same one at each call.
+        """
+        if first not in self._parts:
+            self._parts[first] = CandidateSearch(self._name, self._num_candidates)
+        return self._parts[first]
 
     @torch.no_grad()
     def look(self, gradient: Tensor, active: Tensor, first: int) -> None:
@@ -86,13 +100,18 @@ class CandidateSearch:
         """Keep what passes have found so far, since the batch that follows may be begun again."""
         found = self._found
         gradients = None if found is None else found.gradients.clone()
+        parts = {first: (search, search.keep()) for first, search in self._parts.items()}
 
         def restore() -> None:
             self._found, self._best = found, []
             if found is not None and gradients is not None:
                 found.gradients.copy_(gradients)
+            self._parts = {first: search for first, (search, _) in parts.items()}
+            for _, kept in parts.values():
+                kept.restore()
 
-        return Kept(() if gradients is None else (gradients,), restore)
+        tensors = () if gradients is None else (gradients,)
+        return Kept(tensors + tuple(one for _, kept in parts.values() for one in kept.tensors), restore)
 
     def result(self) -> Candidates:
         """What was found.
@@ -103,13 +122,14 @@ class CandidateSearch:
         Raises:
             RuntimeError: if no backward came through the layer.
         """
-        if self._found is None:
+        found = [one._found for one in (self, *self._parts.values()) if one._found is not None]
+        if not found:
             raise RuntimeError(
                 f"No candidates for {self._name!r}: no backward came through its layer while it was watched. "
                 "Watch before the forward of the step, and leave out layers that take no part in the loss or "
                 "are frozen."
             )
-        return self._found
+        return found[0] if len(found) == 1 else _merged(found, self._num_candidates)
 
 
 def _bounds(ascending: Tensor, low: int, high: int) -> tuple[int, int]:
@@ -129,6 +149,16 @@ def _best(parts: list[Candidates], count: int) -> Candidates:
     gradients = torch.cat([part.gradients for part in parts])
     chosen = gradients.abs().topk(min(count, len(positions))).indices
     return Candidates(positions[chosen], gradients[chosen])
+
+
+def _merged(parts: list[Candidates], count: int) -> Candidates:
+    """The best of several searches, ascending; a position that two have found has the sum of both."""
+    positions, where = torch.unique(torch.cat([part.positions for part in parts]), return_inverse=True)
+    gradients = torch.cat([part.gradients for part in parts])
+    summed = gradients.new_zeros(len(positions)).index_add_(0, where, gradients)
+    best = _best([Candidates(positions, summed)], count)
+    order = best.positions.argsort()
+    return Candidates(best.positions[order], best.gradients[order])
 
 
 class CandidateWatch:

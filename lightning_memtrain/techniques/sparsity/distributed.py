@@ -40,8 +40,11 @@ def hide_from_ddp(model: nn.Module, weights: Mapping[str, SparseWeight]) -> Call
         A function that takes it back.
     """
     before = getattr(model, _IGNORED, None)
-    layers = [name.removesuffix("weight") for name in weights]
-    hidden = [f"{prefix}{name}" for prefix in layers for name in ("values", "sparsity_pattern")]
+    hidden = [
+        f"{weight.place}.{name}".lstrip(".")
+        for weight in weights.values()
+        for name in ("values", "sparsity_pattern")
+    ]
     ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
     ignore(model, [*(before or ()), *hidden])
 
@@ -173,5 +176,6 @@ def refuse_differences(weights: Mapping[str, SparseWeight], step: int) -> None:
                 raise RuntimeError(
                     f"The pattern of {name!r} differs between rank 0 and rank {rank} after the update of "
                     f"step {step}, so their weights have drifted apart. Give every rank the same "
-                    "`SparseTraining(seed)`, and let nothing change weights on single ranks."
+                    "`SparseTraining(seed)`, and let nothing change weights on single ranks, nor step them "
+                    "by gradients that were not averaged over ranks (a backward under `no_sync`, say)."
                 )

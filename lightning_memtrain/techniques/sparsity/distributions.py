@@ -14,6 +14,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 Shapes = Mapping[str, Sequence[int]]
 
 
+class Stack(tuple[int, ...]):
+    """Shape of a weight that is several matrices, one for each number along its first axis.
+
+    Example:
+        >>> shapes = {"experts": Stack((8, 64, 16)), "head": (64, 16)}
+        >>> ErdosRenyi().counts(shapes, sparsity=0.75)
+        {'experts': 2048, 'head': 256}
+    """
+
+
 def num_kept(numel: int, sparsity: float) -> int:
     r"""Weights that a layer keeps: :math:`n - \lfloor s n \rfloor`, at least one.
 
@@ -114,7 +124,10 @@ class ErdosRenyi(Distribution):
                 f"`{type(self).__name__}` needs at least one weight for each layer, but a sparsity of "
                 f"{sparsity:g} leaves {total} for {len(shapes)} layers. Lower the sparsity."
             )
-        weights = [self._weight(shape) for shape in shapes.values()]
+        weights = [
+            shape[0] * self._weight(shape[1:]) if isinstance(shape, Stack) else self._weight(shape)
+            for shape in shapes.values()
+        ]
         counts = apportion(total, weights, list(numels.values()))
         # A layer without weights would end the network: it takes one from the largest.
         for place, count in enumerate(counts):

@@ -11,6 +11,7 @@ from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.functions import Materialised
 from lightning_memtrain.techniques.sparsity.layers import SparseLayer
 from lightning_memtrain.techniques.sparsity.note import NOTE
+from lightning_memtrain.techniques.sparsity.parameters import SUFFIX
 from lightning_memtrain.techniques.sparsity.patterns import complaint_about
 
 
@@ -50,7 +51,8 @@ def export_dense(module: nn.Module) -> dict[str, Tensor]:
         if prefix not in layers or last not in ("values", "sparsity_pattern"):
             dense[key] = sharding.whole(value)
         elif last == "values":
-            dense[f"{prefix}.weight" if prefix else "weight"] = layers[prefix].dense()
+            layer = layers[prefix]
+            dense[layer.dense_key(f"{prefix}." if prefix else "")] = layer.dense()
     return dense
 
 
@@ -88,6 +90,8 @@ def dense_state_dict(state_dict: Mapping[str, Tensor], module: nn.Module) -> dic
     for key, value in state_dict.items():
         path, dot, last = key.rpartition(".")
         pattern, weight_key = state_dict.get(f"{path}{dot}sparsity_pattern"), f"{path}{dot}weight"
+        if path.endswith(SUFFIX) and weight_key not in weights:
+            weight_key = path.removesuffix(SUFFIX)
         if key == NOTE or last == "sparsity_pattern":
             continue
         if last != "values" or pattern is None:

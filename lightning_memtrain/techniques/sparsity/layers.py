@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.candidates import CandidateSearch
 from lightning_memtrain.techniques.sparsity.dense_weight import DenseWeight
 from lightning_memtrain.techniques.sparsity.functions import Materialised, uncompiled
+from lightning_memtrain.techniques.sparsity.looks import Look, LookAtPart
 from lightning_memtrain.techniques.sparsity.note import overlook_note
 from lightning_memtrain.techniques.sparsity.patterns import (
     Span,
@@ -29,6 +31,7 @@ class SparseLayer(nn.Module):
     Attributes:
         values: the stored entries, by ascending flat position.
         sparsity_pattern: their positions.
+        dense_type: the class that the layer has without sparse weights.
         storage: the form of the pattern that was asked for.
         chunk_bytes: most bytes of a chunk of the weight's rows, or ``None`` for the whole weight at once.
         search: of :func:`~lightning_memtrain.techniques.sparsity.watch_candidates` while it is on.
@@ -36,6 +39,7 @@ class SparseLayer(nn.Module):
 
     values: nn.Parameter
     sparsity_pattern: Tensor
+    dense_type: type[nn.Module]
     storage: Storage
     chunk_bytes: int | None
     _chunks: tuple[Span, ...]
@@ -47,21 +51,36 @@ class SparseLayer(nn.Module):
         raise NotImplementedError
 
     def _weight(self) -> Tensor:
-        """The dense weight, made anew at each look; what is written into it in place is stored.
+        """The dense weight, whose numbers are made for each operator; what is written in place is stored.
 
         Only stored entries can be written: elsewhere it stays 0.
         """
-        arguments = self.values, self.sparsity_pattern, self.dense_shape, self.search
-        made: Tensor = (
-            Materialised.apply(*arguments)  # type: ignore[no-untyped-call]
-            if self.search is None
-            else uncompiled(Materialised.apply, *arguments)
-        )
-        return made if torch.compiler.is_compiling() else DenseWeight.of(made, self)
+        if torch.compiler.is_compiling():
+            return self.materialised()
+        made = self._apply_function(Look)
+        if self.parts and isinstance(made, DenseWeight):
+            made.divided_by(lambda number: self._apply_function(LookAtPart, number, self.parts))
+        return made
+
+    def materialised(self) -> Tensor:
+        """The dense weight as a plain tensor with a gradient, which takes its bytes as long as it is kept."""
+        return self._apply_function(Materialised)
+
+    def _apply_function(self, function: type[Function], *rest: Any) -> Tensor:
+        arguments = self.values, self.sparsity_pattern, self.dense_shape, self.search, *rest
+        if self.search is not None:
+            return uncompiled(function.apply, *arguments)
+        made: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+        return made
+
+    @property
+    def parts(self) -> tuple[Span, ...]:
+        """Parts of the weight that may be looked at alone; none if they are not worth it."""
+        return ()
 
     def _write_weight(self, dense: Tensor) -> None:
         # What `layer.weight += 1` assigns has been written already, in place.
-        if not (isinstance(dense, DenseWeight) and dense._layer is self):
+        if not (isinstance(dense, DenseWeight) and dense.is_of(self.values)):
             if not isinstance(dense, Tensor) or dense.shape != self.dense_shape:
                 got = tuple(dense.shape) if isinstance(dense, Tensor) else repr(dense)
                 raise ValueError(
@@ -103,15 +122,47 @@ class SparseLayer(nn.Module):
         self.register_buffer("sparsity_pattern", None)
         self.set_positions(positions)
 
+    @torch.no_grad()
+    def become_dense(self) -> nn.Parameter:
+        """Be the layer that it was, with a dense weight.
+
+        Returns:
+            The weight.
+        """
+        dense = nn.Parameter(self.dense(), requires_grad=self.values.requires_grad)
+        kind = self.dense_type
+        del self._parameters["values"], self._buffers["sparsity_pattern"]
+        for name in ("dense_type", "storage", "chunk_bytes", "_chunks", "search"):
+            self.__dict__.pop(name, None)
+        self.__class__ = kind  # type: ignore[assignment]
+        self._parameters = {"weight": dense, **self._parameters}
+        return dense
+
     def set_positions(self, positions: Tensor) -> None:
         """Say where the values belong.
 
         Args:
             positions: int64, ascending, as many as there are values.
         """
-        pattern = encode(positions, self.dense_shape.numel(), self.storage)
-        self.sparsity_pattern = pattern.to(self.values.device)
-        self._chunks = self._spans(positions)
+        self.with_positions(positions)()
+
+    def with_positions(self, positions: Tensor) -> Callable[[], None]:
+        """Prepare :meth:`set_positions`.
+
+        Args:
+            positions: see there.
+
+        Returns:
+            Does it by assignments alone; may be called several times.
+        """
+        pattern = encode(positions, self.dense_shape.numel(), self.storage).to(self.values.device)
+        chunks = self._spans(positions)
+
+        def assign() -> None:
+            self.sparsity_pattern = pattern
+            self._chunks = chunks
+
+        return assign
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -141,14 +192,32 @@ class SparseLayer(nn.Module):
         Args:
             values: of one axis.
         """
+        gradient = self.values.grad
+        fits = gradient is not None and gradient.shape == values.shape
+        self.with_values(values, gradient if fits else None)()
+
+    def with_values(self, values: Tensor, gradient: Tensor | None) -> Callable[[], None]:
+        """Prepare to give the parameter other values and another gradient.
+
+        Args:
+            values: of one axis.
+            gradient: of the same shape, or none.
+
+        Returns:
+            Does it by assignments alone; may be called several times.
+        """
         # The node that accumulates gradients knows the shape, and where something keeps it alive, it is used
         # again. It is made anew only for another dtype or device, so the values pass through another dtype.
         other = torch.float16 if values.dtype != torch.float16 else torch.float32
-        gradient, self.values.grad = self.values.grad, None
-        self.values.data = torch.empty(0, dtype=other, device=values.device)
-        self.values.data = values
-        if gradient is not None and gradient.shape == values.shape:
+        nothing = torch.empty(0, dtype=other, device=values.device)
+
+        def assign() -> None:
+            self.values.grad = None
+            self.values.data = nothing
+            self.values.data = values
             self.values.grad = gradient
+
+        return assign
 
     @torch.no_grad()
     def write(self, dense: Tensor) -> None:
@@ -181,6 +250,17 @@ class SparseLayer(nn.Module):
         bias = None if bias is None else cast(bias)
         return cast(input), bias, own if own == torch.float64 else dtype
 
+    def dense_key(self, prefix: str) -> str:
+        """Name of the dense weight.
+
+        Args:
+            prefix: of what the layer holds, empty or with a dot at its end.
+
+        Returns:
+            The name that it has in the model without sparse layers.
+        """
+        return f"{prefix}weight"
+
     def extra_repr(self) -> str:
         """The dense layer's own, how much is stored, and how."""
         storage = storage_of(self.sparsity_pattern)
@@ -203,10 +283,7 @@ class SparseLayer(nn.Module):
         values = state_dict.get(f"{prefix}values")
         pattern = state_dict.get(f"{prefix}sparsity_pattern")
         if values is None and f"{prefix}weight" in state_dict:
-            error_msgs.append(
-                f'"{prefix}weight" is dense in the checkpoint, but this layer is sparse. Load it before '
-                "`sparsify_` or in a model without sparse layers."
-            )
+            error_msgs.append(dense_in_checkpoint(f"{prefix}weight"))
         if values is not None and pattern is not None:
             if (complaint := complaint_about(pattern, values, self.dense_shape)) is not None:
                 error_msgs.append(f'"{prefix}sparsity_pattern" {complaint}')
@@ -222,3 +299,18 @@ class SparseLayer(nn.Module):
         overlook_note(unexpected_keys)
         if values is not None and pattern is not None:
             self.set_positions(self.positions())
+
+
+def dense_in_checkpoint(key: str) -> str:
+    """What is wrong with a dense weight for a sparse layer.
+
+    Args:
+        key: of the weight.
+
+    Returns:
+        Text for the error of ``load_state_dict``.
+    """
+    return (
+        f'"{key}" is dense in the checkpoint, but this layer is sparse. Load it before `sparsify_` or in a '
+        "model without sparse layers."
+    )

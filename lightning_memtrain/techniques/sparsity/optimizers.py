@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -25,9 +25,8 @@ def leading_optimizer(
     Returns:
         ``None`` after a warning if there are sparse layers that none has.
     """
-    trained = {id(parameter) for parameter in values.values() if parameter.requires_grad}
     for optimizer in optimizers:
-        if any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
+        if paths_in([optimizer], values):
             return optimizer
     if values:
         warnings.warn(
@@ -37,6 +36,50 @@ def leading_optimizer(
             stacklevel=2,
         )
     return None
+
+
+def paths_in(optimizers: Iterable[Optimizer], values: Mapping[str, nn.Parameter]) -> set[str]:
+    """Layers whose weights optimizers step.
+
+    Args:
+        optimizers: of the run.
+        values: of sparse layers, by layer.
+
+    Returns:
+        Those that are not frozen and that one of the optimizers has.
+    """
+    held = held_by(optimizers)
+    return {path for path, parameter in values.items() if parameter.requires_grad and id(parameter) in held}
+
+
+def held_by(optimizers: Iterable[Optimizer]) -> set[int]:
+    """Parameters of optimizers, by ``id``.
+
+    Args:
+        optimizers: of the run.
+
+    Returns:
+        All, frozen ones included.
+    """
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def stepped(
+    optimizers: Sequence[Optimizer], values: Mapping[str, nn.Parameter], with_gradient: Collection[str]
+) -> set[str]:
+    """Layers whose weights have been stepped: an optimizer that has all parameters leaves some alone.
+
+    Args:
+        optimizers: of the run.
+        values: of sparse layers, by layer.
+        with_gradient: layers that have had a gradient.
+
+    Returns:
+        Those of :func:`paths_in` that had a gradient or have state; all of them if none is known to.
+    """
+    held = paths_in(optimizers, values)
+    stateful = {path for path, one in values.items() if any(each.state.get(one) for each in optimizers)}
+    return held & (stateful | set(with_gradient)) or held
 
 
 def refuse_optimizers(optimizers: Sequence[Optimizer], values: Mapping[str, nn.Parameter]) -> None:

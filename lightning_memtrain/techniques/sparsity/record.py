@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_memtrain.core import format_bytes
@@ -51,11 +52,28 @@ def described(weights: Mapping[str, SparseWeight], sparse_bytes: int, dense_byte
     )
 
 
-def zeros_described(weights: Mapping[str, SparseWeight], starts_dense: bool) -> str:
+def share_of_all(model: nn.Module, weights: Iterable[SparseWeight]) -> tuple[int, int]:
+    """How many of a model's parameters are weights of sparse layers.
+
+    Args:
+        model: the module that is trained.
+        weights: of its sparse layers.
+
+    Returns:
+        Entries of their dense weights, and of all parameters as they would be if these were dense.
+    """
+    values = {id(weight.values): weight.numel for weight in weights}
+    dense = sum(p.numel() for p in model.parameters() if id(p) not in values and not is_lazy(p))
+    sparse = sum(values.values())
+    return sparse, sparse + dense
+
+
+def zeros_described(weights: Mapping[str, SparseWeight], share: float, starts_dense: bool) -> str:
     """How sparse layers are at the start.
 
     Args:
         weights: by layer.
+        share: of all parameters that are weights of these layers.
         starts_dense: whether memory peaks there.
 
     Returns:
@@ -66,7 +84,7 @@ def zeros_described(weights: Mapping[str, SparseWeight], starts_dense: bool) -> 
     least, most = f"{zeros[low]:.1%}", f"{zeros[high]:.1%}"
     where = f"from {least} zeros ({low}) to {most} ({high})" if least != most else f"with {least} zeros each"
     dense = "; the peak is that of dense training" if starts_dense else ""
-    return f"{len(zeros)} layers are sparse, {where}{dense}"
+    return f"{len(zeros)} layers with {share:.1%} of all parameters are sparse, {where}{dense}"
 
 
 class Explored:

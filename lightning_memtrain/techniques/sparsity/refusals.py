@@ -18,7 +18,9 @@ from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks, UpdateClock
 from lightning_memtrain.techniques.sparsity.layer_types import SPARSE_TYPES
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
+from lightning_memtrain.techniques.sparsity.parameters import SUFFIX, can_be_sparse
 from lightning_memtrain.techniques.sparsity.patterns import Storage
+from lightning_memtrain.techniques.sparsity.places import Place
 from lightning_memtrain.techniques.sparsity.rules import Moment
 from lightning_memtrain.techniques.sparsity.selection import Select
 
@@ -32,7 +34,9 @@ _STRATEGIES = (
 _AVERAGES = ("StochasticWeightAveraging", "WeightAveraging")
 
 
-def refuse_arguments(method: Any, update: Any, layers: Any, storage: Any, chunk_bytes: Any) -> None:
+def refuse_arguments(
+    method: Any, update: Any, layers: Any, storage: Any, chunk_bytes: Any, leave: Any
+) -> None:
     """Refuse arguments of the callback that are of another type or out of their range.
 
     Args:
@@ -41,6 +45,7 @@ def refuse_arguments(method: Any, update: Any, layers: Any, storage: Any, chunk_
         layers: see there.
         storage: see there.
         chunk_bytes: see there.
+        leave: see there.
 
     Raises:
         MisconfigurationException: naming the argument.
@@ -58,6 +63,27 @@ def refuse_arguments(method: Any, update: Any, layers: Any, storage: Any, chunk_
             "`SparseTraining(chunk_bytes)` must be a number of bytes of at least 1, or None, but got "
             f"chunk_bytes={chunk_bytes!r}. Leave it out for whole weights."
         )
+    if leave not in ("sparse", "dense"):
+        raise MisconfigurationException(
+            f"`SparseTraining(leave)` must be 'sparse' or 'dense', but got leave={leave!r}. Use 'dense' for "
+            "a model that code without sparse layers can use after the run."
+        )
+
+
+def warn_of_update(method: SparseMethod, update: UpdateClock | None) -> None:
+    """Warn of a clock for a pattern that never changes.
+
+    Args:
+        method: of the callback.
+        update: of the callback.
+    """
+    if method.clock is None and update is not None:
+        warnings.warn(
+            f"`SparseTraining(update)` has no effect with `{type(method).__name__}`, whose pattern never "
+            "changes. Leave it out.",
+            NoEffectWarning,
+            stacklevel=3,
+        )
 
 
 def _check_type(name: str, value: Any, kind: Any, expected: str) -> None:
@@ -67,13 +93,14 @@ def _check_type(name: str, value: Any, kind: Any, expected: str) -> None:
         )
 
 
-def refuse_run(trainer: Trainer, num_given: int, method: SparseMethod) -> None:
+def refuse_run(trainer: Trainer, num_given: int, method: SparseMethod, leave: str = "sparse") -> None:
     """Refuse strategies that shard, and callbacks that look at weights by their place.
 
     Args:
         trainer: of the run.
         num_given: how many callbacks of the kind it has.
         method: that is at work.
+        leave: what the run leaves.
 
     Raises:
         MisconfigurationException: naming the strategy or the callback.
@@ -95,6 +122,11 @@ def refuse_run(trainer: Trainer, num_given: int, method: SparseMethod) -> None:
             f"{type(trainer.strategy).__name__}, whose shards keep their size, but got {method!r}. Use RigL, "
             "SET or StaticSparse, or train with ddp or on one device."
         )
+    if sharding.shards(trainer.strategy) and leave == "dense":
+        raise MisconfigurationException(
+            "`SparseTraining(leave='dense')` needs weights that are whole on each device, but got "
+            f"{type(trainer.strategy).__name__}. Use leave='sparse', and load `export_dense(model)` after it."
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if _kind(callback, _AVERAGES):
             raise MisconfigurationException(
@@ -113,7 +145,7 @@ def _kind(candidate: Any, names: Iterable[str]) -> bool:
     return any(base.__name__ in names for base in type(candidate).__mro__)
 
 
-def refuse_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+def refuse_layers(model: nn.Module, layers: Mapping[str, Place]) -> None:
     """Refuse weights that cannot be taken out of their layer.
 
     Args:
@@ -123,30 +155,27 @@ def refuse_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     Raises:
         MisconfigurationException: naming the layer.
     """
-    weights = {id(layer.weight): name for name, layer in layers.items()}
-    for name, layer in layers.items():
-        if is_lazy(layer.weight):  # type: ignore[arg-type]
+    weights = {id(place.parameter): path for path, place in layers.items()}
+    for path, place in layers.items():
+        kind = type(place.module)
+        if is_lazy(place.parameter):
             raise MisconfigurationException(
-                f"`SparseTraining` needs layers whose weights exist, but {name!r} is {type(layer).__name__}. "
+                f"`SparseTraining` needs layers whose weights exist, but {path!r} is {kind.__name__}. "
                 "Run the model on one batch in `__init__`, or name it in Select(dense=...)."
             )
-        if type(layer) not in SPARSE_TYPES:
+        if kind not in SPARSE_TYPES and not can_be_sparse(place.module, place.attribute):
             raise MisconfigurationException(
-                f"`SparseTraining` cannot make {name!r} sparse, since {type(layer).__name__} is a class of "
-                f"its own, whose methods would be lost or would not know sparse values. Add {name!r} to "
+                f"`SparseTraining` cannot make {path!r} sparse, since {kind.__name__} is a class of "
+                f"its own, whose methods would be lost or would not know sparse values. Add {path!r} to "
                 "Select(dense=[...]), or use torch's own layer."
             )
-    for path, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         tied = weights.get(id(parameter))
-        if tied is not None and path != _weight_name(tied):
+        if tied is not None and name != layers[tied].name:
             raise MisconfigurationException(
-                f"`SparseTraining` cannot make {tied!r} sparse, since its weight is tied to {path!r} and "
+                f"`SparseTraining` cannot make {tied!r} sparse, since its weight is tied to {name!r} and "
                 f"would no longer be. Add {tied!r} to Select(dense=...), or untie them."
             )
-
-
-def _weight_name(layer: str) -> str:
-    return f"{layer}.weight" if layer else "weight"
 
 
 def warn_of_recompiling(model: LightningModule, method: SparseMethod) -> None:
@@ -240,15 +269,16 @@ def refuse_layers_of(state_dict: Mapping[str, Any], expected: frozenset[str]) ->
 
     Args:
         state_dict: to be loaded.
-        expected: layers that are sparse in the model.
+        expected: paths of what holds values in the model.
 
     Raises:
         MisconfigurationException: naming a layer.
     """
     ending = "sparsity_pattern"
     saved = {key.removesuffix(ending).removesuffix(".") for key in state_dict if key.endswith(ending)}
-    for name in sorted(saved ^ expected):
-        there, here = ("sparse", "dense") if name in saved else ("dense", "sparse")
+    for place in sorted(saved ^ expected):
+        there, here = ("sparse", "dense") if place in saved else ("dense", "sparse")
+        name = place.removesuffix(SUFFIX)
         cure = "Load it with the same method and `Select`."
         if not saved:
             cure = (
@@ -259,6 +289,28 @@ def refuse_layers_of(state_dict: Mapping[str, Any], expected: frozenset[str]) ->
             "`SparseTraining(layers)` must choose the layers that are sparse in the checkpoint, but "
             f"{name!r} is {there} there and {here} here. {cure}"
         )
+
+
+def identity(method: SparseMethod, overrides: Mapping[str, float], seed: int, version: int) -> dict[str, Any]:
+    """What a checkpoint says of the training that it is of, see :func:`refuse_checkpoint`.
+
+    Args:
+        method: in force.
+        overrides: in force, sparsities of single layers.
+        seed: in force.
+        version: of what is saved.
+
+    Returns:
+        Names and values.
+    """
+    return {
+        "version": version,
+        "method": type(method).__name__,
+        "sparsity": repr(method.sparsity),
+        "distribution": repr(method.distribution),
+        "overrides": dict(overrides),
+        "seed": seed,
+    }
 
 
 def refuse_checkpoint(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,25 +12,37 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_memtrain.techniques.sparsity.copies import Copies, find_copies
 from lightning_memtrain.techniques.sparsity.distributions import check_sparsity
+from lightning_memtrain.techniques.sparsity.places import Place, all_places, is_layer
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SHORTCUTS = ("*shortcut*", "*downsample*", "*skip*")
+
+
+DEFAULT_TYPES = (
+    *("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"),
+    *("RNNBase", "RNNCellBase"),
+    # Mixtures whose experts are slices of one parameter, as in transformers.
+    "*Expert*",
+)
 
 
 @dataclass(frozen=True)
 class Select:
     """Says which layers become sparse: by type, and by name those that do not.
 
-    Only weights of linear and convolution layers can be sparse. Depthwise convolutions, frozen layers and
+    These may be linear, convolution, transposed convolution and recurrent layers, and modules with a
+    parameter of three axes, one matrix for each expert. Such a parameter, and each weight of a recurrent
+    layer, is a layer of its own here, by the name of the parameter. Depthwise convolutions, frozen layers and
     layers whose weight is computed (weight norm and other parametrizations) stay dense. In a model with
     convolutions, so do by default the first convolution, shortcuts (1x1 convolutions below a module with
     "shortcut", "downsample" or "skip" in its name) and the last linear layer: they hold few weights, which
     count for much.
 
     Args:
-        types: class names or classes.
-        dense: paths of layers that stay dense, ``*`` stands for any text.
+        types: class names, in which ``*`` stands for any text, or classes.
+        dense: paths of layers or other modules that stay dense, ``*`` stands for any text.
         overrides: fraction of zeros of single layers by path, ``*`` stands for any text.
         dense_ends: whether first convolution, shortcuts and last linear layer of a convolutional network stay
             dense.
@@ -45,7 +57,7 @@ class Select:
         (['1'], ['0', '1', '3'])
     """
 
-    types: Sequence[str | type[nn.Module]] = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+    types: Sequence[str | type[nn.Module]] = DEFAULT_TYPES
     dense: Sequence[str] = ()
     overrides: Mapping[str, float] = field(default_factory=dict)
     dense_ends: bool = True
@@ -66,7 +78,31 @@ class Select:
         for name, sparsity in self.overrides.items():
             check_sparsity(sparsity, f"Select(overrides)[{name!r}]")
 
-    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+    def keeps_dense(self, name: str) -> bool:
+        """Whether a parameter is named as one that stays dense.
+
+        Args:
+            name: of the parameter.
+
+        Returns:
+            ``True`` where ``dense`` matches the name, or that of the module that has it.
+        """
+        paths = name, name.rpartition(".")[0]
+        return any(fnmatchcase(path, pattern) for path in paths for pattern in self.dense)
+
+    def not_named(self, model: nn.Module) -> dict[str, Place]:
+        """Dense layers that are not among those that are named.
+
+        Args:
+            model: the module that is trained.
+
+        Returns:
+            By path.
+        """
+        places = all_places(model)
+        return {path: place for path, place in places.items() if not self.keeps_dense(place.name)}
+
+    def layers(self, model: nn.Module) -> dict[str, Place]:
         """Layers to make sparse.
 
         Args:
@@ -76,27 +112,53 @@ class Select:
             By path, in the order of the model.
 
         Raises:
-            MisconfigurationException: if a name of ``dense`` matches no layer with a weight.
+            MisconfigurationException: if a name of ``dense`` matches no module with parameters.
         """
-        weighted = {name: layer for name, layer in model.named_modules() if _has_weight(layer)}
+        return self.choose(model)[0]
+
+    def choose(self, model: nn.Module) -> tuple[dict[str, Place], Copies]:
+        """Layers to make sparse, and which of them are copies of others.
+
+        Args:
+            model: the module that is trained.
+
+        Returns:
+            Layers by path, in the order of the model, and the copies, which are chosen as their originals.
+
+        Raises:
+            MisconfigurationException: if a name of ``dense`` matches no module with parameters.
+        """
+        places = all_places(model)
+        known = [path for path, module in model.named_modules() if module._parameters] + [*places]
         for pattern in self.dense:
-            if not any(fnmatchcase(name, pattern) for name in weighted):
-                near = difflib.get_close_matches(pattern, weighted, n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(weighted)}."
+            if not any(fnmatchcase(path, pattern) for path in known):
+                near = difflib.get_close_matches(pattern, known, n=1)
+                hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(places)}."
                 raise MisconfigurationException(
                     f"`Select(dense)` must name layers of {type(model).__name__}, but {pattern!r} matches "
                     f"none. {hint}"
                 )
-        ends = _ends(weighted) if self.dense_ends else set()
-        return {
-            name: layer
-            for name, layer in weighted.items()
-            if any(_is_a(layer, kind) for kind in self.types)
-            and name not in ends
-            and not any(fnmatchcase(name, pattern) for pattern in self.dense)
-            and layer._parameters["weight"].requires_grad
-            and not _is_depthwise(layer)
+        named = {path for path, place in places.items() if self.keeps_dense(place.name)}
+        of_types = {
+            path: place
+            for path, place in places.items()
+            if any(_is_a(place.module, kind) for kind in self.types)
         }
+        copies = find_copies(of_types, named)
+        own = {path: place for path, place in places.items() if path not in copies.originals}
+        ends = _ends(own) if self.dense_ends else set()
+        chosen = {
+            path
+            for path, place in of_types.items()
+            if path in own
+            and path not in named
+            and path not in ends
+            and place.parameter.requires_grad
+            and not _is_depthwise(place)
+        }
+        originals = {c: of for c, of in copies.originals.items() if of in chosen and c not in named}
+        layers = {path: place for path, place in places.items() if path in chosen or path in originals}
+        return layers, replace(copies, originals=originals)
 
 
 def has_weights(model: nn.Module) -> bool:
@@ -108,41 +170,37 @@ def has_weights(model: nn.Module) -> bool:
     Returns:
         ``True`` also if they are sparse already.
     """
-    return any(isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) for layer in model.modules())
+    return any(is_layer(module) for module in model.modules()) or bool(all_places(model))
 
 
-def _has_weight(layer: nn.Module) -> bool:
-    weight = layer._parameters.get("weight")
-    return isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and weight is not None
-
-
-def _is_a(layer: nn.Module, kind: str | type[nn.Module]) -> bool:
+def _is_a(module: nn.Module, kind: str | type[nn.Module]) -> bool:
     if isinstance(kind, type):
-        return isinstance(layer, kind)
-    return any(base.__name__ == kind for base in type(layer).__mro__)
+        return isinstance(module, kind)
+    return any(fnmatchcase(base.__name__, kind) for base in type(module).__mro__)
 
 
-def _is_depthwise(layer: nn.Module) -> bool:
+def _is_depthwise(place: Place) -> bool:
+    module = place.module
     return (
-        isinstance(layer, nn.modules.conv._ConvNd)
-        and layer.groups > 1
-        and not is_lazy(layer.weight)
-        and layer.weight.shape[1] == 1
+        isinstance(module, nn.modules.conv._ConvNd)
+        and module.groups > 1
+        and not is_lazy(place.parameter)
+        and place.parameter.shape[1] == 1
     )
 
 
-def _ends(layers: Mapping[str, nn.Module]) -> set[str]:
-    convolutions = [name for name, layer in layers.items() if isinstance(layer, _CONVOLUTIONS)]
+def _ends(places: Mapping[str, Place]) -> set[str]:
+    convolutions = {path: place for path, place in places.items() if isinstance(place.module, _CONVOLUTIONS)}
     if not convolutions:
         return set()
-    linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
+    linear = [path for path, place in places.items() if isinstance(place.module, nn.Linear)]
     shortcuts = [
-        name
-        for name in convolutions
-        if any(fnmatchcase(name, pattern) for pattern in _SHORTCUTS)
-        and all(size == 1 for size in layers[name].kernel_size)  # type: ignore[union-attr]
+        path
+        for path, place in convolutions.items()
+        if any(fnmatchcase(path, pattern) for pattern in _SHORTCUTS)
+        and all(size == 1 for size in place.module.kernel_size)  # type: ignore[union-attr]
     ]
-    return {convolutions[0], *linear[-1:], *shortcuts}
+    return {next(iter(convolutions)), *linear[-1:], *shortcuts}
 
 
 def _check_list(name: str, given: Any, kinds: tuple[type, ...], what: str, example: str) -> None:

@@ -6,7 +6,7 @@ Patterns are whole on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 if TYPE_CHECKING:
+    from lightning_memtrain.techniques.sparsity.places import Place
     from lightning_memtrain.techniques.sparsity.weights import SparseWeight
 
 
@@ -34,7 +35,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def refuse_late(layers: Mapping[str, nn.Module], known: set[int]) -> None:
+def refuse_late(layers: Mapping[str, Place], known: set[int]) -> None:
     """Refuse layers that nobody could make sparse before they were divided.
 
     Args:
@@ -45,7 +46,7 @@ def refuse_late(layers: Mapping[str, nn.Module], known: set[int]) -> None:
         MisconfigurationException: naming the first.
     """
     for name, layer in layers.items():
-        if id(layer) not in known:
+        if id(layer.module) not in known:
             raise MisconfigurationException(
                 "`SparseTraining` needs layers before `fully_shard` divides them, but "
                 f"{name!r} was made in `configure_model`. Make it in `__init__`, call "
@@ -116,13 +117,22 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def write(shards_of: DTensor, entries: Tensor) -> None:
-    """Put new entries in the place of the old ones, each rank its own.
+def written(shards_of: DTensor, entries: Tensor) -> Callable[[], None]:
+    """Prepare to put new entries in the place of the old ones, each rank its own.
 
     Args:
         shards_of: what is divided.
         entries: all of them, equal on all ranks.
+
+    Returns:
+        Does it without a new tensor; may be called several times.
     """
     mesh = shards_of.device_mesh
     everywhere = DTensor.from_local(entries, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    shards_of.to_local().copy_(everywhere.redistribute(placements=shards_of.placements).to_local())
+    old, new = shards_of.to_local(), everywhere.redistribute(placements=shards_of.placements).to_local()
+
+    def copy() -> None:
+        with torch.no_grad():
+            old.copy_(new)
+
+    return copy

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ _BITSANDBYTES_BLOCK_NUMEL = 256
 
 
 def check_state(optimizers: Iterable[Optimizer], parameter: Tensor) -> None:
-    """Make sure that :func:`move_state` can move all state of a parameter.
+    """Make sure that :func:`moved_state` can move all state of a parameter.
 
     Args:
         optimizers: all that may step it.
@@ -66,8 +68,10 @@ def check_state(optimizers: Iterable[Optimizer], parameter: Tensor) -> None:
                 )
 
 
-def move_state(optimizers: Iterable[Optimizer], parameter: Tensor, source: Tensor) -> None:
-    """Give each entry the state that it had at its former number.
+def moved_state(
+    optimizers: Iterable[Optimizer], parameter: Tensor, source: Tensor
+) -> list[Callable[[], None]]:
+    """Prepare to give each entry the state that it had at its former number.
 
     Entries that are new start with momentum 0, and with the mean over the entries that stay for what scales
     their step: the second moments of Adam and its relatives (``exp_avg_sq``, ``max_exp_avg_sq``,
@@ -76,28 +80,50 @@ def move_state(optimizers: Iterable[Optimizer], parameter: Tensor, source: Tenso
     Scalars, such as the number of steps, stay.
 
     Args:
-        optimizers: which :func:`check_state` has found no fault with.
+        optimizers: which :func:`check_state` has found no fault with; none has changed afterwards.
         parameter: before it changes its size, which it cannot where it is divided among ranks.
         source: int64, one per entry to be: the number of the entry that it was, or -1 if it is new.
+
+    Returns:
+        What is to be called for the change; each makes no tensor and may be called several times.
     """
+    exchange: list[Callable[[], None]] = []
     for optimizer in optimizers:
-        if isinstance(optimizer, ReindexesState):
-            optimizer.reindex_state(parameter, source)
-            continue
         state = optimizer.state.get(parameter, {})
+        if isinstance(optimizer, ReindexesState):
+            exchange.append(partial(_refill, state, _reindexed(optimizer, parameter, source)))
+            continue
         coded = _bitsandbytes_keys(state, parameter)
+        new: dict[str, Tensor] = {}
         for number in "12":
             if f"state{number}" in coded:
-                _move_bitsandbytes(state, number, source)
+                new |= _moved_bitsandbytes(state, number, source)
         for key, value in state.items():
             if key in coded or not _is_elementwise(value, parameter):
                 continue
             entries = sharding.whole(value)
             entries = moved(entries, source, mean=_is_scale(key, entries))
             if isinstance(value, DTensor):
-                sharding.write(value, entries)
+                exchange.append(sharding.written(value, entries))
             else:
-                state[key] = entries
+                new[key] = entries
+        exchange.append(partial(state.update, new))
+    return exchange
+
+
+def _reindexed(optimizer: Any, parameter: Tensor, source: Tensor) -> dict[str, Any]:
+    """The state that an optimizer makes by itself, while it keeps the one that it has."""
+    twin = object.__new__(type(optimizer))
+    own = optimizer.state.get(parameter, {})
+    twin.__dict__ |= {**vars(optimizer), "state": defaultdict(dict, {parameter: dict(own)})}
+    twin.reindex_state(parameter, source)
+    moved_by_itself: dict[str, Any] = twin.state[parameter]
+    return moved_by_itself
+
+
+def _refill(state: dict[str, Any], new: dict[str, Any]) -> None:
+    state.clear()
+    state.update(new)
 
 
 def moved(entries: Tensor, source: Tensor, *, mean: bool = False) -> Tensor:
@@ -179,7 +205,7 @@ def _bitsandbytes_keys(state: dict[str, Any], parameter: Tensor) -> set[str]:
     return coded
 
 
-def _move_bitsandbytes(state: dict[str, Any], number: str, source: Tensor) -> None:
+def _moved_bitsandbytes(state: dict[str, Any], number: str, source: Tensor) -> dict[str, Tensor]:
     """Decode, move and encode again, by way of one layer's numbers in float32."""
     codes, table, scales = (state[f"{part}{number}"] for part in ("state", "qmap", "absmax"))
     size = _BITSANDBYTES_BLOCK_NUMEL
@@ -188,5 +214,5 @@ def _move_bitsandbytes(state: dict[str, Any], number: str, source: Tensor) -> No
     blocks = torch.nn.functional.pad(numbers, (0, -len(numbers) % size)).view(-1, size)
     scales = blocks.abs().amax(1)
     parts = (blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).view(-1)[: len(numbers)]
-    state[f"state{number}"] = torch.bucketize(parts, (table[1:] + table[:-1]) / 2).to(torch.uint8)
-    state[f"absmax{number}"] = scales
+    codes = torch.bucketize(parts, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return {f"state{number}": codes, f"absmax{number}": scales}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class Updater:
 
     Example:
         >>> from lightning_memtrain.techniques.sparsity.methods import RigL
-        >>> from lightning_memtrain.techniques.sparsity.weights import sparsify_
+        >>> from lightning_memtrain.techniques.sparsity.sparsify import sparsify_
         >>> layer = torch.nn.Linear(8, 1)
         >>> updater = Updater(sparsify_(layer, {"weight": torch.tensor([0, 3])}), RigL(0.75, drop=0.5))
         >>> optimizer, now = torch.optim.SGD(layer.parameters(), lr=0.1), Moment(step=1, elapsed=1, span=10)
@@ -67,6 +67,8 @@ class Updater:
         self.method = method
         self.state: State = method.initial_state(sum(weight.nnz for weight in weights.values()))
         self.num_ranks = num_ranks
+        #: Weights that do as another one, by the layer of that one, whose pattern they have.
+        self.followers: Mapping[str, Sequence[SparseWeight]] = {}
         self._watch: CandidateWatch | None = None
         self._watched: list[str] = []
         self._gradients: dict[str, Tensor] = {}
@@ -131,10 +133,11 @@ class Updater:
         Raises:
             RuntimeError: if weights are not finite, or the patterns of ranks differ.
         """
+        following = {weight.path for weights in self.followers.values() for weight in weights}
         candidates = self._found()
-        self._warn_of_unseen(candidates, moment)
+        self._warn_of_unseen({name: c for name, c in candidates.items() if name not in following}, moment)
         num_dropped = num_grown = 0
-        for group in self._together():
+        for group in self._together(following):
             layers = {name: self._layer(name, weight, candidates) for name, weight in group.items()}
             for name, layer in layers.items():
                 _refuse_infinite(name, layer.values, moment)
@@ -142,7 +145,8 @@ class Updater:
             for name, change in update.changes.items():
                 num_dropped += change.num_dropped
                 num_grown += change.grown.numel()
-                self.weights[name].replace(change.kept, change.grown, optimizers)
+                for weight in (self.weights[name], *self.followers.get(name, ())):
+                    weight.replace(change.kept, change.grown, optimizers)
             self.state = update.state
         self.close()
         if self.num_ranks > 1:
@@ -159,13 +163,15 @@ class Updater:
         """What is frozen keeps its pattern."""
         return {name: weight for name, weight in self.weights.items() if weight.values.requires_grad}
 
-    def _together(self) -> Iterator[dict[str, SparseWeight]]:
-        """All layers; but those whose values are divided among ranks one by one, since each is made whole.
+    def _together(self, left_out: Collection[str]) -> Iterator[dict[str, SparseWeight]]:
+        """All layers that move by themselves; but those whose values are divided among ranks one by one.
 
-        Their counts are fixed, so none depends on another.
+        Each is made whole. Their counts are fixed, so none depends on another.
         """
         whole = {}
         for name, weight in self._trained().items():
+            if name in left_out:
+                continue
             if isinstance(weight.values.data, DTensor):
                 yield {name: weight}
             else:

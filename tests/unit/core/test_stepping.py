@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_memtrain.core.stepping import (
     changed_shared_state,
-    needs_closure,
     shared_state,
     step_parameter,
 )
@@ -65,7 +65,43 @@ def test_state_across_parameters_is_found() -> None:
     assert changed_shared_state(before, optimizer) == ["param_groups[0]['k']"]
 
 
-def test_optimizers_that_evaluate_the_model() -> None:
+def test_optimizers_that_evaluate_once_get_their_closure_and_others_are_refused() -> None:
+    class Once(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            assert closure is not None
+            closure()  # type: ignore[operator]
+            super().step()
+
+    class Twice(Once):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            closure()  # type: ignore[operator]
+            super().step(closure)
+
+    class Never(torch.optim.SGD):
+        def step(self) -> None:  # type: ignore[override]
+            super().step()
+
+    for kind in (Once, Never):
+        parameter = nn.Parameter(torch.ones(2))
+        parameter.grad = torch.ones(2)
+        step_parameter(kind([parameter], lr=0.5), parameter)
+        assert parameter.tolist() == [0.5, 0.5]
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"without evaluating the model, but got Twice: its closure is called again.*Use another",
+    ):
+        step_parameter(Twice([parameter], lr=0.5), parameter)
+
+
+def test_optimizers_without_hooks_of_their_own() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, optimizer.state
+
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            self.optimizer.step()
+
     parameter = nn.Parameter(torch.ones(2))
-    assert needs_closure(torch.optim.LBFGS([parameter]))
-    assert not needs_closure(torch.optim.SGD([parameter]))
+    parameter.grad = torch.ones(2)
+    step_parameter(Wrapper(torch.optim.SGD([parameter], lr=0.5)), parameter)
+    assert parameter.tolist() == [0.5, 0.5]

@@ -478,6 +478,7 @@ def test_prediction_without_workspace_is_refused(mlp):
 # ---------------------------------------------------------------------- compiled modules
 
 
+@pytest.mark.filterwarnings("ignore:.*The .grad attribute of a Tensor that is not")  # of torch.compile itself
 def test_compiled_modules_run_unchanged_and_are_seen_from_outside(batch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 1))
@@ -502,6 +503,10 @@ def test_torch_compile_leaves_the_code_of_the_ledger_alone(mlp, batch):
         def _should_skip_dynamo(cls) -> bool:
             return False
 
+        @classmethod
+        def ignore_compile_internals(cls) -> bool:
+            return True
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             return func(*args, **(kwargs or {}))
 
@@ -512,13 +517,14 @@ def test_torch_compile_leaves_the_code_of_the_ledger_alone(mlp, batch):
         torch.compile(lambda x: x.sin().nonzero().sum().cos(), backend="eager")(batch)
         return counters["frames"]["total"]
 
+    in_the_function = frames_compiled()
     _push_mode(Bystander())
     try:
-        assert frames_compiled() > 0
+        assert frames_compiled() > in_the_function
     finally:
         _pop_mode()
     with MemoryLedger(mlp):
-        assert frames_compiled() == 0
+        assert frames_compiled() == in_the_function > 0
 
 
 def test_a_ledger_is_freed_without_a_garbage_collection(mlp, batch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torchmetrics import MeanMetric
 
 from lightning_memtrain import ActivationCheckpointing, Budget, MemoryProfiler, Microbatching
 from lightning_memtrain.core import KIB
-from lightning_memtrain.techniques.checkpointing.fake_step import FakeStep
+from lightning_memtrain.tracing.fake_step import FakeStep
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
@@ -131,7 +132,6 @@ def test_a_larger_batch_is_chosen_for_anew(tmp_path: Path) -> None:
     steps = [event.split(":")[0] for event in callback.technique_record().events]
     assert steps == [
         "step 0",
-        "step 1, with gradients that are there in forward",
         "step 2, for a larger batch",
     ]
 
@@ -153,15 +153,24 @@ def test_a_batch_without_tensors_is_chosen_for_once(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(FakeStep, "__init__", counted)
     fit(tmp_path, ActivationCheckpointing("auto"), model=OnNames)
-    assert len(fakes) == 2  # at first, and once there are gradients in forward
+    assert len(fakes) == 1
 
 
-def test_a_step_that_asks_for_a_value_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    with pytest.raises(
-        MisconfigurationException, match=r"runs `training_step` once without data.*policy='full'"
-    ) as caught:
-        fit(tmp_path, ActivationCheckpointing("auto"), model=DeepModel(asks_for_a_value=True))
-    assert "asks for the value of a tensor: aten._local_scalar_dense.default" in str(caught.value)
+class Writing(DeepModel):
+    """Keeps its losses as numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(asks_for_a_value=True)
+
+
+def test_a_step_that_asks_for_a_value_gets_that_of_a_step_with_data(tmp_path: Path) -> None:
+    plain, _ = fit(tmp_path, model=Writing)
+    callback = ActivationCheckpointing(Budget("1300KiB"))
+    model, _ = fit(tmp_path, callback, model=Writing)
+    assert callback.technique_record().settings["num_modules"] > 0
+    assert model.losses == plain.losses
+    assert model.num_steps == plain.num_steps
+    assert all(map(torch.equal, plain.state_dict().values(), model.state_dict().values()))
 
 
 class ByHand(DeepModel):
@@ -328,11 +337,12 @@ def test_an_optimizer_that_asks_for_values_is_named_and_counted_once_it_stepped(
     with pytest.warns(UserWarning, match="cannot run the step of") as caught:
         events, peak_bytes = _events(tmp_path, WithAsking)
     (message,) = [str(one.message) for one in caught if "cannot run the step of" in str(one.message)]
+    line = inspect.getsourcelines(Asking.step)[1] + 4
     assert message == (
         "`ActivationCheckpointing(policy=Budget(limit='1500KiB'))` cannot run the step of Asking without "
-        "data (DataDependentOutputException: aten._local_scalar_dense.default), so its bytes are not in the "
-        "limit: its state is once it has stepped, what its step holds beside is not. Set a limit that leaves "
-        "room for that."
+        "data (it asks for the value of a tensor (aten._local_scalar_dense.default) at "
+        f"{__file__}:{line}), so its bytes are not in the limit: its state is once it has stepped, what its "
+        "step holds beside is not. Set a limit that leaves room for that."
     )
     assert [event.split(":")[0] for event in events] == ["step 0", "step 1, with more optimizer state"]
     assert peak_bytes <= 1500 * KIB

@@ -17,8 +17,8 @@ from lightning_memtrain.ledger.workspace import OpCall
 from lightning_memtrain.recipes.cifar10_wrn28_2.model import WideResNet
 from lightning_memtrain.techniques.checkpointing import choose
 from lightning_memtrain.techniques.checkpointing.choose import StepCurve, call_seconds
-from lightning_memtrain.techniques.checkpointing.fake_step import FakeStep
 from lightning_memtrain.techniques.checkpointing.insertion import insert_checkpoints
+from lightning_memtrain.tracing.fake_step import FakeStep
 
 
 class SecondsByFlops(OpTimes):

@@ -10,7 +10,15 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import CatMetric, MaxMetric, MeanMetric, Metric, MetricCollection, SumMetric
+from torchmetrics import (
+    CatMetric,
+    MaxMetric,
+    MeanMetric,
+    Metric,
+    MetricCollection,
+    PearsonCorrCoef,
+    SumMetric,
+)
 from torchmetrics.classification import (
     BinaryAUROC,
     MulticlassAccuracy,
@@ -18,10 +26,13 @@ from torchmetrics.classification import (
     MulticlassPrecision,
     MulticlassRecall,
 )
-from torchmetrics.wrappers import MinMaxMetric
+from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, Running
 
 from lightning_memtrain.techniques.microbatching import Microbatching
-from lightning_memtrain.techniques.microbatching._compat import BatchMetrics
+from lightning_memtrain.techniques.microbatching.batch_metrics import BatchMetrics
+from lightning_memtrain.techniques.microbatching.chunks import Chunk
+from lightning_memtrain.techniques.microbatching.logs import CallRecorder, ChunkLogs
+from lightning_memtrain.techniques.microbatching.metric_states import mergeable
 from tests.helpers.twin_runs import assert_same, assert_same_run, train
 
 
@@ -73,11 +84,22 @@ def holder(metric: nn.Module) -> nn.Module:
     return nn.ModuleDict({"metric": metric})
 
 
+def logs_of(num_chunks: int, *on_step: Metric) -> ChunkLogs:
+    logs = ChunkLogs()
+    for _ in range(num_chunks):
+        recorder = CallRecorder()
+        for metric in on_step:
+            recorder.log("training_step", "x", metric, on_step=True)
+        logs.add(recorder, Chunk(None, 1 / num_chunks, len(BATCHES[0]) // num_chunks), torch.tensor(-1.0))
+    return logs
+
+
 def run_chunks(metrics: BatchMetrics, metric: Any, batch: Tensor, num_chunks: int, *on_step: Any) -> None:
     metrics.begin()
     for chunk in batch.chunk(num_chunks):
-        metric(chunk)
-    metrics.end({id(m) for m in on_step}, num_chunks)
+        with metrics.chunk():
+            metric(chunk)
+    metrics.end(logs_of(num_chunks, *on_step))
 
 
 @pytest.mark.parametrize("make", VALUES.values(), ids=VALUES.keys())
@@ -93,33 +115,37 @@ def test_value_of_the_step_and_of_the_epoch_are_those_of_whole_batches(make: Cal
 
 
 def test_metrics_that_are_not_logged_on_step_do_not_compute():
-    metric = SumMetric()
+    metric = Largest()
     metrics = BatchMetrics(holder(metric))
     run_chunks(metrics, metric, BATCHES[0], 2)
-    assert metric._forward_cache.item() == 6.0  # the last chunk's
-    assert metric.compute().item() == 12.0
+    assert metric._forward_cache.item() == 3.0  # the last chunk's
+    assert metric.compute().item() == 5.0
 
 
 def test_a_metric_that_is_called_twice_per_chunk_counts_two_updates():
-    metric = SumMetric()
-    metrics = BatchMetrics(holder(metric))
-    metrics.begin()
-    for chunk in BATCHES[0].chunk(2):
-        metric(chunk)
-        metric.update(chunk)
-    metrics.end(set(), 2)
-    assert metric._update_count == 2
-    assert metric.compute().item() == 24.0
+    for metric, expected in ((SumMetric(), 24.0), (Largest(), 5.0)):
+        metrics = BatchMetrics(holder(metric))
+        metrics.begin()
+        for chunk in BATCHES[0].chunk(2):
+            with metrics.chunk():
+                metric(chunk)
+                metric.update(chunk)
+        metrics.end(logs_of(2))
+        assert metric._update_count == 2
+        assert metric.compute().item() == expected
 
 
 def test_an_untouched_metric_is_untouched():
-    for metric in (SumMetric(), CatMetric()):
+    for metric in (SumMetric(), CatMetric(), Largest()):
         metric.update(BATCHES[0])
         value, count = {name: getattr(metric, name) for name in metric._defaults}, metric._update_count
         state = getattr(metric, next(iter(value)))
         metrics = BatchMetrics(holder(metric))
         metrics.begin()
-        metrics.end(set(), 3)
+        for _ in range(3):
+            with metrics.chunk():
+                pass
+        metrics.end(logs_of(3))
         assert getattr(metric, next(iter(value))) is state
         assert metric._update_count == count
 
@@ -135,11 +161,12 @@ def test_abandon_restores_by_identity(make: Callable[[], Metric], ended: bool):
     }
     value, count = metric.compute(), metric._update_count
     metrics = BatchMetrics(holder(metric))
-    metrics.begin()
-    metric(BATCHES[1][:2])
-    metric(BATCHES[1][2:])
     if ended:
-        metrics.end({id(metric)}, 2)
+        run_chunks(metrics, metric, BATCHES[1], 2, metric)
+    else:
+        metrics.begin()
+        with metrics.chunk():
+            metric(BATCHES[1][:2])
     metrics.abandon()
     for name, state in states.items():
         assert getattr(metric, name) is state
@@ -149,9 +176,40 @@ def test_abandon_restores_by_identity(make: Callable[[], Metric], ended: bool):
     metrics.abandon()  # once more is nothing
 
 
-def test_what_cannot_be_merged_is_left_alone():
-    for metric in (MaxMetric(), MinMaxMetric(SumMetric())):
-        assert BatchMetrics(holder(metric))._metrics == []
+def test_only_states_that_add_up_are_merged():
+    assert mergeable(metric := Largest()) is metric
+    accuracy = MulticlassAccuracy(3, average=None)
+    assert mergeable(ClasswiseWrapper(accuracy)) is accuracy
+    wrapped = MinMaxMetric(SumMetric()), Running(Largest())
+    for other in (MaxMetric(), MeanMetric(), *wrapped, PearsonCorrCoef()):
+        assert mergeable(other) is None
+
+
+def test_methods_of_metrics_are_given_back():
+    metric = Largest()
+    methods = dict(vars(metric))
+    metrics = BatchMetrics(holder(metric))
+    for end in (lambda: metrics.end(ChunkLogs()), metrics.abandon):
+        metrics.begin()
+        assert vars(metric)["update"] is not methods["update"]
+        end()
+        assert "forward" not in vars(metric)
+        assert all(vars(metric)[name] is methods[name] for name in ("update", "compute"))
+
+
+def test_a_chunk_that_is_repeated_does_not_count():
+    for make in (Largest, SumMetric):
+        whole, chunked = make(), make()
+        metrics = BatchMetrics(holder(chunked))
+        whole(BATCHES[0])
+        metrics.begin()
+        for chunk in BATCHES[0].chunk(2):
+            with metrics.chunk():
+                chunked(chunk)
+        with metrics.chunk(counts=False):
+            chunked(BATCHES[1])
+        metrics.end(logs_of(2))
+        assert torch.equal(chunked.compute(), whole.compute())
 
 
 # ---------------------------------------------------------------------- through a real trainer
@@ -232,8 +290,9 @@ def test_a_batch_that_is_over_is_not_taken_back_by_the_next_one():
     metrics = BatchMetrics(model)
     metrics.begin()
     for values in ([1.0], [3.0]):
-        model.metric(torch.tensor(values))
-    metrics.end(set(), num_chunks=2)
+        with metrics.chunk():
+            model.metric(torch.tensor(values))
+    metrics.end(logs_of(2))
     metrics.keep()
     metrics.abandon()  # a failure in a batch of one chunk, which did not begin anything
     assert float(model.metric.compute()) == 2.0

@@ -54,10 +54,10 @@ class Slotted:
 
 
 class Opaque:
-    """Like torch_geometric's Batch: no container, and its tensors are out of sight."""
+    """No container, and nothing in it is of the samples."""
 
     def __init__(self) -> None:
-        self.store = {"x": X}
+        self.options = {"depth": [1, 2]}
 
 
 def refusal(batch: object) -> str:

@@ -116,8 +116,9 @@ def hooks_of(folder: Path, *callbacks: Callback) -> tuple[list[str], Run]:
     called: list[str] = []
 
     class Notes(Net):
-        def on_before_zero_grad(self, optimizer: Any) -> None:
+        def optimizer_zero_grad(self, *args: Any) -> None:
             called.append("zero_grad")
+            super().optimizer_zero_grad(*args)
 
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             called.append("forward")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,10 +126,11 @@ def test_counts_by_hand() -> None:
     assert packing.last == PackedBytes(4, 4 * 64 * 128 * 4, 4 * 64 * 128 + num_groups * 6)
 
 
-def test_what_somebody_else_keeps_can_be_spared_for_one_entry() -> None:
+@pytest.mark.parametrize("batch", [dict, SimpleNamespace])
+def test_what_somebody_else_keeps_can_be_spared_for_one_entry(batch: type) -> None:
     model, x = mlp(), torch.randn(64, 128)
     packing = eager().packing(model)
-    packing.spare({"images": [x]})
+    packing.spare(batch(images=[x]))
     with packing:
         model(x)
     assert packing.last.num_tensors == 3
@@ -467,3 +469,51 @@ def test_a_codec_is_a_value() -> None:
     assert ActivationCodec(bits=4) == ActivationCodec(bits=4)
     assert len({ActivationCodec(), ActivationCodec(bits=8)}) == 1
     assert [ActivationCodec(bits=bits).numbers_per_group for bits in (8, 4, 2)] == [256, 64, 64]
+
+
+class Recurrent(nn.Module):
+    """Dynamo cannot trace what is inside, so a compiled block runs it eagerly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.layer = nn.LSTM(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.net(self.layer(x))[0]))
+
+
+class Block(nn.Module):
+    """Dynamo makes one graph of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp(64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).exp()
+
+
+@pytest.mark.parametrize(("kind", "graphs"), [(Recurrent, 0), (Block, 1)])
+def test_blocks_that_are_compiled_in_place_compute_what_they_compute_uncompiled(
+    kind: Any, graphs: int
+) -> None:
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(0)
+    plain, compiled = nn.Sequential(kind(), nn.Tanh()), nn.Sequential(kind(), nn.Tanh())
+    compiled.load_state_dict(plain.state_dict())
+    compiled[0].compile(backend="eager")
+    torch._dynamo.reset()
+    counters.clear()
+    x = torch.randn(128, 64)
+    found = []
+    for model in (plain, compiled):
+        packing = eager().packing(model)
+        for _ in range(2):
+            found.append(gradient_of(model, lambda m: m(x).square().sum(), packing))
+        assert packing.last.num_tensors > 2
+    assert (counters["frames"]["total"], counters["frames"]["ok"]) == (1, graphs)
+    assert counters["graph_break"] == {}  # our hooks are not traced as a part of the block
+    for other in found[1:]:
+        assert torch.equal(found[0], other)
+    torch._dynamo.reset()

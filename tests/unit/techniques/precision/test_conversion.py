@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils._pytree import tree_flatten
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_memtrain import NoEffectWarning
-from lightning_memtrain.techniques.precision.conversion import convert_module_
+from lightning_memtrain.techniques.precision.conversion import convert_module_, restore_module_
 from lightning_memtrain.techniques.precision.inputs import cast_batch
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -141,6 +142,160 @@ def test_a_converted_model_can_be_pickled_and_computes_with_its_own_weights() ->
                     parameter.zero_()
             assert layer(inputs).abs().max() == 0
             assert original(inputs).abs().max() > 0
+
+
+def test_a_kept_embedding_answers_in_half_precision() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4))
+    convert_module_(model, torch.bfloat16, keep_fp32=("norm", "0"))
+    assert [layer.weight.dtype for layer in model] == [torch.float32, torch.bfloat16]
+    assert model[0](torch.tensor([1])).dtype == torch.bfloat16
+    model(torch.tensor([1])).sum().backward()
+    assert model[0].weight.grad.dtype == torch.float32
+    convert_module_(model, torch.float16, keep_fp32=("norm", "0"))
+    assert model[0](torch.tensor([1])).dtype == torch.float16
+
+
+class Statistics(nn.Module):
+    """No parameters, as a codebook that is averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("n", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("table", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.n += 1
+        self.mean.lerp_(x.mean(0), 0.001)  # wants one dtype
+        return x * self.table
+
+
+class Normed(Statistics):
+    """The same, with a weight for each statistic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * super().forward(x) - self.mean
+
+
+class Large(nn.Module):
+    """Many weights and few statistics, as a whole network has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(4, 32), nn.Linear(32, 4))
+        self.register_buffer("n", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("strict", torch.zeros(4))
+        self.register_buffer("table", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.n += 1
+        self.mean.mul_(0.999).add_(x.mean(0), alpha=0.001)
+        self.strict.lerp_(x.mean(0), 0.001)
+        return self.layer(x) * self.table - self.mean
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_buffers_that_count_or_average_stay_in_float32(dtype: torch.dtype) -> None:
+    model = nn.ModuleDict({"whole": Statistics(), "norm": Normed(), "large": Large(), "named": Large()})
+    reference = copy.deepcopy(model)
+    buffers = convert_module_(model, dtype, keep_fp32=("named",))
+    assert [found.place for found in buffers.kept] == ["large.mean"]
+    assert [found.place for found in buffers.unclear] == ["large.strict", "large.table"]
+    dtypes = {name: value.dtype for name, value in model.state_dict().items()}
+    in_half = {name for name, found in dtypes.items() if found == dtype}
+    assert {name for name in in_half if ".layer." not in name} == {"large.strict", "large.table"}
+    assert {name for name in dtypes if name.startswith("large.layer.")} < in_half
+    torch.manual_seed(0)
+    for _ in range(3000 if dtype is torch.float16 else 300):
+        x = torch.randn(8, 4).to(dtype)
+        for name, layer in model.items():
+            assert layer(x).dtype == dtype
+            reference[name](x.float())
+    for name, buffer in model.named_buffers():
+        expected = reference.get_buffer(name)
+        if name == "large.mean":  # whose inputs are in half precision
+            torch.testing.assert_close(buffer, expected, rtol=0, atol=1e-3)
+        elif name not in in_half:
+            assert torch.equal(buffer, expected)
+
+
+def test_whole_numbers_that_half_precision_lacks_stay_in_float32() -> None:
+    layer = nn.Linear(4, 4)
+    layer.register_buffer("positions", torch.arange(300.0))
+    layer.register_buffer("small", torch.arange(200.0))
+    buffers = convert_module_(nn.Sequential(layer), torch.bfloat16)
+    assert torch.equal(layer.positions, torch.arange(300.0))
+    assert layer.small.dtype == torch.bfloat16
+    assert [found.place for found in buffers.kept] == ["0.positions"]
+
+
+def test_layers_that_are_no_longer_kept_compute_by_their_own_forward() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    convert_module_(model, torch.bfloat16, keep_fp32=("norm", "0"))
+    assert "forward" in vars(model[0])
+    convert_module_(model, torch.bfloat16)
+    assert "forward" not in vars(model[0])
+    assert model[0].weight.dtype == torch.bfloat16
+
+
+def test_a_forward_that_somebody_else_has_given_a_layer_stays() -> None:
+    model = nn.Sequential(nn.LayerNorm(4))
+    model[0].forward = lambda x: x
+    convert_module_(model, torch.bfloat16)
+    assert model(torch.ones(1, 4))[0, 0] == 1
+    restore_module_(model)
+    assert "forward" in vars(model[0])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is ")
+def test_torchscript_is_cast_and_cannot_be_named() -> None:
+    def model() -> nn.ModuleDict:
+        script = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+        return nn.ModuleDict({"script": script, "mine": nn.Sequential(torch.jit.script(nn.Linear(4, 4)))})
+
+    half = torch.ones(2, 4).bfloat16()
+    converted = model()
+    buffers = convert_module_(converted, torch.bfloat16, ("mine",))
+    assert converted["script"](half).dtype == converted["mine"](half).dtype == torch.bfloat16
+    assert next(converted["script"].parameters()).dtype == torch.bfloat16
+    assert next(converted["mine"].parameters()).dtype == torch.float32
+    assert [found.place for found in buffers.unclear] == ["script.1.running_mean", "script.1.running_var"]
+    restore_module_(converted)
+    assert {p.dtype for p in converted.parameters()} == {torch.float32}
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"got 'scr\*', which is the TorchScript module 'script'. Put it into a module of your own",
+    ):
+        convert_module_(model(), torch.bfloat16, ("scr*",))
+
+
+def test_a_restored_model_is_one_in_float32_with_the_same_numbers() -> None:
+    class Model(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm1d(4), ForeignRMSNorm())
+            self.part = Normed()
+            self.metric = MulticlassAccuracy(3)
+
+    model = Model()
+    parameters = list(model.parameters())
+    convert_module_(model, torch.bfloat16)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    restore_module_(model)
+    assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
+    for name, value in model.state_dict().items():
+        assert value.dtype == (torch.float32 if value.is_floating_point() else torch.int64)
+        assert torch.equal(value, state[name].to(value.dtype))
+    assert model.dtype == torch.float32
+    assert not any("forward" in vars(layer) for layer in model.modules())
+    # And back again, without another rounding.
+    convert_module_(model, torch.bfloat16)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_modules_know_their_dtype_and_metrics_are_left_alone() -> None:

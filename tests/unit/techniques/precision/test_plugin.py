@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,14 @@ pytestmark = [pytest.mark.filterwarnings(text) for text in (*LIGHTNING_WARNINGS,
             r"bucket_numel\)` needs weights that are rounded stochastically.*got bucket_numel=5, "
             r"compute='bf16-true' and weight_rounding='nearest'. Leave it out.",
         ),
+        (
+            {"leave": "float16"},
+            r"`LowPrecision\(leave\)` must be one of 'half', 'float32', but got leave='float16'. Use one of",
+        ),
+        (
+            {"compute": "bf16-mixed", "leave": "float32"},
+            r"`LowPrecision\(leave\)` needs compute=.*got leave='float32' and compute='bf16-mixed'. Leave",
+        ),
         ({"compute": "32-true", "bucket_numel": 5}, r"got bucket_numel=5, compute='32-true' and weight"),
     ],
 )
@@ -153,6 +162,10 @@ def test_lightning_refuses_a_second_precision(tmp_path: Path) -> None:
         Trainer(precision="bf16-true", plugins=[LowPrecision()], logger=False)
 
 
+def test_tools_see_its_arguments() -> None:
+    assert list(inspect.signature(LowPrecision).parameters)[:2] == ["compute", "weight_rounding"]
+
+
 def test_it_is_a_technique() -> None:
     plugin = LowPrecision("16-true", keep_fp32=("norm", "head"))
     assert is_technique(plugin)
@@ -161,6 +174,7 @@ def test_it_is_a_technique() -> None:
         "LowPrecision(compute='16-true', weight_rounding='stochastic', keep_fp32='norm, head')"
     )
     assert LowPrecision("32-true").exact
+    assert LowPrecision(leave="float32").technique_record().settings["leave"] == "float32"
     assert str(LowPrecision("bf16-mixed").technique_record()) == "LowPrecision(compute='bf16-mixed')"
 
 
@@ -266,6 +280,35 @@ def test_noise_of_activations_goes_on_after_an_interruption(tmp_path: Path) -> N
     resumed = run(tmp_path / "second", 3, str(first))
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def packs(**settings: Any) -> ActivationCodec:
+    return ActivationCodec(bits=4, group=8, min_numel=8, stochastic=True, compiled=False, **settings)
+
+
+@pytest.mark.parametrize("used_as", ["plugin", "callback"])
+def test_a_second_trainer_begins_anew_and_the_same_one_goes_on(used_as: str, tmp_path: Path) -> None:
+    def run(plugin: Any, callback: Any, trainer: Any = None) -> tuple[Any, BoringModel]:
+        torch.manual_seed(0)
+        model = BoringModel()
+        if trainer is None:
+            callbacks = [callback] if callback else []
+            trainer = quiet_trainer(tmp_path, *callbacks, plugins=[plugin] if plugin else None)
+        else:
+            trainer.fit_loop.max_epochs += 1
+        trainer.fit(model)
+        return trainer, model
+
+    made = LowPrecision(activations=packs()) if used_as == "plugin" else CompressedActivations(packs())
+    plugin, callback = (made, None) if used_as == "plugin" else (None, made)
+    first, one = run(plugin, callback)
+    again, other = run(plugin, callback)
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+    _, further = run(plugin, callback, again)
+    assert any(not torch.equal(p, q) for p, q in zip(one.parameters(), further.parameters(), strict=True))
+    if used_as == "plugin":
+        assert made._noise.state_dict()["step"] == 12
+    assert first is not again
 
 
 def test_a_warning_if_no_activation_is_large_enough(tmp_path: Path) -> None:

@@ -146,3 +146,15 @@ def test_other_formats_are_refused() -> None:
         stochastic_round(torch.ones(2), torch.float64, noise())
     with pytest.raises(TypeError, match=r"must be float32, but got torch.float64. Use `values.float\(\)`"):
         stochastic_round(torch.ones(2, dtype=torch.float64), torch.bfloat16, noise())
+
+
+def test_noise_begins_anew_with_its_own_seed() -> None:
+    cpu = torch.device("cpu")
+    noise = RoundingNoise(3)
+    noise.next_step()
+    first = torch.rand(4, generator=noise.generator(cpu))
+    noise.load_state_dict({"seed": 7, "step": 5})
+    noise.restart()
+    assert noise.state_dict() == {"seed": 3, "step": 0}
+    noise.next_step()
+    assert torch.equal(torch.rand(4, generator=noise.generator(cpu)), first)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memtrain import Category, MemoryLedger
+from lightning_memtrain.core.shared_state import SharedState
 from lightning_memtrain.techniques.precision.sgd8bit import SGD8bit
 from lightning_memtrain.techniques.precision.state import state_tensors
 
@@ -184,3 +185,12 @@ def test_sparse_gradients_are_refused() -> None:
         TypeError, match=r"needs dense gradients, but got a sparse one.*\(10, 4\).*sparse=False"
     ):
         SGD8bit(table.parameters()).step()
+
+
+def test_a_step_that_rounds_leaves_nothing_on_the_optimizer() -> None:
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = SGD8bit([weight])
+    before = SharedState(optimizer)
+    with optimizer.rounding_by(lambda values, dtype: None):
+        assert before.changed() == ["_round"]
+    assert before.changed() == []

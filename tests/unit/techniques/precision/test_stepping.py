@@ -222,31 +222,291 @@ class Counting(torch.optim.SGD):
         return super().step(closure)
 
 
-def test_an_optimizer_that_counts_steps_in_its_groups_is_refused_unless_there_is_one_bucket() -> None:
+WHOLE = "ignore:`LowPrecision` steps .* on all weights at once"
+
+
+@pytest.mark.parametrize("norms_in_float32", [False, True])
+def test_an_optimizer_that_counts_steps_in_its_groups_steps_all_weights_at_once(
+    norms_in_float32: bool,
+) -> None:
+    model = layers()
+    if norms_in_float32:
+        model[7].float()
+    set_gradients(model)
+    optimizer = Counting(model.parameters(), lr=0.1)
+    stepping = BucketedStep(optimizer, RoundingNoise(0), LAYER)
+    with pytest.warns(
+        UserWarning,
+        match=r"steps Counting on all weights at once, since its step changes param_groups\[0\]\['k'\].*"
+        rf"take {8 * (DEPTH - norms_in_float32) * LAYER // 1024}.00 KiB.*LowPrecision\(bucket_numel=10",
+    ):
+        stepping.step()
+    stepping.step()
+    assert optimizer.param_groups[0]["k"] == 2
+    assert stepping.events == (
+        "stepped Counting on all weights at once, since its step changes param_groups[0]['k']",
+    )
+    # As with one bucket, which does not warn.
+    other = layers()
+    if norms_in_float32:
+        other[7].float()
+    set_gradients(other)
+    optimizer = Counting(other.parameters(), lr=0.1)
+    stepping = BucketedStep(optimizer, RoundingNoise(0), 10**12)
+    stepping.step()
+    stepping.step()
+    assert optimizer.param_groups[0]["k"] == 2
+    assert stepping.events == ()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+class Following(torch.optim.SGD):
+    """A rate that follows a count of its own, in whatever it is kept."""
+
+    def __init__(self, parameters: Any, keep: str) -> None:
+        super().__init__(parameters, lr=0.1, momentum=0.9)
+        self.keep = keep
+        self.history = {"steps": 0}
+        self.lists = [[], [0]]
+        self.counter = Counter()
+        self.tensor = torch.zeros(())
+
+    def step(self, closure: Any = None) -> Any:
+        if self.keep == "dict":
+            self.history["steps"] += 1
+            steps: float = self.history["steps"]
+        elif self.keep == "list":
+            self.lists[1][0] += 1
+            steps = self.lists[1][0]
+        elif self.keep == "object":
+            self.counter.steps += 1
+            steps = self.counter.steps
+        else:
+            self.tensor += 1
+            steps = self.tensor.item()
+        for group in self.param_groups:
+            group["lr"] = 0.1 / steps
+        return super().step(closure)
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.steps = 0
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Goes back half of the way after every third step of another optimizer."""
+
+    def __init__(self, parameters: Any, lr: float = 0.1) -> None:
+        self.inner = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+        self.defaults = self.inner.defaults
+        self.slow = [[p.detach().clone() for p in group["params"]] for group in self.param_groups]
+        self.num_steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        loss = self.inner.step(closure)
+        self.num_steps += 1
+        if self.num_steps % 3 == 0:
+            for group, slow in zip(self.param_groups, self.slow, strict=True):
+                for p, q in zip(group["params"], slow, strict=True):
+                    q.data.add_(p.data - q.data, alpha=0.5)
+                    p.data.copy_(q.data)
+        return loss
+
+
+class OwnState(torch.optim.SGD):
+    """Keeps its momentum under the parameters in a dictionary of its own, and its parameters in a tuple."""
+
+    def __init__(self, parameters: Any, lr: float = 0.1) -> None:
+        super().__init__(parameters, lr=lr)
+        self.momentum: dict[Any, Tensor] = {}
+        self.pairs = [(i, p) for i, p in enumerate(self.param_groups[0]["params"])]
+        self.num_steps = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.num_steps += 1
+        for _, p in self.pairs:
+            if p.grad is not None:
+                self.momentum[p] = self.momentum.get(p, torch.zeros_like(p)).mul(0.9).add(p.grad)
+                p.add_(self.momentum[p], alpha=-0.1)
+
+
+SHARING = {
+    "dict": lambda ps: Following(ps, "dict"),
+    "list": lambda ps: Following(ps, "list"),
+    "object": lambda ps: Following(ps, "object"),
+    "tensor": lambda ps: Following(ps, "tensor"),
+    "Lookahead": Lookahead,
+    "OwnState": OwnState,
+}
+
+
+@pytest.mark.filterwarnings(WHOLE)
+@pytest.mark.parametrize("name", SHARING)
+def test_what_keeps_state_across_parameters_steps_as_in_float32(name: str) -> None:
+    half = layers()
+    full = copy.deepcopy(half).float()
+    optimizer, reference = SHARING[name](half.parameters()), SHARING[name](full.parameters())
+    stepping = BucketedStep(optimizer, RoundingNoise(0), bucket_numel=LAYER)
+    for seed in range(6):
+        set_gradients(half, seed)
+        for p, q in zip(half.parameters(), full.parameters(), strict=True):
+            q.data, q.grad = p.data.float(), p.grad.float()
+        if name == "Lookahead":  # what goes on in float32
+            assert {q.dtype for slow in optimizer.slow for q in slow} == {torch.float32}
+        stepping.step()
+        reference.step()
+        assert [group["lr"] for group in optimizer.param_groups] == [
+            group["lr"] for group in reference.param_groups
+        ]
+        for p, q in zip(half.parameters(), full.parameters(), strict=True):
+            unit = 2.0 ** q.abs().clamp(min=2**-14).log2().floor() * 2.0**-7
+            assert ((p.float() - q).abs() < unit).all()
+    for own in ("history", "lists", "tensor", "num_steps"):
+        assert getattr(optimizer, own, None) == getattr(reference, own, None)
+    assert stepping.events[0].startswith(f"stepped {type(optimizer).__name__} on all weights at once")
+
+
+@pytest.mark.filterwarnings(WHOLE)
+def test_the_bucket_that_shows_it_leaves_no_trace_in_a_resumed_state() -> None:
+    def run(resumed: bool) -> list[Tensor]:
+        half = layers()
+        optimizer = Following(half.parameters(), "dict")
+        stepping = BucketedStep(optimizer, RoundingNoise(0), LAYER)
+        for seed in range(4):
+            if seed == 2 and resumed:  # tests it again, with momentum that is there
+                stepping = BucketedStep(optimizer, noise(2), LAYER)
+            set_gradients(half, seed)
+            stepping.step()
+        return [*half.parameters(), *(s["momentum_buffer"] for s in optimizer.state.values())]
+
+    def noise(step: int) -> RoundingNoise:
+        made = RoundingNoise(0)
+        made.load_state_dict({"seed": 0, "step": step})
+        return made
+
+    assert all(torch.equal(*pair) for pair in zip(run(False), run(True), strict=True))
+
+
+def test_state_that_cannot_be_taken_back_is_refused_by_name() -> None:
+    class Averages(torch.optim.SGD):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, lr=0.1)
+            self.average = torch.zeros(2000)
+
+        def step(self, closure: Any = None) -> Any:
+            self.average += 1
+            return super().step(closure)
+
     model = layers()
     set_gradients(model)
+    before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(
         MisconfigurationException,
-        match=r"keeps its state by parameter.*got Counting, whose step changes param_groups\[0\]\['k'\].*"
-        r"LowPrecision\(bucket_numel=10\*\*12\)",
+        match=r"keeps its state by parameter.*got Averages, whose step changes average. Let all weights be "
+        r"one bucket.*LowPrecision\(bucket_numel=10\*\*12\)",
     ):
-        BucketedStep(Counting(model.parameters(), lr=0.1), RoundingNoise(0), LAYER).step()
-    optimizer = Counting(model.parameters(), lr=0.1)
-    BucketedStep(optimizer, RoundingNoise(0), 10**12).step()
-    assert optimizer.param_groups[0]["k"] == 1
+        BucketedStep(Averages(model.parameters()), RoundingNoise(0), LAYER).step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+class NoCopies(torch.Tensor):
+    """As some quantised state."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise NotImplementedError
+
+
+def test_state_of_parameters_that_cannot_be_copied_matters_only_if_it_has_to_be_taken_back() -> None:
+    model = layers()
+    for kind, allowed in ((Derived, True), (Counting, False)):
+        optimizer = kind(model.parameters(), lr=0.1)
+        optimizer.state[model[0].weight]["codes"] = torch.ones(2).as_subclass(NoCopies)
+        stepping = BucketedStep(optimizer, RoundingNoise(0), LAYER)
+        set_gradients(model)
+        if allowed:
+            stepping.step()
+        else:
+            with pytest.raises(MisconfigurationException, match="got Counting, whose step changes"):
+                stepping.step()
+
+
+def test_what_begins_to_count_later_is_refused_by_name() -> None:
+    class Late(torch.optim.SGD):
+        late = False
+
+        def step(self, closure: Any = None) -> Any:
+            if self.late:
+                self.param_groups[0]["k"] = self.param_groups[0].get("k", 0) + 1
+            return super().step(closure)
+
+    model = layers()
+    optimizer = Late(model.parameters(), lr=0.1)
+    stepping = BucketedStep(optimizer, RoundingNoise(0), LAYER)
+    set_gradients(model)
+    stepping.step()
+    assert stepping.events == ()
+    optimizer.late = True
+    with pytest.raises(MisconfigurationException, match=r"got Late, whose step changes param_groups\[0\]\["):
+        stepping.step()
 
 
 def test_optimizers_that_need_a_closure_are_refused() -> None:
-    class Sharpness(torch.optim.SGD):
+    class Required(torch.optim.SGD):
         def step(self, closure: Any) -> Any:  # type: ignore[override]
             return super().step(closure)
 
-    for optimizer in (torch.optim.LBFGS, Sharpness):
+    class Sharpness(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            closure()
+            closure()
+            return super().step()
+
+    for optimizer in (torch.optim.LBFGS, Required, Sharpness):
         with pytest.raises(
             MisconfigurationException,
-            match=rf"without evaluating the model, but got {optimizer.__name__}.*compute='32-true'",
+            match=rf"without evaluating the model, but got {optimizer.__name__}: it calls a closure.*"
+            r"compute='bf16-mixed'\) or LowPrecision\(compute='32-true'",
         ):
             BucketedStep(optimizer(layers().parameters(), lr=0.1), RoundingNoise(0))
+
+
+class ByLoss(torch.optim.SGD):
+    """A rate that is the loss, which is evaluated once."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else 0.0
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=-float(loss))
+        return loss
+
+
+def test_an_optimizer_that_asks_for_the_loss_gets_it_in_every_bucket() -> None:
+    model = layers()
+    for p in model.parameters():
+        p.data.fill_(1.0)
+        p.grad = torch.ones_like(p)
+    BucketedStep(ByLoss(model.parameters(), lr=0.1), RoundingNoise(0), LAYER).step(torch.tensor(0.5))
+    assert all((p == 0.5).all() for p in model.parameters())
+
+
+def test_an_optimizer_that_evaluates_again_is_refused_and_leaves_the_weights() -> None:
+    class Twice(ByLoss):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure) + super().step(closure)
+
+    model = layers()
+    set_gradients(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(
+        MisconfigurationException, match=r"but got Twice: its closure is called again within a step. Use"
+    ):
+        BucketedStep(Twice(model.parameters(), lr=0.1), RoundingNoise(0), LAYER).step(0.1)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 def test_saved_and_resumed_is_uninterrupted() -> None:
@@ -348,6 +608,21 @@ def test_parameters_one_by_one_with_noise_that_a_resumed_run_draws_again() -> No
         torch.testing.assert_close(p.float(), q, rtol=0.02, atol=4e-3)
 
 
+def test_state_that_is_loaded_amid_single_steps_is_stepped_on() -> None:
+    whole, loaded = layers(), layers()
+    for model in (whole, loaded):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        stepping = BucketedStep(optimizer, RoundingNoise(0))
+        set_gradients(model)
+        for number, p in enumerate(model.parameters()):
+            stepping.step_parameter(p)
+            if model is loaded and number == 3:
+                optimizer.load_state_dict(optimizer.state_dict())  # its groups and state are others now
+        stepping.step()
+        assert all("momentum_buffer" in optimizer.state[p] for p in model.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), loaded.parameters(), strict=True))
+
+
 def test_one_parameter_at_a_time_is_refused_where_steps_are_counted_in_groups() -> None:
     class Counts(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
@@ -357,5 +632,9 @@ def test_one_parameter_at_a_time_is_refused_where_steps_are_counted_in_groups() 
     model = layers()
     stepping = BucketedStep(Counts(model.parameters(), lr=0.1), RoundingNoise(0))
     set_gradients(model)
-    with pytest.raises(MisconfigurationException, match="keeps its state by parameter"):
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"beside `OptimizerInBackward` needs an optimizer that keeps its state by parameter.*got "
+        r"Counts, whose step changes param_groups\[0\]\['k'\]. Train without `OptimizerInBackward`",
+    ):
         stepping.step_parameter(model[0].weight)

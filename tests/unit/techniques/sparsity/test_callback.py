@@ -433,6 +433,42 @@ def test_the_record_says_what_dense_training_would_take(tmp_path: Path) -> None:
     )
 
 
+class Embeds(Net):
+    """Most of its parameters are an embedding, which stays dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(500, WIDTH)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return super().loss(batch + self.embedding(torch.arange(len(batch))))
+
+
+def test_sparse_training_that_reaches_little_says_so(tmp_path: Path) -> None:
+    def share(model: Net, select: Any = None, method: Any = None) -> float:
+        callback = mt.SparseTraining(method or mt.StaticSparse(0.75), layers=select)
+        fit(tmp_path, callback, model, max_steps=1, max_epochs=-1)
+        record = callback.technique_record()
+        found = record.settings["share_of_all_parameters"]
+        assert f"layers with {found:.1%} of all parameters are sparse, with" in record.events[0]
+        return found
+
+    assert share(Net()) == round(264 / 289, 4)
+    expected = (
+        r"reaches 264 of 4,289 trained parameters, 6\.2%, so that it saves little\. The largest that stay "
+        r"dense are 'embedding\.weight' \(4,000\), 'body\.0\.bias' \(16\), 'body\.2\.bias' \(8\)"
+    )
+    with pytest.warns(UserWarning, match=expected):
+        assert share(Embeds()) == round(264 / 4289, 4)
+    # What somebody has chosen, or froze, is no surprise.
+    assert share(Embeds(), mt.Select(dense=["embedding"])) == round(264 / 4289, 4)
+    assert share(Embeds(), mt.Select(types=["Linear"])) == round(264 / 4289, 4)
+    assert share(Embeds(), None, mt.StaticSparse({"body.*": 0.5})) == round(256 / 4289, 4)
+    frozen = Embeds()
+    frozen.embedding.requires_grad_(False)
+    assert share(frozen) == round(264 / 4289, 4)
+
+
 def test_the_record_is_still_there_after_an_evaluation(tmp_path: Path) -> None:
     callback = mt.SparseTraining(mt.StaticSparse(0.75))
     model, trainer = fit(tmp_path, callback)

@@ -129,3 +129,56 @@ def test_a_name_that_matches_nothing_is_refused() -> None:
         MisconfigurationException, match=r"names? layers of Sequential, but '2' matches none\. .*0"
     ):
         mt.Select(dense=["2"]).layers(model)
+
+
+def test_recurrent_layers_transposed_convolutions_and_experts_are_chosen() -> None:
+    class MixtureExperts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = torch.nn.Parameter(torch.ones(2, 4, 3))
+            self.bias = torch.nn.Parameter(torch.ones(2, 4))
+            self.frozen = torch.nn.Parameter(torch.ones(2, 4, 3), requires_grad=False)
+
+    class Everything(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.position = torch.nn.Parameter(torch.ones(1, 5, 4))
+            self.lstm = torch.nn.LSTM(4, 4, bidirectional=True)
+            self.cell = torch.nn.GRUCell(4, 4)
+            self.moe = MixtureExperts()
+            self.up1 = torch.nn.ConvTranspose1d(4, 4, 2)
+            self.up2 = torch.nn.ConvTranspose2d(4, 4, 2)
+            self.up3 = torch.nn.ConvTranspose3d(4, 4, 2)
+            self.depthwise = torch.nn.ConvTranspose2d(4, 4, 2, groups=4)
+            self.attention = torch.nn.MultiheadAttention(4, 2)
+
+    model = Everything()
+    recurrent = [f"lstm.weight_{kind}_l0{way}" for way in ("", "_reverse") for kind in ("ih", "hh")]
+    recurrent += ["cell.weight_ih", "cell.weight_hh"]
+    rest = ["moe.up", "up1", "up2", "up3", "attention.out_proj"]
+    assert list(mt.Select().layers(model)) == [*recurrent, *rest]
+    assert list(mt.Select(dense=["lstm", "cell.*", "up?"]).layers(model)) == ["moe.up", "attention.out_proj"]
+    assert list(mt.Select(dense=["position", "lstm*hh*"]).layers(model)) == [
+        name for name in [*recurrent, *rest] if not name.startswith("lstm.weight_hh")
+    ]
+    assert list(mt.Select(types=[MixtureExperts]).layers(model)) == ["moe.up"]
+    assert list(mt.Select(types=["LSTM"]).layers(model)) == recurrent[:4]
+    assert {path: tuple(place.shape) for path, place in mt.Select(types=["*Exp*"]).layers(model).items()} == {
+        "moe.up": (2, 4, 3)
+    }
+
+
+def test_each_expert_counts_as_a_layer_of_its_own_for_erdos_renyi() -> None:
+    class SomeExperts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = torch.nn.Parameter(torch.ones(8, 64, 16))
+
+    together = torch.nn.ModuleDict({"experts": SomeExperts(), "head": torch.nn.Linear(16, 64)})
+    apart = torch.nn.Sequential(*(torch.nn.Linear(16, 64) for _ in range(9)))
+    for distribution in (mt.ErdosRenyi(), mt.ErdosRenyiKernel(), mt.Uniform()):
+        counts = []
+        for model in (together, apart):
+            shapes = {path: place.shape for path, place in mt.Select().layers(model).items()}
+            counts.append(mt.StaticSparse(0.75, distribution).counts(shapes, {}))
+        assert counts[0] == {"experts.up": 8 * counts[1]["0"], "head": counts[1]["8"]}

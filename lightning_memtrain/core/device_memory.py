@@ -1,0 +1,29 @@
+"""What a device has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def free_device_bytes(device: torch.device) -> int | None:
+    """Bytes that this process can still use on a device, with those that it uses already.
+
+    Args:
+        device: any device.
+
+    Returns:
+        The bytes; ``None`` where the device does not tell (the CPU, which lends more than it has).
+
+    Example:
+        >>> free_device_bytes(torch.device("cpu")) is None
+        True
+    """
+    module: Any = getattr(torch, device.type, None)
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory())
+    if not hasattr(module, "mem_get_info"):
+        return None
+    free_bytes, _ = module.mem_get_info(device)
+    return int(free_bytes + module.memory_reserved(device))

@@ -1,0 +1,43 @@
+"""Which storages hold parameters, buffers, gradients and optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_memtrain.core import Category
+from lightning_memtrain.ledger.book import StorageBook
+from lightning_memtrain.ledger.objects import tensors_within
+
+
+def classify_training_state(book: StorageBook, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    """Find parameters, buffers, gradients and optimizer state again; any of them may be a new storage.
+
+    Args:
+        book: knows the storages.
+        model: the module that is trained.
+        optimizers: its optimizers.
+    """
+    owners: dict[Any, str] = {}
+    modules = list(model.named_modules())
+    for owner, module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(parameter, owner)
+                book.classify(parameter, Category.PARAMETERS, owner)
+                if parameter.grad is not None:
+                    book.classify(parameter.grad, Category.GRADIENTS, owner)
+    for owner, module in modules:
+        for buffer in module._buffers.values():
+            if buffer is not None:
+                book.classify(buffer, Category.BUFFERS, owner)
+    for optimizer in optimizers:
+        for key, state in optimizer.state.items():
+            owner = owners.get(key, "")
+            for value in state.values() if isinstance(state, dict) else (state,):
+                for tensor in (value,) if isinstance(value, torch.Tensor) else tensors_within(value):
+                    book.classify(tensor, Category.OPTIMIZER_STATE, owner)
