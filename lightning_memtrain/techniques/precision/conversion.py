@@ -25,6 +25,7 @@ from lightning_memtrain.techniques.precision.forwards import (
     forward_of_kept,
     replace_forwards,
 )
+from lightning_memtrain.techniques.precision.settings import written_names
 from lightning_memtrain.techniques.precision.state import HALF
 
 NORM = "norm"
@@ -89,6 +90,7 @@ def convert_module_(
 
     Warns:
         NoEffectWarning: if a name matches no layer.
+        UserWarning: if the code of the model averages weights that are cast, as those of a mean teacher.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
@@ -124,6 +126,7 @@ def convert_module_(
                 layer._buffers[name] = buffer.to(dtype if in_half else torch.float32)
         if isinstance(layer, in_both(_DeviceDtypeModuleMixin)):
             layer._dtype = dtype
+    _warn_of_averages(module, [layer for layer in buffers.averaged if id(layer) not in inside], keep_fp32)
     forwards: dict[nn.Module, Forward | None] = {
         layer: answers_as_asked
         for layer in buffers.in_fp32
@@ -186,9 +189,12 @@ class _Buffers:
             if buffer is not None and buffer.is_floating_point() and buffer.dim() > 0
             if id(layer) not in leave_out
         ]
-        if not found:
+        self.averaged: list[nn.Module] = []
+        """Modules whose weights training averages, other than by an optimizer."""
+        if not found and all(p.requires_grad for p in module.parameters()):
             return
         use = BufferUse(module)
+        self.averaged += [layer for layer in module.modules() if use.averages(layer)]
         statistics: dict[nn.Module, int] = Counter()
         for layer, name, buffer in found:
             if use.accumulates(layer, name):
@@ -205,6 +211,19 @@ class _Buffers:
                 self.in_fp32.setdefault(layer, set()).add(name)
             elif not use.overwrites(layer, name):
                 self.unclear.setdefault(layer, set()).add(name)
+
+
+def _warn_of_averages(module: nn.Module, averaged: list[nn.Module], keep_fp32: Sequence[str]) -> None:
+    names = {id(layer): name for name, layer in module.named_modules()}
+    in_half = [names[id(layer)] for layer in averaged if any(p.dtype in HALF for p in layer.parameters())]
+    if in_half:
+        warnings.warn(
+            f"`LowPrecision` casts {', '.join(map(repr, in_half))} to half precision, where most of what the "
+            "code of the model adds to these weights to average them is lost. Keep them in float32 by "
+            f"`LowPrecision(keep_fp32={written_names((*keep_fp32, *in_half))})`, and cast what `lerp_` and "
+            "its like get by `.float()`.",
+            stacklevel=2,
+        )
 
 
 def _metrics(module: nn.Module) -> set[int]:

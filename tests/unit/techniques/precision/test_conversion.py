@@ -224,6 +224,41 @@ def test_buffers_that_count_or_average_stay_in_float32(dtype: torch.dtype) -> No
             assert torch.equal(buffer, expected)
 
 
+class MeanTeacher(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+        self.reference = nn.Linear(4, 4).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for mean, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            mean.data.mul_(0.999).add_(new.data, alpha=0.001)
+        for _, fixed in self.reference.named_parameters():
+            assert not fixed.requires_grad
+        for weight in self.student.parameters():
+            weight.data.clamp_(-9, 9)
+
+
+def test_weights_that_the_code_of_the_model_averages_are_named(recwarn: pytest.WarningsRecorder) -> None:
+    model = MeanTeacher()
+    with pytest.warns(
+        UserWarning,
+        match=r"casts 'teacher' to half precision, where most of what .* is lost. Keep them in "
+        r"float32 by `LowPrecision\(keep_fp32=\(\"norm\", \"teacher\"\)\)`",
+    ):
+        convert_module_(model, torch.bfloat16)
+    recwarn.clear()
+    model = MeanTeacher()
+    convert_module_(model, torch.bfloat16, ("norm", "teacher"))
+    assert len(recwarn) == 0
+    before = model.teacher.weight.clone()
+    for _ in range(20):
+        model.update()
+    expected = 0.999**20 * before + (1 - 0.999**20) * model.student.weight.float()
+    torch.testing.assert_close(model.teacher.weight, expected)
+
+
 def test_whole_numbers_that_half_precision_lacks_stay_in_float32() -> None:
     layer = nn.Linear(4, 4)
     layer.register_buffer("positions", torch.arange(300.0))
