@@ -65,9 +65,9 @@ def convert_module_(
     """Cast floating-point parameters and buffers in place, and keep those of some layers in float32.
 
     A kept layer works with half-precision inputs and answers in their dtype, or in half precision if it gets
-    no floating-point number. Batch and instance normalisation do so by themselves; layer, group and
-    root-mean-square normalisation run with their weights cast on the fly, so that their activations stay in
-    half precision; any other layer computes in float32.
+    no floating-point number; so does a layer that shares a parameter with it. Batch and instance
+    normalisation do so by themselves; layer, group and root-mean-square normalisation run with their weights
+    cast on the fly, so that their activations stay in half precision; any other layer computes in float32.
 
     Whatever is named, some buffers stay in float32: those that count or average (see :class:`BufferUse`),
     those of a single number, and those of whole numbers that ``dtype`` does not have. A layer that has such
@@ -104,7 +104,7 @@ def convert_module_(
     named = _kept_layers(module, keep_fp32)
     metrics = _metrics(module)
     buffers = _Buffers(module, dtype, leave_out=_inside(named) | metrics)
-    kept = [*named, *buffers.layers]
+    kept = _with_tied(module, [*named, *buffers.layers])
     inside = _inside(kept)
     in_fp32 = {id(p) for layer in kept for p in layer.parameters()}  # also if tied to one elsewhere
     converted = ConvertedBuffers([], [])
@@ -224,6 +224,24 @@ def _warn_of_averages(module: nn.Module, averaged: list[nn.Module], keep_fp32: S
             "its like get by `.float()`.",
             stacklevel=2,
         )
+
+
+def _with_tied(module: nn.Module, kept: list[nn.Module]) -> list[nn.Module]:
+    """Layers that are kept, and those without inner ones that share a parameter, as tied heads do."""
+    kept = list(kept)
+    while True:
+        inside = _inside(kept)
+        parameters = {id(p) for layer in kept for p in layer.parameters()}
+        tied = [
+            layer
+            for layer in module.modules()
+            if id(layer) not in inside
+            and not any(layer.children())
+            and any(id(p) in parameters for p in layer._parameters.values() if p is not None)
+        ]
+        if not tied:
+            return kept
+        kept += tied
 
 
 def _metrics(module: nn.Module) -> set[int]:

@@ -155,6 +155,21 @@ def test_a_kept_embedding_answers_in_half_precision() -> None:
     assert model[0](torch.tensor([1])).dtype == torch.float16
 
 
+def test_a_layer_with_the_weights_of_a_kept_one_is_kept_too() -> None:
+    model = nn.ModuleDict(
+        {"embedding": nn.Embedding(10, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 10)}
+    )
+    model["head"].weight = model["embedding"].weight
+    convert_module_(model, torch.bfloat16, keep_fp32=("embedding",))
+    dtypes = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False)}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.bfloat16} == {"body.weight", "body.bias"}
+    assert model["head"].weight is model["embedding"].weight
+    outputs = model["head"](model["body"](model["embedding"](torch.tensor([1]))))
+    assert outputs.dtype == torch.bfloat16
+    outputs.sum().backward()
+    assert model["embedding"].weight.grad.dtype == torch.float32
+
+
 class Statistics(nn.Module):
     """No parameters, as a codebook that is averaged."""
 
