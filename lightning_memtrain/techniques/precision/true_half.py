@@ -119,10 +119,9 @@ class TrueHalf(_Base):
     @contextmanager
     def train_step_context(self) -> Generator[None, None, None]:
         """Look whether a training step changes a buffer that half precision may spoil."""
-        with self.forward_context():
+        watch = nullcontext() if self._watch is None else self._watch.step()
+        with watch, self.forward_context():
             yield
-        if self._watch is not None:
-            self._watch.after_step()
 
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
