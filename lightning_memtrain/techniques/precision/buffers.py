@@ -30,10 +30,14 @@ _OVERWRITING = re.compile(r"(index_)?(copy|fill)|zero|set|masked_fill|scatter|re
 _HELPER = re.compile(r"(^|_)(ema|inplace|moving|running|accumulate|average)(_|$)", re.IGNORECASE)
 _COMPARING = re.compile(r"^(maximum|minimum|max|min|where)$|(^|_)(ema|moving|running|average)(_|$)")
 _NORMALISING = re.compile(r"(batch|instance)_norm")
+_WEIGHTS = re.compile(r"(named_)?(parameters|buffers)")
 _SETUP = re.compile(r"__init__|_?(reset|init)\w*|configure_model|setup")
 # float32 has all whole numbers up to here.
 _LARGEST_WHOLE = 2.0**24
 _FOREIGN = ("torch", "torchmetrics", *PACKAGES)
+
+# All weights of a module, in place of a name.
+_ALL = "*"
 
 #: The last names of an attribute: ``("stats", "n")`` for ``self.stats.n``, ``(None, "n")`` for ``self.n``.
 Chain = tuple[str | None, str]
@@ -112,6 +116,17 @@ class BufferUse:
             ``False`` also where there is no code to read.
         """
         return self._is_in(2, layer, name)
+
+    def averages(self, module: nn.Module) -> bool:
+        """Whether the model's code makes new weights of a module of old ones, as those of a mean teacher.
+
+        Args:
+            module: one of the model's.
+
+        Returns:
+            ``False`` also where there is no code to read.
+        """
+        return any((name, _ALL) in self._elsewhere[0] for name in self._parents[id(module)])
 
     def _is_in(self, which: int, layer: nn.Module, name: str) -> bool:
         own = self._by_class.get(type(layer))
@@ -247,12 +262,31 @@ def _chains_in(node: ast.AST, aliases: dict[str, Chain]) -> set[Chain]:
 
 
 def _aliases(function: ast.AST) -> dict[str, Chain]:
-    """Names that stand for attributes: ``mean = self.mean``."""
+    """Names that stand for attributes: ``mean = self.mean``, ``for p in self.teacher.parameters()``."""
     found: dict[str, Chain] = {}
     for node in ast.walk(function):
+        if isinstance(node, ast.For):
+            found |= _weights_gone_through(node.target, node.iter)
         if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Attribute):
             continue
         for target in node.targets:
             if isinstance(target, ast.Name):
                 found |= dict.fromkeys([target.id], *_chain(node.value, {}))
     return found
+
+
+def _weights_gone_through(target: ast.expr, values: ast.expr) -> dict[str, Chain]:
+    """Names that stand for all weights of a module in a loop, alone or beside those of others."""
+    if not isinstance(values, ast.Call):
+        return {}
+    name = _name_of(values)
+    if name == "zip" and isinstance(target, ast.Tuple):
+        pairs = zip(target.elts, values.args, strict=False)
+        return {key: chain for pair in pairs for key, chain in _weights_gone_through(*pair).items()}
+    if isinstance(target, ast.Tuple) and name.startswith("named_"):
+        target = target.elts[-1]
+    owner = values.func.value if isinstance(values.func, ast.Attribute) else None
+    if owner is None or not isinstance(target, ast.Name) or not _WEIGHTS.fullmatch(name):
+        return {}
+    modules = [owner.id] if isinstance(owner, ast.Name) else [chain[1] for chain in _chain(owner, {})]
+    return dict.fromkeys([target.id], (modules[0], _ALL)) if modules else {}

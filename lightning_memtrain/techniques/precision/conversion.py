@@ -25,6 +25,7 @@ from lightning_memtrain.techniques.precision.forwards import (
     forward_of_kept,
     replace_forwards,
 )
+from lightning_memtrain.techniques.precision.settings import written_names
 from lightning_memtrain.techniques.precision.state import HALF
 
 NORM = "norm"
@@ -64,9 +65,9 @@ def convert_module_(
     """Cast floating-point parameters and buffers in place, and keep those of some layers in float32.
 
     A kept layer works with half-precision inputs and answers in their dtype, or in half precision if it gets
-    no floating-point number. Batch and instance normalisation do so by themselves; layer, group and
-    root-mean-square normalisation run with their weights cast on the fly, so that their activations stay in
-    half precision; any other layer computes in float32.
+    no floating-point number; so does a layer that shares a parameter with it. Batch and instance
+    normalisation do so by themselves; layer, group and root-mean-square normalisation run with their weights
+    cast on the fly, so that their activations stay in half precision; any other layer computes in float32.
 
     Whatever is named, some buffers stay in float32: those that count or average (see :class:`BufferUse`),
     those of a single number, and those of whole numbers that ``dtype`` does not have. A layer that has such
@@ -89,6 +90,7 @@ def convert_module_(
 
     Warns:
         NoEffectWarning: if a name matches no layer.
+        UserWarning: if the code of the model averages weights that are cast, as those of a mean teacher.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
@@ -102,7 +104,7 @@ def convert_module_(
     named = _kept_layers(module, keep_fp32)
     metrics = _metrics(module)
     buffers = _Buffers(module, dtype, leave_out=_inside(named) | metrics)
-    kept = [*named, *buffers.layers]
+    kept = _with_tied(module, [*named, *buffers.layers])
     inside = _inside(kept)
     in_fp32 = {id(p) for layer in kept for p in layer.parameters()}  # also if tied to one elsewhere
     converted = ConvertedBuffers([], [])
@@ -124,6 +126,7 @@ def convert_module_(
                 layer._buffers[name] = buffer.to(dtype if in_half else torch.float32)
         if isinstance(layer, in_both(_DeviceDtypeModuleMixin)):
             layer._dtype = dtype
+    _warn_of_averages(module, [layer for layer in buffers.averaged if id(layer) not in inside], keep_fp32)
     forwards: dict[nn.Module, Forward | None] = {
         layer: answers_as_asked
         for layer in buffers.in_fp32
@@ -186,9 +189,12 @@ class _Buffers:
             if buffer is not None and buffer.is_floating_point() and buffer.dim() > 0
             if id(layer) not in leave_out
         ]
-        if not found:
+        self.averaged: list[nn.Module] = []
+        """Modules whose weights training averages, other than by an optimizer."""
+        if not found and all(p.requires_grad for p in module.parameters()):
             return
         use = BufferUse(module)
+        self.averaged += [layer for layer in module.modules() if use.averages(layer)]
         statistics: dict[nn.Module, int] = Counter()
         for layer, name, buffer in found:
             if use.accumulates(layer, name):
@@ -205,6 +211,37 @@ class _Buffers:
                 self.in_fp32.setdefault(layer, set()).add(name)
             elif not use.overwrites(layer, name):
                 self.unclear.setdefault(layer, set()).add(name)
+
+
+def _warn_of_averages(module: nn.Module, averaged: list[nn.Module], keep_fp32: Sequence[str]) -> None:
+    names = {id(layer): name for name, layer in module.named_modules()}
+    in_half = [names[id(layer)] for layer in averaged if any(p.dtype in HALF for p in layer.parameters())]
+    if in_half:
+        warnings.warn(
+            f"`LowPrecision` casts {', '.join(map(repr, in_half))} to half precision, where most of what the "
+            "code of the model adds to these weights to average them is lost. Keep them in float32 by "
+            f"`LowPrecision(keep_fp32={written_names((*keep_fp32, *in_half))})`, and cast what `lerp_` and "
+            "its like get by `.float()`.",
+            stacklevel=2,
+        )
+
+
+def _with_tied(module: nn.Module, kept: list[nn.Module]) -> list[nn.Module]:
+    """Layers that are kept, and those without inner ones that share a parameter, as tied heads do."""
+    kept = list(kept)
+    while True:
+        inside = _inside(kept)
+        parameters = {id(p) for layer in kept for p in layer.parameters()}
+        tied = [
+            layer
+            for layer in module.modules()
+            if id(layer) not in inside
+            and not any(layer.children())
+            and any(id(p) in parameters for p in layer._parameters.values() if p is not None)
+        ]
+        if not tied:
+            return kept
+        kept += tied
 
 
 def _metrics(module: nn.Module) -> set[int]:

@@ -131,7 +131,7 @@ class _Cause:
             return _of_the_batch("It got")
         for tensor in self._got:
             layer = self._kept_layer_before(tensor)
-            if layer is not None and self._is_made_of_half(tensor):
+            if layer is not None and _was_half(tensor):
                 return self._leave_out(*layer)
             if layer is not None and self._targets:
                 return _of_the_batch(f"It got what {_described(*layer)} made of")
@@ -171,13 +171,10 @@ class _Cause:
             for name, layer in self._model.named_modules()
             for parameter in layer._parameters.values()
         }
-        for parameter in _parameters_before(tensor, through_casts=False):
+        for parameter in _parameters_before(tensor):
             if parameter.dtype == torch.float32 and id(parameter) in owners:
                 return owners[id(parameter)]
         return None
-
-    def _is_made_of_half(self, tensor: Tensor) -> bool:
-        return any(p.dtype in HALF for p in _parameters_before(tensor, through_casts=True))
 
 
 def _of_the_batch(how: str) -> str:
@@ -187,18 +184,44 @@ def _of_the_batch(how: str) -> str:
     )
 
 
-def _parameters_before(tensor: Tensor, through_casts: bool) -> Iterator[Tensor]:
-    """Parameters that a tensor was computed with, the nearest first."""
+def _was_half(tensor: Tensor) -> bool:
+    """Whether a tensor was computed in half precision at first, and cast then."""
+    for node in _nodes_before(tensor):
+        variable = _parameter_of(node)
+        if variable is not None and variable.dtype in HALF:
+            return True
+        if _casts(node) and any(_parameter_of(inner) is None for inner, _ in node.next_functions):
+            return True
+    return False
+
+
+def _parameters_before(tensor: Tensor) -> Iterator[Tensor]:
+    """Parameters that a tensor was computed with since it was last cast, the nearest first."""
+    for node in _nodes_before(tensor, through_casts=False):
+        variable = _parameter_of(node)
+        if variable is not None:
+            yield variable
+
+
+def _nodes_before(tensor: Tensor, through_casts: bool = True) -> Iterator[Any]:
     waiting = deque([tensor.grad_fn])
     for _ in range(_MOST_NODES):
         node: Any = waiting.popleft() if waiting else None
         if node is None:
             return
-        variable = getattr(node, "variable", None)  # of a node that accumulates into `.grad`
-        if variable is not None:
-            yield variable
-        if through_casts or not node.name().startswith("ToCopyBackward"):
+        yield node
+        if through_casts or not _casts(node):
             waiting.extend(inner for inner, _ in node.next_functions if inner is not None)
+
+
+def _casts(node: Any) -> bool:
+    return str(node.name()).startswith("ToCopyBackward")
+
+
+def _parameter_of(node: Any) -> Tensor | None:
+    """Of a node that accumulates into ``.grad``."""
+    found: Tensor | None = getattr(node, "variable", None)
+    return found
 
 
 def _float32_in(values: Any) -> Iterator[Tensor]:

@@ -7,8 +7,9 @@ from typing import Any, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
+from lightning_memtrain.core.closures import needs_closure
 from lightning_memtrain.techniques.precision.activation_codec import check_codec, is_int
 from lightning_memtrain.techniques.precision.conversion import NORM
 from lightning_memtrain.techniques.precision.scaler import ScalerConfig
@@ -132,12 +133,8 @@ def refuse_optimizer(optimizer: Optimizer, settings: Settings) -> None:
     Raises:
         MisconfigurationException: naming the optimizer.
     """
-    if settings.compute.startswith("16") and isinstance(optimizer, LBFGS):
-        raise MisconfigurationException(
-            f"`LowPrecision(compute={settings.compute!r})` needs an optimizer that steps without evaluating "
-            "the model, since steps with infinite gradients are left out, but got LBFGS. "
-            "Use another optimizer, or LowPrecision(compute='32-true')."
-        )
+    if settings.compute.startswith("16") and needs_closure(optimizer):
+        raise evaluates_model(optimizer, settings, "it calls a closure")
     if settings.compute != "16-true" or settings.rounds_stochastically or not _is_native(optimizer):
         return
     for group in optimizer.param_groups:
@@ -156,6 +153,25 @@ def refuse_optimizer(optimizer: Optimizer, settings: Settings) -> None:
             "becoming very large. Use weight_rounding='stochastic', or eps=1e-4.",
             stacklevel=2,
         )
+
+
+def evaluates_model(optimizer: Optimizer, settings: Settings, how: str) -> MisconfigurationException:
+    """The error for an optimizer that evaluates the model during a step that may be left out.
+
+    Args:
+        optimizer: one of the run's.
+        settings: of the plugin.
+        how: what shows that.
+
+    Returns:
+        The error, to be raised.
+    """
+    return MisconfigurationException(
+        f"`LowPrecision(compute={settings.compute!r})` needs an optimizer that steps without evaluating "
+        f"the model, since steps with infinite gradients are left out, but got {type(optimizer).__name__}: "
+        f"{how}. Use another optimizer, or LowPrecision(compute='bf16-mixed') or "
+        "LowPrecision(compute='32-true')."
+    )
 
 
 def _is_native(optimizer: Optimizer) -> bool:

@@ -18,12 +18,14 @@ from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_memtrain.core.closures import EvaluatesModelError, SpentClosure, takes_closure
 from lightning_memtrain.core.lightning_names import in_both, namesake
 from lightning_memtrain.core.stepping import step_parameter
 from lightning_memtrain.techniques.precision.buffer_watch import BufferWatch
 from lightning_memtrain.techniques.precision.conversion import BufferPlace, convert_module_
 from lightning_memtrain.techniques.precision.half_errors import layers_named_in_errors
 from lightning_memtrain.techniques.precision.inputs import cast_batch
+from lightning_memtrain.techniques.precision.refusals import evaluates_model
 from lightning_memtrain.techniques.precision.rounding import RoundingNoise
 from lightning_memtrain.techniques.precision.scaler import HalfGradScaler, ScalerConfig
 from lightning_memtrain.techniques.precision.settings import Settings
@@ -117,10 +119,9 @@ class TrueHalf(_Base):
     @contextmanager
     def train_step_context(self) -> Generator[None, None, None]:
         """Look whether a training step changes a buffer that half precision may spoil."""
-        with self.forward_context():
+        watch = nullcontext() if self._watch is None else self._watch.step()
+        with watch, self.forward_context():
             yield
-        if self._watch is not None:
-            self._watch.after_step()
 
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
@@ -199,13 +200,23 @@ class TrueHalf(_Base):
         if self._settings.rounds_stochastically:
             step: Callable[[], Any] = partial(self._bucketed(optimizer).step, result, **kwargs)
         else:
-            step = partial(optimizer.step, **kwargs)
+            step = partial(self._step_evaluated, optimizer, result, kwargs)
         if scaler is not None:
             scaler.step_by(optimizer, step)
             scaler.update()
         elif self.scaler is None:
             step()
         return result
+
+    def _step_evaluated(self, optimizer: Optimizer, result: Any, kwargs: dict[str, Any]) -> Any:
+        """Step an optimizer whose model has been evaluated, and give it what that returned if it asks."""
+        if takes_closure(optimizer):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            kwargs = {**kwargs, "closure": SpentClosure(result, parameters)}
+        try:
+            return optimizer.step(**kwargs)
+        except EvaluatesModelError as error:
+            raise evaluates_model(optimizer, self._settings, str(error)) from error
 
     def step_parameter(self, optimizer: Optimizer, parameter: Tensor) -> None:
         """Step one parameter as :meth:`optimizer_step` would."""

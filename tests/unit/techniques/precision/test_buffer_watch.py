@@ -31,41 +31,48 @@ def watch(model: nn.Module, keep_fp32: tuple[str, ...] = ("norm",)) -> BufferWat
     return BufferWatch(convert_module_(model, torch.bfloat16, keep_fp32).unclear, plugin._settings)
 
 
+def step(watching: BufferWatch, *layers: nn.Module) -> None:
+    with watching.step():
+        for layer in layers:
+            layer(torch.ones(1, 3).bfloat16())
+
+
 def test_a_buffer_that_changes_is_named_once() -> None:
     model = nn.Sequential(Hidden(), Hidden())
     watching = watch(model)
-    model[0](torch.ones(1, 3).bfloat16())
     with pytest.warns(
         UserWarning,
         match=r"keeps the buffers '0.seen' in half precision, and training changes them.*"
         r"keep their layers in float32 by `LowPrecision\(keep_fp32=\(\"norm\", \"0\"\)\)`",
     ):
-        watching.after_step()
-    model[0](torch.ones(1, 3).bfloat16())
+        step(watching, model[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        watching.after_step()
-    model[1](torch.ones(1, 3).bfloat16())
+        step(watching, model[0])
     with pytest.warns(UserWarning, match=r"keeps the buffers '1.seen'"):
-        watching.after_step()
+        step(watching, model[1])
 
 
 def test_a_buffer_of_the_model_itself() -> None:
     model = Hidden()
-    watching = watch(model)
-    model(torch.ones(1, 3).bfloat16())
     with pytest.warns(UserWarning, match=r"buffers 'seen'.*put them into a layer of their own, and name it"):
-        watching.after_step()
+        step(watch(model), model)
+
+
+def test_a_buffer_that_is_another_one() -> None:
+    model = nn.Sequential(Hidden())
+    watching = watch(model)
+    with pytest.warns(UserWarning, match=r"keeps the buffers '0.mask'"), watching.step():
+        setattr(model[0], "ma" + "sk", torch.zeros(3, 3).bfloat16())
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_buffer_that_is_written_with_the_same_numbers_or_long_after_is_not_named() -> None:
+def test_a_buffer_that_is_moved_written_with_the_same_numbers_or_late_is_not_named() -> None:
     model = Hidden()
     watching = watch(model)
+    model.to(memory_format=torch.channels_last)._apply(torch.clone)  # as to a device, before the first step
     for _ in range(8):
-        with torch.no_grad():
+        with watching.step(), torch.no_grad():
             for buffer in model.buffers():
                 buffer.copy_(buffer.clone())
-        watching.after_step()
-    model(torch.ones(1, 3).bfloat16())
-    watching.after_step()
+    step(watching, model)

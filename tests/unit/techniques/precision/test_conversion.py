@@ -155,6 +155,21 @@ def test_a_kept_embedding_answers_in_half_precision() -> None:
     assert model[0](torch.tensor([1])).dtype == torch.float16
 
 
+def test_a_layer_with_the_weights_of_a_kept_one_is_kept_too() -> None:
+    model = nn.ModuleDict(
+        {"embedding": nn.Embedding(10, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 10)}
+    )
+    model["head"].weight = model["embedding"].weight
+    convert_module_(model, torch.bfloat16, keep_fp32=("embedding",))
+    dtypes = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False)}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.bfloat16} == {"body.weight", "body.bias"}
+    assert model["head"].weight is model["embedding"].weight
+    outputs = model["head"](model["body"](model["embedding"](torch.tensor([1]))))
+    assert outputs.dtype == torch.bfloat16
+    outputs.sum().backward()
+    assert model["embedding"].weight.grad.dtype == torch.float32
+
+
 class Statistics(nn.Module):
     """No parameters, as a codebook that is averaged."""
 
@@ -222,6 +237,41 @@ def test_buffers_that_count_or_average_stay_in_float32(dtype: torch.dtype) -> No
             torch.testing.assert_close(buffer, expected, rtol=0, atol=1e-3)
         elif name not in in_half:
             assert torch.equal(buffer, expected)
+
+
+class MeanTeacher(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+        self.reference = nn.Linear(4, 4).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for mean, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            mean.data.mul_(0.999).add_(new.data, alpha=0.001)
+        for _, fixed in self.reference.named_parameters():
+            assert not fixed.requires_grad
+        for weight in self.student.parameters():
+            weight.data.clamp_(-9, 9)
+
+
+def test_weights_that_the_code_of_the_model_averages_are_named(recwarn: pytest.WarningsRecorder) -> None:
+    model = MeanTeacher()
+    with pytest.warns(
+        UserWarning,
+        match=r"casts 'teacher' to half precision, where most of what .* is lost. Keep them in "
+        r"float32 by `LowPrecision\(keep_fp32=\(\"norm\", \"teacher\"\)\)`",
+    ):
+        convert_module_(model, torch.bfloat16)
+    recwarn.clear()
+    model = MeanTeacher()
+    convert_module_(model, torch.bfloat16, ("norm", "teacher"))
+    assert len(recwarn) == 0
+    before = model.teacher.weight.clone()
+    for _ in range(20):
+        model.update()
+    expected = 0.999**20 * before + (1 - 0.999**20) * model.student.weight.float()
+    torch.testing.assert_close(model.teacher.weight, expected)
 
 
 def test_whole_numbers_that_half_precision_lacks_stay_in_float32() -> None:

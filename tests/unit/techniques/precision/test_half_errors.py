@@ -115,6 +115,15 @@ def test_a_layer_whose_dtype_the_model_follows() -> None:
     step(model, torch.ones(2, 4), ())
 
 
+def test_a_layer_whose_dtype_the_model_follows_after_kept_ones_only() -> None:
+    model = Model(lambda m, b: m.net(b), nn.Embedding(3, 4), CastsToItsNorm())
+    with pytest.raises(
+        RuntimeError, match=r"It got what layer 'net.1.norm' \(RMSNorm\) made.*keep_fp32=\(\"net.0\",\)\)`\.$"
+    ):
+        step(model, torch.tensor([1, 2]), ("norm", "net.0"))
+    step(model, torch.tensor([1, 2]), ("net.0",))
+
+
 class Standardizes(nn.Module):
     def __init__(self) -> None:
         super().__init__()

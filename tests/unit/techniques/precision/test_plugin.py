@@ -111,6 +111,90 @@ def test_lbfgs_is_refused_before_anything_runs(compute: str, tmp_path: Path) -> 
         quiet_trainer(tmp_path, plugins=[LowPrecision(compute)]).fit(model)
 
 
+class Sharpness(torch.optim.SGD):
+    """Evaluates twice, through a closure that has a default."""
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        loss = closure()
+        super().step()
+        return loss
+
+
+class Disguised(torch.optim.SGD):
+    """Evaluates twice where it can."""
+
+    def step(self, closure: Any = None) -> Any:
+        if closure is not None:
+            closure()
+            closure()
+        return super().step()
+
+
+NEAREST = {"compute": "16-true", "weight_rounding": "nearest"}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings"),
+    [
+        *(
+            (Sharpness, settings)
+            for settings in ({}, {"compute": "16-true"}, NEAREST, {"compute": "16-mixed"})
+        ),
+        # Not under mixed precision: torch's scaler, which steps there, hands over no closure.
+        *((Disguised, s) for s in ({}, {"compute": "16-true"}, NEAREST)),
+    ],
+    ids=str,
+)
+def test_sharpness_aware_minimization_is_refused_by_name(
+    optimizer: Any, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        MisconfigurationException,
+        match=rf"steps without evaluating the model.*but got {optimizer.__name__}: .*compute='32-true'",
+    ):
+        quiet_trainer(tmp_path, plugins=[LowPrecision(**settings)]).fit(model_with(optimizer, lr=0.1))
+
+
+@pytest.mark.parametrize("settings", [{"weight_rounding": "nearest"}, {"compute": "bf16-mixed"}], ids=str)
+def test_optimizers_that_evaluate_work_where_they_step_the_weights_themselves(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model = model_with(Sharpness, lr=0.1)
+    trainer = quiet_trainer(tmp_path, plugins=[LowPrecision(**settings)], max_steps=2)
+    before = model.body.weight.detach().clone()
+    trainer.fit(model)
+    assert trainer.global_step == 2
+    assert not torch.equal(model.body.weight.float(), before.float())
+
+
+class ByLoss(torch.optim.SGD):
+    """Asks for the loss."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.losses = [*getattr(self, "losses", []), closure() if closure is not None else None]
+        return super().step()
+
+
+@pytest.mark.parametrize("settings", [{}, {"compute": "16-true"}, NEAREST], ids=str)
+def test_optimizers_that_ask_for_the_loss_get_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    if "compute" in settings:
+        settings = {**settings, "scaler": ScalerConfig(init=8.0)}
+    model = model_with(ByLoss, lr=0.1)
+    losses: list[float] = []
+    evaluate = model.loss
+
+    def noted(batch: torch.Tensor) -> torch.Tensor:
+        loss = evaluate(batch)
+        losses.append(float(loss.detach()))
+        return loss
+
+    model.loss = noted  # type: ignore[method-assign]
+    trainer = quiet_trainer(tmp_path, plugins=[LowPrecision(**settings)], max_steps=2, limit_val_batches=0)
+    trainer.fit(model)
+    assert [float(loss) for loss in trainer.optimizers[0].losses] == losses[:2]
+
+
 def test_an_eps_that_becomes_zero_in_float16_is_refused(tmp_path: Path) -> None:
     plugin = LowPrecision("16-true", weight_rounding="nearest")
     with pytest.raises(
