@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -24,6 +25,8 @@ from lightning_memtrain.tracing.questions import Answers, AsksForValue
 from lightning_memtrain.tracing.reports import reports_dropped
 from lightning_memtrain.tracing.twin_mode import RecordingMode, TwinMode
 from lightning_memtrain.tracing.user_state import UserState
+
+_FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 Watch = TypeVar("Watch", bound=AbstractContextManager[Any])
 ClosureStep = Callable[[Optimizer, Callable[[], Any]], Any]
@@ -152,7 +155,8 @@ class FakeStep:
 
         def closure() -> Any:
             try:
-                return self._forward_and_backward()
+                with torch.enable_grad():  # as Lightning's closures do, whatever the optimizer's step has
+                    return self._forward_and_backward()
             except BaseException as error:
                 own.append(error)
                 raise
@@ -249,6 +253,9 @@ class FakeStep:
         self._unknown = undo.enter_context(reports_dropped(self.model))
         undo.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # the real step gives them
+        # Torch writes many lines where an operator has no rule for tensors without data.
+        undo.callback(_FAKE_LOG.setLevel, _FAKE_LOG.level)
+        _FAKE_LOG.setLevel(logging.CRITICAL)
         undo.enter_context(contextlib.redirect_stdout(io.StringIO()))
         undo.enter_context(torch.compiler.set_stance("force_eager"))
 

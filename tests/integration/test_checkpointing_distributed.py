@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from lightning_memtrain import ActivationCheckpointing, Budget, Microbatching
+from lightning_memtrain import ActivationCheckpointing, Budget, Microbatching, NoEffectWarning
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import found_by_two_ranks
 
@@ -27,6 +27,8 @@ NUM_BATCHES, ROWS, WIDTH = 4, 12, 8
 
 class Net(LightningModule):
     """Blocks with dropout and batch norm, on batches that differ between the ranks."""
+
+    rows = ROWS
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,11 +47,17 @@ class Net(LightningModule):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         generator = torch.Generator().manual_seed(self.global_rank)
-        batches = [torch.randn(ROWS, WIDTH, generator=generator) for _ in range(NUM_BATCHES)]
+        batches = [torch.randn(self.rows, WIDTH, generator=generator) for _ in range(NUM_BATCHES)]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Long(Net):
+    """Batches beside which the states of random numbers, 5 KB each, are small."""
+
+    rows = 1200
 
 
 class WithUnused(Net):
@@ -87,15 +95,15 @@ CASES = {
     "ddp": Case(),
     "ddp, segments": Case("sqrt"),
     "ddp, nested": Case("nested"),
-    "ddp, chosen": Case(Budget(10_000)),  # of 11,696 bytes
+    "ddp, chosen": Case(Budget(600_000), model=Long),
     "unused parameters": Case(strategy=lambda: DDPStrategy(find_unused_parameters=True), model=WithUnused),
     "static graph": Case(strategy=lambda: DDPStrategy(static_graph=True)),
     "bucket views, accumulated": Case(
         strategy=lambda: DDPStrategy(gradient_as_bucket_view=True), trainer={"accumulate_grad_batches": 2}
     ),
     "microbatches": Case(others=lambda: [Microbatching(num_microbatches=3)]),
-    "microbatches, chosen": Case(  # of 8,056 bytes
-        Budget(7_000), others=lambda: [Microbatching(num_microbatches=3)]
+    "microbatches, chosen": Case(
+        Budget(220_000), model=Long, others=lambda: [Microbatching(num_microbatches=3)]
     ),
     "fsdp2": Case(strategy=_fsdp2, model=Sharded),
     "fsdp2, segments": Case("sqrt", strategy=_fsdp2, model=Sharded),
@@ -156,4 +164,6 @@ def test_a_budget_is_refused_where_parameters_are_sharded() -> None:
     with pytest.raises(
         MisconfigurationException, match=r"needs whole parameters .* but got ModelParallelStrategy"
     ):
+        ActivationCheckpointing(Budget("1GiB")).setup(Trainer(), Net(), "fit")  # type: ignore[arg-type]
+    with pytest.warns(NoEffectWarning, match=r"recomputes nothing: it needs whole parameters"):
         ActivationCheckpointing("auto").setup(Trainer(), Net(), "fit")  # type: ignore[arg-type]
