@@ -222,6 +222,8 @@ def test_gradients_are_reduced_as_often_as_without_splitting(name: str, found: l
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.fail is not None])
 def test_both_ranks_shrink_when_one_is_out_of_memory(name: str, found: list[dict[str, Any]]) -> None:
     events = [[e for e in result[name]["events"] if "out of memory" in e] for result in found]
-    assert events[0] == events[1]
-    assert len(events[0]) == 1
-    assert events[0][0].endswith("out of memory at microbatch_size=23; microbatch_size=12 from here")
+    assert sorted("another rank" in one[0] for one in events) == [False, True]
+    assert len(events[0]) == len(events[1]) == 1
+    for (event,) in events:
+        assert "out of memory " in event
+        assert event.endswith(" at microbatch_size=23; microbatch_size=12 from here")

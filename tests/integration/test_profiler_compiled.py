@@ -124,7 +124,7 @@ def test_the_probe_of_automatic_microbatches_runs_compiled_code_and_leaves_it_co
     plain, _ = fit(how, tmp_path)
     (first, *later), _ = fit(how, tmp_path, Microbatching(microbatch_size="auto", limit="1GiB"))
     assert later == plain[1:]
-    assert first["forward"] > plain[0]["forward"]  # the probe
+    assert first == plain[0]  # what the probe counts is set back, as all else
 
 
 @HOW
