@@ -88,7 +88,7 @@ class StepWatch:
     def __enter__(self) -> StepWatch:
         self.root.start = self._ledger.tick
         for name, module in self._model.named_modules():
-            if name:
+            if name and not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
                 before = module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
                 after = module.register_forward_hook(self._leave)
                 self._undo.callback(before.remove)
