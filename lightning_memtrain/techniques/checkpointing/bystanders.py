@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from operator import is_
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_memtrain.techniques.checkpointing.slots import ABSENT, NOT_FORWARDS, Slot
@@ -23,7 +24,11 @@ class Bystanders:
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._found = [(one, one.__dict__.copy(), one._modules.copy(), _sizes(one)) for one in modules]
+        self._found = [
+            (one, one.__dict__.copy(), one._modules.copy(), _sizes(one))
+            for one in modules
+            if not isinstance(one, torch.jit.ScriptModule)  # holds everything out of reach
+        ]
 
     def assigned(self, known: Collection[Slot] = ()) -> dict[Slot, Any]:
         """What was assigned since, beside what is known to be assigned.

@@ -20,7 +20,7 @@ from lightning_memtrain.core import (
     wrap_training_step,
 )
 from lightning_memtrain.techniques.checkpointing.automatic import AutomaticChoice
-from lightning_memtrain.techniques.checkpointing.insertion import insert_checkpoints
+from lightning_memtrain.techniques.checkpointing.insertion import Checkpoints, insert_checkpoints
 from lightning_memtrain.techniques.checkpointing.policies import (
     SHORT_NAMES,
     Budget,
@@ -72,6 +72,7 @@ class ActivationCheckpointing(Callback):
         self._automatic: AutomaticChoice | None = None
         self._zeroes_after_forward = True
         self._in_batch = False
+        self._has_looked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything runs."""
@@ -86,7 +87,7 @@ class ActivationCheckpointing(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put checkpoints in; the model is complete by now, also one that is built in ``configure_model``."""
-        self._num_modules, self._events = 0, []
+        self._num_modules, self._events, self._has_looked = 0, [], False
         # Lightning's own policy of FSDP is in this attribute.
         if getattr(trainer.strategy, "_activation_checkpointing_kwargs", None):
             self._say("nothing is inserted, since FSDPStrategy(activation_checkpointing_policy=...) is set")
@@ -116,6 +117,14 @@ class ActivationCheckpointing(Callback):
     ) -> None:
         """Note that nothing has run of this batch yet."""
         self._in_batch = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Say so if what was named recomputes nothing, once a step is over."""
+        if isinstance(self._remove, Checkpoints) and not self._has_looked:
+            self._has_looked = True
+            self._remove.warn_if_useless(f"ActivationCheckpointing(policy={self.policy!r})")
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Note whether gradients of the last step are there during forward only, as in plain Lightning."""

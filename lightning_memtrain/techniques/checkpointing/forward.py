@@ -121,6 +121,8 @@ class CheckpointedForward:
         self.path = path
         self._group = group
         self._is_removed = False
+        self.has_effect = False
+        """Whether a call has saved something for backward."""
         # By the modes of the modules: in training a forward may change what it leaves alone otherwise.
         self._habits: dict[tuple[bool, ...], Habits] = {}
         # `module.compile()` keeps the compiled forward in another attribute than an own forward.
@@ -189,6 +191,7 @@ class CheckpointedForward:
         except BaseException:
             stretch.forget_since(num_before)
             raise
+        self.has_effect |= len(stretch) > num_before
         surroundings.call_ended()
         swapped = [slot for slot in state.swapped() if slot not in habits.swapped]
         assigned = state.assigned()

@@ -88,7 +88,7 @@ class OwnCheckpoints:
 
     def __enter__(self) -> OwnCheckpoints:
         for name, module in self._model.named_modules():
-            if name:
+            if name and not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
                 self._undo.callback(module.register_forward_pre_hook(self._enter(name)).remove)
                 self._undo.callback(module.register_forward_hook(self._leave, always_call=True).remove)
         self._operators.begin(self._on_operator, lambda func, results: None)

@@ -163,8 +163,9 @@ class Stretch:
         try:
             with recomputation.saving(), torch.enable_grad():
                 self._segment.run(calls)
-        except _SegmentDone:
-            pass
+        except Exception:  # TorchScript makes another one of it
+            if not recomputation.is_complete:
+                raise
         else:
             recomputation.check_complete()
         finally:
@@ -210,8 +211,13 @@ class _Recomputation:
         self._stop_if_complete()
         return tensor
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether a run that may end early has made all that is needed."""
+        return self._stops_early and self._place == self._num_needed
+
     def _stop_if_complete(self) -> None:
-        if self._stops_early and self._place == self._num_needed:
+        if self.is_complete:
             raise _SegmentDone
 
     def check_complete(self) -> None:

@@ -178,6 +178,7 @@ class ModuleState:
         parameters = [held.value for held in restored if held.identity is not None]
         swapped = [held for held in restored if held.data is not None]
         gradients = [held.value.grad for held in swapped]
+        there = [_Data.of(parameter) for parameter in parameters]
         with torch._C._DisableTorchDispatch():  # it is no part of the program
             data = [parameter.data for parameter in parameters]
         try:
@@ -197,18 +198,18 @@ class ModuleState:
                 held.slot.put(value)
             for slot, value in bystanders.assigned().items():
                 slot.put(value)
-            for parameter, there in zip(parameters, data, strict=True):
-                if parameter.data_ptr() != there.data_ptr() or parameter.dtype is not there.dtype:
-                    parameter.data = there
+            for parameter, identity, value in zip(parameters, there, data, strict=True):
+                if identity is not None and not identity.is_that_of(parameter):
+                    parameter.data = value
             for held, gradient in zip(swapped, gradients, strict=True):
                 held.value.grad = gradient
 
 
 class _Data(NamedTuple):
-    """Which data a parameter has; as long as this is held, other data cannot be at the same address."""
+    """Which data a parameter has: where in which storage, which may be empty for a while, as under FSDP."""
 
     storage: torch.UntypedStorage
-    address: int
+    offset: int
     dtype: torch.dtype
 
     @classmethod
@@ -216,11 +217,16 @@ class _Data(NamedTuple):
         """That of a parameter; ``None`` for other classes, such as tensors without data."""
         if type(parameter) is not nn.Parameter:
             return None
-        return cls(parameter.untyped_storage(), parameter.data_ptr(), parameter.dtype)
+        return cls(parameter.untyped_storage(), int(parameter.storage_offset()), parameter.dtype)
 
     def is_that_of(self, parameter: Any) -> bool:
         """Whether a parameter has this data."""
-        return bool(self.address == parameter.data_ptr() and self.dtype is parameter.dtype)
+        return bool(
+            # As long as it is held, no other one has its number.
+            self.storage._cdata == parameter.untyped_storage()._cdata
+            and self.offset == parameter.storage_offset()
+            and self.dtype is parameter.dtype
+        )
 
 
 def _sharded_within(modules: Sequence[nn.Module]) -> set[int]:

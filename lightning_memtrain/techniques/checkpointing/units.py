@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -75,6 +76,23 @@ def _kind(module: nn.Module) -> tuple[type[nn.Module], ...]:
 
 def _is_in(name: str, path: str) -> bool:
     return name == path or name.startswith(f"{path}.")
+
+
+def scripted_by(model: nn.Module, name: str) -> str | None:
+    """Where TorchScript is in a module, or around it, which can neither be recomputed nor looked into.
+
+    Args:
+        model: any module.
+        name: path of a module in it.
+
+    Returns:
+        Path of the outermost that `torch.jit` has made; ``None`` if there is none.
+    """
+    parts = name.split(".") if name else []
+    around = (".".join(parts[:length]) for length in range(len(parts)))
+    modules = [(path, model.get_submodule(path)) for path in around]
+    modules += model.get_submodule(name).named_modules(prefix=name)
+    return next((path for path, one in modules if isinstance(one, torch.jit.ScriptModule)), None)
 
 
 def described(model: nn.Module, most: int = 12) -> str:

@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers as hf
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from lightning_memtrain import NoEffectWarning
 from lightning_memtrain.techniques.checkpointing import Full, Modules, insert_checkpoints
 from lightning_memtrain.techniques.checkpointing.units import described, repeated_blocks
 from tests.helpers.recomputed import assert_identical, recomputations, recompute, trained
@@ -170,3 +171,72 @@ def test_a_module_in_torchs_checkpoint_wrapper_is_refused() -> None:
     model = nn.Sequential(checkpoint_wrapper(_block()), nn.Linear(4, 4))
     for name in ("0", ""):
         assert "checkpointed by the model itself (CheckpointWrapper)" in _message(model, name)
+
+
+# ---------------------------------------------------------------------- what changes nothing
+
+
+class _Reverses(torch.autograd.Function):
+    """Keeps its output only, from which backward makes the input again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, blocks: nn.ModuleList) -> Tensor:
+        for block in blocks:
+            x = x + block(x)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _Reversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.blocks = nn.Linear(4, 4), nn.ModuleList(_block() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Reverses.apply(self.first(x), self.blocks)
+
+
+def _reformer() -> nn.Module:
+    sizes = {"vocab_size": 30, "hidden_size": 16, "attention_head_size": 8, "num_attention_heads": 2}
+    sizes |= {"feed_forward_size": 16, "max_position_embeddings": 64, "local_attn_chunk_length": 4}
+    config = hf.ReformerConfig(
+        **sizes, attn_layers=["local", "local"], is_decoder=True, axial_pos_embds=False
+    )
+    return hf.ReformerModel(config).train()
+
+
+def test_blocks_that_are_reversible_are_said_to_be_of_no_use() -> None:
+    model = _Reversible()
+    checkpoints = insert_checkpoints(model, Full().groups(model))
+    model(torch.ones(2, 4)).sum().backward()
+    assert not checkpoints.have_effect
+    with pytest.warns(NoEffectWarning) as caught:
+        checkpoints.warn_if_useless("ActivationCheckpointing(policy='full')")
+    assert [str(one.message) for one in caught] == [
+        "`ActivationCheckpointing(policy='full')` recomputes nothing: 'blocks.0', 'blocks.1', 'blocks.2' and "
+        "1 more saved nothing for backward in this step. They were not called, have nothing to train, or are "
+        "recomputed by the model itself, as reversible blocks are. Name modules within or around them, or "
+        "remove it."
+    ]
+    checkpoints()
+    reformer = _reformer()
+    checkpoints = insert_checkpoints(reformer, Full().groups(reformer))
+    reformer(input_ids=torch.ones(2, 8, dtype=torch.long)).last_hidden_state.sum().backward()
+    with pytest.warns(NoEffectWarning, match=r"'encoder.layers.0', 'encoder.layers.1' saved nothing"):
+        checkpoints.warn_if_useless("ActivationCheckpointing(policy='full')")
+
+
+def test_nothing_is_said_of_what_is_of_use() -> None:
+    model = nn.Sequential(*(_block() for _ in range(3)))
+    model[0].requires_grad_(False)
+    checkpoints = insert_checkpoints(model, Full().groups(model))
+    assert not checkpoints.have_effect
+    model(torch.ones(2, 4)).sum().backward()
+    checkpoints.warn_if_useless("ActivationCheckpointing()")
+    checkpoints()
+    assert checkpoints.have_effect
+    insert_checkpoints(model, []).warn_if_useless("ActivationCheckpointing()")  # nothing was asked for
