@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_memtrain.techniques.sparsity.places import Place
 from lightning_memtrain.techniques.sparsity.weights import SparseWeight
@@ -85,6 +86,8 @@ def _alike(places: Mapping[str, Place]) -> Iterable[list[str]]:
     for path, place in places.items():
         parameter = place.parameter
         if is_lazy(parameter) or parameter.is_meta or not parameter.numel():
+            continue
+        if is_traceable_wrapper_subclass(parameter):  # a shard, which is refused where it cannot be converted
             continue
         flat = parameter.detach().reshape(-1)
         sample = (*flat[:_SAMPLE_NUMEL].tolist(), *flat[-_SAMPLE_NUMEL:].tolist())
