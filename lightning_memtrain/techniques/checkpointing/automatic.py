@@ -92,14 +92,15 @@ class AutomaticChoice:
         self.close()
         try:
             self._choose(self._fake(step, args, kwargs, zeroes), now, why, groups)
-        except BudgetOutOfReach:
-            raise
         except Exception as error:
-            if self._limit_bytes is not None:
-                if is_out_of_memory(error):
-                    raise
-                raise self._cannot_run(error) from error
-            self._give_up(error, groups)
+            if self._limit_bytes is None and not isinstance(error, BudgetOutOfReach):
+                self._give_up(error, groups)
+                return
+            # Whoever tries fewer samples now goes on with the choice that was made before.
+            self._insert(groups)
+            if isinstance(error, BudgetOutOfReach) or is_out_of_memory(error):
+                raise
+            raise self._cannot_run(error) from error
 
     def close(self) -> None:
         """Recompute nothing any more."""
