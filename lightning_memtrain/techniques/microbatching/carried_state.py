@@ -88,7 +88,10 @@ class CarriedState:
         if not self._watches:
             yield
             return
-        before = {id(tensor): _version(tensor) for _, tensor in _tensors_in(self._model)}
+        # With references: another tensor may get the identity of one that is gone.
+        before = {
+            id(tensor): (weakref.ref(tensor), _version(tensor)) for _, tensor in _tensors_in(self._model)
+        }
         carried, self._left = self._left, {}
         uses = self._uses.watching(carried)
         try:
@@ -105,13 +108,15 @@ class CarriedState:
         replaced = [
             left
             for number, left in uses.touched.items()
-            if number in uses.read and (number not in after or _version(after[number][1]) > left.version)
+            if number in uses.read and not _is_as_left(left, after.get(number))
         ]
         _refuse(replaced)
         self._warn(replaced)
         for number, (place, tensor) in after.items():
-            if tensor.ndim and before.get(number, -1) < _version(tensor):
-                sizes = {self._num_samples} if number in before else {self._num_samples, chunk.num_samples}
+            reference, version = before.get(number, (None, -1))
+            was_there = reference is not None and reference() is tensor
+            if tensor.ndim and (not was_there or version < _version(tensor)):
+                sizes = {self._num_samples} if was_there else {self._num_samples, chunk.num_samples}
                 of_samples = bool(sizes.intersection(tensor.shape))
                 shape = tuple(tensor.shape)
                 left = _Left(place, weakref.ref(tensor), _version(tensor), shape, of_samples)
@@ -127,6 +132,10 @@ class CarriedState:
             "batches. Move it once per batch, in `on_train_batch_end` or `on_before_zero_grad`.",
             stacklevel=2,
         )
+
+
+def _is_as_left(left: _Left, now: tuple[str, Tensor] | None) -> bool:
+    return now is not None and left.tensor() is now[1] and _version(now[1]) == left.version
 
 
 def _refuse(used: Iterable[_Left], error: Exception | None = None) -> None:
