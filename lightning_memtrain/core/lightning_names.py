@@ -181,3 +181,36 @@ def _is_of_lightning_itself(thing: object) -> bool:
 def _is_of_both(thing: object) -> bool:
     roots = {kind.__module__.partition(".")[0] for kind in type(thing).__mro__}
     return {"lightning", "pytorch_lightning"} <= roots
+
+
+# Where methods of Lightning's modules are, as they are when nobody has written another one.
+_OWN = (
+    "lightning.pytorch.core.",
+    "pytorch_lightning.core.",
+    "lightning.fabric.",
+    "lightning_fabric.",
+    "torch.",
+)
+
+
+def overrides(module: object, method: str) -> bool:
+    """Whether a module of either package has a method of its own in the place of Lightning's.
+
+    Args:
+        module: a ``LightningModule``.
+        method: the name of one of its methods.
+
+    Returns:
+        Whether it is another one than the package's.
+
+    Example:
+        >>> from lightning.pytorch import LightningModule
+        >>> class Stepping(LightningModule):
+        ...     def optimizer_step(self, *args, **kwargs): ...
+        >>> overrides(Stepping(), "optimizer_step"), overrides(Stepping(), "backward")
+        (True, False)
+    """
+    if method in vars(module):
+        return True
+    owner = next((cls for cls in type(module).__mro__ if method in vars(cls)), None)
+    return owner is not None and not f"{owner.__module__}.".startswith(_OWN)

@@ -16,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_memtrain.techniques.microbatching.opaque import (
     array_types,
     holds_data,
+    is_column,
     is_tensordict,
     obstacle,
     sliced_shape,
@@ -54,10 +55,13 @@ def batch_size_of(batch: Any) -> int:
     """
     shapes: dict[str, tuple[int, ...]] = {}
     lists: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
 
     def note_shape(leaf: Any, path: str) -> Any:
         if _is_list(leaf):
             lists[path] = leaf  # of graphs or images, say: one per sample or not, which shapes will tell
+        elif is_column(leaf):
+            columns[path] = leaf  # names of features, say; one label per sample must not be passed whole
         else:
             _refuse_obstacle(leaf, path)
         if shape := sliced_shape(leaf):
@@ -77,6 +81,9 @@ def batch_size_of(batch: Any) -> int:
             f"but got{listed}\n{_CURE}"
         )
     num_samples = next(iter(shapes.values()))[0]
+    for path, column in columns.items():
+        if len(column) == num_samples:
+            _refuse_obstacle(column, path)
     for path, items in lists.items():
         if len(items) != num_samples:
             for number, item in enumerate(items):

@@ -87,6 +87,25 @@ def obstacle(item: Any) -> str:
     return "" if path is None else f"an object of class {name}, which hides data (in `{path}`)"
 
 
+def is_column(item: Any) -> bool:
+    """Whether an item is a row of labels or numbers of another library, such as a `pandas.Index`.
+
+    Args:
+        item: of a batch.
+
+    Returns:
+        Whether it has one axis and a length, and is neither a tensor nor an array that can be sliced.
+    """
+    return (
+        not isinstance(item, array_types())
+        and not sliced_shape(item)
+        and not _moves(item)
+        and hasattr(type(item), "__array__")
+        and hasattr(type(item), "__len__")
+        and getattr(item, "ndim", None) == 1
+    )
+
+
 def holds_data(item: Any) -> bool:
     """Look for data anywhere in an item.
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.optim import Optimizer
@@ -18,6 +17,7 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_memtrain.core import rehearsal
+from lightning_memtrain.core.lightning_names import overrides
 from lightning_memtrain.core.stepping import needs_closure, own_step
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.tracing import UserState
@@ -211,7 +211,7 @@ def clipping(trainer: Trainer, model: LightningModule) -> Callable[[Optimizer], 
         as it mostly does.
     """
     value: Any = trainer.gradient_clip_val
-    if not value and not is_overridden("configure_gradient_clipping", model):
+    if not value and not overrides(model, "configure_gradient_clipping"):
         return lambda optimizer: None
     by_value = str(trainer.gradient_clip_algorithm or "norm").lower().endswith("value")
     clip = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_

@@ -7,9 +7,9 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
+from lightning_memtrain.core.lightning_names import overrides
 from lightning_memtrain.core.stepping import StepsParameters, needs_closure
 from lightning_memtrain.techniques.optimizer_in_backward import _compat
 from lightning_memtrain.techniques.optimizer_in_backward.accumulation import Accumulation, choice_for
@@ -37,23 +37,23 @@ def refuse_model(model: LightningModule, *, two_pass: bool, hooks_without_gradie
             "automatic_optimization=False, whose `training_step` steps the optimizer itself. "
             "Return the loss and let Lightning optimize."
         )
-    if is_overridden("optimizer_step", model):
+    if overrides(model, "optimizer_step"):
         raise MisconfigurationException(
             "`OptimizerInBackward` steps during backward, but got a model that overrides `optimizer_step`, "
             "which could no longer decide about it. Leave it out; use a scheduler to warm up a learning rate."
         )
-    if is_overridden("configure_gradient_clipping", model):
+    if overrides(model, "configure_gradient_clipping"):
         raise MisconfigurationException(
             "`OptimizerInBackward` never has all gradients at once, but got a model that overrides "
             "`configure_gradient_clipping`. Use Trainer(gradient_clip_val=...) instead."
         )
-    if two_pass and is_overridden("backward", model):
+    if two_pass and overrides(model, "backward"):
         raise MisconfigurationException(
             '`OptimizerInBackward(clip_by_norm="two_pass")` runs backward twice, but got a model that '
             "overrides `backward`. Leave it out, or clip by value."
         )
     for name in () if hooks_without_gradients else _SEES_ALL_GRADIENTS:
-        if is_overridden(name, model):
+        if overrides(model, name):
             raise _hook_refused(name, "a model")
 
 

@@ -266,3 +266,26 @@ def test_graphs_are_split_by_the_function_that_the_error_asks_for(tmp_path: Path
     plain = train(GraphNet, graph_batches(), tmp_path)
     splits = Microbatching(num_microbatches=3, split_fn=split_graphs, weight_fn=lambda chunk: len(chunk[1]))
     assert_same_run(plain, train(GraphNet, graph_batches(), tmp_path, splits))
+
+
+class Column:
+    """Stands for a column of a table, such as a `pandas.Index`."""
+
+    ndim = 1
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.array(self.names)
+
+
+def test_names_of_features_are_passed_whole_and_a_column_with_one_per_sample_is_refused() -> None:
+    features = Column(["hour", "day"])
+    chunks = split_batch({"x": torch.zeros(6, 2), "features": features}, 3)
+    assert [chunk["features"] is features for chunk in chunks] == [True] * 3
+    with pytest.raises(MisconfigurationException, match=r"\['features'\], an object of class Column"):
+        split_batch({"x": torch.zeros(2, 2), "features": features}, 2)
