@@ -22,6 +22,7 @@ from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.ledger.workspace import OpWorkspace
 from lightning_memtrain.tracing.methods import RecordingMethods, TwinMethods
 from lightning_memtrain.tracing.questions import Answers, AsksForValue
+from lightning_memtrain.tracing.random_state import seeded
 from lightning_memtrain.tracing.reports import reports_dropped
 from lightning_memtrain.tracing.twin_mode import RecordingMode, TwinMode
 from lightning_memtrain.tracing.user_state import UserState
@@ -85,6 +86,9 @@ class FakeStep:
         with rehearsal():  # nobody who watches steps is to see what is made here
             self._state = UserState(model, step, self._arguments, self._optimizers, *also)
             self._make_twins()
+        self.depends_on_chance = False
+        """Whether another draw of random numbers may lead to another step, as where layers are left out."""
+        self._seed: int | None = None
         self.has_backward = False
         """Whether the last run had a loss to go back from."""
         self.uncounted: dict[str, str] = {}
@@ -233,10 +237,31 @@ class FakeStep:
                 _without_bystanders(optimizer)
             undo.callback(mode.put_back)
             undo.callback(torch.clear_autocast_cache)  # it holds casts of the twins
+            drawn = seeded(self._seed)
+            undo.callback(lambda: self._note_chance(mode.depends_on_chance or drawn()))
             undo.enter_context(mode)
             undo.enter_context(TwinMethods(self._answers, mode.knows))
             undo.enter_context(torch.enable_grad())
             yield undo
+
+    def _note_chance(self, depends: bool) -> None:
+        self.depends_on_chance |= depends
+
+    def take_the_fullest(self, num_draws: int) -> None:
+        """Of some draws of random numbers, keep to the one with which the step holds most.
+
+        Args:
+            num_draws: how many to try, beside the one that comes next.
+        """
+        peaks: dict[int | None, int] = {}
+        for self._seed in (None, *range(num_draws)):
+            with self.watched() as ledger:
+                try:
+                    self.run()
+                except AsksForValue:  # where no other draw led
+                    continue
+            peaks[self._seed] = ledger.breakdown(per_module=False, timeline=False).peak_bytes
+        self._seed = max(peaks, key=lambda seed: peaks[seed])
 
     def _set_up(self) -> None:
         """Optimizer state and gradients, as the step finds them."""

@@ -6,7 +6,7 @@ import pickle
 import random
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -138,3 +138,23 @@ class NumpyRandom(PythonRandom):
 
     def _set(self, state: Any) -> None:
         sys.modules["numpy"].random.set_state(pickle.loads(state))
+
+
+def seeded(seed: int | None) -> Callable[[], bool]:
+    """Begin anew with the random numbers of a seed, until somebody sets them back.
+
+    Args:
+        seed: for torch, Python and NumPy; ``None`` to go on with what comes next.
+
+    Returns:
+        A function that tells whether Python or NumPy has drawn one since; torch's draw all the time.
+    """
+    if seed is not None:
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(seed)
+    states: list[RandomState] = [PythonRandom()]
+    if "numpy" in sys.modules:
+        states.append(NumpyRandom())
+    return lambda: any(state.has_moved() for state in states)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_memtrain.ledger.storages import tensors_in
+from lightning_memtrain.tracing.chance import Chance
 from lightning_memtrain.tracing.known_shapes import SPECIAL, with_known_masks
 from lightning_memtrain.tracing.questions import Answers, Recorded, asked_by_distributions, asks
 from lightning_memtrain.tracing.usual import UsualValues
@@ -49,6 +50,7 @@ class TwinMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._answers = answers
         self._usual = UsualValues()
         self._guard = WriteGuard()
+        self._chance = Chance()
         # Real storages that an operator without data has written to.
         self._stale: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -56,6 +58,11 @@ class TwinMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def ignore_compile_internals(cls) -> bool:
         """Let torch compile functions meanwhile."""
         return True
+
+    @property
+    def depends_on_chance(self) -> bool:
+        """Whether a random number was asked for, so that another one may lead to another step."""
+        return self._chance.was_asked_for
 
     def put_back(self) -> None:
         """Give tensors that were there before what they held."""
@@ -103,6 +110,7 @@ class TwinMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._answers.pass_by(str(func))
         result = func(*args, **kwargs)
         self._guard.after(func, result)
+        self._chance.follow(func, args, result)
         return result
 
     def _on_fakes(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -26,6 +26,8 @@ _STEP_OVER_FORWARD = 3
 # So many choices are run around the one that the curve says.
 _MOST_TRIALS = 12
 _CALLS_TO_TIME = 30
+# So many draws are tried of a step that depends on random numbers.
+_DRAWS = 16
 # Of random numbers on the CPU, beside those that calls keep.
 _STATES_AT_ONCE = 3
 
@@ -86,6 +88,8 @@ class StepCurve:
         self._step = step
         self._workspace = workspace
         own = step.prepare(lambda: OwnCheckpoints(step.model))
+        if workspace is not None and step.depends_on_chance:  # a limit is for every draw
+            step.take_the_fullest(_DRAWS)
         with step.watched(workspace) as ledger, StepWatch(step.model, ledger, own.names) as watch:
             step.run()
         profile = StepProfile(watch, ledger.records, times, call_seconds())
