@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_watching() -> Iterator[None]:
+    """A ledger that a test leaves on would make others fail, far from the cause and in one order only."""
+    yield
+    assert _get_current_dispatch_mode_stack() == [], "this test, or one before it, has left a ledger on"
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,9 @@ class Peaks(Callback):
         self.ledger.__exit__(None, None, None)
         self.peaks.append(self.ledger.breakdown().ledger_peak_bytes)
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.ledger.__exit__(None, None, None)
+
 
 def train(folder: Path, *callbacks: Callback) -> tuple[int, Tensor]:
     generator = torch.Generator().manual_seed(1)
