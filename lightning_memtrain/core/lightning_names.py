@@ -183,10 +183,12 @@ def _is_of_both(thing: object) -> bool:
     return {"lightning", "pytorch_lightning"} <= roots
 
 
-# Where methods of Lightning's modules are, as they are when nobody has written another one.
+# Where methods of Lightning's modules and callbacks are, as they are when nobody has written another one.
 _OWN = (
     "lightning.pytorch.core.",
     "pytorch_lightning.core.",
+    "lightning.pytorch.callbacks.callback.",
+    "pytorch_lightning.callbacks.callback.",
     "lightning.fabric.",
     "lightning_fabric.",
     "torch.",
@@ -194,10 +196,10 @@ _OWN = (
 
 
 def overrides(module: object, method: str) -> bool:
-    """Whether a module of either package has a method of its own in the place of Lightning's.
+    """Whether a module or callback of either package has a method of its own in the place of Lightning's.
 
     Args:
-        module: a ``LightningModule``.
+        module: a ``LightningModule`` or a ``Callback``.
         method: the name of one of its methods.
 
     Returns:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -26,8 +27,11 @@ __all__ = [
     "own_step",
     "shared_state",
     "step_parameter",
+    "step_parameters",
 ]
 
+# Their classes treat each parameter by itself, and know it by its identity.
+_ONLY_LOOK_AT_GROUPS = ("torch.optim.", "torchao.optim.", "lightning_memtrain.")
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
@@ -46,7 +50,6 @@ class StepsParameters(Protocol):
         """
 
 
-@torch.no_grad()
 def step_parameter(optimizer: Optimizer, parameter: Tensor) -> None:
     """Step one parameter by the optimizer's own code; hooks and schedulers do not see it.
 
@@ -65,21 +68,31 @@ def step_parameter(optimizer: Optimizer, parameter: Tensor) -> None:
         >>> first.item(), second.item(), second.grad.item()
         (0.5, 1.0, 1.0)
     """
-    others = [
-        (p, p.grad)
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if p is not parameter and p.grad is not None
-    ]
-    # Groups keep all their parameters: some optimizers know them by their place.
-    for other, _ in others:
-        other.grad = None
+    step_parameters(optimizer, [parameter])
+
+
+@torch.no_grad()
+def step_parameters(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+    """As :func:`step_parameter`, for several at once.
+
+    Takes time by the number of parameters that are stepped, if the optimizer is of torch, torchao or this
+    library; others find all their parameters, and look at each.
+
+    Args:
+        optimizer: any that treats each parameter by itself.
+        parameters: some of its parameters; their gradients stay.
+
+    Raises:
+        MisconfigurationException: if the optimizer evaluates the model again during its step.
+    """
+    known = type(optimizer).__module__.startswith(_ONLY_LOOK_AT_GROUPS)
     try:
-        with own_step(optimizer) as step:
-            if takes_closure(optimizer):
-                step(optimizer, closure=SpentClosure(None, [parameter]))
-            else:
+        narrowed = _only_in_groups if known else _only_with_gradients
+        with narrowed(optimizer, parameters), own_step(optimizer) as step:
+            if known or not takes_closure(optimizer):
                 step(optimizer)
+            else:
+                step(optimizer, closure=SpentClosure(None, list(parameters)))
     except EvaluatesModelError as error:
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -87,9 +100,65 @@ def step_parameter(optimizer: Optimizer, parameter: Tensor) -> None:
             "Parameters can be stepped one by one only by an optimizer that steps without evaluating the "
             f"model, but got {type(optimizer).__name__}: {error}. Use another optimizer."
         ) from error
+
+
+@contextmanager
+def _only_in_groups(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Leave only some parameters in an optimizer's groups."""
+    groups = optimizer.param_groups
+    chosen: dict[int, tuple[dict[str, Any], list[Tensor]]] = {}
+    if len(groups) == 1:
+        chosen[0] = groups[0], list(parameters)
+    else:
+        for parameter in parameters:
+            group = _group_of(optimizer, parameter)
+            chosen.setdefault(id(group), (group, []))[1].append(parameter)
+    whole = [(group, group["params"]) for group, _ in chosen.values()]
+    for group, some in chosen.values():
+        group["params"] = some
+    optimizer.param_groups = [group for group, _ in chosen.values()]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
+        for group, params in whole:
+            group["params"] = params
+
+
+@contextmanager
+def _only_with_gradients(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Leave gradients only to some parameters: some optimizers know them by their place in the groups."""
+    stepped = {id(parameter) for parameter in parameters}
+    others = [
+        (p, p.grad)
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if id(p) not in stepped and p.grad is not None
+    ]
+    for other, _ in others:
+        other.grad = None
+    try:
+        yield
     finally:
         for other, gradient in others:
             other.grad = gradient
+
+
+# Where the parameters of optimizers are: number of the group and place in it, by identity.
+_places: WeakKeyDictionary[Optimizer, dict[int, tuple[int, int]]] = WeakKeyDictionary()
+
+
+def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    groups = optimizer.param_groups
+    number, place = _places.get(optimizer, {}).get(id(parameter), (0, 0))
+    # Groups may have been added, and parameters may have taken the identity of others that are gone.
+    params = groups[number]["params"] if number < len(groups) else []
+    if place >= len(params) or params[place] is not parameter:
+        _places[optimizer] = {
+            id(p): (i, j) for i, group in enumerate(groups) for j, p in enumerate(group["params"])
+        }
+        number, _ = _places[optimizer][id(parameter)]
+    return groups[number]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
-from lightning_memtrain.core import backward_is_partial
+from lightning_memtrain.core import backward_is_partial, format_bytes
 from tests.helpers.trainers import LIGHTNING_WARNINGS, assert_torch_is_as_found, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
@@ -318,3 +318,80 @@ def test_frozen_layers_that_are_thawed_are_stepped_from_then_on(tmp_path: Path) 
     plain, _ = train(adamw, tmp_path, Thaws())
     model, _ = train(adamw, tmp_path, Thaws(), mt.OptimizerInBackward())
     assert_equal(plain, model)
+
+
+@pytest.mark.filterwarnings("ignore:With clip_by_norm")
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("accumulation", "options"),
+    [
+        (None, {}),
+        (None, CLIPPING["by norm"]),
+        (mt.ExactMomentum(), {"accumulate_grad_batches": 2}),
+    ],
+    ids=["plain", "clipped", "accumulated"],
+)
+def test_what_moves_by_gradients_moves_as_without(
+    accumulation: Any, options: dict[str, Any], order: int, tmp_path: Path
+) -> None:
+    def sparse() -> mt.SparseTraining:
+        return mt.SparseTraining(mt.RigL(0.5, drop=0.5), mt.UpdateEvery(2, stop=1.0))
+
+    plain, _ = train(sgd, tmp_path, sparse(), **options)
+    two_pass = "two_pass" if accumulation is None else None
+    callbacks = [sparse(), mt.OptimizerInBackward(accumulation, clip_by_norm=two_pass)]
+    model, _ = train(sgd, tmp_path, *callbacks[::order], **options)
+    assert_equal(plain, model, **({} if accumulation is None else {"rtol": 1e-4, "atol": 1e-6}))
+    unmoved, _ = train(sgd, tmp_path, mt.SparseTraining(mt.StaticSparse(0.5)), **options)
+    assert not torch.equal(unmoved.net[0][0].sparsity_pattern, model.net[0][0].sparsity_pattern)
+
+
+class Peaks(Callback):
+    """The most that was live in each batch."""
+
+    def __init__(self) -> None:
+        self.peaks: list[int] = []
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.ledger = mt.MemoryLedger(pl_module, trainer.optimizers, batch).__enter__()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.ledger.__exit__(None, None, None)
+        self.peaks.append(self.ledger.breakdown().ledger_peak_bytes)
+
+
+class Tall(Net):
+    """Recomputed blocks hold much more than gradients do."""
+
+    rows = 400
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        rows = torch.randn(self.rows, WIDTH, generator=torch.Generator().manual_seed(3))
+        return DataLoader(rows.repeat(4, 1), batch_size=self.rows)
+
+    val_dataloader = train_dataloader
+
+
+def test_two_passes_say_so_where_they_hold_more_than_one(tmp_path: Path) -> None:
+    def fit(rows: int, *techniques: Any) -> int:
+        torch.manual_seed(0)
+        model, peaks = Tall(adamw), Peaks()
+        model.rows = rows
+        options = {"gradient_clip_val": 0.1, "limit_val_batches": 0}
+        recompute = mt.ActivationCheckpointing("full")
+        quiet_trainer(tmp_path, recompute, *techniques, peaks, **options).fit(model)
+        return peaks.peaks[1]  # when there is state, and gradients are left from the step before
+
+    plain_bytes = fit(Tall.rows)
+    with pytest.warns(mt.NoEffectWarning, match="keeps the whole graph") as warned:
+        two_passes_bytes = fit(Tall.rows, mt.OptimizerInBackward(clip_by_norm="two_pass"))
+    assert two_passes_bytes > plain_bytes
+    (message,) = [str(one.message) for one in warned if one.category is mt.NoEffectWarning]
+    said = [text in message for text in map(format_bytes, (two_passes_bytes, plain_bytes))]
+    assert said == [True, True], message
+
+    fit(4, mt.OptimizerInBackward(clip_by_norm="two_pass"))  # gradients are the most; a warning is an error

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
@@ -58,6 +59,13 @@ class Skips(Net):
         return super().training_step(batch, batch_idx)
 
 
+class HooksTheWrapper(Callback):
+    """Registers what the strategy is not told of."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.strategy.model.register_comm_hook(None, default_hooks.allreduce_hook)
+
+
 CASES: dict[str, tuple[bool, Callable[[], mt.OptimizerInBackward], dict[str, Any], bool]] = {
     "AdamW": (True, mt.OptimizerInBackward, {}, False),
     "SGD": (False, mt.OptimizerInBackward, {}, False),
@@ -80,6 +88,7 @@ REFUSED: dict[str, tuple[dict[str, Any], mt.Accumulation | None, str]] = {
     "unused": ({"find_unused_parameters": True}, None, "find_unused_parameters=True"),
     "static": ({"static_graph": True}, None, "static_graph=True"),
     "hook": ({"ddp_comm_hook": print}, None, "ddp_comm_hook"),
+    "hook on the wrapper": ({}, None, "register_comm_hook"),
     "AdamA": ({}, mt.AdamA(), "another optimizer state"),
 }
 
@@ -99,8 +108,9 @@ def trained(folder: Path, model: Net, *callbacks: Any, **options: Any) -> Net:
 def check(name: str, folder: Path, rank: int) -> Any:
     if name in REFUSED:
         ddp, accumulation, message = REFUSED[name]
+        others = [HooksTheWrapper()] if name == "hook on the wrapper" else []
         with pytest.raises(MisconfigurationException, match=message):
-            trained(folder, Net(adam=True), mt.OptimizerInBackward(accumulation), ddp=ddp)
+            trained(folder, Net(adam=True), mt.OptimizerInBackward(accumulation), *others, ddp=ddp)
         return True
     if name in SKIPPING:
         accumulation = SKIPPING[name]

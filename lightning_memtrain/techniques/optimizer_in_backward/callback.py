@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -17,6 +18,7 @@ from lightning_memtrain.core import (
     StepsParameters,
     TechniqueRecord,
     backward_is_partial,
+    format_bytes,
     step_parameter,
 )
 from lightning_memtrain.techniques.optimizer_in_backward import _compat
@@ -26,9 +28,11 @@ from lightning_memtrain.techniques.optimizer_in_backward.parallel import Gradien
 from lightning_memtrain.techniques.optimizer_in_backward.refusals import (
     accumulation_refused,
     refuse_callbacks,
+    refuse_comm_hook,
     refuse_model,
     refuse_run,
 )
+from lightning_memtrain.techniques.optimizer_in_backward.two_passes import Peaks, TwoPassesWatch
 
 
 class OptimizerInBackward(Callback):
@@ -73,6 +77,9 @@ class OptimizerInBackward(Callback):
         arXiv:2306.09782.
     """
 
+    #: For callbacks that need gradients: they must be seen while they are made.
+    frees_gradients = True
+
     def __init__(
         self,
         accumulation: Accumulation | None = None,
@@ -96,6 +103,9 @@ class OptimizerInBackward(Callback):
         self._steps: BackwardSteps | None = None
         self._averages: GradientAverages | None = None
         self._max_norm: float | None = None
+        self._watch: TwoPassesWatch | None = None
+        self._peaks: Peaks | None = None
+        self._has_stepped = False
         self._window: dict[int, bool] = {}
         self._events: tuple[str, ...] = ()
         self._undo: Callable[[], None] | None = None
@@ -124,6 +134,7 @@ class OptimizerInBackward(Callback):
         clip_value = float(trainer.gradient_clip_val or 0)
         by_value = trainer.gradient_clip_algorithm == "value"
         self._max_norm = clip_value if clip_value > 0 and not by_value else None
+        self._peaks, self._has_stepped = None, False
         self._steps = BackwardSteps(
             optimizer,
             plugin.step_parameter if isinstance(plugin, StepsParameters) else step_parameter,
@@ -134,6 +145,8 @@ class OptimizerInBackward(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on within a window, now that the state of the optimizer is restored."""
+        if self._averages is not None:
+            refuse_comm_hook(trainer.strategy)  # that somebody's `on_fit_start` has put on the wrapper
         if self._steps is not None and self._window:
             self._steps.resume_window(self._window)
         self._window = {}
@@ -144,6 +157,26 @@ class OptimizerInBackward(Callback):
         """Keep DistributedDataParallel from communicating gradients by itself."""
         if self._averages is not None and self._steps is not None and not self._steps.window():
             self._averages.begin_batch()
+        if self._max_norm is not None and self._peaks is None and self._has_stepped:
+            self._watch = TwoPassesWatch(pl_module, trainer.optimizers, batch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Say so if two passes hold more than one would."""
+        self._has_stepped = True  # so that the next batch finds the state of the optimizer
+        watch, self._watch = self._watch, None
+        if watch is None:
+            return
+        self._peaks = watch.close()
+        if self._peaks is not None and self._peaks.two_passes_bytes > self._peaks.plain_bytes:
+            rank_zero_warn(
+                'With clip_by_norm="two_pass" `OptimizerInBackward` holds '
+                f"{format_bytes(self._peaks.two_passes_bytes)} in a step of this model, where about "
+                f"{format_bytes(self._peaks.plain_bytes)} would do without it: the first backward keeps the "
+                "whole graph. Clip by value (gradient_clip_algorithm='value'), or leave it out.",
+                category=NoEffectWarning,
+            )
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Follow the backward that begins now."""
@@ -158,12 +191,18 @@ class OptimizerInBackward(Callback):
             )
         self._steps.begin(loss, last=last)
         if self._max_norm is not None:
+            if self._watch is not None:
+                self._watch.first_begins()
             self._steps.measure(loss, self._max_norm)
+            if self._watch is not None:
+                self._watch.second_begins()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Step what had to wait for the end of backward."""
         if self._steps is not None:
             self._steps.end()
+        if self._watch is not None:
+            self._watch.second_ends()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -200,6 +239,9 @@ class OptimizerInBackward(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take all hooks off."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
         if self._undo is not None:
             self._undo()
             self._undo = None

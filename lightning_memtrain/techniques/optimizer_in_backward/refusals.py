@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
-from lightning_memtrain.core.lightning_names import overrides
+from lightning_memtrain.core.lightning_names import namesake, overrides
 from lightning_memtrain.core.stepping import StepsParameters, needs_closure
 from lightning_memtrain.techniques.optimizer_in_backward import _compat
 from lightning_memtrain.techniques.optimizer_in_backward.accumulation import Accumulation, choice_for
@@ -79,8 +80,7 @@ def refuse_callbacks(trainer: Trainer, *, hooks_without_gradients: bool) -> None
         if hooks_without_gradients or type(callback).__module__.startswith("lightning_memtrain."):
             continue
         for name in _SEES_ALL_GRADIENTS:
-            own = name in vars(callback) or getattr(type(callback), name) is not getattr(Callback, name)
-            if own:
+            if overrides(callback, name):
                 raise _hook_refused(name, type(callback).__name__)
 
 
@@ -158,6 +158,23 @@ def _hook_refused(name: str, owner: str) -> MisconfigurationException:
     )
 
 
+def refuse_comm_hook(strategy: Strategy) -> None:
+    """Refuse a hook that gets whole buckets of gradients; it may be put on DDP's wrapper at any time.
+
+    Args:
+        strategy: the run's.
+
+    Raises:
+        MisconfigurationException: if there is one.
+    """
+    if _compat.has_comm_hook(strategy):
+        raise MisconfigurationException(
+            "`OptimizerInBackward` averages gradients over ranks one by one, but got a communication hook "
+            "(DDPStrategy(ddp_comm_hook=...) or register_comm_hook), which works on buckets of gradients. "
+            "Leave it out."
+        )
+
+
 def _refuse_strategy(trainer: Trainer, accumulation: Accumulation | None) -> None:
     strategy = trainer.strategy
     names = {kind.__name__ for kind in type(strategy).__mro__}
@@ -168,13 +185,12 @@ def _refuse_strategy(trainer: Trainer, accumulation: Accumulation | None) -> Non
         )
     if trainer.world_size == 1:
         return
+    refuse_comm_hook(strategy)
     reason = None
     options = _compat.ddp_options(strategy)
     for option in ("find_unused_parameters", "static_graph"):
         if options.get(option):
             reason = f"{option}=True: all parameters must get a gradient on every rank. Leave it out"
-    if _compat.ddp_comm_hook(strategy) is not None:
-        reason = "a ddp_comm_hook, which works on buckets of gradients. Leave it out"
     if accumulation is not None and not accumulation.exact:
         reason = (
             f"accumulation={accumulation!r}, by which each rank would have another optimizer state. "
@@ -196,7 +212,8 @@ def _refuse_precision(trainer: Trainer) -> None:
         )
     if isinstance(plugin, StepsParameters):
         return
-    if type(plugin).optimizer_step not in (Precision.optimizer_step, MixedPrecision.optimizer_step):
+    kinds = [namesake(kind, like=plugin) for kind in (Precision, MixedPrecision)]
+    if type(plugin).optimizer_step not in [kind.optimizer_step for kind in kinds]:
         raise MisconfigurationException(
             f"`OptimizerInBackward` needs a precision plugin that steps as Lightning's do, but got "
             f"{type(plugin).__name__}, which overrides `optimizer_step`. "

@@ -251,7 +251,8 @@ class SparseTraining(Callback):
         soon = range(self._steps + 1, self._steps + 1 + self._steps_of_batch)
         due = self._pending or next((s for s in soon if self._ticks and self._ticks.is_due(s)), 0)
         if due and (not self._updater.is_watching or self._watched_at != trainer.global_step):
-            self._updater.watch(self._moment(due))
+            freed = any(getattr(one, "frees_gradients", False) for one in trainer.callbacks)  # type: ignore[attr-defined]
+            self._updater.watch(self._moment(due), gradients_stay=not freed)
             self._watched_at = trainer.global_step
         self._steps_of_batch = 0
 
@@ -262,6 +263,8 @@ class SparseTraining(Callback):
         elif self._updater is not None:
             self._updater.note_gradients()
         self._with_gradient |= {path for path, one in self._values().items() if one.grad is not None}
+        if self._updater is not None:
+            self._with_gradient |= set(self._updater.seen)
 
     def _average_gradients(self) -> None:
         distributed.average_gradients(self._weights)

@@ -6,7 +6,7 @@ are hidden from it; their gradients are averaged here, in one message.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -115,6 +115,17 @@ def average_gradients(weights: Mapping[str, SparseWeight]) -> None:
                 parameter.grad = mean.clone()
             elif share and parameter.grad is not None:
                 parameter.grad.copy_(mean)
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Average tensors over ranks, in place.
+
+    Args:
+        tensors: as many, in the same order, on every rank.
+    """
+    for tensor in tensors:
+        tensor /= distributed.get_world_size()
+        distributed.all_reduce(tensor)
 
 
 def average_candidates(found: Mapping[str, Candidates]) -> dict[str, Candidates]:

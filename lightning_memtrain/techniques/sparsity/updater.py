@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_memtrain.core import NoEffectWarning
+from lightning_memtrain.core import NoEffectWarning, rehearsal_depth
 from lightning_memtrain.techniques.sparsity import distributed, sharding
 from lightning_memtrain.techniques.sparsity.candidates import Candidates, CandidateWatch, watch_candidates
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
@@ -72,6 +73,9 @@ class Updater:
         self._watch: CandidateWatch | None = None
         self._watched: list[str] = []
         self._gradients: dict[str, Tensor] = {}
+        # The same, as they come, where they do not stay; and what ends that.
+        self._passing: dict[str, Tensor] = {}
+        self._undo: list[Callable[[], None]] = []
         self._unseen: set[str] = set()
 
     @property
@@ -79,17 +83,24 @@ class Updater:
         """Whether backward looks for candidates."""
         return self._watch is not None
 
-    def watch(self, moment: Moment) -> None:
+    def watch(self, moment: Moment, *, gradients_stay: bool = True) -> None:
         """Let every backward from now on find what the update of a moment has to know, if anything.
 
         Args:
             moment: of the next update.
+            gradients_stay: whether those of values are there after backward, for :meth:`note_gradients`;
+                otherwise they are seen while they are made.
         """
         self.close()
         wanted = self._wanted(moment)
-        if wanted:
-            self._watched = list(wanted)
-            self._watch = watch_candidates(self.weights, wanted)
+        if not wanted:
+            return
+        self._watched = list(wanted)
+        self._watch = watch_candidates(self.weights, wanted)
+        for name in () if gradients_stay else wanted:
+            see = functools.partial(self._see_gradient, name)
+            handle = self.weights[name].values.register_hook(see)  # type: ignore[no-untyped-call]
+            self._undo.append(handle.remove)
 
     def lacks_candidates(self, moment: Moment) -> bool:
         """Whether an update has to wait for a backward that is watched.
@@ -114,10 +125,24 @@ class Updater:
 
     def note_gradients(self) -> None:
         """Remember the gradients of watched values, which clipping and unscaling are yet to change."""
+        if self._undo:
+            return  # what is still there may be clipped already
         for name in self._watched if self._watch is not None else ():
             gradient = self.weights[name].values.grad
             if gradient is not None:
                 self._gradients[name] = gradient.detach().float().abs()
+
+    @property
+    def seen(self) -> Collection[str]:
+        """Layers whose gradients did not stay, but were seen."""
+        return self._passing.keys()
+
+    @torch.no_grad()
+    def _see_gradient(self, name: str, gradient: Tensor) -> None:
+        if rehearsal_depth():
+            return
+        seen = self._passing.get(name)
+        self._passing[name] = gradient.detach().clone() if seen is None else seen.add_(gradient)
 
     @torch.no_grad()
     def update(self, moment: Moment, optimizers: Sequence[Optimizer]) -> Moved:
@@ -157,7 +182,10 @@ class Updater:
         """Stop watching; further calls do nothing."""
         if self._watch is not None:
             self._watch.close()
-        self._watch, self._watched, self._gradients = None, [], {}
+        for undo in self._undo:
+            undo()
+        self._watch, self._watched, self._undo = None, [], []
+        self._gradients, self._passing = {}, {}
 
     def _trained(self) -> dict[str, SparseWeight]:
         """What is frozen keeps its pattern."""
@@ -191,6 +219,12 @@ class Updater:
                 found[name] = Candidates(nothing.long(), nothing)
         if self._watched and self.num_ranks > 1:
             found = distributed.average_candidates(found)
+            if self._undo:  # as many on every rank
+                for name in self._watched:
+                    self._passing.setdefault(name, torch.zeros_like(self.weights[name].values.detach()))
+                distributed.average(self._passing[name] for name in self._watched)
+        for name, gradient in self._passing.items():
+            self._gradients[name] = gradient.float().abs()
         return found
 
     def _warn_of_unseen(self, candidates: Mapping[str, Candidates], moment: Moment) -> None:

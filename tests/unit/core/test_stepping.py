@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,6 +13,7 @@ from lightning_memtrain.core.stepping import (
     changed_shared_state,
     shared_state,
     step_parameter,
+    step_parameters,
 )
 
 OPTIMIZERS = {
@@ -105,3 +108,62 @@ def test_optimizers_without_hooks_of_their_own() -> None:
     parameter.grad = torch.ones(2)
     step_parameter(Wrapper(torch.optim.SGD([parameter], lr=0.5)), parameter)
     assert parameter.tolist() == [0.5, 0.5]
+
+
+def small_parameters(num: int) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    found = [nn.Parameter(torch.randn(3, generator=generator)) for _ in range(num)]
+    for parameter in found:
+        parameter.grad = torch.randn(3, generator=generator)
+    return found
+
+
+class ByPlace(torch.optim.SGD):
+    """Knows parameters by their place in the groups, as some libraries' optimizers do."""
+
+    def step(self, closure: Any = None) -> None:
+        for i, group in enumerate(self.param_groups):
+            for j, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    parameter.data.add_(parameter.grad, alpha=-0.1 * (10 * i + j))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, ByPlace])
+def test_some_parameters_of_several_groups_step_as_in_a_whole_step(kind: type[torch.optim.Optimizer]) -> None:
+    whole, parts = small_parameters(7), small_parameters(7)
+
+    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return kind([{"params": parameters[:3]}, {"params": parameters[3:], "lr": 0.3}], lr=0.1)
+
+    reference, optimizer = make(whole), make(parts)
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    gradients = [parameter.grad for parameter in parts]
+    for _ in range(2):
+        reference.step()
+        for some in ([0, 4, 2], [1], [6, 5, 3]):
+            step_parameters(optimizer, [parts[i] for i in some])
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one, other)
+    for group, expected in zip(optimizer.param_groups, groups, strict=True):
+        assert all(one is other for one, other in zip(group["params"], expected, strict=True))
+    assert all(parameter.grad is gradient for parameter, gradient in zip(parts, gradients, strict=True))
+
+
+def test_parameters_of_a_group_that_is_added_later_are_found() -> None:
+    parameters = small_parameters(3)
+    optimizer = torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:2]}], lr=1.0)
+    step_parameters(optimizer, parameters[:2])
+    optimizer.add_param_group({"params": parameters[2:]})
+    before = [parameter.detach().clone() for parameter in parameters]
+    step_parameters(optimizer, parameters[2:])
+    moved = [not torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True)]
+    assert moved == [False, False, True]
+
+
+def test_a_step_that_fails_leaves_groups_as_they_were() -> None:
+    first, second = small_parameters(2)
+    optimizer = torch.optim.SGD([first, second], lr=1.0)
+    optimizer.param_groups[0]["lr"] = "fast"
+    with pytest.raises(TypeError):
+        step_parameters(optimizer, [second])
+    assert optimizer.param_groups[0]["params"] == [first, second]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_memtrain import Category, MemoryLedger
 from lightning_memtrain.core import step_parameter
+from lightning_memtrain.core.stepping import step_parameters
 from lightning_memtrain.techniques.checkpointing import Nested, Recomputed, insert_checkpoints
-from lightning_memtrain.techniques.optimizer_in_backward import AdamA, ExactMomentum
+from lightning_memtrain.techniques.optimizer_in_backward import AdamA, ExactMomentum, engine
 from lightning_memtrain.techniques.optimizer_in_backward.engine import BackwardSteps
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -304,3 +306,91 @@ def test_adam_accumulation_is_its_equations() -> None:
         weight -= 0.1 * (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-3)
     torch.testing.assert_close(model.weight.double(), weight, rtol=1e-5, atol=1e-6)
     assert optimizer.state[model.weight].keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def many_small(num: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(num)))
+
+
+@pytest.mark.parametrize("make", [sgd, torch.optim.AdamW])
+def test_small_parameters_are_stepped_together_and_as_in_plain_torch(
+    make: MakeOptimizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stepped: list[int] = []
+
+    def count(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> None:
+        stepped.append(len(parameters))
+        step_parameters(optimizer, parameters)
+
+    monkeypatch.setattr(engine, "step_parameters", count)
+    _, steps = assert_trains_as_plain(many_small(100), make)
+    assert sum(stepped) == steps.num_stepped == 4 * 200
+    # A 32nd of all gradients is 900 bytes: three layers, and one parameter more. The very first is stepped
+    # alone, which tells whether the optimizer can do so at all.
+    assert stepped[0] == 1
+    assert set(stepped[1:-1]) <= {7, 8}
+    assert len(stepped) == 4 * 25 + 1
+
+
+def test_what_waits_is_a_small_part_of_all_gradients() -> None:
+    model = many_small(100)
+    optimizer = sgd(model.parameters())
+    steps = BackwardSteps(optimizer, step_parameter)
+    batch = torch.ones(2, 8)
+    backward(steps, model(batch).sum())  # makes the momentum
+    total = sum(p.nbytes for p in model.parameters())
+    with MemoryLedger(model, optimizer, batch) as ledger:
+        backward(steps, model(batch).sum())
+    # Until more than a 32nd waits, with the one that is more, and one of the layer's other parameter.
+    assert ledger.breakdown().maxima[Category.GRADIENTS] <= total / 32 + 2 * 4 * 64
+
+
+def test_hooks_of_others_stay_and_run_before_the_step() -> None:
+    layer = nn.Linear(2, 1)
+    seen: list[bool] = []
+    own = layer.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad is not None))
+    steps = BackwardSteps(sgd(layer.parameters()), step_parameter)
+    for number in (1, 2):
+        loss = layer(torch.ones(1, 2)).sum()
+        steps.begin(loss, last=True)
+        later = layer.bias.register_post_accumulate_grad_hook(lambda p: None)
+        loss.backward()
+        steps.end()
+        assert seen == [True] * number
+        assert list(layer.weight._post_accumulate_grad_hooks) == [own.id]
+        assert list(layer.bias._post_accumulate_grad_hooks) == [later.id]
+        later.remove()
+    assert steps.num_stepped == 4
+
+
+def test_a_failed_backward_leaves_nothing_waiting() -> None:
+    model = many_small(2)
+    steps = BackwardSteps(sgd(model.parameters()), step_parameter)
+    backward(steps, model(torch.ones(1, 8)).sum())
+    before = copy.deepcopy(model.state_dict())
+    loss = model(torch.ones(1, 8)).sum()
+    steps.begin(loss, last=True)
+    loss.backward()  # all of it is less than what may wait
+    steps.abandon()
+    steps.end()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_parameters_can_be_stepped_amid_a_backward_that_records_a_graph() -> None:
+    layer, plain = nn.Linear(2, 1), nn.Linear(2, 1)
+    plain.load_state_dict(layer.state_dict())
+    optimizer, reference = sgd(layer.parameters()), sgd(plain.parameters())
+    steps = BackwardSteps(optimizer, step_parameter)
+    for _ in range(2):
+        reference.zero_grad()
+        plain(torch.ones(1, 2)).square().sum().backward()
+        reference.step()
+        loss = layer(torch.ones(1, 2)).square().sum()
+        steps.begin(loss, last=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of cycles
+            loss.backward(create_graph=True)
+        steps.end()
+    assert torch.equal(plain.weight, layer.weight)
+    assert not layer.weight.grad_fn

@@ -266,7 +266,9 @@ def test_candidates_are_watched_only_in_the_step_before_an_update(
     watched: list[int] = []
     inner = Updater.watch
     monkeypatch.setattr(
-        Updater, "watch", lambda self, moment: (watched.append(moment.step), inner(self, moment))[1]
+        Updater,
+        "watch",
+        lambda self, moment, **how: (watched.append(moment.step), inner(self, moment, **how))[1],
     )
 
     class Looks(Net):
