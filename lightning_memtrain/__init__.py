@@ -1,11 +1,12 @@
 """Train PyTorch Lightning models in a fraction of the memory, and see where every byte goes."""
 
-import sys as _sys
+from functools import partial as _partial
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 
 from lightning_memtrain.__about__ import __version__
+from lightning_memtrain._registration import when_imported as _when_imported
 
 if TYPE_CHECKING:
     from lightning_memtrain.core import (
@@ -243,7 +244,21 @@ def __dir__() -> list[str]:
     return __all__
 
 
-# Strategies that are chosen by name have to be known before a Trainer looks for them. Whoever uses a Trainer
-# has imported Lightning, so this costs no import that was not made anyway.
-if "lightning.pytorch" in _sys.modules:
-    _import_module(f"{__name__}.techniques.microbatching.strategies")
+# Strategies that are chosen by name have to be known before a Trainer looks for them.
+_STRATEGIES = {"memtrain_ddp": "MemtrainDDPStrategy", "memtrain_fsdp": "MemtrainFSDPStrategy"}
+
+
+def _make_strategy(name: str, **options: object) -> object:
+    kind = getattr(_import_module(f"{__name__}.{_ROOMS[_STRATEGIES[name]]}"), _STRATEGIES[name])
+    return kind(**options)
+
+
+def _register_strategies(package: str) -> None:
+    registry = _import_module(f"{package}.strategies").StrategyRegistry
+    for name in _STRATEGIES:
+        if name not in registry:
+            registry.register(name, _partial(_make_strategy, name), "with Microbatching")
+
+
+for _package in ("lightning.pytorch", "pytorch_lightning"):
+    _when_imported(_package, _partial(_register_strategies, _package))

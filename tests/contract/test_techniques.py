@@ -8,16 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
 from lightning_memtrain.core import is_technique
-from tests.helpers.trainers import LIGHTNING_WARNINGS, assert_torch_is_as_found, quiet_trainer
+from tests.helpers.trainers import LIGHTNING_WARNINGS, PACKAGES, assert_torch_is_as_found, of, quiet_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings(*LIGHTNING_WARNINGS),
@@ -57,7 +58,7 @@ IDENTITIES: dict[str, Callable[[], Any]] = {
 WIDTH, ROWS, NUM_BATCHES = 8, 14, 5
 
 
-class SmallNet(LightningModule):
+class Net:
     """Blocks without randomness; a batch can be split and parts of it recomputed."""
 
     def __init__(self) -> None:
@@ -82,12 +83,17 @@ class SmallNet(LightningModule):
         return DataLoader(rows, batch_size=ROWS)
 
 
+class SmallNet(Net, LightningModule):
+    """In the package that most tests use."""
+
+
 def fit(folder: Path, *techniques: Any, max_epochs: int = 2, **options: Any) -> tuple[SmallNet, Trainer]:
     seed_everything(1, verbose=False)
-    model = options.pop("model", None) or SmallNet()
+    package = options.get("package", lightning.pytorch)
+    model = options.pop("model", None) or of(Net, package.LightningModule)
     checkpoint = options.pop("ckpt_path", None)
-    callbacks = [one for one in techniques if isinstance(one, Callback)]
-    plugins = [one for one in techniques if not isinstance(one, Callback)]
+    callbacks = [one for one in techniques if not isinstance(one, mt.LowPrecision)]
+    plugins = [one for one in techniques if isinstance(one, mt.LowPrecision)]
     trainer = quiet_trainer(
         folder, *callbacks, plugins=plugins, max_epochs=max_epochs, gradient_clip_val=1.0, **options
     )
@@ -104,11 +110,13 @@ def made(names: tuple[str, ...]) -> list[Any]:
     return [CASES[name]() for name in names]
 
 
+@pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("names", [(name,) for name in CASES] + PAIRS, ids=" + ".join)
-def test_an_exact_technique_trains_as_without(names: tuple[str, ...], tmp_path: Path) -> None:
-    plain, plain_trainer = fit(tmp_path)
+def test_an_exact_technique_trains_as_without(names: tuple[str, ...], package: str, tmp_path: Path) -> None:
+    name = {"package": PACKAGES[package]}
+    plain, plain_trainer = fit(tmp_path, **name)
     techniques = made(names)
-    model, trainer = fit(tmp_path, *techniques)
+    model, trainer = fit(tmp_path, *techniques, **name)
     assert {name for name, one in zip(names, techniques, strict=True) if not one.exact} == INEXACT & {*names}
     if not INEXACT.intersection(names):
         assert_same(plain, model, rtol=1e-10, atol=1e-12)
@@ -131,12 +139,16 @@ def test_an_identity_setting_changes_nothing_at_all(name: str, tmp_path: Path) -
     assert trainer.logged_metrics == plain_trainer.logged_metrics
 
 
+@pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("names", [(name,) for name in CASES] + PAIRS, ids=" + ".join)
-def test_a_run_that_is_resumed_equals_the_uninterrupted_one(names: tuple[str, ...], tmp_path: Path) -> None:
-    whole, _ = fit(tmp_path, *made(names))
-    _, first = fit(tmp_path, *made(names), max_epochs=1)
+def test_a_run_that_is_resumed_equals_the_uninterrupted_one(
+    names: tuple[str, ...], package: str, tmp_path: Path
+) -> None:
+    name = {"package": PACKAGES[package]}
+    whole, _ = fit(tmp_path, *made(names), **name)
+    _, first = fit(tmp_path, *made(names), max_epochs=1, **name)
     first.save_checkpoint(tmp_path / "half.ckpt")
-    resumed, _ = fit(tmp_path, *made(names), ckpt_path=tmp_path / "half.ckpt")
+    resumed, _ = fit(tmp_path, *made(names), ckpt_path=tmp_path / "half.ckpt", **name)
     assert_same(whole, resumed)
 
 
@@ -185,3 +197,16 @@ def test_the_cases_are_all_public_techniques() -> None:
         and name != "Technique"
     }
     assert public == {name.partition(",")[0] for name in CASES} == IDENTITIES.keys()
+
+
+@pytest.mark.skipif(len(PACKAGES) < 2, reason="needs pytorch_lightning")
+@pytest.mark.parametrize("names", [(name,) for name in CASES if "auto" not in name], ids=" + ".join)
+def test_a_mix_of_both_packages_is_refused_in_one_sentence(names: tuple[str, ...], tmp_path: Path) -> None:
+    timer = PACKAGES["pytorch_lightning"].callbacks.Timer()
+    expected = (
+        f"`{names[0]}` needs a run whose parts are all of one package, but got a Trainer of `lightning` with "
+        "Timer of `pytorch_lightning`. Import both from the same one."
+    )
+    with pytest.raises(MisconfigurationException) as caught:
+        fit(tmp_path, timer, *made(names))
+    assert str(caught.value) == expected

@@ -10,15 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
 from lightning_memtrain.tracing import UserState
 from tests.contract.test_techniques import CASES, INEXACT, PAIRS
-from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
+from tests.helpers.trainers import LIGHTNING_WARNINGS, PACKAGES, of, quiet_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings(*LIGHTNING_WARNINGS),
@@ -72,7 +71,7 @@ class Following(torch.optim.SGD):
         return loss
 
 
-class Citizen(LightningModule):
+class Citizen:
     """A backbone that thaws, tied weights, a module that is called twice, and state of every kind."""
 
     def __init__(self) -> None:
@@ -120,7 +119,7 @@ class Citizen(LightningModule):
         return DataLoader([*zip(rows, labels, strict=True)], batch_size=ROWS, collate_fn=collate)
 
 
-class Thaw(BaseFinetuning):
+class Thaw:
     """Freezes the backbone for the first epoch."""
 
     def freeze_before_training(self, pl_module: Any) -> None:
@@ -131,12 +130,13 @@ class Thaw(BaseFinetuning):
             self.unfreeze_and_add_param_group(pl_module.backbone, optimizer)
 
 
-def fit(folder: Path, *techniques: Any) -> tuple[Citizen, Trainer]:
+def fit(folder: Path, package: Any, *techniques: Any) -> tuple[Any, Trainer]:
     seed_everything(1, verbose=False)
-    model = Citizen()
-    callbacks = [one for one in techniques if isinstance(one, Callback)]
-    plugins = [one for one in techniques if not isinstance(one, Callback)]
-    trainer = quiet_trainer(folder, Thaw(), *callbacks, plugins=plugins, max_epochs=2)
+    model = of(Citizen, package.LightningModule)
+    thaw = of(Thaw, package.callbacks.BaseFinetuning)
+    callbacks = [one for one in techniques if not isinstance(one, mt.LowPrecision)]
+    plugins = [one for one in techniques if isinstance(one, mt.LowPrecision)]
+    trainer = quiet_trainer(folder, thaw, *callbacks, package=package, plugins=plugins, max_epochs=2)
     trainer.fit(model)
     return model, trainer
 
@@ -162,17 +162,19 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("names", RUNS, ids=" + ".join)
-def test_untidy_code_trains_as_without(names: tuple[str, ...], tmp_path: Path) -> None:
+def test_untidy_code_trains_as_without(names: tuple[str, ...], package: str, tmp_path: Path) -> None:
     if names[0].partition(",")[0] == names[-1].partition(",")[0] and len(names) == 2:
         pytest.skip("the same technique twice")
-    plain, plain_trainer = fit(tmp_path)
+    lightning = PACKAGES[package]
+    plain, plain_trainer = fit(tmp_path, lightning)
     refusal = next((text for pair, text in REFUSED.items() if {*pair} <= {*names}), None)
     if refusal is not None:
         with pytest.raises(MisconfigurationException, match=refusal):
-            fit(tmp_path, *(ALL[name]() for name in names))
+            fit(tmp_path, lightning, *(ALL[name]() for name in names))
         return
-    model, trainer = fit(tmp_path, *(ALL[name]() for name in names))
+    model, trainer = fit(tmp_path, lightning, *(ALL[name]() for name in names))
     assert trainer.global_step == plain_trainer.global_step
     assert trainer.optimizers[0].history["steps"] == plain_trainer.optimizers[0].history["steps"]
     assert trainer.optimizers[0].history["rates"] == plain_trainer.optimizers[0].history["rates"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -19,7 +21,27 @@ LIGHTNING_WARNINGS = (
 )
 
 
-def quiet_trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
+try:
+    import pytorch_lightning
+except ImportError:  # as with the lowest versions
+    pytorch_lightning = None
+#: Lightning under both of its names.
+PACKAGES = {"lightning": lightning.pytorch} | (
+    {} if pytorch_lightning is None else {"pytorch_lightning": pytorch_lightning}
+)
+
+
+def of(code: type, base: type) -> Any:
+    """What somebody has written, who imports Lightning under this name."""
+    return _class_of(code, base)()
+
+
+@functools.cache
+def _class_of(code: type, base: type) -> type:
+    return type(code.__name__, (code, base), {"__doc__": code.__doc__})
+
+
+def quiet_trainer(folder: Path, *callbacks: Any, package: Any = lightning.pytorch, **options: Any) -> Trainer:
     options = {
         "accelerator": "cpu",
         "devices": 1,
@@ -29,7 +51,8 @@ def quiet_trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     } | options
-    return Trainer(default_root_dir=folder, callbacks=list(callbacks), **options)
+    trainer: Trainer = package.Trainer(default_root_dir=folder, callbacks=list(callbacks), **options)
+    return trainer
 
 
 def fit(model: LightningModule, callback: MemoryProfiler, folder: Path, **options: Any) -> Trainer:

@@ -19,6 +19,7 @@ from lightning_memtrain.core import (
     parse_bytes,
     wrap_training_step,
 )
+from lightning_memtrain.core.lightning_names import in_both, refuse_mix
 from lightning_memtrain.techniques.checkpointing.automatic import AutomaticChoice
 from lightning_memtrain.techniques.checkpointing.insertion import Checkpoints, insert_checkpoints
 from lightning_memtrain.techniques.checkpointing.policies import (
@@ -78,6 +79,7 @@ class ActivationCheckpointing(Callback):
         """Refuse what cannot work, before anything runs."""
         if stage != "fit":
             return
+        refuse_mix("ActivationCheckpointing", trainer)
         if sum(isinstance(callback, ActivationCheckpointing) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise MisconfigurationException(
                 "`ActivationCheckpointing` must be given once, but got it twice. Name all modules in one "
@@ -155,7 +157,7 @@ class ActivationCheckpointing(Callback):
         """Whether a step can run without data; with a limit it must."""
         if not isinstance(self.policy, Budget):
             return True
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+        if isinstance(trainer.strategy, (*in_both(FSDPStrategy), *in_both(ModelParallelStrategy))):
             expected = "needs whole parameters to run a step without data"
             got = type(trainer.strategy).__name__
         elif not model.automatic_optimization:

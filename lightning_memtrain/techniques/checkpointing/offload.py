@@ -21,6 +21,7 @@ from lightning_memtrain.core import (
     parse_bytes,
     wrap_training_step,
 )
+from lightning_memtrain.core.lightning_names import refuse_mix
 
 
 class offloaded_activations(saved_tensors_hooks):
@@ -152,6 +153,7 @@ class OffloadActivations(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow every call of ``training_step``."""
+        refuse_mix("OffloadActivations", trainer)
         if trainer.strategy.root_device.type == "cpu":
             warnings.warn(
                 "`OffloadActivations` has no effect on the CPU, where activations are in host memory anyway. "

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
 from lightning_memtrain.core import NoEffectWarning, TechniqueRecord, parse_bytes
+from lightning_memtrain.core.lightning_names import refuse_mix
 from lightning_memtrain.techniques.microbatching import _compat
 from lightning_memtrain.techniques.microbatching.chunks import LossReduction, SplitFn, Splitter, WeightFn
 from lightning_memtrain.techniques.microbatching.early_zero_grad import EarlyZeroGrad
@@ -141,6 +142,7 @@ class Microbatching(Callback):
         """Refuse what cannot work, before anything runs."""
         if stage != "fit":
             return
+        refuse_mix("Microbatching", trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         num_given = sum(isinstance(callback, Microbatching) for callback in callbacks)
         refuse_run(trainer, pl_module, self._size, num_given)

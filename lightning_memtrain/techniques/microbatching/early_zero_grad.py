@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
 from lightning_memtrain.core import NoEffectWarning, TechniqueRecord
+from lightning_memtrain.core.lightning_names import refuse_mix
 from lightning_memtrain.techniques.microbatching import _compat
 from lightning_memtrain.techniques.microbatching.past_gradients import zero_grad_hooks
 
@@ -50,6 +51,7 @@ class EarlyZeroGrad(Callback):
         """Change the order of the training loop."""
         if stage != "fit":
             return
+        refuse_mix("EarlyZeroGrad", trainer)
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 "`EarlyZeroGrad` needs automatic optimization, but got a model with "

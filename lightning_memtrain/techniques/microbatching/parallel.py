@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_memtrain.core import sync_gradients
+from lightning_memtrain.core.lightning_names import in_both
 
 
 def is_sharded(strategy: Any) -> bool:
     """Whether parameters are sharded, so that forward and backward communicate."""
-    return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+    return isinstance(strategy, (*in_both(FSDPStrategy), *in_both(ModelParallelStrategy)))
 
 
 def has_synchronized_batchnorm(model: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from lightning_memtrain.core import (
     format_bytes,
     step_parameter,
 )
+from lightning_memtrain.core.lightning_names import refuse_mix
 from lightning_memtrain.techniques.optimizer_in_backward import _compat
 from lightning_memtrain.techniques.optimizer_in_backward.accumulation import Accumulation
 from lightning_memtrain.techniques.optimizer_in_backward.engine import BackwardSteps
@@ -114,6 +115,7 @@ class OptimizerInBackward(Callback):
         """Refuse a model that cannot be trained so."""
         if stage != "fit":
             return
+        refuse_mix("OptimizerInBackward", trainer)
         self._events = ()
         options = {"hooks_without_gradients": self._hooks_without_gradients}
         refuse_model(pl_module, two_pass=self._clip_by_norm is not None, **options)

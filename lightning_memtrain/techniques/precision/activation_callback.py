@@ -8,6 +8,7 @@ from weakref import ref
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_memtrain.core import TechniqueRecord
+from lightning_memtrain.core.lightning_names import refuse_mix
 from lightning_memtrain.techniques.precision.activation_codec import ActivationCodec, check_codec
 from lightning_memtrain.techniques.precision.activation_training import PackedTraining
 
@@ -54,6 +55,7 @@ class CompressedActivations(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew with another trainer, before a checkpoint is restored."""
+        refuse_mix("CompressedActivations", trainer)
         if stage == "fit" and (self._trainer is None or self._trainer() is not trainer):
             self._trainer = ref(trainer)
             self._training.restart()

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_memtrain.core import TechniqueRecord, on_gradient_sync
+from lightning_memtrain.core.lightning_names import refuse_mix
 from lightning_memtrain.techniques.sparsity import distributed, optimizers, record, refusals, sharding
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks, UpdateClock
 from lightning_memtrain.techniques.sparsity.conversion import around_configure_model, sparsify_at_random
@@ -124,6 +125,7 @@ class SparseTraining(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and convert the model as soon as it is complete."""
         self._take_back()
+        refuse_mix("SparseTraining", trainer)
         num_given = sum(isinstance(one, SparseTraining) for one in trainer.callbacks)  # type: ignore[attr-defined]
         refusals.refuse_run(trainer, num_given, self.method, "dense" if self._leaves_dense else "sparse")
         if stage == "fit":
