@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from lightning_memtrain.core import ReportWarning
+from lightning_memtrain.report.condense import condensed
 from lightning_memtrain.report.document import HTML_NAME, JSON_NAME, MemoryReport
 from lightning_memtrain.report.html import save_html
 from lightning_memtrain.report.loggers import log_report
@@ -16,30 +17,32 @@ from lightning_memtrain.report.table import print_table
 from lightning_memtrain.report.trainer_state import stage_name
 
 
-def deliver(report: MemoryReport, trainer: Trainer, folder: Path) -> None:
+def deliver(report: MemoryReport, trainer: Trainer, folder: Path, max_rows: int | None) -> None:
     """Write, log and print a report, on the rank that has to.
 
     Args:
         report: the finished report.
         trainer: the trainer whose run it is about.
         folder: where its files go.
+        max_rows: rows of a kind that a stage has in the file; ``None`` for all.
     """
     if not trainer.is_global_zero:
         # Only the rank that ran out of memory knows why; its report must not meet that of rank 0.
         if report.out_of_memory is None:
             return
         folder /= f"rank_{trainer.global_rank}"
-    written = _write(report, folder)
+    written = _write(report, folder, max_rows)
     for logger in trainer.loggers:
         log_report(logger, report, folder if written else None)
     if not trainer.barebones:
         print_table(_only_stage(report, stage_name(trainer)))
 
 
-def _write(report: MemoryReport, folder: Path) -> bool:
+def _write(report: MemoryReport, folder: Path, max_rows: int | None) -> bool:
     """Write both files; whether that was possible."""
     try:
-        report.save(folder / JSON_NAME)
+        short = report if max_rows is None else condensed(report, max_rows)
+        short.save(folder / JSON_NAME)
         save_html(report, folder / HTML_NAME)
     except OSError as error:
         warnings.warn(

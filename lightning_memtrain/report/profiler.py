@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_memtrain.core import MIB, MemoryBreakdown, ReportWarning, is_out_of_memory
 from lightning_memtrain.ledger import DeviceTruth, device_truth
 from lightning_memtrain.ledger.truth import CpuTruth
+from lightning_memtrain.report.condense import refuse_rows
 from lightning_memtrain.report.delivery import deliver
 from lightning_memtrain.report.document import MemoryReport
 from lightning_memtrain.report.growth import total_bytes
@@ -59,10 +60,13 @@ class MemoryProfiler(Callback):
         timeline: whether the report has the events of the highest step.
         report_dir: folder for the report; ``None`` is ``memory`` in the trainer's ``log_dir``. A later report
             replaces an earlier one.
+        max_rows: modules, and moments of the timeline, that a stage has in ``memory_report.json``: what is
+            least is summed up by the module around it (:attr:`report` and the page have all); at least 2,
+            or ``None`` for all.
 
     Raises:
-        TypeError: if ``every_n_steps`` is no integer.
-        ValueError: if ``every_n_steps`` is below 1.
+        TypeError: if ``every_n_steps`` or ``max_rows`` is no integer.
+        ValueError: if ``every_n_steps`` is below 1, or ``max_rows`` below 2.
     """
 
     def __init__(
@@ -71,8 +75,10 @@ class MemoryProfiler(Callback):
         per_module: bool = True,
         timeline: bool = True,
         report_dir: str | Path | None = None,
+        max_rows: int | None = 1000,
     ) -> None:
         super().__init__()
+        self._max_rows = refuse_rows(max_rows)
         self._schedule = LedgerSchedule(every_n_steps)
         self._per_module = per_module
         self._timeline = timeline
@@ -350,4 +356,4 @@ class MemoryProfiler(Callback):
         # A test that failed before its first step has nothing to add to the report of the fit before.
         if report is not None and self._folder is not None and (name == "fit" or name in report.stages):
             self.report = report
-            deliver(report, trainer, self._folder)
+            deliver(report, trainer, self._folder, self._max_rows)
