@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from lightning_memtrain.core import (
     watch_asides,
     watch_marks,
 )
+from lightning_memtrain.core.accumulation_hooks import AccumulationHooks
 from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
 from lightning_memtrain.ledger.compiled import COMPILER_WATCH, MODES_HIDDEN, CompilerListener
 from lightning_memtrain.ledger.devices import parameter_device
@@ -142,11 +143,14 @@ class MemoryLedger:
         for tensor in inputs:
             self._book.note_from_the_start(tensor, Category.INPUTS)
         self._inputs = None  # the ledger must not keep the batch alive
-        for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter):
-                hook = functools.partial(self._after_accumulation, _owner(name))
-                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-                undo.callback(handle.remove)
+        trained = {
+            id(parameter): (parameter, _owner(name))
+            for name, parameter in self._model.named_parameters()
+            if parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter)
+        }
+        hooks = AccumulationHooks(functools.partial(self._after_accumulation, trained))
+        undo.callback(hooks.take_off)
+        hooks.put_on(parameter for parameter, _ in trained.values())
         for optimizer in self._optimizers:
             undo.callback(optimizer.register_step_post_hook(self._after_optimizer_step).remove)
         undo.enter_context(self._modules)
@@ -360,9 +364,9 @@ class MemoryLedger:
         else:
             self._book.resize(storage)
 
-    def _after_accumulation(self, owner: str, parameter: torch.Tensor) -> None:
+    def _after_accumulation(self, trained: Mapping[int, tuple[Any, str]], parameter: torch.Tensor) -> None:
         if parameter.grad is not None and self._operators.in_force():
-            self._book.classify(parameter.grad, Category.GRADIENTS, owner)
+            self._book.classify(parameter.grad, Category.GRADIENTS, trained[id(parameter)][1])
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._operators.in_force():

@@ -6,11 +6,13 @@ import functools
 import sys
 import threading
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_memtrain.ledger.operators import skip_in_dynamo
 
@@ -47,6 +49,9 @@ class Moment(NamedTuple):
     module: str
 
 
+_MOMENTS_OUTSIDE = {recomputing: Moment(True, recomputing, "") for recomputing in (False, True)}
+
+
 class ModuleWatch:
     """Follows a model's submodules: their forward calls by hooks, their backward by autograd's numbering.
 
@@ -64,10 +69,11 @@ class ModuleWatch:
         self._model = model
         self._mark = mark
         self._in_force = in_force
-        self._hooks: list[_Hooks] = []
+        self._hooks = _Hooks()
         self._calls: list[_FollowedCall] = []
         self._stack: list[str] = []
         self._forward_moment = Moment(False, False, "")
+        self._last_place, self._last_moment = -1, Moment(True, False, "")
         self._first_nodes: list[int] = [-1]
         self._modules_of_nodes: list[str] = [""]
         self._depth_at_backward: dict[int, int] = {}
@@ -79,30 +85,26 @@ class ModuleWatch:
         for name, module in _watchable(self._model):
             enter = functools.partial(self._enter, name)
             if module._compiled_call_impl is None:
-                self._hooks.append(_Hooks(module, enter, self._leave))
+                self._hooks.add(module, enter, self._leave)
             else:
                 self._calls.append(_FollowedCall(module, enter, self._leave))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for hooks in self._hooks:
-            hooks.remove()
+        self._hooks.remove()
         for call in self._calls:
             call.remove()
-        self._hooks.clear()
         self._calls.clear()
         _raise_recursion_limit(-self._num_frames)
         self._num_frames = 0
 
     def hide(self) -> None:
         """Take the hooks off, until :meth:`show`: torch's compiler would compile for each ledger's anew."""
-        for hooks in self._hooks:
-            hooks.hide()
+        self._hooks.hide()
 
     def show(self) -> None:
         """Put the hooks on again."""
-        for hooks in self._hooks:
-            hooks.show()
+        self._hooks.show()
 
     def now(self) -> Moment:
         """What is running now."""
@@ -117,8 +119,13 @@ class ModuleWatch:
         node = torch._C._current_autograd_node()
         number = node._sequence_nr() if node is not None else _ACCUMULATES_GRADIENT
         if number == _ACCUMULATES_GRADIENT:
-            return Moment(True, recomputing, "")
-        return Moment(True, recomputing, self._modules_of_nodes[bisect_right(self._first_nodes, number) - 1])
+            return _MOMENTS_OUTSIDE[recomputing]
+        place = bisect_right(self._first_nodes, number) - 1
+        if place != self._last_place or recomputing != self._last_moment.recomputing:
+            # Many operators of one module follow each other.
+            self._last_place = place
+            self._last_moment = Moment(True, recomputing, self._modules_of_nodes[place])
+        return self._last_moment
 
     def _in_forward_of(self, task: int) -> bool:
         # In backward, modules that were entered before it began do not count: a backward may be run by code
@@ -163,25 +170,40 @@ def _raise_recursion_limit(num_frames: int) -> None:
 
 
 class _Hooks:
-    """Hooks around a module's forward that can be taken off for a while."""
+    """Hooks around modules' forward that can be taken off for a while.
 
-    def __init__(self, module: nn.Module, enter: Callable[..., None], leave: Callable[..., None]) -> None:
-        self._module = module
-        self._before = module.register_forward_pre_hook(enter), enter
-        self._after = module.register_forward_hook(leave, always_call=True), leave
+    Registering them one by one makes three objects for each, which takes longer than a step of a model of
+    thousands of small modules. They are put where registering puts them, all under one number of their own.
+    """
 
-    def remove(self) -> None:
-        self._before[0].remove()
-        self._after[0].remove()
+    def __init__(self) -> None:
+        self._all: list[tuple[nn.Module, Callable[..., None], Callable[..., None]]] = []
+        self._number = RemovableHandle(OrderedDict()).id
 
-    hide = remove
+    def add(self, module: nn.Module, enter: Callable[..., None], leave: Callable[..., None]) -> None:
+        self._all.append((module, enter, leave))
+        self._put(module, enter, leave)
+
+    def _put(self, module: nn.Module, enter: Callable[..., None], leave: Callable[..., None]) -> None:
+        number = self._number
+        module._forward_pre_hooks[number] = enter
+        module._forward_hooks[number] = leave
+        module._forward_hooks_always_called[number] = True
+
+    def hide(self) -> None:
+        number = self._number
+        for module, *_ in self._all:
+            module._forward_pre_hooks.pop(number, None)
+            module._forward_hooks.pop(number, None)
+            module._forward_hooks_always_called.pop(number, None)
 
     def show(self) -> None:
-        # Under the numbers that they had, by which they can still be removed.
-        (before, enter), (after, leave) = self._before, self._after
-        self._module._forward_pre_hooks[before.id] = enter
-        self._module._forward_hooks[after.id] = leave
-        self._module._forward_hooks_always_called[after.id] = True
+        for hooks in self._all:
+            self._put(*hooks)
+
+    def remove(self) -> None:
+        self.hide()
+        self._all.clear()
 
 
 class _FollowedCall:

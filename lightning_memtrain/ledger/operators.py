@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import (
 
 from lightning_memtrain.core import OnDemandTensor
 
+_len_dispatch_stack = torch._C._len_torch_dispatch_stack
+_dispatch_mode_at = torch._C._get_dispatch_stack_at
+
 
 def skip_in_dynamo(*functions: Callable[..., Any]) -> bool:
     """Have ``torch.compile`` leave functions and all that they call alone; ``False`` where torch cannot."""
@@ -72,7 +75,10 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         that began (but in those in which autograd runs its backward). Who follows a step by other means
         than operators asks this, so that all that is seen is of the same step.
         """
-        return self in _get_current_dispatch_mode_stack()
+        depth = _len_dispatch_stack()
+        if depth and _dispatch_mode_at(depth - 1) is self:  # asked often, and nearly always so
+            return True
+        return depth > 1 and self in _get_current_dispatch_mode_stack()
 
     def end(self) -> None:
         """Stop watching, wherever on the stack: two ledgers may be left in the order of their entering."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 
 def accumulates(trainer: Trainer) -> bool:
@@ -20,53 +17,6 @@ def accumulates(trainer: Trainer) -> bool:
 def backward_id() -> int:
     """Which backward is running; one inside of another has a number of its own."""
     return torch._C._current_graph_task_id()
-
-
-# No number that torch gives to a handle.
-_KEY = -1
-
-
-class AccumulationHooks:
-    """One hook that is called when gradients are accumulated, put on many parameters at once and often.
-
-    ``register_post_accumulate_grad_hook`` makes a handle for each, which takes longer than all that the hook
-    does; it is used where a parameter has such hooks already, so that this one runs after them.
-
-    Args:
-        hook: called with a parameter that has its gradient.
-    """
-
-    def __init__(self, hook: Callable[[Tensor], None]) -> None:
-        self._hook = hook
-        self._with_dict: list[Any] = []
-        self._handles: list[RemovableHandle] = []
-
-    def put_on(self, parameters: list[Tensor]) -> None:
-        """Put the hook on parameters that require gradients; they are leaves, and have it not yet.
-
-        Args:
-            parameters: which.
-        """
-        hook = self._hook
-        for parameter in parameters:
-            holder: Any = parameter
-            if holder._post_accumulate_grad_hooks:
-                self._handles.append(holder.register_post_accumulate_grad_hook(hook))
-            else:
-                holder._post_accumulate_grad_hooks = OrderedDict({_KEY: hook})
-                self._with_dict.append(holder)
-
-    def take_off(self) -> None:
-        """Leave parameters as they were found, with the hooks that others have put on meanwhile."""
-        for handle in self._handles:
-            handle.remove()
-        for parameter in self._with_dict:
-            hooks = parameter._post_accumulate_grad_hooks
-            if len(hooks) == 1:
-                parameter._post_accumulate_grad_hooks = None
-            else:
-                hooks.pop(_KEY, None)
-        self._handles, self._with_dict = [], []
 
 
 def has_comm_hook(strategy: Any) -> bool:

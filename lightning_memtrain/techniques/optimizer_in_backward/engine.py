@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_memtrain.core import KIB, rehearsal_depth
 from lightning_memtrain.core import step_parameter as step_parameter_plainly
+from lightning_memtrain.core.accumulation_hooks import AccumulationHooks
 from lightning_memtrain.core.stepping import changed_shared_state, shared_state, step_parameters
 from lightning_memtrain.techniques.optimizer_in_backward import _compat
 from lightning_memtrain.techniques.optimizer_in_backward.accumulation import Accumulation, choice_for
@@ -68,7 +69,7 @@ class BackwardSteps:
         self._steps_together = step_parameter is step_parameter_plainly
         self._on_complete: Callable[[Tensor], None] = self._step
         goes_round = self._steps_together and accumulation is None and averages is None and clip_value is None
-        self._hooks = _compat.AccumulationHooks(self._short_way() if goes_round else self._arrived)
+        self._hooks = AccumulationHooks(self._short_way() if goes_round else self._arrived)
         self._is_last = True
         self._checked = False
         self._scale: Tensor | None = None
