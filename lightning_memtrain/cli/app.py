@@ -229,7 +229,7 @@ def _run_options() -> _Parser:
         metavar="NAME",
         action="append",
         default=[],
-        help="what to lay over the recipe; of several, each over those before it",
+        help="what to lay over the recipe; several add up",
     )
     options.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     return options

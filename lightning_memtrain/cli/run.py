@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from lightning_memtrain.cli import recipes
 from lightning_memtrain.cli.errors import INTERRUPTED, CommandError
 from lightning_memtrain.cli.recipes import Recipe
 from lightning_memtrain.cli.run_folder import RunFolder, launched_by_first_process
+from lightning_memtrain.cli.variants import add_up
 
 if TYPE_CHECKING:
     from lightning_memtrain.cli.lightning_cli import RecipeCLI
@@ -25,16 +26,17 @@ def run(
 
     Args:
         recipe: what to run.
-        variants: what to lay over it, the first one first.
+        variants: what to lay over it, together.
         run_dir: an empty or new folder; ``None`` for one named after the recipe and the time.
         overrides: options of LightningCLI.
 
     Returns:
         The exit code of the command, and the run's folder.
     """
-    configs = [recipe.config, *map(recipe.variant, variants)]
-    folder = RunFolder.new(run_dir, "-".join([recipe.name, *variants]))
+    files = {name: recipe.variant(name) for name in variants}
+    folder = RunFolder.new(run_dir, "-".join([recipe.name, *files]))
     _require_jsonargparse()
+    configs = [str(recipe.config), *([_together(recipe.config, files)] if files else [])]
     is_users_own = recipe not in recipes.installed().values()
     if is_users_own:
         recipe.make_importable()
@@ -70,6 +72,22 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> tuple[int, RunFolder]:
     if not launched_by_first_process():
         folder.drop_metrics_from(global_step)
     return _fit(cli, checkpoint), folder
+
+
+def _together(recipe: Path, variants: Mapping[str, Path]) -> str:
+    """The text of one configuration with what all variants set."""
+    import yaml
+    from jsonargparse import get_loader
+
+    load = get_loader("yaml")  # its numbers are not all that YAML's own would take for numbers
+    overlay = add_up(
+        load(recipe.read_text(encoding="utf-8")),
+        {name: load(path.read_text(encoding="utf-8")) or {} for name, path in variants.items()},
+    )
+    if not launched_by_first_process():
+        for remark in overlay.remarks:
+            print(f"memtrain: {remark}", file=sys.stderr)
+    return yaml.safe_dump(overlay.config, sort_keys=False)
 
 
 def _fit(cli: RecipeCLI, checkpoint: Path | None) -> int:
