@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_memtrain import dense_state_dict
 from lightning_memtrain.cli.errors import CommandError
-from lightning_memtrain.recipes.iwslt14_dynamicconv.module import VOCABULARY, TranslationModule
+
+from .module import VOCABULARY, TranslationModule
 
 
 def add_options(parser: ArgumentParser) -> None:
