@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_memtrain.cli import recipes
+from lightning_memtrain.cli.checkpoint_file import trust, trusted
 from lightning_memtrain.cli.errors import INTERRUPTED, CommandError
 from lightning_memtrain.cli.recipes import Recipe
 from lightning_memtrain.cli.run_folder import RunFolder, launched_by_first_process
@@ -49,11 +50,12 @@ def run(
     return _fit(cli, None), folder
 
 
-def resume(run_dir: Path, overrides: Sequence[str]) -> tuple[int, RunFolder]:
+def resume(run_dir: Path, trusted_classes: Sequence[str], overrides: Sequence[str]) -> tuple[int, RunFolder]:
     """Go on with a run from its last checkpoint.
 
     Args:
         run_dir: the run's folder.
+        trusted_classes: names of classes that objects in its checkpoints may be of.
         overrides: options of LightningCLI that shall differ from now on.
 
     Returns:
@@ -61,7 +63,8 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> tuple[int, RunFolder]:
     """
     folder = RunFolder.open(run_dir)
     _require_jsonargparse()
-    checkpoint, global_step = folder.last_checkpoint()
+    if not any(folder.checkpoints.glob("*.ckpt")):
+        folder.last_checkpoint()  # says so before anything is made
     kept = folder.kept_recipe()
     if kept is not None:
         kept.make_importable()
@@ -69,6 +72,9 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> tuple[int, RunFolder]:
     from lightning_memtrain.cli.lightning_cli import RecipeCLI
 
     cli = RecipeCLI(folder, [f"--config={folder.config}", *overrides], resumed=True)
+    # Now that the code of the run is imported, which may say itself what checkpoints may hold.
+    trust(trusted_classes)
+    checkpoint, global_step = folder.last_checkpoint()
     if not launched_by_first_process():
         folder.drop_metrics_from(global_step)
     return _fit(cli, checkpoint), folder
@@ -94,7 +100,7 @@ def _fit(cli: RecipeCLI, checkpoint: Path | None) -> int:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
-        with cli.interrupt.listening(cli.trainer), warnings.catch_warnings():
+        with cli.interrupt.listening(cli.trainer), trusted(), warnings.catch_warnings():
             if checkpoint is not None:
                 warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint)

@@ -268,6 +268,31 @@ class Probe(Callback):
 """
 
 
+def test_a_run_with_objects_in_its_hyper_parameters_is_resumed_by_naming_their_class(tmp_path):
+    assert memtrain("copy", "cifar10_wrn28_2", "mine", cwd=tmp_path).returncode == 0
+    module = tmp_path / "mine" / "module.py"
+    code = module.read_text()
+    saves = "        self.save_hyperparameters()\n"
+    assert code.count(saves) == 1
+    own = "class Note:\n    pass\n\n\n"
+    code = code.replace("class WideResNetClassifier", f"{own}class WideResNetClassifier")
+    module.write_text(code.replace(saves, f'{saves}        self.hparams["note"] = Note()\n'))
+    interrupt = ("--trainer.callbacks=null", "--trainer.callbacks+=tests.helpers.cli.InterruptAt")
+    options = (*TWO_STEPS[1:], "--run-dir=run", "--trainer.logger=false")
+    result = memtrain("run", "./mine", *options, *interrupt, "--trainer.callbacks.batch=0", cwd=tmp_path)
+    assert result.returncode == 130, result.stderr
+
+    result = memtrain("run", "--resume", "run", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "is whole, but has objects of `mine.module.Note` among its values" in result.stderr
+    assert "resume with --trust mine.module.Note, or" in result.stderr
+
+    result = memtrain("run", "--resume", "run", "--trust", "mine.module.Note", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("epoch*.ckpt")
+    assert "step=2" in checkpoint.name
+
+
 def test_distributed(tmp_path):
     options = ("--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.callbacks=null", "--run-dir=run")
     result = memtrain("run", *TWO_STEPS, *options, cwd=tmp_path)

@@ -196,6 +196,10 @@ def test_folder_that_is_no_recipe(recipe, capsys):
             ["run", "tiny", "--resume=x"],
             "--resume goes on with a run as it is; leave out recipe, --variant and --run-dir.",
         ),
+        (
+            ["run", "tiny", "--trust=a.B"],
+            "--trust is for the checkpoints of a run that is resumed; add --resume RUN.",
+        ),
         (["run", "--resume=nowhere"], "`nowhere` is no run folder: it does not exist."),
         (["run", "--resume=installed"], "`installed` is no run folder: it has no `config.yaml`."),
         (
