@@ -95,7 +95,9 @@ def _run(argv: list[str]) -> int:
             )
         from lightning_memtrain.cli.run import resume
 
-        exit_code, folder = resume(args.resume, overrides)
+        exit_code, folder = resume(args.resume, args.trust, overrides)
+    elif args.trust:
+        raise CommandError("--trust is for the checkpoints of a run that is resumed; add --resume RUN.")
     elif name is None:
         raise CommandError("`memtrain run` needs a recipe before its options; `memtrain recipes` lists them.")
     else:
@@ -229,9 +231,16 @@ def _run_options() -> _Parser:
         metavar="NAME",
         action="append",
         default=[],
-        help="what to lay over the recipe; of several, each over those before it",
+        help="what to lay over the recipe; several add up",
     )
     options.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    options.add_argument(
+        "--trust",
+        metavar="CLASS",
+        action="append",
+        default=[],
+        help="with --resume: let its checkpoint have objects of this class, named with its module",
+    )
     return options
 
 

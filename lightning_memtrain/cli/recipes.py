@@ -8,9 +8,12 @@ import importlib
 import importlib.resources
 import importlib.util
 import itertools
+import keyword
+import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -43,9 +46,9 @@ class RecipeCommand(Protocol):
 class Recipe:
     """A folder with the configuration of a training run, and code that only this run needs.
 
-    ``config.yaml`` is a configuration of LightningCLI; each ``variants/NAME.yaml`` is laid over it. The
-    comment at the top of either says what it is. Each ``commands/NAME.py`` is a :class:`RecipeCommand`, and
-    its docstring says what it does.
+    ``config.yaml`` is a configuration of LightningCLI; each ``variants/NAME.yaml`` is laid over it, and
+    several add up. The comment at the top of either says what it is. Each ``commands/NAME.py`` is a
+    :class:`RecipeCommand`, and its docstring says what it does.
 
     Args:
         name: how it is called on the command line.
@@ -106,19 +109,38 @@ class Recipe:
 
     @property
     def package(self) -> str:
-        """The name by which the code is imported: that of the recipe it was copied from, or the folder's."""
-        original = package_in(self.config)
-        return f"{PACKAGE}.{original}" if original else self.folder.name
+        """The name by which the code is imported: the one in ``config.yaml`` for what lies in the folder.
+
+        The folder may have been renamed since. Where nothing in it is named, its own name.
+        """
+        for path in _named_classes(self.config.read_text(encoding="utf-8")):
+            package, _, _ = path.partition(".")
+            if path.startswith(f"{PACKAGE}."):
+                package = ".".join(path.split(".")[:3])
+            if self._holds(path.removeprefix(f"{package}.")):
+                return package
+        return self.folder.name
+
+    def _holds(self, path: str) -> bool:
+        """Whether ``module.name``, seen from the folder, is something in one of its modules."""
+        module = self.folder.joinpath(*path.split(".")[:-1])
+        return module != self.folder and (
+            module.with_name(f"{module.name}.py").is_file() or (module / "__init__.py").is_file()
+        )
 
     def copy_to(self, target: Path, *, force: bool = False) -> None:
         """Copy the folder, to be changed and run.
+
+        The copy is a package of its own: what its YAML files name in the recipe's package is named in the
+        copy's, so that the copy's code is used wherever its files are read.
 
         Args:
             target: the new folder.
             force: whether files that are there may be overwritten.
 
         Raises:
-            CommandError: if ``target`` exists and ``force`` is not set, or is no folder.
+            CommandError: if ``target`` exists and ``force`` is not set, or is no folder, or if another
+                package or module would be hidden by the copy, or would hide it.
         """
         if target.exists() and not target.is_dir():
             raise CommandError(f"`{target}` is a file; name a folder to copy the recipe to.")
@@ -126,30 +148,80 @@ class Recipe:
             raise CommandError(
                 f"`{target}` is not empty; name another folder, or overwrite its files with --force."
             )
+        old, new = self.package, _package_name(target)
+        _refuse_taken(new, target)
         shutil.copytree(
             self.folder, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"), dirs_exist_ok=True
         )
+        for source in (*self.folder.rglob("*.yaml"), *self.folder.rglob("*.py")):
+            text = source.read_text(encoding="utf-8")
+            if source.suffix == ".yaml":
+                renamed = _names_in(old).sub(lambda m: f"{new}.{m[1]}" if self._holds(m[1]) else m[0], text)
+            elif old.startswith(
+                PACKAGE
+            ):  # a copy made before recipes imported their modules by relative names
+                renamed = re.sub(rf"\b{re.escape(old)}\b", new, text)
+            else:
+                continue
+            if renamed != text:
+                (target / source.relative_to(self.folder)).write_text(renamed, encoding="utf-8")
 
     def make_importable(self) -> None:
         """Have the classes that ``config.yaml`` names come from this folder.
 
-        A copy keeps the import names of the recipe it was copied from, so that it can be renamed and moved;
-        its modules take the place of the installed ones in this process. A folder with a package of its own
-        is imported by the folder's name.
+        Whatever the folder is called by now, and whatever else has the name that its code is imported by:
+        that is taken by the folder in this process.
         """
         if str(self.folder.parent) not in sys.path:
             sys.path.insert(0, str(self.folder.parent))
-        config = self.config.read_text(encoding="utf-8")
         name = self.package
-        if name.startswith(PACKAGE) and (self.folder / "__init__.py").is_file():
+        named = [match[1] for match in _names_in(name).finditer(self.config.read_text(encoding="utf-8"))]
+        modules = dict.fromkeys(path.rpartition(".")[0] for path in named if self._holds(path))
+        if modules and (self.folder / "__init__.py").is_file():
             _import_as(name, self.folder)
-        for module in dict.fromkeys(re.findall(rf"\b({re.escape(name)}\.[\w.]+)\.\w+", config)):
+        for module in modules:
             # Here, where a mistake in them shows its traceback; jsonargparse would leave that out.
-            importlib.import_module(module)
+            importlib.import_module(f"{name}.{module}")
+
+
+def _named_classes(config: str) -> Iterator[str]:
+    """What the model and the data of a configuration are, which no library has where a recipe has its own."""
+    import yaml
+
+    content = yaml.safe_load(config)
+    for section in ("model", "data"):
+        value = content.get(section) if isinstance(content, dict) else None
+        path = value.get("class_path") if isinstance(value, dict) else value
+        if isinstance(path, str) and "." in path:
+            yield path
+
+
+def _names_in(package: str) -> re.Pattern[str]:
+    """What is named in a package, without the package's name."""
+    return re.compile(rf"(?<![\w.]){re.escape(package)}\.([A-Za-z_][\w.]*\w)")
+
+
+def _package_name(folder: Path) -> str:
+    """The name that a folder can be imported by: its own, if that can be one."""
+    name = re.sub(r"\W", "_", folder.resolve().name)
+    return f"_{name}" if not name or name[0].isdigit() or keyword.iskeyword(name) else name
+
+
+def _refuse_taken(name: str, target: Path) -> None:
+    found = sys.modules.get(name)
+    spec = getattr(found, "__spec__", None) or (None if found else importlib.util.find_spec(name))
+    places = list(spec.submodule_search_locations or []) if spec else []
+    here = str(target.resolve())
+    if spec is None or here in map(os.path.realpath, places) or spec.origin is None:
+        return  # without an origin it is a folder without code
+    raise CommandError(
+        f"a copy in `{target}` would be imported as `{name}`, which is the name of {spec.origin}; "
+        "name another folder."
+    )
 
 
 def _import_as(name: str, folder: Path) -> None:
-    """Import a folder as the package ``name``, in the place of an installed one."""
+    """Import a folder as the package ``name``, in the place of another one."""
     init, places = folder / "__init__.py", [str(folder)]
     spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=places)
     assert spec is not None
@@ -159,7 +231,8 @@ def _import_as(name: str, folder: Path) -> None:
         del sys.modules[loaded]
     sys.modules[name] = module
     parent, _, child = name.rpartition(".")
-    setattr(importlib.import_module(parent), child, module)
+    if parent:
+        setattr(importlib.import_module(parent), child, module)
     spec.loader.exec_module(module)
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_memtrain.cli import recipes
+from lightning_memtrain.cli.checkpoint_file import trust, trusted
 from lightning_memtrain.cli.errors import INTERRUPTED, CommandError
 from lightning_memtrain.cli.recipes import Recipe
 from lightning_memtrain.cli.run_folder import RunFolder, launched_by_first_process
+from lightning_memtrain.cli.variants import add_up
 
 if TYPE_CHECKING:
     from lightning_memtrain.cli.lightning_cli import RecipeCLI
@@ -25,16 +27,17 @@ def run(
 
     Args:
         recipe: what to run.
-        variants: what to lay over it, the first one first.
+        variants: what to lay over it, together.
         run_dir: an empty or new folder; ``None`` for one named after the recipe and the time.
         overrides: options of LightningCLI.
 
     Returns:
         The exit code of the command, and the run's folder.
     """
-    configs = [recipe.config, *map(recipe.variant, variants)]
-    folder = RunFolder.new(run_dir, "-".join([recipe.name, *variants]))
+    files = {name: recipe.variant(name) for name in variants}
+    folder = RunFolder.new(run_dir, "-".join([recipe.name, *files]))
     _require_jsonargparse()
+    configs = [str(recipe.config), *([_together(recipe.config, files)] if files else [])]
     is_users_own = recipe not in recipes.installed().values()
     if is_users_own:
         recipe.make_importable()
@@ -47,11 +50,12 @@ def run(
     return _fit(cli, None), folder
 
 
-def resume(run_dir: Path, overrides: Sequence[str]) -> tuple[int, RunFolder]:
+def resume(run_dir: Path, trusted_classes: Sequence[str], overrides: Sequence[str]) -> tuple[int, RunFolder]:
     """Go on with a run from its last checkpoint.
 
     Args:
         run_dir: the run's folder.
+        trusted_classes: names of classes that objects in its checkpoints may be of.
         overrides: options of LightningCLI that shall differ from now on.
 
     Returns:
@@ -59,7 +63,8 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> tuple[int, RunFolder]:
     """
     folder = RunFolder.open(run_dir)
     _require_jsonargparse()
-    checkpoint, global_step = folder.last_checkpoint()
+    if not any(folder.checkpoints.glob("*.ckpt")):
+        folder.last_checkpoint()  # says so before anything is made
     kept = folder.kept_recipe()
     if kept is not None:
         kept.make_importable()
@@ -67,16 +72,35 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> tuple[int, RunFolder]:
     from lightning_memtrain.cli.lightning_cli import RecipeCLI
 
     cli = RecipeCLI(folder, [f"--config={folder.config}", *overrides], resumed=True)
+    # Now that the code of the run is imported, which may say itself what checkpoints may hold.
+    trust(trusted_classes)
+    checkpoint, global_step = folder.last_checkpoint()
     if not launched_by_first_process():
         folder.drop_metrics_from(global_step)
     return _fit(cli, checkpoint), folder
+
+
+def _together(recipe: Path, variants: Mapping[str, Path]) -> str:
+    """The text of one configuration with what all variants set."""
+    import yaml
+    from jsonargparse import get_loader
+
+    load = get_loader("yaml")  # its numbers are not all that YAML's own would take for numbers
+    overlay = add_up(
+        load(recipe.read_text(encoding="utf-8")),
+        {name: load(path.read_text(encoding="utf-8")) or {} for name, path in variants.items()},
+    )
+    if not launched_by_first_process():
+        for remark in overlay.remarks:
+            print(f"memtrain: {remark}", file=sys.stderr)
+    return yaml.safe_dump(overlay.config, sort_keys=False)
 
 
 def _fit(cli: RecipeCLI, checkpoint: Path | None) -> int:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
-        with cli.interrupt.listening(cli.trainer), warnings.catch_warnings():
+        with cli.interrupt.listening(cli.trainer), trusted(), warnings.catch_warnings():
             if checkpoint is not None:
                 warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from lightning_memtrain.cli.checkpoint_file import read_checkpoint
 from lightning_memtrain.cli.errors import CommandError
 from lightning_memtrain.cli.recipes import CONFIG, Recipe, installed, package_in
 
@@ -137,20 +138,9 @@ class RunFolder:
         Raises:
             CommandError: if there is none, or one cannot be read.
         """
-        import torch
-
         found: list[tuple[int, float, Path]] = []
         for path in sorted(self.checkpoints.glob("*.ckpt")):
-            try:
-                # Mapped into memory, so that tensors are not read.
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                found.append((int(content["global_step"]), path.stat().st_mtime, path))
-            except Exception as error:  # a damaged file can raise anything
-                raise CommandError(
-                    f"`{path}` cannot be read as a checkpoint ({type(error).__name__}); "
-                    "delete it to resume from an earlier one.",
-                    exit_code=1,
-                ) from error
+            found.append((int(read_checkpoint(path)["global_step"]), path.stat().st_mtime, path))
         if not found:
             raise CommandError(f"there is no checkpoint in `{self.checkpoints}` to resume from.", exit_code=1)
         global_step, _, path = max(found)

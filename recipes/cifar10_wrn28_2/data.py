@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_memtrain.recipes.cifar10_wrn28_2.augment import CropAndFlip, generator_for
-from lightning_memtrain.recipes.cifar10_wrn28_2.batches import (
+from lightning_memtrain.recipes.download import data_places, download, find_or_download, unpack
+
+from .augment import CropAndFlip, generator_for
+from .batches import (
     FOLDER,
     TEST_FILES,
     TRAIN_FILES,
     find_folder,
     read_batch,
 )
-from lightning_memtrain.recipes.cifar10_wrn28_2.loader import Batch, EpochSampler, ImageSet, ResumableLoader
-from lightning_memtrain.recipes.download import data_places, download, find_or_download, unpack
+from .loader import Batch, EpochSampler, ImageSet, ResumableLoader
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"

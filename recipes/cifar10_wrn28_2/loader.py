@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_memtrain.recipes.cifar10_wrn28_2.augment import CropAndFlip, generator_for, normalize
+from .augment import CropAndFlip, generator_for, normalize
 
 Batch = tuple[Tensor, Tensor]
 

@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_memtrain import SGD8bit
-from lightning_memtrain.recipes.cifar10_wrn28_2.model import WideResNet
+
+from .model import WideResNet
 
 
 class WideResNetClassifier(pl.LightningModule):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from lightning_memtrain.recipes.iwslt14_dynamicconv.fairseq_bridge import Sample
+from .fairseq_bridge import Sample
 
 Indices = NDArray[np.int64]
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_memtrain import dense_state_dict
+from lightning_memtrain.cli.checkpoint_file import read_checkpoint
 from lightning_memtrain.cli.errors import CommandError
-from lightning_memtrain.recipes.iwslt14_dynamicconv.module import VOCABULARY, TranslationModule
+
+from .module import VOCABULARY, TranslationModule
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -67,7 +69,8 @@ def last_checkpoints(folder: Path, number: int) -> list[Path]:
     Raises:
         CommandError: if there is none.
     """
-    by_steps = {int(_read(path)["global_step"]): path for path in sorted(folder.glob("checkpoints/*.ckpt"))}
+    paths = sorted(folder.glob("checkpoints/*.ckpt"))
+    by_steps = {int(read_checkpoint(path)["global_step"]): path for path in paths}
     if not by_steps:
         raise CommandError(
             f"there is no checkpoint in `{folder / 'checkpoints'}`: train until the first one is saved, "
@@ -92,14 +95,14 @@ def load_mean(paths: Sequence[Path]) -> TranslationModule:
     states: list[dict[str, Tensor]] = []
     vocabulary = None
     for path in paths:
-        checkpoint = _read(path)
+        checkpoint = read_checkpoint(path)
         if vocabulary not in (None, checkpoint.get(VOCABULARY)) or VOCABULARY not in checkpoint:
             raise CommandError(
                 f"`{path}` is not of the translation model that the other checkpoints are of.", exit_code=1
             )
         vocabulary = checkpoint[VOCABULARY]
         states.append(checkpoint["state_dict"])
-    module = TranslationModule.load_from_checkpoint(paths[-1], map_location="cpu", weights_only=True)
+    module = _new_module(checkpoint)
     sums: dict[str, Tensor] = {}
     for state in states:
         # Sparse layers store other entries in each checkpoint.
@@ -110,12 +113,35 @@ def load_mean(paths: Sequence[Path]) -> TranslationModule:
     return module.float().eval()
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        # Mapped into memory, so that tensors are read when they are used.
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file can raise anything
-        raise CommandError(
-            f"`{path}` cannot be read as a checkpoint ({type(error).__name__}).", exit_code=1
-        ) from error
-    return content
+def _new_module(checkpoint: dict[str, Any]) -> TranslationModule:
+    """A model with the arguments and the words of a checkpoint, but without its weights.
+
+    Lightning's ``load_from_checkpoint`` imports and calls what is named in the hyper-parameters, in releases
+    before 2.6.6 whatever that is (GHSA-qqmf-gpg7-g8gw). Here it is a class that has been imported already.
+    """
+    saved = checkpoint.get("hyper_parameters", {})
+    kind = _imported_class(str(saved.get("_class_path", TranslationModule.__name__)))
+    arguments = inspect.signature(kind).parameters.keys() - {"model", "optimizer"}
+    module = kind(**{name: value for name, value in saved.items() if name in arguments})
+    module.on_load_checkpoint(checkpoint)
+    return module
+
+
+def _imported_class(path: str) -> type[TranslationModule]:
+    """The model's class, which a copy of the recipe has under another name, or a class that extends it."""
+
+    def below(base: type[TranslationModule]) -> Iterator[type[TranslationModule]]:
+        for subclass in base.__subclasses__():
+            yield subclass
+            yield from below(subclass)
+
+    if path.rpartition(".")[2] == TranslationModule.__name__:
+        return TranslationModule
+    for subclass in below(TranslationModule):
+        if path == f"{subclass.__module__}.{subclass.__qualname__}":
+            return subclass
+    raise CommandError(
+        f"the checkpoint is of a `{path}`, which is no `TranslationModule` that the run's code has imported, "
+        "and nothing that a checkpoint names is imported. Import its module in the recipe's `module.py`.",
+        exit_code=1,
+    )

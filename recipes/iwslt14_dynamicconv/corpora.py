@@ -7,8 +7,9 @@ from itertools import chain
 from pathlib import Path
 
 from lightning_memtrain.recipes.download import download, find_or_download, unpack
-from lightning_memtrain.recipes.iwslt14_dynamicconv import text
-from lightning_memtrain.recipes.iwslt14_dynamicconv.text import LANGUAGES, Pairs
+
+from . import text
+from .text import LANGUAGES, Pairs
 
 # Tokenised pairs of each split.
 Corpus = dict[str, Pairs]

@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 
 from lightning_memtrain.recipes.download import DATA_DIR_VARIABLE, data_places, locked
-from lightning_memtrain.recipes.iwslt14_dynamicconv import corpora, text
-from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
-from lightning_memtrain.recipes.iwslt14_dynamicconv.batches import (
+
+from . import corpora, text
+from . import fairseq_bridge as bridge
+from .batches import (
     EpochBatches,
     Indices,
     ResumableLoader,
     max_tokens_batches,
     sorted_by_length,
 )
-from lightning_memtrain.recipes.iwslt14_dynamicconv.corpora import Corpus
-from lightning_memtrain.recipes.iwslt14_dynamicconv.text import LANGUAGES
+from .corpora import Corpus
+from .text import LANGUAGES
 
 SPLITS = ("train", "valid", "test")
 CODES = "code"

@@ -23,7 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_memtrain.recipes.iwslt14_dynamicconv.layers import DeferredProjection, SinusoidalPositions
+from .layers import DeferredProjection, SinusoidalPositions
 
 # fairseq's own types are unknown to type checkers; these names say what is meant.
 Dictionary = Any

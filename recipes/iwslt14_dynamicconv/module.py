@@ -14,10 +14,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.text import SacreBLEUScore
 
 from lightning_memtrain import dense_state_dict
-from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
-from lightning_memtrain.recipes.iwslt14_dynamicconv.fairseq_bridge import Sample
-from lightning_memtrain.recipes.iwslt14_dynamicconv.loss import projected_loss
-from lightning_memtrain.recipes.iwslt14_dynamicconv.text import LANGUAGES
+
+from . import fairseq_bridge as bridge
+from .fairseq_bridge import Sample
+from .loss import projected_loss
+from .text import LANGUAGES
 
 VOCABULARY = "vocabulary"
 

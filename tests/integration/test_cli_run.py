@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
+import subprocess
 import sys
 import webbrowser
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 
 from lightning_memtrain import NoEffectWarning
 from lightning_memtrain.cli import main
-from tests.helpers.cli import IGNORED, TINY, memtrain
+from tests.helpers.cli import IGNORED, TINY, environment, memtrain
 
 pytestmark = pytest.mark.filterwarnings(*IGNORED)
 
@@ -202,6 +204,93 @@ def test_a_copied_recipe_runs_its_own_code(tmp_path):
     assert "mine/module.py" in result.stderr
     with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
         assert [row["train/loss"] for row in csv.DictReader(file)] == ["0.0", "0.0"]
+
+
+# A LightningCLI of the user's own, which knows nothing of `memtrain`.
+PLAIN_CLI = """
+from lightning.pytorch.cli import LightningCLI
+
+cli = LightningCLI(run=False, save_config_callback=None, seed_everything_default=False)
+print(type(cli.model).__module__, type(cli.datamodule).__module__, cli.model.model.mark)
+"""
+PLAIN_PYTHON = """
+import sys
+from mine.module import WideResNetClassifier
+
+network = WideResNetClassifier(depth=10, widen_factor=1, num_classes=10).model
+installed = [name for name in sys.modules if name.startswith("lightning_memtrain.recipes.cifar10_wrn28_2")]
+print(type(network).__module__, network.mark, installed)
+"""
+
+
+def python(code: str, *args: str, cwd: Path) -> str:
+    # A file, whose folder is searched for modules: jsonargparse changes the working directory as it reads.
+    script = cwd / "train.py"
+    script.write_text(code)
+    command = [sys.executable, "-W", "ignore", str(script), *args]
+    result = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1]
+
+
+def test_an_edited_copy_uses_its_own_code_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["copy", "cifar10_wrn28_2", "mine"]) == 0
+    # Not in the module that the configuration names, but in one that it imports.
+    model = tmp_path / "mine" / "model.py"
+    code = model.read_text()
+    head = "class WideResNet(nn.Module):\n"
+    assert code.count(head) == 1
+    model.write_text(code.replace(head, f"{head}    mark = 7\n"))
+
+    assert python(PLAIN_PYTHON, cwd=tmp_path) == "mine.model 7 []"
+    configs = ("--config=mine/config.yaml", "--config=mine/variants/smoke.yaml", "--trainer.accelerator=cpu")
+    assert python(PLAIN_CLI, *configs, cwd=tmp_path) == "mine.module mine.data 7"
+
+    # By the command line also where it was moved, and another folder has its name.
+    shutil.copytree("mine", "moved")
+    model.write_text("raise RuntimeError('the other folder')")
+    (tmp_path / "probe.py").write_text(PROBE)
+    callback = ("--trainer.callbacks=null", "--trainer.callbacks+=probe.Probe")
+    result = memtrain("run", "./moved", *TWO_STEPS[1:], *callback, "--run-dir=run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "mark 7 in mine.model" in result.stdout
+    assert (tmp_path / "run" / "recipe" / "moved" / "model.py").is_file()
+
+
+PROBE = """
+from lightning.pytorch import Callback
+
+
+class Probe(Callback):
+    def on_train_start(self, trainer, pl_module):
+        print("mark", pl_module.model.mark, "in", type(pl_module.model).__module__)
+"""
+
+
+def test_a_run_with_objects_in_its_hyper_parameters_is_resumed_by_naming_their_class(tmp_path):
+    assert memtrain("copy", "cifar10_wrn28_2", "mine", cwd=tmp_path).returncode == 0
+    module = tmp_path / "mine" / "module.py"
+    code = module.read_text()
+    saves = "        self.save_hyperparameters()\n"
+    assert code.count(saves) == 1
+    own = "class Note:\n    pass\n\n\n"
+    code = code.replace("class WideResNetClassifier", f"{own}class WideResNetClassifier")
+    module.write_text(code.replace(saves, f'{saves}        self.hparams["note"] = Note()\n'))
+    interrupt = ("--trainer.callbacks=null", "--trainer.callbacks+=tests.helpers.cli.InterruptAt")
+    options = (*TWO_STEPS[1:], "--run-dir=run", "--trainer.logger=false")
+    result = memtrain("run", "./mine", *options, *interrupt, "--trainer.callbacks.batch=0", cwd=tmp_path)
+    assert result.returncode == 130, result.stderr
+
+    result = memtrain("run", "--resume", "run", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "is whole, but has objects of `mine.module.Note` among its values" in result.stderr
+    assert "resume with --trust mine.module.Note, or" in result.stderr
+
+    result = memtrain("run", "--resume", "run", "--trust", "mine.module.Note", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("epoch*.ckpt")
+    assert "step=2" in checkpoint.name
 
 
 def test_distributed(tmp_path):

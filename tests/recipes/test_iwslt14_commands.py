@@ -254,6 +254,43 @@ def test_a_sparse_run_is_translated_and_scored_by_the_mean_of_its_dense_weights(
 
 
 @needs_fairseq
+def test_nothing_that_hyper_parameters_name_is_imported_or_called(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Lightning before 2.6.6 would do both; this module does nothing.
+    (tmp_path / "never_imported.py").write_text("def make(*args, **kwargs): raise AssertionError('called')")
+    monkeypatch.syspath_prepend(tmp_path)
+    (last,) = checkpoints.last_checkpoints(trained, 1)
+    checkpoint = torch.load(last, weights_only=True)
+    parameters = checkpoint["hyper_parameters"]
+    assert parameters["_class_path"] == f"{recipe.__name__}.module.TranslationModule"
+    parameters["_instantiator"] = "never_imported.make"
+    named = tmp_path / "named.ckpt"
+    torch.save(checkpoint, named)
+    for file in (last, named):
+        assert main(["translate", str(trained), "wort1", "--tokenized", f"--checkpoint={file}"]) == 0
+    one, other = capsys.readouterr().out.splitlines()
+    assert one == other
+    parameters["_class_path"] = "never_imported.Model"
+    torch.save(checkpoint, named)
+    message = error_of(capsys, 1, "translate", str(trained), "wort1", f"--checkpoint={named}")
+    assert message.startswith("the checkpoint is of a `never_imported.Model`, which is no `")
+    assert "never_imported" not in sys.modules
+
+
+@needs_fairseq
+def test_a_class_that_extends_the_model_is_found(trained: Path, tmp_path: Path) -> None:
+    class Extended(TranslationModule):
+        pass
+
+    (last,) = checkpoints.last_checkpoints(trained, 1)
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["hyper_parameters"]["_class_path"] = f"{__name__}.{Extended.__qualname__}"
+    torch.save(checkpoint, tmp_path / "extended.ckpt")
+    assert type(checkpoints.load_mean([tmp_path / "extended.ckpt"])) is Extended
+
+
+@needs_fairseq
 def test_mistakes_are_answered_by_one_line(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,8 +11,9 @@ import lightning.pytorch as pl
 import yaml
 
 from lightning_memtrain.cli.errors import CommandError
-from lightning_memtrain.recipes.iwslt14_dynamicconv import checkpoints
-from lightning_memtrain.recipes.iwslt14_dynamicconv.text import write_lines
+
+from .. import checkpoints
+from ..text import write_lines
 
 
 def add_options(parser: ArgumentParser) -> None:

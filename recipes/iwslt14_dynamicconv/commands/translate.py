@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from lightning_memtrain.cli.errors import CommandError
-from lightning_memtrain.recipes.iwslt14_dynamicconv import checkpoints, text
-from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
-from lightning_memtrain.recipes.iwslt14_dynamicconv.batches import max_tokens_batches
-from lightning_memtrain.recipes.iwslt14_dynamicconv.module import TranslationModule
+
+from .. import checkpoints, text
+from .. import fairseq_bridge as bridge
+from ..batches import max_tokens_batches
+from ..module import TranslationModule
 
 
 def add_options(parser: ArgumentParser) -> None:

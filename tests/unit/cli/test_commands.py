@@ -72,6 +72,61 @@ def test_copy(recipe, tmp_path, capsys):
     assert main(["show", "./mine", "--variant=fast"]) == 0
 
 
+NAMES = """\
+model:
+  class_path: {package}.model.Net  # and not {package}.py, nor other.{package}.model.Net
+  init_args: {{file: {package}.zip, optimizer: torch.optim.SGD}}
+data: {package}.parts.data.Images
+"""
+
+
+@pytest.mark.parametrize("package", ["lightning_memtrain.recipes.tiny", "tiny"])
+def test_a_copy_is_a_package_of_its_own(recipe, package):
+    (recipe / "parts").mkdir()
+    for name in ("__init__.py", "parts/__init__.py", "parts/data.py", "optim.py"):
+        (recipe / name).write_text("")
+    (recipe / "config.yaml").write_text(NAMES.format(package=package))
+    (recipe / "variants" / "fast.yaml").write_text(NAMES.format(package=package))
+    (recipe / "README.md").write_text("from lightning_memtrain.recipes.tiny.model import x\n")
+    (recipe / "model.py").write_text("tiny.model.Net = lightning_memtrain.recipes.download\n")
+    assert main(["copy", "tiny", "to/my-copy"]) == 0
+    kept = f"{package}.py, nor other.{package}.model.Net"
+    expected = NAMES.format(package=package).replace(f"{package}.", "my_copy.")
+    expected = expected.replace("my_copy.py, nor other.my_copy.model.Net", kept)
+    expected = expected.replace("my_copy.zip", f"{package}.zip")
+    for name in ("config.yaml", "variants/fast.yaml"):
+        assert Path("to/my-copy", name).read_text() == expected
+    assert Path("to/my-copy/model.py").read_text() == (recipe / "model.py").read_text()
+    # A copy of the copy, and one that was renamed, are known by what their configuration names in them.
+    assert Recipe("my-copy", Path("to/my-copy")).package == "my_copy"
+    Path("to/my-copy").rename("renamed")
+    assert Recipe("renamed", Path("renamed")).package == "my_copy"
+    assert main(["copy", "./renamed", "again"]) == 0
+    assert Path("again/config.yaml").read_text() == expected.replace("my_copy.", "again.")
+
+
+def test_code_of_an_early_copy_is_renamed_with_it(recipe):
+    (recipe / "config.yaml").write_text("model: lightning_memtrain.recipes.tiny.model.Net\n")
+    (recipe / "model.py").write_text("from lightning_memtrain.recipes.tiny.parts import a\n")
+    assert main(["copy", "tiny", "mine"]) == 0
+    assert Path("mine/model.py").read_text() == "from mine.parts import a\n"
+
+
+@pytest.mark.parametrize("name", ["json", "torch"])
+def test_a_copy_takes_no_other_packages_name(recipe, capsys, name):
+    error = assert_error(capsys, 2, "copy", "tiny", f"to/{name}")
+    assert error.startswith(f"a copy in `to/{name}` would be imported as `{name}`, which is the name of /")
+    assert error.endswith(f"{name}/__init__.py; name another folder.")
+    assert not Path("to").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "package"), [("mine", "mine"), ("my copy", "my_copy"), ("2", "_2"), ("class", "_class")]
+)
+def test_a_copy_is_named_after_its_folder(folder, package, tmp_path):
+    assert recipes._package_name(tmp_path / folder) == package
+
+
 def test_copy_overwrites_only_by_force(recipe, capsys):
     assert main(["copy", "tiny", "mine"]) == 0
     capsys.readouterr()
@@ -140,6 +195,10 @@ def test_folder_that_is_no_recipe(recipe, capsys):
         (
             ["run", "tiny", "--resume=x"],
             "--resume goes on with a run as it is; leave out recipe, --variant and --run-dir.",
+        ),
+        (
+            ["run", "tiny", "--trust=a.B"],
+            "--trust is for the checkpoints of a run that is resumed; add --resume RUN.",
         ),
         (["run", "--resume=nowhere"], "`nowhere` is no run folder: it does not exist."),
         (["run", "--resume=installed"], "`installed` is no run folder: it has no `config.yaml`."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_memtrain.cli.checkpoint_file import read_checkpoint, trust
 from lightning_memtrain.cli.errors import CommandError
 from lightning_memtrain.cli.recipes import Recipe
 from lightning_memtrain.cli.run_folder import RunFolder
@@ -74,6 +76,108 @@ def test_damaged_checkpoint(tmp_path):
     (folder.checkpoints / "bad.ckpt").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(CommandError, match=r"bad.ckpt` cannot be read .* delete it to resume"):
         folder.last_checkpoint()
+
+
+class Custom:
+    """An object of a user's class."""
+
+
+class Named:
+    """Names a function that does nothing to be called when it is loaded."""
+
+    def __reduce__(self):
+        return record, (1,)
+
+
+calls: list[int] = []
+
+
+def record(number: int) -> None:
+    calls.append(number)
+
+
+def test_a_checkpoint_with_objects_of_a_users_class_is_whole(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    file = folder.checkpoints / "a.ckpt"
+    content = {"global_step": 3, "hyper_parameters": {"out": Path("x"), "one": Custom()}}
+    torch.save(content, file)
+    with pytest.raises(CommandError) as info:
+        folder.last_checkpoint()
+    name = f"{__name__}.Custom"
+    assert info.value.exit_code == 1
+    assert str(info.value) == (
+        f"`{file}` is whole, but has objects of `{name}` among its values, as from `save_hyperparameters`, "
+        "and nothing that a checkpoint names is imported or called unless you name it, too. If you trust the "
+        f"file, resume with --trust {name}, or call `torch.serialization.add_safe_globals([Custom])` in the "
+        "module of your model. New checkpoints are without them by "
+        '`self.save_hyperparameters(ignore=["name_of_the_argument"])`.'
+    )
+    with torch.serialization.safe_globals([Custom]):
+        assert folder.last_checkpoint() == (file, 3)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_nothing_that_a_checkpoint_names_is_called(tmp_path, zipped):
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    content = {"global_step": 3, "hyper_parameters": {"one": Named()}}
+    torch.save(content, folder.checkpoints / "a.ckpt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CommandError, match=rf"is whole, but has objects of `{__name__}\.record` among"):
+        folder.last_checkpoint()
+    assert calls == []
+    torch.load(folder.checkpoints / "a.ckpt", weights_only=False)
+    assert calls.pop() == 1, "the file calls nothing whoever loads it"
+
+
+def test_paths_and_namespaces_are_harmless(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    values = {"path": Path("x"), "args": argparse.Namespace(lr=0.1)}
+    torch.save({"global_step": 3, "hyper_parameters": values}, folder.checkpoints / "a.ckpt")
+    assert read_checkpoint(folder.checkpoints / "a.ckpt")["hyper_parameters"] == values
+
+
+def test_a_checkpoint_of_the_old_format_and_a_sharded_one(tmp_path):
+    folder = RunFolder(tmp_path)
+    sharded = folder.checkpoints / "b.ckpt"
+    sharded.mkdir(parents=True)
+    torch.save({"global_step": 3}, folder.checkpoints / "a.ckpt", _use_new_zipfile_serialization=False)
+    assert read_checkpoint(folder.checkpoints / "a.ckpt") == {"global_step": 3}
+    torch.save({"global_step": 5}, sharded / "meta.pt")
+    assert folder.last_checkpoint() == (sharded, 5)
+
+
+def test_what_is_whole_but_no_checkpoint_is_not_to_be_deleted(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    torch.save({"weight": torch.ones(2)}, folder.checkpoints / "a.ckpt")
+    with pytest.raises(CommandError, match=r"it has no `global_step`.* move it to another folder\.$"):
+        folder.last_checkpoint()
+    (folder.checkpoints / "a.ckpt").unlink()
+    (folder.checkpoints / "a.ckpt").mkdir()  # sharded by another strategy, or in the middle of being written
+    with pytest.raises(CommandError, match=r"cannot be read as a checkpoint: .*No such file.*meta\.pt'\.$"):
+        folder.last_checkpoint()
+    (folder.checkpoints / "a.ckpt").rmdir()
+    torch.save({"global_step": 3, "x": (2,) * 300}, folder.checkpoints / "a.ckpt", pickle_protocol=4)
+    with pytest.raises(CommandError, match=r"is whole, but cannot be read as a checkpoint of tensors and"):
+        folder.last_checkpoint()
+
+
+@pytest.mark.parametrize("size", [0, 40, -30])
+def test_a_checkpoint_that_is_cut_off_is_damaged(tmp_path, size):
+    folder = RunFolder(tmp_path)
+    save(folder.checkpoints / "a.ckpt", 5, age_s=0)
+    whole = (folder.checkpoints / "a.ckpt").read_bytes()
+    (folder.checkpoints / "a.ckpt").write_bytes(whole[:size])
+    with pytest.raises(CommandError, match=r"a.ckpt` cannot be read .* is damaged .* delete it to resume"):
+        folder.last_checkpoint()
+
+
+@pytest.mark.parametrize("name", ["Cfg", "nowhere.Cfg", "pathlib.Cfg"])
+def test_only_classes_can_be_trusted(name):
+    with pytest.raises(CommandError, match=rf"`--trust {name}` must be a class with its module, but "):
+        trust([name])
 
 
 def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
