@@ -16,7 +16,7 @@ _RUN_EPILOG = """\
 Any other option goes to LightningCLI, for example:
   memtrain run RECIPE --trainer.max_epochs=10 --data.batch_size=50 --trainer.callbacks+=RichProgressBar
 `--print_config` prints the resolved configuration; `--trainer.callbacks.help=NAME` explains a callback.
-Ctrl-C ends a run after its current step with a checkpoint and a report; --resume goes on from there."""
+Ctrl-C or SIGTERM ends a run after its current step with a checkpoint and a report; --resume goes on there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the command's name; ``None`` for those of the process.
 
     Returns:
-        The exit code: 0, 1 if something is wrong with files, 2 if the command line is, 130 after Ctrl-C.
+        The exit code: 0, 1 if something is wrong with files, 2 if the command line is, and 128 plus the
+        number of the signal that ended it (130 after Ctrl-C).
     """
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))

@@ -61,17 +61,24 @@ def trust(names: Sequence[str]) -> None:
         torch.serialization.add_safe_globals([found])
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+class DamagedError(CommandError):
+    """A checkpoint is not as it was written."""
+
+
+def read_checkpoint(path: Path, *, check: bool = True) -> dict[str, Any]:
     """Read a checkpoint; nothing that it names is imported or called.
 
     Args:
         path: its file, or its folder if it is sharded; of that only what all processes share is read.
+        check: whether to compare all bytes with the checksums that were written with them, which torch does
+            not do.
 
     Returns:
         Its content, with tensors mapped into memory, so that they are read when they are used.
 
     Raises:
-        CommandError: if it cannot be read. What is damaged is told from what is whole.
+        DamagedError: if it is damaged.
+        CommandError: if it is whole and cannot be read.
     """
     import torch
 
@@ -84,7 +91,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CommandError(f"`{path}` cannot be read as a checkpoint: {error}.", exit_code=1) from error
     except Exception as error:  # a damaged file can raise anything
-        raise CommandError(_explain(path, file, error), exit_code=1) from error
+        raise _explained(path, file, error) from error
+    if check and mapped and (damaged := _first_damaged(file)):
+        raise DamagedError(f"`{path}` is damaged: {damaged} is not as it was written.", exit_code=1)
     if not isinstance(content, dict) or "global_step" not in content:
         raise CommandError(
             f"`{path}` cannot be read as a checkpoint of Lightning: it has no `global_step`. It may hold "
@@ -94,25 +103,38 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def _explain(path: Path, file: Path, error: Exception) -> str:
+def _explained(path: Path, file: Path, error: Exception) -> CommandError:
     if names := _blocked(file, error):
         classes = ", ".join(f"`{name}`" for name in names)
         short = ", ".join(name.rpartition(".")[2] for name in names)
         options = " ".join(f"--trust {name}" for name in names)
-        return (
+        return CommandError(
             f"`{path}` is whole, but has objects of {classes} among its values, as from "
             "`save_hyperparameters`, and nothing that a checkpoint names is imported or called unless you "
             f"name it, too. If you trust the file, resume with {options}, or call "
             f"`torch.serialization.add_safe_globals([{short}])` in the module of your model. New checkpoints "
-            'are without them by `self.save_hyperparameters(ignore=["name_of_the_argument"])`.'
+            'are without them by `self.save_hyperparameters(ignore=["name_of_the_argument"])`.',
+            exit_code=1,
         )
     if _is_whole(file):
         reason = re.sub(r"\x1b\[\d+m", "", str(error)).strip().split("\n")[0]
-        return f"`{path}` is whole, but cannot be read as a checkpoint of tensors and plain values: {reason}"
-    return (
-        f"`{path}` cannot be read as a checkpoint, because it is damaged ({type(error).__name__}); "
-        "delete it to resume from an earlier one."
+        return CommandError(
+            f"`{path}` is whole, but cannot be read as a checkpoint of tensors and plain values: {reason}",
+            exit_code=1,
+        )
+    return DamagedError(
+        f"`{path}` cannot be read as a checkpoint, because it is damaged ({type(error).__name__}).",
+        exit_code=1,
     )
+
+
+def _first_damaged(file: Path) -> str | None:
+    """The part of an archive that differs from its checksum."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip()
+    except Exception as error:  # the names and sizes of its parts are wrong
+        return f"its list of parts ({type(error).__name__})"
 
 
 def _blocked(file: Path, error: Exception) -> list[str]:

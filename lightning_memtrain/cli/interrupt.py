@@ -1,4 +1,4 @@
-"""Ctrl-C ends training between two steps, with a checkpoint from which it can go on exactly."""
+"""A signal to end ends training between two steps, with a checkpoint from which it can go on exactly."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+# Ctrl-C; what schedulers, containers and `kill` send; a terminal that is closed.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 class StopOnInterrupt(Checkpoint):
-    """Waits for the end of a step, saves a checkpoint and ends training as if Ctrl-C had come then.
+    """Waits for the end of a step, saves a checkpoint and ends training as if the signal had come then.
 
-    An interrupt that arrives in the middle of a step would leave some parameters updated and others not.
-    So the first Ctrl-C is only noted. The checkpoint is made at the end of a step, if the optimizer has used
+    A signal that arrives in the middle of a step would leave some parameters updated and others not.
+    So the first one is only noted. The checkpoint is made at the end of a step, if the optimizer has used
     all gradients and no validation follows; otherwise a later step's end is waited for. Training ends before
-    the next step, when what the last one logged has been written. A second Ctrl-C ends training at once,
+    the next step, when what the last one logged has been written. A second signal ends training at once,
     without a checkpoint.
 
     It is a ``Checkpoint`` because Lightning calls those last, when all other callbacks have done their part
@@ -35,37 +38,57 @@ class StopOnInterrupt(Checkpoint):
         self.path = path
         self.requested = False
         self.saved = False
+        self.signal: signal.Signals | None = None
+        """What has come last."""
+        self._can_save = False
         self._saving = False
         self._pid = os.getpid()
 
     @contextmanager
     def listening(self, trainer: pl.Trainer) -> Iterator[None]:
-        """Take Ctrl-C over for as long as the block runs.
+        """Take the signals over for as long as the block runs.
 
         Args:
-            trainer: what trains in the block; without this callback, Ctrl-C ends it at once.
+            trainer: what trains in the block; without this callback, a signal ends it at once.
         """
-        if self not in trainer.callbacks:  # type: ignore[attr-defined]
-            yield
-            return
+        self._can_save = self in trainer.callbacks  # type: ignore[attr-defined]
         # Lightning ignores SIGINT after an interrupt and leaves it so; this puts it back as well.
-        before = signal.signal(signal.SIGINT, self._on_sigint)
+        before = {signum: signal.signal(signum, self._on_signal) for signum in SIGNALS}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
-    def _on_sigint(self, signum: int, frame: FrameType | None) -> None:
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports for a process that was ended by the signal; 0 if none has come."""
+        return 0 if self.signal is None else 128 + self.signal
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # a data loader's worker, which inherited this handler; it is told when to stop
-        if self.requested:
+            # A data loader's worker, which inherited this handler. Ctrl-C comes to all, and a worker is told
+            # when to stop; anything else is meant for it.
+            if signum != signal.SIGINT:
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
+            return
+        self.signal = signal.Signals(signum)
+        if self.signal.name == "SIGHUP":
+            _leave_terminal()
+        if self.requested or not self._can_save:
             raise KeyboardInterrupt
         self.requested = True
         if os.environ.get("LOCAL_RANK", "0") == "0":
+            again = "Ctrl-C again" if signum == signal.SIGINT else f"another {self.signal.name}"
             # Not print(): the signal may have come in the middle of one.
-            os.write(
-                2, b"\nmemtrain: stopping after this step with a checkpoint; Ctrl-C again stops at once\n"
-            )
+            text = f"\nmemtrain: stopping after this step with a checkpoint; {again} stops at once\n"
+            os.write(2, text.encode())
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take SIGTERM over again: Lightning has put a handler of its own before this one."""
+        if signal.getsignal(signal.SIGINT) == self._on_signal:
+            signal.signal(signal.SIGTERM, self._on_signal)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -106,3 +129,12 @@ class StopOnInterrupt(Checkpoint):
         """End training if the checkpoint is there."""
         if self.saved:
             raise KeyboardInterrupt  # Lightning ends training in good order
+
+
+def _leave_terminal() -> None:
+    """Let nothing fail that is still to be said: a terminal that is closed takes no text any more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        if os.isatty(descriptor):
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)

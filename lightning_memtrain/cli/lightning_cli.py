@@ -13,6 +13,7 @@ from lightning.pytorch import callbacks, loggers
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lightning_memtrain
+from lightning_memtrain.cli.checkpoint_io import write_whole
 from lightning_memtrain.cli.errors import CommandError
 from lightning_memtrain.cli.interrupt import StopOnInterrupt
 from lightning_memtrain.cli.messages import explain
@@ -92,7 +93,9 @@ class RecipeCLI(LightningCLI):
         if logger is not False:
             given = logger if isinstance(logger, list) else [] if logger in (None, True) else [logger]
             logger = [RunMetrics(self.folder.path), *given]
-        return super().instantiate_trainer(default_root_dir=str(self.folder.path), logger=logger, **kwargs)
+        made = super().instantiate_trainer(default_root_dir=str(self.folder.path), logger=logger, **kwargs)
+        write_whole(made)
+        return made
 
 
 def spell_out_data(args: Sequence[str], data_modules: Mapping[str, str]) -> list[str]:

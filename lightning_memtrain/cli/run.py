@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from lightning_memtrain.cli.errors import INTERRUPTED, CommandError
 from lightning_memtrain.cli.recipes import Recipe
 from lightning_memtrain.cli.run_folder import RunFolder, launched_by_first_process
 from lightning_memtrain.cli.variants import add_up
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 if TYPE_CHECKING:
     from lightning_memtrain.cli.lightning_cli import RecipeCLI
@@ -105,18 +108,24 @@ def _fit(cli: RecipeCLI, checkpoint: Path | None) -> int:
                 warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint)
     except SystemExit as error:
-        # What Lightning makes of Ctrl-C; a SIGTERM is a class of its own.
+        # What Lightning makes of an interrupt.
         if type(error) is not SystemExit or not cli.trainer.interrupted:
             raise
         _say_how_to_go_on(cli)
-        return INTERRUPTED
+        return cli.interrupt.exit_code or INTERRUPTED
     except MisconfigurationException as error:
         raise CommandError(str(error)) from error
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise CommandError(
+                f"there is no room left to write `{error.filename or cli.folder.path}` ({error.strerror}). "
+                f"What was whole is left as it was; go on with: memtrain run --resume {cli.folder.path}",
+                exit_code=1,
+            ) from error
         if not _comes_from_data(error, cli.datamodule):
             raise
         raise CommandError(str(error), exit_code=1) from error
-    return INTERRUPTED if cli.interrupt.requested else 0
+    return cli.interrupt.exit_code
 
 
 def _say_how_to_go_on(cli: RecipeCLI) -> None:

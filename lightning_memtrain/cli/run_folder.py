@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from lightning_memtrain.cli.checkpoint_file import read_checkpoint
+from lightning_memtrain.cli.checkpoint_file import DamagedError, read_checkpoint
 from lightning_memtrain.cli.errors import CommandError
 from lightning_memtrain.cli.recipes import CONFIG, Recipe, installed, package_in
 
@@ -136,15 +137,33 @@ class RunFolder:
             Its path, and how many steps those are.
 
         Raises:
-            CommandError: if there is none, or one cannot be read.
+            CommandError: if there is none that is whole, or one that is cannot be read.
         """
         found: list[tuple[int, float, Path]] = []
+        damaged: list[DamagedError] = []
         for path in sorted(self.checkpoints.glob("*.ckpt")):
-            found.append((int(read_checkpoint(path)["global_step"]), path.stat().st_mtime, path))
-        if not found:
-            raise CommandError(f"there is no checkpoint in `{self.checkpoints}` to resume from.", exit_code=1)
-        global_step, _, path = max(found)
-        return path, global_step
+            try:
+                global_step = int(read_checkpoint(path, check=False)["global_step"])
+            except DamagedError as error:
+                damaged.append(error)
+            else:
+                found.append((global_step, path.stat().st_mtime, path))
+        for global_step, _, path in sorted(found, reverse=True):
+            try:
+                read_checkpoint(path)
+            except DamagedError as error:
+                damaged.append(error)
+                continue
+            if damaged and not launched_by_first_process():
+                reasons = " ".join(str(error) for error in damaged)
+                print(f"memtrain: {reasons} Going on from `{path}`, {global_step} steps", file=sys.stderr)
+            return path, global_step
+        reasons = "".join(f" {error}" for error in damaged)
+        raise CommandError(
+            f"there is no {'whole ' if damaged else ''}checkpoint in `{self.checkpoints}` to resume from."
+            f"{reasons}",
+            exit_code=1,
+        )
 
     def drop_metrics_from(self, step: int) -> None:
         """Leave out what was logged after a checkpoint; the resumed run logs it again.
@@ -154,20 +173,35 @@ class RunFolder:
         """
         if not self.metrics.is_file():
             return
-        with self.metrics.open(newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            kept = [row for row in rows if int(row["step"]) < step]
+        header, rows, num_torn = _whole_rows(self.metrics)
+        if not header:
+            aside = self.metrics.with_suffix(".csv.damaged")
+            os.replace(self.metrics, aside)
+            print(f"memtrain: `{self.metrics}` had no header; it is now `{aside}`", file=sys.stderr)
+            return
+        if num_torn:
+            print(f"memtrain: {num_torn} torn rows of `{self.metrics}` are left out", file=sys.stderr)
+        place = header.index("step")
         scratch = self.metrics.with_suffix(".csv.part")
         with scratch.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows.fieldnames or ["step"])
-            writer.writeheader()
-            writer.writerows(kept)
+            csv.writer(file).writerows([header, *(row for row in rows if int(row[place]) < step)])
         os.replace(scratch, self.metrics)
 
 
 def launched_by_first_process() -> bool:
     """Whether this is one of the further processes of a distributed run, which only the first one leads."""
     return int(os.environ.get("LOCAL_RANK", "0")) > 0
+
+
+def _whole_rows(path: Path) -> tuple[list[str], list[list[str]], int]:
+    """Header and rows of a table whose writing may have been broken off, and how many rows are torn."""
+    lines = path.read_text(encoding="utf-8", errors="replace").replace("\0", "").splitlines()
+    header, *rows = [*csv.reader(lines)] or [[]]
+    if "step" not in header:
+        return [], [], 0
+    place = header.index("step")
+    whole = [row for row in rows if len(row) == len(header) and row[place].isdecimal()]
+    return header, whole, sum(bool(row) for row in rows) - len(whole)
 
 
 def _unused(folder: Path) -> Path:

@@ -59,21 +59,23 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 class InterruptAt(Callback):
-    """Sends Ctrl-C in the middle of a training step, when gradients are there and parameters are not updated.
+    """Sends a signal in the middle of a training step, when gradients are there and parameters not updated.
 
     Args:
         batch: number of the batch over the whole run, from 0.
         times: how often.
+        name: of the signal.
     """
 
-    def __init__(self, batch: int, times: int = 1) -> None:
+    def __init__(self, batch: int, times: int = 1, name: str = "SIGINT") -> None:
         self.batch = batch
         self.times = times
+        self.name = name
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fit_loop.total_batch_idx == self.batch:
             for _ in range(self.times):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.Signals[self.name])
 
 
 class RaiseIn(Callback):

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import resource
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from lightning_memtrain.cli import main
+from lightning_memtrain.cli.checkpoint_io import WholeCheckpointIO
+from lightning_memtrain.cli.interrupt import StopOnInterrupt
 from tests.helpers.cli import IGNORED, TINY
 
 pytestmark = pytest.mark.filterwarnings(*IGNORED)
@@ -35,11 +44,12 @@ def run(folder: Path, *options: str) -> int:
     return main(["run", *OPTIONS, f"--run-dir={folder}", *options])
 
 
-def interrupt_at(batch: int, times: int = 1) -> tuple[str, ...]:
+def interrupt_at(batch: int, times: int = 1, name: str = "SIGINT") -> tuple[str, ...]:
     return (
         "--trainer.callbacks+=tests.helpers.cli.InterruptAt",
         f"--trainer.callbacks.batch={batch}",
         f"--trainer.callbacks.times={times}",
+        f"--trainer.callbacks.name={name}",
     )
 
 
@@ -113,17 +123,50 @@ def test_resumed_equals_uninterrupted(straight, tmp_path, capfd, kind, batch, st
     assert (folder / "metrics.csv").read_text() == (straight[kind] / "metrics.csv").read_text()
 
 
-def test_second_interrupt_stops_at_once(tmp_path, capfd):
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_other_signals_that_end_a_process_end_a_run_as_well(straight, name, code, tmp_path, capfd):
+    folder, before = tmp_path / "run", {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)}
+    profiled = ("--trainer.callbacks+=lightning_memtrain.MemoryProfiler",)
+    assert run(folder, *profiled, *interrupt_at(1, name=name)) == code
+    errors = capfd.readouterr().err
+    said = f"memtrain: stopping after this step with a checkpoint; another {name} stops at once"
+    assert said in errors
+    assert f"memtrain: stopped after 2 steps; go on with: memtrain run --resume {folder}" in errors
+    assert (folder / "memory" / "memory_report.json").is_file()
+    assert {one: signal.getsignal(one) for one in before} == before
+    assert main(["run", "--resume", str(folder)]) == 0
+    assert_same(final_state(folder)["state_dict"], final_state(straight["plain"])["state_dict"])
+
+
+def test_a_process_that_inherits_the_handler_is_ended_by_what_is_sent_to_it(tmp_path):
+    stop = StopOnInterrupt(tmp_path / "interrupted.ckpt")
+    with stop.listening(SimpleNamespace(callbacks=[stop])):
+        ready, begun = os.pipe()
+        worker = os.fork()
+        if worker == 0:
+            os.write(begun, b".")
+            time.sleep(60)
+            os._exit(0)
+        os.read(ready, 1)
+        os.kill(worker, signal.SIGTERM)
+        _, status = os.waitpid(worker, 0)
+    assert os.WTERMSIG(status) == signal.SIGTERM
+    assert (stop.requested, stop.exit_code) == (False, 0)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_second_interrupt_stops_at_once(name, code, tmp_path, capfd):
     folder = tmp_path / "run"
-    assert run(folder, *interrupt_at(1, times=2)) == 130
+    assert run(folder, *interrupt_at(1, times=2, name=name)) == code
     errors = capfd.readouterr().err
     assert "memtrain: stopped at once, without a checkpoint" in errors
     assert not (folder / "checkpoints" / "interrupted.ckpt").exists()
 
 
-def test_interrupt_without_checkpointing_stops_at_once(tmp_path, capfd):
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_interrupt_without_checkpointing_stops_at_once(name, code, tmp_path, capfd):
     folder = tmp_path / "run"
-    assert run(folder, "--trainer.enable_checkpointing=false", *interrupt_at(1)) == 130
+    assert run(folder, "--trainer.enable_checkpointing=false", *interrupt_at(1, name=name)) == code
     assert "memtrain: stopped at once, without a checkpoint" in capfd.readouterr().err
     assert not (folder / "checkpoints").exists()
 
@@ -154,3 +197,40 @@ def test_a_moved_run_can_be_resumed(tmp_path):
         assert main(["run", "--resume", str(moved)]) == 0
     assert not folder.exists()
     assert final_state(moved)["global_step"] == 12
+
+
+class FullAt(Callback):
+    """Lets the disk be full from a step on, for checkpoints."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.strategy.checkpoint_io.__class__ = OnFullDisk
+
+
+class OnFullDisk(WholeCheckpointIO):
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            super().save_checkpoint(checkpoint, path, storage_options)
+        except OSError as error:  # which the system tells from a full disk by its number alone
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), error.filename) from None
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_no_torn_file(straight, tmp_path, capfd):
+    folder = tmp_path / "run"
+    full = ("--trainer.callbacks+=tests.integration.test_cli_resume.FullAt", "--trainer.callbacks.step=9")
+    keep = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-1")
+    assert run(folder, *keep, *full) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("memtrain: error: there is no room left to write `")
+    assert last.endswith(f"go on with: memtrain run --resume {folder}")
+    (whole,) = (folder / "checkpoints").iterdir()
+    assert torch.load(whole, weights_only=True)["global_step"] == 6

@@ -70,11 +70,43 @@ def test_no_checkpoint(tmp_path):
     assert info.value.exit_code == 1
 
 
-def test_damaged_checkpoint(tmp_path):
+def flip_a_byte(path: Path) -> None:
+    """In the numbers of a tensor, which torch loads as they are."""
+    data = bytearray(path.read_bytes())
+    place = bytes(data).index(torch.ones(3).numpy().tobytes()) + 4
+    data[place] ^= 1
+    path.write_bytes(data)
+    assert not torch.equal(torch.load(path)["state_dict"]["x"], torch.ones(3))
+
+
+DAMAGE = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-30]),
+    "hardly begun": lambda path: path.write_bytes(b"PK\x03\x04 cut off"),
+    "empty": lambda path: path.write_bytes(b""),
+    "one bit": flip_a_byte,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_newest_whole_checkpoint_is_taken_in_the_place_of_a_damaged_one(damage, tmp_path, capsys):
     folder = RunFolder(tmp_path)
-    save(folder.checkpoints / "good.ckpt", 5, age_s=0)
-    (folder.checkpoints / "bad.ckpt").write_bytes(b"PK\x03\x04 cut off")
-    with pytest.raises(CommandError, match=r"bad.ckpt` cannot be read .* delete it to resume"):
+    save(folder.checkpoints / "first.ckpt", 5, age_s=9)
+    save(folder.checkpoints / "second.ckpt", 7, age_s=6)
+    save(folder.checkpoints / "third.ckpt", 9, age_s=3)
+    assert folder.last_checkpoint() == (folder.checkpoints / "third.ckpt", 9)
+    assert capsys.readouterr().err == ""
+    DAMAGE[damage](folder.checkpoints / "third.ckpt")
+    assert folder.last_checkpoint() == (folder.checkpoints / "second.ckpt", 7)
+    said = capsys.readouterr().err
+    assert re.match(r"memtrain: `.*third.ckpt` .*damaged.* Going on from `.*second.ckpt`, 7 steps\n$", said)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_where_no_checkpoint_is_whole_the_reason_is_said(damage, tmp_path):
+    folder = RunFolder(tmp_path)
+    save(folder.checkpoints / "a.ckpt", 5, age_s=0)
+    DAMAGE[damage](folder.checkpoints / "a.ckpt")
+    with pytest.raises(CommandError, match=r"no whole checkpoint in .* to resume from. `.*a.ckpt` .*damaged"):
         folder.last_checkpoint()
 
 
@@ -164,16 +196,6 @@ def test_what_is_whole_but_no_checkpoint_is_not_to_be_deleted(tmp_path):
         folder.last_checkpoint()
 
 
-@pytest.mark.parametrize("size", [0, 40, -30])
-def test_a_checkpoint_that_is_cut_off_is_damaged(tmp_path, size):
-    folder = RunFolder(tmp_path)
-    save(folder.checkpoints / "a.ckpt", 5, age_s=0)
-    whole = (folder.checkpoints / "a.ckpt").read_bytes()
-    (folder.checkpoints / "a.ckpt").write_bytes(whole[:size])
-    with pytest.raises(CommandError, match=r"a.ckpt` cannot be read .* is damaged .* delete it to resume"):
-        folder.last_checkpoint()
-
-
 @pytest.mark.parametrize("name", ["Cfg", "nowhere.Cfg", "pathlib.Cfg"])
 def test_only_classes_can_be_trusted(name):
     with pytest.raises(CommandError, match=rf"`--trust {name}` must be a class with its module, but "):
@@ -186,6 +208,38 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
     folder.drop_metrics_from(2)
     assert folder.metrics.read_text().splitlines() == ["epoch,loss,step", "0,2.5,0", "0,,1"]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+WHOLE = "epoch,loss,step\n0,2.5,0\n0,1.5,1\n"
+TORN = {
+    "last row": WHOLE + "0,1.",
+    "row in the middle": "epoch,loss,step\n0,2.5,0\n0,1.\n0,1.5,1\n",
+    "zeros of a file that was not written to its end": WHOLE + "\0" * 40,
+    "bytes that are no text": WHOLE.encode() + b"0,\xff\xfe,x\n",
+    "rows that have run together": WHOLE + "0,1.0,20,3.0,3\n",
+}
+
+
+@pytest.mark.parametrize("kind", TORN)
+def test_torn_rows_of_metrics_are_left_out(kind, tmp_path, capsys):
+    folder, text = RunFolder(tmp_path), TORN[kind]
+    folder.metrics.write_bytes(text if isinstance(text, bytes) else text.encode())
+    folder.drop_metrics_from(9)
+    assert folder.metrics.read_text() == WHOLE
+    expected = (
+        "" if kind.startswith("zeros") else f"memtrain: 1 torn rows of `{folder.metrics}` are left out\n"
+    )
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("text", ["", "epo", "0,2.5,0\n0,1.5,1\n"])
+def test_metrics_without_a_header_are_put_aside(text, tmp_path, capsys):
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text(text)
+    folder.drop_metrics_from(2)
+    assert not folder.metrics.exists()
+    assert (tmp_path / "metrics.csv.damaged").read_text() == text
+    assert "had no header; it is now `" in capsys.readouterr().err
 
 
 def test_no_metrics_to_drop(tmp_path):
