@@ -20,7 +20,7 @@ set_up := pyproject.toml constraints.txt lightning_memtrain/__about__.py
 
 .DEFAULT_GOAL := help
 .SUFFIXES:
-.PHONY: help demo test lint types unit oldest docs wheel-check gpu constraints clean
+.PHONY: help demo test lint types unit oldest projects docs wheel-check gpu constraints clean
 
 help:
 	@echo "make demo         train WRN-28-2 on small real images and show where the memory goes"
@@ -29,6 +29,7 @@ help:
 	@echo "make types        mypy --strict"
 	@echo "make unit         tests, the examples of the docs among them"
 	@echo "make oldest       unit tests with the lowest Lightning and torchmetrics that we declare"
+	@echo "make projects     train two published projects with our callbacks"
 	@echo "make docs         docs/_build/html"
 	@echo "make wheel-check  build the packages, install the wheel elsewhere, train two steps with it"
 	@echo "make gpu          checks on a CUDA device, with this machine's own python3"
@@ -39,7 +40,7 @@ demo: $(VENV)/.recipes
 
 # A sub-make per part: they run in this order even under -j, and the first that fails ends the run.
 test: $(VENV)/.dev
-	@for part in lint types unit oldest docs wheel-check; do \
+	@for part in lint types unit oldest projects docs wheel-check; do \
 		start=$$(date +%s); \
 		echo "== $$part"; \
 		$(MAKE) --no-print-directory $$part || exit 1; \
@@ -71,6 +72,15 @@ oldest: $(VENV)/.oldest
 	@OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/.oldest $(bin)/python -m pytest -q -n $(PYTEST_WORKERS) \
 		--override-ini filterwarnings=default --override-ini cache_dir=.pytest_cache/oldest \
 		tests/unit $(PYTEST_ARGS)
+
+# In the folder are neither torch nor Lightning: both are those of .venv, under either name of Lightning.
+projects: $(VENV)/.projects
+	@if [ -d $</gluonts ]; then \
+		OMP_NUM_THREADS=1 PYTHONPATH=$< $(bin)/python -m pytest -q --override-ini cache_dir=.pytest_cache/projects \
+			tests/projects $(PYTEST_ARGS); \
+	else \
+		echo "the projects could not be installed; what trains them is skipped"; \
+	fi
 
 docs: $(VENV)/.dev
 	@$(bin)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
@@ -119,6 +129,12 @@ $(VENV)/.dev: $(bin)/python $(set_up)
 $(VENV)/.translation: $(VENV)/.dev
 	@READTHEDOCS=1 $(pip) install --no-build-isolation --no-deps $(translation) \
 		|| echo "fairseq could not be installed; the tests of translation will skip"
+	@touch $@
+
+$(VENV)/.projects: constraints-projects.txt | $(VENV)/.dev
+	@rm -rf $@
+	@$(bin)/python -m pip --quiet --quiet --disable-pip-version-check install --no-deps --only-binary :all: \
+		--target $@ --requirement $< || { rm -rf $@; mkdir $@; }
 	@touch $@
 
 # Packages that must not be in .venv itself lie in folders that go before it on the path.

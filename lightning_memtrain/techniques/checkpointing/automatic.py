@@ -27,7 +27,7 @@ from lightning_memtrain.techniques.checkpointing.circumstances import (
     KnownShapes,
     trained_parameters,
 )
-from lightning_memtrain.techniques.checkpointing.insertion import insert_checkpoints
+from lightning_memtrain.techniques.checkpointing.insertion import Checkpoints, insert_checkpoints
 from lightning_memtrain.techniques.checkpointing.policies import Budget, Groups
 from lightning_memtrain.tracing.fake_step import FakeStep, state_bytes
 from lightning_memtrain.tracing.questions import site_of
@@ -57,7 +57,7 @@ class AutomaticChoice:
         self._say = say
         self._times = OpTimes(device)
         self._workspace = None if self._limit_bytes is None else OpWorkspace(device)
-        self._remove: Callable[[], None] | None = None
+        self._remove: Checkpoints | None = None
         self._groups: Groups = []
         self._chosen: Chosen | None = None
         self._chosen_for: Circumstances | None = None
@@ -101,6 +101,11 @@ class AutomaticChoice:
             if isinstance(error, BudgetOutOfReach) or is_out_of_memory(error):
                 raise
             raise self._cannot_run(error) from error
+
+    @property
+    def filling_caches(self) -> list[str]:
+        """The recomputed modules that were given a key-value cache in training."""
+        return self._remove.filling_caches if self._remove is not None else []
 
     def close(self) -> None:
         """Recompute nothing any more."""

@@ -69,6 +69,21 @@ class LeftOut:
         return NotImplemented
 
 
+def caching_model(model: nn.Module) -> str | None:
+    """Find the model that makes caches in training, since its configuration says so.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Path of the outermost module with ``config.use_cache``, or ``None`` if there is none.
+    """
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "config", None), "use_cache", None) is True:
+            return str(name)
+    return None
+
+
 class Layers:
     """Which layers of a model a module belongs to, and so which part of a cache it works on.
 

@@ -21,6 +21,7 @@ from lightning_memtrain.core import (
 )
 from lightning_memtrain.core.lightning_names import in_both, refuse_mix
 from lightning_memtrain.techniques.checkpointing.automatic import AutomaticChoice
+from lightning_memtrain.techniques.checkpointing.caches import caching_model
 from lightning_memtrain.techniques.checkpointing.insertion import Checkpoints, insert_checkpoints
 from lightning_memtrain.techniques.checkpointing.policies import (
     SHORT_NAMES,
@@ -74,6 +75,7 @@ class ActivationCheckpointing(Callback):
         self._zeroes_after_forward = True
         self._in_batch = False
         self._has_looked = False
+        self._has_warned_of_cache = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything runs."""
@@ -123,10 +125,28 @@ class ActivationCheckpointing(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Say so if what was named recomputes nothing, once a step is over."""
+        """Say so if what was named recomputes nothing or fills a cache that nothing reads, after a step."""
+        if not self._has_warned_of_cache:
+            self._warn_of_cache(pl_module)
         if isinstance(self._remove, Checkpoints) and not self._has_looked:
             self._has_looked = True
             self._remove.warn_if_useless(f"ActivationCheckpointing(policy={self.policy!r})")
+
+    def _warn_of_cache(self, model: LightningModule) -> None:
+        recomputed = self._automatic or self._remove
+        names = getattr(recomputed, "filling_caches", [])
+        caching = caching_model(model) if names else None
+        if caching is None:
+            return
+        self._has_warned_of_cache = True
+        where = ".".join(filter(None, ["self", caching]))
+        rank_zero_warn(
+            f"`ActivationCheckpointing(policy={self.policy!r})` saves less than it could: `{where}` makes a "
+            f"key-value cache in training, in which keys and values of {len(names)} recomputed modules stay "
+            f"({names[0]!r} the first), and which is of use in generation only. "
+            f"Set `{where}.config.use_cache = False` before training.",
+            category=NoEffectWarning,
+        )
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Note whether gradients of the last step are there during forward only, as in plain Lightning."""

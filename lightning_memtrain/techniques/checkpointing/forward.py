@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_memtrain.techniques.checkpointing.caches import Layers
 from lightning_memtrain.techniques.checkpointing.call import Call, Unit, described, flattened
 from lightning_memtrain.techniques.checkpointing.habits import Habits
+from lightning_memtrain.techniques.checkpointing.holding import is_cache
 from lightning_memtrain.techniques.checkpointing.objects import Objects, holds_what_changes
 from lightning_memtrain.techniques.checkpointing.segment import Segment
 from lightning_memtrain.techniques.checkpointing.slots import holders
@@ -123,6 +124,8 @@ class CheckpointedForward:
         self._is_removed = False
         self.has_effect = False
         """Whether a call has saved something for backward."""
+        self.fills_cache = False
+        """Whether a call in training was given a key-value cache."""
         # By the modes of the modules: in training a forward may change what it leaves alone otherwise.
         self._habits: dict[tuple[bool, ...], Habits] = {}
         # `module.compile()` keeps the compiled forward in another attribute than an own forward.
@@ -156,6 +159,7 @@ class CheckpointedForward:
             return self.original(*args, **kwargs)
         flat, structure = flattened((args, kwargs))
         tensors = {place: value for place, value in enumerate(flat) if isinstance(value, Tensor)}
+        self.fills_cache |= self.module.training and any(is_cache(type(value)) for value in flat)
         segment = self._group.take(self.position, tensors.values())
         makers = {place: made for place, tensor in tensors.items() if (made := segment.maker(tensor))}
 

@@ -106,6 +106,11 @@ class Checkpoints:
         """Whether any of the modules has run and saved something for backward, or there are none."""
         return not self._installed or any(forward.has_effect for forward in self._installed)
 
+    @property
+    def filling_caches(self) -> list[str]:
+        """The modules that were given a key-value cache in training."""
+        return [forward.name for forward in self._installed if forward.fills_cache]
+
     def warn_if_useless(self, owner: str) -> None:
         """Say so if nothing of a step is recomputed, once a step is over.
 
