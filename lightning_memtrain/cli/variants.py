@@ -119,11 +119,11 @@ class _Merged:
                         "you mean."
                     )
             joined.append((owner, entry))
-        parent = _at(self.config, key[:-1])
-        # Where the recipe has no list, the default of the argument may be one.
-        name = key[-1] if given.replaced or of_recipe is not None else f"{key[-1]}+"
-        if name != key[-1]:
-            del parent[key[-1]]
+        parent, name = _at(self.config, key[:-1]), key[-1]
+        if not given.replaced and of_recipe is None:
+            # The default of the argument may be a list.
+            del parent[name]
+            name += "+"
         parent[name] = [entry for _, entry in joined]
 
     def _set(self, owner: str, key: Key, value: Any) -> None:
