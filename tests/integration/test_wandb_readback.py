@@ -13,6 +13,7 @@ from lightning_memtrain.core import MIB, Category
 from lightning_memtrain.report.document import MemoryReport
 from lightning_memtrain.report.html import render_html
 from lightning_memtrain.report.loggers import define_metrics, log_report
+from tests.helpers.cli import TINY, memtrain
 from tests.helpers.reports import deep_report, tiny_report
 from tests.helpers.wandb_log import WandbLog, read_wandb_log
 
@@ -174,3 +175,23 @@ def test_mlflow_holds_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert sorted(path.name for path in folder.iterdir()) == ["memory_report.html", "memory_report.json"]
     assert MemoryReport.load(folder / "memory_report.json") == report
     assert (folder / "memory_report.html").read_text(encoding="utf-8") == render_html(report)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_ended_by_a_signal_has_its_summary(wandb_folder: Path) -> None:
+    folder = wandb_folder / "run"
+    options = (
+        *(*TINY, "--trainer.callbacks=null", "--trainer.logger=WandbLogger", f"--run-dir={folder}"),
+        "--trainer.callbacks+=lightning_memtrain.MemoryProfiler",
+        *("--trainer.callbacks+=tests.helpers.cli.InterruptAt", "--trainer.callbacks.batch=3"),
+        "--trainer.callbacks.name=SIGTERM",
+    )
+    ended = memtrain("run", *options, cwd=wandb_folder)
+    assert ended.returncode == 143, ended.stderr
+    (folder / "wandb" / "latest-run").unlink()
+    log = read_wandb_log(folder / "wandb")
+    report = MemoryReport.load(folder / "memory" / "memory_report.json")
+    assert max(log.series("trainer/global_step")) == 3
+    watched = [step.peak_bytes / MIB for step in report.steps if step.stage == "fit" and step.ledger]
+    assert log.series("memory/peak_mib") == pytest.approx(watched)
+    assert log.summary["memory/peak_mib"] == pytest.approx(watched[-1])
