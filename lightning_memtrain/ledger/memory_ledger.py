@@ -173,7 +173,7 @@ class MemoryLedger:
         if MODES_HIDDEN.needed:
             MODES_HIDDEN.add(listener)
             undo.callback(MODES_HIDDEN.remove, listener)
-        self._operators.begin(self._on_arguments, self._on_results)
+        self._operators.begin(self._on_arguments, self._on_results, self._on_views)
         undo.callback(self._operators.end)
 
     # ------------------------------------------------------------------ reading
@@ -322,6 +322,10 @@ class MemoryLedger:
         if self._limit is not None:
             late_bytes = self._book.late_bytes - self._late_before
             self._limit.before(func, args, kwargs, self._book.live_bytes, late_bytes)
+
+    def _on_views(self) -> None:
+        if self._backward_module is not None or self._modules.in_backward():
+            self._follow_backward(self._modules.now())
 
     def _on_results(self, func: Any, results: Any) -> None:
         now = self._modules.now()

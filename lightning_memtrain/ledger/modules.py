@@ -106,6 +106,10 @@ class ModuleWatch:
         """Put the hooks on again."""
         self._hooks.show()
 
+    def in_backward(self) -> bool:
+        """Whether a backward is going on."""
+        return _current_graph_task() != NOT_IN_BACKWARD
+
     def now(self) -> Moment:
         """What is running now."""
         task = _current_graph_task()

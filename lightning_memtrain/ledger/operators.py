@@ -37,11 +37,17 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     _before: Callable[[Any, Any, Any], None]
     _after: Callable[[Any, Any], None]
+    _passing: Callable[[], None] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if types and any(issubclass(one, OnDemandTensor) for one in types):
             return NotImplemented  # the operators that make its numbers come here instead
         kwargs = kwargs or {}
+        passing = self._passing
+        if passing is not None and makes_views(func):
+            results = func(*args, **kwargs)
+            passing()
+            return results
         self._before(func, args, kwargs)
         results = func(*args, **kwargs)
         self._after(func, results)
@@ -58,14 +64,21 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Have ``torch.compile`` compile what it meets under this mode, and not give it up for good."""
         return True
 
-    def begin(self, before: Callable[[Any, Any, Any], None], after: Callable[[Any, Any], None]) -> None:
+    def begin(
+        self,
+        before: Callable[[Any, Any, Any], None],
+        after: Callable[[Any, Any], None],
+        passing: Callable[[], None] | None = None,
+    ) -> None:
         """Begin to watch.
 
         Args:
             before: called with operator, arguments and keyword arguments.
             after: called with operator and results.
+            passing: called instead, after operators that only make views of their arguments, which are more
+                than half of all; whoever uses the view shows the same storage.
         """
-        self._before, self._after = before, after
+        self._before, self._after, self._passing = before, after, passing
         _push_mode(self)
 
     def in_force(self) -> bool:
@@ -90,23 +103,31 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             above.append(top)
         for other in reversed(above):
             _push_mode(other)
+        self._passing = None
         del self._before, self._after  # they belong to the owner of this mode, and would keep it
 
 
 # By identity, since an operator's hash is a call in Python; it is kept, so that the identity stays its own.
-_RETURNS_ARGUMENTS: dict[int, tuple[Any, bool]] = {}
+_KNOWN: dict[int, tuple[Any, bool, bool]] = {}
 
 
 def returns_arguments(func: Any) -> bool:
     """Whether an operator gives back storages of its arguments only, with the sizes that they had."""
-    known = _RETURNS_ARGUMENTS.get(id(func))
-    if known is None:
-        known = _RETURNS_ARGUMENTS[id(func)] = (func, _look_whether_returns_arguments(func))
-    return known[1]
+    return (_KNOWN.get(id(func)) or _look_at(func))[1]
 
 
-def _look_whether_returns_arguments(func: Any) -> bool:
-    schema = getattr(func, "_schema", None)
-    if schema is None or any(part in schema.name for part in ("resize", "set_", "lift")):
-        return False
-    return "out" not in schema.overload_name and all(value.alias_info is not None for value in schema.returns)
+def makes_views(func: Any) -> bool:
+    """Whether an operator does that, and writes to none of them either."""
+    return (_KNOWN.get(id(func)) or _look_at(func))[2]
+
+
+def _look_at(func: Any) -> tuple[Any, bool, bool]:
+    schema: Any = getattr(func, "_schema", None)
+    arguments_only = (
+        schema is not None
+        and not any(part in schema.name for part in ("resize", "set_", "lift"))
+        and "out" not in schema.overload_name
+        and all(value.alias_info is not None for value in schema.returns)
+    )
+    views = arguments_only and bool(schema.returns) and not schema.is_mutable
+    return _KNOWN.setdefault(id(func), (func, arguments_only, views))
