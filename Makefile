@@ -20,7 +20,7 @@ set_up := pyproject.toml constraints.txt lightning_memtrain/__about__.py
 
 .DEFAULT_GOAL := help
 .SUFFIXES:
-.PHONY: help demo test lint types unit oldest projects docs wheel-check gpu constraints clean
+.PHONY: help demo test lint types unit oldest projects nightly docs wheel-check gpu constraints clean
 
 help:
 	@echo "make demo         train WRN-28-2 on small real images and show where the memory goes"
@@ -30,6 +30,7 @@ help:
 	@echo "make unit         tests, the examples of the docs among them"
 	@echo "make oldest       unit tests with the lowest Lightning and torchmetrics that we declare"
 	@echo "make projects     train two published projects with our callbacks"
+	@echo "make nightly      tests over random examples, others at each call, many of them"
 	@echo "make docs         docs/_build/html"
 	@echo "make wheel-check  build the packages, install the wheel elsewhere, train two steps with it"
 	@echo "make gpu          checks on a CUDA device, with this machine's own python3"
@@ -81,6 +82,11 @@ projects: $(VENV)/.projects
 	else \
 		echo "the projects could not be installed; what trains them is skipped"; \
 	fi
+
+# Other examples at each call; a failure prints how to try its example again. No part of `make test`.
+nightly: $(VENV)/.translation
+	@OMP_NUM_THREADS=1 MEMTRAIN_HYPOTHESIS_PROFILE=random $(bin)/python -m pytest -q -n $(PYTEST_WORKERS) \
+		-m hypothesis --timeout 3600 $(PYTEST_ARGS)
 
 docs: $(VENV)/.dev
 	@$(bin)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html

@@ -80,8 +80,8 @@ def test_the_sparse_variant_is_that_of_the_authors(tmp_path: Path) -> None:
     (sparse,) = [one for one in cli.trainer.callbacks if isinstance(one, SparseTraining)]
     layers = sparse.select.layers(cli.model)
     assert len(layers) == 24
-    assert {tuple(place.module.kernel_size) for place in layers.values()} == {(3, 3)}
-    assert sum(place.module.weight.numel() for place in layers.values()) == 1_451_520
+    assert {tuple(layer.kernel_size) for layer in layers.values()} == {(3, 3)}
+    assert sum(layer.weight.numel() for layer in layers.values()) == 1_451_520
     assert sparse.method == DynamicSparseReparameterization(0.8, reallocate=20_000, threshold=1e-3)
 
 

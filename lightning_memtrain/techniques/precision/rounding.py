@@ -71,17 +71,28 @@ def stochastic_round_(values: Tensor, dtype: torch.dtype, generator: torch.Gener
             f"`stochastic_round(values)` must be float32, but got {values.dtype}. Use `values.float()`."
         )
     limits = torch.finfo(dtype)
+    size = 1 << _DROPPED_BITS[dtype]
+    bits = values.view(torch.int32)
+    if dtype == torch.bfloat16 and _are_all_within(values, limits.max):
+        # A carry out of the dropped bits is the step to the neighbour that is farther from zero.
+        bits.add_(torch.empty_like(bits).random_(size, generator=generator)).bitwise_and_(-size)
+        return values
     magnitude = values.abs()
     eligible = magnitude < limits.max  # not so for infinity and NaN, whose bits must not be added to
     if dtype == torch.float16:
         eligible &= magnitude >= limits.tiny
     del magnitude
-    size = 1 << _DROPPED_BITS[dtype]
-    bits = values.view(torch.int32)
-    # A carry out of the dropped bits is the step to the neighbour that is farther from zero.
     rounded = torch.empty_like(bits).random_(size, generator=generator).add_(bits).bitwise_and_(-size)
     torch.where(eligible, rounded, bits, out=bits)
     return values
+
+
+def _are_all_within(values: Tensor, limit: float) -> bool:
+    """Whether magnitudes are smaller; devices that would have to be waited for are not asked."""
+    if values.device.type != "cpu" or not values.numel():
+        return False
+    lowest, highest = values.aminmax()  # both NaN if one number is
+    return bool(-limit < lowest) and bool(highest < limit)
 
 
 class RoundingNoise:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -37,28 +37,83 @@ class StandIns:
             self._made[id(parameter)] = parameter, made
         return made
 
-    def filled(self, parameter: Tensor, gradient: Tensor) -> nn.Parameter:
-        """The stand-in of a parameter, with its numbers and its gradient as float32.
+    def filled(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[nn.Parameter]:
+        """The stand-ins of some parameters, with their numbers and their gradients as float32.
+
+        On each device the numbers lie in a row, one behind the other, so that they can be rounded at once.
 
         Args:
-            parameter: in half precision.
-            gradient: of it.
+            pairs: parameters in half precision with their gradients.
 
         Returns:
-            The stand-in, with what others have written on the parameter.
+            The stand-ins, with what others have written on the parameters.
         """
-        made = self.of(parameter)
-        made.data = parameter.detach().float()
-        made.requires_grad_(parameter.requires_grad)
-        made.__dict__.update(parameter.__dict__)
-        made.grad = gradient.float()
-        return made
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for parameter, _ in pairs:
+            by_device.setdefault(parameter.device, []).append(parameter.detach())
+        numbers = {device: iter(_in_a_row(here)) for device, here in by_device.items()}
+        stand_ins = []
+        for parameter, gradient in pairs:
+            made = self.of(parameter)
+            made.data = next(numbers[parameter.device])
+            made.requires_grad_(parameter.requires_grad)
+            made.__dict__.update(parameter.__dict__)
+            made.grad = gradient.float()
+            stand_ins.append(made)
+        return stand_ins
 
     @staticmethod
-    def empty(stand_in: nn.Parameter) -> None:
-        """Let go of the numbers."""
-        stand_in.grad = None
-        stand_in.data = stand_in.data.new_empty(0)
+    def empty(stand_ins: Iterable[nn.Parameter]) -> None:
+        """Let go of the numbers.
+
+        Args:
+            stand_ins: filled ones.
+        """
+        for stand_in in stand_ins:
+            stand_in.grad = None
+            stand_in.data = stand_in.data.new_empty(0)
+
+
+def in_rows(stand_ins: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The numbers of stand-ins, those that lie one behind the other as one tensor.
+
+    Args:
+        stand_ins: filled; an optimizer may have given some other memory.
+
+    Yields:
+        Tensors of one axis, in the order of memory, that share it with the stand-ins.
+    """
+    start, end = 0, 0
+    row: Tensor | None = None
+    for stand_in in stand_ins:
+        own, first = stand_in.data, int(stand_in.data.storage_offset())
+        follows = (
+            row is not None and own.untyped_storage()._cdata == row.untyped_storage()._cdata and first == end
+        )
+        if not follows:
+            if row is not None:
+                yield row.as_strided((end - start,), (1,), start)
+            row, start = own, first
+        end = first + own.numel()
+    if row is not None:
+        yield row.as_strided((end - start,), (1,), start)
+
+
+def _in_a_row(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Copies in float32, one behind the other."""
+    numels = [parameter.numel() for parameter in parameters]
+    row = parameters[0].new_empty(sum(numels), dtype=torch.float32)
+    copies = [_shaped_as(*pair) for pair in zip(parameters, torch.split(row, numels), strict=True)]
+    torch._foreach_copy_(copies, list(parameters))
+    return copies
+
+
+def _shaped_as(parameter: Tensor, part: Tensor) -> Tensor:
+    """Memory in the shape and with the strides that a copy of a parameter has."""
+    if parameter.is_contiguous():
+        return part.view(parameter.shape)
+    strides = torch.empty_like(parameter, device="meta").stride()
+    return part.as_strided(parameter.shape, strides)
 
 
 class ParameterPlaces:

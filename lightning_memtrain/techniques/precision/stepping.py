@@ -26,7 +26,7 @@ from lightning_memtrain.core.holdings import optimizers_in
 from lightning_memtrain.core.shared_state import SharedState
 from lightning_memtrain.core.stepping import own_step
 from lightning_memtrain.techniques.precision.rounding import RoundingNoise, stochastic_round_
-from lightning_memtrain.techniques.precision.stand_ins import ParameterPlaces, StandIns
+from lightning_memtrain.techniques.precision.stand_ins import ParameterPlaces, StandIns, in_rows
 from lightning_memtrain.techniques.precision.state import HALF, LOAD_HOOKS, keep_state_dtypes, widen_state
 
 _SMALLEST_BUCKET = 2**16
@@ -260,12 +260,14 @@ class BucketedStep:
         stepped: Stepped = []
         watched: list[Tensor] = []
         try:
+            copied = [pair for pair in bucket if self._is_copied(pair[0])]
+            stand_ins = iter(self._stand_ins.filled(copied))
             for parameter, gradient in bucket:
                 if not self._is_copied(parameter):
                     parameter.grad = gradient
                     watched.append(parameter)
                     continue
-                stand_in = self._stand_ins.filled(parameter, gradient)
+                stand_in = next(stand_ins)
                 stepped.append((parameter, stand_in))
                 watched.append(stand_in)
                 places.exchange(parameter, parameter, stand_in)
@@ -286,21 +288,21 @@ class BucketedStep:
         return stepped
 
     def _write_back(self, stepped: Stepped) -> None:
-        piece_numel = max(self._numel(), _SMALLEST_PIECE)
-        while stepped:
-            parameter, stand_in = stepped.pop(0)
-            # In the order of memory, so that any strides can be cut into pieces: the noise need not be larger
-            # than a bucket.
-            flat = stand_in.data.as_strided((stand_in.numel(),), (1,))
-            for piece in torch.split(flat, piece_numel):
-                self._round(piece, parameter.dtype)
-            parameter.copy_(stand_in)
-            del flat, piece
-            self._stand_ins.empty(stand_in)
+        """Round what has been stepped, a piece at a time, and give it to the parameters."""
+        # Half a bucket: noise and what else rounding makes take no more than gradients did, which are gone.
+        piece_numel = max(self._numel() // 2, _SMALLEST_PIECE)
+        for dtype in dict.fromkeys(parameter.dtype for parameter, _ in stepped):
+            of_dtype = [pair for pair in stepped if pair[0].dtype == dtype]
+            stand_ins: list[Tensor] = [stand_in for _, stand_in in of_dtype]
+            # In the order of memory, so that any shapes and strides can be cut into pieces.
+            for row in in_rows(stand_ins):
+                for piece in torch.split(row, piece_numel):
+                    self._round(piece, dtype)
+            torch._foreach_copy_([parameter for parameter, _ in of_dtype], stand_ins)
+        self._empty(stepped)
 
     def _empty(self, stepped: Stepped) -> None:
-        for _, stand_in in stepped:
-            self._stand_ins.empty(stand_in)
+        self._stand_ins.empty(stand_in for _, stand_in in stepped)
 
     def _warn_of_whole_steps(self) -> None:
         numel = sum(p.numel() for p in _parameters(self._optimizer) if self._is_copied(p))

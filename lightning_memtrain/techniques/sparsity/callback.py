@@ -28,6 +28,7 @@ from lightning_memtrain.techniques.sparsity.patterns import Storage
 from lightning_memtrain.techniques.sparsity.rules import Moment
 from lightning_memtrain.techniques.sparsity.selection import Select, has_weights
 from lightning_memtrain.techniques.sparsity.sparsify import densify_
+from lightning_memtrain.techniques.sparsity.unfinished import Moved
 from lightning_memtrain.techniques.sparsity.updater import Updater
 from lightning_memtrain.techniques.sparsity.weights import SparseWeight, sparse_weights
 
@@ -224,11 +225,7 @@ class SparseTraining(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count in steps when the pattern changes; the length of the run is known by now."""
-        total = trainer.estimated_stepping_batches
-        run = RunLength(
-            int(total) if 0 < total < float("inf") else None,
-            refusals.steps_per_epoch(trainer),
-        )
+        run = refusals.run_length(trainer)
         if self._clock is not None and self._weights:
             self._ticks = self._clock.bind(run)
             # By hand there may be any number of steps per batch.
@@ -239,11 +236,14 @@ class SparseTraining(Callback):
             self._updater = Updater(self._weights, self.method, trainer.world_size)
         self._updater.weights = dict(self._weights)  # others, if the run before has left dense ones
         if self._restored is not None:
-            self._updater.state = self._restored["state"]
+            self._updater.load_state_dict(self._restored)
         if self._tracks and not self._explored:
             self._journal.track(self._weights, (self._restored or {}).get("explored") or {})
         self._restored = None
         self._journal.begin_training(self._steps, self._weights, self._copies)
+        if self._updater.unfinished is not None:
+            everything = {weight.path: weight for weight in sparse_weights(pl_module).values()}
+            self._note(trainer, self._updater.finish(everything, trainer.optimizers))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -287,7 +287,10 @@ class SparseTraining(Callback):
             return
         sharding.reshard(pl_module)
         self._updater.followers = self._followers(trainer, pl_module)
-        moved = self._updater.update(self._moment(self._pending), trainer.optimizers)
+        self._note(trainer, self._updater.update(self._moment(self._pending), trainer.optimizers))
+
+    def _note(self, trainer: Trainer, moved: Moved) -> None:
+        assert self._updater is not None
         self._pending = 0
         self._journal.count(moved)
         self._journal.measure(self._weights, trainer.optimizers)
@@ -364,7 +367,7 @@ class SparseTraining(Callback):
             **refusals.identity(self.method, self.select.overrides, self._seed, _VERSION),
             "steps": self._steps,
             "pending": self._pending,
-            "state": dict(self._updater.state),
+            **self._updater.state_dict(),
             **self._journal.state_dict(),
             "patterns": {name: distributed.fingerprint(w.positions()) for name, w in self._weights.items()},
             "stored": patterns_of(self._weights) if self._leaves_dense else None,

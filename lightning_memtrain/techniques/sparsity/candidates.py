@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_memtrain.core import Kept, on_snapshot, rehearsal_depth
+from lightning_memtrain.techniques.sparsity.ranking import first_are_largest, keys_of, level_of_largest
 
 if TYPE_CHECKING:
     from lightning_memtrain.techniques.sparsity.weights import SparseWeight
 
 # Entries of a dense gradient that are ranked at a time.
-_PIECE_NUMEL = 1 << 18
+_PIECE_NUMEL = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class CandidateSearch:
         """See a run of the dense gradient, of one axis.
 
         Args:
-            gradient: of consecutive entries.
+            gradient: of consecutive entries, behind those that this pass has seen already.
             active: int32, ascending: which of them are stored.
             first: flat position of the first of them.
         """
@@ -74,13 +75,11 @@ class CandidateSearch:
         if self._found is not None:
             self._add(gradient, first)
             return
-        for start in range(0, gradient.numel(), _PIECE_NUMEL):
-            low, high = _bounds(active, start, start + _PIECE_NUMEL)
-            piece = gradient[start : start + _PIECE_NUMEL]
-            found = _largest(piece, active[low:high].long() - start, self._num_candidates)
-            self._best.append(Candidates(found.positions + (first + start), found.gradients))
-            if len(self._best) > 1:
-                self._best = [_best(self._best, self._num_candidates)]
+        found = _largest(gradient, active, self._num_candidates)
+        self._best.append(Candidates(found.positions.add_(first), found.gradients))
+        # Only when there are so many, so that all cuts together take time in proportion to what was seen.
+        if sum(len(one.positions) for one in self._best) > 2 * self._num_candidates:
+            self._best = [_best(self._best, self._num_candidates)]
 
     def _add(self, gradient: Tensor, first: int) -> None:
         assert self._found is not None
@@ -91,9 +90,7 @@ class CandidateSearch:
     def end_pass(self) -> None:
         """The dense gradient has been seen as a whole: from now on, only the candidates are."""
         if self._best:
-            (found,) = self._best
-            order = found.positions.argsort()
-            self._found = Candidates(found.positions[order], found.gradients[order])
+            self._found = _best(self._best, self._num_candidates)
             self._best = []
 
     def keep(self) -> Kept:
@@ -132,22 +129,53 @@ class CandidateSearch:
         return found[0] if len(found) == 1 else _merged(found, self._num_candidates)
 
 
-def _bounds(ascending: Tensor, low: int, high: int) -> tuple[int, int]:
-    borders = torch.tensor([low, high], dtype=ascending.dtype, device=ascending.device)
-    first, last = torch.searchsorted(ascending, borders).tolist()
-    return first, last
+def _bounds(ascending: Tensor, *borders: int) -> list[int]:
+    found = torch.tensor(borders, dtype=ascending.dtype, device=ascending.device)
+    places: list[int] = torch.searchsorted(ascending, found).tolist()
+    return places
 
 
 def _largest(gradient: Tensor, active: Tensor, count: int) -> Candidates:
-    scores = gradient.float().abs().index_fill_(0, active, -1.0)
-    chosen = scores.topk(min(count, len(scores) - len(active))).indices
-    return Candidates(chosen, gradient[chosen].float())
+    """At least so many that are not active, ascending, and at most twice as many, the largest among them.
+
+    The gradient is gone through by the piece, two or three times.
+    """
+    firsts = range(0, gradient.numel(), _PIECE_NUMEL)
+    borders = _bounds(active, *firsts, gradient.numel())
+    room = gradient.new_empty(min(_PIECE_NUMEL, gradient.numel()), dtype=torch.float32)
+
+    def keys_without_active(fill: int) -> Iterator[Tensor]:
+        for first, low, high in zip(firsts, borders[:-1], borders[1:], strict=True):
+            piece = gradient[first : first + _PIECE_NUMEL]
+            keys = room[: len(piece)].copy_(piece).abs_().view(torch.int32)
+            yield keys.index_fill_(0, active[low:high].sub(first).long(), fill)
+
+    num_free = gradient.numel() - len(active)
+    if not num_free:
+        return Candidates(active.new_empty(0, dtype=torch.int64), gradient.new_empty(0, dtype=torch.float32))
+    level = level_of_largest(
+        lambda: keys_without_active(0), min(count, num_free), num_void=len(active), most_tied=count
+    )
+    are_few_tied, chosen = level.num_tied <= count, []
+    num_equal = 0 if are_few_tied else level.num_equal
+    for first, keys in zip(firsts, keys_without_active(-1), strict=True):
+        is_chosen = keys >= level.key if are_few_tied else keys > level.key
+        if num_equal:  # so many are equal that the first of them have to do
+            equal = (keys == level.key).nonzero().view(-1)[:num_equal]
+            is_chosen[equal] = True
+            num_equal -= len(equal)
+        chosen.append(is_chosen.nonzero().view(-1).add_(first))
+    positions = torch.cat(chosen)
+    return Candidates(positions, gradient.index_select(0, positions).float())
 
 
 def _best(parts: list[Candidates], count: int) -> Candidates:
+    """Of all parts, in their order."""
     positions = torch.cat([part.positions for part in parts])
     gradients = torch.cat([part.gradients for part in parts])
-    chosen = gradients.abs().topk(min(count, len(positions))).indices
+    if len(positions) <= count:
+        return Candidates(positions, gradients)
+    chosen = first_are_largest(keys_of(gradients), count)
     return Candidates(positions[chosen], gradients[chosen])
 
 
@@ -156,9 +184,7 @@ def _merged(parts: list[Candidates], count: int) -> Candidates:
     positions, where = torch.unique(torch.cat([part.positions for part in parts]), return_inverse=True)
     gradients = torch.cat([part.gradients for part in parts])
     summed = gradients.new_zeros(len(positions)).index_add_(0, where, gradients)
-    best = _best([Candidates(positions, summed)], count)
-    order = best.positions.argsort()
-    return Candidates(best.positions[order], best.gradients[order])
+    return _best([Candidates(positions, summed)], count)
 
 
 class CandidateWatch:

@@ -14,7 +14,7 @@ from lightning_memtrain.techniques.sparsity import record
 from lightning_memtrain.techniques.sparsity.copies import Copies
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
 from lightning_memtrain.techniques.sparsity.rules import State
-from lightning_memtrain.techniques.sparsity.updater import Moved
+from lightning_memtrain.techniques.sparsity.unfinished import Moved
 from lightning_memtrain.techniques.sparsity.weights import SparseWeight
 
 Weights = Mapping[str, SparseWeight]

@@ -203,19 +203,22 @@ def _is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
-def steps_per_epoch(trainer: Trainer) -> int | None:
-    """Optimizer steps of an epoch.
+def run_length(trainer: Trainer) -> RunLength:
+    """How long a run is.
 
     Args:
         trainer: whose training data is set up.
 
     Returns:
-        ``None`` if the data has no known length.
+        In optimizer steps, as far as it is known.
     """
-    num_batches = trainer.num_training_batches
-    if num_batches == float("inf"):
-        return None
-    return max(1, math.ceil(num_batches / trainer.accumulate_grad_batches))
+    total, num_batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+    return RunLength(
+        int(total) if 0 < total < float("inf") else None,
+        None
+        if num_batches == float("inf")
+        else max(1, math.ceil(num_batches / trainer.accumulate_grad_batches)),
+    )
 
 
 def refuse_ticks(ticks: Ticks, run: RunLength, method: SparseMethod, nnz: Mapping[str, int]) -> None:

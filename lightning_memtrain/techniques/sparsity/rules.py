@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_memtrain.techniques.sparsity.distributions import apportion
+from lightning_memtrain.techniques.sparsity.ranking import are_largest, keys_of, level_of_largest
 from lightning_memtrain.techniques.sparsity.schedules import Schedule
 
 
@@ -118,9 +119,7 @@ def smallest(values: Tensor, count: int) -> Tensor:
         >>> smallest(torch.tensor([0.3, -0.1, 0.1, 2.0]), count=1)
         tensor([ True, False,  True,  True])
     """
-    kept = torch.ones(values.numel(), dtype=torch.bool, device=values.device)
-    kept[torch.argsort(values.abs(), stable=True)[:count]] = False
-    return kept
+    return are_largest(keys_of(values), values.numel() - count)
 
 
 def sample_inactive(numel: int, taken: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -273,23 +272,36 @@ class GrowByGradient(GrowRule):
         if layer.candidate_positions is None or layer.candidate_gradients is None:
             # A layer without room: what was dropped can only return.
             return Change(torch.ones_like(kept), torch.empty(0, dtype=torch.int64, device=kept.device))
-        is_number = ~layer.candidate_gradients.isnan()
-        candidates, gradients = layer.candidate_positions[is_number], layer.candidate_gradients[is_number]
-        dropped = (~kept).nonzero().flatten()
-        # Without gradients of their own they come last, which is where a layer without gradient ends, too.
-        own = (
-            gradients.new_full((dropped.numel(),), -1.0)
-            if layer.gradients is None
-            else layer.gradients[dropped].abs().to(gradients.dtype).nan_to_num(nan=-1.0, posinf=math.inf)
-        )
-        positions = torch.cat([candidates, layer.positions[dropped]])
-        scores = torch.cat([gradients.abs(), own])
-        by_position = torch.argsort(positions)
-        best = by_position[torch.argsort(scores[by_position], descending=True, stable=True)[:count]]
-        num_candidates = candidates.numel()
+        candidates, gradients = layer.candidate_positions, layer.candidate_gradients
+        if gradients.isnan().any():
+            is_number = ~gradients.isnan()
+            candidates, gradients = candidates[is_number], gradients[is_number]
+        dropped = (~kept).nonzero().view(-1)
+        # Those without a gradient of their own have the key -1: they come last, as in a layer without any.
+        own_keys = torch.full_like(dropped, -1, dtype=torch.int32)
+        if layer.gradients is not None:
+            own = layer.gradients.index_select(0, dropped).to(gradients.dtype)
+            own_keys = keys_of(own).masked_fill_(own.isnan(), -1)
+        keys = torch.cat([keys_of(gradients), own_keys])
+        best = _best(keys, count, candidates, lambda: layer.positions[dropped])
         kept = kept.clone()
-        kept[dropped[best[best >= num_candidates] - num_candidates]] = True
-        return Change(kept, positions[best[best < num_candidates]].sort().values)
+        kept[dropped[best[len(candidates) :]]] = True
+        return Change(kept, candidates[best[: len(candidates)]])
+
+
+def _best(keys: Tensor, count: int, candidates: Tensor, others: Callable[[], Tensor]) -> Tensor:
+    """Which keys are the largest; of equal ones those with the first positions, candidates' or others'."""
+    if count >= len(keys):
+        return torch.ones_like(keys, dtype=torch.bool)
+    if not count:
+        return torch.zeros_like(keys, dtype=torch.bool)
+    level = level_of_largest(lambda: [keys + 1], count)
+    best, equal = keys > level.key - 1, (keys == level.key - 1).nonzero().view(-1)
+    if level.num_equal < len(equal):
+        positions = torch.cat([candidates, others()])[equal]
+        equal = equal[positions.argsort()[: level.num_equal]]
+    best[equal] = True
+    return best
 
 
 class Budget(ABC):

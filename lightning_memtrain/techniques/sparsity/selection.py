@@ -102,7 +102,7 @@ class Select:
         places = all_places(model)
         return {path: place for path, place in places.items() if not self.keeps_dense(place.name)}
 
-    def layers(self, model: nn.Module) -> dict[str, Place]:
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
         """Layers to make sparse.
 
         Args:
@@ -114,7 +114,7 @@ class Select:
         Raises:
             MisconfigurationException: if a name of ``dense`` matches no module with parameters.
         """
-        return self.choose(model)[0]
+        return {path: place.module for path, place in self.choose(model)[0].items()}
 
     def choose(self, model: nn.Module) -> tuple[dict[str, Place], Copies]:
         """Layers to make sparse, and which of them are copies of others.

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 if TYPE_CHECKING:
-    from lightning_memtrain.techniques.sparsity.places import Place
     from lightning_memtrain.techniques.sparsity.weights import SparseWeight
 
 
@@ -35,7 +34,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def refuse_late(layers: Mapping[str, Place], known: set[int]) -> None:
+def refuse_late(layers: Mapping[str, nn.Module], known: set[int]) -> None:
     """Refuse layers that nobody could make sparse before they were divided.
 
     Args:
@@ -46,7 +45,7 @@ def refuse_late(layers: Mapping[str, Place], known: set[int]) -> None:
         MisconfigurationException: naming the first.
     """
     for name, layer in layers.items():
-        if id(layer.module) not in known:
+        if id(layer) not in known:
             raise MisconfigurationException(
                 "`SparseTraining` needs layers before `fully_shard` divides them, but "
                 f"{name!r} was made in `configure_model`. Make it in `__init__`, call "

@@ -68,9 +68,7 @@ def check_state(optimizers: Iterable[Optimizer], parameter: Tensor) -> None:
                 )
 
 
-def moved_state(
-    optimizers: Iterable[Optimizer], parameter: Tensor, source: Tensor
-) -> list[Callable[[], None]]:
+def moved_state(optimizers: Iterable[Optimizer], parameter: Tensor, move: Move) -> list[Callable[[], None]]:
     """Prepare to give each entry the state that it had at its former number.
 
     Entries that are new start with momentum 0, and with the mean over the entries that stay for what scales
@@ -82,7 +80,7 @@ def moved_state(
     Args:
         optimizers: which :func:`check_state` has found no fault with; none has changed afterwards.
         parameter: before it changes its size, which it cannot where it is divided among ranks.
-        source: int64, one per entry to be: the number of the entry that it was, or -1 if it is new.
+        move: of its entries.
 
     Returns:
         What is to be called for the change; each makes no tensor and may be called several times.
@@ -91,18 +89,18 @@ def moved_state(
     for optimizer in optimizers:
         state = optimizer.state.get(parameter, {})
         if isinstance(optimizer, ReindexesState):
-            exchange.append(partial(_refill, state, _reindexed(optimizer, parameter, source)))
+            exchange.append(partial(_refill, state, _reindexed(optimizer, parameter, move.source)))
             continue
         coded = _bitsandbytes_keys(state, parameter)
         new: dict[str, Tensor] = {}
         for number in "12":
             if f"state{number}" in coded:
-                new |= _moved_bitsandbytes(state, number, source)
+                new |= _moved_bitsandbytes(state, number, move)
         for key, value in state.items():
             if key in coded or not _is_elementwise(value, parameter):
                 continue
             entries = sharding.whole(value)
-            entries = moved(entries, source, mean=_is_scale(key, entries))
+            entries = move(entries, mean=_is_scale(key, entries))
             if isinstance(value, DTensor):
                 exchange.append(sharding.written(value, entries))
             else:
@@ -126,31 +124,41 @@ def _refill(state: dict[str, Any], new: dict[str, Any]) -> None:
     state.update(new)
 
 
-def moved(entries: Tensor, source: Tensor, *, mean: bool = False) -> Tensor:
-    """Entries by their former numbers.
+class Move:
+    """Puts entries in the places of others.
 
     Args:
-        entries: of one axis.
         source: int64, one per entry to be: the number of the entry that it was, or -1 if it is new.
-        mean: new ones are the mean of those that stay (of all, if none stays) instead of 0.
-
-    Returns:
-        A new tensor.
 
     Example:
-        >>> moved(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([2, -1, 1]), mean=True)
-        tensor([6., 4., 2.])
+        >>> move = Move(torch.tensor([2, -1, 1]))
+        >>> move(torch.tensor([1.0, 2.0, 6.0])), move(torch.tensor([1.0, 2.0, 6.0]), mean=True)
+        (tensor([6., 0., 2.]), tensor([6., 4., 2.]))
     """
-    is_new = source < 0
-    if not len(entries):
-        return entries.new_zeros(len(source))
-    result = entries.index_select(0, source.clamp(min=0))
-    if not mean:
-        return result.masked_fill_(is_new, 0)
-    staying = entries.index_select(0, source[~is_new])
-    exact = torch.promote_types(entries.dtype, torch.float32)
-    level = (staying if len(staying) else entries).mean(dtype=exact)
-    return torch.where(is_new, level.to(entries.dtype), result)
+
+    def __init__(self, source: Tensor) -> None:
+        self.source = source
+        self._is_new, self._numbers = source < 0, source.clamp(min=0)
+
+    def __call__(self, entries: Tensor, *, mean: bool = False) -> Tensor:
+        """Move entries.
+
+        Args:
+            entries: of one axis.
+            mean: new ones are the mean of those that stay (of all, if none stays) instead of 0.
+
+        Returns:
+            A new tensor.
+        """
+        if not len(entries):
+            return entries.new_zeros(len(self.source))
+        result = entries.index_select(0, self._numbers)
+        if not mean:
+            return result.masked_fill_(self._is_new, 0)
+        staying = result[~self._is_new]
+        exact = torch.promote_types(entries.dtype, torch.float32)
+        level = (staying if len(staying) else entries).mean(dtype=exact)
+        return result.masked_fill_(self._is_new, level.to(entries.dtype))
 
 
 def _is_scale(key: str, value: Tensor) -> bool:
@@ -205,12 +213,12 @@ def _bitsandbytes_keys(state: dict[str, Any], parameter: Tensor) -> set[str]:
     return coded
 
 
-def _moved_bitsandbytes(state: dict[str, Any], number: str, source: Tensor) -> dict[str, Tensor]:
+def _moved_bitsandbytes(state: dict[str, Any], number: str, move: Move) -> dict[str, Tensor]:
     """Decode, move and encode again, by way of one layer's numbers in float32."""
     codes, table, scales = (state[f"{part}{number}"] for part in ("state", "qmap", "absmax"))
     size = _BITSANDBYTES_BLOCK_NUMEL
     numbers = table[codes.int()] * scales.repeat_interleave(size)[: codes.numel()]
-    numbers = moved(numbers, source, mean=_is_scale(f"state{number}", numbers))
+    numbers = move(numbers, mean=_is_scale(f"state{number}", numbers))
     blocks = torch.nn.functional.pad(numbers, (0, -len(numbers) % size)).view(-1, size)
     scales = blocks.abs().amax(1)
     parts = (blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).view(-1)[: len(numbers)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,25 +17,11 @@ from lightning_memtrain.techniques.sparsity import distributed, sharding
 from lightning_memtrain.techniques.sparsity.candidates import Candidates, CandidateWatch, watch_candidates
 from lightning_memtrain.techniques.sparsity.methods import SparseMethod
 from lightning_memtrain.techniques.sparsity.rules import Layer, Moment, State
+from lightning_memtrain.techniques.sparsity.unfinished import Moved, Unfinished
 from lightning_memtrain.techniques.sparsity.weights import SparseWeight
 
 # With several passes per step, or several ranks, the largest of one need not be the largest of all.
 _CANDIDATES_PER_CHOICE = 2
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What one update did.
-
-    Args:
-        step: optimizer steps completed.
-        num_dropped: weights that went, in all layers.
-        num_grown: weights that came.
-    """
-
-    step: int
-    num_dropped: int
-    num_grown: int
 
 
 class Updater:
@@ -70,6 +55,8 @@ class Updater:
         self.num_ranks = num_ranks
         #: Weights that do as another one, by the layer of that one, whose pattern they have.
         self.followers: Mapping[str, Sequence[SparseWeight]] = {}
+        #: What is left of an update that an error or an interrupt has ended.
+        self.unfinished: Unfinished | None = None
         self._watch: CandidateWatch | None = None
         self._watched: list[str] = []
         self._gradients: dict[str, Tensor] = {}
@@ -146,7 +133,7 @@ class Updater:
 
     @torch.no_grad()
     def update(self, moment: Moment, optimizers: Sequence[Optimizer]) -> Moved:
-        """Change the pattern.
+        """Change the pattern, or finish an update that an error or an interrupt has ended.
 
         Args:
             moment: when.
@@ -158,25 +145,71 @@ class Updater:
         Raises:
             RuntimeError: if weights are not finite, or the patterns of ranks differ.
         """
-        following = {weight.path for weights in self.followers.values() for weight in weights}
+        following = {weight.path: weight for weights in self.followers.values() for weight in weights}
+        everything = {**following, **self.weights}
+        if self.unfinished is not None:
+            return self.finish(everything, optimizers)
         candidates = self._found()
         self._warn_of_unseen({name: c for name, c in candidates.items() if name not in following}, moment)
-        num_dropped = num_grown = 0
+        moved = Moved(moment.step, num_dropped=0, num_grown=0)
         for group in self._together(following):
             layers = {name: self._layer(name, weight, candidates) for name, weight in group.items()}
             for name, layer in layers.items():
                 _refuse_infinite(name, layer.values, moment)
             update = self.method.update(layers, moment, self.state)
+            num_dropped = moved.num_dropped + sum(one.num_dropped for one in update.changes.values())
+            num_grown = moved.num_grown + sum(one.grown.numel() for one in update.changes.values())
+            changes = {}
             for name, change in update.changes.items():
-                num_dropped += change.num_dropped
-                num_grown += change.grown.numel()
-                for weight in (self.weights[name], *self.followers.get(name, ())):
-                    weight.replace(change.kept, change.grown, optimizers)
-            self.state = update.state
+                changes[name] = change
+                changes |= {weight.path: change for weight in self.followers.get(name, ())}
+            del layers  # positions and gradients that nothing needs while layers move
+            self.unfinished = Unfinished(Moved(moment.step, num_dropped, num_grown), update.state, changes)
+            moved = self._carry_on(everything, optimizers)
+        return self._end(moved)
+
+    @torch.no_grad()
+    def finish(self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]) -> Moved:
+        """Do what is left of an update that an error or an interrupt has ended.
+
+        Args:
+            weights: of the model, by layer.
+            optimizers: whose state follows.
+
+        Returns:
+            What the whole update did.
+
+        Raises:
+            RuntimeError: if the patterns of ranks differ.
+        """
+        return self._end(self._carry_on(weights, optimizers))
+
+    def _carry_on(self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]) -> Moved:
+        assert self.unfinished is not None
+        self.unfinished.carry_on(weights, optimizers)
+        moved, self.state = self.unfinished.moved, self.unfinished.state
+        self.unfinished = None
+        return moved
+
+    def _end(self, moved: Moved) -> Moved:
         self.close()
         if self.num_ranks > 1:
-            distributed.refuse_differences(self.weights, moment.step)
-        return Moved(moment.step, num_dropped, num_grown)
+            distributed.refuse_differences(self.weights, moved.step)
+        return moved
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method keeps, and what is left of an update."""
+        left = self.unfinished
+        return {"state": dict(self.state), "unfinished": None if left is None else left.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with what was saved.
+
+        Args:
+            state_dict: of :meth:`state_dict`, perhaps among other things.
+        """
+        self.state = state_dict["state"]
+        self.unfinished = Unfinished.loaded(state_dict.get("unfinished"))
 
     def close(self) -> None:
         """Stop watching; further calls do nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lightning_memtrain.techniques.sparsity import sharding
 from lightning_memtrain.techniques.sparsity.layers import SparseLayer
 from lightning_memtrain.techniques.sparsity.parameters import SUFFIX, SparseParameter
-from lightning_memtrain.techniques.sparsity.state import check_state, moved, moved_state
+from lightning_memtrain.techniques.sparsity.state import Move, check_state, moved_state
 
 
 class SparseWeight:
@@ -93,6 +94,26 @@ class SparseWeight:
             TypeError: if an optimizer's state cannot follow, or the values are no plain tensor, or divided
                 among ranks and would become more or fewer. Nothing has changed then.
         """
+        carry_out(self.prepared(kept, grown, optimizers))
+
+    @torch.no_grad()
+    def prepared(
+        self, kept: Tensor, grown: Tensor, optimizers: Sequence[Optimizer] = ()
+    ) -> list[Callable[[], None]]:
+        """Make all that :meth:`replace` needs, and change nothing.
+
+        Args:
+            kept: as there.
+            grown: as there.
+            optimizers: as there.
+
+        Returns:
+            What is to be called for the change; each makes no tensor and may be called several times.
+
+        Raises:
+            ValueError: as there.
+            TypeError: as there.
+        """
         values, device = self.values, self.values.device
         is_sharded = isinstance(values.data, DTensor)
         if is_traceable_wrapper_subclass(values.data) and not is_sharded:
@@ -106,10 +127,8 @@ class SparseWeight:
                 f"{self.name!r}, but got {kept.dtype} of shape {tuple(kept.shape)}."
             )
         check_positions(f"`SparseWeight.replace(grown)` of {self.name!r}", grown, self.numel)
-        kept = kept.to(device)
-        staying = kept.nonzero().view(-1)
-        positions = torch.cat([self.positions()[staying], grown.to(device)])
-        positions, order = positions.sort()
+        staying = kept.to(device).nonzero().view(-1)
+        positions, source = _merged(self.positions().index_select(0, staying), staying, grown.to(device))
         if not bool((positions.diff() > 0).all()):
             raise ValueError(
                 f"`SparseWeight.replace(grown)` of {self.name!r} must hold positions, ascending and none of "
@@ -122,23 +141,26 @@ class SparseWeight:
                 "many as are dropped."
             )
         check_state(optimizers, values)
-        source = torch.cat([staying, staying.new_full((len(grown),), -1)])[order]
         # All that is new exists before anything changes.
-        exchange = moved_state(optimizers, values, source)
+        move = Move(source)
+        exchange = moved_state(optimizers, values, move)
         gradient = values.grad
         if isinstance(values.data, DTensor):
             for divided in (values.data, gradient):
                 if isinstance(divided, DTensor):
-                    exchange.append(sharding.written(divided, moved(sharding.whole(divided), source)))
+                    exchange.append(sharding.written(divided, move(sharding.whole(divided))))
         else:
-            new_gradient = None if gradient is None else moved(gradient, source)
-            exchange.append(self.layer.with_values(moved(values.detach(), source), new_gradient))
-        exchange.append(self.layer.with_positions(positions))
-        _carry_out(exchange)
+            new_gradient = None if gradient is None else move(gradient)
+            exchange.append(self.layer.with_values(move(values.detach()), new_gradient))
+        return [*exchange, self.layer.with_positions(positions)]
 
 
-def _carry_out(exchange: Sequence[Callable[[], None]]) -> None:
-    """Change everything, even if an interrupt comes in between: half a change would mix weights."""
+def carry_out(exchange: Sequence[Callable[[], Any]]) -> None:
+    """Change everything, even if an interrupt comes in between: half a change would mix weights.
+
+    Args:
+        exchange: each may be called several times.
+    """
     try:
         for assign in exchange:
             assign()
@@ -146,6 +168,15 @@ def _carry_out(exchange: Sequence[Callable[[], None]]) -> None:
         for assign in exchange:
             assign()
         raise
+
+
+def _merged(old: Tensor, numbers: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending positions of two kinds in one order, and the numbers of the old ones, -1 for the new."""
+    at_new = torch.searchsorted(old, new).add_(torch.arange(len(new), device=new.device))
+    is_old = torch.ones(len(old) + len(new), dtype=torch.bool, device=new.device)
+    is_old[at_new] = False
+    positions = old.new_empty(len(is_old)).masked_scatter_(is_old, old).index_copy_(0, at_new, new)
+    return positions, numbers.new_full((len(is_old),), -1).masked_scatter_(is_old, numbers)
 
 
 def sparse_weights(module: nn.Module) -> dict[str, SparseWeight]:

@@ -5,7 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, groupby
 
 import pytest
 from hypothesis import given, settings
@@ -176,18 +176,16 @@ def assert_is_the_front_of(curve: tuple[Choice, ...], tried: list[Choice], chain
     for one in curve:
         found = simulate(chain, one.segments)
         assert (found.peak_bytes, found.seconds) == (one.peak_bytes, one.seconds)
-    for limit in {one.peak_bytes for one in tried} | {min(one.peak_bytes for one in tried) - 1}:
-        fits = [one for one in tried if one.peak_bytes <= limit]
+    assert fitting(curve, min(one.peak_bytes for one in tried) - 1) is None
+    seconds, peak = math.inf, math.inf  # least of those within the limit
+    rising = sorted((one.peak_bytes, one.seconds) for one in tried)
+    for limit, of_limit in groupby(rising, key=lambda pair: pair[0]):
+        seconds, peak = min((seconds, peak), min((own, limit) for _, own in of_limit))
         chosen = fitting(curve, limit)
-        if not fits:
-            assert chosen is None
-        else:
-            seconds = min(one.seconds for one in fits)
-            peak = min(one.peak_bytes for one in fits if one.seconds == seconds)
-            assert chosen is not None
-            # Only a step that recomputes nothing may be in the curve beside a lower peak at no more seconds.
-            assert chosen.seconds == seconds
-            assert chosen.peak_bytes == peak or not chosen.segments
+        assert chosen is not None
+        # Only a step that recomputes nothing may be in the curve beside a lower peak at no more seconds.
+        assert chosen.seconds == seconds
+        assert chosen.peak_bytes == peak or not chosen.segments
 
 
 def test_the_search_through_everything_counts_right():

@@ -158,3 +158,15 @@ def test_noise_begins_anew_with_its_own_seed() -> None:
     assert noise.state_dict() == {"seed": 3, "step": 0}
     noise.next_step()
     assert torch.equal(torch.rand(4, generator=noise.generator(cpu)), first)
+
+
+@pytest.mark.parametrize("large", [torch.finfo(torch.bfloat16).max, float("inf"), float("nan")])
+def test_one_large_number_changes_nothing_about_the_others(large: float) -> None:
+    """Where all are far from the largest number of bfloat16, there is a shorter way."""
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(1))
+    values[-1] = large
+    with_large = stochastic_round(values, torch.bfloat16, torch.Generator().manual_seed(2))
+    values[-1] = 1.0
+    without = stochastic_round(values, torch.bfloat16, torch.Generator().manual_seed(2))
+    assert torch.equal(with_large[:-1], without[:-1])
+    torch.testing.assert_close(with_large[-1].item(), large, equal_nan=True)

@@ -183,5 +183,45 @@ def test_nothing_of_the_size_of_the_weight_is_kept() -> None:
         if watch is not None:
             watch.close()
     assert held[1] - held[0] == 100 * (8 + 4)
-    # Beside the dense gradient: the absolute values of a piece of it, and where its active entries lie.
-    assert peaks[1] - peaks[0] < 1.2 * 4 * candidates._PIECE_NUMEL
+    # Beside the dense gradient: the keys of a piece of it, which of them count, and the active ones there.
+    assert peaks[1] - peaks[0] < 1.6 * 4 * candidates._PIECE_NUMEL
+
+
+@pytest.mark.parametrize("piece_numel", [1 << 18, 100])
+@pytest.mark.parametrize("num_nonzero", [0, 1, 30, 49, 50, 51, 400])
+def test_of_many_equal_gradients_the_first_are_taken(
+    num_nonzero: int, piece_numel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer that next to nothing comes through has zeros, more than are asked for."""
+    monkeypatch.setattr(candidates, "_PIECE_NUMEL", piece_numel)
+    torch.manual_seed(0)
+    gradient = torch.zeros(1_000)
+    gradient[torch.randperm(1_000)[:num_nonzero]] = torch.randn(num_nonzero)
+    active = torch.randperm(1_000)[:200].sort().values
+    free = gradient.abs().index_fill(0, active, -1)
+    expected = free.sort(descending=True, stable=True).indices[:50].sort().values
+    search = candidates.CandidateSearch("weight", 50)
+    search.look(gradient, active.int(), 0)
+    search.end_pass()
+    assert torch.equal(search.result().positions, expected)
+    assert torch.equal(search.result().gradients, gradient[expected])
+
+
+def test_in_many_chunks_no_more_than_a_few_times_as_many_are_held_as_are_asked_for() -> None:
+    torch.manual_seed(0)
+    gradient, active = torch.randn(10_000), torch.arange(0, 10_000, 7, dtype=torch.int32)
+    search = candidates.CandidateSearch("weight", 40)
+    for first in range(0, 10_000, 100):
+        here = active[(active >= first) & (active < first + 100)] - first
+        search.look(gradient[first : first + 100], here, first)
+        assert sum(len(one.positions) for one in search._best) <= 2 * 40
+    search.end_pass()
+    assert torch.equal(search.result().positions, best(gradient, active.long(), 40))
+
+
+def test_what_is_no_number_ranks_before_infinity() -> None:
+    gradient = torch.tensor([1.0, float("-inf"), float("nan"), 3.0])
+    search = candidates.CandidateSearch("weight", 1)
+    search.look(gradient, torch.empty(0, dtype=torch.int32), 8)
+    search.end_pass()
+    assert search.result().positions.tolist() == [10]

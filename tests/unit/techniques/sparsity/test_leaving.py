@@ -313,7 +313,7 @@ def test_layers_are_what_they_were_before() -> None:
     model, hooked = Net(), []
     twin = copy.deepcopy(model)
     model.conv.register_forward_hook(lambda *_: hooked.append(1))
-    places = mt.Select(dense_ends=False).layers(model)
+    places, _ = mt.Select(dense_ends=False).choose(model)
     weights = mt.sparsify_(
         model, {place.name: torch.randperm(place.parameter.numel())[:50] for place in places.values()}
     )

@@ -19,7 +19,11 @@ from tests.helpers.faults import FailAtOp
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1),
     "SGD momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+    "Adam": torch.optim.Adam,
     "AdamW amsgrad": lambda p: torch.optim.AdamW(p, amsgrad=True),
+    "Adamax": torch.optim.Adamax,
+    "NAdam": torch.optim.NAdam,
+    "ASGD": torch.optim.ASGD,
     "RMSprop": lambda p: torch.optim.RMSprop(p, momentum=0.9, centered=True),
     "Adagrad": torch.optim.Adagrad,
     "Adadelta": torch.optim.Adadelta,

@@ -163,8 +163,10 @@ def test_recurrent_layers_transposed_convolutions_and_experts_are_chosen() -> No
     ]
     assert list(mt.Select(types=[MixtureExperts]).layers(model)) == ["moe.up"]
     assert list(mt.Select(types=["LSTM"]).layers(model)) == recurrent[:4]
-    assert {path: tuple(place.shape) for path, place in mt.Select(types=["*Exp*"]).layers(model).items()} == {
-        "moe.up": (2, 4, 3)
+    assert mt.Select(types=["*Exp*"]).layers(model) == {"moe.up": model.moe}
+    places, _ = mt.Select(types=["*Exp*"]).choose(model)
+    assert {path: (place.name, tuple(place.shape)) for path, place in places.items()} == {
+        "moe.up": ("moe.up", (2, 4, 3))
     }
 
 
@@ -179,6 +181,6 @@ def test_each_expert_counts_as_a_layer_of_its_own_for_erdos_renyi() -> None:
     for distribution in (mt.ErdosRenyi(), mt.ErdosRenyiKernel(), mt.Uniform()):
         counts = []
         for model in (together, apart):
-            shapes = {path: place.shape for path, place in mt.Select().layers(model).items()}
+            shapes = {path: place.shape for path, place in mt.Select().choose(model)[0].items()}
             counts.append(mt.StaticSparse(0.75, distribution).counts(shapes, {}))
         assert counts[0] == {"experts.up": 8 * counts[1]["0"], "head": counts[1]["8"]}
