@@ -49,21 +49,6 @@ def gradient_sync(strategy: Any, enabled: bool) -> Iterator[None]:
         yield
 
 
-def bucket_bytes(strategy: Any) -> int:
-    """What DDP holds beside gradients to average them.
-
-    Args:
-        strategy: the trainer's strategy.
-
-    Returns:
-        Bytes of its buckets; 0 where gradients lie in them.
-    """
-    model = strategy.model
-    if not isinstance(model, DistributedDataParallel) or model.gradient_as_bucket_view:
-        return 0
-    return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-
-
 def broadcast_buffers(strategy: Any) -> None:
     """Let DDP broadcast rank 0's buffers now, and not in the next forward.
 
