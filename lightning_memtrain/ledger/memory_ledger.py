@@ -23,7 +23,7 @@ from lightning_memtrain.core import (
     watch_marks,
 )
 from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
-from lightning_memtrain.ledger.communication import ddp_around, role_of
+from lightning_memtrain.ledger.communication import ddp_around, fsdp_parameters, role_of
 from lightning_memtrain.ledger.compiled import COMPILER_WATCH, MODES_HIDDEN, CompilerListener
 from lightning_memtrain.ledger.devices import parameter_device
 from lightning_memtrain.ledger.limit import AllocationLimit
@@ -98,6 +98,7 @@ class MemoryLedger:
         self._estimate = PeakEstimate(workspace) if workspace is not None else None
         self._limit = limit
         self._late_before = 0
+        self._is_sharded = False  # by FSDP2
         self._book = StorageBook(self.device, self._estimate)
         self._operators = OperatorWatch()  # type: ignore[no-untyped-call]
         self._modules = ModuleWatch(model, _Forwards(model, self._book), self._operators.in_force)
@@ -140,6 +141,7 @@ class MemoryLedger:
     def _install(self, undo: ExitStack) -> None:
         inputs = tensors_within(self._inputs)
         self._book.counts_fakes = rehearsal_depth() > 0 or _any_fake((*self._model.parameters(), *inputs))
+        self._is_sharded = any(fsdp_parameters(module) for module in self._model.modules())
         self._scan_training_state()
         for tensor in inputs:
             self._book.note_from_the_start(tensor, Category.INPUTS)
@@ -352,6 +354,11 @@ class MemoryLedger:
             return
         category = Category.INPUTS
         if self._modules.now().in_backward:
+            if self._is_sharded and tensor.dim() == 1 and not self._book.records_of(tensor):
+                # What a collective made out of sight to reduce gradients in (gloo does) is new.
+                self._on_results(None, tensor)
+                self._classify(tensor, Category.UNSHARDED_GRADIENTS)
+                return
             category = Category.GRADIENTS if ddp_around(self._model) is None else Category.BUCKETS
         self._book.note_from_the_start(tensor, category)
 
