@@ -153,7 +153,7 @@ class Recovery:
                     "Out of memory with a single sample at a time, so `Microbatching` cannot help further. "
                     f"The device said: {failure or 'out of memory on another rank'}"
                 )
-            size.failed(trainer.global_step, attempted, why)
+            size.failed(trainer.global_step, attempted, why if failure else "out of memory on another rank")
 
     def _snapshot(self, kwargs: Any) -> BatchSnapshot:
         def make() -> BatchSnapshot:

@@ -54,6 +54,24 @@ def refuse_run(
         _refuse_auto(trainer, model, size)
 
 
+def refuse_to_wait(trainer: Trainer, model: LightningModule) -> None:
+    """Refuse ``sync_each_chunk=False`` where it has no effect.
+
+    Args:
+        trainer: the trainer that fits.
+        model: its module, sharded by now.
+
+    Raises:
+        MisconfigurationException: if no module is sharded by FSDP2.
+    """
+    if not parallel.fully_sharded_modules(model):
+        raise MisconfigurationException(
+            "`Microbatching(sync_each_chunk=False)` needs a model that `fully_shard` was applied to "
+            f"(FSDP2, `ModelParallelStrategy`), but got none with {type(trainer.strategy).__name__}. Leave "
+            "it out: under ddp gradients are reduced once per batch in any case."
+        )
+
+
 def refuse_left_out(trainer: Trainer, num_left_out: int) -> None:
     """Refuse to leave chunks out where the gradients of the others are taken up already.
 
