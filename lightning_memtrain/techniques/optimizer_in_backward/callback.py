@@ -104,7 +104,7 @@ class OptimizerInBackward(Callback):
         """Refuse a model that cannot be trained so."""
         if stage != "fit":
             return
-        self._events = ()
+        self._events, self._window = (), {}  # a checkpoint is restored after this
         options = {"hooks_without_gradients": self._hooks_without_gradients}
         refuse_model(pl_module, two_pass=self._clip_by_norm is not None, **options)
         refuse_callbacks(trainer, **options)
