@@ -8,10 +8,9 @@ from lightning_memtrain.core import MIB, Category, MemoryBreakdown
 def breakdown_metrics(
     breakdown: MemoryBreakdown, stage: str = "fit", growth_bytes: int = 0
 ) -> dict[str, float]:
-    """Write a breakdown as scalars in MiB, with the same keys in every step.
+    """Write a breakdown as scalars in MiB, always with the same keys.
 
-    The ``at_peak`` rows add up to ``peak_mib``. Rows that only several processes have are left out where they
-    hold nothing.
+    The ``at_peak`` rows add up to ``peak_mib``.
 
     Args:
         breakdown: a step's bytes.
@@ -22,9 +21,9 @@ def breakdown_metrics(
         Values in MiB by key, e.g. ``memory/peak_mib`` or ``memory/validate/at_peak/activations_mib``.
     """
     sizes = {"peak": breakdown.peak_bytes, "ledger_peak": breakdown.ledger_peak_bytes}
-    sizes |= {f"at_peak/{category}": breakdown.at_peak[category] for category in breakdown.shown}
+    sizes |= {f"at_peak/{category}": held for category, held in breakdown.at_peak.items()}
     # Workspace is known only at the peak.
-    sizes |= {f"max/{c}": breakdown.maxima[c] for c in breakdown.shown if c is not Category.WORKSPACE}
+    sizes |= {f"max/{c}": held for c, held in breakdown.maxima.items() if c is not Category.WORKSPACE}
     sizes |= {"recomputed": breakdown.recomputed_at_peak_bytes, "growth": growth_bytes}
     prefix = "memory" if stage == "fit" else f"memory/{stage}"
     return {f"{prefix}/{name}_mib": size / MIB for name, size in sizes.items()}
