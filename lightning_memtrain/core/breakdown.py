@@ -158,6 +158,11 @@ class MemoryBreakdown:
         return self.at_peak.total_bytes
 
     @property
+    def shown(self) -> tuple[Category, ...]:
+        """The categories that a table has rows of: the usual ones, and what else held anything."""
+        return tuple(one for one in Category if one.is_usual or self.maxima[one] or self.at_peak[one])
+
+    @property
     def growth_bytes(self) -> int:
         """All bytes that outlived their step."""
         return sum(row.num_bytes for row in self.growth)

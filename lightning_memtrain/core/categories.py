@@ -9,12 +9,13 @@ from enum import Enum
 class Category(str, Enum):
     """What a live tensor storage is used for.
 
-    The first seven are counted by the ledger. :attr:`WORKSPACE` is what the device allocator holds beyond
+    All but the last are counted by the ledger. :attr:`WORKSPACE` is what the device allocator holds beyond
     them (temporaries inside an operator, rounding, other users of the device), so that all rows together
     are exactly the allocator's figure.
 
     The three groups of Sohoni et al. 2019 (arXiv:1904.10631) are sums: *model* = parameters + buffers,
-    *optimizer* = gradients + optimizer state, *activations* = the rest.
+    *optimizer* = gradients + optimizer state, *activations* = the rest. Of what only several processes have,
+    gathered weights belong to the model, unsharded gradients and buckets to the optimizer.
     """
 
     PARAMETERS = "parameters"
@@ -24,10 +25,18 @@ class Category(str, Enum):
     BUFFERS = "buffers"
     INPUTS = "inputs"
     TEMPORARY = "temporary"
+    GATHERED_WEIGHTS = "gathered_weights"
+    UNSHARDED_GRADIENTS = "unsharded_gradients"
+    BUCKETS = "buckets"
     WORKSPACE = "workspace"
 
     def __str__(self) -> str:
         return self.value
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether tables have a row of it also where it holds nothing; some only several processes have."""
+        return self not in (Category.GATHERED_WEIGHTS, Category.UNSHARDED_GRADIENTS, Category.BUCKETS)
 
 
 _POSITION = {category: position for position, category in enumerate(Category)}
@@ -96,13 +105,14 @@ class CategoryBytes(Mapping[Category, int]):
 
     @property
     def model_bytes(self) -> int:
-        """Parameters and buffers: the *model* of Sohoni et al. 2019."""
-        return self[Category.PARAMETERS] + self[Category.BUFFERS]
+        """Parameters, buffers and gathered weights: the *model* of Sohoni et al. 2019."""
+        return self[Category.PARAMETERS] + self[Category.BUFFERS] + self[Category.GATHERED_WEIGHTS]
 
     @property
     def optimizer_bytes(self) -> int:
-        """Gradients and optimizer state: the *optimizer* of Sohoni et al. 2019."""
-        return self[Category.GRADIENTS] + self[Category.OPTIMIZER_STATE]
+        """Gradients, in every form, and optimizer state: the *optimizer* of Sohoni et al. 2019."""
+        of_several = self[Category.UNSHARDED_GRADIENTS] + self[Category.BUCKETS]
+        return self[Category.GRADIENTS] + self[Category.OPTIMIZER_STATE] + of_several
 
     @property
     def activation_bytes(self) -> int:

@@ -15,7 +15,10 @@ from lightning_memtrain.ledger.storages import PLAIN_TENSORS, StorageReference, 
 from lightning_memtrain.ledger.workspace import PeakEstimate
 
 #: What a training step leaves behind by right.
-TRAINING_STATE = (Category.PARAMETERS, Category.BUFFERS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
+TRAINING_STATE = (
+    *(Category.PARAMETERS, Category.BUFFERS, Category.GRADIENTS, Category.OPTIMIZER_STATE),
+    *(Category.GATHERED_WEIGHTS, Category.UNSHARDED_GRADIENTS, Category.BUCKETS),
+)
 
 
 class StorageBook:
@@ -135,8 +138,8 @@ class StorageBook:
             for storage in self._storages_of(tensor)
         ]
 
-    def classify(self, tensor: torch.Tensor, category: Category, owner: str) -> None:
-        """Say what a tensor is used for: one of :data:`TRAINING_STATE`, of the module ``owner``.
+    def classify(self, tensor: torch.Tensor, category: Category, owner: str | None) -> None:
+        """Say what a tensor is used for: one of :data:`TRAINING_STATE`, of the module ``owner`` if of one.
 
         A temporary was on its way to this use since it was made. Anything else was used otherwise until now.
         """

@@ -24,6 +24,7 @@ from lightning_memtrain.core import (
 )
 from lightning_memtrain.core.accumulation_hooks import AccumulationHooks
 from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
+from lightning_memtrain.ledger.communication import ddp_around, fsdp_parameters, role_of
 from lightning_memtrain.ledger.compiled import COMPILER_WATCH, MODES_HIDDEN, CompilerListener
 from lightning_memtrain.ledger.devices import parameter_device
 from lightning_memtrain.ledger.limit import AllocationLimit
@@ -33,7 +34,7 @@ from lightning_memtrain.ledger.operators import OperatorWatch, returns_arguments
 from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord, Survivor, analyse, held_at_peak
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
 from lightning_memtrain.ledger.storages import RESIZE_WATCH, tensors_in
-from lightning_memtrain.ledger.training_state import classify_training_state
+from lightning_memtrain.ledger.training_state import classify_buckets, classify_training_state
 from lightning_memtrain.ledger.workspace import OpWorkspace, PeakEstimate
 
 _LIFT_FRESH = torch.ops.aten.lift_fresh.default
@@ -49,8 +50,9 @@ class MemoryLedger:
     tensors of the program and not counted: see :class:`~lightning_memtrain.ledger.OpWorkspace`.
 
     A storage that was live before the block and shows up as an argument in it counts from the start: as an
-    input, or as a gradient when backward is the first to use it (communication buckets). One that was empty
-    counts from the moment when it is filled.
+    input, or as a gradient when backward is the first to use it. One that was empty counts from the moment
+    when it is filled. The buckets in which ``DistributedDataParallel`` averages gradients count from the
+    start if ``model`` is the wrapper, or a trainer has wrapped it; else from its forward on.
 
     What is counted is what the thread does that entered the block, with autograd's threads that work for it.
     It may be read in any thread at any time.
@@ -97,9 +99,10 @@ class MemoryLedger:
         self._estimate = PeakEstimate(workspace) if workspace is not None else None
         self._limit = limit
         self._late_before = 0
+        self._is_sharded = False  # by FSDP2
         self._book = StorageBook(self.device, self._estimate)
         self._operators = OperatorWatch()  # type: ignore[no-untyped-call]
-        self._modules = ModuleWatch(model, self._book.mark, self._operators.in_force)
+        self._modules = ModuleWatch(model, _Forwards(model, self._book), self._operators.in_force)
         self._undo = ExitStack()
         self._num_scanned = 0
         self._recomputed: list[StorageRecord] = []
@@ -139,6 +142,7 @@ class MemoryLedger:
     def _install(self, undo: ExitStack) -> None:
         inputs = tensors_within(self._inputs)
         self._book.counts_fakes = rehearsal_depth() > 0 or _any_fake((*self._model.parameters(), *inputs))
+        self._is_sharded = any(fsdp_parameters(module) for module in self._model.modules())
         self._scan_training_state()
         for tensor in inputs:
             self._book.note_from_the_start(tensor, Category.INPUTS)
@@ -317,6 +321,9 @@ class MemoryLedger:
             elif isinstance(argument, (list, tuple)):
                 for tensor in tensors_in(argument):
                     self._note_argument(tensor)
+        role = role_of(func)
+        if role is not None:
+            self._classify((args, kwargs), role)
         if self._estimate is not None:
             self._estimate.before(func, args, kwargs)
         if self._limit is not None:
@@ -339,15 +346,29 @@ class MemoryLedger:
             made_bytes += sum(record.num_bytes for record in new)
             if now.recomputing:
                 self._recomputed.extend(new)
+        role = role_of(func)
+        if role is not None:
+            self._classify(results, role)
         if self._limit is not None:
             self._limit.after(made_bytes)
+
+    def _classify(self, tree: Any, category: Category) -> None:
+        for tensor in tensors_in(tree):
+            self._book.classify(tensor, category, None)
 
     def _note_argument(self, tensor: torch.Tensor) -> None:
         if self._num_graphs:
             self._on_results(None, tensor)  # made by the graph that is running, and shown to an operator
             return
-        in_backward = self._modules.now().in_backward
-        self._book.note_from_the_start(tensor, Category.GRADIENTS if in_backward else Category.INPUTS)
+        category = Category.INPUTS
+        if self._modules.now().in_backward:
+            if self._is_sharded and tensor.dim() == 1 and not self._book.records_of(tensor):
+                # What a collective made out of sight to reduce gradients in (gloo does) is new.
+                self._on_results(None, tensor)
+                self._classify(tensor, Category.UNSHARDED_GRADIENTS)
+                return
+            category = Category.GRADIENTS if ddp_around(self._model) is None else Category.BUCKETS
+        self._book.note_from_the_start(tensor, category)
 
     def _on_saved(self, tensor: torch.Tensor) -> None:
         if not self._operators.in_force():
@@ -428,6 +449,28 @@ class MemoryLedger:
         if record.existed_before or record.category in (*TRAINING_STATE, Category.INPUTS):
             return False
         return self._last_step_tick is None or record.born <= self._last_step_tick
+
+
+class _Forwards:
+    """Puts forwards on the timeline, and looks in the first one for a DDP that nobody knew of.
+
+    Apart from the ledger, which would be held by what it holds.
+
+    Args:
+        model: the module that is trained.
+        book: takes the events.
+    """
+
+    def __init__(self, model: nn.Module, book: StorageBook) -> None:
+        self._model = model
+        self._book = book
+        self._is_first = True
+
+    def __call__(self, name: str) -> None:
+        if self._is_first:
+            self._is_first = False
+            classify_buckets(self._book, self._model)
+        self._book.mark(name)
 
 
 skip_in_dynamo(MemoryLedger._after_accumulation, MemoryLedger._after_optimizer_step)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_memtrain.core import Category
 from lightning_memtrain.ledger.book import StorageBook
+from lightning_memtrain.ledger.communication import ddp_around, ddp_buckets, unsharded_gradients
 from lightning_memtrain.ledger.objects import tensors_within
 
 
@@ -22,6 +23,9 @@ def classify_training_state(book: StorageBook, model: nn.Module, optimizers: Ite
         model: the module that is trained.
         optimizers: its optimizers.
     """
+    classify_buckets(book, model)  # before gradients, which may lie in them
+    for gradient in unsharded_gradients(model):
+        book.classify(gradient, Category.UNSHARDED_GRADIENTS, None)
     owners: dict[Any, str] = {}
     modules = list(model.named_modules())
     for owner, module in modules:
@@ -41,3 +45,15 @@ def classify_training_state(book: StorageBook, model: nn.Module, optimizers: Ite
             for value in state.values() if isinstance(state, dict) else (state,):
                 for tensor in (value,) if isinstance(value, torch.Tensor) else tensors_within(value):
                     book.classify(tensor, Category.OPTIMIZER_STATE, owner)
+
+
+def classify_buckets(book: StorageBook, model: nn.Module) -> None:
+    """Find the buckets of DDP, which makes them anew in the forward after its first backward.
+
+    Args:
+        book: knows the storages.
+        model: the module that is trained.
+    """
+    wrapper = ddp_around(model)
+    for bucket in () if wrapper is None else ddp_buckets(wrapper):
+        book.classify(bucket, Category.BUCKETS, None)

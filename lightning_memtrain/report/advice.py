@@ -17,6 +17,12 @@ _ADVICE = {
     Category.INPUTS: "use a smaller batch, or send inputs to the device in a smaller data type",
     Category.TEMPORARY: "split the batch into microbatches or use a smaller batch, and look for large "
     "intermediate results in the loss or the metrics",
+    Category.GATHERED_WEIGHTS: "shard smaller modules (fully_shard on each block), or gather in lower "
+    "precision",
+    Category.UNSHARDED_GRADIENTS: "shard smaller modules (fully_shard on each block), reduce in lower "
+    "precision, or let every backward reduce",
+    Category.BUCKETS: "let gradients lie in them (DDPStrategy(gradient_as_bucket_view=True)), or shard "
+    "gradients (FSDP2)",
     Category.WORKSPACE: "split the batch into microbatches or use a smaller batch: operators ask for less "
     "scratch memory on smaller inputs",
 }

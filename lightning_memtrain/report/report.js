@@ -4,10 +4,11 @@
   const page = document.getElementById("page");
 
   // From the bottom of the stack to its top: what stays, then what comes and goes.
-  const STACK = ["parameters", "buffers", "optimizer_state", "gradients", "inputs", "activations", "temporary", "workspace"];
+  const STACK = ["parameters", "buffers", "optimizer_state", "gradients", "buckets", "inputs", "gathered_weights", "unsharded_gradients", "activations", "temporary", "workspace"];
   // In the tables, the order of the terminal's table.
-  const ROWS = ["parameters", "gradients", "optimizer_state", "activations", "buffers", "inputs", "temporary", "workspace"];
-  const GROUPS = { model: ["parameters", "buffers"], optimizer: ["gradients", "optimizer_state"], activations: ["activations", "inputs", "temporary", "workspace"] };
+  const ROWS = ["parameters", "gradients", "optimizer_state", "activations", "buffers", "inputs", "temporary", "gathered_weights", "unsharded_gradients", "buckets", "workspace"];
+  const OF_SEVERAL = ["gathered_weights", "unsharded_gradients", "buckets"];  // no row where they hold nothing
+  const GROUPS = { model: ["parameters", "buffers", "gathered_weights"], optimizer: ["gradients", "optimizer_state", "unsharded_gradients", "buckets"], activations: ["activations", "inputs", "temporary", "workspace"] };
   const WORDS = {
     parameters: "The model's weights.",
     gradients: "Gradients of the weights.",
@@ -17,6 +18,9 @@
     buffers: "Tensors of the model that are not trained, such as batch norm statistics.",
     inputs: "The batch.",
     temporary: "All other tensors: intermediate results, gradients of activations.",
+    "gathered weights": "Whole weights of a layer, gathered from all processes for as long as it runs (FSDP2).",
+    "unsharded gradients": "Gradients of whole weights, before they are reduced to each process's share (FSDP2).",
+    buckets: "What gradients are averaged in over processes (DDP); they may lie there, too.",
     workspace: "Allocator minus ledger: scratch memory inside operators and rounding.",
     ledger: "The exact sum of all live tensor storages.",
     allocator: "The peak that the device's own allocator counted.",
@@ -379,7 +383,8 @@
       el("th", { scope: "row" }, name), el("td", {}, bytes(held)), el("td", {}, share(held, peak)), el("td", { class: "bar" }, bar), el("td", {}, most === null ? "" : bytes(most)));
     const bar = (category, held, hatch) => held > 0 && peak > 0 ? el("div", { class: "stack", "aria-hidden": "true" },
       el("i", { class: hatch ? "hatch" : null, style: `background-color:var(--${category});width:${(100 * held) / peak}%` })) : null;
-    const rows = ROWS.filter((category) => known || category !== "workspace").flatMap((category) => {
+    const none = (category) => OF_SEVERAL.includes(category) && !stage.at_peak[category] && !stage.maxima[category];
+    const rows = ROWS.filter((category) => (known || category !== "workspace") && !none(category)).flatMap((category) => {
       const held = stage.at_peak[category];
       const own = row([swatch(category), ` ${label(category)}`], held, category === "workspace" ? null : stage.maxima[category], bar(category, held));
       if (category !== "activations" || !stage.recomputed_max_bytes) return [own];

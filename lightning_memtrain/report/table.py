@@ -96,7 +96,8 @@ def _categories(breakdown: MemoryBreakdown) -> Table:
 
     table = _new_table("Category", ("At peak MiB", "Share", "", "Max MiB"))
     peak_bytes = breakdown.peak_bytes
-    for category, num_bytes in breakdown.at_peak.items():
+    for category in breakdown.shown:
+        num_bytes = breakdown.at_peak[category]
         if category is Category.WORKSPACE and breakdown.truth_bytes is None:
             continue
         maximum = "" if category is Category.WORKSPACE else _mib(breakdown.maxima[category])

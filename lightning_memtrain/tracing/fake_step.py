@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lightning_memtrain.core import rehearsal
 from lightning_memtrain.core.stepping import needs_closure
 from lightning_memtrain.ledger import MemoryLedger
+from lightning_memtrain.ledger.communication import gradients_lie_in_buckets
 from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.ledger.workspace import OpWorkspace
 from lightning_memtrain.tracing.methods import RecordingMethods, TwinMethods
@@ -78,6 +79,7 @@ class FakeStep:
         self._is_first = is_first
         self._may_keep_graph = may_keep_graph
         self._closure_step = closure_step
+        self._in_buckets = gradients_lie_in_buckets(model)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._answers = Answers()
         self._unknown: list[AsksForValue] = []
@@ -269,7 +271,7 @@ class FakeStep:
             optimizer.state.update({key: _copied(value) for key, value in made.items()})
         for parameter, twin in self._parameters:
             has_gradient = parameter.grad is not None or id(twin) in self._in_forward
-            twin.grad = self._empty_like(twin) if has_gradient else None
+            twin.grad = self._gradient_of(twin) if has_gradient else None
         self.gradient_bytes = sum(t.grad.nbytes for _, t in self._parameters if t.grad is not None)
 
     def _enter_quietly(self, undo: ExitStack) -> None:
@@ -294,6 +296,10 @@ class FakeStep:
                 twin = nn.Parameter(self._without_data(parameter), requires_grad=parameter.requires_grad)
                 self._twins[id(parameter)] = twin
                 self._parameters.append((parameter, twin))
+                if self._in_buckets and twin.requires_grad:
+                    twin.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                        self._into_bucket
+                    )
         for optimizer in self._optimizers:
             for tensor in tensors_in([*optimizer.state.values()]):
                 if tensor.numel() > 1:  # a number of steps may be asked for
@@ -301,6 +307,13 @@ class FakeStep:
 
     def _without_data(self, tensor: Tensor) -> Tensor:
         return self._fake.from_tensor(tensor.detach(), static_shapes=True)
+
+    def _gradient_of(self, twin: Tensor) -> Tensor:
+        # What lies in a bucket, which the ledger counts, has the twin's own storage here: none beside.
+        return twin.data if self._in_buckets else self._empty_like(twin)
+
+    def _into_bucket(self, twin: Tensor) -> None:
+        twin.grad = twin.data
 
     def _empty_like(self, tensor: Tensor) -> Tensor:
         with self._fake:
@@ -323,7 +336,7 @@ class FakeStep:
         with self._in_place():
             stateless = [optimizer for optimizer in self._optimizers if not optimizer.state]
             for _, twin in self._parameters:
-                twin.grad = self._empty_like(twin) if twin.requires_grad else None
+                twin.grad = self._gradient_of(twin) if twin.requires_grad else None
             # What calls the model holds its own state beside what the model does.
             self._note_uncounted(
                 (optimizer, reason)

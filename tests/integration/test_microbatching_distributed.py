@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
@@ -85,11 +86,24 @@ class Sharded(Net):
         fully_shard(self, mesh=self.device_mesh["data_parallel"])
 
 
+class Reductions(TorchDispatchMode):
+    """Counts how often gradients are reduced to shards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.c10d._reduce_scatter_base_.default
+        return func(*args, **(kwargs or {}))
+
+
 class Counter(Callback):
-    """Counts buckets that DDP reduces, and keeps gradients and logs."""
+    """Counts buckets that DDP reduces and reductions of FSDP2, and keeps gradients and logs."""
 
     def __init__(self) -> None:
         self.num_reduced = 0
+        self.reductions: Reductions | None = None
         self.seen: list[Any] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,6 +115,14 @@ class Counter(Callback):
 
         if hasattr(trainer.strategy.model, "register_comm_hook"):
             trainer.strategy.model.register_comm_hook(None, hook)
+        else:
+            self.reductions = Reductions()
+            self.reductions.__enter__()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.reductions is not None:
+            self.reductions.__exit__(None, None, None)
+            self.num_reduced = self.reductions.count
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         gradients = [p.grad for p in pl_module.parameters()]
@@ -152,6 +174,12 @@ CASES = {
     "named strategy": Case(split_strategy=lambda: MemtrainDDPStrategy(Microbatching(num_microbatches=3))),
     "fsdp2": Case(
         strategy=lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), model=Sharded
+    ),
+    "fsdp2, reduced once": Case(
+        lambda: Microbatching(num_microbatches=3, sync_each_chunk=False),
+        strategy=lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+        model=Sharded,
+        trainer={"accumulate_grad_batches": 2},
     ),
     "fsdp2, different counts": Case(
         lambda: Microbatching(microbatch_size=4),
@@ -211,12 +239,13 @@ def test_both_ranks_train_as_without_splitting(name: str, found: list[dict[str, 
         assert result[name]["compared"] > 30
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "fsdp2" not in name])
+@pytest.mark.parametrize("name", [name for name in CASES if "different counts" not in name])
 def test_gradients_are_reduced_as_often_as_without_splitting(name: str, found: list[dict[str, Any]]) -> None:
     num_plain, num_split = found[0][name]["reduced"]
     assert num_plain > 0
-    # DDP must communicate in every backward of a static graph, here in three chunks.
-    assert num_split == (3 * num_plain if name == "static graph" else num_plain)
+    # DDP must communicate in every backward of a static graph, here in three chunks, and FSDP2 does unless it
+    # is told to wait.
+    assert num_split == (3 * num_plain if name in ("static graph", "fsdp2") else num_plain)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.fail is not None])

@@ -32,7 +32,10 @@ from lightning_memtrain.techniques.checkpointing.policies import Budget, Groups
 from lightning_memtrain.tracing.fake_step import FakeStep, state_bytes
 from lightning_memtrain.tracing.questions import site_of
 
-_STEADY = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.BUFFERS)
+_STEADY = (
+    *(Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.BUFFERS),
+    Category.BUCKETS,
+)
 
 
 class AutomaticChoice:

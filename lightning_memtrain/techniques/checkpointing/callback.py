@@ -92,6 +92,7 @@ class ActivationCheckpointing(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put checkpoints in; the model is complete by now, also one that is built in ``configure_model``."""
         self._num_modules, self._events, self._has_looked = 0, [], False
+        self._zeroes_after_forward, self._in_batch = True, False
         # Lightning's own policy of FSDP is in this attribute.
         if getattr(trainer.strategy, "_activation_checkpointing_kwargs", None):
             self._say("nothing is inserted, since FSDPStrategy(activation_checkpointing_policy=...) is set")

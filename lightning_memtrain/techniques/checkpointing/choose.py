@@ -220,6 +220,7 @@ _CURES = {
     Category.TEMPORARY: "temporary tensors (microbatches: `Microbatching`)",
     Category.INPUTS: "the batch (a smaller one)",
     Category.BUFFERS: "buffers",
+    Category.BUCKETS: "buckets of DDP (gradients may lie in them: gradient_as_bucket_view=True)",
 }
 
 

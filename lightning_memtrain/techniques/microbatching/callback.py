@@ -19,7 +19,7 @@ from lightning_memtrain.techniques.microbatching.early_zero_grad import EarlyZer
 from lightning_memtrain.techniques.microbatching.engine import MicrobatchEngine
 from lightning_memtrain.techniques.microbatching.normalization import BatchNormMode, BatchNormPolicy
 from lightning_memtrain.techniques.microbatching.recovery import Recovery
-from lightning_memtrain.techniques.microbatching.refusals import refuse_run
+from lightning_memtrain.techniques.microbatching.refusals import refuse_run, refuse_to_wait
 from lightning_memtrain.techniques.microbatching.sizing import AutoSize, FixedSplit
 
 
@@ -57,6 +57,8 @@ class Microbatching(Callback):
             default what the device has free. The CPU does not tell, so there it must be given.
         grow_after_batches: for ``"auto"``, after how many batches without trouble a size that was halved is
             doubled again. Each failure doubles this number.
+        sync_each_chunk: whether FSDP2 reduces gradients in the backward of each chunk; with ``False`` only in
+            that of the last one, for which every rank holds gradients of all whole weights until then.
 
     Raises:
         MisconfigurationException: if not exactly one of ``num_microbatches`` and ``microbatch_size`` is
@@ -86,6 +88,7 @@ class Microbatching(Callback):
         batchnorm_sweeps: int = 2,
         limit: int | str | None = None,
         grow_after_batches: int = 100,
+        sync_each_chunk: bool = True,
     ) -> None:
         super().__init__()
         if (num_microbatches is None) == (microbatch_size is None):
@@ -98,6 +101,11 @@ class Microbatching(Callback):
         if microbatch_size != "auto":
             _check_count("microbatch_size", microbatch_size, ' or "auto"')
         _check_count("grow_after_batches", grow_after_batches)
+        if not isinstance(sync_each_chunk, bool):
+            raise MisconfigurationException(
+                "`Microbatching(sync_each_chunk)` must be True or False, but got "
+                f"sync_each_chunk={sync_each_chunk!r}. Leave it out to reduce in each chunk."
+            )
         _check_choice("loss_reduction", loss_reduction, get_args(LossReduction))
         _check_choice("batchnorm", batchnorm, get_args(BatchNormMode))
         _check_count("batchnorm_sweeps", batchnorm_sweeps)
@@ -126,6 +134,7 @@ class Microbatching(Callback):
         self._batchnorm: BatchNormMode = batchnorm
         self._num_sweeps = batchnorm_sweeps
         self._grow_after_batches = grow_after_batches
+        self._sync_each_chunk = sync_each_chunk
         self._size: AutoSize | FixedSplit
         if microbatch_size == "auto":
             limit_bytes = None if limit is None else parse_bytes(limit, argument="Microbatching(limit)")
@@ -167,7 +176,11 @@ class Microbatching(Callback):
                 'Microbatching(batchnorm="synchronized") normalises by those of the whole batch; '
                 "batchnorm_to_groupnorm(model) does without batch statistics."
             )
-        engine = MicrobatchEngine(trainer, pl_module, self._splitter, self._size, policy)
+        if not self._sync_each_chunk:
+            refuse_to_wait(trainer, pl_module)
+        engine = MicrobatchEngine(
+            trainer, pl_module, self._splitter, self._size, policy, self._sync_each_chunk
+        )
         self._recovery = engine.recovery
         self._undo = _compat.install_closure(trainer, engine.make_closure)
 
@@ -257,6 +270,8 @@ class Microbatching(Callback):
             else {"microbatch_size": self.microbatch_size}
         )
         settings["loss_reduction"] = self._splitter.loss_reduction
+        if not self._sync_each_chunk:
+            settings["sync_each_chunk"] = False
         if self._has_batchnorm:
             settings["batchnorm"] = self._batchnorm
         events = tuple(size.events) if isinstance(size, AutoSize) else ()

@@ -71,9 +71,8 @@ class Found(NamedTuple):
             return False
         if now.update not in self.updates:
             return False
-        is_whole = self.size >= then.num_samples and not then.amid_window
-        if is_whole and now.num_samples > then.num_samples:
-            return False  # one chunk finds no gradients of another
+        if self.size >= then.num_samples < now.num_samples:
+            return False  # it was the batch that ended there, and one chunk finds no gradients of another
         growth = _growth(now.shapes, then.shapes)
         if self.peak_bytes is None:
             return growth == 1

@@ -91,6 +91,7 @@ class MicrobatchEngine:
         splitter: splits and weighs.
         size: how many chunks to make.
         batchnorm: what batch normalisation does about chunks.
+        sync_each_chunk: whether sharded gradients are reduced in each chunk's backward, or in the last one's.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class MicrobatchEngine:
         splitter: Splitter,
         size: sizing.FixedSplit | sizing.AutoSize,
         batchnorm: BatchNormPolicy,
+        sync_each_chunk: bool = True,
     ) -> None:
         self.trainer = trainer
         self.model = model
@@ -107,7 +109,7 @@ class MicrobatchEngine:
         self._size = size
         self._batchnorm = batchnorm
         self._metrics = BatchMetrics(model)
-        self._said_left_out = False
+        self._said_left_out, self._waits = False, not sync_each_chunk
         self._carried = CarriedState(model)
         self._zero_grad_hooks = zero_grad_hooks(trainer, model)
         self._repeats_backward = isinstance(size, sizing.AutoSize) or batchnorm.may_synchronize
@@ -225,7 +227,7 @@ class MicrobatchEngine:
             if len(chunks) > 1 or (self.recovery is not None and self.recovery.has_probed):
                 mark(f"microbatch {index + 1} of {len(chunks)}")
             with (
-                parallel.gradient_sync(strategy, enabled=communicate and index == last),
+                parallel.gradient_sync(strategy, communicate and index == last, self._waits),
                 partial_backward(index != last),
                 self._batchnorm.chunk(),
                 self._recorded(recorder := CallRecorder(), counts=not chunk.repeated),
@@ -353,9 +355,7 @@ class MicrobatchEngine:
     def _parameters(self) -> list[Tensor]:
         """All that may have a gradient, once."""
         groups = (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
-        return list(
-            dict.fromkeys((*self.model.parameters(), *(p for group in groups for p in group["params"])))
-        )
+        return [*dict.fromkeys((*self.model.parameters(), *(p for group in groups for p in group["params"])))]
 
     def run_trial(
         self,

@@ -34,13 +34,30 @@ def highest_of_ranks(trainer: Trainer, value: int) -> int:
     return int(trainer.strategy.reduce(tensor, reduce_op="max"))
 
 
+def fully_sharded_modules(model: nn.Module) -> list[Any]:
+    """The modules of a model to which FSDP2's ``fully_shard`` was applied."""
+    return [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
+
+
 @contextmanager
-def gradient_sync(strategy: Any, enabled: bool) -> Iterator[None]:
+def gradient_sync(strategy: Any, enabled: bool, waits_if_sharded: bool = False) -> Iterator[None]:
     """Average gradients over ranks in the backward of the block, or not.
 
     With ``static_graph`` DDP counts the uses of each parameter in its first backward, which goes wrong
     without communication (also in plain gradient accumulation), so there it is always on.
+
+    FSDP2 always does unless it is told to wait, since each rank then holds gradients of all whole weights.
     """
+    if waits_if_sharded and not enabled:
+        modules = fully_sharded_modules(strategy.model)
+        for module in modules:
+            module.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.set_requires_gradient_sync(True, recurse=False)
+        return
     # `isinstance` would miss strategies of the package `pytorch_lightning`.
     blocks = not enabled and hasattr(strategy, "block_backward_sync")
     if not blocks or getattr(strategy.model, "static_graph", False):
@@ -48,21 +65,6 @@ def gradient_sync(strategy: Any, enabled: bool) -> Iterator[None]:
         return
     with strategy.block_backward_sync():
         yield
-
-
-def bucket_bytes(strategy: Any) -> int:
-    """What DDP holds beside gradients to average them.
-
-    Args:
-        strategy: the trainer's strategy.
-
-    Returns:
-        Bytes of its buckets; 0 where gradients lie in them.
-    """
-    model = strategy.model
-    if not isinstance(model, DistributedDataParallel) or model.gradient_as_bucket_view:
-        return 0
-    return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
 
 
 def broadcast_buffers(strategy: Any) -> None:

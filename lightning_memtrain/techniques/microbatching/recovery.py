@@ -19,26 +19,25 @@ from lightning_memtrain.techniques.microbatching.circumstances import (
 )
 from lightning_memtrain.techniques.microbatching.probe import largest_fitting
 from lightning_memtrain.techniques.microbatching.refusals import (
+    limit_out_of_reach_elsewhere,
     limit_refused,
     refused_elsewhere,
     update_refused,
 )
 from lightning_memtrain.techniques.microbatching.snapshot import BatchSnapshot, WrittenTensors
-from lightning_memtrain.techniques.microbatching.trial import Trials, release_memory, restore
+from lightning_memtrain.techniques.microbatching.trial import Trials, release_memory, restore, without_frames
 from lightning_memtrain.techniques.microbatching.update import update_signature
 from lightning_memtrain.techniques.microbatching.update_guard import UpdateGuard
 
 if TYPE_CHECKING:
     from lightning_memtrain.techniques.microbatching.engine import Backward, MicrobatchEngine
 
-# More than any batch has samples; exact in float32, by which ranks agree.
-_ANY_SIZE = 2**24
-
 
 class Recovery:
     """Runs batches with the size that fits, and again with smaller chunks when memory runs out.
 
-    All ranks do so alike.
+    All ranks probe when one of them has to, and run a batch again when one of them ran out of memory. Each
+    has the size that its own batches fit with; where ranks wait for each other they run as many chunks.
 
     Args:
         engine: runs the chunks.
@@ -115,7 +114,8 @@ class Recovery:
         retries = sizing.allocation_retries(self._device)
         while True:
             assert size.size is not None
-            attempted, outcome, result, failure = size.size, None, None, ""
+            attempted, outcome, result, failure, why = size.size, None, None, "", "out of memory"
+            refusal: Exception | None = None
             try:
                 chunks = engine.chunks(batch, engine.splitter.num_microbatches(batch, size.size))
                 attempted = max(chunk.num_samples or 1 for chunk in chunks)
@@ -123,14 +123,17 @@ class Recovery:
                 if not delayed.needed:
                     result = engine.commit(outcome)
             except Exception as error:
-                # A limit of somebody else's that is out of reach even so ends the run in its own words.
-                if not does_not_fit(error) or (attempted == 1 and not is_out_of_memory(error)):
+                if not does_not_fit(error):
                     raise
                 failure = str(error) or type(error).__name__
-                why = "out of memory" if is_out_of_memory(error) else "a limit is out of reach"
+                if not is_out_of_memory(error):
+                    why = "a limit is out of reach"
+                    refusal = without_frames(error) if attempted == 1 else None
             # Outside of the `except` block, whose exception holds on to the tensors of the failed chunk.
             retried = sizing.allocation_retries(self._device) > retries
-            verdict = parallel.highest_of_ranks(trainer, 2 if failure else int(retried))
+            # What ends the run is agreed on before any rank raises: the others would wait for it.
+            said = 3 if refusal is not None else 2 if failure else int(retried)
+            verdict = parallel.highest_of_ranks(trainer, said)
             if verdict < 2:
                 assert outcome is not None
                 delayed.average_gradients()
@@ -142,6 +145,8 @@ class Recovery:
             _compat.restore_results(results, logged)
             restore(snapshot)
             release_memory(self._device)
+            if verdict == 3:  # a limit of somebody else's, in its own words
+                raise refusal or limit_out_of_reach_elsewhere()
             attempted = parallel.highest_of_ranks(trainer, attempted)
             if attempted == 1:
                 raise torch.OutOfMemoryError(
@@ -200,12 +205,12 @@ class Recovery:
         """Find the size to start from. Leaves no trace but the size."""
         trainer, limit_bytes = self._trainer, self._limit_bytes()
         # A rank whose batch fits as a whole may be asked for chunks, which find gradients of others.
-        amid_window = now.amid_window or trainer.world_size > 1
+        finds_gradients = now.amid_window or trainer.world_size > 1
         assert self._ledger is not None
         unknown_bytes = snapshot.bytes_unknown_to(self._ledger)
         if self._unknown_bytes is None:
             self._unknown_bytes = unknown_bytes
-        spared_bytes = 0 if amid_window else sum(p.nbytes for p in self._engine.model.parameters())
+        spared_bytes = 0 if finds_gradients else sum(p.nbytes for p in self._engine.model.parameters())
         with aside("probe"):
             trials = Trials(
                 self._engine,
@@ -216,31 +221,32 @@ class Recovery:
                 self._guard,
                 limit_bytes,
                 max(0, unknown_bytes - self._unknown_bytes),
-                amid_window,
+                amid_window=now.amid_window,
+                finds_gradients=finds_gradients,
             )
             try:
                 peak = largest_fitting(trials.measure, now.num_samples, limit_bytes, spared_bytes)
             finally:
                 restore(snapshot)
         refusal = self._refusal(trials, limit_bytes) if peak.size == 1 else None
-        if parallel.highest_of_ranks(trainer, int(refusal is not None)):
-            raise refusal or refused_elsewhere()
-        is_whole = peak.size >= now.num_samples
-        agreed = -parallel.highest_of_ranks(trainer, -(_ANY_SIZE if is_whole else peak.size))
+        said = 0 if refusal is None else 2 if refusal is trials.out_of_reach.get(1) else 1
+        verdict = parallel.highest_of_ranks(trainer, said)
+        if verdict:
+            raise refusal or (limit_out_of_reach_elsewhere() if verdict == 2 else refused_elsewhere())
         measured = trials.measured.get(peak.size)
         if trials.forecast is not None and trials.forecast.unknown:
             self._guarded.add(now.update)
         self._size.start(
             trainer.global_step,
             Found(
-                size=min(peak.size, agreed),
+                size=peak.size,
                 peak_bytes=peak.num_bytes,
                 limit_bytes=limit_bytes,
                 growing_bytes=0 if measured is None else measured.growing_bytes,
                 kept_bytes=0 if measured is None else measured.kept_bytes,
                 coming_bytes=trials.coming_bytes,
                 updates=(now.update,) if trials.forecast is None else trials.forecast.signatures,
-                made_for=now._replace(amid_window=amid_window),
+                made_for=now,
             ),
         )
 
@@ -260,7 +266,12 @@ class Recovery:
             return None
         if single.update_bytes <= max(limit_bytes, single.chunks_bytes) or trials.forecast is None:
             return limit_refused(
-                limit_bytes, single.chunks_bytes, single.held, trials.coming_bytes, at_least=at_least
+                limit_bytes,
+                single.chunks_bytes,
+                single.held,
+                trials.coming_bytes,
+                trials.unseen,
+                at_least=at_least,
             )
         return update_refused(
             limit_bytes,
@@ -268,6 +279,7 @@ class Recovery:
             single.left,
             trials.forecast.kept_bytes,
             trials.forecast.over_bytes,
+            trials.unseen_before_update,
         )
 
     def _limit_bytes(self) -> int:

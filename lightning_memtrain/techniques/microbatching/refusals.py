@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -50,6 +52,24 @@ def refuse_run(
         )
     if isinstance(size, AutoSize):
         _refuse_auto(trainer, model, size)
+
+
+def refuse_to_wait(trainer: Trainer, model: LightningModule) -> None:
+    """Refuse ``sync_each_chunk=False`` where it has no effect.
+
+    Args:
+        trainer: the trainer that fits.
+        model: its module, sharded by now.
+
+    Raises:
+        MisconfigurationException: if no module is sharded by FSDP2.
+    """
+    if not parallel.fully_sharded_modules(model):
+        raise MisconfigurationException(
+            "`Microbatching(sync_each_chunk=False)` needs a model that `fully_shard` was applied to "
+            f"(FSDP2, `ModelParallelStrategy`), but got none with {type(trainer.strategy).__name__}. Leave "
+            "it out: under ddp gradients are reduced once per batch in any case."
+        )
 
 
 def refuse_left_out(trainer: Trainer, num_left_out: int) -> None:
@@ -119,11 +139,20 @@ _WORDS = {
     Category.INPUTS: "the batch and other inputs",
     Category.OPTIMIZER_STATE: "optimizer state",
     Category.TEMPORARY: "temporary tensors",
+    Category.GATHERED_WEIGHTS: "gathered weights",
+    Category.UNSHARDED_GRADIENTS: "unsharded gradients",
+    Category.BUCKETS: "buckets of DDP",
 }
 
 
 def limit_refused(
-    limit_bytes: int, needed_bytes: int, held: CategoryBytes, coming_bytes: int, *, at_least: bool
+    limit_bytes: int,
+    needed_bytes: int,
+    held: CategoryBytes,
+    coming_bytes: int,
+    unseen: Mapping[str, int],
+    *,
+    at_least: bool,
 ) -> MisconfigurationException:
     """Of a limit that a single sample at a time does not keep.
 
@@ -132,16 +161,17 @@ def limit_refused(
         needed_bytes: what is needed.
         held: what was counted of that.
         coming_bytes: optimizer state that is still to be made.
+        unseen: what there is beside, in words.
         at_least: whether it may be more that is needed.
 
     Returns:
         The error.
     """
+    needed = f"{'at least ' if at_least else ''}{format_bytes(needed_bytes)}"
     return MisconfigurationException(
-        "`Microbatching(limit)` must have room for one sample at a time, which takes "
-        f"{'at least ' if at_least else ''}{format_bytes(needed_bytes)} with {_listed(held, coming_bytes)}, "
-        f"but got limit={format_bytes(limit_bytes)}. Raise it, or make weights, gradients or optimizer state "
-        "smaller: microbatching only shrinks activations."
+        f"`Microbatching(limit)` must have room for one sample at a time, which takes {needed} with "
+        f"{_listed(held, coming_bytes, unseen)}, but got limit={format_bytes(limit_bytes)}. Raise it, or "
+        "make weights, gradients or optimizer state smaller: microbatching only shrinks activations."
     )
 
 
@@ -151,6 +181,7 @@ def update_refused(
     held: CategoryBytes,
     coming_bytes: int,
     over_bytes: int,
+    unseen: Mapping[str, int] | None = None,
     *,
     at_least: bool = False,
 ) -> MisconfigurationException:
@@ -162,6 +193,7 @@ def update_refused(
         held: what was counted of that before the step.
         coming_bytes: optimizer state that the coming steps make.
         over_bytes: all that they hold at most beyond what there was before.
+        unseen: what there is beside, in words.
         at_least: whether it may be more that is needed.
 
     Returns:
@@ -172,8 +204,8 @@ def update_refused(
     needed = f"{'at least ' if at_least else ''}{format_bytes(needed_bytes)}"
     return MisconfigurationException(
         f"`Microbatching(limit)` must have room for the step of the optimizer, which takes {needed} with "
-        f"{_listed(held, coming_bytes)}{temporary}, but got limit={format_bytes(limit_bytes)}. No size of "
-        "microbatches changes that. Raise it, let the optimizer step one parameter at a time "
+        f"{_listed(held, coming_bytes, unseen)}{temporary}, but got limit={format_bytes(limit_bytes)}. No "
+        "size of microbatches changes that. Raise it, let the optimizer step one parameter at a time "
         "(foreach=False) or keep less state, or make weights smaller."
     )
 
@@ -186,8 +218,18 @@ def refused_elsewhere() -> MisconfigurationException:
     )
 
 
-def _listed(held: CategoryBytes, coming_bytes: int) -> str:
+def limit_out_of_reach_elsewhere() -> MisconfigurationException:
+    """Of a limit of another technique's that this rank keeps and another one does not."""
+    return MisconfigurationException(
+        '`Microbatching(microbatch_size="auto")` must find a size with which every rank keeps the limits of '
+        "other techniques, but another rank cannot keep one with a single sample at a time; its error says "
+        "which and what it needs. Raise that limit."
+    )
+
+
+def _listed(held: CategoryBytes, coming_bytes: int, unseen: Mapping[str, int] | None = None) -> str:
     parts = {_WORDS.get(category, category.value): num_bytes for category, num_bytes in held.items()}
     parts["optimizer state"] += coming_bytes
+    parts.update(unseen or {})
     largest_first = sorted(parts.items(), key=lambda part: -part[1])
     return ", ".join(f"{format_bytes(num_bytes)} of {name}" for name, num_bytes in largest_first if num_bytes)

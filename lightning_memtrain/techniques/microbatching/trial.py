@@ -19,8 +19,9 @@ from lightning_memtrain.core import (
     mark,
 )
 from lightning_memtrain.ledger import AllocationLimit, MemoryLedger, ResultBytes, device_truth
+from lightning_memtrain.ledger.communication import gradients_lie_in_buckets
 from lightning_memtrain.ledger.storages import storages_of, tensors_in
-from lightning_memtrain.techniques.microbatching import _compat, parallel
+from lightning_memtrain.techniques.microbatching import _compat
 from lightning_memtrain.techniques.microbatching.probe import Peak
 from lightning_memtrain.techniques.microbatching.refusals import uneven_chunks
 from lightning_memtrain.techniques.microbatching.snapshot import BatchSnapshot
@@ -86,6 +87,7 @@ class Trials:
         limit_bytes: bytes that may be used in all.
         kept_bytes: what the batches before have left behind, and the ledger does not see.
         amid_window: whether gradients of earlier batches may be there.
+        finds_gradients: whether a chunk that is the whole batch is to find gradients, too.
     """
 
     def __init__(
@@ -98,7 +100,9 @@ class Trials:
         guard: UpdateGuard,
         limit_bytes: int,
         kept_bytes: int,
+        *,
         amid_window: bool,
+        finds_gradients: bool,
     ) -> None:
         self.forecast: UpdateForecast | None = None
         self.measured: dict[int, Measured] = {}
@@ -119,10 +123,11 @@ class Trials:
         self._limit_bytes = limit_bytes
         self._kept_bytes = kept_bytes
         self._amid_window = amid_window
+        self._finds_gradients = finds_gradients
         self._device = self._trainer.strategy.root_device
         self._results = ResultBytes(self._device)
+        self._in_buckets = gradients_lie_in_buckets(engine.model)
         self._batch_size = engine.splitter.batch_size(kwargs["batch"])
-        self._bucket_bytes = parallel.bucket_bytes(self._trainer.strategy)
         self._beyond_ledger: dict[int, int] = {}
         self._num_logged = 0
         self._sum_bytes = 0
@@ -133,6 +138,19 @@ class Trials:
         """What there is more of from the next batches on: optimizer state, and sums of what is logged."""
         state_bytes = 0 if self.forecast is None else self.forecast.kept_bytes
         return state_bytes + self._num_logged * _LOGGED_BYTES
+
+    @property
+    def unseen_before_update(self) -> dict[str, int]:
+        """What there is beside what the ledger counts when the optimizer steps, in words."""
+        return {"what earlier batches have left": self._kept_bytes}
+
+    @property
+    def unseen(self) -> dict[str, int]:
+        """The same while chunks run."""
+        return self.unseen_before_update | {
+            "copies to run the batch again": self._snapshot.num_bytes(self._amid_window),
+            "workspace of operators": self._beyond(1),
+        }
 
     @property
     def _unseen_bytes(self) -> int:
@@ -166,7 +184,7 @@ class Trials:
         """Run a chunk; whether the device itself ran out of memory."""
         found: list[tuple[int, int, int | None]] = []
         limit = _TrialLimit(self._allowed_bytes(size, num_chunks), self._results, self._snapshot.before_write)
-        needs_gradients = self._amid_window or num_chunks > 1
+        needs_gradients = self._finds_gradients or num_chunks > 1
         self._restore(with_gradients=needs_gradients)
 
         @contextmanager
@@ -212,7 +230,7 @@ class Trials:
                 raise
             ran_out = is_out_of_memory(error)
             if limit.needed_bytes is None and not ran_out:
-                self.out_of_reach[size] = _without_frames(error)
+                self.out_of_reach[size] = without_frames(error)
         # Outside of the `except` block, whose exception holds on to the tensors of the failed chunk.
         if limit.needed_bytes is not None:
             self.needed_bytes[size] = limit.needed_bytes + self._limit_bytes - limit.limit_bytes
@@ -235,11 +253,12 @@ class Trials:
             beyond_bytes = max(0, truth_bytes - ledger_bytes)
             self._beyond_ledger[size] = min(beyond_bytes, self._beyond_ledger.get(size, beyond_bytes))
         beyond_bytes = self._beyond(size)
-        others_bytes = (num_chunks - 1) * kept_bytes + self._sum_bytes * (num_chunks > 1) + self._bucket_bytes
+        others_bytes = (num_chunks - 1) * kept_bytes + self._sum_bytes * (num_chunks > 1)
         # Of gradients only those that the parameters have now will be there when the optimizer steps.
         left = self._ledger.held_between(self._ledger.tick, self._ledger.tick)
         growing_bytes = held.total_bytes - left.total_bytes
-        left = CategoryBytes({**left, Category.GRADIENTS: _gradient_bytes(self._engine.model)})
+        gradient_bytes = 0 if self._in_buckets else _gradient_bytes(self._engine.model)
+        left = CategoryBytes({**left, Category.GRADIENTS: gradient_bytes})
         self.measured[size] = Measured(
             chunks_bytes=ledger_bytes + beyond_bytes + others_bytes + self.coming_bytes,
             held=held,
@@ -263,8 +282,9 @@ class Trials:
         self.forecast = self._forecast(every_gradient=True)
         left = self._ledger.held_between(self._ledger.tick, self._ledger.tick)
         trained = [p for p in self._engine.model.parameters() if p.requires_grad]
-        left = CategoryBytes({**left, Category.GRADIENTS: sum(p.nbytes for p in trained)})
-        update_bytes = left.total_bytes + self._kept_bytes + self.forecast.over_bytes + self._bucket_bytes
+        gradient_bytes = 0 if self._in_buckets else sum(p.nbytes for p in trained)
+        left = CategoryBytes({**left, Category.GRADIENTS: gradient_bytes})
+        update_bytes = left.total_bytes + self._kept_bytes + self.forecast.over_bytes
         return Measured(0, CategoryBytes(), update_bytes, left, 0, 0)
 
     def _forecast(self, every_gradient: bool = False) -> UpdateForecast:
@@ -287,7 +307,7 @@ class Trials:
     def _allowed_bytes(self, size: int, num_chunks: int) -> int:
         """What the ledger may count while a chunk runs."""
         kept_bytes = max((one.kept_bytes for one in self.measured.values()), default=0)
-        reserved = self._unseen_bytes + self._bucket_bytes + self.coming_bytes
+        reserved = self._unseen_bytes + self.coming_bytes
         others_bytes = (num_chunks - 1) * kept_bytes + self._sum_bytes * (num_chunks > 1)
         return self._limit_bytes - reserved - self._beyond(size) - others_bytes
 
@@ -361,7 +381,7 @@ def restore(snapshot: BatchSnapshot) -> None:
         snapshot.restore()  # needs no memory to speak of; what failed was somebody else's in between
 
 
-def _without_frames(error: Exception) -> Exception:
+def without_frames(error: Exception) -> Exception:
     """An error that holds on to nothing of where it was raised."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)

@@ -116,7 +116,7 @@ class OptimizerInBackward(Callback):
         if stage != "fit":
             return
         refuse_mix("OptimizerInBackward", trainer)
-        self._events = ()
+        self._events, self._window = (), {}  # a checkpoint is restored after this
         options = {"hooks_without_gradients": self._hooks_without_gradients}
         refuse_model(pl_module, two_pass=self._clip_by_norm is not None, **options)
         refuse_callbacks(trainer, **options)

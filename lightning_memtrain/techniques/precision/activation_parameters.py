@@ -40,6 +40,8 @@ _LONGEST_CHAIN = 16
 class ParameterTest:
     """Recognises a model's parameters and buffers, their views, and the copies that autocast makes of them.
 
+    Parameters that FSDP gathers are among them, and those of other models.
+
     Args:
         model: the module whose parameters are meant.
     """
@@ -57,6 +59,10 @@ class ParameterTest:
         """Whether a tensor holds a parameter's numbers."""
         if isinstance(tensor, nn.Parameter) or tensor.untyped_storage()._cdata in self._storages:
             return True
+        # FSDP gathers weights into parameters of its own, which are made when they are first needed and are
+        # gathered anew for backward: to pack them would cost memory.
+        if isinstance(tensor._base, nn.Parameter):
+            return True
         if not tensor.requires_grad:
             halved = tensor.dtype in (torch.bfloat16, torch.float16)
             return halved and bool(self._frozen_shapes) and _unordered(tensor) in self._frozen_shapes
@@ -68,7 +74,10 @@ class ParameterTest:
                 return False
             variable = getattr(node, "variable", None)  # of a node that accumulates into `.grad`
             if variable is not None:
-                return _has_storage(variable) and variable.untyped_storage()._cdata in self._storages
+                gathered = isinstance(variable, nn.Parameter)
+                return gathered or (
+                    _has_storage(variable) and variable.untyped_storage()._cdata in self._storages
+                )
             if node.name().rstrip("0123456789").removesuffix("Backward") not in _SAME_NUMBERS:
                 return False
             node = node.next_functions[0][0] if node.next_functions else None

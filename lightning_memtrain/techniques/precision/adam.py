@@ -10,6 +10,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lightning_memtrain.techniques.precision.sharded import refuse_sharded
+
 
 def adam8bit(
     params: ParamsT, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
@@ -30,10 +32,11 @@ def adam8bit(
 
     Raises:
         ModuleNotFoundError: if bitsandbytes is missing; names the extra to install.
+        TypeError: if a parameter is sharded, as under FSDP2.
     """
     optim: Any = _imported("adam8bit", "bitsandbytes", "bnb")
     made: Optimizer = optim.Adam8bit(params, lr=lr, betas=betas, eps=eps)
-    return made
+    return _whole("adam8bit", made)
 
 
 def adamw8bit(
@@ -59,10 +62,11 @@ def adamw8bit(
 
     Raises:
         ModuleNotFoundError: if bitsandbytes is missing; names the extra to install.
+        TypeError: if a parameter is sharded, as under FSDP2.
     """
     optim: Any = _imported("adamw8bit", "bitsandbytes", "bnb")
     made: Optimizer = optim.AdamW8bit(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    return made
+    return _whole("adamw8bit", made)
 
 
 def adamw4bit(
@@ -94,6 +98,11 @@ def adamw4bit(
     optim: Any = _imported("adamw4bit", "torchao", "ao")
     made: Optimizer = optim.AdamW4bit(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     return made
+
+
+def _whole(name: str, optimizer: Optimizer) -> Optimizer:
+    refuse_sharded(name, (p for group in optimizer.param_groups for p in group["params"]))
+    return optimizer
 
 
 def _imported(name: str, package: str, extra: str) -> Any:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_memtrain.techniques.precision.blockwise import BLOCK_NUMEL, decode, encode, num_blocks
+from lightning_memtrain.techniques.precision.sharded import refuse_sharded
 from lightning_memtrain.techniques.precision.state import reattach_state
 
 # Numbers that are decoded at a time: 16384, for which a step holds less than half a MiB.
@@ -42,6 +43,7 @@ class SGD8bit(Optimizer):
 
     Raises:
         ValueError: if an argument is out of its range.
+        TypeError: if a parameter is sharded, as under FSDP2.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1024))
@@ -84,6 +86,15 @@ class SGD8bit(Optimizer):
             "maximize": maximize,
         }
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, at the making or later.
+
+        Args:
+            param_group: ``params``, and what is another for them than by default.
+        """
+        super().add_param_group(param_group)
+        refuse_sharded("SGD8bit", self.param_groups[-1]["params"])
 
     @contextmanager
     def rounding_by(self, round_: Callable[[Tensor, torch.dtype], None]) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_memtrain.core import Category, CategoryBytes, Growth
+from lightning_memtrain.core import Category, CategoryBytes, Growth, MemoryBreakdown
 from lightning_memtrain.ledger.records import Event, StorageRecord, analyse, held_at_peak, sum_growth
 
 
@@ -86,10 +86,18 @@ def test_truth_makes_the_rows_add_up():
 
 def test_groups_of_the_memory_report():
     held = CategoryBytes({category.value: 2**index for index, category in enumerate(Category)})
-    assert held.model_bytes == 1 + 16
-    assert held.optimizer_bytes == 2 + 4
-    assert held.activation_bytes == 8 + 32 + 64 + 128
-    assert held.total_bytes == 255
+    assert held.model_bytes == 1 + 16 + 128
+    assert held.optimizer_bytes == 2 + 4 + 256 + 512
+    assert held.activation_bytes == 8 + 32 + 64 + 1024
+    assert held.total_bytes == 2047
+
+
+def test_rows_of_several_processes_are_shown_where_they_hold_something():
+    usual = [category for category in Category if category.is_usual]
+    alone = MemoryBreakdown(device="cpu", at_peak=CategoryBytes(), maxima=CategoryBytes())
+    assert [*alone.shown] == usual
+    averaged = MemoryBreakdown(device="cpu", at_peak=CategoryBytes(), maxima=CategoryBytes({"buckets": 1}))
+    assert set(averaged.shown) == {*usual, Category.BUCKETS}
 
 
 def test_unknown_categories_are_refused():

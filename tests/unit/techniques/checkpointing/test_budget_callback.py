@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lightning_memtrain import ActivationCheckpointing, Budget, MemoryProfiler, Microbatching
+from lightning_memtrain import ActivationCheckpointing, Budget, EarlyZeroGrad, MemoryProfiler, Microbatching
 from lightning_memtrain.core import KIB
 from lightning_memtrain.tracing.fake_step import FakeStep
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
@@ -362,3 +362,18 @@ def test_an_optimizer_that_calls_the_model_is_named(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="cannot run the step of LBFGS without data") as caught:
         fit(tmp_path, ActivationCheckpointing("auto"), model=WithClosures)
     assert len([one for one in caught if "LBFGS" in str(one.message)]) == 1
+
+
+def _peaks(callback: ActivationCheckpointing) -> list[str]:
+    """What was chosen, without the time, which is measured."""
+    return [event.partition(", about")[0] for event in callback.technique_record().events]
+
+
+def test_a_second_trainer_begins_anew(tmp_path: Path) -> None:
+    fresh, used = (ActivationCheckpointing(Budget("1300KiB")) for _ in range(2))
+    fit(tmp_path, fresh)
+    # The gradients of the step before are not there in forward, unlike in the next run.
+    fit(tmp_path, used, EarlyZeroGrad())
+    early = _peaks(used)
+    fit(tmp_path, used)
+    assert _peaks(used) == _peaks(fresh) != early

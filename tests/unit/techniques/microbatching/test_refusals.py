@@ -261,3 +261,22 @@ def test_a_training_loop_with_other_methods_is_refused(tmp_path: Path, monkeypat
 def test_a_training_loop_of_another_shape_is_refused(loop: Any, lacks: str):
     with pytest.raises(MisconfigurationException, match=f" lacks {re.escape(lacks)}. Install lightning"):
         _compat.check(SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=loop)))
+
+
+def test_waiting_with_reductions_is_a_yes_or_no() -> None:
+    message = (
+        "`Microbatching(sync_each_chunk)` must be True or False, but got sync_each_chunk='last'. Leave it "
+        "out to reduce in each chunk."
+    )
+    with refuses(message):
+        Microbatching(num_microbatches=2, sync_each_chunk="last")  # type: ignore[arg-type]
+
+
+def test_waiting_with_reductions_needs_sharded_modules(tmp_path: Path) -> None:
+    message = (
+        "`Microbatching(sync_each_chunk=False)` needs a model that `fully_shard` was applied to (FSDP2, "
+        "`ModelParallelStrategy`), but got none with SingleDeviceStrategy. Leave it out: under ddp gradients "
+        "are reduced once per batch in any case."
+    )
+    with refuses(message):
+        quiet_trainer(tmp_path, Microbatching(num_microbatches=2, sync_each_chunk=False)).fit(BoringModel())

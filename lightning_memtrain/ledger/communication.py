@@ -1,0 +1,136 @@
+"""Which tensors several processes exchange: DDP's buckets, and what FSDP2 gathers and reduces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_memtrain.core import Category
+
+# What the operators that FSDP2 has of its own read and write, beside shards.
+_OF_FSDP = {
+    "all_gather_copy_in": Category.GATHERED_WEIGHTS,
+    "split_with_sizes_copy": Category.GATHERED_WEIGHTS,
+    "chunk_cat": Category.UNSHARDED_GRADIENTS,
+}
+
+# By identity, as an operator's hash is a call in Python; it is kept, so that the identity stays its own.
+_ROLES: dict[int, tuple[Any, Category | None]] = {}
+
+
+def role_of(func: Any) -> Category | None:
+    """What an operator is there to move between processes.
+
+    Args:
+        func: any operator.
+
+    Returns:
+        What its arguments and results are used for, unless they are training state; ``None`` for nearly all.
+    """
+    known = _ROLES.get(id(func))
+    if known is None:
+        namespace, _, name = getattr(getattr(func, "_schema", None), "name", "").partition("::")
+        known = _ROLES[id(func)] = (func, _OF_FSDP.get(name) if namespace == "fsdp" else None)
+    return known[1]
+
+
+def ddp_around(model: nn.Module) -> DistributedDataParallel | None:
+    """The wrapper that averages a model's gradients.
+
+    Args:
+        model: the wrapper itself, a module that its trainer has wrapped, or one whose forward it is running.
+
+    Returns:
+        The wrapper; ``None`` if there is none or it is not within reach.
+    """
+    trainer = getattr(model, "_trainer", None)
+    running = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    for found in (model, getattr(getattr(trainer, "strategy", None), "model", None), running):
+        if isinstance(found, DistributedDataParallel) and (found is model or found.module is model):
+            return found
+    return None
+
+
+def ddp_buckets(wrapper: DistributedDataParallel) -> list[Tensor]:
+    """The tensors in which DDP averages gradients; it holds them from its making to its end.
+
+    They are never shown in Python. Asked for zeros like them, DDP gives them to an operator, which is where
+    they can be met; nothing is allocated.
+
+    Args:
+        wrapper: any.
+
+    Returns:
+        Its buckets, but for those of sparse gradients, which are averaged as they are.
+    """
+    met = _Met()
+    with met, suppress(RuntimeError, AttributeError):  # a bucket for sparse gradients has no tensor
+        wrapper.reducer._get_zeros_like_grad_buckets()
+    return met.tensors
+
+
+def gradients_lie_in_buckets(model: nn.Module) -> bool:
+    """Whether gradients take no memory of their own once they are averaged.
+
+    Args:
+        model: as in :func:`ddp_around`.
+
+    Returns:
+        Whether they are views of DDP's buckets.
+    """
+    wrapper = ddp_around(model)
+    return wrapper is not None and bool(wrapper.gradient_as_bucket_view)
+
+
+class _Met(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Meets arguments of operators, and gives the first back."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tensors: list[Tensor] = []
+        """What was met."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.tensors.append(args[0])
+        return args[0]
+
+
+def unsharded_gradients(model: nn.Module) -> Iterator[Tensor]:
+    """Gradients of whole weights that FSDP2 has not reduced yet, since it was told to wait.
+
+    Args:
+        model: any.
+
+    Yields:
+        Each of them.
+    """
+    for module in model.modules():
+        for parameter in fsdp_parameters(module):
+            for gradient in (
+                getattr(parameter, "unsharded_accumulated_grad", None),
+                getattr(getattr(parameter, "_unsharded_param", None), "grad", None),
+            ):
+                if isinstance(gradient, torch.Tensor):
+                    yield gradient
+
+
+def fsdp_parameters(module: nn.Module) -> list[Any]:
+    """What FSDP2 knows of the parameters that it gathers for one module.
+
+    Args:
+        module: any.
+
+    Returns:
+        Torch's own records of them; none for a module that FSDP2 has not been applied to.
+    """
+    if not hasattr(module, "_get_fsdp_state"):
+        return []
+    state = module._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return [parameter for group in groups if group is not None for parameter in group.fsdp_params]
