@@ -28,8 +28,8 @@ TIMELINE_STEP = "memtrain/event"
 _MAX_TIMELINE_POINTS = 1000
 _NUM_TEXT_MODULES = 20
 _STAGES = ("fit", "validate", "test", "predict")
-# Those that only several processes have get their axis when they are drawn.
-_USUAL_NAMES = (*(str(one) for one in Category if one.is_usual and one is not Category.WORKSPACE), "total")
+_LEDGER_CATEGORIES = tuple(category for category in Category if category is not Category.WORKSPACE)
+_TIMELINE_NAMES = (*map(str, _LEDGER_CATEGORIES), "total")
 # Per W&B run, the breakdown of each stage whose timeline it has: the report after `test` holds `fit` again.
 _drawn: WeakKeyDictionary[Any, dict[str, MemoryBreakdown]] = WeakKeyDictionary()
 _MODULE_COLUMNS: dict[str, Callable[[ModuleMemory], int]] = {
@@ -122,13 +122,9 @@ def _define_wandb_axis(logger: Any) -> None:
     run = logger.experiment
     run.define_metric(TIMELINE_STEP, hidden=True, summary="none")
     for stage in _STAGES:
-        for name in _USUAL_NAMES:
-            _define_series(run, stage, name)
-
-
-def _define_series(run: Any, stage: str, name: str) -> None:
-    key = _timeline_key(stage, name)
-    run.define_metric(key, step_metric=TIMELINE_STEP, step_sync=False, summary="none")
+        for name in _TIMELINE_NAMES:
+            key = _timeline_key(stage, name)
+            run.define_metric(key, step_metric=TIMELINE_STEP, step_sync=False, summary="none")
 
 
 def _log_to_wandb(logger: Any, report: MemoryReport) -> None:
@@ -140,15 +136,12 @@ def _log_to_wandb(logger: Any, report: MemoryReport) -> None:
     for stage, breakdown in report.stages.items():
         rows = [_module_row(row) for row in breakdown.modules]
         panels[f"memory_report/{stage}/modules"] = wandb.Table(["module", "type", *_MODULE_COLUMNS], rows)
-        held = [[str(category), breakdown.at_peak[category] / MIB] for category in breakdown.shown]
+        held = [[str(category), num_bytes / MIB] for category, num_bytes in breakdown.at_peak.items()]
         panels[f"memory_report/{stage}/at_peak"] = wandb.plot.bar(
             wandb.Table(["category", "mib"], held), "category", "mib", title=f"{stage}: MiB at the peak"
         )
         drawn = _drawn.setdefault(run, {})
         if drawn.get(stage) != breakdown:
-            for category in breakdown.shown:
-                if not category.is_usual:
-                    _define_series(run, stage, str(category))
             for point in _timeline_points(stage, breakdown):
                 run.log(point)
             drawn[stage] = breakdown
@@ -179,12 +172,12 @@ def _timeline_points(stage: str, breakdown: MemoryBreakdown) -> Iterator[dict[st
     """The timeline's events, or the highest of each stretch of them if there are too many."""
     events = breakdown.timeline
     stretch = -(-len(events) // _MAX_TIMELINE_POINTS) or 1
-    shown = [category for category in breakdown.shown if category is not Category.WORKSPACE]
-    names = [*map(str, shown), "total"]
     for start in range(0, len(events), stretch):
         event = max(events[start : start + stretch], key=lambda event: event.held.total_bytes)
-        sizes = [event.held[category] for category in shown] + [event.held.total_bytes]
-        scalars = {_timeline_key(stage, name): size / MIB for name, size in zip(names, sizes, strict=True)}
+        sizes = [event.held[category] for category in _LEDGER_CATEGORIES] + [event.held.total_bytes]
+        scalars = {
+            _timeline_key(stage, name): size / MIB for name, size in zip(_TIMELINE_NAMES, sizes, strict=True)
+        }
         yield {TIMELINE_STEP: event.index, **scalars}
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_memtrain.core import ReportWarning, TechniqueRecord
+from lightning_memtrain.core import Category, ReportWarning, TechniqueRecord
 from lightning_memtrain.report.html import render_html
 from lightning_memtrain.report.loggers import define_metrics, log_report, log_scalars
 from tests.helpers.reports import deep_report, tiny_report
@@ -141,7 +141,7 @@ def test_only_wandb_is_given_axes() -> None:
     define_metrics(logger)
     axis, *series = logger.recorder.calls
     assert axis == ("define_metric", ("memtrain/event",), {"hidden": True, "summary": "none"})
-    assert len(series) == 4 * 8
+    assert len(series) == 4 * len(Category)  # all but workspace, and the total
     assert {call[1][0] for call in series} >= {
         "memory_timeline/total_mib",
         "memory_timeline/predict/inputs_mib",
