@@ -25,7 +25,8 @@ class AccumulationHooks:
 
     def __init__(self, hook: Callable[[Tensor], None]) -> None:
         self._hook = hook
-        self._with_dict: list[Any] = []
+        # Where the hook is, and not on what: a parameter that is replaced meanwhile must not be kept.
+        self._dicts: list[OrderedDict[int, Any]] = []
         self._handles: list[RemovableHandle] = []
 
     def put_on(self, parameters: Iterable[Tensor]) -> None:
@@ -42,16 +43,15 @@ class AccumulationHooks:
                 self._handles.append(holder.register_post_accumulate_grad_hook(hook))
                 continue
             if hooks is None:
-                holder._post_accumulate_grad_hooks = OrderedDict({_KEY: hook})
-            else:
-                hooks[_KEY] = hook
-            self._with_dict.append(holder)
+                hooks = holder._post_accumulate_grad_hooks = OrderedDict()
+            hooks[_KEY] = hook
+            self._dicts.append(hooks)
 
     def take_off(self) -> None:
         """Leave parameters as they were found, with the hooks that others have put on meanwhile."""
         for handle in self._handles:
             handle.remove()
-        for parameter in self._with_dict:
+        for hooks in self._dicts:
             # Emptied and left there: autograd keeps calling what is in it, whatever takes its place.
-            parameter._post_accumulate_grad_hooks.pop(_KEY, None)
-        self._handles, self._with_dict = [], []
+            hooks.pop(_KEY, None)
+        self._handles, self._dicts = [], []

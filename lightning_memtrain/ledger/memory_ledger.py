@@ -148,13 +148,14 @@ class MemoryLedger:
             self._book.note_from_the_start(tensor, Category.INPUTS)
         self._inputs = None  # the ledger must not keep the batch alive
         trained = {
-            id(parameter): (parameter, _owner(name))
+            name: parameter
             for name, parameter in self._model.named_parameters()
             if parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter)
         }
-        hooks = AccumulationHooks(functools.partial(self._after_accumulation, trained))
+        owners = {id(parameter): _owner(name) for name, parameter in trained.items()}
+        hooks = AccumulationHooks(functools.partial(self._after_accumulation, owners))
         undo.callback(hooks.take_off)
-        hooks.put_on(parameter for parameter, _ in trained.values())
+        hooks.put_on(trained.values())
         for optimizer in self._optimizers:
             undo.callback(optimizer.register_step_post_hook(self._after_optimizer_step).remove)
         undo.enter_context(self._modules)
@@ -389,9 +390,9 @@ class MemoryLedger:
         else:
             self._book.resize(storage)
 
-    def _after_accumulation(self, trained: Mapping[int, tuple[Any, str]], parameter: torch.Tensor) -> None:
+    def _after_accumulation(self, owners: Mapping[int, str], parameter: torch.Tensor) -> None:
         if parameter.grad is not None and self._operators.in_force():
-            self._book.classify(parameter.grad, Category.GRADIENTS, trained[id(parameter)][1])
+            self._book.classify(parameter.grad, Category.GRADIENTS, owners[id(parameter)])
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._operators.in_force():
