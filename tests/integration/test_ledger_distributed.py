@@ -120,8 +120,12 @@ def test_buckets_have_a_row_in_every_form(name: str, found: Callable[[str], list
         assert 0 <= result["maxima"]["buckets"] - MODEL_BYTES <= 2 * 4 * 2 * NUM_LAYERS
         assert result["at_start"]["temporary"] <= 4  # at most the loss of the step before
         assert result["maxima"]["temporary"] <= 4 * ACTIVATION_BYTES + 64
-        one_at_a_time = name in ("bucket views", "optimizer in backward")
-        assert result["maxima"]["gradients"] == (LAYER_BYTES if one_at_a_time else MODEL_BYTES)
+        gradient_bytes = result["maxima"]["gradients"]
+        if name == "optimizer in backward":
+            # A thread of gloo's may let go of what it has reduced when the next gradient is there already.
+            assert LAYER_BYTES <= gradient_bytes < 2 * LAYER_BYTES
+        else:
+            assert gradient_bytes == (LAYER_BYTES if name == "bucket views" else MODEL_BYTES)
         assert result["maxima"]["parameters"] == MODEL_BYTES
 
 
