@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -163,6 +164,10 @@ class SavesAtTheFault(Callback):
         trainer.save_checkpoint(Path(trainer.default_root_dir) / "fault.ckpt")
 
 
+@pytest.mark.skipif(
+    tuple(int(part) for part in lightning.__version__.split(".")[:2]) < (2, 6),
+    reason="Lightning 2.4 goes on elsewhere from a checkpoint that an exception has saved at a batch's end",
+)
 @pytest.mark.parametrize("name", MOVING)
 def test_a_run_that_ran_out_of_memory_in_an_update_is_resumed_exactly(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
