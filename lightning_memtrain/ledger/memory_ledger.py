@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_memtrain.core import (
     Category,
     CategoryBytes,
     MemoryBreakdown,
-    rehearsal_depth,
-    watch_asides,
-    watch_marks,
 )
-from lightning_memtrain.core.accumulation_hooks import AccumulationHooks
 from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
-from lightning_memtrain.ledger.communication import ddp_around, fsdp_parameters, role_of
-from lightning_memtrain.ledger.compiled import COMPILER_WATCH, MODES_HIDDEN, CompilerListener
 from lightning_memtrain.ledger.devices import parameter_device
 from lightning_memtrain.ledger.limit import AllocationLimit
-from lightning_memtrain.ledger.modules import ModuleWatch, Moment
 from lightning_memtrain.ledger.objects import tensors_within
-from lightning_memtrain.ledger.operators import OperatorWatch, returns_arguments, skip_in_dynamo
-from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord, Survivor, analyse, held_at_peak
-from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
-from lightning_memtrain.ledger.storages import RESIZE_WATCH, tensors_in
-from lightning_memtrain.ledger.training_state import classify_buckets, classify_training_state
+from lightning_memtrain.ledger.records import StorageRecord, Survivor, analyse, held_at_peak
+from lightning_memtrain.ledger.step_watch import StepWatch
 from lightning_memtrain.ledger.workspace import OpWorkspace, PeakEstimate
-
-_LIFT_FRESH = torch.ops.aten.lift_fresh.default
 
 
 class MemoryLedger:
@@ -97,20 +82,12 @@ class MemoryLedger:
         self._inputs = inputs
         self.device = torch.device(device) if device is not None else parameter_device(model)
         self._estimate = PeakEstimate(workspace) if workspace is not None else None
-        self._limit = limit
-        self._late_before = 0
-        self._is_sharded = False  # by FSDP2
         self._book = StorageBook(self.device, self._estimate)
-        self._operators = OperatorWatch()  # type: ignore[no-untyped-call]
-        self._modules = ModuleWatch(model, _Forwards(model, self._book), self._operators.in_force)
+        self._watch = StepWatch(model, self._optimizers, self._book, self._estimate, limit)
         self._undo = ExitStack()
-        self._num_scanned = 0
-        self._recomputed: list[StorageRecord] = []
         self._last_step_tick: int | None = None
-        self._backward_module: str | None = None
         self._entered = False
         self._thread: int | None = None
-        self._num_graphs = 0  # compiled ones that are running
 
     # ------------------------------------------------------------------ entering and leaving
 
@@ -123,7 +100,8 @@ class MemoryLedger:
         self._entered = True
         self._thread = threading.get_ident()
         with ExitStack() as undo:  # undoes what was done so far if a later line fails
-            self._install(undo)
+            inputs, self._inputs = tensors_within(self._inputs), None  # the ledger must not keep the batch
+            self._watch.begin(inputs, undo)
             self._undo = undo.pop_all()
         return self
 
@@ -134,52 +112,8 @@ class MemoryLedger:
                 "was left in another one and still counts. Enter and leave it in the same thread."
             )
         self._undo.close()
-        self._settle_recomputed()
-        if len(self._book.records) != self._num_scanned:
-            self._scan_training_state()
+        self._watch.end()
         self._book.close()
-
-    def _install(self, undo: ExitStack) -> None:
-        inputs = tensors_within(self._inputs)
-        self._book.counts_fakes = rehearsal_depth() > 0 or _any_fake((*self._model.parameters(), *inputs))
-        self._is_sharded = any(fsdp_parameters(module) for module in self._model.modules())
-        self._scan_training_state()
-        for tensor in inputs:
-            self._book.note_from_the_start(tensor, Category.INPUTS)
-        self._inputs = None  # the ledger must not keep the batch alive
-        trained = {
-            name: parameter
-            for name, parameter in self._model.named_parameters()
-            if parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter)
-        }
-        owners = {id(parameter): _owner(name) for name, parameter in trained.items()}
-        hooks = AccumulationHooks(functools.partial(self._after_accumulation, owners))
-        undo.callback(hooks.take_off)
-        hooks.put_on(trained.values())
-        for optimizer in self._optimizers:
-            undo.callback(optimizer.register_step_post_hook(self._after_optimizer_step).remove)
-        undo.enter_context(self._modules)
-        SAVED_TENSOR_WATCH.add(self._on_saved)
-        undo.callback(SAVED_TENSOR_WATCH.remove, self._on_saved)
-        RESIZE_WATCH.add(self._on_resize)
-        undo.callback(RESIZE_WATCH.remove, self._on_resize)
-        undo.callback(watch_marks(self._on_mark))
-        undo.callback(watch_asides(self._book.begin_aside, self._book.end_aside))
-        self._late_before = self._book.late_bytes
-        listener = CompilerListener(
-            self._before_compilation,
-            self._modules.show,
-            self._before_graph,
-            self._after_graph,
-            self._on_allocated,
-        )
-        COMPILER_WATCH.add(listener)
-        undo.callback(COMPILER_WATCH.remove, listener)
-        if MODES_HIDDEN.needed:
-            MODES_HIDDEN.add(listener)
-            undo.callback(MODES_HIDDEN.remove, listener)
-        self._operators.begin(self._on_arguments, self._on_results, self._on_views)
-        undo.callback(self._operators.end)
 
     # ------------------------------------------------------------------ reading
 
@@ -231,7 +165,7 @@ class MemoryLedger:
             [*self._book.records],  # another thread may ask while there are more and more
             [*self._book.events],
             device=str(self.device),
-            module_types=self._modules.type_names,
+            module_types=self._watch.modules.type_names,
             grown=[record for record, _ in self._book.live_entries() if self._outlived(record)],
             per_module=per_module,
             timeline=timeline,
@@ -275,19 +209,16 @@ class MemoryLedger:
         """
         self._book.mark(name)
 
-    @contextmanager
-    def limited(self, limit: AllocationLimit) -> Iterator[None]:
+    def limited(self, limit: AllocationLimit) -> AbstractContextManager[None]:
         """Ask a limit in this block, which may break it off.
 
         Args:
             limit: asked before each operator.
+
+        Returns:
+            The block.
         """
-        before = self._limit, self._late_before
-        self._limit, self._late_before = limit, self._book.late_bytes
-        try:
-            yield
-        finally:
-            self._limit, self._late_before = before
+        return self._watch.limited(limit)
 
     def held_between(self, first: int, last: int) -> CategoryBytes:
         """What was live at the highest moment of a stretch.
@@ -306,181 +237,7 @@ class MemoryLedger:
         self._last_step_tick = self._book.tick
         self.mark("next step")
 
-    # ------------------------------------------------------------------ what happens inside the block
-
-    # The next two run around every operator. They look first at what is nearly always the case: arguments
-    # that are tensors and in the book, and a result that is one tensor or an argument.
-
-    def _on_arguments(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        if func is _LIFT_FRESH:
-            return  # `torch.tensor(...)` makes its storage out of sight and shows it here first
-        knows = self._book.knows
-        for argument in (*args, *kwargs.values()) if kwargs else args:
-            if isinstance(argument, torch.Tensor):
-                if not knows(argument):
-                    self._note_argument(argument)
-            elif isinstance(argument, (list, tuple)):
-                for tensor in tensors_in(argument):
-                    self._note_argument(tensor)
-        role = role_of(func)
-        if role is not None:
-            self._classify((args, kwargs), role)
-        if self._estimate is not None:
-            self._estimate.before(func, args, kwargs)
-        if self._limit is not None:
-            late_bytes = self._book.late_bytes - self._late_before
-            self._limit.before(func, args, kwargs, self._book.live_bytes, late_bytes)
-
-    def _on_views(self) -> None:
-        if self._backward_module is not None or self._modules.in_backward():
-            self._follow_backward(self._modules.now())
-
-    def _on_results(self, func: Any, results: Any) -> None:
-        now = self._modules.now()
-        if now.in_backward or self._backward_module is not None:
-            self._follow_backward(now)
-        if returns_arguments(func):
-            return
-        made_bytes = 0
-        for tensor in (results,) if isinstance(results, torch.Tensor) else tensors_in(results):
-            new = self._book.note_new(tensor, now.module)
-            made_bytes += sum(record.num_bytes for record in new)
-            if now.recomputing:
-                self._recomputed.extend(new)
-        role = role_of(func)
-        if role is not None:
-            self._classify(results, role)
-        if self._limit is not None:
-            self._limit.after(made_bytes)
-
-    def _classify(self, tree: Any, category: Category) -> None:
-        for tensor in tensors_in(tree):
-            self._book.classify(tensor, category, None)
-
-    def _note_argument(self, tensor: torch.Tensor) -> None:
-        if self._num_graphs:
-            self._on_results(None, tensor)  # made by the graph that is running, and shown to an operator
-            return
-        category = Category.INPUTS
-        if self._modules.now().in_backward:
-            if self._is_sharded and tensor.dim() == 1 and not self._book.records_of(tensor):
-                # What a collective made out of sight to reduce gradients in (gloo does) is new.
-                self._on_results(None, tensor)
-                self._classify(tensor, Category.UNSHARDED_GRADIENTS)
-                return
-            category = Category.GRADIENTS if ddp_around(self._model) is None else Category.BUCKETS
-        self._book.note_from_the_start(tensor, category)
-
-    def _on_saved(self, tensor: torch.Tensor) -> None:
-        if not self._operators.in_force():
-            return
-        # What no operator made in the block was there before.
-        for record in self._book.note_from_the_start(tensor, Category.INPUTS):
-            # What was there before and is filled anew, as FSDP gathers weights, is no activation.
-            if record.category is Category.TEMPORARY and not record.existed_before:
-                record.category = Category.ACTIVATIONS
-                record.recomputed = self._modules.now().recomputing
-            if record.category is Category.ACTIVATIONS and record.saver is None:
-                record.saver = self._modules.now().module
-
-    def _on_resize(self, storage: torch.UntypedStorage, num_bytes_before: int) -> None:
-        if self._operators.in_force():
-            self._book.note_unknown(storage, num_bytes_before)
-            self._book.resize(storage, self._modules.now().module)
-        else:
-            self._book.resize(storage)
-
-    def _after_accumulation(self, owners: Mapping[int, str], parameter: torch.Tensor) -> None:
-        if parameter.grad is not None and self._operators.in_force():
-            self._book.classify(parameter.grad, Category.GRADIENTS, owners[id(parameter)])
-
-    def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._operators.in_force():
-            self._scan_training_state()
-            self.mark("optimizer step")
-
-    def _before_compilation(self) -> None:
-        if threading.get_ident() == self._thread:
-            self._modules.hide()
-
-    def _before_graph(self, inputs: Sequence[Any]) -> None:
-        if self._operators.in_force():
-            for tensor in tensors_in(inputs):
-                self._note_argument(tensor)
-            self._num_graphs += 1
-
-    def _after_graph(self, outputs: Any) -> None:
-        if self._operators.in_force():
-            self._num_graphs -= 1
-            self._on_results(None, outputs)
-
-    def _on_allocated(self, tensor: torch.Tensor) -> None:
-        if self._operators.in_force():
-            self._on_results(None, tensor)
-
-    def _on_mark(self, name: str) -> None:
-        if self._operators.in_force():
-            self.mark(name)
-
-    def _settle_recomputed(self) -> None:
-        # What outlives the recomputation was recomputed to be used by backward; the rest was temporary.
-        for record in self._recomputed:
-            if record.died is None and record.category in TRANSIENT:
-                record.category = Category.ACTIVATIONS
-                record.recomputed = True
-                record.saver = record.saver or record.producer
-        self._recomputed.clear()
-
-    def _follow_backward(self, now: Moment) -> None:
-        if now.recomputing:
-            return
-        if self._recomputed:
-            self._settle_recomputed()
-        if not now.in_backward:
-            self._backward_module = None
-        elif now.module != self._backward_module:
-            self._backward_module = now.module
-            self.mark(f"backward {now.module}".rstrip())
-
-    def _scan_training_state(self) -> None:
-        classify_training_state(self._book, self._model, self._optimizers)
-        self._num_scanned = len(self._book.records)
-
     def _outlived(self, record: StorageRecord) -> bool:
         if record.existed_before or record.category in (*TRAINING_STATE, Category.INPUTS):
             return False
         return self._last_step_tick is None or record.born <= self._last_step_tick
-
-
-class _Forwards:
-    """Puts forwards on the timeline, and looks in the first one for a DDP that nobody knew of.
-
-    Apart from the ledger, which would be held by what it holds.
-
-    Args:
-        model: the module that is trained.
-        book: takes the events.
-    """
-
-    def __init__(self, model: nn.Module, book: StorageBook) -> None:
-        self._model = model
-        self._book = book
-        self._is_first = True
-
-    def __call__(self, name: str) -> None:
-        if self._is_first:
-            self._is_first = False
-            classify_buckets(self._book, self._model)
-        self._book.mark(name)
-
-
-skip_in_dynamo(MemoryLedger._after_accumulation, MemoryLedger._after_optimizer_step)
-
-
-def _any_fake(tensors: Iterable[torch.Tensor]) -> bool:
-    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # where nobody has imported it, there are none
-    return fakes is not None and any(fakes.is_fake(tensor) for tensor in tensors)
-
-
-def _owner(name: str) -> str:
-    return name.rpartition(".")[0]

@@ -358,7 +358,7 @@ def test_marks_are_not_heard_after_an_error_inside_or_on_entering(mlp, monkeypat
     def fail(*args):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(ledger._operators, "begin", fail)
+    monkeypatch.setattr(ledger._watch.operators, "begin", fail)
     with pytest.raises(ZeroDivisionError), ledger:
         pass
     assert not marks._listeners

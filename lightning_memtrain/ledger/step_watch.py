@@ -1,0 +1,307 @@
+"""What a ledger does while a step runs: what shows up, and what it is used for, goes into a book."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from lightning_memtrain.core import Category, rehearsal_depth, watch_asides, watch_marks
+from lightning_memtrain.core.accumulation_hooks import AccumulationHooks
+from lightning_memtrain.ledger.book import StorageBook
+from lightning_memtrain.ledger.communication import ddp_around, fsdp_parameters, role_of
+from lightning_memtrain.ledger.compiled import COMPILER_WATCH, MODES_HIDDEN, CompilerListener
+from lightning_memtrain.ledger.limit import AllocationLimit
+from lightning_memtrain.ledger.modules import ModuleWatch, Moment
+from lightning_memtrain.ledger.operators import OperatorWatch, returns_arguments, skip_in_dynamo
+from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord
+from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
+from lightning_memtrain.ledger.storages import RESIZE_WATCH, tensors_in
+from lightning_memtrain.ledger.training_state import classify_buckets, classify_training_state
+from lightning_memtrain.ledger.workspace import PeakEstimate
+
+_LIFT_FRESH = torch.ops.aten.lift_fresh.default
+
+
+class StepWatch:
+    """Follows operators, modules, gradients and optimizers, and writes what they do into a book.
+
+    Args:
+        model: the module that is trained; gives names to bytes.
+        optimizers: whose state is told from activations.
+        book: takes all that is seen.
+        estimate: told of each operator, if given.
+        limit: asked before each operator, and may break the step off.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        book: StorageBook,
+        estimate: PeakEstimate | None,
+        limit: AllocationLimit | None,
+    ) -> None:
+        self._model = model
+        self._optimizers = optimizers
+        self._book = book
+        self._estimate = estimate
+        self._limit = limit
+        self._late_before = 0
+        self._is_sharded = False  # by FSDP2
+        self.operators = OperatorWatch()  # type: ignore[no-untyped-call]
+        """Where operators are seen."""
+        self.modules = ModuleWatch(model, _Forwards(model, book), self.operators.in_force)
+        """Which module is at work."""
+        self._num_scanned = 0
+        self._recomputed: list[StorageRecord] = []
+        self._backward_module: str | None = None
+        self._thread: int | None = None
+        self._num_graphs = 0  # compiled ones that are running
+
+    def begin(self, inputs: Sequence[torch.Tensor], undo: ExitStack) -> None:
+        """Look at what is there, and follow what comes.
+
+        Args:
+            inputs: of the batch, as far as they are tensors.
+            undo: gets what ends it, also if a later line fails.
+        """
+        self._book.counts_fakes = rehearsal_depth() > 0 or _any_fake((*self._model.parameters(), *inputs))
+        self._is_sharded = any(fsdp_parameters(module) for module in self._model.modules())
+        self._scan_training_state()
+        for tensor in inputs:
+            self._book.note_from_the_start(tensor, Category.INPUTS)
+        trained = {
+            name: parameter
+            for name, parameter in self._model.named_parameters()
+            if parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter)
+        }
+        owners = {id(parameter): _owner(name) for name, parameter in trained.items()}
+        hooks = AccumulationHooks(functools.partial(self._after_accumulation, owners))
+        undo.callback(hooks.take_off)
+        hooks.put_on(trained.values())
+        for optimizer in self._optimizers:
+            undo.callback(optimizer.register_step_post_hook(self._after_optimizer_step).remove)
+        undo.enter_context(self.modules)
+        SAVED_TENSOR_WATCH.add(self._on_saved)
+        undo.callback(SAVED_TENSOR_WATCH.remove, self._on_saved)
+        RESIZE_WATCH.add(self._on_resize)
+        undo.callback(RESIZE_WATCH.remove, self._on_resize)
+        undo.callback(watch_marks(self._on_mark))
+        undo.callback(watch_asides(self._book.begin_aside, self._book.end_aside))
+        self._late_before = self._book.late_bytes
+        self._thread = threading.get_ident()
+        listener = CompilerListener(
+            self._before_compilation,
+            self.modules.show,
+            self._before_graph,
+            self._after_graph,
+            self._on_allocated,
+        )
+        COMPILER_WATCH.add(listener)
+        undo.callback(COMPILER_WATCH.remove, listener)
+        if MODES_HIDDEN.needed:
+            MODES_HIDDEN.add(listener)
+            undo.callback(MODES_HIDDEN.remove, listener)
+        self.operators.begin(self._on_arguments, self._on_results, self._on_views)
+        undo.callback(self.operators.end)
+
+    def end(self) -> None:
+        """Settle what is only known at the end; nothing is followed any more."""
+        self._settle_recomputed()
+        if len(self._book.records) != self._num_scanned:
+            self._scan_training_state()
+
+    @contextmanager
+    def limited(self, limit: AllocationLimit) -> Iterator[None]:
+        """Ask a limit in this block, which may break it off.
+
+        Args:
+            limit: asked before each operator.
+        """
+        before = self._limit, self._late_before
+        self._limit, self._late_before = limit, self._book.late_bytes
+        try:
+            yield
+        finally:
+            self._limit, self._late_before = before
+
+    # The next two run around every operator. They look first at what is nearly always the case: arguments
+    # that are tensors and in the book, and a result that is one tensor or an argument.
+
+    def _on_arguments(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        if func is _LIFT_FRESH:
+            return  # `torch.tensor(...)` makes its storage out of sight and shows it here first
+        knows = self._book.knows
+        for argument in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(argument, torch.Tensor):
+                if not knows(argument):
+                    self._note_argument(argument)
+            elif isinstance(argument, (list, tuple)):
+                for tensor in tensors_in(argument):
+                    self._note_argument(tensor)
+        role = role_of(func)
+        if role is not None:
+            self._classify((args, kwargs), role)
+        if self._estimate is not None:
+            self._estimate.before(func, args, kwargs)
+        if self._limit is not None:
+            late_bytes = self._book.late_bytes - self._late_before
+            self._limit.before(func, args, kwargs, self._book.live_bytes, late_bytes)
+
+    def _on_views(self) -> None:
+        if self._backward_module is not None or self.modules.in_backward():
+            self._follow_backward(self.modules.now())
+
+    def _on_results(self, func: Any, results: Any) -> None:
+        now = self.modules.now()
+        if now.in_backward or self._backward_module is not None:
+            self._follow_backward(now)
+        if returns_arguments(func):
+            return
+        made_bytes = 0
+        for tensor in (results,) if isinstance(results, torch.Tensor) else tensors_in(results):
+            new = self._book.note_new(tensor, now.module)
+            made_bytes += sum(record.num_bytes for record in new)
+            if now.recomputing:
+                self._recomputed.extend(new)
+        role = role_of(func)
+        if role is not None:
+            self._classify(results, role)
+        if self._limit is not None:
+            self._limit.after(made_bytes)
+
+    def _classify(self, tree: Any, category: Category) -> None:
+        for tensor in tensors_in(tree):
+            self._book.classify(tensor, category, None)
+
+    def _note_argument(self, tensor: torch.Tensor) -> None:
+        if self._num_graphs:
+            self._on_results(None, tensor)  # made by the graph that is running, and shown to an operator
+            return
+        category = Category.INPUTS
+        if self.modules.now().in_backward:
+            if self._is_sharded and tensor.dim() == 1 and not self._book.records_of(tensor):
+                # What a collective made out of sight to reduce gradients in (gloo does) is new.
+                self._on_results(None, tensor)
+                self._classify(tensor, Category.UNSHARDED_GRADIENTS)
+                return
+            category = Category.GRADIENTS if ddp_around(self._model) is None else Category.BUCKETS
+        self._book.note_from_the_start(tensor, category)
+
+    def _on_saved(self, tensor: torch.Tensor) -> None:
+        if not self.operators.in_force():
+            return
+        # What no operator made in the block was there before.
+        for record in self._book.note_from_the_start(tensor, Category.INPUTS):
+            # What was there before and is filled anew, as FSDP gathers weights, is no activation.
+            if record.category is Category.TEMPORARY and not record.existed_before:
+                record.category = Category.ACTIVATIONS
+                record.recomputed = self.modules.now().recomputing
+            if record.category is Category.ACTIVATIONS and record.saver is None:
+                record.saver = self.modules.now().module
+
+    def _on_resize(self, storage: torch.UntypedStorage, num_bytes_before: int) -> None:
+        if self.operators.in_force():
+            self._book.note_unknown(storage, num_bytes_before)
+            self._book.resize(storage, self.modules.now().module)
+        else:
+            self._book.resize(storage)
+
+    def _after_accumulation(self, owners: Mapping[int, str], parameter: torch.Tensor) -> None:
+        if parameter.grad is not None and self.operators.in_force():
+            self._book.classify(parameter.grad, Category.GRADIENTS, owners[id(parameter)])
+
+    def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.operators.in_force():
+            self._scan_training_state()
+            self._book.mark("optimizer step")
+
+    def _before_compilation(self) -> None:
+        if threading.get_ident() == self._thread:
+            self.modules.hide()
+
+    def _before_graph(self, inputs: Sequence[Any]) -> None:
+        if self.operators.in_force():
+            for tensor in tensors_in(inputs):
+                self._note_argument(tensor)
+            self._num_graphs += 1
+
+    def _after_graph(self, outputs: Any) -> None:
+        if self.operators.in_force():
+            self._num_graphs -= 1
+            self._on_results(None, outputs)
+
+    def _on_allocated(self, tensor: torch.Tensor) -> None:
+        if self.operators.in_force():
+            self._on_results(None, tensor)
+
+    def _on_mark(self, name: str) -> None:
+        if self.operators.in_force():
+            self._book.mark(name)
+
+    def _settle_recomputed(self) -> None:
+        # What outlives the recomputation was recomputed to be used by backward; the rest was temporary.
+        for record in self._recomputed:
+            if record.died is None and record.category in TRANSIENT:
+                record.category = Category.ACTIVATIONS
+                record.recomputed = True
+                record.saver = record.saver or record.producer
+        self._recomputed.clear()
+
+    def _follow_backward(self, now: Moment) -> None:
+        if now.recomputing:
+            return
+        if self._recomputed:
+            self._settle_recomputed()
+        if not now.in_backward:
+            self._backward_module = None
+        elif now.module != self._backward_module:
+            self._backward_module = now.module
+            self._book.mark(f"backward {now.module}".rstrip())
+
+    def _scan_training_state(self) -> None:
+        classify_training_state(self._book, self._model, self._optimizers)
+        self._num_scanned = len(self._book.records)
+
+
+class _Forwards:
+    """Puts forwards on the timeline, and looks in the first one for a DDP that nobody knew of.
+
+    Apart from the ledger, which would be held by what it holds.
+
+    Args:
+        model: the module that is trained.
+        book: takes the events.
+    """
+
+    def __init__(self, model: nn.Module, book: StorageBook) -> None:
+        self._model = model
+        self._book = book
+        self._is_first = True
+
+    def __call__(self, name: str) -> None:
+        if self._is_first:
+            self._is_first = False
+            classify_buckets(self._book, self._model)
+        self._book.mark(name)
+
+
+skip_in_dynamo(StepWatch._after_accumulation, StepWatch._after_optimizer_step)
+
+
+def _any_fake(tensors: Iterable[torch.Tensor]) -> bool:
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # where nobody has imported it, there are none
+    return fakes is not None and any(fakes.is_fake(tensor) for tensor in tensors)
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
