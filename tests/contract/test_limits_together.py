@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
-from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
+from tests.helpers.trainers import LIGHTNING_WARNINGS, LedgerPeaks, quiet_trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in LIGHTNING_WARNINGS]
 
@@ -35,30 +35,11 @@ class Net(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-4)
 
 
-class Peaks(Callback):
-    """The most that was live in each batch, probes among it."""
-
-    def __init__(self) -> None:
-        self.peaks: list[int] = []
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.ledger = mt.MemoryLedger(pl_module, trainer.optimizers, batch).__enter__()
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.ledger.__exit__(None, None, None)
-        self.peaks.append(self.ledger.breakdown().ledger_peak_bytes)
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self.ledger.__exit__(None, None, None)
-
-
 def train(folder: Path, *callbacks: Callback) -> tuple[int, Tensor]:
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randn(NUM_SAMPLES, 32, generator=generator, dtype=torch.float64) for _ in range(3)]
     torch.manual_seed(0)
-    model, peaks = Net(), Peaks()
+    model, peaks = Net(), LedgerPeaks()
     trainer = quiet_trainer(folder, *callbacks, peaks)
     trainer.fit(model, DataLoader(batches, batch_size=None))
     assert trainer.global_step == 3

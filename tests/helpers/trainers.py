@@ -8,9 +8,10 @@ from typing import Any
 
 import lightning.pytorch
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.report import MemoryProfiler
 
 # Lightning 2.6 with torch 2.13, and Lightning's hints on performance.
@@ -71,3 +72,24 @@ def assert_torch_is_as_found(model: torch.nn.Module) -> None:
         assert not module._forward_hooks
     for parameter in model.parameters():
         assert not parameter._post_accumulate_grad_hooks
+
+
+class LedgerPeaks(Callback):
+    """By a ledger of its own, which knows of no probes: the most that was live in each batch."""
+
+    def __init__(self) -> None:
+        self.peaks: list[int] = []
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.ledger = MemoryLedger(pl_module, trainer.optimizers, batch).__enter__()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.ledger.__exit__(None, None, None)
+        self.peaks.append(self.ledger.breakdown().ledger_peak_bytes)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.ledger.__exit__(None, None, None)

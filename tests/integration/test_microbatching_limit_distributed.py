@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_memtrain.core import OutOfReach
-from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.techniques.microbatching import Microbatching
-from tests.helpers.trainers import quiet_trainer
+from tests.helpers.trainers import LedgerPeaks, quiet_trainer
 from tests.helpers.two_ranks import found_by_two_ranks
 
 pytestmark = pytest.mark.slow
@@ -49,22 +48,6 @@ class Net(LightningModule):
         return DataLoader([torch.randn(size, WIDTH, generator=generator) for size in sizes], batch_size=None)
 
 
-class Peaks(Callback):
-    """The most that was live in each batch, probes among it."""
-
-    def __init__(self) -> None:
-        self.peaks: list[int] = []
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.ledger = MemoryLedger(pl_module, trainer.optimizers, batch).__enter__()
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.ledger.__exit__(None, None, None)
-        self.peaks.append(self.ledger.breakdown().ledger_peak_bytes)
-
-
 MODEL_BYTES = 4 * 4 * (WIDTH * WIDTH + WIDTH)
 SAMPLE_BYTES = 4 * WIDTH
 # Weights, gradients, what DDP averages them in, Adam's state and its temporary tensors of one layer; batches
@@ -81,7 +64,7 @@ CASES: dict[str, tuple[list[tuple[int, int]], dict[str, Any]]] = {
 
 def _check(name: str, folder: Path, rank: int) -> dict[str, Any]:
     samples, options = CASES[name]
-    peaks, microbatching = Peaks(), Microbatching(microbatch_size="auto", limit=LIMIT)
+    peaks, microbatching = LedgerPeaks(), Microbatching(microbatch_size="auto", limit=LIMIT)
     sizes: list[int | None] = []
 
     class Sizes(Callback):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
 from lightning_memtrain.core import backward_is_partial, format_bytes
-from tests.helpers.trainers import LIGHTNING_WARNINGS, assert_torch_is_as_found, quiet_trainer
+from tests.helpers.trainers import LIGHTNING_WARNINGS, LedgerPeaks, assert_torch_is_as_found, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
 
@@ -346,24 +346,6 @@ def test_what_moves_by_gradients_moves_as_without(
     assert not torch.equal(unmoved.net[0][0].sparsity_pattern, model.net[0][0].sparsity_pattern)
 
 
-class Peaks(Callback):
-    """The most that was live in each batch."""
-
-    def __init__(self) -> None:
-        self.peaks: list[int] = []
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self.ledger = mt.MemoryLedger(pl_module, trainer.optimizers, batch).__enter__()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.ledger.__exit__(None, None, None)
-        self.peaks.append(self.ledger.breakdown().ledger_peak_bytes)
-
-
 class Tall(Net):
     """Recomputed blocks hold much more than gradients do."""
 
@@ -379,7 +361,7 @@ class Tall(Net):
 def test_two_passes_say_so_where_they_hold_more_than_one(tmp_path: Path) -> None:
     def fit(rows: int, *techniques: Any) -> int:
         torch.manual_seed(0)
-        model, peaks = Tall(adamw), Peaks()
+        model, peaks = Tall(adamw), LedgerPeaks()
         model.rows = rows
         options = {"gradient_clip_val": 0.1, "limit_val_batches": 0}
         recompute = mt.ActivationCheckpointing("full")

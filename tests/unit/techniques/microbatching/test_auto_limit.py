@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_memtrain.core import OutOfReach, TechniqueRecord, format_bytes, wrap_training_step
-from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.report import MemoryProfiler
 from lightning_memtrain.techniques.microbatching import Microbatching
 from lightning_memtrain.techniques.precision import LowPrecision
-from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
+from tests.helpers.trainers import LIGHTNING_WARNINGS, LedgerPeaks, quiet_trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in LIGHTNING_WARNINGS]
 
@@ -60,25 +59,6 @@ class Convolutions(Net):
         self.head = nn.Linear(4 * 6 * 6, 8)
 
 
-@dataclass
-class Peaks(Callback):
-    """By a ledger of its own, which knows of no probes: the most that was live in each batch."""
-
-    peaks: list[int] = field(default_factory=list)
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.ledger = MemoryLedger(pl_module, trainer.optimizers, batch).__enter__()
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.ledger.__exit__(None, None, None)
-        self.peaks.append(self.ledger.breakdown().ledger_peak_bytes)
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self.ledger.__exit__(None, None, None)
-
-
 def data(*sizes: int, shape: tuple[int, ...] = (32,)) -> DataLoader:
     generator = torch.Generator().manual_seed(1)
     return DataLoader([torch.randn(size, *shape, generator=generator) for size in sizes], batch_size=None)
@@ -104,7 +84,7 @@ def train(
     model: LightningModule, loader: DataLoader, folder: Path, *callbacks: Callback, **options: Any
 ) -> Run:
     fit = {name: options.pop(name) for name in ("ckpt_path",) if name in options}
-    peaks, profiler = Peaks(), MemoryProfiler(every_n_steps=1, report_dir=folder / "memory")
+    peaks, profiler = LedgerPeaks(), MemoryProfiler(every_n_steps=1, report_dir=folder / "memory")
     trainer = quiet_trainer(folder, *callbacks, profiler, peaks, **options)
     torch.manual_seed(0)
     trainer.fit(model, loader, **fit)
@@ -350,7 +330,7 @@ def test_a_step_that_cannot_be_foretold_is_broken_off_before_it_breaks_the_limit
     model = Net(torch.optim.Adam if half else Unforeseeable)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     limit = 4 * 4 * num_parameters
-    peaks = Peaks()
+    peaks = LedgerPeaks()
     options = {"plugins": [LowPrecision()]} if half else {}
     trainer = quiet_trainer(tmp_path, auto(limit), peaks, **options)
     message = (
