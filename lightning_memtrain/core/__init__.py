@@ -7,7 +7,13 @@ from lightning_memtrain.core.gradient_sync import on_gradient_sync, sync_gradien
 from lightning_memtrain.core.indexed_state import ReindexesState
 from lightning_memtrain.core.marks import mark, watch_marks
 from lightning_memtrain.core.on_demand import OnDemandTensor
-from lightning_memtrain.core.out_of_memory import OutOfReach, does_not_fit, is_out_of_memory
+from lightning_memtrain.core.out_of_memory import (
+    OutOfReach,
+    does_not_fit,
+    is_out_of_memory,
+    release_memory,
+    without_frames,
+)
 from lightning_memtrain.core.rehearsal import rehearsal, rehearsal_depth
 from lightning_memtrain.core.snapshots import Kept, keep_all, on_snapshot
 from lightning_memtrain.core.stepping import StepsParameters, step_parameter
@@ -51,9 +57,11 @@ __all__ = [
     "partial_backward",
     "rehearsal",
     "rehearsal_depth",
+    "release_memory",
     "step_parameter",
     "sync_gradients",
     "watch_asides",
     "watch_marks",
+    "without_frames",
     "wrap_training_step",
 ]

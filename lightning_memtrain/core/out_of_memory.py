@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 
 import torch
@@ -95,3 +96,27 @@ def does_not_fit(exception: BaseException) -> bool:
     if isinstance(exception, OutOfReach) or is_out_of_memory(exception):
         return True
     return exception.__cause__ is not None and does_not_fit(exception.__cause__)
+
+
+def without_frames(error: Exception) -> Exception:
+    """An error that holds on to nothing of where it was raised.
+
+    Args:
+        error: any; its traceback would keep the tensors of all frames.
+
+    Returns:
+        The same.
+    """
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+def release_memory(device: torch.device) -> None:
+    """Free what only cycles hold, and what the device's allocator keeps.
+
+    Args:
+        device: any device.
+    """
+    gc.collect()
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()

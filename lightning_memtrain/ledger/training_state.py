@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lightning_memtrain.core import Category
 from lightning_memtrain.ledger.book import StorageBook
 from lightning_memtrain.ledger.communication import ddp_around, ddp_buckets, unsharded_gradients
 from lightning_memtrain.ledger.objects import tensors_within
+from lightning_memtrain.ledger.storages import tensors_in
 
 
 def classify_training_state(book: StorageBook, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
@@ -57,3 +58,16 @@ def classify_buckets(book: StorageBook, model: nn.Module) -> None:
     wrapper = ddp_around(model)
     for bucket in () if wrapper is None else ddp_buckets(wrapper):
         book.classify(bucket, Category.BUCKETS, None)
+
+
+def state_bytes(optimizers: Sequence[Optimizer]) -> int:
+    """What optimizers hold beside parameters and gradients.
+
+    Args:
+        optimizers: any.
+
+    Returns:
+        The bytes of the tensors in their state.
+    """
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return sum(tensor.nbytes for tensor in tensors_in(states))

@@ -20,6 +20,7 @@ from lightning_memtrain.core.stepping import needs_closure
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.communication import gradients_lie_in_buckets
 from lightning_memtrain.ledger.storages import tensors_in
+from lightning_memtrain.ledger.training_state import state_bytes
 from lightning_memtrain.ledger.workspace import OpWorkspace
 from lightning_memtrain.tracing.methods import RecordingMethods, TwinMethods
 from lightning_memtrain.tracing.questions import Answers, AsksForValue
@@ -365,19 +366,6 @@ class FakeStep:
     def _note_uncounted(self, others: Iterable[tuple[Optimizer, str]]) -> None:
         for optimizer, reason in others:
             self.uncounted[type(optimizer).__name__] = reason
-
-
-def state_bytes(optimizers: Sequence[Optimizer]) -> int:
-    """What optimizers hold beside parameters and gradients.
-
-    Args:
-        optimizers: any.
-
-    Returns:
-        The bytes of the tensors in their state.
-    """
-    states = [state for optimizer in optimizers for state in optimizer.state.values()]
-    return sum(tensor.nbytes for tensor in tensors_in(states))
 
 
 def _nothing() -> None:

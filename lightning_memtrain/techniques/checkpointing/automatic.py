@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_memtrain.core import Category, NoEffectWarning, is_out_of_memory
 from lightning_memtrain.ledger.objects import tensors_within
 from lightning_memtrain.ledger.op_times import OpTimes
+from lightning_memtrain.ledger.training_state import state_bytes
 from lightning_memtrain.ledger.workspace import OpWorkspace
 from lightning_memtrain.techniques.checkpointing.choose import (
     BudgetOutOfReach,
@@ -29,7 +30,7 @@ from lightning_memtrain.techniques.checkpointing.circumstances import (
 )
 from lightning_memtrain.techniques.checkpointing.insertion import Checkpoints, insert_checkpoints
 from lightning_memtrain.techniques.checkpointing.policies import Budget, Groups
-from lightning_memtrain.tracing.fake_step import FakeStep, state_bytes
+from lightning_memtrain.tracing.fake_step import FakeStep
 from lightning_memtrain.tracing.questions import site_of
 
 _STEADY = (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_memtrain.core import aside, does_not_fit, is_out_of_memory
+from lightning_memtrain.core import aside, does_not_fit, is_out_of_memory, release_memory, without_frames
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.techniques.microbatching import _compat, parallel, sizing
@@ -24,8 +24,8 @@ from lightning_memtrain.techniques.microbatching.refusals import (
     refused_elsewhere,
     update_refused,
 )
-from lightning_memtrain.techniques.microbatching.snapshot import BatchSnapshot, WrittenTensors
-from lightning_memtrain.techniques.microbatching.trial import Trials, release_memory, restore, without_frames
+from lightning_memtrain.techniques.microbatching.snapshot import BatchSnapshot, WrittenTensors, restore
+from lightning_memtrain.techniques.microbatching.trial import Trials
 from lightning_memtrain.techniques.microbatching.update import update_signature
 from lightning_memtrain.techniques.microbatching.update_guard import UpdateGuard
 

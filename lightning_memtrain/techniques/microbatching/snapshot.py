@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lightning_memtrain.core import keep_all
+from lightning_memtrain.core import is_out_of_memory, keep_all
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.storages import storages_of, tensors_in
 from lightning_memtrain.tracing import UserState
@@ -233,3 +233,17 @@ class _PutIntoModules:
 
 def _is_ours(value: object) -> bool:
     return type(value).__module__.startswith("lightning_memtrain.")
+
+
+def restore(snapshot: BatchSnapshot) -> None:
+    """Set everything back to what it was.
+
+    Args:
+        snapshot: of that state.
+    """
+    try:
+        snapshot.restore()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        snapshot.restore()  # needs no memory to speak of; what failed was somebody else's in between

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +16,8 @@ from lightning_memtrain.core import (
     does_not_fit,
     is_out_of_memory,
     mark,
+    release_memory,
+    without_frames,
 )
 from lightning_memtrain.ledger import AllocationLimit, MemoryLedger, ResultBytes, device_truth
 from lightning_memtrain.ledger.communication import gradients_lie_in_buckets
@@ -24,7 +25,7 @@ from lightning_memtrain.ledger.storages import storages_of, tensors_in
 from lightning_memtrain.techniques.microbatching import _compat
 from lightning_memtrain.techniques.microbatching.probe import Peak
 from lightning_memtrain.techniques.microbatching.refusals import uneven_chunks
-from lightning_memtrain.techniques.microbatching.snapshot import BatchSnapshot
+from lightning_memtrain.techniques.microbatching.snapshot import BatchSnapshot, restore
 from lightning_memtrain.techniques.microbatching.update import (
     UpdateForecast,
     clipping,
@@ -365,37 +366,6 @@ class _TrialLimit(AllocationLimit):
                 value = args[place] if place < len(args) else kwargs.get(argument.name)
                 for tensor in tensors_in(value):
                     self._before_write(tensor)
-
-
-def restore(snapshot: BatchSnapshot) -> None:
-    """Set everything back to what it was.
-
-    Args:
-        snapshot: of that state.
-    """
-    try:
-        snapshot.restore()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        snapshot.restore()  # needs no memory to speak of; what failed was somebody else's in between
-
-
-def without_frames(error: Exception) -> Exception:
-    """An error that holds on to nothing of where it was raised."""
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
-
-
-def release_memory(device: torch.device) -> None:
-    """Free what only cycles hold, and what the device's allocator keeps.
-
-    Args:
-        device: any device.
-    """
-    gc.collect()
-    if device.type != "cpu":
-        getattr(torch, device.type).empty_cache()
 
 
 def _gradient_bytes(model: torch.nn.Module) -> int:

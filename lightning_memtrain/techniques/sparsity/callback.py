@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_memtrain.core import TechniqueRecord, on_gradient_sync
 from lightning_memtrain.core.lightning_names import refuse_mix
-from lightning_memtrain.techniques.sparsity import distributed, optimizers, record, refusals, sharding
+from lightning_memtrain.techniques.sparsity import distributed, optimizers, refusals, sharding
 from lightning_memtrain.techniques.sparsity.clocks import RunLength, Ticks, UpdateClock
 from lightning_memtrain.techniques.sparsity.conversion import around_configure_model, sparsify_at_random
 from lightning_memtrain.techniques.sparsity.copies import Copies, follow_trained, followers
@@ -30,7 +30,7 @@ from lightning_memtrain.techniques.sparsity.selection import Select, has_weights
 from lightning_memtrain.techniques.sparsity.sparsify import densify_
 from lightning_memtrain.techniques.sparsity.unfinished import Moved
 from lightning_memtrain.techniques.sparsity.updater import Updater
-from lightning_memtrain.techniques.sparsity.weights import SparseWeight, sparse_weights
+from lightning_memtrain.techniques.sparsity.weights import SparseWeight, sparse_weights, weights_by_path
 
 _VERSION = 1
 
@@ -175,10 +175,10 @@ class SparseTraining(Callback):
     def _find(self, trainer: Trainer, model: LightningModule, stage: str) -> None:
         if shards := sharding.shards(trainer.strategy):
             sharding.refuse_late(self.select.layers(model), self._known)
-        found = {weight.path: weight for weight in sparse_weights(model).values()}
+        found = weights_by_path(model)
         if not self._known and not found:
             self._copies = sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
-            found = {weight.path: weight for weight in sparse_weights(model).values()}
+            found = weights_by_path(model)
         before = [id(weight.layer) for weight in self._weights.values()]
         if before and before != [id(weight.layer) for weight in found.values()]:
             self._begin()  # the same trainer goes on with another model
@@ -237,12 +237,12 @@ class SparseTraining(Callback):
         self._updater.weights = dict(self._weights)  # others, if the run before has left dense ones
         if self._restored is not None:
             self._updater.load_state_dict(self._restored)
-        if self._tracks and not self._explored:
+        if self._tracks and not self._journal.explored:
             self._journal.track(self._weights, (self._restored or {}).get("explored") or {})
         self._restored = None
         self._journal.begin_training(self._steps, self._weights, self._copies)
         if self._updater.unfinished is not None:
-            everything = {weight.path: weight for weight in sparse_weights(pl_module).values()}
+            everything = weights_by_path(pl_module)
             self._note(trainer, self._updater.finish(everything, trainer.optimizers))
 
     def on_train_batch_start(
@@ -301,7 +301,7 @@ class SparseTraining(Callback):
 
     def _followers(self, trainer: Trainer, model: LightningModule) -> dict[str, list[SparseWeight]]:
         """Layers that are never stepped, such as a teacher's, by the layer whose copies they are."""
-        weights = {weight.path: weight for weight in sparse_weights(model).values()}
+        weights = weights_by_path(model)
         trained = optimizers.stepped(trainer.optimizers, self._values(), self._with_gradient)
         return followers(weights, trained, self._copies, self._weights)
 
@@ -311,10 +311,6 @@ class SparseTraining(Callback):
     def _moment(self, step: int) -> Moment:
         assert self._ticks is not None
         return Moment(step, step - self._ticks.start, self.method.span(self._ticks), self._seed)
-
-    @property
-    def _explored(self) -> dict[str, record.Explored]:
-        return self._journal.explored
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take all hooks away: after an error Lightning calls no ``teardown``.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_memtrain.core import Kept, on_snapshot, rehearsal_depth
-from lightning_memtrain.techniques.sparsity.ranking import first_are_largest, keys_of, level_of_largest
+from lightning_memtrain.techniques.sparsity.ranking import are_largest, keys_of, level_of_largest
 
 if TYPE_CHECKING:
     from lightning_memtrain.techniques.sparsity.weights import SparseWeight
@@ -175,7 +175,7 @@ def _best(parts: list[Candidates], count: int) -> Candidates:
     gradients = torch.cat([part.gradients for part in parts])
     if len(positions) <= count:
         return Candidates(positions, gradients)
-    chosen = first_are_largest(keys_of(gradients), count)
+    chosen = are_largest(keys_of(gradients), count, first=True)
     return Candidates(positions[chosen], gradients[chosen])
 
 

@@ -112,12 +112,13 @@ def _counted(parts: list[Tensor], so_far: Tensor | None) -> Tensor:
     return counts if so_far is None else counts.add_(so_far)
 
 
-def are_largest(keys: Tensor, count: int) -> Tensor:
-    """Which keys are the largest; of equal ones the last are.
+def are_largest(keys: Tensor, count: int, *, first: bool = False) -> Tensor:
+    """Which keys are the largest.
 
     Args:
         keys: of one axis, not negative.
         count: how many, at most all.
+        first: whether of equal ones the first are, and not the last.
 
     Returns:
         ``True`` for as many.
@@ -125,6 +126,8 @@ def are_largest(keys: Tensor, count: int) -> Tensor:
     Example:
         >>> are_largest(torch.tensor([3, 9, 3], dtype=torch.int32), count=2)
         tensor([False,  True,  True])
+        >>> are_largest(torch.tensor([3, 9, 3], dtype=torch.int32), count=2, first=True)
+        tensor([ True,  True, False])
     """
     if not count:
         return torch.zeros_like(keys, dtype=torch.bool)
@@ -132,22 +135,6 @@ def are_largest(keys: Tensor, count: int) -> Tensor:
     if level.num_equal == level.num_tied:
         return keys >= level.key
     chosen = keys > level.key
-    chosen[(keys == level.key).nonzero().view(-1)[-level.num_equal :]] = True
+    tied = (keys == level.key).nonzero().view(-1)
+    chosen[tied[: level.num_equal] if first else tied[-level.num_equal :]] = True
     return chosen
-
-
-def first_are_largest(keys: Tensor, count: int) -> Tensor:
-    """Which keys are the largest; of equal ones the first are.
-
-    Args:
-        keys: of one axis, not negative.
-        count: how many, at most all.
-
-    Returns:
-        ``True`` for as many.
-
-    Example:
-        >>> first_are_largest(torch.tensor([3, 9, 3], dtype=torch.int32), count=2)
-        tensor([ True,  True, False])
-    """
-    return are_largest(keys.flip(0), count).flip(0)

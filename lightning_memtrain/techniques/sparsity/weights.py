@@ -202,6 +202,18 @@ def sparse_weights(module: nn.Module) -> dict[str, SparseWeight]:
     }
 
 
+def weights_by_path(module: nn.Module) -> dict[str, SparseWeight]:
+    """As :func:`sparse_weights`, by the path of the layer and not by the name of its weight.
+
+    Args:
+        module: a model.
+
+    Returns:
+        In the order of the modules.
+    """
+    return {weight.path: weight for weight in sparse_weights(module).values()}
+
+
 def check_positions(subject: str, positions: Tensor, numel: int) -> None:
     """Refuse what are no flat positions, each once, in order.
 

@@ -691,7 +691,7 @@ def test_a_trainer_that_goes_on_with_another_model_counts_anew(tmp_path: Path) -
     settings = callback.technique_record().settings
     assert settings["nnz"] == 128 + 128 + 2
     assert settings["num_dropped"] == 64 + 64 + 1
-    assert {name: len(one.bits) for name, one in callback._explored.items()} == {
+    assert {name: len(one.bits) for name, one in callback._journal.explored.items()} == {
         "body.0": 64,
         "body.2": 64,
         "head": 1,

@@ -16,7 +16,6 @@ import lightning_memtrain as mt
 from lightning_memtrain.techniques.sparsity.ranking import (
     Level,
     are_largest,
-    first_are_largest,
     keys_of,
     level_of_largest,
 )
@@ -41,7 +40,7 @@ def test_they_are_those_of_a_stable_sort(numbers: list[float], data: st.DataObje
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
     keys = keys_of(torch.tensor(numbers, dtype=dtype))
     assert are_largest(keys, count).tolist() == by_sorting(keys, count, first=False)
-    assert first_are_largest(keys, count).tolist() == by_sorting(keys, count, first=True)
+    assert are_largest(keys, count, first=True).tolist() == by_sorting(keys, count, first=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
