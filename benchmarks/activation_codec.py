@@ -29,11 +29,11 @@ from benchmarks.models import _LanguageModel
 from benchmarks.results_file import write_results
 from lightning_memtrain import ActivationCodec, MemoryLedger
 from lightning_memtrain.core import MIB
+from lightning_memtrain.precision import activation_quantiser
+from lightning_memtrain.precision.activation_kernels import Kernels
+from lightning_memtrain.precision.activation_layout import memory_order
+from lightning_memtrain.precision.activation_quantiser import Groups
 from lightning_memtrain.recipes.cifar10_wrn28_2.model import WideResNet
-from lightning_memtrain.techniques.precision import activation_quantiser
-from lightning_memtrain.techniques.precision.activation_kernels import Kernels
-from lightning_memtrain.techniques.precision.activation_layout import memory_order
-from lightning_memtrain.techniques.precision.activation_quantiser import Groups
 
 NUM_TIMED = 4 * MIB
 Loss = Callable[[nn.Module], Tensor]

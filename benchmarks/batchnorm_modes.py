@@ -24,7 +24,7 @@ from benchmarks.ledger_overhead import keep_the_heap
 from benchmarks.lightning_steps import Training, Watch, fit, peak_of, trainer_with
 from benchmarks.models import Step, checkpoint_blocks, wide_resnet_step
 from benchmarks.results_file import write_results
-from lightning_memtrain.techniques.microbatching import Microbatching
+from lightning_memtrain.microbatching import Microbatching
 
 BATCH_SIZE, NUM_CHUNKS = 64, 4
 SLOW = ("synchronized, 8 sweeps",)

@@ -30,18 +30,11 @@ from benchmarks.ledger_overhead import keep_the_heap
 from benchmarks.models import Step, bert_step, checkpoint_blocks, mlp_step, vit_step, wide_resnet_step
 from benchmarks.results_file import write_results
 from lightning_memtrain import MemoryLedger
+from lightning_memtrain.checkpointing import Every, Full, Nested, SelectiveOps, Sqrt, insert_checkpoints
+from lightning_memtrain.checkpointing.choose import Chosen, StepCurve
+from lightning_memtrain.checkpointing.policies import CheckpointPolicy
 from lightning_memtrain.core import MIB, Category
 from lightning_memtrain.ledger.op_times import OpTimes
-from lightning_memtrain.techniques.checkpointing import (
-    Every,
-    Full,
-    Nested,
-    SelectiveOps,
-    Sqrt,
-    insert_checkpoints,
-)
-from lightning_memtrain.techniques.checkpointing.choose import Chosen, StepCurve
-from lightning_memtrain.techniques.checkpointing.policies import CheckpointPolicy
 from lightning_memtrain.tracing.fake_step import FakeStep
 
 Prepare = Callable[[nn.Module], Any]

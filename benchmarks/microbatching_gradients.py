@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.lightning_steps import Watch, fit, gradient_of, peak_of
 from benchmarks.models import Step, padded_transformer_step, wide_resnet_step
-from lightning_memtrain.techniques.microbatching import Microbatching, batchnorm_to_groupnorm
+from lightning_memtrain.microbatching import Microbatching, batchnorm_to_groupnorm
 
 BATCH_SIZE = 100
 

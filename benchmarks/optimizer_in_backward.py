@@ -34,9 +34,10 @@ from lightning_memtrain import (
     Microbatching,
     OptimizerInBackward,
 )
-from lightning_memtrain.core import MIB, step_parameter
-from lightning_memtrain.techniques.optimizer_in_backward import Accumulation
-from lightning_memtrain.techniques.optimizer_in_backward.engine import BackwardSteps
+from lightning_memtrain.core import MIB
+from lightning_memtrain.optimizer_in_backward import Accumulation
+from lightning_memtrain.optimizer_in_backward.engine import BackwardSteps
+from lightning_memtrain.optimizer_steps import step_parameter
 
 NUM_STEPS, BATCH_SIZE, NUM_MICROBATCHES = 6, 8, 4
 SEEDS, TRAINING_STEPS, LEARNING_RATES = range(5), 400, (1e-3, 3e-3, 1e-2)

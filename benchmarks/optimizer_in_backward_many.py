@@ -27,8 +27,8 @@ from benchmarks.lightning_steps import fit
 from benchmarks.models import Step
 from benchmarks.results_file import write_results
 from lightning_memtrain import OptimizerInBackward
-from lightning_memtrain.core import step_parameter
-from lightning_memtrain.techniques.optimizer_in_backward.engine import BackwardSteps
+from lightning_memtrain.optimizer_in_backward.engine import BackwardSteps
+from lightning_memtrain.optimizer_steps import step_parameter
 
 NUMBERS = (100, 500, 1000, 5000)
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

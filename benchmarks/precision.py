@@ -30,9 +30,9 @@ from benchmarks.precision_regression import FORMATS, MakeOptimizer, validation_l
 from benchmarks.results_file import write_results
 from lightning_memtrain import Category, MemoryLedger
 from lightning_memtrain.core import MIB
-from lightning_memtrain.techniques.precision import SGD8bit, adamw4bit, adamw8bit
-from lightning_memtrain.techniques.precision.rounding import RoundingNoise
-from lightning_memtrain.techniques.precision.stepping import BucketedStep
+from lightning_memtrain.precision import SGD8bit, adamw4bit, adamw8bit
+from lightning_memtrain.precision.rounding import RoundingNoise
+from lightning_memtrain.precision.stepping import BucketedStep
 
 SEEDS = range(3)
 WIDTH, DEPTH = 1024, 4

@@ -84,7 +84,7 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def in_force(self) -> bool:
         """Whether it is here, now and in this thread that operators are shown.
 
-        They are not shown while a rehearsal goes on, while torch compiles, and in other threads than the one
+        They are not shown while a dry run goes on, while torch compiles, and in other threads than the one
         that began (but in those in which autograd runs its backward). Who follows a step by other means
         than operators asks this, so that all that is seen is of the same step.
         """

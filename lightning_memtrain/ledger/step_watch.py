@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_memtrain.core import Category, rehearsal_depth, watch_asides, watch_marks
-from lightning_memtrain.core.accumulation_hooks import AccumulationHooks
+from lightning_memtrain.coordination import dry_run_depth, watch_annotations, watch_asides
+from lightning_memtrain.core import Category
 from lightning_memtrain.ledger.book import StorageBook
 from lightning_memtrain.ledger.communication import ddp_around, fsdp_parameters, role_of
 from lightning_memtrain.ledger.compiled import COMPILER_WATCH, MODES_HIDDEN, CompilerListener
@@ -27,6 +27,7 @@ from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
 from lightning_memtrain.ledger.storages import RESIZE_WATCH, tensors_in
 from lightning_memtrain.ledger.training_state import classify_buckets, classify_training_state
 from lightning_memtrain.ledger.workspace import PeakEstimate
+from lightning_memtrain.optimizer_steps.accumulation_hooks import AccumulationHooks
 
 _LIFT_FRESH = torch.ops.aten.lift_fresh.default
 
@@ -74,7 +75,7 @@ class StepWatch:
             inputs: of the batch, as far as they are tensors.
             undo: gets what ends it, also if a later line fails.
         """
-        self._book.counts_fakes = rehearsal_depth() > 0 or _any_fake((*self._model.parameters(), *inputs))
+        self._book.counts_fakes = dry_run_depth() > 0 or _any_fake((*self._model.parameters(), *inputs))
         self._is_sharded = any(fsdp_parameters(module) for module in self._model.modules())
         self._scan_training_state()
         for tensor in inputs:
@@ -95,7 +96,7 @@ class StepWatch:
         undo.callback(SAVED_TENSOR_WATCH.remove, self._on_saved)
         RESIZE_WATCH.add(self._on_resize)
         undo.callback(RESIZE_WATCH.remove, self._on_resize)
-        undo.callback(watch_marks(self._on_mark))
+        undo.callback(watch_annotations(self._on_mark))
         undo.callback(watch_asides(self._book.begin_aside, self._book.end_aside))
         self._late_before = self._book.late_bytes
         self._thread = threading.get_ident()

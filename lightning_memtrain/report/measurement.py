@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_memtrain.core import MemoryBreakdown, watch_asides
+from lightning_memtrain.coordination import watch_asides
+from lightning_memtrain.core import MemoryBreakdown
 from lightning_memtrain.ledger import DeviceTruth, MemoryLedger, Survivor
 
 

@@ -73,8 +73,8 @@ _OF_LIGHTNING = (
 )
 # What runs a step and what measures it.
 _OF_OURS = (
-    *("core", "ledger", "report", "tracing", "cli"),
-    *("techniques.checkpointing", "techniques.microbatching"),
+    *("core", "compat", "coordination", "optimizer_steps", "ledger", "report", "tracing", "cli"),
+    *("checkpointing", "microbatching"),
 )
 _ALONE_MODULES = (
     *(f"torch.{name}." for name in _OF_TORCH),

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
-from lightning_memtrain.core import rehearsal
-from lightning_memtrain.core.stepping import needs_closure
+from lightning_memtrain.coordination import dry_run
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.communication import gradients_lie_in_buckets
 from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.ledger.training_state import state_bytes
 from lightning_memtrain.ledger.workspace import OpWorkspace
+from lightning_memtrain.optimizer_steps.parameter_steps import needs_closure
 from lightning_memtrain.tracing.methods import RecordingMethods, TwinMethods
 from lightning_memtrain.tracing.questions import Answers, AsksForValue
 from lightning_memtrain.tracing.random_state import seeded
@@ -86,7 +86,7 @@ class FakeStep:
         self._unknown: list[AsksForValue] = []
         self._twins: dict[int, Tensor] = {}
         self._parameters: list[tuple[Tensor, Tensor]] = []
-        with rehearsal():  # nobody who watches steps is to see what is made here
+        with dry_run():  # nobody who watches steps is to see what is made here
             self._state = UserState(model, step, self._arguments, self._optimizers, *also)
             self._make_twins()
         self.depends_on_chance = False
@@ -276,7 +276,7 @@ class FakeStep:
         self.gradient_bytes = sum(t.grad.nbytes for _, t in self._parameters if t.grad is not None)
 
     def _enter_quietly(self, undo: ExitStack) -> None:
-        undo.enter_context(rehearsal())
+        undo.enter_context(dry_run())
         undo.callback(self._state.restore)
         self._unknown = undo.enter_context(reports_dropped(self.model))
         undo.enter_context(warnings.catch_warnings())

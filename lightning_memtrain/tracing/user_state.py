@@ -27,7 +27,7 @@ class UserState:
     files, threads, connections, loggers and experiments, data loaders, data frames, arrays beyond 16 MiB in
     all, and objects that refuse to be read or written. Of a trainer only what is logged, its loop,
     optimizers, precision and the user's callbacks are noted, of a data module its attributes. Techniques that
-    gather things in passes go back by themselves, see :func:`~lightning_memtrain.core.keep_all`.
+    gather things in passes go back by themselves, see :func:`~lightning_memtrain.coordination.capture_all`.
 
     Args:
         *roots: where a step begins: module, optimizers, schedulers, batch, the function that runs it.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_memtrain.techniques.microbatching import Microbatching
+from lightning_memtrain.microbatching import Microbatching
 from tests.helpers.trainers import LIGHTNING_WARNINGS
 from tests.helpers.twin_runs import Run, assert_same, assert_same_run, train
 

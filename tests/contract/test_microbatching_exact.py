@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_memtrain.techniques.microbatching import Microbatching
+from lightning_memtrain.microbatching import Microbatching
 from tests.helpers.trainers import LIGHTNING_WARNINGS
 from tests.helpers.twin_runs import assert_same_run, train
 

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torchmetrics import SumMetric
 
-from lightning_memtrain.techniques.microbatching import Microbatching
-from lightning_memtrain.techniques.sparsity import RigL, SparseTraining, UpdateEvery
+from lightning_memtrain.microbatching import Microbatching
+from lightning_memtrain.sparsity import RigL, SparseTraining, UpdateEvery
 from tests.helpers.faults import FailAt, FailAtOp
 from tests.helpers.trainers import LIGHTNING_WARNINGS
 from tests.helpers.twin_runs import Run, assert_same_run, train

@@ -8,8 +8,8 @@ import unittest
 import torch
 from torch import nn
 
-from lightning_memtrain.techniques.checkpointing import Full, Nested, Sqrt, insert_checkpoints
-from lightning_memtrain.techniques.checkpointing.offload import offloaded_activations
+from lightning_memtrain.checkpointing import Full, Nested, Sqrt, insert_checkpoints
+from lightning_memtrain.checkpointing.offload import offloaded_activations
 
 DEVICE = torch.device("cuda")
 

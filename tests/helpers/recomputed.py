@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_memtrain.checkpointing import Recomputed, insert_checkpoints
+from lightning_memtrain.checkpointing.call import Call
 from lightning_memtrain.ledger.storages import tensors_in
-from lightning_memtrain.techniques.checkpointing import Recomputed, insert_checkpoints
-from lightning_memtrain.techniques.checkpointing.call import Call
 
 Loss = Callable[[nn.Module, Any], Tensor]
 

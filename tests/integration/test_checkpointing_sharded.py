@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_memtrain.techniques.checkpointing import Full, Nested, Recomputed, Sqrt, insert_checkpoints
+from lightning_memtrain.checkpointing import Full, Nested, Recomputed, Sqrt, insert_checkpoints
 from tests.helpers.recomputed import recomputations
 from tests.helpers.two_ranks import found_by_two_ranks
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from lightning_memtrain.techniques.microbatching import MemtrainDDPStrategy, Microbatching
+from lightning_memtrain.microbatching import MemtrainDDPStrategy, Microbatching
 from tests.helpers.faults import FailAt
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import found_by_two_ranks

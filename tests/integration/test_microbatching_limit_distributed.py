@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_memtrain.core import OutOfReach
-from lightning_memtrain.techniques.microbatching import Microbatching
+from lightning_memtrain.microbatching import Microbatching
 from tests.helpers.trainers import LedgerPeaks, quiet_trainer
 from tests.helpers.two_ranks import found_by_two_ranks
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
-from lightning_memtrain.core import backward_is_partial, format_bytes
+from lightning_memtrain.coordination import backward_is_partial
+from lightning_memtrain.core import format_bytes
 from tests.helpers.trainers import LIGHTNING_WARNINGS, LedgerPeaks, assert_torch_is_as_found, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)

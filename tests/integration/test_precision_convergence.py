@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.precision_regression import FORMATS, MakeOptimizer, validation_loss
-from lightning_memtrain.techniques.precision import SGD8bit, adamw8bit
+from lightning_memtrain.precision import SGD8bit, adamw8bit
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_memtrain.techniques.microbatching import Microbatching
-from lightning_memtrain.techniques.precision import LowPrecision, ScalerConfig
+from lightning_memtrain.microbatching import Microbatching
+from lightning_memtrain.precision import LowPrecision, ScalerConfig
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import found_by_two_ranks
 

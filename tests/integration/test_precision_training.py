@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_memtrain import Category, EarlyZeroGrad, MemoryProfiler, Microbatching
-from lightning_memtrain.techniques.precision import LowPrecision, ScalerConfig, SGD8bit
+from lightning_memtrain.precision import LowPrecision, ScalerConfig, SGD8bit
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 from tests.helpers.twin_runs import Run, assert_same_run, train
 

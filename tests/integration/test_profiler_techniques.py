@@ -12,7 +12,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from lightning_memtrain.core import ReportWarning, TechniqueRecord, mark
+from lightning_memtrain.coordination import annotate
+from lightning_memtrain.core import ReportWarning, TechniqueRecord
 from lightning_memtrain.report import MemoryProfiler, MemoryReport
 from lightning_memtrain.report.trainer_state import technique_records
 from tests.helpers.boring_models import BoringModel
@@ -68,7 +69,7 @@ class InTwoParts(BoringModel):
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
         losses = []
         for part, rows in enumerate(batch.chunk(2), start=1):
-            mark(f"microbatch {part} of 2")
+            annotate(f"microbatch {part} of 2")
             losses.append(self.loss(rows))
         return torch.stack(losses).mean()
 

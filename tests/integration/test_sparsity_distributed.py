@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
-from lightning_memtrain.core import gradient_sync
-from lightning_memtrain.techniques.sparsity import distributed
+from lightning_memtrain.coordination import gradient_sync
+from lightning_memtrain.sparsity import distributed
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 from tests.helpers.two_ranks import found_by_two_ranks
 

@@ -10,19 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_memtrain.techniques.sparsity.clocks import RunLength, UpdateEvery, UpdatePiecewise
-from lightning_memtrain.techniques.sparsity.distributions import (
+from lightning_memtrain.sparsity.clocks import RunLength, UpdateEvery, UpdatePiecewise
+from lightning_memtrain.sparsity.distributions import (
     ErdosRenyi,
     ErdosRenyiKernel,
     Uniform,
     apportion,
     num_kept,
 )
-from lightning_memtrain.techniques.sparsity.methods import SET, RigL, StaticSparse
-from lightning_memtrain.techniques.sparsity.pruning import GradualMagnitudePruning
-from lightning_memtrain.techniques.sparsity.reparameterization import DynamicSparseReparameterization
-from lightning_memtrain.techniques.sparsity.rules import Layer, Moment, sample_inactive
-from lightning_memtrain.techniques.sparsity.schedules import (
+from lightning_memtrain.sparsity.methods import SET, RigL, StaticSparse
+from lightning_memtrain.sparsity.pruning import GradualMagnitudePruning
+from lightning_memtrain.sparsity.reparameterization import DynamicSparseReparameterization
+from lightning_memtrain.sparsity.rules import Layer, Moment, sample_inactive
+from lightning_memtrain.sparsity.schedules import (
     ConstantSchedule,
     CosineSchedule,
     CubicSchedule,

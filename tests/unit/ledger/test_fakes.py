@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from lightning_memtrain import MemoryLedger
-from lightning_memtrain.core import mark, rehearsal
+from lightning_memtrain.coordination import annotate, dry_run
 
 
 @pytest.fixture(autouse=True)
@@ -51,15 +51,15 @@ def fake_step(mode: FakeTensorMode, model: nn.Module, fakes: dict[str, Any]) -> 
         torch.optim.Adam(parameters.values()).step()
 
 
-def two_steps(with_rehearsal: bool, converted_outside: bool = False) -> MemoryLedger:
+def two_steps(with_dry_run: bool, converted_outside: bool = False) -> MemoryLedger:
     model, optimizer, batch = made()
     mode, fakes = FakeTensorMode(), None
     with MemoryLedger(model, optimizer, batch) as ledger:
         step(model, optimizer, batch)
         if converted_outside:
             fakes = twins(mode, model, batch)
-        if with_rehearsal:
-            with rehearsal():
+        if with_dry_run:
+            with dry_run():
                 fakes = fakes or twins(mode, model, batch)
                 fake_step(mode, model, fakes)
         if converted_outside:
@@ -73,7 +73,7 @@ def two_steps(with_rehearsal: bool, converted_outside: bool = False) -> MemoryLe
 
 
 @pytest.mark.parametrize("converted_outside", [False, True], ids=["all inside", "converted and used outside"])
-def test_a_rehearsal_with_fake_tensors_adds_nothing(converted_outside: bool) -> None:
+def test_a_dry_run_with_fake_tensors_adds_nothing(converted_outside: bool) -> None:
     assert two_steps(True, converted_outside).breakdown() == two_steps(False).breakdown()
 
 
@@ -86,19 +86,19 @@ def test_fakes_count_where_they_are_what_is_trained() -> None:
         model, optimizer, batch = made()
         with MemoryLedger(model, optimizer, batch) as outside:
             step(model, optimizer, batch)
-    with rehearsal(), mode:
+    with dry_run(), mode:
         model, optimizer, batch = made()
         with MemoryLedger(model, optimizer, batch) as inside:
             step(model, optimizer, batch)
     assert outside.breakdown() == inside.breakdown() == real.breakdown()
 
 
-def test_marks_and_optimizer_steps_of_a_rehearsal_are_not_on_the_timeline() -> None:
+def test_marks_and_optimizer_steps_of_a_dry_run_are_not_on_the_timeline() -> None:
     model, optimizer, batch = made()
     with MemoryLedger(model, optimizer, batch) as ledger:
-        mark("microbatch 1 of 1")
-        with rehearsal():
-            mark("microbatch 1 of 8")
+        annotate("microbatch 1 of 1")
+        with dry_run():
+            annotate("microbatch 1 of 8")
             optimizer.step()
     names = [event.name for event in ledger.breakdown().timeline if not event.name.startswith("peak")]
     assert names == ["microbatch 1 of 1"]

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import (
     _push_mode,
 )
 
-from lightning_memtrain.core import Category, mark, marks
+from lightning_memtrain.coordination import annotate, annotations
+from lightning_memtrain.core import Category
 from lightning_memtrain.ledger import MemoryLedger
 
 FLOAT = 4
@@ -330,14 +331,14 @@ def test_an_exception_in_mid_step_leaves_all_as_found_and_the_numbers_readable(m
 
 
 def test_marks_come_onto_the_timelines_of_all_ledgers_that_are_entered(mlp, batch):
-    mark("too early")
+    annotate("too early")
     with MemoryLedger(mlp) as outer:
-        mark("microbatch 1 of 2")
+        annotate("microbatch 1 of 2")
         with MemoryLedger(mlp) as inner:
-            mark("microbatch 2 of 2")
+            annotate("microbatch 2 of 2")
             loss = mlp(batch).sum()
-        mark("update")
-    mark("too late")
+        annotate("update")
+    annotate("too late")
     assert loss.shape == ()
     forward = ["forward first", "forward act", "forward second"]
 
@@ -346,13 +347,13 @@ def test_marks_come_onto_the_timelines_of_all_ledgers_that_are_entered(mlp, batc
 
     assert names(inner) == ["microbatch 2 of 2", *forward]
     assert names(outer) == ["microbatch 1 of 2", "microbatch 2 of 2", *forward, "update"]
-    assert not marks._listeners
+    assert not annotations._listeners
 
 
 def test_marks_are_not_heard_after_an_error_inside_or_on_entering(mlp, monkeypatch):
     with pytest.raises(ZeroDivisionError), MemoryLedger(mlp):
         raise ZeroDivisionError
-    assert not marks._listeners
+    assert not annotations._listeners
     ledger = MemoryLedger(mlp)
 
     def fail(*args):
@@ -361,7 +362,7 @@ def test_marks_are_not_heard_after_an_error_inside_or_on_entering(mlp, monkeypat
     monkeypatch.setattr(ledger._watch.operators, "begin", fail)
     with pytest.raises(ZeroDivisionError), ledger:
         pass
-    assert not marks._listeners
+    assert not annotations._listeners
 
 
 def test_a_dropped_graph_is_freed_at_once(mlp, batch):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lightning_memtrain import Category, MemoryLedger, OpWorkspace
-from lightning_memtrain.core import mark
+from lightning_memtrain.coordination import annotate
 
 FLOAT = 4
 
@@ -149,7 +149,7 @@ def test_the_model_itself_may_be_used_elsewhere_in_mid_step() -> None:
 
     def answer() -> None:
         model(torch.ones(1000, 4)).sum()
-        mark("elsewhere")
+        annotate("elsewhere")
 
     def answer_elsewhere(*args: Any) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -221,7 +221,7 @@ def test_ledgers_in_two_threads_each_count_their_own() -> None:
         begin.wait(60)
         for _ in range(20):
             with MemoryLedger(*mine) as ledger:
-                mark("mine")
+                annotate("mine")
                 step(*mine)
             results.append(ledger.breakdown())
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lightning_memtrain.core import CategoryBytes, MemoryBreakdown, TechniqueRecord, aside
+from lightning_memtrain.coordination import aside
+from lightning_memtrain.core import CategoryBytes, MemoryBreakdown, TechniqueRecord
 from lightning_memtrain.ledger import DeviceTruth, MemoryLedger, TruthReading
 from lightning_memtrain.report import recording
 from lightning_memtrain.report.document import StepPeak

@@ -1,0 +1,388 @@
+"""Which modules to recompute, and which of them together: small objects, one idea each."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+from lightning_memtrain.checkpointing.forward import Contexts
+from lightning_memtrain.checkpointing.units import described, repeated_blocks
+from lightning_memtrain.core import parse_bytes
+from lightning_memtrain.core.device_memory import free_device_bytes
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """One module to recompute.
+
+    Args:
+        name: its path in the model.
+        path: which part of its group it belongs to, level by level; parts are recomputed one at a time.
+    """
+
+    name: str
+    path: tuple[int, ...] = ()
+
+
+Groups = list[list[Recomputed]]
+"""Modules that are recomputed together, in the order of the model."""
+
+
+class CheckpointPolicy(ABC):
+    """Says which modules of a model to recompute."""
+
+    @abstractmethod
+    def groups(self, model: nn.Module) -> Groups:
+        """Choose from a model.
+
+        Args:
+            model: the module that is trained.
+
+        Returns:
+            What is recomputed together. A group is recomputed as a whole where each module takes what the one
+            before it returned.
+
+        Raises:
+            MisconfigurationException: if nothing in the model can be chosen.
+        """
+
+    @property
+    def contexts(self) -> Contexts | None:
+        """Contexts for forward and recomputation; ``None`` for none."""
+        return None
+
+
+@dataclass(frozen=True)
+class Full(CheckpointPolicy):
+    """Recomputes every repeated block by itself.
+
+    Example:
+        >>> layers = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(3)))
+        >>> Full().groups(layers)
+        [[Recomputed(name='0', path=())], [Recomputed(name='1', path=())], [Recomputed(name='2', path=())]]
+    """
+
+    def groups(self, model: nn.Module) -> Groups:
+        """Every block is a group of its own."""
+        return [[Recomputed(name)] for name in _blocks(model, "full")]
+
+
+@dataclass(frozen=True)
+class Every(CheckpointPolicy):
+    """Recomputes every ``k``-th repeated block, beginning with the first.
+
+    Args:
+        k: at least 1; 1 recomputes all, 2 every other one.
+
+    Raises:
+        MisconfigurationException: if ``k`` is no positive whole number.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        _check_count("Every(k)", "k", self.k, 1)
+
+    def groups(self, model: nn.Module) -> Groups:
+        """Every ``k``-th block is a group of its own."""
+        return [[Recomputed(name)] for name in _blocks(model, "every")[:: self.k]]
+
+
+@dataclass(frozen=True)
+class Sqrt(CheckpointPolicy):
+    r"""Recomputes repeated blocks in about :math:`\sqrt n` segments of :math:`\sqrt n` blocks.
+
+    Only the input of each segment is kept, so for a chain of :math:`n` equal blocks the activations are
+    those of :math:`\sqrt n` inputs and :math:`\sqrt n` blocks, for one more forward pass.
+
+    References:
+        Chen, Xu, Zhang and Guestrin, Training Deep Nets with Sublinear Memory Cost, 2016, arXiv:1604.06174.
+        Used by Sohoni et al. 2019, arXiv:1904.10631.
+    """
+
+    def groups(self, model: nn.Module) -> Groups:
+        """Segments of even length."""
+        names = _blocks(model, "sqrt")
+        num_segments = max(1, round(math.sqrt(len(names))))
+        return [[Recomputed(name) for name in segment] for segment in _split(names, num_segments)]
+
+
+@dataclass(frozen=True)
+class Nested(CheckpointPolicy):
+    r"""Recomputes repeated blocks recursively: halves of halves, down to single blocks.
+
+    When backward reaches a part, it is run again to keep the inputs of its own parts only. For a chain of
+    :math:`n` equal blocks that keeps :math:`O(\log n)` inputs and one block, for :math:`O(\log n)` forward
+    passes.
+
+    Args:
+        num_parts: into how many parts each part is divided, at least 2.
+
+    Raises:
+        MisconfigurationException: if ``num_parts`` is below 2.
+
+    References:
+        Chen et al. 2016, arXiv:1604.06174, section 4.3.
+    """
+
+    num_parts: int = 2
+
+    def __post_init__(self) -> None:
+        _check_count("Nested(num_parts)", "num_parts", self.num_parts, 2)
+
+    def groups(self, model: nn.Module) -> Groups:
+        """All blocks are one group with several levels."""
+        return [self._divided(_blocks(model, "nested"), ())]
+
+    def _divided(self, names: Sequence[str], path: tuple[int, ...]) -> list[Recomputed]:
+        if len(names) == 1:
+            return [Recomputed(names[0], path)]
+        parts = _split(names, min(self.num_parts, len(names)))
+        return [one for place, part in enumerate(parts) for one in self._divided(part, (*path, place))]
+
+
+@dataclass(frozen=True)
+class Modules(CheckpointPolicy):
+    """Recomputes the modules that are named, each by itself.
+
+    Args:
+        names_or_types: paths in the model (``"encoder.layer.0"``), patterns of paths (``"*.layer.*"``),
+            class names (``"BertLayer"``) or classes. A module in several places may be named by any.
+
+    Raises:
+        MisconfigurationException: if nothing is named; at the start of the fit, if one matches nothing.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+        >>> Modules(["1"]).groups(model)
+        [[Recomputed(name='1', path=())]]
+    """
+
+    names_or_types: Sequence[str | type[nn.Module]]
+
+    def __post_init__(self) -> None:
+        given = self.names_or_types
+        single = isinstance(given, (str, type))
+        if single or not given or not all(isinstance(one, (str, type)) for one in given):
+            raise MisconfigurationException(
+                "`Modules(names_or_types)` must be a list of module paths, class names or classes, but got "
+                f"names_or_types={given!r}. Write e.g. Modules(['encoder.layer.0', 'BertLayer'])."
+            )
+        object.__setattr__(self, "names_or_types", tuple(given))
+
+    def groups(self, model: nn.Module) -> Groups:
+        """Every module that matches is a group of its own."""
+        modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+        chosen: set[int] = set()
+        for wanted in self.names_or_types:
+            found = [module for name, module in modules.items() if _matches(name, module, wanted)]
+            if not found:
+                raise self._nothing(wanted, modules, model)
+            chosen.update(map(id, found))
+        return [[Recomputed(name)] for name, module in model.named_modules() if name and id(module) in chosen]
+
+    @staticmethod
+    def _nothing(wanted: Any, modules: dict[str, nn.Module], model: nn.Module) -> MisconfigurationException:
+        word = wanted if isinstance(wanted, str) else wanted.__name__
+        known = [*modules, *{type(module).__name__ for module in modules.values()}]
+        near = difflib.get_close_matches(word, known, n=3)
+        hint = f"Did you mean {' or '.join(repr(one) for one in near)}?" if near else "Name one of these."
+        return MisconfigurationException(
+            f"`Modules(names_or_types)` must name modules of the model, but got {word!r}, which matches none "
+            f"of them. The model has {described(model)}. {hint}"
+        )
+
+
+_COSTLY_OPS = (
+    "aten.mm",
+    "aten.addmm",
+    "aten.bmm",
+    "aten.convolution",
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_cudnn_attention",
+)
+
+
+@dataclass(frozen=True)
+class SelectiveOps(CheckpointPolicy):
+    """Recomputes every repeated block but for its costly operators, whose outputs are kept.
+
+    Cheap operators (activation functions, normalisation, dropout) hold as much memory as matrix products and
+    take hardly any time to run again. A dispatch mode follows each block, which costs time in Python.
+
+    Args:
+        ops: operators to keep the outputs of, such as ``"aten.mm"`` or ``"aten.mm.default"``; by default
+            matrix products, convolutions and attention.
+
+    Raises:
+        MisconfigurationException: if an operator is not known to this torch.
+    """
+
+    ops: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ops", tuple(self.ops))
+        self._overloads()
+
+    def groups(self, model: nn.Module) -> Groups:
+        """Every block is a group of its own."""
+        return Full().groups(model)
+
+    @property
+    def contexts(self) -> Contexts:
+        """Torch's own, which keep the outputs of some operators."""
+        return self._make_contexts  # a method, which can be pickled with the model
+
+    def _make_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+        contexts = create_selective_checkpoint_contexts(self._overloads())  # type: ignore[no-untyped-call]
+        return contexts
+
+    def _overloads(self) -> list[Any]:
+        overloads = []
+        for name in self.ops or _COSTLY_OPS:
+            target: Any = torch.ops
+            for part in name.removeprefix("torch.ops.").split("."):
+                target = getattr(target, part, None)
+            target = getattr(target, "default", target)
+            if isinstance(target, torch._ops.OpOverload):
+                overloads.append(target)
+            elif self.ops:  # of the default ones, some torch versions lack some
+                raise MisconfigurationException(
+                    "`SelectiveOps(ops)` must name operators of torch, such as 'aten.mm' or "
+                    f"'aten.mm.default', but got {name!r}. Leave `ops` out to keep matrix products, "
+                    "convolutions and attention."
+                )
+        return overloads
+
+
+_DEVICE = "device"
+
+
+@dataclass(frozen=True)
+class Budget(CheckpointPolicy):
+    """Recomputes what brings the step within a limit in the least time, found by running it without data.
+
+    The first call of ``training_step`` runs once with weights, gradients and optimizer state that hold no
+    data, nor does what they make, so nothing to speak of is allocated. That shows for every module call which
+    bytes it holds at the peak, and every operator is timed on the device, alone. What is recomputed, alone or
+    together with what follows, is then chosen by dynamic programming, and the choice is run in the same way
+    in turn. It is made again before a step that would need more: larger batches, thawed parameters, another
+    optimizer.
+
+    Args:
+        limit: most bytes that the step may hold, e.g. ``"4GiB"``, ``"800MB"`` or a number of bytes; weights,
+            gradients, optimizer state and workspace of operators among them. ``"device"`` for what the device
+            has free. ``None`` for the knee of the curve: the least product of peak and time, so nothing that
+            hardly lowers the peak.
+
+    Raises:
+        MisconfigurationException: if ``limit`` is no size; at the first step, if it cannot be reached.
+    """
+
+    limit: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.limit, float):
+            raise MisconfigurationException(
+                "`Budget(limit)` must be a number of bytes or a size such as '4GiB', but got "
+                f"limit={self.limit!r}. A ratio is no size: write what the step may take."
+            )
+        _ = self.limit_bytes
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """The limit in bytes; ``None`` if there is none, or the device is to tell."""
+        if self.limit is None or self.limit == _DEVICE:
+            return None
+        try:
+            return parse_bytes(self.limit, argument="Budget(limit)")
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+
+    @property
+    def has_limit(self) -> bool:
+        """Whether there is a limit to keep."""
+        return self.limit is not None
+
+    def limit_bytes_on(self, device: torch.device) -> int | None:
+        """The limit on a device.
+
+        Args:
+            device: where the step runs.
+
+        Returns:
+            The bytes; ``None`` for no limit.
+
+        Raises:
+            MisconfigurationException: if the device is to tell, and does not.
+        """
+        if self.limit != _DEVICE:
+            return self.limit_bytes
+        free_bytes = free_device_bytes(device)
+        if free_bytes is None:
+            raise MisconfigurationException(
+                f"`Budget(limit)` must be a size on {device.type}, which does not tell what it has free, but "
+                "got limit='device'. Write what the step may take, e.g. Budget('4GiB')."
+            )
+        return free_bytes
+
+    def groups(self, model: nn.Module) -> Groups:
+        """Not known before the first step."""
+        raise NotImplementedError(
+            "`Budget` is chosen from a training step, so it cannot say what to recompute in a model alone. "
+            f"Give it to the callback, `ActivationCheckpointing({self!r})`; for `insert_checkpoints` use "
+            "another policy, e.g. `Full()`, or name modules."
+        )
+
+
+def _blocks(model: nn.Module, policy: str) -> list[str]:
+    names = [name for chain in repeated_blocks(model) for name, _ in chain]
+    if not names:
+        raise MisconfigurationException(
+            f"`ActivationCheckpointing(policy={policy!r})` needs repeated blocks, but the model has none: it "
+            f"has {described(model)}. Name modules, e.g. policy=Modules(['encoder']), or use policy='auto'."
+        )
+    return names
+
+
+def _split(names: Sequence[str], num_parts: int) -> list[Sequence[str]]:
+    bounds = [round(place * len(names) / num_parts) for place in range(num_parts + 1)]
+    return [names[first:last] for first, last in pairwise(bounds)]
+
+
+def _matches(name: str, module: nn.Module, wanted: str | type[nn.Module]) -> bool:
+    if isinstance(wanted, type):
+        return isinstance(module, wanted)
+    return name == wanted or type(module).__name__ == wanted or fnmatchcase(name, wanted)
+
+
+def _check_count(argument: str, name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise MisconfigurationException(
+            f"`{argument}` must be a whole number of at least {least}, but got {name}={value!r}. Use e.g. "
+            f"{least + 1}."
+        )
+
+
+SHORT_NAMES: dict[str, Callable[[], CheckpointPolicy]] = {
+    "auto": Budget,
+    "full": Full,
+    "nested": Nested,
+    "selective": SelectiveOps,
+    "sqrt": Sqrt,
+}

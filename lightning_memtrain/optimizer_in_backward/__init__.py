@@ -1,0 +1,6 @@
+"""Optimizer in backward: a parameter is stepped, and its gradient freed, as soon as that is complete."""
+
+from lightning_memtrain.optimizer_in_backward.accumulation import Accumulation, AdamA, ExactMomentum
+from lightning_memtrain.optimizer_in_backward.callback import OptimizerInBackward
+
+__all__ = ["Accumulation", "AdamA", "ExactMomentum", "OptimizerInBackward"]
