@@ -15,10 +15,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = [
+SUBPACKAGES = [
     "lightning_memtrain",
-    *(f"lightning_memtrain.{room}" for room in ("core", "ledger", "tracing", "report", "cli")),
-    *(f"lightning_memtrain.techniques.{name}" for name in ("checkpointing", "microbatching", "precision")),
+    *(
+        f"lightning_memtrain.{folder.parent.name}"
+        for folder in sorted((ROOT / "lightning_memtrain").glob("*/__init__.py"))
+        if folder.parent.name != "recipes"
+    ),
 ]
 OPTIONAL = ("wandb", "jsonargparse", "sklearn", "fairseq")
 CORE_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "lightning", "torchmetrics", "lightning_memtrain"}
@@ -92,11 +95,11 @@ def run_bare(code: str, environment: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("room", [name for name in ROOMS if not name.endswith(".cli")])
+@pytest.mark.parametrize("subpackage", [name for name in SUBPACKAGES if not name.endswith(".cli")])
 def test_the_core_imports_with_nothing_but_lightning_torch_and_torchmetrics(
-    room: str, bare_environment: Path
+    subpackage: str, bare_environment: Path
 ) -> None:
-    done = run_bare(f"from {room} import *", bare_environment)
+    done = run_bare(f"from {subpackage} import *", bare_environment)
     assert done.returncode == 0, done.stderr
 
 
@@ -144,18 +147,18 @@ def later():
     assert imported_at_once(source) == {"numpy", "wandb"}
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_every_public_name_exists_and_is_documented(room: str) -> None:
-    module = importlib.import_module(room)
-    assert module.__doc__, f"{room} has no docstring"
+@pytest.mark.parametrize("subpackage", SUBPACKAGES)
+def test_every_public_name_exists_and_is_documented(subpackage: str) -> None:
+    module = importlib.import_module(subpackage)
+    assert module.__doc__, f"{subpackage} has no docstring"
     for name in module.__all__:
         value = getattr(module, name)
         if isinstance(value, type) or callable(value):
-            assert value.__doc__, f"{room}.{name} has no docstring"
-            assert not value.__doc__.startswith(f"{name}("), f"{room}.{name} only has a generated docstring"
+            assert value.__doc__, f"{subpackage}.{name} has no docstring"
+            assert not value.__doc__.startswith(f"{name}("), f"{subpackage}.{name} only has a generated docstring"
 
 
-def test_rooms_list_their_names_once_and_sorted() -> None:
-    for room in ROOMS:
-        names = importlib.import_module(room).__all__
-        assert len(set(names)) == len(names), room
+def test_subpackages_list_their_names_once_and_sorted() -> None:
+    for subpackage in SUBPACKAGES:
+        names = importlib.import_module(subpackage).__all__
+        assert len(set(names)) == len(names), subpackage
