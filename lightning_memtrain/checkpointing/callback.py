@@ -17,7 +17,7 @@ from lightning_memtrain.checkpointing.caches import caching_model
 from lightning_memtrain.checkpointing.insertion import Checkpoints, insert_checkpoints
 from lightning_memtrain.checkpointing.policies import SHORT_NAMES, Budget, CheckpointPolicy, Modules
 from lightning_memtrain.compat import wrap_training_step
-from lightning_memtrain.compat.lightning_names import in_both, refuse_mix
+from lightning_memtrain.compat.lightning_packages import in_both, refuse_mix
 from lightning_memtrain.core import NoEffectWarning, Setting, TechniqueRecord, parse_bytes
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_memtrain.compat import wrap_training_step
-from lightning_memtrain.compat.lightning_names import refuse_mix
+from lightning_memtrain.compat.lightning_packages import refuse_mix
 from lightning_memtrain.core import MIB, NoEffectWarning, OnDemandTensor, TechniqueRecord, parse_bytes
 
 

@@ -10,8 +10,15 @@ import torch
 
 from lightning_memtrain.core import Category
 from lightning_memtrain.ledger.operators import skip_in_dynamo
-from lightning_memtrain.ledger.records import FROM_THE_START, NEVER, Event, StorageRecord, Survivor
-from lightning_memtrain.ledger.storages import PLAIN_TENSORS, StorageReference, storages_of
+from lightning_memtrain.ledger.records import (
+    FROM_THE_START,
+    NEVER,
+    Event,
+    StorageRecord,
+    StorageReference,
+    Survivor,
+)
+from lightning_memtrain.ledger.storages import PLAIN_TENSORS, storages_of
 from lightning_memtrain.ledger.workspace import PeakEstimate
 
 #: What a training step leaves behind by right.
@@ -35,7 +42,7 @@ class StorageBook:
         """Whether fake tensors, which have sizes but no bytes, are counted as if they had."""
         self.records: list[StorageRecord] = []
         self.events: list[Event] = []
-        self.live: dict[int, tuple[StorageRecord, StorageReference]] = {}
+        self.live: dict[int, StorageReference] = {}
         self.tick = FROM_THE_START
         self.asides: list[tuple[int, int]] = []
         """Ticks between which something ran that is no part of the step."""
@@ -52,7 +59,7 @@ class StorageBook:
         """Leave everything as it is now: later releases are not written down."""
         self.is_open = False
 
-    def live_entries(self) -> list[tuple[StorageRecord, StorageReference]]:
+    def live_entries(self) -> list[StorageReference]:
         """What is live now, to go through.
 
         Any object that is made may start the garbage collector, and another thread may let go of a tensor at
@@ -70,8 +77,8 @@ class StorageBook:
         """What is still live of all that was made meanwhile and is no training state."""
         return tuple(
             Survivor(record.producer, record.num_bytes, reference)
-            for record, reference in self.live_entries()
-            if not record.existed_before and record.category not in TRAINING_STATE
+            for reference in self.live_entries()
+            if not (record := reference.record).existed_before and record.category not in TRAINING_STATE
         )
 
     def begin_aside(self) -> None:
@@ -89,8 +96,8 @@ class StorageBook:
 
     def record_of(self, storage: torch.UntypedStorage) -> StorageRecord | None:
         """The record of a live storage, or ``None`` if it is not in the book."""
-        entry = self.live.get(storage._cdata)
-        return entry[0] if entry is not None else None
+        reference = self.live.get(storage._cdata)
+        return reference.record if reference is not None else None
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Whether a plain tensor's storage is in the book with its present size; of others, ``False``.
@@ -100,8 +107,21 @@ class StorageBook:
         if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided:
             return False
         storage = tensor.untyped_storage()
-        entry = self.live.get(storage._cdata)
-        return entry is not None and entry[0].num_bytes == storage.nbytes()
+        reference = self.live.get(storage._cdata)
+        return reference is not None and reference.record.num_bytes == storage.nbytes()
+
+    def is_classified(self, tensor: torch.Tensor, category: Category) -> bool:
+        """Whether all of :meth:`classify` is done; of others than plain tensors, ``False``."""
+        if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided:
+            return False
+        storage = tensor.untyped_storage()
+        reference = self.live.get(storage._cdata)
+        if reference is None:
+            return False
+        record = reference.record
+        return (
+            record.category is category and record.owner is not None and record.num_bytes == storage.nbytes()
+        )
 
     def note_new(self, tensor: torch.Tensor, producer: str) -> Sequence[StorageRecord]:
         """Write down the storages of an operator's result that are new, made by the module ``producer``.
@@ -113,6 +133,12 @@ class StorageBook:
         Returns:
             The records of the new storages.
         """
+        if type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided:  # saves a list for most
+            storage = tensor.untyped_storage()
+            if self._known(storage) is not None or tensor.device != self.device:
+                return ()
+            self.tick += 1
+            return (self._write(storage, self.tick, Category.TEMPORARY, producer),)
         new: list[StorageRecord] = []
         for storage in self._storages_of(tensor):
             if self._known(storage) is None:
@@ -143,7 +169,7 @@ class StorageBook:
 
         A temporary was on its way to this use since it was made. Anything else was used otherwise until now.
         """
-        if tensor.device != self.device:
+        if self.is_classified(tensor, category) or tensor.device != self.device:
             return
         for storage in self._storages_of(tensor):
             record = self._known(storage) or self._write(storage, FROM_THE_START, category, "")
@@ -194,21 +220,19 @@ class StorageBook:
 
     def _known(self, storage: torch.UntypedStorage) -> StorageRecord | None:
         """The record of a live storage, with its present size."""
-        entry = self.live.get(storage._cdata)
-        if entry is None:
+        reference = self.live.get(storage._cdata)
+        if reference is None:
             return None
-        if entry[0].num_bytes != storage.nbytes():
+        if reference.record.num_bytes != storage.nbytes():
             self.resize(storage)
-            return self.record_of(storage)
-        return entry[0]
+        return reference.record
 
     def _continue(self, storage: torch.UntypedStorage) -> StorageRecord:
         """Close the record of a storage in the book and open its next one, to be changed."""
-        record, reference = self.live[storage._cdata]
-        successor = record.continued(self._advance())
-        self.records.append(successor)
-        self.live[storage._cdata] = (successor, reference)
-        return successor
+        reference = self.live[storage._cdata]
+        reference.record = reference.record.continued(self._advance())
+        self.records.append(reference.record)
+        return reference.record
 
     def _write(
         self,
@@ -224,8 +248,9 @@ class StorageBook:
         if born == FROM_THE_START:
             self.late_bytes += record.num_bytes
         reference = StorageReference(storage, self._tell_freed)
-        reference.key = storage._cdata
-        self.live[reference.key] = (record, reference)
+        reference.key = key = storage._cdata
+        reference.record = record
+        self.live[key] = reference
         if self._estimate is not None:
             self._estimate.allocate(record.num_bytes, late=born == FROM_THE_START)
         return record
@@ -234,12 +259,14 @@ class StorageBook:
         """Write down that a storage was freed, unless the book is closed."""
         if not self.is_open:
             return
-        entry = self.live.pop(key, None)
-        if entry is not None:
-            entry[0].died = self._advance()
-            self.live_bytes -= entry[0].num_bytes
+        reference = self.live.pop(key, None)
+        if reference is not None:
+            self.tick += 1
+            record = reference.record
+            record.died = self.tick
+            self.live_bytes -= record.num_bytes
             if self._estimate is not None:
-                self._estimate.free(entry[0].num_bytes)
+                self._estimate.free(record.num_bytes)
 
     def _advance(self) -> int:
         self.tick += 1

@@ -11,34 +11,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_memtrain.core import Category
-
-# What the operators that FSDP2 has of its own read and write, beside shards.
-_OF_FSDP = {
-    "all_gather_copy_in": Category.GATHERED_WEIGHTS,
-    "split_with_sizes_copy": Category.GATHERED_WEIGHTS,
-    "chunk_cat": Category.UNSHARDED_GRADIENTS,
-}
-
-# By identity, as an operator's hash is a call in Python; it is kept, so that the identity stays its own.
-_ROLES: dict[int, tuple[Any, Category | None]] = {}
-
-
-def role_of(func: Any) -> Category | None:
-    """What an operator is there to move between processes.
-
-    Args:
-        func: any operator.
-
-    Returns:
-        What its arguments and results are used for, unless they are training state; ``None`` for nearly all.
-    """
-    known = _ROLES.get(id(func))
-    if known is None:
-        namespace, _, name = getattr(getattr(func, "_schema", None), "name", "").partition("::")
-        known = _ROLES[id(func)] = (func, _OF_FSDP.get(name) if namespace == "fsdp" else None)
-    return known[1]
-
 
 def ddp_around(model: nn.Module) -> DistributedDataParallel | None:
     """The wrapper that averages a model's gradients.

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_memtrain.core import OutOfReach, format_bytes
-from lightning_memtrain.ledger.operators import returns_arguments
+from lightning_memtrain.ledger.operators import traits_of
 from lightning_memtrain.ledger.storages import PLAIN_TENSORS, storages_of, tensors_in
 from lightning_memtrain.ledger.workspace import OpCall, op_call
 
@@ -60,7 +60,7 @@ class ResultBytes:
             The bytes; for most operators exactly these.
         """
         self._last = None
-        if returns_arguments(func):
+        if traits_of(func).returns_arguments:
             return 0
         tensors = tensors_in((args, kwargs))
         call = op_call(func, args, kwargs)

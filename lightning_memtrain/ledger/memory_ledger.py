@@ -166,7 +166,7 @@ class MemoryLedger:
             [*self._book.events],
             device=str(self.device),
             module_types=self._watch.modules.type_names,
-            grown=[record for record, _ in self._book.live_entries() if self._outlived(record)],
+            grown=[one.record for one in self._book.live_entries() if self._outlived(one.record)],
             per_module=per_module,
             timeline=timeline,
             asides=() if with_asides else self._book.asides,

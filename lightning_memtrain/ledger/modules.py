@@ -25,6 +25,8 @@ _FRAMES_AT_A_TIME = 100
 _recursion_limit = threading.Lock()
 
 _current_graph_task = torch._C._current_graph_task_id
+_current_node = torch._C._current_autograd_node
+_next_node_number = torch._C._autograd._get_sequence_nr
 
 # Before torch 2.8 there is no such function, and only the recomputation of modules is recognised.
 _top_saved_tensors_hooks = getattr(
@@ -73,7 +75,7 @@ class ModuleWatch:
         self._calls: list[_FollowedCall] = []
         self._stack: list[str] = []
         self._forward_moment = Moment(False, False, "")
-        self._last_place, self._last_moment = -1, Moment(True, False, "")
+        self._last_number, self._last_moment = -1, Moment(True, False, "")
         self._first_nodes: list[int] = [-1]
         self._modules_of_nodes: list[str] = [""]
         self._depth_at_backward: dict[int, int] = {}
@@ -82,12 +84,13 @@ class ModuleWatch:
 
     def __enter__(self) -> ModuleWatch:
         self._make_room()
+        leave = self._leave
         for name, module in _watchable(self._model):
             enter = functools.partial(self._enter, name)
             if module._compiled_call_impl is None:
-                self._hooks.add(module, enter, self._leave)
+                self._hooks.add(module, enter, leave)
             else:
-                self._calls.append(_FollowedCall(module, enter, self._leave))
+                self._calls.append(_FollowedCall(module, enter, leave))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -115,56 +118,59 @@ class ModuleWatch:
         task = _current_graph_task()
         if task == NOT_IN_BACKWARD:
             return self._forward_moment  # asked after every operator, so it is kept ready
-        if self._in_forward_of(task):
+        depth = len(self._stack)
+        if depth and depth > self._depth_at_backward.setdefault(task, depth):
             return Moment(True, True, self._forward_moment.module)
         # A checkpointed function may call no module; then only checkpoint's own hooks tell.
         hooks = _top_saved_tensors_hooks(True)
         recomputing = hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
-        node = torch._C._current_autograd_node()
+        node = _current_node()
         number = node._sequence_nr() if node is not None else _ACCUMULATES_GRADIENT
+        last = self._last_moment
+        if number == self._last_number and recomputing == last.recomputing:
+            return last  # a node runs several operators
         if number == _ACCUMULATES_GRADIENT:
             return _MOMENTS_OUTSIDE[recomputing]
-        place = bisect_right(self._first_nodes, number) - 1
-        if place != self._last_place or recomputing != self._last_moment.recomputing:
-            # Many operators of one module follow each other.
-            self._last_place = place
-            self._last_moment = Moment(True, recomputing, self._modules_of_nodes[place])
+        self._last_number = number
+        module = self._modules_of_nodes[bisect_right(self._first_nodes, number) - 1]
+        if module != last.module or recomputing != last.recomputing:  # a module makes several nodes
+            self._last_moment = Moment(True, recomputing, module)
         return self._last_moment
 
-    def _in_forward_of(self, task: int) -> bool:
+    def _note_depth(self, task: int) -> None:
         # In backward, modules that were entered before it began do not count: a backward may be run by code
         # inside of a module's forward.
-        return len(self._stack) > self._depth_at_backward.setdefault(task, len(self._stack))
+        self._depth_at_backward.setdefault(task, len(self._stack))
 
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or not self._in_force():
             return
         task = _current_graph_task()
         if task != NOT_IN_BACKWARD:
-            self._in_forward_of(task)  # notes a backward that begins with this module's recomputation
+            self._note_depth(task)  # of a backward that begins with this module's recomputation
         self._stack.append(name)
         if len(self._stack) + _FRAMES_AT_A_TIME > self._num_frames:
             self._make_room()
-        self._note_change()
+        self._note_change(name, task)
         self._mark(f"forward {name}")
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or not self._in_force():
             return
-        if self._stack:
-            self._stack.pop()
-        self._note_change()
+        stack = self._stack
+        if stack:
+            stack.pop()
+        self._note_change(stack[-1] if stack else "", _current_graph_task())
 
     def _make_room(self) -> None:
         _raise_recursion_limit(_FRAMES_AT_A_TIME)
         self._num_frames += _FRAMES_AT_A_TIME
 
-    def _note_change(self) -> None:
-        module = self._stack[-1] if self._stack else ""
+    def _note_change(self, module: str, task: int) -> None:
         self._forward_moment = Moment(False, False, module)
         # Recomputed nodes are never run by backward, and another thread may number them from zero.
-        if _current_graph_task() == NOT_IN_BACKWARD:
-            self._first_nodes.append(torch._C._autograd._get_sequence_nr())
+        if task == NOT_IN_BACKWARD:
+            self._first_nodes.append(_next_node_number())
             self._modules_of_nodes.append(module)
 
 

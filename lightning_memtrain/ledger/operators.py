@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import (
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import (
     _push_mode,
 )
 
-from lightning_memtrain.core import OnDemandTensor
+from lightning_memtrain.core import Category, OnDemandTensor
 
 _len_dispatch_stack = torch._C._len_torch_dispatch_stack
 _dispatch_mode_at = torch._C._get_dispatch_stack_at
@@ -44,7 +44,7 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return NotImplemented  # the operators that make its numbers come here instead
         kwargs = kwargs or {}
         passing = self._passing
-        if passing is not None and makes_views(func):
+        if passing is not None and (_KNOWN.get(id(func)) or traits_of(func)).makes_views:
             results = func(*args, **kwargs)
             passing()
             return results
@@ -107,27 +107,55 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         del self._before, self._after  # they belong to the owner of this mode, and would keep it
 
 
+class OperatorTraits(NamedTuple):
+    """What is known of an operator beforehand.
+
+    Args:
+        func: the operator.
+        returns_arguments: whether it gives back storages of its arguments only, with the sizes that they had.
+        makes_views: whether it does that, and writes to none of them either.
+        role: what its arguments and results are used for, unless they are training state, if it is there to
+            move them between processes; ``None`` for nearly all.
+    """
+
+    func: Any
+    returns_arguments: bool
+    makes_views: bool
+    role: Category | None
+
+
+# What the operators that FSDP2 has of its own read and write, beside shards.
+_OF_FSDP = {
+    "all_gather_copy_in": Category.GATHERED_WEIGHTS,
+    "split_with_sizes_copy": Category.GATHERED_WEIGHTS,
+    "chunk_cat": Category.UNSHARDED_GRADIENTS,
+}
+
 # By identity, since an operator's hash is a call in Python; it is kept, so that the identity stays its own.
-_KNOWN: dict[int, tuple[Any, bool, bool]] = {}
+_KNOWN: dict[int, OperatorTraits] = {}
 
 
-def returns_arguments(func: Any) -> bool:
-    """Whether an operator gives back storages of its arguments only, with the sizes that they had."""
-    return (_KNOWN.get(id(func)) or _look_at(func))[1]
+def traits_of(func: Any) -> OperatorTraits:
+    """What is known of an operator beforehand.
+
+    Args:
+        func: any operator.
+
+    Returns:
+        Its traits; the same object each time.
+    """
+    return _KNOWN.get(id(func)) or _KNOWN.setdefault(id(func), _look_at(func))
 
 
-def makes_views(func: Any) -> bool:
-    """Whether an operator does that, and writes to none of them either."""
-    return (_KNOWN.get(id(func)) or _look_at(func))[2]
-
-
-def _look_at(func: Any) -> tuple[Any, bool, bool]:
+def _look_at(func: Any) -> OperatorTraits:
     schema: Any = getattr(func, "_schema", None)
+    if schema is None:
+        return OperatorTraits(func, False, False, None)
     arguments_only = (
-        schema is not None
-        and not any(part in schema.name for part in ("resize", "set_", "lift"))
+        not any(part in schema.name for part in ("resize", "set_", "lift"))
         and "out" not in schema.overload_name
         and all(value.alias_info is not None for value in schema.returns)
     )
     views = arguments_only and bool(schema.returns) and not schema.is_mutable
-    return _KNOWN.setdefault(id(func), (func, arguments_only, views))
+    namespace, _, name = schema.name.partition("::")
+    return OperatorTraits(func, arguments_only, views, _OF_FSDP.get(name) if namespace == "fsdp" else None)

@@ -77,6 +77,14 @@ class StorageRecord:
         return successor
 
 
+class StorageReference(weakref.ref[torch.UntypedStorage]):
+    """Weak reference to a storage that still knows, when the storage is freed, which one it was."""
+
+    __slots__ = ("key", "record")
+    key: int
+    record: StorageRecord
+
+
 @dataclass(frozen=True)
 class Survivor:
     """A storage that was live when its ledger was left and is no part of the training state.

@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 from lightning_memtrain.coordination import dry_run_depth, watch_annotations, watch_asides
 from lightning_memtrain.core import Category
 from lightning_memtrain.ledger.book import StorageBook
-from lightning_memtrain.ledger.communication import ddp_around, fsdp_parameters, role_of
+from lightning_memtrain.ledger.communication import ddp_around, fsdp_parameters
 from lightning_memtrain.ledger.compiled import COMPILER_WATCH, MODES_HIDDEN, CompilerListener
 from lightning_memtrain.ledger.limit import AllocationLimit
 from lightning_memtrain.ledger.modules import ModuleWatch, Moment
-from lightning_memtrain.ledger.operators import OperatorWatch, returns_arguments, skip_in_dynamo
+from lightning_memtrain.ledger.operators import OperatorWatch, skip_in_dynamo, traits_of
 from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
 from lightning_memtrain.ledger.storages import RESIZE_WATCH, tensors_in
@@ -65,6 +65,7 @@ class StepWatch:
         self._num_scanned = 0
         self._recomputed: list[StorageRecord] = []
         self._backward_module: str | None = None
+        self._last_followed: Moment | None = None  # which need not be followed again
         self._thread: int | None = None
         self._num_graphs = 0  # compiled ones that are running
 
@@ -149,7 +150,7 @@ class StepWatch:
             elif isinstance(argument, (list, tuple)):
                 for tensor in tensors_in(argument):
                     self._note_argument(tensor)
-        role = role_of(func)
+        role = traits_of(func).role
         if role is not None:
             self._classify((args, kwargs), role)
         if self._estimate is not None:
@@ -166,19 +167,23 @@ class StepWatch:
         now = self.modules.now()
         if now.in_backward or self._backward_module is not None:
             self._follow_backward(now)
-        if returns_arguments(func):
+        traits = traits_of(func)
+        if traits.returns_arguments:
             return
-        made_bytes = 0
-        for tensor in (results,) if isinstance(results, torch.Tensor) else tensors_in(results):
-            new = self._book.note_new(tensor, now.module)
-            made_bytes += sum(record.num_bytes for record in new)
-            if now.recomputing:
-                self._recomputed.extend(new)
-        role = role_of(func)
-        if role is not None:
-            self._classify(results, role)
+        made: Sequence[StorageRecord]
+        if isinstance(results, torch.Tensor):
+            made = self._book.note_new(results, now.module)
+        else:
+            made = [
+                record for tensor in tensors_in(results) for record in self._book.note_new(tensor, now.module)
+            ]
+        if now.recomputing:
+            self._recomputed.extend(made)
+            self._last_followed = None
+        if traits.role is not None:
+            self._classify(results, traits.role)
         if self._limit is not None:
-            self._limit.after(made_bytes)
+            self._limit.after(sum(record.num_bytes for record in made))
 
     def _classify(self, tree: Any, category: Category) -> None:
         for tensor in tensors_in(tree):
@@ -259,8 +264,9 @@ class StepWatch:
         self._recomputed.clear()
 
     def _follow_backward(self, now: Moment) -> None:
-        if now.recomputing:
+        if now.recomputing or now is self._last_followed:
             return
+        self._last_followed = now
         if self._recomputed:
             self._settle_recomputed()
         if not now.in_backward:

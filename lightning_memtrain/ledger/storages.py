@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -91,13 +90,6 @@ def storages_of(tensor: torch.Tensor) -> Sequence[torch.UntypedStorage]:
     else:
         parts = []
     return [storage for part in parts for storage in storages_of(part)]
-
-
-class StorageReference(weakref.ref[torch.UntypedStorage]):
-    """Weak reference to a storage that still knows, when the storage is freed, which one it was."""
-
-    __slots__ = ("key",)
-    key: int
 
 
 class ResizeWatch:

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
-from lightning_memtrain.compat.lightning_names import refuse_mix
+from lightning_memtrain.compat.lightning_packages import refuse_mix
 from lightning_memtrain.core import NoEffectWarning, TechniqueRecord, parse_bytes
 from lightning_memtrain.microbatching import _compat
 from lightning_memtrain.microbatching.chunks import LossReduction, SplitFn, Splitter, WeightFn

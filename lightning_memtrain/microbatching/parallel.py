@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_memtrain.compat.lightning_names import in_both
+from lightning_memtrain.compat.lightning_packages import in_both
 from lightning_memtrain.coordination import sync_gradients
 
 

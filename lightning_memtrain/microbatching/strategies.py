@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 
 from lightning_memtrain._registration import when_imported
-from lightning_memtrain.compat.lightning_names import namesake, package_of
+from lightning_memtrain.compat.lightning_packages import namesake, package_of
 from lightning_memtrain.microbatching import _compat
 from lightning_memtrain.microbatching.callback import Microbatching
 

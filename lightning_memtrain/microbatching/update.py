@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _default_to_fused_or_foreach
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_memtrain.compat.lightning_names import overrides
+from lightning_memtrain.compat.lightning_packages import overrides
 from lightning_memtrain.coordination import dry_run
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.optimizer_steps.parameter_steps import needs_closure, own_step

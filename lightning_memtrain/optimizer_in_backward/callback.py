@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_memtrain.compat.lightning_names import refuse_mix
+from lightning_memtrain.compat.lightning_packages import refuse_mix
 from lightning_memtrain.coordination import backward_is_partial
 from lightning_memtrain.core import NoEffectWarning, TechniqueRecord, format_bytes
 from lightning_memtrain.optimizer_in_backward import _compat

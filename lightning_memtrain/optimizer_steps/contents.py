@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_memtrain.compat.lightning_names import PACKAGES
+from lightning_memtrain.compat.lightning_packages import PACKAGES
 
 # Code, and what leads out of the optimizer into the rest of the program.
 _OPAQUE = (

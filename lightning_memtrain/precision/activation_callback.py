@@ -7,7 +7,7 @@ from weakref import ref
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_memtrain.compat.lightning_names import refuse_mix
+from lightning_memtrain.compat.lightning_packages import refuse_mix
 from lightning_memtrain.core import TechniqueRecord
 from lightning_memtrain.precision.activation_codec import ActivationCodec, check_codec
 from lightning_memtrain.precision.activation_training import PackedTraining

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_memtrain.compat.lightning_names import PACKAGES
+from lightning_memtrain.compat.lightning_packages import PACKAGES
 
 _ARITHMETIC = re.compile(r"add|sub|mul|div")
 # They want all that they get in one dtype.

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_memtrain.compat.lightning_names import in_both
+from lightning_memtrain.compat.lightning_packages import in_both
 from lightning_memtrain.core import NoEffectWarning
 from lightning_memtrain.precision.buffers import BufferUse, holds_whole_numbers
 from lightning_memtrain.precision.forwards import (

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from lightning_memtrain.compat.lightning_names import KnownToBoth, in_both, namesake, package_of, refuse_mix
+from lightning_memtrain.compat.lightning_packages import (
+    KnownToBoth,
+    in_both,
+    namesake,
+    package_of,
+    refuse_mix,
+)
 from lightning_memtrain.core import TechniqueRecord
 from lightning_memtrain.optimizer_steps.parameter_steps import step_parameter
 from lightning_memtrain.precision.activation_codec import ActivationCodec

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_memtrain.compat.lightning_names import in_both, namesake
+from lightning_memtrain.compat.lightning_packages import in_both, namesake
 from lightning_memtrain.optimizer_steps.closures import EvaluatedClosure, EvaluatesModelError, takes_closure
 from lightning_memtrain.optimizer_steps.parameter_steps import step_parameter
 from lightning_memtrain.precision.buffer_watch import BufferWatch

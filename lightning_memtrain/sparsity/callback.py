@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_memtrain.compat.lightning_names import refuse_mix
+from lightning_memtrain.compat.lightning_packages import refuse_mix
 from lightning_memtrain.coordination import on_gradient_sync
 from lightning_memtrain.core import TechniqueRecord
 from lightning_memtrain.sparsity import distributed, optimizers, refusals, sharding

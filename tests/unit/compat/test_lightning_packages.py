@@ -17,7 +17,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_memtrain.compat.lightning_names import KnownToBoth, in_both, namesake, package_of, refuse_mix
+from lightning_memtrain.compat.lightning_packages import (
+    KnownToBoth,
+    in_both,
+    namesake,
+    package_of,
+    refuse_mix,
+)
 from lightning_memtrain.report import MemoryProfiler
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -97,7 +103,7 @@ ORDERS = {
 def test_in_whatever_order_packages_and_classes_come(order: str) -> None:
     define = (
         "from lightning.pytorch.plugins.precision import Precision\n"
-        "from lightning_memtrain.compat.lightning_names import KnownToBoth\n"
+        "from lightning_memtrain.compat.lightning_packages import KnownToBoth\n"
         "class Mine(KnownToBoth, Precision, kind=Precision): pass"
     )
     run_python(
@@ -111,7 +117,7 @@ def test_in_whatever_order_packages_and_classes_come(order: str) -> None:
 def test_nothing_of_the_other_package_is_loaded_to_ask() -> None:
     run_python(
         "import sys, lightning.pytorch as new, lightning_memtrain as mt",
-        "from lightning_memtrain.compat.lightning_names import in_both, namesake",
+        "from lightning_memtrain.compat.lightning_packages import in_both, namesake",
         "assert in_both(new.Callback) == (new.Callback,)",
         "assert namesake(new.Callback, new.LightningModule()) is new.Callback",
         "assert isinstance(mt.LowPrecision(), new.plugins.precision.Precision)",

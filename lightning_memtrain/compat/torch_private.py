@@ -1,0 +1,201 @@
+"""What torch keeps private and this library uses: every name, what for, and since when.
+
+Each is looked up when somebody imports it from here for the first time, so that whoever does not need it need
+not have it. Whoever uses one that is missing is told which releases of torch have it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_memtrain.compat.private_names import NewerName, PrivateAttribute, PrivateName
+
+if TYPE_CHECKING:  # those that are inherited from, or told apart by their type
+    from torch._C import DispatchKey
+    from torch._ops import OpOverload
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensor,
+        FakeTensorMode,
+    )
+    from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+    from torch.nn.modules.batchnorm import _NormBase as NormBase
+    from torch.nn.modules.conv import _ConvNd as ConvNd
+    from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
+    from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+    from torch.utils._pytree import (
+        TreeSpec,
+        tree_flatten,
+        tree_leaves,
+        tree_map,
+        tree_map_only,
+        tree_unflatten,
+    )
+
+__all__ = [
+    "BatchNorm",
+    "ConvNd",
+    "ConvTransposeNd",
+    "DataDependentOutputException",
+    "DispatchKey",
+    "DynamicOutputShapeException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "NormBase",
+    "OpOverload",
+    "TorchDispatchMode",
+    "TreeSpec",
+    "in_backward",
+    "is_traceable_wrapper_subclass",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
+]
+
+_DISPATCH = "torch.utils._python_dispatch"
+_PYTREE = "torch.utils._pytree"
+_FAKES = "torch._subclasses.fake_tensor"
+_AUTOGRAD = "torch._C._autograd"
+_WATCH = "see the operators of a step"
+_BATCHES = "look into batches and outputs"
+_BACKWARD = "tell which backward is running"
+_DRY_RUN = "run a step on tensors without data"
+_CPU_EVENTS = "ask torch's profiler for the CPU allocator's events"
+_COMPILED = "count what compiled code allocates"
+_DDP = "follow what DistributedDataParallel does"
+_FSDP = "find the weights that FSDP2 gathers"
+_HOOKS = "call an optimizer's hooks once a step"
+
+_NAMES: dict[str, PrivateName | PrivateAttribute | NewerName] = {
+    # Operators
+    "TorchDispatchMode": PrivateName(_DISPATCH, "TorchDispatchMode", _WATCH),
+    "is_traceable_wrapper_subclass": PrivateName(
+        _DISPATCH, "is_traceable_wrapper_subclass", "find the tensors inside of others"
+    ),
+    "disable_current_modes": PrivateName(_DISPATCH, "_disable_current_modes", "hide what runs from a ledger"),
+    "get_current_dispatch_mode_stack": PrivateName(_DISPATCH, "_get_current_dispatch_mode_stack", _WATCH),
+    "pop_mode": PrivateName(_DISPATCH, "_pop_mode", _WATCH),
+    "push_mode": PrivateName(_DISPATCH, "_push_mode", _WATCH),
+    "len_torch_dispatch_stack": PrivateName("torch._C", "_len_torch_dispatch_stack", _WATCH),
+    "get_dispatch_stack_at": PrivateName("torch._C", "_get_dispatch_stack_at", _WATCH),
+    "DisableTorchDispatch": PrivateName("torch._C", "_DisableTorchDispatch", "hide what runs from a ledger"),
+    "DispatchKey": PrivateName("torch._C", "DispatchKey", "compute with sparse weights"),
+    "OpOverload": PrivateName("torch._ops", "OpOverload", "name operators"),
+    "schema_of": PrivateAttribute("torch._ops:OpOverload", "_schema", "see what operators write to"),
+    # Tensors and their memory
+    "storage_key": PrivateAttribute("torch:UntypedStorage", "_cdata", "tell storages apart"),
+    "view_base": PrivateAttribute("torch:Tensor", "_base", "tell whose view a tensor is"),
+    "version_of": PrivateAttribute("torch:Tensor", "_version", "see that a tensor was written to"),
+    "make_wrapper_subclass": PrivateName(
+        "torch:Tensor", "_make_wrapper_subclass", "show sparse weights as tensors of their dense shape"
+    ),
+    "preserve_version_counter": PrivateName(
+        "torch.autograd.grad_mode", "_unsafe_preserve_version_counter", "set tensors back without a trace"
+    ),
+    "foreach_copy_": PrivateName("torch", "_foreach_copy_", "copy many tensors at once"),
+    # Batches
+    "TreeSpec": PrivateName(_PYTREE, "TreeSpec", _BATCHES),
+    "tree_flatten": PrivateName(_PYTREE, "tree_flatten", _BATCHES),
+    "tree_leaves": PrivateName(_PYTREE, "tree_leaves", _BATCHES),
+    "tree_map": PrivateName(_PYTREE, "tree_map", _BATCHES),
+    "tree_map_only": PrivateName(_PYTREE, "tree_map_only", _BATCHES),
+    "tree_unflatten": PrivateName(_PYTREE, "tree_unflatten", _BATCHES),
+    # Autograd
+    "current_graph_task_id": PrivateName("torch._C", "_current_graph_task_id", _BACKWARD),
+    "current_autograd_node": PrivateName("torch._C", "_current_autograd_node", _BACKWARD),
+    "next_sequence_number": PrivateName(_AUTOGRAD, "_get_sequence_nr", "tell which module a gradient is of"),
+    "push_saved_tensors_hooks": PrivateName(
+        _AUTOGRAD, "_push_saved_tensors_default_hooks", "see the activations that are kept"
+    ),
+    "pop_saved_tensors_hooks": PrivateName(
+        _AUTOGRAD, "_pop_saved_tensors_default_hooks", "see the activations that are kept"
+    ),
+    "top_saved_tensors_hooks": NewerName(
+        _AUTOGRAD,
+        "_top_saved_tensors_default_hooks",
+        "see the activations that are kept beside other hooks",
+        since=(2, 8),
+        without=lambda tracing: None,
+    ),
+    # Dry runs
+    "FakeTensor": PrivateName(_FAKES, "FakeTensor", _DRY_RUN),
+    "FakeTensorMode": PrivateName(_FAKES, "FakeTensorMode", _DRY_RUN),
+    "DataDependentOutputException": PrivateName(_FAKES, "DataDependentOutputException", _DRY_RUN),
+    "DynamicOutputShapeException": PrivateName(_FAKES, "DynamicOutputShapeException", _DRY_RUN),
+    # Modules
+    "BatchNorm": PrivateName("torch.nn.modules.batchnorm", "_BatchNorm", "find batch normalisation"),
+    "NormBase": PrivateName("torch.nn.modules.batchnorm", "_NormBase", "find running statistics"),
+    "ConvNd": PrivateName("torch.nn.modules.conv", "_ConvNd", "find convolutions"),
+    "ConvTransposeNd": PrivateName("torch.nn.modules.conv", "_ConvTransposeNd", "find convolutions"),
+    "check_input_dim": PrivateAttribute(
+        "torch.nn:BatchNorm2d", "_check_input_dim", "refuse what batch normalisation refuses"
+    ),
+    "forward_hooks": PrivateAttribute("torch.nn:Module", "_forward_hooks", "take hooks off in any order"),
+    "forward_pre_hooks": PrivateAttribute(
+        "torch.nn:Module", "_forward_pre_hooks", "take hooks off in any order"
+    ),
+    "forward_hooks_always_called": PrivateAttribute(
+        "torch.nn:Module", "_forward_hooks_always_called", "take hooks off in any order"
+    ),
+    # Optimizers
+    "default_to_fused_or_foreach": PrivateName(
+        "torch.optim.optimizer", "_default_to_fused_or_foreach", "foresee what an optimizer's step allocates"
+    ),
+    "global_optimizer_pre_hooks": PrivateName("torch.optim.optimizer", "_global_optimizer_pre_hooks", _HOOKS),
+    "global_optimizer_post_hooks": PrivateName(
+        "torch.optim.optimizer", "_global_optimizer_post_hooks", _HOOKS
+    ),
+    "optimizer_step_pre_hooks": PrivateAttribute(
+        "torch.optim:Optimizer", "_optimizer_step_pre_hooks", _HOOKS
+    ),
+    "optimizer_step_post_hooks": PrivateAttribute(
+        "torch.optim:Optimizer", "_optimizer_step_post_hooks", _HOOKS
+    ),
+    # Several processes
+    "sync_ddp_buffers": PrivateAttribute(
+        "torch.nn.parallel:DistributedDataParallel", "_sync_buffers", "send buffers once a batch"
+    ),
+    "set_params_and_buffers_to_ignore_for_model": PrivateName(
+        "torch.nn.parallel:DistributedDataParallel",
+        "_set_params_and_buffers_to_ignore_for_model",
+        "keep sparse weights out of DistributedDataParallel's buckets",
+    ),
+    "zeros_like_grad_buckets": PrivateAttribute(
+        "torch.distributed:Reducer", "_get_zeros_like_grad_buckets", _DDP
+    ),
+    # Compiled code
+    "disable_dynamo": PrivateName("torch", "_disable_dynamo", "keep the compiler out of a function"),
+    # What the ledger counts by
+    "profiler_enabled": PrivateName(_AUTOGRAD, "_profiler_enabled", _CPU_EVENTS),
+    "enable_profiler_legacy": PrivateName(_AUTOGRAD, "_enable_profiler_legacy", _CPU_EVENTS),
+    "disable_profiler_legacy": PrivateName(_AUTOGRAD, "_disable_profiler_legacy", _CPU_EVENTS),
+    "ProfilerConfig": PrivateName("torch._C._profiler", "ProfilerConfig", _CPU_EVENTS),
+    "ProfilerState": PrivateName("torch._C._profiler", "ProfilerState", _CPU_EVENTS),
+    "ExperimentalProfilerConfig": PrivateName("torch._C._profiler", "_ExperimentalConfig", _CPU_EVENTS),
+}
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward in this thread.
+
+    Example:
+        >>> in_backward()
+        False
+    """
+    return bool(_name("current_graph_task_id")() != -1)
+
+
+def _name(name: str) -> Any:
+    found = globals().get(name)
+    if found is None:
+        found = globals()[name] = _NAMES[name].look_up()
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _name(name)
