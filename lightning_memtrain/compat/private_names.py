@@ -1,4 +1,4 @@
-"""How a name that another library keeps private is looked up: once, with an error that says what to install."""
+"""How a name that another library keeps private is looked up, and what is said where it is missing."""
 
 from __future__ import annotations
 
@@ -135,8 +135,9 @@ def refuse(what: str, used_for: str) -> NoReturn:
     library = what.split(".")[0]
     package = "lightning" if library == "pytorch_lightning" else library
     raise MissingNameError(
-        f"{library} {_version(library)} has no `{what}`, which is needed to {used_for}. lightning_memtrain was "
-        f"tested with {library} {TESTED[package]}: install one of these, or a newer lightning_memtrain."
+        f"{library} {_version(library)} has no `{what}`, which is needed to {used_for}. "
+        f"lightning_memtrain was tested with {library} {TESTED[package]}: "
+        "install one of these, or a newer lightning_memtrain."
     )
 
 

@@ -43,10 +43,11 @@ def test_a_name_that_torch_lacks_is_refused(alias: str, monkeypatch: pytest.Monk
     monkeypatch.delitem(vars(torch_private), alias)
     with pytest.raises(MissingNameError) as error:
         getattr(torch_private, alias)
+    tested = private_names.TESTED["torch"]
     assert str(error.value) == (
-        f"torch {torch.__version__} has no `{entry.owner.replace(':', '.')}.{entry.name}`, which is needed to "
-        f"{entry.used_for}. lightning_memtrain was tested with torch {private_names.TESTED['torch']}: install "
-        "one of these, or a newer lightning_memtrain."
+        f"torch {torch.__version__} has no `{entry.owner.replace(':', '.')}.{entry.name}`, which is "
+        f"needed to {entry.used_for}. lightning_memtrain was tested with torch {tested}: "
+        "install one of these, or a newer lightning_memtrain."
     )
 
 
@@ -64,7 +65,7 @@ def test_a_name_that_lightning_lacks_is_refused(alias: str, monkeypatch: pytest.
 def test_an_attribute_that_a_trainer_lacks_is_refused(name: str) -> None:
     attribute = TRAINER_ATTRIBUTES[name]
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, enable_model_summary=False)
-    assert attribute.of(trainer) is getattr(attribute.holder(trainer), attribute.name) or attribute.arguments
+    assert attribute.of(trainer) == getattr(attribute.holder(trainer), attribute.name)
 
     class Without:
         """All that the trainer has but the attribute."""
@@ -83,8 +84,8 @@ def test_an_attribute_that_a_trainer_lacks_is_refused(name: str) -> None:
     with pytest.raises(MissingNameError) as error:
         attribute.of(Without(trainer, attribute.path.split(".")))
     assert str(error.value).startswith(
-        f"lightning {pl.__version__} has no `lightning.pytorch.Trainer.{attribute.path}{call}`, which is needed "
-        f"to {attribute.used_for}. lightning_memtrain was tested with lightning 2.4 to 2.6: "
+        f"lightning {pl.__version__} has no `lightning.pytorch.Trainer.{attribute.path}{call}`, which is "
+        f"needed to {attribute.used_for}. lightning_memtrain was tested with lightning 2.4 to 2.6: "
     )
 
 
