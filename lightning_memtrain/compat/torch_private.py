@@ -48,6 +48,7 @@ __all__ = [
     "TreeSpec",
     "in_backward",
     "is_traceable_wrapper_subclass",
+    "schema_of",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -84,7 +85,7 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | NewerName] = {
     "DisableTorchDispatch": PrivateName("torch._C", "_DisableTorchDispatch", "hide what runs from a ledger"),
     "DispatchKey": PrivateName("torch._C", "DispatchKey", "compute with sparse weights"),
     "OpOverload": PrivateName("torch._ops", "OpOverload", "name operators"),
-    "schema_of": PrivateAttribute("torch._ops:OpOverload", "_schema", "see what operators write to"),
+    "operator_schema": PrivateAttribute("torch._ops:OpOverload", "_schema", "see what operators write to"),
     # Tensors and their memory
     "storage_key": PrivateAttribute("torch:UntypedStorage", "_cdata", "tell storages apart"),
     "view_base": PrivateAttribute("torch:Tensor", "_base", "tell whose view a tensor is"),
@@ -181,11 +182,19 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | NewerName] = {
 def in_backward() -> bool:
     """Whether autograd is running a backward in this thread.
 
+    Returns:
+        ``True`` within hooks and functions that a backward calls.
+
     Example:
         >>> in_backward()
         False
     """
     return bool(_name("current_graph_task_id")() != -1)
+
+
+def schema_of(operator: Any) -> Any:
+    """What an operator takes, returns and writes to; ``None`` for one that operators are handed to."""
+    return _name("operator_schema")(operator) if hasattr(operator, "_schema") else None
 
 
 def _name(name: str) -> Any:
