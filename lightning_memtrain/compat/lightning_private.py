@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_memtrain.compat.private_names import PrivateName, refuse
 
 if TYPE_CHECKING:
-    from lightning.fabric.loggers.csv_logs import _ExperimentWriter as ExperimentWriter
+    from lightning.fabric.loggers.csv_logs import _ExperimentWriter as FabricExperimentWriter
     from lightning.fabric.plugins.precision.utils import _DtypeContextManager as DtypeContextManager
     from lightning.fabric.utilities.device_dtype_mixin import (
         _DeviceDtypeModuleMixin as DeviceDtypeModuleMixin,
@@ -29,7 +29,7 @@ __all__ = [
     "ClosureResult",
     "DeviceDtypeModuleMixin",
     "DtypeContextManager",
-    "ExperimentWriter",
+    "FabricExperimentWriter",
     "ResultCollection",
 ]
 
@@ -50,7 +50,7 @@ _NAMES = {
         "_DeviceDtypeModuleMixin",
         "convert modules that know their own dtype",
     ),
-    "ExperimentWriter": PrivateName(
+    "FabricExperimentWriter": PrivateName(
         "lightning.fabric.loggers.csv_logs", "_ExperimentWriter", "go on with a file of metrics"
     ),
 }

@@ -113,6 +113,9 @@ class NewerName(NamedTuple):
 def resolve(path: str) -> Any:
     """Find what ``"package.module"`` or ``"package.module:Class"`` names.
 
+    Returns:
+        The module, or the class in it.
+
     Example:
         >>> resolve("torch.nn:Linear").__name__
         'Linear'

@@ -6,7 +6,8 @@ not have it. Whoever uses one that is missing is told which releases of torch ha
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_memtrain.compat.private_names import NewerName, PrivateAttribute, PrivateName
 
@@ -33,6 +34,15 @@ if TYPE_CHECKING:  # those that are inherited from, or told apart by their type
         tree_unflatten,
     )
 
+    _F = TypeVar("_F", bound=Callable[..., Any])
+
+    current_graph_task_id: Callable[[], int]
+    storage_key: Callable[[Any], int]
+    version_counter: Callable[[Any], int]
+
+    def disable_dynamo(function: _F) -> _F: ...
+
+
 __all__ = [
     "BatchNorm",
     "ConvNd",
@@ -46,7 +56,7 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "TreeSpec",
-    "in_backward",
+    "is_backward_running",
     "is_traceable_wrapper_subclass",
     "schema_of",
     "tree_flatten",
@@ -89,7 +99,7 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | NewerName] = {
     # Tensors and their memory
     "storage_key": PrivateAttribute("torch:UntypedStorage", "_cdata", "tell storages apart"),
     "view_base": PrivateAttribute("torch:Tensor", "_base", "tell whose view a tensor is"),
-    "version_of": PrivateAttribute("torch:Tensor", "_version", "see that a tensor was written to"),
+    "version_counter": PrivateAttribute("torch:Tensor", "_version", "see that a tensor was written to"),
     "make_wrapper_subclass": PrivateName(
         "torch:Tensor", "_make_wrapper_subclass", "show sparse weights as tensors of their dense shape"
     ),
@@ -179,14 +189,14 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | NewerName] = {
 }
 
 
-def in_backward() -> bool:
+def is_backward_running() -> bool:
     """Whether autograd is running a backward in this thread.
 
     Returns:
         ``True`` within hooks and functions that a backward calls.
 
     Example:
-        >>> in_backward()
+        >>> is_backward_running()
         False
     """
     return bool(_name("current_graph_task_id")() != -1)

@@ -128,7 +128,7 @@ def test_names_nobody_promised_are_no_attributes() -> None:
 def test_backward_is_told_from_forward() -> None:
     seen = []
     weight = torch.ones(1, requires_grad=True)
-    weight.register_hook(lambda gradient: seen.append(torch_private.in_backward()))
+    weight.register_hook(lambda gradient: seen.append(torch_private.is_backward_running()))
     weight.sum().backward()
     assert seen == [True]
-    assert not torch_private.in_backward()
+    assert not torch_private.is_backward_running()
