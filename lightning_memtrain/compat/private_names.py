@@ -113,8 +113,11 @@ class NewerName(NamedTuple):
 def resolve(path: str) -> Any:
     """Find what ``"package.module"`` or ``"package.module:Class"`` names.
 
+    Args:
+        path: a module, or a module and the name of something in it.
+
     Returns:
-        The module, or the class in it.
+        The module, or what is in it.
 
     Example:
         >>> resolve("torch.nn:Linear").__name__
