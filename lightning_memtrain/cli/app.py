@@ -201,7 +201,7 @@ def _parser() -> _CommandParser:
     show = parser.add("show", "print a recipe's YAML")
     copy = parser.add("copy", "copy a recipe's folder, to be changed and run")
     run = parser.add("run", "train by a recipe", _run_options())
-    report = parser.add("report", "print the memory report of a run")
+    report = parser.add("report", "print the memory report of a run, or a snapshot of CUDA memory")
     parser.add("demo", "train WRN-28-2 on handwritten digits and show its memory", _demo_options())
     for name, summary in _commands_of_recipes().items():
         parser.add(name, summary[0].lower() + summary[1:])
@@ -219,7 +219,12 @@ def _parser() -> _CommandParser:
     copy.set_defaults(function=_copy)
     run.add_argument("recipe", nargs="?", **recipe)
     run.epilog = _RUN_EPILOG
-    report.add_argument("path", metavar="PATH", type=Path, help="a run's folder, or a memory_report.json")
+    report.add_argument(
+        "path",
+        metavar="PATH",
+        type=Path,
+        help="a run's folder, a memory_report.json, or a snapshot by torch.cuda.memory",
+    )
     report.add_argument("--open", action="store_true", help="open the HTML page in a browser, too")
     report.set_defaults(function=_report)
     return parser

@@ -6,9 +6,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from lightning_memtrain.tracing.allocator.blocks import Block
 from lightning_memtrain.tracing.allocator.caching_allocator import CachingAllocator
 from lightning_memtrain.tracing.allocator.events import (
     ALLOC,
+    ALLOCATED,
+    AWAITING_FREE,
     FREE_COMPLETED,
     FREE_REQUESTED,
     GIVES_BACK,
@@ -122,12 +125,14 @@ class Replay:
             self.blocks[address] = block = self.allocator.allocate(size, stream)
             self._num_same += block.address == address
             self._driver.ranges.clear()  # those of this allocation were within ranges that the model has
-        elif action == FREE_REQUESTED:
-            if address in self.blocks:
-                self.allocator.request_free(self.blocks[address])
-        elif action == FREE_COMPLETED:
-            if address in self.blocks:
-                self.allocator.complete_free(self.blocks.pop(address))
+        elif action == FREE_REQUESTED and address in self.blocks:
+            self._let_go(self.blocks[address])
+        elif action == FREE_COMPLETED and address in self.blocks:
+            block = self.blocks.pop(address)
+            self._let_go(block)
+            # Where memory ran out, the model has already freed what waited.
+            if block.state == AWAITING_FREE:
+                self.allocator.complete_free(block)
         elif action in TAKES:
             self.real_reserved_bytes += size
             self._real_peak_bytes = max(self._real_peak_bytes, self.real_reserved_bytes)
@@ -140,6 +145,10 @@ class Replay:
             if not self._giving_back:  # all at once
                 self.allocator.empty_cache()
         self._giving_back = action in GIVES_BACK
+
+    def _let_go(self, block: Block) -> None:
+        if block.state == ALLOCATED:
+            self.allocator.request_free(block)
 
     @property
     def comparison(self) -> Comparison:
