@@ -2,11 +2,11 @@
 
     python -m benchmarks.cuda_allocator [--json] [--write NAME] TRACE...
 
-A trace is what ``torch.cuda.memory._dump_snapshot`` wrote, or its events and segments as compact JSON (.json.xz:
-``events`` of [action, address, size, stream], ``segments`` with ``blocks`` of [address, size, requested size,
-state]). The model is told what was asked for and freed, and when memory went back to the device, and has to find
-each address, each new segment, and which segments go back. Where the driver puts a segment is taken from the
-trace. Time is that of the model alone, the fastest of three.
+A trace is what ``torch.cuda.memory._dump_snapshot`` wrote, or its events and segments as compact JSON
+(.json.xz: ``events`` of [action, address, size, stream], ``segments`` with ``blocks`` of [address, size,
+requested size, state]). The model is told what was asked for and freed, and when memory went back to the device,
+and has to find each address, each new segment, and which segments go back. Where the driver puts a segment is
+taken from the trace. Time is that of the model alone, the fastest of three.
 """
 
 from __future__ import annotations
@@ -85,19 +85,20 @@ def measure(device: DeviceSnapshot, settings: AllocatorSettings) -> dict[str, An
 
 
 def print_table(results: Mapping[str, Mapping[str, Any]]) -> None:
-    width = max(map(len, results), default=5)
-    print(f"{'reserved MiB: real, model':>{width + 64}}")
-    print(f"{'trace':{width}} {'allocations':>11} {'at their':>9} {'peak':>19} {'end':>19} {'s per 10,000':>12}")
-    print(f"{'':{width}} {'':>11} {'address':>9} {'':>19} {'':>19} {'events':>12}")
+    """Reserved bytes are in MiB, each real and modelled."""
+    line = "{:{width}}{:>13}{:>12}{:>11}{:>11}{:>11}{:>11}{:>14}"
+    width = max(map(len, results), default=0)
+    print(line.format("", "", "at their", "peak MiB", "peak MiB", "end MiB", "end MiB", "s per", width=width))
+    head = ("trace", "allocations", "address", "real", "model", "real", "model", "10,000 events")
+    print(line.format(*head, width=width))
     for name, row in results.items():
-        peak, end = (
-            f"{row[f'real_{when}_reserved_bytes'] / MIB:9,.0f} {row[f'model_{when}_reserved_bytes'] / MIB:9,.0f}"
+        reserved = [
+            f"{row[f'{whose}_{when}_reserved_bytes'] / MIB:,.0f}"
             for when in ("peak", "end")
-        )
-        share = f"{row['same_address_share']:.2%}"
-        print(
-            f"{name:{width}} {row['allocations']:11,} {share:>9} {peak} {end} {row['seconds_per_10000_events']:12.3f}"
-        )
+            for whose in ("real", "model")
+        ]
+        share, seconds = f"{row['same_address_share']:.2%}", f"{row['seconds_per_10000_events']:.3f}"
+        print(line.format(name, f"{row['allocations']:,}", share, *reserved, seconds, width=width))
 
 
 def main() -> None:
@@ -106,16 +107,21 @@ def main() -> None:
     )
     parser.add_argument("traces", metavar="TRACE", nargs="+", type=Path)
     parser.add_argument("--json", action="store_true", help="print JSON, by the traces' names")
-    parser.add_argument("--write", metavar="NAME", help="write the figures to benchmarks/results/NAME.json, too")
+    parser.add_argument(
+        "--write", metavar="NAME", help="write the figures to benchmarks/results/NAME.json, too"
+    )
     options = parser.parse_args()
     results, failed = {}, False
     for path in options.traces:
         try:
-            for name, device, settings in devices(path):
-                results[name] = measure(device, AllocatorSettings.from_snapshot(settings))
-        except (OSError, ValueError, KeyError, lzma.LZMAError) as error:
+            for name, device, recorded in devices(path):
+                settings, missing = AllocatorSettings.nearest(recorded)
+                if missing:
+                    print(f"{path}: {missing}", file=sys.stderr)
+                results[name] = measure(device, settings)
+        except (OSError, ValueError, KeyError, TypeError, lzma.LZMAError) as error:
             failed = True
-            print(f"{path}: {error}", file=sys.stderr)
+            print(f"{path}: {type(error).__name__}: {error}", file=sys.stderr)
     if options.json:
         print(json.dumps(results, indent=2))
     else:

@@ -153,12 +153,7 @@ def summarize(
     Returns:
         What it says.
     """
-    not_modelled = ""
-    try:
-        settings = AllocatorSettings.from_snapshot(allocator_settings)
-    except ValueError as error:
-        not_modelled = str(error)
-        settings = AllocatorSettings(bool(allocator_settings.get("expandable_segments", False)))
+    settings, not_modelled = AllocatorSettings.nearest(allocator_settings)
     run = Replay(device.events, device.segments, settings)
     allocated, reserved = [run.allocator.allocated_bytes], [run.real_reserved_bytes]
     sizes: dict[int, int] = {}

@@ -152,6 +152,22 @@ class AllocatorSettings:
             roundup_power2_divisions=tuple((int(mib) * MIB, count) for mib, count in divisions if count > 1),
         )
 
+    @classmethod
+    def nearest(cls, recorded: Mapping[str, Any]) -> tuple[AllocatorSettings, str]:
+        """Read the settings of a snapshot as far as they are modelled.
+
+        Args:
+            recorded: the entry ``allocator_settings`` of the snapshot.
+
+        Returns:
+            The settings, and what about them is not modelled: ``""`` if all is.
+        """
+        try:
+            return cls.from_snapshot(recorded), ""
+        except ValueError as error:
+            modelled = {name: value for name, value in recorded.items() if name not in _NOT_MODELLED}
+            return cls.from_snapshot(modelled), str(error)
+
     def block_bytes(self, num_bytes: int) -> int:
         """What an allocation of ``num_bytes`` takes at least."""
         if num_bytes < BLOCK_BYTES:

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import json
-import lzma
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from benchmarks.cuda_allocator import compact_trace
 from lightning_memtrain.core import MIB
 from lightning_memtrain.tracing.allocator import (
     AllocatorEvent,
@@ -18,8 +18,7 @@ from lightning_memtrain.tracing.allocator import (
 )
 from lightning_memtrain.tracing.allocator.events import ALLOC
 
-DATA = Path(os.environ.get("MEMTRAIN_DATA_DIR", Path(__file__).resolve().parents[5] / "shared" / "data"))
-TRACES = sorted((DATA / "cuda_traces").glob("*.json.xz"))
+TRACES = sorted((Path(os.environ.get("MEMTRAIN_DATA_DIR", "")) / "cuda_traces").glob("*.json.xz"))
 
 
 def recorded(allocator_events: list[AllocatorEvent]) -> CachingAllocator:
@@ -80,24 +79,15 @@ def test_a_recording_without_allocations_has_no_wrong_address() -> None:
     assert replay([], []).same_address_share == 1
 
 
-def load(path: Path) -> tuple[list[AllocatorEvent], list[SegmentRecord], AllocatorSettings]:
-    trace = json.loads(lzma.decompress(path.read_bytes()))
-    events = [AllocatorEvent(*event) for event in trace["events"]]
-    end = [
-        SegmentRecord(
-            segment["address"],
-            segment["total_size"],
-            segment["stream"],
-            segment["segment_type"] == "small",
-            segment["is_expandable"],
-            tuple(BlockRecord(*block) for block in segment["blocks"]),
-        )
-        for segment in trace["segments"]
-    ]
-    return events, end, AllocatorSettings.from_snapshot(trace["allocator_settings"])
+needs_traces = pytest.mark.skipif(not TRACES, reason="no recordings of real devices in $MEMTRAIN_DATA_DIR")
 
 
-@pytest.mark.skipif(not TRACES, reason=f"no traces of real devices in {DATA / 'cuda_traces'}")
+def load(path: Path) -> tuple[Sequence[AllocatorEvent], Sequence[SegmentRecord], AllocatorSettings]:
+    device, settings = compact_trace(path)
+    return device.events, device.segments, AllocatorSettings.from_snapshot(settings)
+
+
+@needs_traces
 def test_every_allocation_of_real_devices_is_where_it_was() -> None:
     wrong = {}
     for path in TRACES:
@@ -109,7 +99,7 @@ def test_every_allocation_of_real_devices_is_where_it_was() -> None:
     assert wrong == {}
 
 
-@pytest.mark.skipif(not TRACES, reason=f"no traces of real devices in {DATA / 'cuda_traces'}")
+@needs_traces
 def test_the_check_above_can_fail() -> None:
     events, end, _ = load(next(path for path in TRACES if path.name.startswith("expandable")))
     comparison = replay(events, end, AllocatorSettings())
