@@ -4,9 +4,9 @@
 
 A trace is what ``torch.cuda.memory._dump_snapshot`` wrote, or its events and segments as compact JSON
 (.json.xz: ``events`` of [action, address, size, stream], ``segments`` with ``blocks`` of [address, size,
-requested size, state]). The model is told what was asked for and freed, and when memory went back to the device,
-and has to find each address, each new segment, and which segments go back. Where the driver puts a segment is
-taken from the trace. Time is that of the model alone, the fastest of three.
+requested size, state]). The model is told what was asked for and freed, and when memory went back to the
+device, and has to find each address, each new segment, and which segments go back. Where the driver puts a
+segment is taken from the trace. Time is that of the model alone, the fastest of three.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from lightning_memtrain.tracing.allocator import (
     AllocatorSettings,
     BlockRecord,
     CachingAllocator,
+    DeviceFull,
     SegmentRecord,
     replay,
 )
@@ -54,6 +55,32 @@ def test_the_second_half_of_a_recording_is_replayed_exactly() -> None:
     comparison = replay(events[len(events) // 2 :], allocator.segments())
     assert comparison.same_address_share == 1
     assert comparison.model_end_allocated_bytes == allocator.allocated_bytes
+
+
+def test_a_model_that_knows_the_limit_finds_out_itself_when_memory_goes_back() -> None:
+    events: list[AllocatorEvent] = []
+    allocator = recorded(events)
+    told = replay(events, allocator.segments())
+    assert replay(events, allocator.segments(), limit_bytes=200 * MIB) == told
+    # With more memory nothing would have gone back.
+    assert replay(events, allocator.segments(), limit_bytes=900 * MIB).model_end_reserved_bytes == 204 * MIB
+    with pytest.raises(DeviceFull):
+        replay(events, allocator.segments(), limit_bytes=90 * MIB)
+
+
+def test_an_address_is_not_given_twice_where_the_model_went_another_way() -> None:
+    # The real one gave a segment back and got its address again, without its being full.
+    events = [
+        AllocatorEvent("segment_alloc", 0, 20 * MIB),
+        AllocatorEvent("alloc", 0, 20 * MIB),
+        AllocatorEvent("segment_free", 0, 20 * MIB),
+        AllocatorEvent("segment_alloc", 0, 20 * MIB),
+        AllocatorEvent("alloc", 0, 20 * MIB),
+    ]
+    block = BlockRecord(0, 20 * MIB, 20 * MIB, "active_allocated")
+    comparison = replay(events, [SegmentRecord(0, 20 * MIB, 0, False, False, (block,))])
+    assert comparison.num_same_address == 1
+    assert comparison.model_end_reserved_bytes == 40 * MIB
 
 
 def test_another_placement_is_counted() -> None:
@@ -104,3 +131,14 @@ def test_the_check_above_can_fail() -> None:
     events, end, _ = load(next(path for path in TRACES if path.name.startswith("expandable")))
     comparison = replay(events, end, AllocatorSettings())
     assert comparison.num_same_address < comparison.num_allocations == sum(e.action == ALLOC for e in events)
+
+
+@needs_traces
+def test_a_limit_alone_tells_when_a_real_device_was_full() -> None:
+    # Any limit from the highest that was reserved to the least at which an allocation failed.
+    events, end, settings = load(next(path for path in TRACES if path.name.startswith("llm_ten_streams")))
+    told = replay(events, end, settings)
+    assert told.real_peak_reserved_bytes == 21_476 * MIB
+    assert replay(events, end, settings, limit_bytes=21_476 * MIB) == told
+    assert replay(events, end, settings, limit_bytes=21_511 * MIB) == told
+    assert replay(events, end, settings, limit_bytes=21_600 * MIB).same_address_share < 1
