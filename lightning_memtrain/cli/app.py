@@ -85,6 +85,12 @@ def _report(args: argparse.Namespace) -> None:
     show_report(args.path, open_page=args.open)
 
 
+def _devices(args: argparse.Namespace) -> None:
+    from lightning_memtrain.cli.devices import show_devices
+
+    show_devices()
+
+
 def _run(argv: list[str]) -> int:
     # By hand, because argparse would take the value of a LightningCLI option that follows for the recipe.
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
@@ -202,6 +208,7 @@ def _parser() -> _CommandParser:
     copy = parser.add("copy", "copy a recipe's folder, to be changed and run")
     run = parser.add("run", "train by a recipe", _run_options())
     report = parser.add("report", "print the memory report of a run, or a snapshot of CUDA memory")
+    parser.add("devices", "list GPUs by name, with their memory").set_defaults(function=_devices)
     parser.add("demo", "train WRN-28-2 on handwritten digits and show its memory", _demo_options())
     for name, summary in _commands_of_recipes().items():
         parser.add(name, summary[0].lower() + summary[1:])
