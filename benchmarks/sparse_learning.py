@@ -27,10 +27,10 @@ from torch.nn import functional as F
 from benchmarks.results_file import write_results
 from lightning_memtrain.recipes.cifar10_wrn28_2.batches import read_batch
 from lightning_memtrain.recipes.cifar10_wrn28_2.model import WideResNet
-from lightning_memtrain.sparsity.clocks import RunLength, UpdateEvery
-from lightning_memtrain.sparsity.methods import SET, RigL, SparseMethod, StaticSparse
-from lightning_memtrain.sparsity.reparameterization import DynamicSparseReparameterization
-from lightning_memtrain.sparsity.rules import Layer, Moment, sample_inactive
+from lightning_memtrain.sparsity.methods.dsr import DynamicSparseReparameterization
+from lightning_memtrain.sparsity.methods.rules.layer_updates import Layer, Moment, sample_inactive
+from lightning_memtrain.sparsity.methods.sparse_method import SET, RigL, SparseMethod, StaticSparse
+from lightning_memtrain.sparsity.methods.update_schedules import RunLength, UpdateEvery
 
 SPARSITY, DEPTH, BATCH_SIZE, UPDATE_STEPS = 0.9, 16, 100, 50
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -25,8 +25,8 @@ from torch import nn
 from benchmarks.ledger_overhead import keep_the_heap
 from benchmarks.results_file import write_results
 from lightning_memtrain import RigL, sparsify_
-from lightning_memtrain.sparsity.rules import Moment
-from lightning_memtrain.sparsity.updater import Updater
+from lightning_memtrain.sparsity.methods.rules.layer_updates import Moment
+from lightning_memtrain.sparsity.pattern_updater import Updater
 
 NUM_LAYERS, SPARSITY = 4, 0.9
 STORED = (100_000, 300_000, 1_000_000, 1_700_000)

@@ -1,24 +1,29 @@
 """Train with few nonzero weights, and store only these: weights, gradients and optimizer state."""
 
-from lightning_memtrain.sparsity.callback import SparseTraining
-from lightning_memtrain.sparsity.candidates import Candidates, CandidateWatch, watch_candidates
-from lightning_memtrain.sparsity.clocks import UpdateClock, UpdateEvery, UpdatePiecewise
-from lightning_memtrain.sparsity.distributions import Distribution, ErdosRenyi, ErdosRenyiKernel, Uniform
-from lightning_memtrain.sparsity.export import dense_state_dict, export_dense
-from lightning_memtrain.sparsity.methods import SET, RigL, SparseMethod, StaticSparse
-from lightning_memtrain.sparsity.patterns import Storage
-from lightning_memtrain.sparsity.pruning import GradualMagnitudePruning
-from lightning_memtrain.sparsity.reparameterization import DSR, DynamicSparseReparameterization
-from lightning_memtrain.sparsity.schedules import (
+from lightning_memtrain.sparsity.methods.distributions import (
+    Distribution,
+    ErdosRenyi,
+    ErdosRenyiKernel,
+    Uniform,
+)
+from lightning_memtrain.sparsity.methods.dsr import DSR, DynamicSparseReparameterization
+from lightning_memtrain.sparsity.methods.gradual_magnitude_pruning import GradualMagnitudePruning
+from lightning_memtrain.sparsity.methods.sparse_method import SET, RigL, SparseMethod, StaticSparse
+from lightning_memtrain.sparsity.methods.update_schedules import UpdateClock, UpdateEvery, UpdatePiecewise
+from lightning_memtrain.sparsity.methods.value_schedules import (
     ConstantSchedule,
     CosineSchedule,
     CubicSchedule,
     LinearSchedule,
     Schedule,
 )
-from lightning_memtrain.sparsity.selection import Select
-from lightning_memtrain.sparsity.sparsify import densify_, sparsify_
-from lightning_memtrain.sparsity.weights import SparseWeight, sparse_weights
+from lightning_memtrain.sparsity.selection.select import Select
+from lightning_memtrain.sparsity.sparse_training import SparseTraining
+from lightning_memtrain.sparsity.storage.candidate_search import Candidates, CandidateWatch, watch_candidates
+from lightning_memtrain.sparsity.storage.dense_export import dense_state_dict, export_dense
+from lightning_memtrain.sparsity.storage.patterns import Storage
+from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight, sparse_weights
+from lightning_memtrain.sparsity.storage.sparsify import densify_, sparsify_
 
 __all__ = [
     "DSR",

@@ -15,8 +15,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_memtrain.sparsity import sharding
-from lightning_memtrain.sparsity.candidates import Candidates
-from lightning_memtrain.sparsity.weights import SparseWeight
+from lightning_memtrain.sparsity.storage.candidate_search import Candidates
+from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 # Odd, from the golden ratio; products wrap around.

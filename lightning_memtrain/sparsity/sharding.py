@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 if TYPE_CHECKING:
-    from lightning_memtrain.sparsity.weights import SparseWeight
+    from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
 
 
 def shards(strategy: Any) -> bool:

@@ -10,19 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_memtrain.sparsity.clocks import RunLength, UpdateEvery, UpdatePiecewise
-from lightning_memtrain.sparsity.distributions import (
+from lightning_memtrain.sparsity.methods.distributions import (
     ErdosRenyi,
     ErdosRenyiKernel,
     Uniform,
     apportion,
     num_kept,
 )
-from lightning_memtrain.sparsity.methods import SET, RigL, StaticSparse
-from lightning_memtrain.sparsity.pruning import GradualMagnitudePruning
-from lightning_memtrain.sparsity.reparameterization import DynamicSparseReparameterization
-from lightning_memtrain.sparsity.rules import Layer, Moment, sample_inactive
-from lightning_memtrain.sparsity.schedules import (
+from lightning_memtrain.sparsity.methods.dsr import DynamicSparseReparameterization
+from lightning_memtrain.sparsity.methods.gradual_magnitude_pruning import GradualMagnitudePruning
+from lightning_memtrain.sparsity.methods.rules.layer_updates import Layer, Moment, sample_inactive
+from lightning_memtrain.sparsity.methods.sparse_method import SET, RigL, StaticSparse
+from lightning_memtrain.sparsity.methods.update_schedules import RunLength, UpdateEvery, UpdatePiecewise
+from lightning_memtrain.sparsity.methods.value_schedules import (
     ConstantSchedule,
     CosineSchedule,
     CubicSchedule,

@@ -17,11 +17,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 import lightning_memtrain as mt
-from lightning_memtrain.sparsity import unfinished
-from lightning_memtrain.sparsity.rules import Moment
-from lightning_memtrain.sparsity.unfinished import Moved, Unfinished
-from lightning_memtrain.sparsity.updater import Updater
-from lightning_memtrain.sparsity.weights import SparseWeight
+from lightning_memtrain.sparsity import pending_update as unfinished
+from lightning_memtrain.sparsity.methods.rules.layer_updates import Moment
+from lightning_memtrain.sparsity.pattern_updater import Updater
+from lightning_memtrain.sparsity.pending_update import Moved, Unfinished
+from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
 from tests.helpers.faults import FailAtOp
 from tests.helpers.trainers import LIGHTNING_WARNINGS
 

@@ -1,0 +1,170 @@
+"""A dense model made sparse, as a method and a selection say."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_memtrain.core import NoEffectWarning
+from lightning_memtrain.sparsity.methods.rules.layer_updates import Moment, sample_inactive
+from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
+from lightning_memtrain.sparsity.run.run_validation import refuse_layers
+from lightning_memtrain.sparsity.selection.layer_copies import Copies
+from lightning_memtrain.sparsity.selection.select import DEFAULT_TYPES, Select
+from lightning_memtrain.sparsity.storage.patterns import Storage
+from lightning_memtrain.sparsity.storage.sparse_weight import sparse_weights
+from lightning_memtrain.sparsity.storage.sparsify import sparsify_
+
+# Below that share of what is trained a run is warned that it saves little.
+_LITTLE = 0.5
+_NONE = torch.empty(0, dtype=torch.int64)
+
+
+def sparsify_at_random(
+    model: nn.Module,
+    method: SparseMethod,
+    select: Select,
+    seed: int,
+    storage: Storage = "auto",
+    chunk_bytes: int | None = None,
+) -> Copies:
+    """Keep as many weights of each layer as a method says, at random positions, with their values.
+
+    Layers that are copies have the positions of their original. Weights of a layer, or of the model, that
+    have so many zeros already lose nothing: all that are not 0 stay.
+
+    Args:
+        model: becomes sparse in place.
+        method: says how many.
+        select: says in which layers.
+        seed: of the positions, which depend on nothing else.
+        storage: form of the pattern.
+        chunk_bytes: most bytes of a dense weight that a linear layer makes at a time.
+
+    Returns:
+        Which layers are copies of which.
+
+    Raises:
+        MisconfigurationException: if a weight is tied or not yet made.
+
+    Example:
+        >>> from lightning_memtrain.sparsity.methods.sparse_method import StaticSparse
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> _ = sparsify_at_random(model, StaticSparse(0.75), Select(dense=["1"]), seed=0)
+        >>> model[0]
+        SparseLinear(in_features=4, out_features=4, bias=True, nnz=4, storage='bitmask')
+    """
+    layers, copies = select.choose(model)
+    refuse_layers(model, layers)
+    shapes = {path: place.shape for path, place in layers.items() if path not in copies.originals}
+    start = Moment(0, 0, 0, seed)
+    counts = method.counts(shapes, select.overrides) if layers else {}
+    nonzero = {path: _count_nonzero(layers[path].parameter) for path in counts}
+    positions = {}
+    for path, count in _with_room(counts, nonzero).items():
+        # A layer that keeps all of its weights for good needs no pattern.
+        if count < math.prod(shapes[path]) or method.changes_counts:
+            present = _nonzero(layers[path].parameter) if nonzero[path] <= count else _NONE
+            numel, missing = math.prod(shapes[path]), count - len(present)
+            drawn = sample_inactive(numel, present, missing, start.generator(path))
+            positions[layers[path].name] = torch.cat([present, drawn])
+    for copy, original in copies.originals.items():
+        if layers[original].name in positions:
+            positions[layers[copy].name] = positions[layers[original].name]
+    if positions:
+        sparsify_(model, positions, storage=storage, chunk_bytes=chunk_bytes)
+        if select.types == DEFAULT_TYPES and not isinstance(method.sparsity, Mapping):
+            _warn_of_little(model, select)
+        return copies
+    what = f"leaves all of {', '.join(layers)} dense" if layers else f"matched no layer: {select}"
+    warnings.warn(
+        f"`SparseTraining` has no effect: {method} {what}. Raise the sparsity, or choose layers by "
+        "Select(types=..., dense_ends=False).",
+        NoEffectWarning,
+        stacklevel=2,
+    )
+    return copies
+
+
+def _count_nonzero(parameter: nn.Parameter) -> int:
+    return parameter.numel() if parameter.is_meta else int(torch.count_nonzero(parameter.detach()))
+
+
+def _nonzero(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().reshape(-1).nonzero().flatten().cpu()
+
+
+def _with_room(counts: Mapping[str, int], nonzero: Mapping[str, int]) -> dict[str, int]:
+    """Counts of the same sum that lose nothing, if the model as a whole has so few weights."""
+    if sum(nonzero.values()) > sum(counts.values()):
+        return dict(counts)
+    lacking = sum(max(0, nonzero[path] - count) for path, count in counts.items())
+    roomy = {}
+    for path, count in counts.items():
+        given = min(lacking, max(0, count - nonzero[path]))
+        lacking -= given
+        roomy[path] = max(count - given, nonzero[path])
+    return roomy
+
+
+def _warn_of_little(model: nn.Module, select: Select) -> None:
+    """Warn if most of what is trained stays dense, and nobody asked for that."""
+    weights = sparse_weights(model).values()
+    numels = {id(weight.values): weight.numel for weight in weights}
+    dense = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in numels
+        and not is_lazy(parameter)
+        and parameter.requires_grad
+        and not select.keeps_dense(name)
+    }
+    sparse = sum(numels.values())
+    if (share := sparse / (sparse + sum(dense.values()))) >= _LITTLE:
+        return
+    largest = sorted(dense, key=dense.__getitem__, reverse=True)[:3]
+    named = ", ".join(f"{name!r} ({dense[name]:,})" for name in largest)
+    warnings.warn(
+        f"`SparseTraining` reaches {sparse:,} of {sparse + sum(dense.values()):,} trained parameters, "
+        f"{share:.1%}, so that it saves little. The largest that stay dense are {named}. Choose other layers "
+        "by Select(types=..., dense_ends=False), or name these in Select(dense=[...]) if they are meant to.",
+        stacklevel=2,
+    )
+
+
+def around_configure_model(
+    model: LightningModule, before: Callable[[], None], after: Callable[[], None]
+) -> Callable[[], None]:
+    """Do something before and after a model's own ``configure_model``.
+
+    Args:
+        model: whose hook it is.
+        before: called first.
+        after: called last.
+
+    Returns:
+        A function that takes it back if that has not been called.
+    """
+    inner, replaced = model.configure_model, model.__dict__.get("configure_model")
+
+    def configure_model() -> None:
+        before()
+        inner()
+        undo()  # nothing of this is in a copy of the model that is made during the run
+        after()
+
+    def undo() -> None:
+        if model.__dict__.get("configure_model") is not configure_model:
+            return
+        del model.__dict__["configure_model"]
+        if replaced is not None:
+            model.__dict__["configure_model"] = replaced
+
+    model.__dict__["configure_model"] = configure_model
+    return undo

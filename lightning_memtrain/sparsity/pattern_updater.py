@@ -1,0 +1,298 @@
+"""A method at work on the weights of a model, for any training loop."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_memtrain.coordination import dry_run_depth
+from lightning_memtrain.core import NoEffectWarning
+from lightning_memtrain.sparsity import distributed, sharding
+from lightning_memtrain.sparsity.methods.rules.layer_updates import Layer, Moment, State
+from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
+from lightning_memtrain.sparsity.pending_update import Moved, Unfinished
+from lightning_memtrain.sparsity.storage.candidate_search import Candidates, CandidateWatch, watch_candidates
+from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
+
+# With several passes per step, or several ranks, the largest of one need not be the largest of all.
+_CANDIDATES_PER_CHOICE = 2
+
+
+class Updater:
+    """Applies a method to sparse weights: watch the backward before an update, then update.
+
+    Args:
+        weights: by layer, in the same order on every rank.
+        method: says what to change.
+        num_ranks: processes that train together.
+
+    Example:
+        >>> from lightning_memtrain.sparsity.methods.sparse_method import RigL
+        >>> from lightning_memtrain.sparsity.storage.sparsify import sparsify_
+        >>> layer = torch.nn.Linear(8, 1)
+        >>> updater = Updater(sparsify_(layer, {"weight": torch.tensor([0, 3])}), RigL(0.75, drop=0.5))
+        >>> optimizer, now = torch.optim.SGD(layer.parameters(), lr=0.1), Moment(step=1, elapsed=1, span=10)
+        >>> updater.watch(now)
+        >>> layer(torch.arange(8.0)).sum().backward()
+        >>> updater.note_gradients()
+        >>> optimizer.step()
+        >>> updater.update(now, [optimizer])
+        Moved(step=1, num_dropped=1, num_grown=1)
+        >>> 7 in updater.weights["weight"].positions()
+        True
+    """
+
+    def __init__(self, weights: Mapping[str, SparseWeight], method: SparseMethod, num_ranks: int = 1) -> None:
+        self.weights = dict(weights)
+        self.method = method
+        self.state: State = method.initial_state(sum(weight.nnz for weight in weights.values()))
+        self.num_ranks = num_ranks
+        #: Weights that do as another one, by the layer of that one, whose pattern they have.
+        self.followers: Mapping[str, Sequence[SparseWeight]] = {}
+        #: What is left of an update that an error or an interrupt has ended.
+        self.unfinished: Unfinished | None = None
+        self._watch: CandidateWatch | None = None
+        self._watched: list[str] = []
+        self._gradients: dict[str, Tensor] = {}
+        # The same, as they come, where they do not stay; and what ends that.
+        self._passing: dict[str, Tensor] = {}
+        self._undo: list[Callable[[], None]] = []
+        self._unseen: set[str] = set()
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether backward looks for candidates."""
+        return self._watch is not None
+
+    def watch(self, moment: Moment, *, gradients_stay: bool = True) -> None:
+        """Let every backward from now on find what the update of a moment has to know, if anything.
+
+        Args:
+            moment: of the next update.
+            gradients_stay: whether those of values are there after backward, for :meth:`note_gradients`;
+                otherwise they are seen while they are made.
+        """
+        self.close()
+        wanted = self._wanted(moment)
+        if not wanted:
+            return
+        self._watched = list(wanted)
+        self._watch = watch_candidates(self.weights, wanted)
+        for name in () if gradients_stay else wanted:
+            see = functools.partial(self._see_gradient, name)
+            handle = self.weights[name].values.register_hook(see)  # type: ignore[no-untyped-call]
+            self._undo.append(handle.remove)
+
+    def lacks_candidates(self, moment: Moment) -> bool:
+        """Whether an update has to wait for a backward that is watched.
+
+        Args:
+            moment: of the update.
+
+        Returns:
+            ``False`` if the method asks for no candidates.
+        """
+        return self._watch is None and bool(self._wanted(moment))
+
+    def _wanted(self, moment: Moment) -> dict[str, int]:
+        trained = self._trained()
+        numbers = self.method.num_candidates({name: w.nnz for name, w in trained.items()}, moment)
+        # A layer without room has nothing to look for.
+        return {
+            name: _CANDIDATES_PER_CHOICE * number
+            for name, number in numbers.items()
+            if trained[name].nnz < trained[name].numel
+        }
+
+    def note_gradients(self) -> None:
+        """Remember the gradients of watched values, which clipping and unscaling are yet to change."""
+        if self._undo:
+            return  # what is still there may be clipped already
+        for name in self._watched if self._watch is not None else ():
+            gradient = self.weights[name].values.grad
+            if gradient is not None:
+                self._gradients[name] = gradient.detach().float().abs()
+
+    @property
+    def seen(self) -> Collection[str]:
+        """Layers whose gradients did not stay, but were seen."""
+        return self._passing.keys()
+
+    @torch.no_grad()
+    def _see_gradient(self, name: str, gradient: Tensor) -> None:
+        if dry_run_depth():
+            return
+        seen = self._passing.get(name)
+        self._passing[name] = gradient.detach().clone() if seen is None else seen.add_(gradient)
+
+    @torch.no_grad()
+    def update(self, moment: Moment, optimizers: Sequence[Optimizer]) -> Moved:
+        """Change the pattern, or finish an update that an error or an interrupt has ended.
+
+        Args:
+            moment: when.
+            optimizers: whose state follows.
+
+        Returns:
+            What was done.
+
+        Raises:
+            RuntimeError: if weights are not finite, or the patterns of ranks differ.
+        """
+        following = {weight.path: weight for weights in self.followers.values() for weight in weights}
+        everything = {**following, **self.weights}
+        if self.unfinished is not None:
+            return self.finish(everything, optimizers)
+        candidates = self._found()
+        self._warn_of_unseen({name: c for name, c in candidates.items() if name not in following}, moment)
+        moved = Moved(moment.step, num_dropped=0, num_grown=0)
+        for group in self._together(following):
+            layers = {name: self._layer(name, weight, candidates) for name, weight in group.items()}
+            for name, layer in layers.items():
+                _refuse_infinite(name, layer.values, moment)
+            update = self.method.update(layers, moment, self.state)
+            num_dropped = moved.num_dropped + sum(one.num_dropped for one in update.changes.values())
+            num_grown = moved.num_grown + sum(one.grown.numel() for one in update.changes.values())
+            changes = {}
+            for name, change in update.changes.items():
+                changes[name] = change
+                changes |= {weight.path: change for weight in self.followers.get(name, ())}
+            del layers  # positions and gradients that nothing needs while layers move
+            self.unfinished = Unfinished(Moved(moment.step, num_dropped, num_grown), update.state, changes)
+            moved = self._carry_on(everything, optimizers)
+        return self._end(moved)
+
+    @torch.no_grad()
+    def finish(self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]) -> Moved:
+        """Do what is left of an update that an error or an interrupt has ended.
+
+        Args:
+            weights: of the model, by layer.
+            optimizers: whose state follows.
+
+        Returns:
+            What the whole update did.
+
+        Raises:
+            RuntimeError: if the patterns of ranks differ.
+        """
+        return self._end(self._carry_on(weights, optimizers))
+
+    def _carry_on(self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]) -> Moved:
+        assert self.unfinished is not None
+        self.unfinished.carry_on(weights, optimizers)
+        moved, self.state = self.unfinished.moved, self.unfinished.state
+        self.unfinished = None
+        return moved
+
+    def _end(self, moved: Moved) -> Moved:
+        self.close()
+        if self.num_ranks > 1:
+            distributed.refuse_differences(self.weights, moved.step)
+        return moved
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method keeps, and what is left of an update."""
+        left = self.unfinished
+        return {"state": dict(self.state), "unfinished": None if left is None else left.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with what was saved.
+
+        Args:
+            state_dict: of :meth:`state_dict`, perhaps among other things.
+        """
+        self.state = state_dict["state"]
+        self.unfinished = Unfinished.loaded(state_dict.get("unfinished"))
+
+    def close(self) -> None:
+        """Stop watching; further calls do nothing."""
+        if self._watch is not None:
+            self._watch.close()
+        for undo in self._undo:
+            undo()
+        self._watch, self._watched, self._undo = None, [], []
+        self._gradients, self._passing = {}, {}
+
+    def _trained(self) -> dict[str, SparseWeight]:
+        """What is frozen keeps its pattern."""
+        return {name: weight for name, weight in self.weights.items() if weight.values.requires_grad}
+
+    def _together(self, left_out: Collection[str]) -> Iterator[dict[str, SparseWeight]]:
+        """All layers that move by themselves; but those whose values are divided among ranks one by one.
+
+        Each is made whole. Their counts are fixed, so none depends on another.
+        """
+        whole = {}
+        for name, weight in self._trained().items():
+            if name in left_out:
+                continue
+            if isinstance(weight.values.data, DTensor):
+                yield {name: weight}
+            else:
+                whole[name] = weight
+        if whole:
+            yield whole
+
+    def _found(self) -> dict[str, Candidates]:
+        found = {}
+        for name in self._watched:
+            assert self._watch is not None
+            try:
+                found[name] = self._watch.candidates(name)
+            except RuntimeError:  # no backward came through
+                values = self.weights[name].values
+                nothing = torch.empty(0, device=values.device)
+                found[name] = Candidates(nothing.long(), nothing)
+        if self._watched and self.num_ranks > 1:
+            found = distributed.average_candidates(found)
+            if self._undo:  # as many on every rank
+                for name in self._watched:
+                    self._passing.setdefault(name, torch.zeros_like(self.weights[name].values.detach()))
+                distributed.average(self._passing[name] for name in self._watched)
+        for name, gradient in self._passing.items():
+            self._gradients[name] = gradient.float().abs()
+        return found
+
+    def _warn_of_unseen(self, candidates: Mapping[str, Candidates], moment: Moment) -> None:
+        """Once for each layer: in a step it may be left out of the loss, as experts are."""
+        unseen = [name for name, found in candidates.items() if not len(found.positions)]
+        new = [name for name in unseen if name not in self._unseen]
+        self._unseen.update(new)
+        if new:
+            warnings.warn(
+                f"{type(self.method).__name__} moves no weights of {', '.join(map(repr, new))} in the update "
+                f"of step {moment.step}, since no backward of that step came through: no gradients of "
+                "positions to grow at are known. Layers that take no part in the loss are better left "
+                "dense: name them in Select(dense=...).",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+
+    def _layer(self, name: str, weight: SparseWeight, candidates: Mapping[str, Candidates]) -> Layer:
+        extra: dict[str, Any] = {}
+        if name in candidates:
+            gradients = self._gradients.get(name)
+            extra = {
+                "candidate_positions": candidates[name].positions,
+                "candidate_gradients": candidates[name].gradients,
+                "gradients": sharding.whole(gradients) if gradients is not None else None,
+            }
+        values = sharding.whole(weight.values.detach())
+        return Layer(name, weight.shape, weight.positions, values, **extra)
+
+
+def _refuse_infinite(name: str, values: Tensor, moment: Moment) -> None:
+    if not values.isfinite().all():
+        raise RuntimeError(
+            f"The weights of {name!r} must be finite to choose among them, but some are NaN or infinite in "
+            f"the update of step {moment.step}: training has diverged. Lower the learning rate, or clip "
+            "gradients."
+        )

@@ -1,0 +1,83 @@
+"""What an update does, and what it has still to do where an error or an interrupt has ended it.
+
+Each layer moves at once or not at all. An update of several is finished later: with the same changes, which
+were chosen before the first layer moved, and which a checkpoint holds. So the end is that of an update
+without fault, and no second copy of all layers is needed for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lightning_memtrain.sparsity.methods.rules.layer_updates import Change, State
+from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight, carry_out
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What one update did.
+
+    Args:
+        step: optimizer steps completed.
+        num_dropped: weights that went, in all layers.
+        num_grown: weights that came.
+    """
+
+    step: int
+    num_dropped: int
+    num_grown: int
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """An update whose changes are known.
+
+    Args:
+        moved: what it will have done in the end.
+        state: of the method, from then on.
+        changes: of layers that have not moved yet.
+    """
+
+    moved: Moved
+    state: State
+    changes: dict[str, Change]
+
+    def carry_on(self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]) -> None:
+        """Move the layers that have not moved yet, each together with the note that it has.
+
+        Args:
+            weights: by the names of the changes.
+            optimizers: whose state follows.
+        """
+        for name, change in list(self.changes.items()):
+            exchange = weights[name].prepared(change.kept, change.grown, optimizers)
+            carry_out([*exchange, partial(self.changes.pop, name, None)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        moved = self.moved
+        return {
+            "moved": [moved.step, moved.num_dropped, moved.num_grown],
+            "state": dict(self.state),
+            "changes": {name: (one.kept.cpu(), one.grown.cpu()) for name, one in self.changes.items()},
+        }
+
+    @staticmethod
+    def loaded(state: Mapping[str, Any] | None) -> Unfinished | None:
+        """What was saved.
+
+        Args:
+            state: of :meth:`state_dict`, or ``None``.
+
+        Returns:
+            ``None`` for ``None``.
+        """
+        if state is None:
+            return None
+        changes = {name: Change(*change) for name, change in state["changes"].items()}
+        return Unfinished(Moved(*state["moved"]), state["state"], changes)

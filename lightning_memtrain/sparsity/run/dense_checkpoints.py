@@ -1,0 +1,179 @@
+"""What a run leaves: dense weights in model and checkpoints, for code that knows of no sparse layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_memtrain.sparsity.storage.patterns import Span, complaint_about, decode
+from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
+
+Leave = Literal["sparse", "dense"]
+
+
+def with_dense_weights(
+    state_dict: Mapping[str, Tensor], weights: Mapping[str, SparseWeight]
+) -> dict[str, Tensor]:
+    """A model's state with a dense weight in the place of values and pattern, made in host memory.
+
+    Args:
+        state_dict: of a model with sparse layers.
+        weights: of these.
+
+    Returns:
+        The rest is what was given.
+    """
+    values = {_key(weight, "values"): weight for weight in weights.values()}
+    patterns = {_key(weight, "sparsity_pattern") for weight in weights.values()}
+    dense: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        if key in values:
+            dense[values[key].name] = values[key].layer.dense().cpu()
+        elif key not in patterns:
+            dense[key] = value
+    return dense
+
+
+def patterns_of(weights: Mapping[str, SparseWeight]) -> dict[str, tuple[int, Tensor]]:
+    """What has to be saved beside dense weights, so that the same entries are stored again.
+
+    Args:
+        weights: of sparse layers, by path.
+
+    Returns:
+        How many entries are stored, and the pattern, by path.
+    """
+    return {path: (weight.nnz, weight.layer.sparsity_pattern.cpu()) for path, weight in weights.items()}
+
+
+def with_stored_entries(
+    state_dict: Mapping[str, Tensor],
+    weights: Mapping[str, SparseWeight],
+    patterns: Mapping[str, tuple[int, Tensor]],
+) -> dict[str, Tensor]:
+    """The inverse of :func:`with_dense_weights`.
+
+    Args:
+        state_dict: with dense weights.
+        weights: of the layers that are sparse in the model, by path.
+        patterns: of :func:`patterns_of`, when the weights were saved.
+
+    Returns:
+        The rest is what was given.
+
+    Raises:
+        ValueError: if a pattern is damaged.
+    """
+    by_name = {weight.name: path for path, weight in weights.items() if path in patterns}
+    stored: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        if key not in by_name:
+            stored[key] = value
+            continue
+        weight, (nnz, pattern) = weights[by_name[key]], patterns[by_name[key]]
+        if (complaint := complaint_about(pattern, torch.empty(nnz), value.shape)) is not None:
+            raise ValueError(f"The pattern of {key!r} in the checkpoint {complaint}")
+        positions = decode(pattern, value.numel(), Span(0, value.numel(), 0, nnz)).to(value.device)
+        stored[_key(weight, "values")] = value.reshape(-1).index_select(0, positions)
+        stored[_key(weight, "sparsity_pattern")] = pattern
+    return stored
+
+
+def make_dense(checkpoint: dict[str, Any], weights: Mapping[str, SparseWeight]) -> None:
+    """Put dense weights into a checkpoint.
+
+    Args:
+        checkpoint: of Lightning.
+        weights: of the layers that are sparse in the model, by path.
+    """
+    checkpoint["state_dict"] = with_dense_weights(checkpoint["state_dict"], weights)
+
+
+def make_sparse(checkpoint: dict[str, Any], state_key: str, weights: Mapping[str, SparseWeight]) -> None:
+    """The inverse of :func:`make_dense`, if patterns were saved with it.
+
+    Args:
+        checkpoint: of Lightning.
+        state_key: of the callback that saved the patterns.
+        weights: of the layers that are sparse in the model, by path.
+    """
+    saved = (checkpoint.get("callbacks") or {}).get(state_key) or {}
+    if patterns := saved.get("stored"):
+        checkpoint["state_dict"] = with_stored_entries(checkpoint["state_dict"], weights, patterns)
+
+
+def _key(weight: SparseWeight, what: str) -> str:
+    return f"{weight.place}.{what}" if weight.place else what
+
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def around_checkpoints(model: LightningModule, on_save: Change, on_load: Change) -> Callable[[], None]:
+    """Change checkpoints before a model's own hook sees what is saved, and after it saw what is loaded.
+
+    Unlike those of callbacks, these hooks are called for checkpoints of weights alone, too.
+
+    Args:
+        model: whose hooks they are.
+        on_save: changes a checkpoint that is about to be saved.
+        on_load: changes a checkpoint that is about to be loaded.
+
+    Returns:
+        A function that takes it back; further calls do nothing.
+    """
+    hooks = [
+        _AroundHook(model, "on_save_checkpoint", before=on_save),
+        _AroundHook(model, "on_load_checkpoint", after=on_load),
+    ]
+
+    def undo() -> None:
+        for hook in hooks:
+            hook.close()
+
+    return undo
+
+
+class _AroundHook:
+    """Stands in for a hook of a model that takes a checkpoint."""
+
+    def __init__(
+        self, model: LightningModule, name: str, before: Change | None = None, after: Change | None = None
+    ) -> None:
+        self._model, self._name = model, name
+        self._replaced = model.__dict__.get(name)
+        self._inner = getattr(model, name)
+        self._changes = before, after
+        model.__dict__[name] = self
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        before, after = self._changes
+        if before is not None:
+            before(checkpoint)
+        self._inner(checkpoint)
+        if after is not None:
+            after(checkpoint)
+
+    def close(self) -> None:
+        self._changes = None, None
+        if self._model.__dict__.get(self._name) is self:
+            del self._model.__dict__[self._name]
+            if self._replaced is not None:
+                self._model.__dict__[self._name] = self._replaced
+
+    # A copy of the model is saved and loaded as it would be without.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._inner, memo)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self._inner,)
+
+
+def _itself(hook: Any) -> Any:
+    return hook

@@ -1,0 +1,210 @@
+"""Which layers become sparse."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_memtrain.sparsity.methods.distributions import check_sparsity
+from lightning_memtrain.sparsity.selection.layer_copies import Copies, find_copies
+from lightning_memtrain.sparsity.selection.weight_locations import Place, all_places, is_layer
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_SHORTCUTS = ("*shortcut*", "*downsample*", "*skip*")
+
+
+DEFAULT_TYPES = (
+    *("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"),
+    *("RNNBase", "RNNCellBase"),
+    # Mixtures whose experts are slices of one parameter, as in transformers.
+    "*Expert*",
+)
+
+
+@dataclass(frozen=True)
+class Select:
+    """Says which layers become sparse: by type, and by name those that do not.
+
+    These may be linear, convolution, transposed convolution and recurrent layers, and modules with a
+    parameter of three axes, one matrix for each expert. Such a parameter, and each weight of a recurrent
+    layer, is a layer of its own here, by the name of the parameter. Depthwise convolutions, frozen layers and
+    layers whose weight is computed (weight norm and other parametrizations) stay dense. In a model with
+    convolutions, so do by default the first convolution, shortcuts (1x1 convolutions below a module with
+    "shortcut", "downsample" or "skip" in its name) and the last linear layer: they hold few weights, which
+    count for much.
+
+    Args:
+        types: class names, in which ``*`` stands for any text, or classes.
+        dense: paths of layers or other modules that stay dense, ``*`` stands for any text.
+        overrides: fraction of zeros of single layers by path, ``*`` stands for any text.
+        dense_ends: whether first convolution, shortcuts and last linear layer of a convolutional network stay
+            dense.
+
+    Raises:
+        MisconfigurationException: if an argument is out of its range; at the start of the run, if a name
+            matches no layer.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+        >>> list(Select().layers(model)), list(Select(dense_ends=False).layers(model))
+        (['1'], ['0', '1', '3'])
+    """
+
+    types: Sequence[str | type[nn.Module]] = DEFAULT_TYPES
+    dense: Sequence[str] = ()
+    overrides: Mapping[str, float] = field(default_factory=dict)
+    dense_ends: bool = True
+
+    def __post_init__(self) -> None:
+        _check_list("types", self.types, (str, type), "class names or classes", "['Linear', 'Conv2d']")
+        _check_list("dense", self.dense, (str,), "paths of layers", "['encoder.*', 'head']")
+        if not self.types:
+            raise MisconfigurationException(
+                "`Select(types)` must name at least one type, but got an empty list. Leave it out for linear "
+                "and convolution layers."
+            )
+        if not isinstance(self.overrides, Mapping):
+            raise MisconfigurationException(
+                "`Select(overrides)` must map paths of layers to fractions of zeros, but got "
+                f"overrides={self.overrides!r}. Write e.g. {{'head': 0.5}}."
+            )
+        for name, sparsity in self.overrides.items():
+            check_sparsity(sparsity, f"Select(overrides)[{name!r}]")
+
+    def keeps_dense(self, name: str) -> bool:
+        """Whether a parameter is named as one that stays dense.
+
+        Args:
+            name: of the parameter.
+
+        Returns:
+            ``True`` where ``dense`` matches the name, or that of the module that has it.
+        """
+        paths = name, name.rpartition(".")[0]
+        return any(fnmatchcase(path, pattern) for path in paths for pattern in self.dense)
+
+    def not_named(self, model: nn.Module) -> dict[str, Place]:
+        """Dense layers that are not among those that are named.
+
+        Args:
+            model: the module that is trained.
+
+        Returns:
+            By path.
+        """
+        places = all_places(model)
+        return {path: place for path, place in places.items() if not self.keeps_dense(place.name)}
+
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Layers to make sparse.
+
+        Args:
+            model: the module that is trained.
+
+        Returns:
+            By path, in the order of the model.
+
+        Raises:
+            MisconfigurationException: if a name of ``dense`` matches no module with parameters.
+        """
+        return {path: place.module for path, place in self.choose(model)[0].items()}
+
+    def choose(self, model: nn.Module) -> tuple[dict[str, Place], Copies]:
+        """Layers to make sparse, and which of them are copies of others.
+
+        Args:
+            model: the module that is trained.
+
+        Returns:
+            Layers by path, in the order of the model, and the copies, which are chosen as their originals.
+
+        Raises:
+            MisconfigurationException: if a name of ``dense`` matches no module with parameters.
+        """
+        places = all_places(model)
+        known = [path for path, module in model.named_modules() if module._parameters] + [*places]
+        for pattern in self.dense:
+            if not any(fnmatchcase(path, pattern) for path in known):
+                near = difflib.get_close_matches(pattern, known, n=1)
+                hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(places)}."
+                raise MisconfigurationException(
+                    f"`Select(dense)` must name layers of {type(model).__name__}, but {pattern!r} matches "
+                    f"none. {hint}"
+                )
+        named = {path for path, place in places.items() if self.keeps_dense(place.name)}
+        of_types = {
+            path: place
+            for path, place in places.items()
+            if any(_is_a(place.module, kind) for kind in self.types)
+        }
+        copies = find_copies(of_types, named)
+        own = {path: place for path, place in places.items() if path not in copies.originals}
+        ends = _ends(own) if self.dense_ends else set()
+        chosen = {
+            path
+            for path, place in of_types.items()
+            if path in own
+            and path not in named
+            and path not in ends
+            and place.parameter.requires_grad
+            and not _is_depthwise(place)
+        }
+        originals = {c: of for c, of in copies.originals.items() if of in chosen and c not in named}
+        layers = {path: place for path, place in places.items() if path in chosen or path in originals}
+        return layers, replace(copies, originals=originals)
+
+
+def has_weights(model: nn.Module) -> bool:
+    """Whether layers to choose from have been made.
+
+    Args:
+        model: perhaps before its ``configure_model``.
+
+    Returns:
+        ``True`` also if they are sparse already.
+    """
+    return any(is_layer(module) for module in model.modules()) or bool(all_places(model))
+
+
+def _is_a(module: nn.Module, kind: str | type[nn.Module]) -> bool:
+    if isinstance(kind, type):
+        return isinstance(module, kind)
+    return any(fnmatchcase(base.__name__, kind) for base in type(module).__mro__)
+
+
+def _is_depthwise(place: Place) -> bool:
+    module = place.module
+    return (
+        isinstance(module, nn.modules.conv._ConvNd)
+        and module.groups > 1
+        and not is_lazy(place.parameter)
+        and place.parameter.shape[1] == 1
+    )
+
+
+def _ends(places: Mapping[str, Place]) -> set[str]:
+    convolutions = {path: place for path, place in places.items() if isinstance(place.module, _CONVOLUTIONS)}
+    if not convolutions:
+        return set()
+    linear = [path for path, place in places.items() if isinstance(place.module, nn.Linear)]
+    shortcuts = [
+        path
+        for path, place in convolutions.items()
+        if any(fnmatchcase(path, pattern) for pattern in _SHORTCUTS)
+        and all(size == 1 for size in place.module.kernel_size)  # type: ignore[union-attr]
+    ]
+    return {next(iter(convolutions)), *linear[-1:], *shortcuts}
+
+
+def _check_list(name: str, given: Any, kinds: tuple[type, ...], what: str, example: str) -> None:
+    if isinstance(given, (str, type)) or not all(isinstance(one, kinds) for one in given):
+        raise MisconfigurationException(
+            f"`Select({name})` must be a list of {what}, but got {name}={given!r}. Write e.g. {example}."
+        )

@@ -1,0 +1,403 @@
+"""The callback that trains a model sparsely from the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lightning_memtrain.compat.lightning_names import refuse_mix
+from lightning_memtrain.coordination import on_gradient_sync
+from lightning_memtrain.core import TechniqueRecord
+from lightning_memtrain.sparsity import distributed, sharding
+from lightning_memtrain.sparsity.initial_pattern import around_configure_model, sparsify_at_random
+from lightning_memtrain.sparsity.methods.rules.layer_updates import Moment
+from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
+from lightning_memtrain.sparsity.methods.update_schedules import RunLength, Ticks, UpdateClock
+from lightning_memtrain.sparsity.pattern_updater import Updater
+from lightning_memtrain.sparsity.pending_update import Moved
+from lightning_memtrain.sparsity.run import run_optimizers as optimizers
+from lightning_memtrain.sparsity.run import run_validation as refusals
+from lightning_memtrain.sparsity.run.dense_checkpoints import (
+    Leave,
+    around_checkpoints,
+    make_dense,
+    make_sparse,
+    patterns_of,
+)
+from lightning_memtrain.sparsity.run.statistics import Journal
+from lightning_memtrain.sparsity.selection.layer_copies import Copies, follow_trained, followers
+from lightning_memtrain.sparsity.selection.select import Select, has_weights
+from lightning_memtrain.sparsity.storage.checkpoint_key import with_note
+from lightning_memtrain.sparsity.storage.patterns import Storage
+from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight, sparse_weights, weights_by_path
+from lightning_memtrain.sparsity.storage.sparsify import densify_
+
+_VERSION = 1
+
+
+class SparseTraining(Callback):
+    r"""Trains with few nonzero weights, and stores only these: values, gradients and optimizer state.
+
+    Layers are converted when a Trainer first sees the model, before checkpoints are loaded and optimizers
+    made; they stay sparse after the run. The pattern changes after optimizer steps, as the method says.
+    :func:`export_dense` gives a plain ``state_dict``.
+
+    Works with gradient accumulation, microbatches, checkpointing, low precision, ``ddp`` and manual
+    optimization. Steps are those of the first optimizer that holds sparse weights; a step that a gradient
+    scaler leaves out does not count. The pattern changes at the end of the batch in which a step was due.
+    With manual optimization, a fraction of the run takes one step per batch.
+
+    Works with ``fully_shard`` if the method keeps the number of weights of each layer. There, layers are
+    converted before ``configure_model``; see :meth:`convert` for those that are made in it.
+
+    Args:
+        method: how sparse, and what changes, e.g. ``RigL(0.9)``.
+        update: after which steps; by default as in the method's paper.
+        layers: which become sparse; by default :class:`Select` without arguments.
+        storage: form of the pattern: ``"bitmask"``, ``"int32"``, ``"block16"``, or ``"auto"`` for the fewest
+            bytes.
+        chunk_bytes: most bytes of a dense weight that a linear layer makes at a time; ``None`` for the whole.
+        seed: of the pattern and of what grows. No other random numbers are used.
+        track_exploration: keep a bit per weight in host memory, to say how many positions were ever active.
+        leave: what the model is after a run: ``"sparse"``, as small as it was in training, or ``"dense"``,
+            for code that knows of no sparse layers. Then checkpoints hold dense weights as well.
+
+    Raises:
+        MisconfigurationException: if an argument is out of its range; before the run, with strategies that
+            shard otherwise, with averages of weights, with tied weights, or if the run has no end that a
+            schedule or a fraction needs; when resuming, if the checkpoint has another sparsity of layers.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_memtrain import RigL, UpdateEvery
+        >>> model = BoringModel()
+        >>> trainer = L.Trainer(
+        ...     max_steps=4, callbacks=[SparseTraining(RigL(0.75), UpdateEvery(2))], accelerator="cpu",
+        ...     logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        ...     enable_model_summary=False,
+        ... )
+        >>> trainer.fit(model)
+        >>> model.layer
+        SparseLinear(in_features=32, out_features=2, bias=True, nnz=16, storage='bitmask')
+    """
+
+    def __init__(
+        self,
+        method: SparseMethod,
+        update: UpdateClock | None = None,
+        layers: Select | None = None,
+        storage: Storage = "auto",
+        chunk_bytes: int | None = None,
+        seed: int = 0,
+        track_exploration: bool = False,
+        leave: Leave = "sparse",
+    ) -> None:
+        super().__init__()
+        refusals.refuse_arguments(method, update, layers, storage, chunk_bytes, leave)
+        self.method = method
+        self.select = layers or Select()
+        self._clock = update or method.clock
+        self._given: dict[str, Any] = {"storage": storage, "chunk_bytes": chunk_bytes}
+        self._seed = seed
+        self._tracks = track_exploration
+        self._leaves_dense = leave == "dense"
+        self._copies = Copies()
+        refusals.warn_of_update(method, update)
+        self._undo: list[Callable[[], None]] = []
+        self._known: set[int] = set()
+        self._end_of_loading: Callable[[], None] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._weights: dict[str, SparseWeight] = {}
+        self._journal = Journal(self.method)
+        self._left: TechniqueRecord | None = None
+        self._with_gradient: set[str] = set()
+        self._updater: Updater | None = None
+        self._ticks: Ticks | None = None
+        self._steps = 0
+        self._steps_of_batch = 1
+        self._pending = 0
+        # The global step when candidates began to be watched: any other means that the step was left out.
+        self._watched_at = -1
+        self._restored: dict[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and convert the model as soon as it is complete."""
+        self._take_back()
+        refuse_mix("SparseTraining", trainer)
+        num_given = sum(isinstance(one, SparseTraining) for one in trainer.callbacks)  # type: ignore[attr-defined]
+        refusals.refuse_run(trainer, num_given, self.method, "dense" if self._leaves_dense else "sparse")
+        if stage == "fit":
+            self._left = None
+            if trainer.global_step == 0:  # else the same trainer goes on
+                self._begin()
+            self._restored = None
+            self._journal.begin_run()
+
+        def before() -> None:
+            self._known = set()
+            if sharding.shards(trainer.strategy) and has_weights(pl_module):
+                self.convert(pl_module)
+
+        # After `configure_model` the model is complete, and neither loaded nor known to an optimizer yet.
+        # What it shards, however, has to be sparse before.
+        self._undo += [
+            around_configure_model(pl_module, before, lambda: self._find(trainer, pl_module, stage)),
+            around_checkpoints(
+                pl_module,
+                on_save=self._make_dense,
+                on_load=lambda checkpoint: make_sparse(checkpoint, self.state_key, self._weights),
+            ),
+        ]
+
+    def convert(self, model: nn.Module) -> None:
+        """Make layers sparse now, for a ``configure_model`` that makes layers and shards them.
+
+        Call this after the layers are made and before ``fully_shard``; otherwise there is no need to::
+
+            for callback in self.trainer.callbacks:
+                if isinstance(callback, SparseTraining):
+                    callback.convert(self)
+
+        Args:
+            model: becomes sparse in place, unless it is already.
+
+        Raises:
+            MisconfigurationException: if a weight is tied or has no data yet.
+        """
+        if not sparse_weights(model):
+            sharding.refuse_meta(model)
+            self._copies = sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
+        self._known = {id(module) for module in model.modules()}
+
+    def _find(self, trainer: Trainer, model: LightningModule, stage: str) -> None:
+        if shards := sharding.shards(trainer.strategy):
+            sharding.refuse_late(self.select.layers(model), self._known)
+        found = weights_by_path(model)
+        if not self._known and not found:
+            self._copies = sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
+            found = weights_by_path(model)
+        before = [id(weight.layer) for weight in self._weights.values()]
+        if before and before != [id(weight.layer) for weight in found.values()]:
+            self._begin()  # the same trainer goes on with another model
+        self._weights = found
+        self._journal.see(model, found)
+        if shards:
+            sharding.refuse_other_shards(self._weights, trainer.world_size)
+        if self._weights and distributed.is_on(trainer.strategy):
+            if stage == "fit":
+                distributed.refuse_nothing_left(model, self._weights)
+            weights = {weight.name: weight for weight in self._weights.values()}
+            self._undo.append(distributed.hide_from_ddp(model, weights))
+        expected = frozenset(weight.place for weight in found.values())
+        handle = model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            lambda _, state, *rest: refusals.refuse_layers_of(state, expected)
+        )
+        self._end_of_loading = handle.remove
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the steps of the optimizer that holds sparse weights; the checkpoint has been loaded."""
+        if self._end_of_loading is not None:
+            self._end_of_loading()
+        sharding.reshard(pl_module)  # whole parameters are others than those that optimizers have
+        values = self._values()
+        optimizers.warn_of_groups(trainer.optimizers, values)
+        refusals.warn_of_recompiling(pl_module, self.method)
+        if self._clock is not None:
+            optimizers.refuse_optimizers(trainer.optimizers, values)
+        if trainer.global_step == 0 and self._restored is None:
+            dense = self.select.not_named(pl_module)
+            follow_trained(self._copies, self._weights, dense, optimizers.held_by(trainer.optimizers))
+        if distributed.is_on(trainer.strategy):
+            distributed.broadcast_values(self._weights)
+            self._undo.append(on_gradient_sync(self._average_gradients))
+        leading = optimizers.leading_optimizer(trainer.optimizers, values)
+        if leading is not None:
+            self._undo.append(leading.register_step_post_hook(self._count).remove)
+
+    def _count(self, *_: Any) -> None:
+        self._steps += 1
+        self._steps_of_batch += 1
+        if self._ticks is not None and self._ticks.is_due(self._steps):
+            self._pending = self._steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count in steps when the pattern changes; the length of the run is known by now."""
+        run = refusals.run_length(trainer)
+        if self._clock is not None and self._weights:
+            self._ticks = self._clock.bind(run)
+            # By hand there may be any number of steps per batch.
+            known = run if pl_module.automatic_optimization else RunLength()
+            nnz = {name: weight.nnz for name, weight in self._weights.items()}
+            refusals.refuse_ticks(self._ticks, known, self.method, nnz)
+        if self._updater is None:
+            self._updater = Updater(self._weights, self.method, trainer.world_size)
+        self._updater.weights = dict(self._weights)  # others, if the run before has left dense ones
+        if self._restored is not None:
+            self._updater.load_state_dict(self._restored)
+        if self._tracks and not self._journal.explored:
+            self._journal.track(self._weights, (self._restored or {}).get("explored") or {})
+        self._restored = None
+        self._journal.begin_training(self._steps, self._weights, self._copies)
+        if self._updater.unfinished is not None:
+            everything = weights_by_path(pl_module)
+            self._note(trainer, self._updater.finish(everything, trainer.optimizers))
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Watch the gradient if the pattern changes after this step; the first of its batches begins."""
+        assert self._updater is not None
+        soon = range(self._steps + 1, self._steps + 1 + self._steps_of_batch)
+        due = self._pending or next((s for s in soon if self._ticks and self._ticks.is_due(s)), 0)
+        if due and (not self._updater.is_watching or self._watched_at != trainer.global_step):
+            freed = any(getattr(one, "frees_gradients", False) for one in trainer.callbacks)  # type: ignore[attr-defined]
+            self._updater.watch(self._moment(due), gradients_stay=not freed)
+            self._watched_at = trainer.global_step
+        self._steps_of_batch = 0
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Average the gradients of values over ranks, before anything looks at them."""
+        if distributed.is_on(trainer.strategy) and distributed.synchronizes(trainer.strategy):
+            self._average_gradients()
+        elif self._updater is not None:
+            self._updater.note_gradients()
+        self._with_gradient |= {path for path, one in self._values().items() if one.grad is not None}
+        if self._updater is not None:
+            self._with_gradient |= set(self._updater.seen)
+
+    def _average_gradients(self) -> None:
+        distributed.average_gradients(self._weights)
+        if self._updater is not None:
+            self._updater.note_gradients()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Change the pattern if a step was due."""
+        assert self._updater is not None
+        self._steps_of_batch = max(1, self._steps_of_batch)
+        if not self._journal.is_measured and self._steps:
+            if self._clock is not None:  # what has state by now, long before an update
+                optimizers.refuse_optimizers(trainer.optimizers, self._values())
+            self._journal.measure(self._weights, trainer.optimizers)
+        if not self._pending or self._updater.lacks_candidates(self._moment(self._pending)):
+            return
+        sharding.reshard(pl_module)
+        self._updater.followers = self._followers(trainer, pl_module)
+        self._note(trainer, self._updater.update(self._moment(self._pending), trainer.optimizers))
+
+    def _note(self, trainer: Trainer, moved: Moved) -> None:
+        assert self._updater is not None
+        self._pending = 0
+        self._journal.count(moved)
+        self._journal.measure(self._weights, trainer.optimizers)
+        self._journal.explore(self._weights)
+        metrics = self._journal.metrics(self._weights, moved, self._updater.state)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _followers(self, trainer: Trainer, model: LightningModule) -> dict[str, list[SparseWeight]]:
+        """Layers that are never stepped, such as a teacher's, by the layer whose copies they are."""
+        weights = weights_by_path(model)
+        trained = optimizers.stepped(trainer.optimizers, self._values(), self._with_gradient)
+        return followers(weights, trained, self._copies, self._weights)
+
+    def _values(self) -> dict[str, nn.Parameter]:
+        return {path: weight.values for path, weight in self._weights.items()}
+
+    def _moment(self, step: int) -> Moment:
+        assert self._ticks is not None
+        return Moment(step, step - self._ticks.start, self.method.span(self._ticks), self._seed)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take all hooks away: after an error Lightning calls no ``teardown``.
+
+        Layers stay sparse in any case, so that a checkpoint that is saved now can be resumed.
+        """
+        self._take_back()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave dense weights, if that was asked for: the last checkpoint has been saved."""
+        self._leave(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take all hooks away; the layers stay sparse unless dense ones were asked for."""
+        self._leave(trainer, pl_module)
+        self._take_back()
+
+    def _leave(self, trainer: Trainer, model: LightningModule) -> None:
+        if self._leaves_dense and self._weights:
+            self._left = self._left or self.technique_record()
+            densify_(model, trainer.optimizers)
+            self._weights = {}
+
+    def _take_back(self) -> None:
+        if self._updater is not None:
+            self._updater.close()
+        for undo in (self._end_of_loading, *self._undo):
+            if undo is not None:
+                undo()
+        self._undo, self._end_of_loading = [], None
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say among the weights how they are loaded, or make them dense."""
+        self._make_dense(checkpoint)
+        # Those of shards are read name by name.
+        if self._weights and not self._leaves_dense and not sharding.shards(trainer.strategy):
+            checkpoint["state_dict"] = with_note(checkpoint["state_dict"])
+
+    def _make_dense(self, checkpoint: dict[str, Any]) -> None:
+        if self._leaves_dense:
+            make_dense(checkpoint, self._weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides values and patterns, which are in the model's own."""
+        if not self._weights or self._updater is None:
+            return {}
+        return {
+            **refusals.identity(self.method, self.select.overrides, self._seed, _VERSION),
+            "steps": self._steps,
+            "pending": self._pending,
+            **self._updater.state_dict(),
+            **self._journal.state_dict(),
+            "patterns": {name: distributed.fingerprint(w.positions()) for name, w in self._weights.items()},
+            "stored": patterns_of(self._weights) if self._leaves_dense else None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what was saved.
+
+        Args:
+            state_dict: of :meth:`state_dict`.
+
+        Raises:
+            MisconfigurationException: if it was saved at another sparsity, by a later version of this
+                library, or with other patterns than those that the model has.
+        """
+        if not state_dict:
+            return
+        found = {name: distributed.fingerprint(w.positions()) for name, w in self._weights.items()}
+        overrides = self.select.overrides
+        refusals.refuse_checkpoint(state_dict, self.method, overrides, self._seed, _VERSION, found)
+        self._steps, self._pending = state_dict["steps"], state_dict["pending"]
+        self._journal.load_counts(state_dict)
+        self._restored = state_dict
+
+    @property
+    def exact(self) -> bool:
+        """A sparse model is another model."""
+        return False
+
+    def technique_record(self) -> TechniqueRecord:
+        """How sparse the model is, what changed, and the bytes of a dense one."""
+        if self._left is not None:
+            return self._left
+        return self._journal.technique_record(self._weights, self._updater.state if self._updater else {})
