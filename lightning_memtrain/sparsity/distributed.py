@@ -23,7 +23,7 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"
 _MULTIPLIER = -7046029254386353131
 
 
-def is_on(strategy: Any) -> bool:
+def is_replicated(strategy: Any) -> bool:
     """Whether other ranks hold the same values; those that shards divide are looked after by these."""
     several = strategy is not None and getattr(strategy, "world_size", 1) > 1
     return several and not sharding.shards(strategy)
@@ -152,7 +152,7 @@ def average_candidates(found: Mapping[str, Candidates]) -> dict[str, Candidates]
     return merged
 
 
-def fingerprint(positions: Tensor) -> int:
+def pattern_fingerprint(positions: Tensor) -> int:
     """A number that two patterns hardly ever share, the same on every machine.
 
     Args:
@@ -180,7 +180,9 @@ def refuse_differences(weights: Mapping[str, SparseWeight], step: int) -> None:
         RuntimeError: naming the layer that differs.
     """
     gathered: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(gathered, {name: fingerprint(w.positions()) for name, w in weights.items()})
+    distributed.all_gather_object(
+        gathered, {name: pattern_fingerprint(w.positions()) for name, w in weights.items()}
+    )
     for rank, theirs in enumerate(gathered):
         for name, number in theirs.items():
             if gathered[0].get(name) != number:

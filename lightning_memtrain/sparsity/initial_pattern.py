@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_memtrain.core import NoEffectWarning
-from lightning_memtrain.sparsity.methods.rules.layer_updates import Moment, sample_inactive
+from lightning_memtrain.sparsity.methods.rules.layer_updates import UpdateTime
+from lightning_memtrain.sparsity.methods.rules.random_positions import sample_free_positions
 from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
-from lightning_memtrain.sparsity.run.run_validation import refuse_layers
-from lightning_memtrain.sparsity.selection.layer_copies import Copies
+from lightning_memtrain.sparsity.selection.layer_copies import LayerCopies
+from lightning_memtrain.sparsity.selection.layer_validation import refuse_layers
 from lightning_memtrain.sparsity.selection.select import DEFAULT_TYPES, Select
 from lightning_memtrain.sparsity.storage.patterns import Storage
 from lightning_memtrain.sparsity.storage.sparse_weight import sparse_weights
@@ -33,7 +33,7 @@ def sparsify_at_random(
     seed: int,
     storage: Storage = "auto",
     chunk_bytes: int | None = None,
-) -> Copies:
+) -> LayerCopies:
     """Keep as many weights of each layer as a method says, at random positions, with their values.
 
     Layers that are copies have the positions of their original. Weights of a layer, or of the model, that
@@ -54,7 +54,7 @@ def sparsify_at_random(
         MisconfigurationException: if a weight is tied or not yet made.
 
     Example:
-        >>> from lightning_memtrain.sparsity.methods.sparse_method import StaticSparse
+        >>> from lightning_memtrain.sparsity.methods.static_sparse import StaticSparse
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
         >>> _ = sparsify_at_random(model, StaticSparse(0.75), Select(dense=["1"]), seed=0)
         >>> model[0]
@@ -63,16 +63,16 @@ def sparsify_at_random(
     layers, copies = select.choose(model)
     refuse_layers(model, layers)
     shapes = {path: place.shape for path, place in layers.items() if path not in copies.originals}
-    start = Moment(0, 0, 0, seed)
+    start = UpdateTime(0, 0, 0, seed)
     counts = method.counts(shapes, select.overrides) if layers else {}
     nonzero = {path: _count_nonzero(layers[path].parameter) for path in counts}
     positions = {}
     for path, count in _with_room(counts, nonzero).items():
         # A layer that keeps all of its weights for good needs no pattern.
-        if count < math.prod(shapes[path]) or method.changes_counts:
+        if count < math.prod(shapes[path]) or method.changes_nnz:
             present = _nonzero(layers[path].parameter) if nonzero[path] <= count else _NONE
             numel, missing = math.prod(shapes[path]), count - len(present)
-            drawn = sample_inactive(numel, present, missing, start.generator(path))
+            drawn = sample_free_positions(numel, present, missing, start.generator(path))
             positions[layers[path].name] = torch.cat([present, drawn])
     for copy, original in copies.originals.items():
         if layers[original].name in positions:
@@ -136,35 +136,3 @@ def _warn_of_little(model: nn.Module, select: Select) -> None:
         "by Select(types=..., dense_ends=False), or name these in Select(dense=[...]) if they are meant to.",
         stacklevel=2,
     )
-
-
-def around_configure_model(
-    model: LightningModule, before: Callable[[], None], after: Callable[[], None]
-) -> Callable[[], None]:
-    """Do something before and after a model's own ``configure_model``.
-
-    Args:
-        model: whose hook it is.
-        before: called first.
-        after: called last.
-
-    Returns:
-        A function that takes it back if that has not been called.
-    """
-    inner, replaced = model.configure_model, model.__dict__.get("configure_model")
-
-    def configure_model() -> None:
-        before()
-        inner()
-        undo()  # nothing of this is in a copy of the model that is made during the run
-        after()
-
-    def undo() -> None:
-        if model.__dict__.get("configure_model") is not configure_model:
-            return
-        del model.__dict__["configure_model"]
-        if replaced is not None:
-            model.__dict__["configure_model"] = replaced
-
-    model.__dict__["configure_model"] = configure_model
-    return undo

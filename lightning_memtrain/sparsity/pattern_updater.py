@@ -14,18 +14,20 @@ from torch.optim import Optimizer
 
 from lightning_memtrain.coordination import dry_run_depth
 from lightning_memtrain.core import NoEffectWarning
-from lightning_memtrain.sparsity import distributed, sharding
-from lightning_memtrain.sparsity.methods.rules.layer_updates import Layer, Moment, State
+from lightning_memtrain.sparsity import distributed
+from lightning_memtrain.sparsity.methods.rules.layer_updates import LayerView, MethodState, UpdateTime
 from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
-from lightning_memtrain.sparsity.pending_update import Moved, Unfinished
-from lightning_memtrain.sparsity.storage.candidate_search import Candidates, CandidateWatch, watch_candidates
+from lightning_memtrain.sparsity.pending_update import PendingUpdate, UpdateResult
+from lightning_memtrain.sparsity.storage.candidate_search import Candidates
+from lightning_memtrain.sparsity.storage.candidate_watch import CandidateWatch, watch_candidates
+from lightning_memtrain.sparsity.storage.shards import full_tensor
 from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
 
 # With several passes per step, or several ranks, the largest of one need not be the largest of all.
 _CANDIDATES_PER_CHOICE = 2
 
 
-class Updater:
+class PatternUpdater:
     """Applies a method to sparse weights: watch the backward before an update, then update.
 
     Args:
@@ -34,14 +36,15 @@ class Updater:
         num_ranks: processes that train together.
 
     Example:
-        >>> from lightning_memtrain.sparsity.methods.sparse_method import RigL
+        >>> from lightning_memtrain.sparsity.methods.rigl import RigL
         >>> from lightning_memtrain.sparsity.storage.sparsify import sparsify_
         >>> layer = torch.nn.Linear(8, 1)
-        >>> updater = Updater(sparsify_(layer, {"weight": torch.tensor([0, 3])}), RigL(0.75, drop=0.5))
-        >>> optimizer, now = torch.optim.SGD(layer.parameters(), lr=0.1), Moment(step=1, elapsed=1, span=10)
+        >>> updater = PatternUpdater(sparsify_(layer, {"weight": torch.tensor([0, 3])}), RigL(0.75, drop=0.5))
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> now = UpdateTime(step=1, elapsed=1, total=10)
         >>> updater.watch(now)
         >>> layer(torch.arange(8.0)).sum().backward()
-        >>> updater.note_gradients()
+        >>> updater.record_gradients()
         >>> optimizer.step()
         >>> updater.update(now, [optimizer])
         Moved(step=1, num_dropped=1, num_grown=1)
@@ -52,12 +55,12 @@ class Updater:
     def __init__(self, weights: Mapping[str, SparseWeight], method: SparseMethod, num_ranks: int = 1) -> None:
         self.weights = dict(weights)
         self.method = method
-        self.state: State = method.initial_state(sum(weight.nnz for weight in weights.values()))
+        self.state: MethodState = method.initial_state(sum(weight.nnz for weight in weights.values()))
         self.num_ranks = num_ranks
         #: Weights that do as another one, by the layer of that one, whose pattern they have.
         self.followers: Mapping[str, Sequence[SparseWeight]] = {}
         #: What is left of an update that an error or an interrupt has ended.
-        self.unfinished: Unfinished | None = None
+        self.unfinished: PendingUpdate | None = None
         self._watch: CandidateWatch | None = None
         self._watched: list[str] = []
         self._gradients: dict[str, Tensor] = {}
@@ -71,16 +74,16 @@ class Updater:
         """Whether backward looks for candidates."""
         return self._watch is not None
 
-    def watch(self, moment: Moment, *, gradients_stay: bool = True) -> None:
+    def watch(self, now: UpdateTime, *, gradients_stay: bool = True) -> None:
         """Let every backward from now on find what the update of a moment has to know, if anything.
 
         Args:
-            moment: of the next update.
-            gradients_stay: whether those of values are there after backward, for :meth:`note_gradients`;
+            now: of the next update.
+            gradients_stay: whether those of values are there after backward, for :meth:`record_gradients`;
                 otherwise they are seen while they are made.
         """
         self.close()
-        wanted = self._wanted(moment)
+        wanted = self._wanted(now)
         if not wanted:
             return
         self._watched = list(wanted)
@@ -90,20 +93,20 @@ class Updater:
             handle = self.weights[name].values.register_hook(see)  # type: ignore[no-untyped-call]
             self._undo.append(handle.remove)
 
-    def lacks_candidates(self, moment: Moment) -> bool:
+    def lacks_candidates(self, now: UpdateTime) -> bool:
         """Whether an update has to wait for a backward that is watched.
 
         Args:
-            moment: of the update.
+            now: of the update.
 
         Returns:
             ``False`` if the method asks for no candidates.
         """
-        return self._watch is None and bool(self._wanted(moment))
+        return self._watch is None and bool(self._wanted(now))
 
-    def _wanted(self, moment: Moment) -> dict[str, int]:
+    def _wanted(self, now: UpdateTime) -> dict[str, int]:
         trained = self._trained()
-        numbers = self.method.num_candidates({name: w.nnz for name, w in trained.items()}, moment)
+        numbers = self.method.num_candidates({name: w.nnz for name, w in trained.items()}, now)
         # A layer without room has nothing to look for.
         return {
             name: _CANDIDATES_PER_CHOICE * number
@@ -111,7 +114,7 @@ class Updater:
             if trained[name].nnz < trained[name].numel
         }
 
-    def note_gradients(self) -> None:
+    def record_gradients(self) -> None:
         """Remember the gradients of watched values, which clipping and unscaling are yet to change."""
         if self._undo:
             return  # what is still there may be clipped already
@@ -133,11 +136,11 @@ class Updater:
         self._passing[name] = gradient.detach().clone() if seen is None else seen.add_(gradient)
 
     @torch.no_grad()
-    def update(self, moment: Moment, optimizers: Sequence[Optimizer]) -> Moved:
+    def update(self, now: UpdateTime, optimizers: Sequence[Optimizer]) -> UpdateResult:
         """Change the pattern, or finish an update that an error or an interrupt has ended.
 
         Args:
-            moment: when.
+            now: when.
             optimizers: whose state follows.
 
         Returns:
@@ -151,13 +154,13 @@ class Updater:
         if self.unfinished is not None:
             return self.finish(everything, optimizers)
         candidates = self._found()
-        self._warn_of_unseen({name: c for name, c in candidates.items() if name not in following}, moment)
-        moved = Moved(moment.step, num_dropped=0, num_grown=0)
+        self._warn_of_unseen({name: c for name, c in candidates.items() if name not in following}, now)
+        moved = UpdateResult(now.step, num_dropped=0, num_grown=0)
         for group in self._together(following):
             layers = {name: self._layer(name, weight, candidates) for name, weight in group.items()}
             for name, layer in layers.items():
-                _refuse_infinite(name, layer.values, moment)
-            update = self.method.update(layers, moment, self.state)
+                _refuse_infinite(name, layer.values, now)
+            update = self.method.update(layers, now, self.state)
             num_dropped = moved.num_dropped + sum(one.num_dropped for one in update.changes.values())
             num_grown = moved.num_grown + sum(one.grown.numel() for one in update.changes.values())
             changes = {}
@@ -165,12 +168,14 @@ class Updater:
                 changes[name] = change
                 changes |= {weight.path: change for weight in self.followers.get(name, ())}
             del layers  # positions and gradients that nothing needs while layers move
-            self.unfinished = Unfinished(Moved(moment.step, num_dropped, num_grown), update.state, changes)
+            self.unfinished = PendingUpdate(
+                UpdateResult(now.step, num_dropped, num_grown), update.state, changes
+            )
             moved = self._carry_on(everything, optimizers)
         return self._end(moved)
 
     @torch.no_grad()
-    def finish(self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]) -> Moved:
+    def finish(self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]) -> UpdateResult:
         """Do what is left of an update that an error or an interrupt has ended.
 
         Args:
@@ -185,14 +190,14 @@ class Updater:
         """
         return self._end(self._carry_on(weights, optimizers))
 
-    def _carry_on(self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]) -> Moved:
+    def _carry_on(self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]) -> UpdateResult:
         assert self.unfinished is not None
         self.unfinished.carry_on(weights, optimizers)
         moved, self.state = self.unfinished.moved, self.unfinished.state
         self.unfinished = None
         return moved
 
-    def _end(self, moved: Moved) -> Moved:
+    def _end(self, moved: UpdateResult) -> UpdateResult:
         self.close()
         if self.num_ranks > 1:
             distributed.refuse_differences(self.weights, moved.step)
@@ -210,7 +215,7 @@ class Updater:
             state_dict: of :meth:`state_dict`, perhaps among other things.
         """
         self.state = state_dict["state"]
-        self.unfinished = Unfinished.loaded(state_dict.get("unfinished"))
+        self.unfinished = PendingUpdate.loaded(state_dict.get("unfinished"))
 
     def close(self) -> None:
         """Stop watching; further calls do nothing."""
@@ -261,7 +266,7 @@ class Updater:
             self._gradients[name] = gradient.float().abs()
         return found
 
-    def _warn_of_unseen(self, candidates: Mapping[str, Candidates], moment: Moment) -> None:
+    def _warn_of_unseen(self, candidates: Mapping[str, Candidates], now: UpdateTime) -> None:
         """Once for each layer: in a step it may be left out of the loss, as experts are."""
         unseen = [name for name, found in candidates.items() if not len(found.positions)]
         new = [name for name in unseen if name not in self._unseen]
@@ -269,30 +274,30 @@ class Updater:
         if new:
             warnings.warn(
                 f"{type(self.method).__name__} moves no weights of {', '.join(map(repr, new))} in the update "
-                f"of step {moment.step}, since no backward of that step came through: no gradients of "
+                f"of step {now.step}, since no backward of that step came through: no gradients of "
                 "positions to grow at are known. Layers that take no part in the loss are better left "
                 "dense: name them in Select(dense=...).",
                 NoEffectWarning,
                 stacklevel=2,
             )
 
-    def _layer(self, name: str, weight: SparseWeight, candidates: Mapping[str, Candidates]) -> Layer:
+    def _layer(self, name: str, weight: SparseWeight, candidates: Mapping[str, Candidates]) -> LayerView:
         extra: dict[str, Any] = {}
         if name in candidates:
             gradients = self._gradients.get(name)
             extra = {
                 "candidate_positions": candidates[name].positions,
                 "candidate_gradients": candidates[name].gradients,
-                "gradients": sharding.whole(gradients) if gradients is not None else None,
+                "gradients": full_tensor(gradients) if gradients is not None else None,
             }
-        values = sharding.whole(weight.values.detach())
-        return Layer(name, weight.shape, weight.positions, values, **extra)
+        values = full_tensor(weight.values.detach())
+        return LayerView(name, weight.shape, weight.positions, values, **extra)
 
 
-def _refuse_infinite(name: str, values: Tensor, moment: Moment) -> None:
+def _refuse_infinite(name: str, values: Tensor, now: UpdateTime) -> None:
     if not values.isfinite().all():
         raise RuntimeError(
             f"The weights of {name!r} must be finite to choose among them, but some are NaN or infinite in "
-            f"the update of step {moment.step}: training has diverged. Lower the learning rate, or clip "
+            f"the update of step {now.step}: training has diverged. Lower the learning rate, or clip "
             "gradients."
         )

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_memtrain.sparsity.methods.rules.layer_updates import Change, State
-from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight, carry_out
+from lightning_memtrain.sparsity.methods.rules.layer_updates import LayerChange, MethodState
+from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight, assign_all
 
 
 @dataclass(frozen=True)
-class Moved:
+class UpdateResult:
     """What one update did.
 
     Args:
@@ -34,7 +34,7 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Unfinished:
+class PendingUpdate:
     """An update whose changes are known.
 
     Args:
@@ -43,9 +43,9 @@ class Unfinished:
         changes: of layers that have not moved yet.
     """
 
-    moved: Moved
-    state: State
-    changes: dict[str, Change]
+    moved: UpdateResult
+    state: MethodState
+    changes: dict[str, LayerChange]
 
     def carry_on(self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]) -> None:
         """Move the layers that have not moved yet, each together with the note that it has.
@@ -55,8 +55,8 @@ class Unfinished:
             optimizers: whose state follows.
         """
         for name, change in list(self.changes.items()):
-            exchange = weights[name].prepared(change.kept, change.grown, optimizers)
-            carry_out([*exchange, partial(self.changes.pop, name, None)])
+            exchange = weights[name].prepare_replace(change.kept, change.grown, optimizers)
+            assign_all([*exchange, partial(self.changes.pop, name, None)])
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
@@ -68,7 +68,7 @@ class Unfinished:
         }
 
     @staticmethod
-    def loaded(state: Mapping[str, Any] | None) -> Unfinished | None:
+    def loaded(state: Mapping[str, Any] | None) -> PendingUpdate | None:
         """What was saved.
 
         Args:
@@ -79,5 +79,5 @@ class Unfinished:
         """
         if state is None:
             return None
-        changes = {name: Change(*change) for name, change in state["changes"].items()}
-        return Unfinished(Moved(*state["moved"]), state["state"], changes)
+        changes = {name: LayerChange(*change) for name, change in state["changes"].items()}
+        return PendingUpdate(UpdateResult(*state["moved"]), state["state"], changes)

@@ -12,25 +12,37 @@ from lightning_memtrain.compat.lightning_names import refuse_mix
 from lightning_memtrain.coordination import on_gradient_sync
 from lightning_memtrain.core import TechniqueRecord
 from lightning_memtrain.sparsity import distributed, sharding
-from lightning_memtrain.sparsity.initial_pattern import around_configure_model, sparsify_at_random
-from lightning_memtrain.sparsity.methods.rules.layer_updates import Moment
+from lightning_memtrain.sparsity.initial_pattern import sparsify_at_random
+from lightning_memtrain.sparsity.methods.rules.layer_updates import UpdateTime
 from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
-from lightning_memtrain.sparsity.methods.update_schedules import RunLength, Ticks, UpdateClock
-from lightning_memtrain.sparsity.pattern_updater import Updater
-from lightning_memtrain.sparsity.pending_update import Moved
-from lightning_memtrain.sparsity.run import run_optimizers as optimizers
-from lightning_memtrain.sparsity.run import run_validation as refusals
-from lightning_memtrain.sparsity.run.dense_checkpoints import (
-    Leave,
-    around_checkpoints,
-    make_dense,
-    make_sparse,
-    patterns_of,
+from lightning_memtrain.sparsity.methods.update_schedules import RunLength, UpdateSchedule, UpdateSteps
+from lightning_memtrain.sparsity.pattern_updater import PatternUpdater
+from lightning_memtrain.sparsity.pending_update import UpdateResult
+from lightning_memtrain.sparsity.run.argument_validation import refuse_arguments, warn_of_update
+from lightning_memtrain.sparsity.run.checkpoint_validation import (
+    identity,
+    refuse_checkpoint,
+    refuse_layers_of,
 )
-from lightning_memtrain.sparsity.run.statistics import Journal
-from lightning_memtrain.sparsity.selection.layer_copies import Copies, follow_trained, followers
-from lightning_memtrain.sparsity.selection.select import Select, has_weights
-from lightning_memtrain.sparsity.storage.checkpoint_key import with_note
+from lightning_memtrain.sparsity.run.dense_checkpoints import Leave, make_dense, make_sparse, patterns_of
+from lightning_memtrain.sparsity.run.model_hooks import around_checkpoints, around_configure_model
+from lightning_memtrain.sparsity.run.run_optimizers import (
+    leading_optimizer,
+    parameter_ids,
+    refuse_optimizers,
+    stepped_paths,
+    warn_of_groups,
+)
+from lightning_memtrain.sparsity.run.run_validation import (
+    refuse_run,
+    run_length,
+    validate_update_steps,
+    warn_of_recompiling,
+)
+from lightning_memtrain.sparsity.run.statistics import SparsityStatistics
+from lightning_memtrain.sparsity.selection.layer_copies import LayerCopies, follow_trained, followers
+from lightning_memtrain.sparsity.selection.select import Select, has_selectable_layers
+from lightning_memtrain.sparsity.storage.checkpoint_key import with_checkpoint_key
 from lightning_memtrain.sparsity.storage.patterns import Storage
 from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight, sparse_weights, weights_by_path
 from lightning_memtrain.sparsity.storage.sparsify import densify_
@@ -88,7 +100,7 @@ class SparseTraining(Callback):
     def __init__(
         self,
         method: SparseMethod,
-        update: UpdateClock | None = None,
+        update: UpdateSchedule | None = None,
         layers: Select | None = None,
         storage: Storage = "auto",
         chunk_bytes: int | None = None,
@@ -97,16 +109,16 @@ class SparseTraining(Callback):
         leave: Leave = "sparse",
     ) -> None:
         super().__init__()
-        refusals.refuse_arguments(method, update, layers, storage, chunk_bytes, leave)
+        refuse_arguments(method, update, layers, storage, chunk_bytes, leave)
         self.method = method
         self.select = layers or Select()
-        self._clock = update or method.clock
+        self._update_schedule = update or method.default_update
         self._given: dict[str, Any] = {"storage": storage, "chunk_bytes": chunk_bytes}
         self._seed = seed
         self._tracks = track_exploration
         self._leaves_dense = leave == "dense"
-        self._copies = Copies()
-        refusals.warn_of_update(method, update)
+        self._copies = LayerCopies()
+        warn_of_update(method, update)
         self._undo: list[Callable[[], None]] = []
         self._known: set[int] = set()
         self._end_of_loading: Callable[[], None] | None = None
@@ -114,11 +126,11 @@ class SparseTraining(Callback):
 
     def _begin(self) -> None:
         self._weights: dict[str, SparseWeight] = {}
-        self._journal = Journal(self.method)
+        self._journal = SparsityStatistics(self.method)
         self._left: TechniqueRecord | None = None
         self._with_gradient: set[str] = set()
-        self._updater: Updater | None = None
-        self._ticks: Ticks | None = None
+        self._updater: PatternUpdater | None = None
+        self._update_steps: UpdateSteps | None = None
         self._steps = 0
         self._steps_of_batch = 1
         self._pending = 0
@@ -131,7 +143,7 @@ class SparseTraining(Callback):
         self._take_back()
         refuse_mix("SparseTraining", trainer)
         num_given = sum(isinstance(one, SparseTraining) for one in trainer.callbacks)  # type: ignore[attr-defined]
-        refusals.refuse_run(trainer, num_given, self.method, "dense" if self._leaves_dense else "sparse")
+        refuse_run(trainer, num_given, self.method, "dense" if self._leaves_dense else "sparse")
         if stage == "fit":
             self._left = None
             if trainer.global_step == 0:  # else the same trainer goes on
@@ -141,7 +153,7 @@ class SparseTraining(Callback):
 
         def before() -> None:
             self._known = set()
-            if sharding.shards(trainer.strategy) and has_weights(pl_module):
+            if sharding.shards(trainer.strategy) and has_selectable_layers(pl_module):
                 self.convert(pl_module)
 
         # After `configure_model` the model is complete, and neither loaded nor known to an optimizer yet.
@@ -189,14 +201,14 @@ class SparseTraining(Callback):
         self._journal.see(model, found)
         if shards:
             sharding.refuse_other_shards(self._weights, trainer.world_size)
-        if self._weights and distributed.is_on(trainer.strategy):
+        if self._weights and distributed.is_replicated(trainer.strategy):
             if stage == "fit":
                 distributed.refuse_nothing_left(model, self._weights)
             weights = {weight.name: weight for weight in self._weights.values()}
             self._undo.append(distributed.hide_from_ddp(model, weights))
         expected = frozenset(weight.place for weight in found.values())
         handle = model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-            lambda _, state, *rest: refusals.refuse_layers_of(state, expected)
+            lambda _, state, *rest: refuse_layers_of(state, expected)
         )
         self._end_of_loading = handle.remove
 
@@ -206,37 +218,37 @@ class SparseTraining(Callback):
             self._end_of_loading()
         sharding.reshard(pl_module)  # whole parameters are others than those that optimizers have
         values = self._values()
-        optimizers.warn_of_groups(trainer.optimizers, values)
-        refusals.warn_of_recompiling(pl_module, self.method)
-        if self._clock is not None:
-            optimizers.refuse_optimizers(trainer.optimizers, values)
+        warn_of_groups(trainer.optimizers, values)
+        warn_of_recompiling(pl_module, self.method)
+        if self._update_schedule is not None:
+            refuse_optimizers(trainer.optimizers, values)
         if trainer.global_step == 0 and self._restored is None:
-            dense = self.select.not_named(pl_module)
-            follow_trained(self._copies, self._weights, dense, optimizers.held_by(trainer.optimizers))
-        if distributed.is_on(trainer.strategy):
+            dense = self.select.unnamed_locations(pl_module)
+            follow_trained(self._copies, self._weights, dense, parameter_ids(trainer.optimizers))
+        if distributed.is_replicated(trainer.strategy):
             distributed.broadcast_values(self._weights)
             self._undo.append(on_gradient_sync(self._average_gradients))
-        leading = optimizers.leading_optimizer(trainer.optimizers, values)
+        leading = leading_optimizer(trainer.optimizers, values)
         if leading is not None:
             self._undo.append(leading.register_step_post_hook(self._count).remove)
 
     def _count(self, *_: Any) -> None:
         self._steps += 1
         self._steps_of_batch += 1
-        if self._ticks is not None and self._ticks.is_due(self._steps):
+        if self._update_steps is not None and self._update_steps.is_due(self._steps):
             self._pending = self._steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count in steps when the pattern changes; the length of the run is known by now."""
-        run = refusals.run_length(trainer)
-        if self._clock is not None and self._weights:
-            self._ticks = self._clock.bind(run)
+        run = run_length(trainer)
+        if self._update_schedule is not None and self._weights:
+            self._update_steps = self._update_schedule.in_steps(run)
             # By hand there may be any number of steps per batch.
             known = run if pl_module.automatic_optimization else RunLength()
             nnz = {name: weight.nnz for name, weight in self._weights.items()}
-            refusals.refuse_ticks(self._ticks, known, self.method, nnz)
+            validate_update_steps(self._update_steps, known, self.method, nnz)
         if self._updater is None:
-            self._updater = Updater(self._weights, self.method, trainer.world_size)
+            self._updater = PatternUpdater(self._weights, self.method, trainer.world_size)
         self._updater.weights = dict(self._weights)  # others, if the run before has left dense ones
         if self._restored is not None:
             self._updater.load_state_dict(self._restored)
@@ -254,19 +266,21 @@ class SparseTraining(Callback):
         """Watch the gradient if the pattern changes after this step; the first of its batches begins."""
         assert self._updater is not None
         soon = range(self._steps + 1, self._steps + 1 + self._steps_of_batch)
-        due = self._pending or next((s for s in soon if self._ticks and self._ticks.is_due(s)), 0)
+        due = self._pending or next(
+            (s for s in soon if self._update_steps and self._update_steps.is_due(s)), 0
+        )
         if due and (not self._updater.is_watching or self._watched_at != trainer.global_step):
             freed = any(getattr(one, "frees_gradients", False) for one in trainer.callbacks)  # type: ignore[attr-defined]
-            self._updater.watch(self._moment(due), gradients_stay=not freed)
+            self._updater.watch(self._update_time(due), gradients_stay=not freed)
             self._watched_at = trainer.global_step
         self._steps_of_batch = 0
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the gradients of values over ranks, before anything looks at them."""
-        if distributed.is_on(trainer.strategy) and distributed.synchronizes(trainer.strategy):
+        if distributed.is_replicated(trainer.strategy) and distributed.synchronizes(trainer.strategy):
             self._average_gradients()
         elif self._updater is not None:
-            self._updater.note_gradients()
+            self._updater.record_gradients()
         self._with_gradient |= {path for path, one in self._values().items() if one.grad is not None}
         if self._updater is not None:
             self._with_gradient |= set(self._updater.seen)
@@ -274,7 +288,7 @@ class SparseTraining(Callback):
     def _average_gradients(self) -> None:
         distributed.average_gradients(self._weights)
         if self._updater is not None:
-            self._updater.note_gradients()
+            self._updater.record_gradients()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -283,16 +297,16 @@ class SparseTraining(Callback):
         assert self._updater is not None
         self._steps_of_batch = max(1, self._steps_of_batch)
         if not self._journal.is_measured and self._steps:
-            if self._clock is not None:  # what has state by now, long before an update
-                optimizers.refuse_optimizers(trainer.optimizers, self._values())
+            if self._update_schedule is not None:  # what has state by now, long before an update
+                refuse_optimizers(trainer.optimizers, self._values())
             self._journal.measure(self._weights, trainer.optimizers)
-        if not self._pending or self._updater.lacks_candidates(self._moment(self._pending)):
+        if not self._pending or self._updater.lacks_candidates(self._update_time(self._pending)):
             return
         sharding.reshard(pl_module)
         self._updater.followers = self._followers(trainer, pl_module)
-        self._note(trainer, self._updater.update(self._moment(self._pending), trainer.optimizers))
+        self._note(trainer, self._updater.update(self._update_time(self._pending), trainer.optimizers))
 
-    def _note(self, trainer: Trainer, moved: Moved) -> None:
+    def _note(self, trainer: Trainer, moved: UpdateResult) -> None:
         assert self._updater is not None
         self._pending = 0
         self._journal.count(moved)
@@ -305,15 +319,17 @@ class SparseTraining(Callback):
     def _followers(self, trainer: Trainer, model: LightningModule) -> dict[str, list[SparseWeight]]:
         """Layers that are never stepped, such as a teacher's, by the layer whose copies they are."""
         weights = weights_by_path(model)
-        trained = optimizers.stepped(trainer.optimizers, self._values(), self._with_gradient)
+        trained = stepped_paths(trainer.optimizers, self._values(), self._with_gradient)
         return followers(weights, trained, self._copies, self._weights)
 
     def _values(self) -> dict[str, nn.Parameter]:
         return {path: weight.values for path, weight in self._weights.items()}
 
-    def _moment(self, step: int) -> Moment:
-        assert self._ticks is not None
-        return Moment(step, step - self._ticks.start, self.method.span(self._ticks), self._seed)
+    def _update_time(self, step: int) -> UpdateTime:
+        assert self._update_steps is not None
+        return UpdateTime(
+            step, step - self._update_steps.start, self.method.schedule_length(self._update_steps), self._seed
+        )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take all hooks away: after an error Lightning calls no ``teardown``.
@@ -352,7 +368,7 @@ class SparseTraining(Callback):
         self._make_dense(checkpoint)
         # Those of shards are read name by name.
         if self._weights and not self._leaves_dense and not sharding.shards(trainer.strategy):
-            checkpoint["state_dict"] = with_note(checkpoint["state_dict"])
+            checkpoint["state_dict"] = with_checkpoint_key(checkpoint["state_dict"])
 
     def _make_dense(self, checkpoint: dict[str, Any]) -> None:
         if self._leaves_dense:
@@ -363,12 +379,14 @@ class SparseTraining(Callback):
         if not self._weights or self._updater is None:
             return {}
         return {
-            **refusals.identity(self.method, self.select.overrides, self._seed, _VERSION),
+            **identity(self.method, self.select.overrides, self._seed, _VERSION),
             "steps": self._steps,
             "pending": self._pending,
             **self._updater.state_dict(),
             **self._journal.state_dict(),
-            "patterns": {name: distributed.fingerprint(w.positions()) for name, w in self._weights.items()},
+            "patterns": {
+                name: distributed.pattern_fingerprint(w.positions()) for name, w in self._weights.items()
+            },
             "stored": patterns_of(self._weights) if self._leaves_dense else None,
         }
 
@@ -384,9 +402,9 @@ class SparseTraining(Callback):
         """
         if not state_dict:
             return
-        found = {name: distributed.fingerprint(w.positions()) for name, w in self._weights.items()}
+        found = {name: distributed.pattern_fingerprint(w.positions()) for name, w in self._weights.items()}
         overrides = self.select.overrides
-        refusals.refuse_checkpoint(state_dict, self.method, overrides, self._seed, _VERSION, found)
+        refuse_checkpoint(state_dict, self.method, overrides, self._seed, _VERSION, found)
         self._steps, self._pending = state_dict["steps"], state_dict["pending"]
         self._journal.load_counts(state_dict)
         self._restored = state_dict

@@ -7,21 +7,20 @@ from dataclasses import dataclass, field
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_memtrain.sparsity.methods.distributions import Distribution, Uniform
-from lightning_memtrain.sparsity.methods.rules.layer_updates import (
-    AcrossLayers,
-    Budget,
+from lightning_memtrain.sparsity.methods.drop_and_grow import DropAndGrow
+from lightning_memtrain.sparsity.methods.rules.drop_rules import (
     DropBelowThreshold,
     DropRule,
-    GrowRandom,
-    GrowRule,
-    State,
 )
-from lightning_memtrain.sparsity.methods.sparse_method import DropAndGrow, Sparsity, check_sparsities
-from lightning_memtrain.sparsity.methods.update_schedules import UpdateClock, UpdateEvery
+from lightning_memtrain.sparsity.methods.rules.grow_rules import GrowRandom, GrowRule
+from lightning_memtrain.sparsity.methods.rules.layer_updates import MethodState
+from lightning_memtrain.sparsity.methods.rules.reallocation import AcrossLayers, Reallocation
+from lightning_memtrain.sparsity.methods.sparse_method import Sparsity, check_sparsities
+from lightning_memtrain.sparsity.methods.update_schedules import UpdateEvery, UpdateSchedule
 
 
 @dataclass(frozen=True)
-class DynamicSparseReparameterization(DropAndGrow):
+class DSR(DropAndGrow):
     r"""Drops what is below one threshold for all layers, and moves weights to the layers that keep most.
 
     An update drops all :math:`K_l` weights of layer :math:`l` with :math:`|w| < H`, which leaves
@@ -43,7 +42,7 @@ class DynamicSparseReparameterization(DropAndGrow):
             ``reallocate`` is more than all weights.
 
     Example:
-        >>> DynamicSparseReparameterization(0.9).initial_state(nnz=100)
+        >>> DSR(0.9).initial_state(nnz=100)
         {'threshold': 0.001}
 
     References:
@@ -78,12 +77,12 @@ class DynamicSparseReparameterization(DropAndGrow):
             )
 
     @property
-    def clock(self) -> UpdateClock:
+    def default_update(self) -> UpdateSchedule:
         """Nearly to the end, as the authors do."""
         return UpdateEvery(100, start=0, stop=0.95)
 
     @property
-    def changes_counts(self) -> bool:
+    def changes_nnz(self) -> bool:
         """Weights move between layers."""
         return True
 
@@ -98,7 +97,7 @@ class DynamicSparseReparameterization(DropAndGrow):
         return GrowRandom(may_return=False)
 
     @property
-    def budget(self) -> Budget:
+    def reallocation(self) -> Reallocation:
         """One for all layers."""
         return AcrossLayers()
 
@@ -111,7 +110,7 @@ class DynamicSparseReparameterization(DropAndGrow):
             )
         return {"threshold": self.threshold}
 
-    def next_state(self, state: State, num_dropped: int, nnz: int) -> State:
+    def next_state(self, state: MethodState, num_dropped: int, nnz: int) -> MethodState:
         """Halve or double the threshold if it dropped too many or too few."""
         wanted = self.reallocate * nnz if isinstance(self.reallocate, float) else self.reallocate
         threshold = state["threshold"]
@@ -120,6 +119,3 @@ class DynamicSparseReparameterization(DropAndGrow):
         elif num_dropped < (1 - self.tolerance) * wanted:
             threshold *= 2
         return {"threshold": threshold}
-
-
-DSR = DynamicSparseReparameterization

@@ -10,10 +10,18 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_memtrain.sparsity.methods.distributions import Distribution, Shapes, Uniform, check_sparsity
-from lightning_memtrain.sparsity.methods.rules.layer_updates import Change, Layer, Moment, State, smallest
-from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod, Update
-from lightning_memtrain.sparsity.methods.update_schedules import Ticks
-from lightning_memtrain.sparsity.methods.value_schedules import CubicSchedule, Schedule, as_schedule
+from lightning_memtrain.sparsity.methods.rules.drop_rules import (
+    all_but_smallest,
+)
+from lightning_memtrain.sparsity.methods.rules.layer_updates import (
+    LayerChange,
+    LayerView,
+    MethodState,
+    UpdateTime,
+)
+from lightning_memtrain.sparsity.methods.sparse_method import PatternUpdate, SparseMethod
+from lightning_memtrain.sparsity.methods.update_schedules import UpdateSteps
+from lightning_memtrain.sparsity.methods.value_schedules import CubicSchedule, Schedule, to_schedule
 
 Scope = Literal["layer", "global"]
 
@@ -53,7 +61,7 @@ class GradualMagnitudePruning(SparseMethod):
         argument = f"{type(self).__name__}(sparsity)"
         if not isinstance(self.sparsity, Schedule):
             object.__setattr__(self, "sparsity", CubicSchedule(0.0, check_sparsity(self.sparsity, argument)))
-        as_schedule(self.sparsity, argument)
+        to_schedule(self.sparsity, argument)
         if self._at(1, 1) < self._at(0, 1):
             raise MisconfigurationException(
                 f"`{argument}` must not fall, since nothing grows, but got {self.sparsity!r}. "
@@ -70,7 +78,7 @@ class GradualMagnitudePruning(SparseMethod):
         return self.sparsity.value(step, total)
 
     @property
-    def changes_counts(self) -> bool:
+    def changes_nnz(self) -> bool:
         """Layers lose weights."""
         return True
 
@@ -80,9 +88,9 @@ class GradualMagnitudePruning(SparseMethod):
         assert isinstance(self.sparsity, Schedule)
         return self.sparsity.needs_end
 
-    def span(self, ticks: Ticks) -> int:
+    def schedule_length(self, update_steps: UpdateSteps) -> int:
         """To the last update, after which the model is exactly as sparse as was said."""
-        return 0 if ticks.last is None else max(0, ticks.last - ticks.start)
+        return 0 if update_steps.last is None else max(0, update_steps.last - update_steps.start)
 
     @property
     def starts_dense(self) -> bool:
@@ -99,20 +107,20 @@ class GradualMagnitudePruning(SparseMethod):
             )
         return self.distribution.counts(shapes, self._at(0, 1))
 
-    def update(self, layers: Mapping[str, Layer], moment: Moment, state: State) -> Update:
+    def update(self, layers: Mapping[str, LayerView], now: UpdateTime, state: MethodState) -> PatternUpdate:
         """Drop what is too much by now."""
         shapes = {name: layer.shape for name, layer in layers.items()}
-        target = self.distribution.counts(shapes, self._at(moment.elapsed, moment.span))
+        target = self.distribution.counts(shapes, self._at(now.elapsed, now.total))
         if self.scope == "layer":
             kept = {
-                name: smallest(layer.values, max(0, layer.nnz - target[name]))
+                name: all_but_smallest(layer.values, max(0, layer.nnz - target[name]))
                 for name, layer in layers.items()
             }
         else:
             kept = _smallest_of_all(layers, sum(target.values()))
-        return Update(
+        return PatternUpdate(
             {
-                name: Change(stays, torch.empty(0, dtype=torch.int64, device=stays.device))
+                name: LayerChange(stays, torch.empty(0, dtype=torch.int64, device=stays.device))
                 for name, stays in kept.items()
                 if not stays.all()
             },
@@ -120,11 +128,11 @@ class GradualMagnitudePruning(SparseMethod):
         )
 
 
-def _smallest_of_all(layers: Mapping[str, Layer], target: int) -> dict[str, torch.Tensor]:
+def _smallest_of_all(layers: Mapping[str, LayerView], target: int) -> dict[str, torch.Tensor]:
     """Drop the smallest of all layers, but never the largest of one."""
     magnitudes = [layer.values.abs().clone() for layer in layers.values()]
     for layer in magnitudes:
         layer[layer.argmax()] = float("inf")
     sizes = [layer.numel() for layer in magnitudes]
-    kept = smallest(torch.cat(magnitudes), max(0, sum(sizes) - max(target, len(sizes))))
+    kept = all_but_smallest(torch.cat(magnitudes), max(0, sum(sizes) - max(target, len(sizes))))
     return dict(zip(layers, torch.split(kept, sizes), strict=True))

@@ -1,4 +1,4 @@
-"""Methods of sparse training, each composed of a rule to drop, a rule to grow and a budget."""
+"""What a method of sparse training says: how sparse each layer is, and which weights it has at what time."""
 
 from __future__ import annotations
 
@@ -12,31 +12,21 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_memtrain.sparsity.methods.distributions import (
     Distribution,
     Shapes,
-    Uniform,
     check_sparsity,
-    planned_counts,
 )
 from lightning_memtrain.sparsity.methods.rules.layer_updates import (
-    Budget,
-    Change,
-    DropFraction,
-    DropRule,
-    GrowByGradient,
-    GrowRandom,
-    GrowRule,
-    Layer,
-    Moment,
-    PerLayer,
-    State,
+    LayerChange,
+    LayerView,
+    MethodState,
+    UpdateTime,
 )
-from lightning_memtrain.sparsity.methods.update_schedules import Ticks, UpdateClock, UpdateEvery
-from lightning_memtrain.sparsity.methods.value_schedules import CosineSchedule, Schedule, as_schedule
+from lightning_memtrain.sparsity.methods.update_schedules import UpdateEvery, UpdateSchedule, UpdateSteps
 
 Sparsity = float | dict[str, float]
 
 
 @dataclass(frozen=True)
-class Update:
+class PatternUpdate:
     """What an update does.
 
     Args:
@@ -44,8 +34,8 @@ class Update:
         state: of the method, from now on.
     """
 
-    changes: Mapping[str, Change]
-    state: State = field(default_factory=dict)
+    changes: Mapping[str, LayerChange]
+    state: MethodState = field(default_factory=dict)
 
 
 class SparseMethod(ABC):
@@ -60,12 +50,12 @@ class SparseMethod(ABC):
     distribution: Distribution
 
     @property
-    def clock(self) -> UpdateClock | None:
+    def default_update(self) -> UpdateSchedule | None:
         """When the pattern changes unless a user says so; ``None`` for never."""
         return UpdateEvery(100, start=0, stop=0.75)
 
     @property
-    def changes_counts(self) -> bool:
+    def changes_nnz(self) -> bool:
         """Whether the number of weights of a layer can change."""
         return False
 
@@ -79,25 +69,25 @@ class SparseMethod(ABC):
         """Whether the first steps need as much memory as dense training."""
         return False
 
-    def span(self, ticks: Ticks) -> int:
+    def schedule_length(self, update_steps: UpdateSteps) -> int:
         """Steps from the start of schedules to their end: as in the papers, the time that updates have.
 
         The last update is before that, as a rule, so that it still does something.
 
         Args:
-            ticks: when updates are due.
+            update_steps: when updates are due.
 
         Returns:
             0 if there is no end.
         """
-        return 0 if ticks.stop is None else max(0, ticks.stop - ticks.start)
+        return 0 if update_steps.stop is None else max(0, update_steps.stop - update_steps.start)
 
-    def has_effect(self, nnz: Mapping[str, int], moment: Moment) -> bool:
+    def has_effect(self, nnz: Mapping[str, int], now: UpdateTime) -> bool:
         """Whether an update can change anything.
 
         Args:
             nnz: weights by layer.
-            moment: of the update.
+            now: of the update.
 
         Returns:
             ``False`` only where it is sure.
@@ -127,12 +117,12 @@ class SparseMethod(ABC):
         """
         return {}
 
-    def num_candidates(self, nnz: Mapping[str, int], moment: Moment) -> dict[str, int]:
+    def num_candidates(self, nnz: Mapping[str, int], now: UpdateTime) -> dict[str, int]:
         """Inactive positions with the largest gradients that an update has to know.
 
         Args:
             nnz: weights by layer.
-            moment: of the update.
+            now: of the update.
 
         Returns:
             Numbers by layer; empty if gradients do not matter.
@@ -140,199 +130,17 @@ class SparseMethod(ABC):
         return {}
 
     @abstractmethod
-    def update(self, layers: Mapping[str, Layer], moment: Moment, state: State) -> Update:
+    def update(self, layers: Mapping[str, LayerView], now: UpdateTime, state: MethodState) -> PatternUpdate:
         """One change of the pattern.
 
         Args:
             layers: by name, in the order of the model.
-            moment: when.
+            now: when.
             state: what :meth:`initial_state` or the update before returned.
 
         Returns:
             Changes of layers, and the new state.
         """
-
-
-@dataclass(frozen=True)
-class StaticSparse(SparseMethod):
-    """Trains a random pattern that never changes.
-
-    Args:
-        sparsity: fraction of zeros, in ``[0, 1)``; or by layer, where ``*`` stands for any text.
-        distribution: spreads it over layers.
-
-    Raises:
-        MisconfigurationException: if ``sparsity`` is out of its range.
-
-    Example:
-        >>> StaticSparse(0.9).counts({"fc": (10, 100)}, overrides={})
-        {'fc': 100}
-    """
-
-    sparsity: Sparsity
-    distribution: Distribution = field(default_factory=Uniform)
-
-    def __post_init__(self) -> None:
-        check_sparsities(self, self.sparsity)
-
-    @property
-    def clock(self) -> UpdateClock | None:
-        """The pattern never changes."""
-        return None
-
-    def counts(self, shapes: Shapes, overrides: Mapping[str, float]) -> dict[str, int]:
-        """What the distribution says."""
-        return planned_counts(shapes, self.sparsity, self.distribution, overrides)
-
-    def update(self, layers: Mapping[str, Layer], moment: Moment, state: State) -> Update:
-        """No change."""
-        return Update({}, state)
-
-
-class DropAndGrow(SparseMethod):
-    """Drops some weights, and grows as many: all of dynamic sparse training is this with other rules."""
-
-    sparsity: Sparsity
-    distribution: Distribution
-
-    @property
-    @abstractmethod
-    def drop_rule(self) -> DropRule:
-        """Which weights go."""
-
-    @property
-    @abstractmethod
-    def grow_rule(self) -> GrowRule:
-        """Where weights grow."""
-
-    @property
-    def budget(self) -> Budget:
-        """How many grow in each layer."""
-        return PerLayer()
-
-    def counts(self, shapes: Shapes, overrides: Mapping[str, float]) -> dict[str, int]:
-        """What the distribution says."""
-        return planned_counts(shapes, self.sparsity, self.distribution, overrides)
-
-    def update(self, layers: Mapping[str, Layer], moment: Moment, state: State) -> Update:
-        """Drop, divide, grow."""
-        kept = {name: self.drop_rule.kept(layer, moment, state) for name, layer in layers.items()}
-        num_left = {name: int(stays.sum()) for name, stays in kept.items()}
-        num_grown = self.budget.num_grown(layers, num_left)
-        changes = {
-            name: self.grow_rule.change(layer, kept[name], num_grown[name], moment)
-            for name, layer in layers.items()
-            if num_grown[name] or num_left[name] < layer.nnz
-        }
-        num_dropped = sum(layer.nnz - num_left[name] for name, layer in layers.items())
-        return Update(
-            changes, self.next_state(state, num_dropped, sum(layer.nnz for layer in layers.values()))
-        )
-
-    def next_state(self, state: State, num_dropped: int, nnz: int) -> State:
-        """What the method keeps after an update.
-
-        Args:
-            state: before it.
-            num_dropped: weights that its drop rule chose.
-            nnz: weights of all layers.
-
-        Returns:
-            Names and numbers.
-        """
-        return state
-
-
-@dataclass(frozen=True)
-class SET(DropAndGrow):
-    r"""Sparse evolutionary training: drops the smallest weights, and grows as many at random.
-
-    At step :math:`t`, each layer of :math:`k` weights drops its :math:`\lfloor f(t) k \rfloor` smallest
-    magnitudes and grows as many, uniformly among all positions that are inactive then.
-
-    Args:
-        sparsity: fraction of zeros, in ``[0, 1)``; or by layer, where ``*`` stands for any text.
-        drop: fraction :math:`f` of a layer's weights that an update drops, a number or a schedule.
-        distribution: spreads the sparsity over layers.
-
-    Raises:
-        MisconfigurationException: if an argument is out of its range.
-
-    Example:
-        >>> SET(0.9, drop=CosineSchedule(0.3)).num_candidates({"fc": 100}, Moment(step=1, elapsed=1, span=10))
-        {}
-
-    References:
-        Mocanu et al., Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity,
-        Nature Communications 2018, arXiv:1707.04780.
-    """
-
-    sparsity: Sparsity
-    drop: Schedule | float = field(default_factory=lambda: CosineSchedule(0.3))
-    distribution: Distribution = field(default_factory=Uniform)
-
-    def __post_init__(self) -> None:
-        check_sparsities(self, self.sparsity)
-        object.__setattr__(self, "drop", as_schedule(self.drop, f"{type(self).__name__}(drop)"))
-
-    @property
-    def needs_end(self) -> bool:
-        """As the schedule does."""
-        return self._drop.needs_end
-
-    @property
-    def _drop(self) -> Schedule:
-        assert isinstance(self.drop, Schedule)
-        return self.drop
-
-    @property
-    def drop_rule(self) -> DropFraction:
-        """By magnitude."""
-        return DropFraction(self._drop)
-
-    @property
-    def grow_rule(self) -> GrowRule:
-        """At random."""
-        return GrowRandom()
-
-    def has_effect(self, nnz: Mapping[str, int], moment: Moment) -> bool:
-        """Unless all fractions of layers are less than one weight."""
-        return any(self.drop_rule.num_dropped(count, moment) for count in nnz.values())
-
-
-@dataclass(frozen=True)
-class RigL(SET):
-    r"""Rigging the lottery: :class:`SET` that grows where the gradient is largest.
-
-    The dense gradient is needed in the step before an update only, a layer at a time: backward reduces it to
-    the largest entries at once. With gradient accumulation, the first backward chooses twice as many
-    candidates, and the later ones add to these only.
-
-    Args:
-        sparsity: fraction of zeros, in ``[0, 1)``; or by layer, where ``*`` stands for any text.
-        drop: fraction of a layer's weights that an update drops, a number or a schedule.
-        distribution: spreads the sparsity over layers.
-
-    Raises:
-        MisconfigurationException: if an argument is out of its range.
-
-    Example:
-        >>> RigL(0.9, drop=0.3).num_candidates({"fc": 100}, Moment(step=1, elapsed=1, span=10))
-        {'fc': 30}
-
-    References:
-        Evci et al., Rigging the Lottery: Making All Tickets Winners, ICML 2020, arXiv:1911.11134.
-    """
-
-    @property
-    def grow_rule(self) -> GrowRule:
-        """By gradient."""
-        return GrowByGradient()
-
-    def num_candidates(self, nnz: Mapping[str, int], moment: Moment) -> dict[str, int]:
-        """As many as are dropped."""
-        numbers = {name: self.drop_rule.num_dropped(count, moment) for name, count in nnz.items()}
-        return {name: number for name, number in numbers.items() if number}
 
 
 def check_sparsities(method: SparseMethod, sparsity: Any) -> None:

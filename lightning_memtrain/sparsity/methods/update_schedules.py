@@ -27,7 +27,7 @@ class RunLength:
 
 
 @dataclass(frozen=True)
-class Ticks:
+class UpdateSteps:
     """The steps after which the pattern changes.
 
     Args:
@@ -69,11 +69,11 @@ class Ticks:
         return 0
 
 
-class UpdateClock(ABC):
+class UpdateSchedule(ABC):
     """Says after which optimizer steps the pattern changes."""
 
     @abstractmethod
-    def bind(self, run: RunLength) -> Ticks:
+    def in_steps(self, run: RunLength) -> UpdateSteps:
         """Count in steps what a user gave in fractions or epochs.
 
         Args:
@@ -88,7 +88,7 @@ class UpdateClock(ABC):
 
 
 @dataclass(frozen=True)
-class UpdateEvery(UpdateClock):
+class UpdateEvery(UpdateSchedule):
     """Changes the pattern after every so many optimizer steps.
 
     Args:
@@ -100,8 +100,8 @@ class UpdateEvery(UpdateClock):
         MisconfigurationException: if an argument is out of its range, or ``stop`` is before ``start``.
 
     Example:
-        >>> ticks = UpdateEvery(100, start=0, stop=0.75).bind(RunLength(total_steps=1000))
-        >>> [step for step in range(1000) if ticks.is_due(step)]
+        >>> steps = UpdateEvery(100, start=0, stop=0.75).in_steps(RunLength(total_steps=1000))
+        >>> [step for step in range(1000) if steps.is_due(step)]
         [100, 200, 300, 400, 500, 600, 700]
     """
 
@@ -119,15 +119,15 @@ class UpdateEvery(UpdateClock):
                 "Raise it, or lower start."
             )
 
-    def bind(self, run: RunLength) -> Ticks:
+    def in_steps(self, run: RunLength) -> UpdateSteps:
         """Count in steps."""
         start = _in_steps("UpdateEvery(start)", self.start, run.total_steps)
         stop = _in_steps("UpdateEvery(stop)", self.stop, run.total_steps)
-        return Ticks(((start, self.steps),), stop)
+        return UpdateSteps(((start, self.steps),), stop)
 
 
 @dataclass(frozen=True)
-class UpdatePiecewise(UpdateClock):
+class UpdatePiecewise(UpdateSchedule):
     """Changes the pattern at intervals that differ between parts of the run.
 
     Args:
@@ -140,9 +140,9 @@ class UpdatePiecewise(UpdateClock):
         MisconfigurationException: if an argument is out of its range.
 
     Example:
-        >>> clock = UpdatePiecewise({0: 100, 2: 200}, unit="epoch", stop=4)
-        >>> ticks = clock.bind(RunLength(total_steps=2000, steps_per_epoch=200))
-        >>> [step for step in range(2000) if ticks.is_due(step)]
+        >>> update = UpdatePiecewise({0: 100, 2: 200}, unit="epoch", stop=4)
+        >>> steps = update.in_steps(RunLength(total_steps=2000, steps_per_epoch=200))
+        >>> [step for step in range(2000) if steps.is_due(step)]
         [100, 200, 300, 400, 600, 800]
     """
 
@@ -166,7 +166,7 @@ class UpdatePiecewise(UpdateClock):
         if self.stop is not None:
             _check_time("UpdatePiecewise(stop)", self.stop)
 
-    def bind(self, run: RunLength) -> Ticks:
+    def in_steps(self, run: RunLength) -> UpdateSteps:
         """Count in steps."""
         scale = 1
         if self.unit == "epoch":
@@ -181,7 +181,9 @@ class UpdatePiecewise(UpdateClock):
             stop = _in_steps("UpdatePiecewise(stop)", self.stop, run.total_steps)
         elif self.stop is not None:
             stop = self.stop * scale
-        return Ticks(tuple((begin * scale, self.periods[begin]) for begin in sorted(self.periods)), stop)
+        return UpdateSteps(
+            tuple((begin * scale, self.periods[begin]) for begin in sorted(self.periods)), stop
+        )
 
 
 def _in_steps(argument: str, time: int | float, total_steps: int | None) -> int:

@@ -134,7 +134,7 @@ class CubicSchedule(_FromTo):
         return (1 - progress) ** 3
 
 
-def as_schedule(value: Any, argument: str) -> Schedule:
+def to_schedule(value: Any, argument: str) -> Schedule:
     """A schedule of fractions, or a fraction that stays.
 
     Args:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_memtrain.sparsity.storage.patterns import Span, complaint_about, decode
+from lightning_memtrain.sparsity.storage.patterns import Span, decode, pattern_fault
 from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
 
 Leave = Literal["sparse", "dense"]
@@ -76,7 +74,7 @@ def with_stored_entries(
             stored[key] = value
             continue
         weight, (nnz, pattern) = weights[by_name[key]], patterns[by_name[key]]
-        if (complaint := complaint_about(pattern, torch.empty(nnz), value.shape)) is not None:
+        if (complaint := pattern_fault(pattern, torch.empty(nnz), value.shape)) is not None:
             raise ValueError(f"The pattern of {key!r} in the checkpoint {complaint}")
         positions = decode(pattern, value.numel(), Span(0, value.numel(), 0, nnz)).to(value.device)
         stored[_key(weight, "values")] = value.reshape(-1).index_select(0, positions)
@@ -109,71 +107,3 @@ def make_sparse(checkpoint: dict[str, Any], state_key: str, weights: Mapping[str
 
 def _key(weight: SparseWeight, what: str) -> str:
     return f"{weight.place}.{what}" if weight.place else what
-
-
-Change = Callable[[dict[str, Any]], None]
-
-
-def around_checkpoints(model: LightningModule, on_save: Change, on_load: Change) -> Callable[[], None]:
-    """Change checkpoints before a model's own hook sees what is saved, and after it saw what is loaded.
-
-    Unlike those of callbacks, these hooks are called for checkpoints of weights alone, too.
-
-    Args:
-        model: whose hooks they are.
-        on_save: changes a checkpoint that is about to be saved.
-        on_load: changes a checkpoint that is about to be loaded.
-
-    Returns:
-        A function that takes it back; further calls do nothing.
-    """
-    hooks = [
-        _AroundHook(model, "on_save_checkpoint", before=on_save),
-        _AroundHook(model, "on_load_checkpoint", after=on_load),
-    ]
-
-    def undo() -> None:
-        for hook in hooks:
-            hook.close()
-
-    return undo
-
-
-class _AroundHook:
-    """Stands in for a hook of a model that takes a checkpoint."""
-
-    def __init__(
-        self, model: LightningModule, name: str, before: Change | None = None, after: Change | None = None
-    ) -> None:
-        self._model, self._name = model, name
-        self._replaced = model.__dict__.get(name)
-        self._inner = getattr(model, name)
-        self._changes = before, after
-        model.__dict__[name] = self
-
-    def __call__(self, checkpoint: dict[str, Any]) -> None:
-        before, after = self._changes
-        if before is not None:
-            before(checkpoint)
-        self._inner(checkpoint)
-        if after is not None:
-            after(checkpoint)
-
-    def close(self) -> None:
-        self._changes = None, None
-        if self._model.__dict__.get(self._name) is self:
-            del self._model.__dict__[self._name]
-            if self._replaced is not None:
-                self._model.__dict__[self._name] = self._replaced
-
-    # A copy of the model is saved and loaded as it would be without.
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self._inner, memo)
-
-    def __reduce__(self) -> Any:
-        return _itself, (self._inner,)
-
-
-def _itself(hook: Any) -> Any:
-    return hook

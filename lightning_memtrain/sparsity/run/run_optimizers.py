@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_memtrain.core import NoEffectWarning
-from lightning_memtrain.sparsity.storage.optimizer_state import check_state
+from lightning_memtrain.sparsity.storage.optimizer_state import check_reindexable
 
 
 def leading_optimizer(
@@ -26,7 +26,7 @@ def leading_optimizer(
         ``None`` after a warning if there are sparse layers that none has.
     """
     for optimizer in optimizers:
-        if paths_in([optimizer], values):
+        if held_paths([optimizer], values):
             return optimizer
     if values:
         warnings.warn(
@@ -38,7 +38,7 @@ def leading_optimizer(
     return None
 
 
-def paths_in(optimizers: Iterable[Optimizer], values: Mapping[str, nn.Parameter]) -> set[str]:
+def held_paths(optimizers: Iterable[Optimizer], values: Mapping[str, nn.Parameter]) -> set[str]:
     """Layers whose weights optimizers step.
 
     Args:
@@ -48,11 +48,11 @@ def paths_in(optimizers: Iterable[Optimizer], values: Mapping[str, nn.Parameter]
     Returns:
         Those that are not frozen and that one of the optimizers has.
     """
-    held = held_by(optimizers)
+    held = parameter_ids(optimizers)
     return {path for path, parameter in values.items() if parameter.requires_grad and id(parameter) in held}
 
 
-def held_by(optimizers: Iterable[Optimizer]) -> set[int]:
+def parameter_ids(optimizers: Iterable[Optimizer]) -> set[int]:
     """Parameters of optimizers, by ``id``.
 
     Args:
@@ -64,7 +64,7 @@ def held_by(optimizers: Iterable[Optimizer]) -> set[int]:
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
-def stepped(
+def stepped_paths(
     optimizers: Sequence[Optimizer], values: Mapping[str, nn.Parameter], with_gradient: Collection[str]
 ) -> set[str]:
     """Layers whose weights have been stepped: an optimizer that has all parameters leaves some alone.
@@ -75,9 +75,9 @@ def stepped(
         with_gradient: layers that have had a gradient.
 
     Returns:
-        Those of :func:`paths_in` that had a gradient or have state; all of them if none is known to.
+        Those of :func:`held_paths` that had a gradient or have state; all of them if none is known to.
     """
-    held = paths_in(optimizers, values)
+    held = held_paths(optimizers, values)
     stateful = {path for path, one in values.items() if any(each.state.get(one) for each in optimizers)}
     return held & (stateful | set(with_gradient)) or held
 
@@ -100,7 +100,7 @@ def refuse_optimizers(optimizers: Sequence[Optimizer], values: Mapping[str, nn.P
                 "a row. Use an elementwise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad), or StaticSparse."
             )
     for parameter in values.values():
-        check_state(optimizers, parameter)
+        check_reindexable(optimizers, parameter)
 
 
 def warn_of_groups(optimizers: Iterable[Optimizer], values: Mapping[str, nn.Parameter]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -85,41 +84,3 @@ def zeros_described(weights: Mapping[str, SparseWeight], share: float, starts_de
     where = f"from {least} zeros ({low}) to {most} ({high})" if least != most else f"with {least} zeros each"
     dense = "; the peak is that of dense training" if starts_dense else ""
     return f"{len(zeros)} layers with {share:.1%} of all parameters are sparse, {where}{dense}"
-
-
-class Explored:
-    """Which positions of a layer have ever been active, a bit for each, in the memory of the host.
-
-    Args:
-        numel: positions of the layer.
-
-    Example:
-        >>> explored = Explored(10)
-        >>> explored.add(torch.tensor([0, 3])), explored.add(torch.tensor([3, 9]))
-        (None, None)
-        >>> explored.count
-        3
-
-    References:
-        Liu et al., Do We Actually Need Dense Over-Parameterization? In-Time Over-Parameterization in Sparse
-        Training, ICML 2021, arXiv:2102.02887.
-    """
-
-    def __init__(self, numel: int) -> None:
-        self.bits = torch.zeros(-(-numel // 8), dtype=torch.uint8)
-
-    def add(self, positions: Tensor) -> None:
-        """Mark positions.
-
-        Args:
-            positions: int64, each once.
-        """
-        positions = positions.cpu()
-        one = torch.bitwise_left_shift(torch.ones_like(positions), positions & 7).to(torch.uint8)
-        # Bits of one pattern differ, so their sum is their union.
-        self.bits |= torch.zeros_like(self.bits).index_add_(0, positions >> 3, one)
-
-    @property
-    def count(self) -> int:
-        """How many are marked."""
-        return sum(int((self.bits >> bit & 1).sum(dtype=torch.int64)) for bit in range(8))

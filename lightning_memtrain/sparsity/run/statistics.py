@@ -10,17 +10,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_memtrain.core import Setting, TechniqueRecord
-from lightning_memtrain.sparsity.methods.rules.layer_updates import State
+from lightning_memtrain.sparsity.methods.rules.layer_updates import MethodState
 from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
-from lightning_memtrain.sparsity.pending_update import Moved
-from lightning_memtrain.sparsity.run import sparsity_measures as record
-from lightning_memtrain.sparsity.selection.layer_copies import Copies
+from lightning_memtrain.sparsity.pending_update import UpdateResult
+from lightning_memtrain.sparsity.run.exploration import ExploredPositions
+from lightning_memtrain.sparsity.run.sparsity_measures import (
+    described,
+    share_of_all,
+    training_bytes,
+    zeros_described,
+)
+from lightning_memtrain.sparsity.selection.layer_copies import LayerCopies
 from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
 
 Weights = Mapping[str, SparseWeight]
 
 
-class Journal:
+class SparsityStatistics:
     """Counts what moves, and says how sparse the model is.
 
     Args:
@@ -30,7 +36,7 @@ class Journal:
     def __init__(self, method: SparseMethod) -> None:
         self._method = method
         self.num_dropped = self.num_grown = 0
-        self.explored: dict[str, record.Explored] = {}
+        self.explored: dict[str, ExploredPositions] = {}
         self.is_measured = False
         self._bytes = 0, 0
         self._share = 0.0
@@ -57,10 +63,10 @@ class Journal:
             model: that is trained.
             weights: of its sparse layers.
         """
-        sparse, everything = record.share_of_all(model, weights.values())
+        sparse, everything = share_of_all(model, weights.values())
         self._share = sparse / max(1, everything)
 
-    def begin_training(self, step: int, weights: Weights, copies: Copies) -> None:
+    def begin_training(self, step: int, weights: Weights, copies: LayerCopies) -> None:
         """Say how sparse the layers are.
 
         Args:
@@ -71,7 +77,7 @@ class Journal:
         if not weights:
             self.say("all layers stay dense")
             return
-        described = record.zeros_described(weights, self._share, self._method.starts_dense)
+        described = zeros_described(weights, self._share, self._method.starts_dense)
         self.say(f"at step {step}, {described}")
         if copies.originals:
             self.say(copies.described())
@@ -83,11 +89,11 @@ class Journal:
             weights: of sparse layers.
             optimizers: that have state by now.
         """
-        pairs = [record.training_bytes(weight, optimizers) for weight in weights.values()]
+        pairs = [training_bytes(weight, optimizers) for weight in weights.values()]
         self._bytes = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
         self.is_measured = True
 
-    def count(self, moved: Moved) -> None:
+    def count(self, moved: UpdateResult) -> None:
         """Add up what an update did.
 
         Args:
@@ -103,7 +109,7 @@ class Journal:
             weights: of sparse layers.
             bits: as they were saved.
         """
-        self.explored = {name: record.Explored(weight.numel) for name, weight in weights.items()}
+        self.explored = {name: ExploredPositions(weight.numel) for name, weight in weights.items()}
         for name, saved in bits.items():
             self.explored[name].bits = saved
         self.explore(weights)
@@ -117,7 +123,7 @@ class Journal:
         for name, explored in self.explored.items():
             explored.add(weights[name].positions())
 
-    def metrics(self, weights: Weights, moved: Moved, state: State) -> dict[str, float]:
+    def metrics(self, weights: Weights, moved: UpdateResult, state: MethodState) -> dict[str, float]:
         """What loggers are given after an update.
 
         Args:
@@ -135,7 +141,7 @@ class Journal:
             metrics["sparsity/exploration_rate"] = self._exploration_rate(weights)
         return metrics
 
-    def technique_record(self, weights: Weights, state: State) -> TechniqueRecord:
+    def technique_record(self, weights: Weights, state: MethodState) -> TechniqueRecord:
         """How sparse the model is, what changed, and the bytes of a dense one.
 
         Args:
@@ -157,7 +163,7 @@ class Journal:
             settings["exploration_rate"] = round(self._exploration_rate(weights), 4)
         if weights and self.is_measured:
             settings |= {"sparse_bytes": self._bytes[0], "dense_bytes": self._bytes[1]}
-            events += (record.described(weights, *self._bytes),)
+            events += (described(weights, *self._bytes),)
         return TechniqueRecord("SparseTraining", settings, events)
 
     def _exploration_rate(self, weights: Weights) -> float:

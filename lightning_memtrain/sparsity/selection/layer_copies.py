@@ -19,14 +19,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_memtrain.sparsity.selection.weight_locations import Place
+from lightning_memtrain.sparsity.selection.weight_locations import WeightLocation
 from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
 
 _SAMPLE_NUMEL = 32
 
 
 @dataclass(frozen=True)
-class Copies:
+class LayerCopies:
     """Layers with equal weights.
 
     Args:
@@ -44,7 +44,7 @@ class Copies:
         return f"copies share the pattern of their original: {named}{more}"
 
 
-def find_copies(places: Mapping[str, Place], spared: Collection[str] = ()) -> Copies:
+def find_layer_copies(places: Mapping[str, WeightLocation], spared: Collection[str] = ()) -> LayerCopies:
     """Find layers that are copies of others.
 
     Args:
@@ -66,7 +66,9 @@ def find_copies(places: Mapping[str, Place], spared: Collection[str] = ()) -> Co
         for path in group:
             is_trained = path in trained
             earlier = trained[: trained.index(path)] if is_trained else trained
-            options = nearest(path, [o for o in earlier if not is_trained or not _by_number(o, path)])
+            options = paths_ending_alike(
+                path, [o for o in earlier if not is_trained or not _by_number(o, path)]
+            )
             roots = dict.fromkeys(originals.get(option, option) for option in options)
             if len(roots) == 1:
                 originals[path] = next(iter(roots))
@@ -77,10 +79,10 @@ def find_copies(places: Mapping[str, Place], spared: Collection[str] = ()) -> Co
                     "Select(dense=[...]), or make the copy after the first training step."
                 )
     in_order = {path: originals[path] for path in places if path in originals}
-    return Copies(in_order, equals)
+    return LayerCopies(in_order, equals)
 
 
-def _alike(places: Mapping[str, Place]) -> Iterable[list[str]]:
+def _alike(places: Mapping[str, WeightLocation]) -> Iterable[list[str]]:
     """Layers that may be equal by what is seen at a glance."""
     groups: dict[Any, list[str]] = {}
     for path, place in places.items():
@@ -96,7 +98,7 @@ def _alike(places: Mapping[str, Place]) -> Iterable[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _equal(places: Mapping[str, Place], paths: list[str]) -> Iterable[list[str]]:
+def _equal(places: Mapping[str, WeightLocation], paths: list[str]) -> Iterable[list[str]]:
     while len(paths) > 1:
         first = places[paths[0]].parameter
         same = [path for path in paths if torch.equal(places[path].parameter, first)]
@@ -105,7 +107,7 @@ def _equal(places: Mapping[str, Place], paths: list[str]) -> Iterable[list[str]]
         paths = [path for path in paths if path not in (paths[0], *same)]
 
 
-def nearest(path: str, others: Iterable[str]) -> list[str]:
+def paths_ending_alike(path: str, others: Iterable[str]) -> list[str]:
     """Of some paths, those that end as another one does, as far as possible.
 
     Args:
@@ -145,7 +147,10 @@ def _is_constant(parameter: Tensor) -> bool:
 
 @torch.no_grad()
 def follow_trained(
-    copies: Copies, weights: Mapping[str, SparseWeight], dense: Mapping[str, Place], held: Collection[int]
+    copies: LayerCopies,
+    weights: Mapping[str, SparseWeight],
+    dense: Mapping[str, WeightLocation],
+    held: Collection[int],
 ) -> None:
     """Give layers that no optimizer has the pattern of the equal one that is trained.
 
@@ -167,7 +172,7 @@ def follow_trained(
         present = [path for path in group if path in parameters]
         leaders = [path for path in present if id(parameters[path]) in held]
         for path in present if leaders else ():
-            options = nearest(path, leaders)
+            options = paths_ending_alike(path, leaders)
             if path in leaders or _agree(path, options, weights):
                 continue
             _refuse_several(path, options)
@@ -193,7 +198,7 @@ def _agree(path: str, options: Sequence[str], weights: Mapping[str, SparseWeight
 def followers(
     weights: Mapping[str, SparseWeight],
     trained: Collection[str],
-    copies: Copies,
+    copies: LayerCopies,
     known: Collection[str],
 ) -> dict[str, list[SparseWeight]]:
     """Layers that are not trained and have the pattern of one that is: they keep it when that one moves.
@@ -223,7 +228,7 @@ def followers(
             and (weight.nnz < weight.numel or path not in known or other in equals)
             and _share_pattern(weight, weights[other])
         ]
-        options = nearest(path, alike)
+        options = paths_ending_alike(path, alike)
         if options:
             _refuse_several(path, options)
             found.setdefault(options[0], []).append(weight)

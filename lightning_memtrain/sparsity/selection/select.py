@@ -13,8 +13,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_memtrain.sparsity.methods.distributions import check_sparsity
-from lightning_memtrain.sparsity.selection.layer_copies import Copies, find_copies
-from lightning_memtrain.sparsity.selection.weight_locations import Place, all_places, is_layer
+from lightning_memtrain.sparsity.selection.layer_copies import LayerCopies, find_layer_copies
+from lightning_memtrain.sparsity.selection.weight_locations import (
+    WeightLocation,
+    is_linear_or_convolution,
+    weight_locations,
+)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SHORTCUTS = ("*shortcut*", "*downsample*", "*skip*")
@@ -90,7 +94,7 @@ class Select:
         paths = name, name.rpartition(".")[0]
         return any(fnmatchcase(path, pattern) for path in paths for pattern in self.dense)
 
-    def not_named(self, model: nn.Module) -> dict[str, Place]:
+    def unnamed_locations(self, model: nn.Module) -> dict[str, WeightLocation]:
         """Dense layers that are not among those that are named.
 
         Args:
@@ -99,7 +103,7 @@ class Select:
         Returns:
             By path.
         """
-        places = all_places(model)
+        places = weight_locations(model)
         return {path: place for path, place in places.items() if not self.keeps_dense(place.name)}
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -116,7 +120,7 @@ class Select:
         """
         return {path: place.module for path, place in self.choose(model)[0].items()}
 
-    def choose(self, model: nn.Module) -> tuple[dict[str, Place], Copies]:
+    def choose(self, model: nn.Module) -> tuple[dict[str, WeightLocation], LayerCopies]:
         """Layers to make sparse, and which of them are copies of others.
 
         Args:
@@ -128,7 +132,7 @@ class Select:
         Raises:
             MisconfigurationException: if a name of ``dense`` matches no module with parameters.
         """
-        places = all_places(model)
+        places = weight_locations(model)
         known = [path for path, module in model.named_modules() if module._parameters] + [*places]
         for pattern in self.dense:
             if not any(fnmatchcase(path, pattern) for path in known):
@@ -144,7 +148,7 @@ class Select:
             for path, place in places.items()
             if any(_is_a(place.module, kind) for kind in self.types)
         }
-        copies = find_copies(of_types, named)
+        copies = find_layer_copies(of_types, named)
         own = {path: place for path, place in places.items() if path not in copies.originals}
         ends = _ends(own) if self.dense_ends else set()
         chosen = {
@@ -161,7 +165,7 @@ class Select:
         return layers, replace(copies, originals=originals)
 
 
-def has_weights(model: nn.Module) -> bool:
+def has_selectable_layers(model: nn.Module) -> bool:
     """Whether layers to choose from have been made.
 
     Args:
@@ -170,7 +174,9 @@ def has_weights(model: nn.Module) -> bool:
     Returns:
         ``True`` also if they are sparse already.
     """
-    return any(is_layer(module) for module in model.modules()) or bool(all_places(model))
+    return any(is_linear_or_convolution(module) for module in model.modules()) or bool(
+        weight_locations(model)
+    )
 
 
 def _is_a(module: nn.Module, kind: str | type[nn.Module]) -> bool:
@@ -179,7 +185,7 @@ def _is_a(module: nn.Module, kind: str | type[nn.Module]) -> bool:
     return any(fnmatchcase(base.__name__, kind) for base in type(module).__mro__)
 
 
-def _is_depthwise(place: Place) -> bool:
+def _is_depthwise(place: WeightLocation) -> bool:
     module = place.module
     return (
         isinstance(module, nn.modules.conv._ConvNd)
@@ -189,7 +195,7 @@ def _is_depthwise(place: Place) -> bool:
     )
 
 
-def _ends(places: Mapping[str, Place]) -> set[str]:
+def _ends(places: Mapping[str, WeightLocation]) -> set[str]:
     convolutions = {path: place for path, place in places.items() if isinstance(place.module, _CONVOLUTIONS)}
     if not convolutions:
         return set()

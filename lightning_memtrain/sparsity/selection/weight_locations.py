@@ -6,11 +6,11 @@ from typing import NamedTuple, cast
 
 from torch import nn
 
-from lightning_memtrain.sparsity.methods.distributions import Stack
+from lightning_memtrain.sparsity.methods.distributions import StackedShape
 from lightning_memtrain.sparsity.storage.layers.sparse_parameters import can_be_sparse
 
 
-class Place(NamedTuple):
+class WeightLocation(NamedTuple):
     """A weight that can be sparse.
 
     Args:
@@ -32,10 +32,12 @@ class Place(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Of the weight; a stack of matrices where there is one for each expert."""
         shape = tuple(self.parameter.shape)
-        return Stack(shape) if can_be_sparse(self.module, self.attribute) and len(shape) == 3 else shape
+        return (
+            StackedShape(shape) if can_be_sparse(self.module, self.attribute) and len(shape) == 3 else shape
+        )
 
 
-def all_places(model: nn.Module) -> dict[str, Place]:
+def weight_locations(model: nn.Module) -> dict[str, WeightLocation]:
     """Weights that can be sparse, if their layers are chosen.
 
     Args:
@@ -49,13 +51,17 @@ def all_places(model: nn.Module) -> dict[str, Place]:
         for attribute in module._parameters:
             name = f"{path}.{attribute}" if path else attribute
             if can_be_sparse(module, attribute):
-                places[name] = Place(module, attribute, name)
-            elif attribute == "weight" and module._parameters["weight"] is not None and is_layer(module):
-                places[path] = Place(module, attribute, name)
+                places[name] = WeightLocation(module, attribute, name)
+            elif (
+                attribute == "weight"
+                and module._parameters["weight"] is not None
+                and is_linear_or_convolution(module)
+            ):
+                places[path] = WeightLocation(module, attribute, name)
     return places
 
 
-def is_layer(module: nn.Module) -> bool:
+def is_linear_or_convolution(module: nn.Module) -> bool:
     """Whether a module is a linear or convolution layer.
 
     Args:

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 #: The first key of a checkpoint's weights: a model without sparse layers reports keys that it does not know.
-NOTE = "sparse weights: load them in a Trainer with SparseTraining, and save export_dense(model) for others"
+CHECKPOINT_KEY = (
+    "sparse weights: load them in a Trainer with SparseTraining, and save export_dense(model) for others"
+)
 
 
-def with_note(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_checkpoint_key(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A model's state with the note among its keys.
 
     Args:
@@ -20,14 +22,14 @@ def with_note(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Returns:
         The same tensors, behind an empty one.
     """
-    return {NOTE: torch.empty(0), **state_dict}
+    return {CHECKPOINT_KEY: torch.empty(0), **state_dict}
 
 
-def overlook_note(unexpected_keys: list[str]) -> None:
+def ignore_checkpoint_key(unexpected_keys: list[str]) -> None:
     """For sparse layers, which are loaded after all modules around them: these did not know the note.
 
     Args:
         unexpected_keys: so far.
     """
-    if NOTE in unexpected_keys:
-        unexpected_keys.remove(NOTE)
+    if CHECKPOINT_KEY in unexpected_keys:
+        unexpected_keys.remove(CHECKPOINT_KEY)

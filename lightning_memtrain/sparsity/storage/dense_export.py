@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_memtrain.sparsity import sharding
-from lightning_memtrain.sparsity.storage.checkpoint_key import NOTE
-from lightning_memtrain.sparsity.storage.layers.autograd_functions import Materialised
+from lightning_memtrain.sparsity.storage.checkpoint_key import CHECKPOINT_KEY
+from lightning_memtrain.sparsity.storage.layers.autograd_functions import DenseWeightFunction
 from lightning_memtrain.sparsity.storage.layers.sparse_layer import SparseLayer
-from lightning_memtrain.sparsity.storage.layers.sparse_parameters import SUFFIX
-from lightning_memtrain.sparsity.storage.patterns import complaint_about
+from lightning_memtrain.sparsity.storage.layers.sparse_parameters import SPARSE_SUFFIX
+from lightning_memtrain.sparsity.storage.patterns import pattern_fault
+from lightning_memtrain.sparsity.storage.shards import full_tensor
 
 
 def export_dense(module: nn.Module) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ def export_dense(module: nn.Module) -> dict[str, Tensor]:
     for key, value in state.items():
         prefix, _, last = key.rpartition(".")
         if prefix not in layers or last not in ("values", "sparsity_pattern"):
-            dense[key] = sharding.whole(value)
+            dense[key] = full_tensor(value)
         elif last == "values":
             layer = layers[prefix]
             dense[layer.dense_key(f"{prefix}." if prefix else "")] = layer.dense()
@@ -90,9 +90,9 @@ def dense_state_dict(state_dict: Mapping[str, Tensor], module: nn.Module) -> dic
     for key, value in state_dict.items():
         path, dot, last = key.rpartition(".")
         pattern, weight_key = state_dict.get(f"{path}{dot}sparsity_pattern"), f"{path}{dot}weight"
-        if path.endswith(SUFFIX) and weight_key not in weights:
-            weight_key = path.removesuffix(SUFFIX)
-        if key == NOTE or last == "sparsity_pattern":
+        if path.endswith(SPARSE_SUFFIX) and weight_key not in weights:
+            weight_key = path.removesuffix(SPARSE_SUFFIX)
+        if key == CHECKPOINT_KEY or last == "sparsity_pattern":
             continue
         if last != "values" or pattern is None:
             dense[key] = value
@@ -104,7 +104,7 @@ def dense_state_dict(state_dict: Mapping[str, Tensor], module: nn.Module) -> dic
                 "trained, as it is without sparse layers."
             )
         shape = weights[weight_key].shape
-        if (complaint := complaint_about(pattern, value, shape)) is not None:
+        if (complaint := pattern_fault(pattern, value, shape)) is not None:
             raise ValueError(f"{subject}their pattern {complaint}")
-        dense[weight_key] = Materialised.apply(value, pattern, shape, None)  # type: ignore[no-untyped-call]
+        dense[weight_key] = DenseWeightFunction.apply(value, pattern, shape, None)  # type: ignore[no-untyped-call]
     return dense

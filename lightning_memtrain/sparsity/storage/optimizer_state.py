@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_memtrain.optimizer_steps import SupportsReindexing
-from lightning_memtrain.sparsity import sharding
+from lightning_memtrain.sparsity.storage.shards import full_tensor, prepare_write
 
 # State that scales the step of an entry: it would be too long, by far, for one that starts at 0. Adam's with
 # both moments at 0 under a step counter that has gone on is 15 times as long as its neighbours'.
@@ -36,8 +36,8 @@ _SUMS = frozenset({"momentum_buffer", "exp_avg", "mu", "grad_avg", "prev", "ax",
 _BITSANDBYTES_BLOCK_NUMEL = 256
 
 
-def check_state(optimizers: Iterable[Optimizer], parameter: Tensor) -> None:
-    """Make sure that :func:`moved_state` can move all state of a parameter.
+def check_reindexable(optimizers: Iterable[Optimizer], parameter: Tensor) -> None:
+    """Make sure that :func:`prepare_state` can move all state of a parameter.
 
     Args:
         optimizers: all that may step it.
@@ -68,7 +68,9 @@ def check_state(optimizers: Iterable[Optimizer], parameter: Tensor) -> None:
                 )
 
 
-def moved_state(optimizers: Iterable[Optimizer], parameter: Tensor, move: Move) -> list[Callable[[], None]]:
+def prepare_state(
+    optimizers: Iterable[Optimizer], parameter: Tensor, move: Reindexing
+) -> list[Callable[[], None]]:
     """Prepare to give each entry the state that it had at its former number.
 
     Entries that are new start with momentum 0, and with the mean over the entries that stay for what scales
@@ -78,7 +80,7 @@ def moved_state(optimizers: Iterable[Optimizer], parameter: Tensor, move: Move) 
     Scalars, such as the number of steps, stay.
 
     Args:
-        optimizers: which :func:`check_state` has found no fault with; none has changed afterwards.
+        optimizers: which :func:`check_reindexable` has found no fault with; none has changed afterwards.
         parameter: before it changes its size, which it cannot where it is divided among ranks.
         move: of its entries.
 
@@ -99,10 +101,10 @@ def moved_state(optimizers: Iterable[Optimizer], parameter: Tensor, move: Move) 
         for key, value in state.items():
             if key in coded or not _is_elementwise(value, parameter):
                 continue
-            entries = sharding.whole(value)
+            entries = full_tensor(value)
             entries = move(entries, mean=_is_scale(key, entries))
             if isinstance(value, DTensor):
-                exchange.append(sharding.written(value, entries))
+                exchange.append(prepare_write(value, entries))
             else:
                 new[key] = entries
         exchange.append(partial(state.update, new))
@@ -124,14 +126,14 @@ def _refill(state: dict[str, Any], new: dict[str, Any]) -> None:
     state.update(new)
 
 
-class Move:
+class Reindexing:
     """Puts entries in the places of others.
 
     Args:
         source: int64, one per entry to be: the number of the entry that it was, or -1 if it is new.
 
     Example:
-        >>> move = Move(torch.tensor([2, -1, 1]))
+        >>> move = Reindexing(torch.tensor([2, -1, 1]))
         >>> move(torch.tensor([1.0, 2.0, 6.0])), move(torch.tensor([1.0, 2.0, 6.0]), mean=True)
         (tensor([6., 0., 2.]), tensor([6., 4., 2.]))
     """
@@ -213,7 +215,7 @@ def _bitsandbytes_keys(state: dict[str, Any], parameter: Tensor) -> set[str]:
     return coded
 
 
-def _moved_bitsandbytes(state: dict[str, Any], number: str, move: Move) -> dict[str, Tensor]:
+def _moved_bitsandbytes(state: dict[str, Any], number: str, move: Reindexing) -> dict[str, Tensor]:
     """Decode, move and encode again, by way of one layer's numbers in float32."""
     codes, table, scales = (state[f"{part}{number}"] for part in ("state", "qmap", "absmax"))
     size = _BITSANDBYTES_BLOCK_NUMEL

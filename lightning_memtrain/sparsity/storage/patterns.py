@@ -38,16 +38,16 @@ class Span(NamedTuple):
     """A run of a weight's flat positions, and the run of stored values that lie in it.
 
     Args:
-        first: position that it begins with; a multiple of 8.
-        last: position behind its end.
-        start: number of stored values before it.
-        stop: number of stored values up to its end.
+        position_start: position that it begins with; a multiple of 8.
+        position_stop: position behind its end.
+        value_start: number of stored values before it.
+        value_stop: number of stored values up to its end.
     """
 
-    first: int
-    last: int
-    start: int
-    stop: int
+    position_start: int
+    position_stop: int
+    value_start: int
+    value_stop: int
 
 
 def pattern_bytes(storage: Storage, numel: int, nnz: int) -> int:
@@ -66,7 +66,7 @@ def pattern_bytes(storage: Storage, numel: int, nnz: int) -> int:
         [125000, 200000, 100060]
     """
     if storage == "auto":
-        storage = choose_storage(storage, numel, nnz)
+        storage = resolve_storage(storage, numel, nnz)
     if storage == "bitmask":
         return -(-numel // 8)
     if storage == "int32":
@@ -74,7 +74,7 @@ def pattern_bytes(storage: Storage, numel: int, nnz: int) -> int:
     return 2 * nnz + 4 * _num_inner_starts(numel)
 
 
-def choose_storage(storage: Storage, numel: int, nnz: int) -> Storage:
+def resolve_storage(storage: Storage, numel: int, nnz: int) -> Storage:
     """The form that is meant.
 
     Args:
@@ -126,7 +126,7 @@ def encode(positions: Tensor, numel: int, storage: Storage) -> Tensor:
         >>> encode(torch.tensor([0, 3, 9]), 12, "bitmask")
         tensor([9, 2], dtype=torch.uint8)
     """
-    storage = choose_storage(storage, numel, positions.numel())
+    storage = resolve_storage(storage, numel, positions.numel())
     if storage == "int32":
         return positions.int()
     if storage == "bitmask":
@@ -160,24 +160,32 @@ def decode(pattern: Tensor, numel: int, span: Span) -> Tensor:
         >>> decode(pattern, 12, Span(8, 12, 2, 3)).tolist()
         [1]
     """
+    nnz = span.value_stop - span.value_start
     if pattern.dtype == torch.uint8:
-        return _bits_set(pattern[span.first // 8 : -(-span.last // 8)], span.stop - span.start)
+        return _bits_set(
+            pattern[span.position_start // 8 : -(-span.position_stop // 8)],
+            span.value_stop - span.value_start,
+        )
     if pattern.dtype == torch.int32:
-        positions = pattern[span.start : span.stop]
-        return positions - span.first if span.first else positions
+        positions = pattern[span.value_start : span.value_stop]
+        return positions - span.position_start if span.position_start else positions
     header = 2 * _num_inner_starts(numel)
-    offsets = pattern[header + span.start : header + span.stop].int().bitwise_and_(_BLOCK_NUMEL - 1)
+    offsets = (
+        pattern[header + span.value_start : header + span.value_stop].int().bitwise_and_(_BLOCK_NUMEL - 1)
+    )
     if not header:
-        return offsets.sub_(span.first)
+        return offsets.sub_(span.position_start)
     # Of the values in the span, those of each block: between where it starts and where the next one does.
-    starts = pattern[:header].view(torch.int32).clamp(span.start, span.stop)
-    borders = torch.cat([starts.new_full((1,), span.start), starts, starts.new_full((1,), span.stop)])
+    starts = pattern[:header].view(torch.int32).clamp(span.value_start, span.value_stop)
+    borders = torch.cat(
+        [starts.new_full((1,), span.value_start), starts, starts.new_full((1,), span.value_stop)]
+    )
     blocks = torch.arange(len(borders) - 1, dtype=torch.int32, device=pattern.device)
-    bases = blocks.mul_(_BLOCK_NUMEL).sub_(span.first)
-    return offsets.add_(bases.repeat_interleave(borders.diff(), output_size=span.stop - span.start))
+    bases = blocks.mul_(_BLOCK_NUMEL).sub_(span.position_start)
+    return offsets.add_(bases.repeat_interleave(borders.diff(), output_size=nnz))
 
 
-def complaint_about(pattern: Tensor, values: Tensor, shape: Sequence[int]) -> str | None:
+def pattern_fault(pattern: Tensor, values: Tensor, shape: Sequence[int]) -> str | None:
     """Why a saved pattern cannot be that of a weight.
 
     Args:

@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_memtrain.sparsity import sharding
 from lightning_memtrain.sparsity.storage.layers.sparse_layer import SparseLayer
-from lightning_memtrain.sparsity.storage.layers.sparse_parameters import SUFFIX, SparseParameter
-from lightning_memtrain.sparsity.storage.optimizer_state import Move, check_state, moved_state
+from lightning_memtrain.sparsity.storage.layers.sparse_parameters import SPARSE_SUFFIX, SparseParameter
+from lightning_memtrain.sparsity.storage.optimizer_state import Reindexing, check_reindexable, prepare_state
+from lightning_memtrain.sparsity.storage.shards import full_tensor, prepare_write
 
 
 class SparseWeight:
@@ -42,7 +42,7 @@ class SparseWeight:
     @property
     def place(self) -> str:
         """Path of the module that holds the values."""
-        return f"{self.name}{SUFFIX}" if isinstance(self.layer, SparseParameter) else self.path
+        return f"{self.name}{SPARSE_SUFFIX}" if isinstance(self.layer, SparseParameter) else self.path
 
     @property
     def shape(self) -> torch.Size:
@@ -76,8 +76,7 @@ class SparseWeight:
         """Drop some entries and grow others, optimizer state and gradient included.
 
         What stays keeps its value, gradient and state. What is new starts at 0, with momentum 0 and with the
-        mean of the layer for what scales its step: see
-        :func:`~lightning_memtrain.sparsity.storage.optimizer_state.moved_state`. The parameter stays the same
+        mean of the layer for what scales its step: see the page on storage. The parameter stays the same
         object. All of it changes or nothing: an error (out of memory, say) leaves everything as it was.
 
         Of values that ``fully_shard`` divided among ranks, all ranks have to call this with the same
@@ -94,10 +93,10 @@ class SparseWeight:
             TypeError: if an optimizer's state cannot follow, or the values are no plain tensor, or divided
                 among ranks and would become more or fewer. Nothing has changed then.
         """
-        carry_out(self.prepared(kept, grown, optimizers))
+        assign_all(self.prepare_replace(kept, grown, optimizers))
 
     @torch.no_grad()
-    def prepared(
+    def prepare_replace(
         self, kept: Tensor, grown: Tensor, optimizers: Sequence[Optimizer] = ()
     ) -> list[Callable[[], None]]:
         """Make all that :meth:`replace` needs, and change nothing.
@@ -140,22 +139,22 @@ class SparseWeight:
                 f"among ranks in shards of fixed size, but got {len(positions)} for {len(kept)}. Grow as "
                 "many as are dropped."
             )
-        check_state(optimizers, values)
+        check_reindexable(optimizers, values)
         # All that is new exists before anything changes.
-        move = Move(source)
-        exchange = moved_state(optimizers, values, move)
+        move = Reindexing(source)
+        exchange = prepare_state(optimizers, values, move)
         gradient = values.grad
         if isinstance(values.data, DTensor):
             for divided in (values.data, gradient):
                 if isinstance(divided, DTensor):
-                    exchange.append(sharding.written(divided, move(sharding.whole(divided))))
+                    exchange.append(prepare_write(divided, move(full_tensor(divided))))
         else:
             new_gradient = None if gradient is None else move(gradient)
-            exchange.append(self.layer.with_values(move(values.detach()), new_gradient))
-        return [*exchange, self.layer.with_positions(positions)]
+            exchange.append(self.layer.prepare_values(move(values.detach()), new_gradient))
+        return [*exchange, self.layer.prepare_positions(positions)]
 
 
-def carry_out(exchange: Sequence[Callable[[], Any]]) -> None:
+def assign_all(exchange: Sequence[Callable[[], Any]]) -> None:
     """Change everything, even if an interrupt comes in between: half a change would mix weights.
 
     Args:

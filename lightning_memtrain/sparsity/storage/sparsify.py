@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lightning_memtrain.sparsity.storage.layers.layer_types import SPARSE_TYPES
 from lightning_memtrain.sparsity.storage.layers.sparse_layer import SparseLayer
 from lightning_memtrain.sparsity.storage.layers.sparse_parameters import (
-    SparseOwner,
     SparseParameter,
+    SparseParameterOwner,
     can_be_sparse,
     densify_parameter,
     sparsify_parameter,
 )
-from lightning_memtrain.sparsity.storage.patterns import Storage, choose_storage
+from lightning_memtrain.sparsity.storage.patterns import Storage, resolve_storage
 from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight, check_positions, sparse_weights
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -75,7 +75,7 @@ def sparsify_(
         >>> [(name, parameter.shape) for name, parameter in layer.named_parameters()]
         [('bias', torch.Size([100])), ('values', torch.Size([10000]))]
     """
-    choose_storage(storage, 0, 0)
+    resolve_storage(storage, 0, 0)
     if chunk_bytes is not None and chunk_bytes < 1:
         raise ValueError(
             f"`sparsify_(chunk_bytes)` must be at least 1, but got chunk_bytes={chunk_bytes}. "
@@ -139,7 +139,7 @@ def densify_(module: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
         values, layer = weight.values, weight.layer
         if isinstance(layer, SparseParameter):
             path, _, attribute = name.rpartition(".")
-            dense = densify_parameter(cast(SparseOwner, module.get_submodule(path)), attribute)
+            dense = densify_parameter(cast(SparseParameterOwner, module.get_submodule(path)), attribute)
         else:
             dense = layer.become_dense()
         for optimizer in optimizers:
@@ -157,7 +157,7 @@ def _layer_to_change(module: nn.Module, name: str) -> nn.Module:
         layer = None
     weight = None if layer is None else layer._parameters.get(attribute)
     subject = f"`sparsify_(positions)` names {name!r}, but "
-    is_sparse = isinstance(layer, SparseOwner) and attribute in layer.sparse_names
+    is_sparse = isinstance(layer, SparseParameterOwner) and attribute in layer.sparse_names
     if is_sparse or (isinstance(layer, SparseLayer) and attribute in ("weight", "values")):
         raise ValueError(
             f"{subject}this weight is sparse already. Use `SparseWeight.replace` to move entries."

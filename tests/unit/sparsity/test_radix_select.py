@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_memtrain as mt
-from lightning_memtrain.sparsity.methods.rules.layer_updates import Moment
-from lightning_memtrain.sparsity.pattern_updater import Updater
+from lightning_memtrain.sparsity.methods.rules.layer_updates import UpdateTime
+from lightning_memtrain.sparsity.pattern_updater import PatternUpdater
 from lightning_memtrain.sparsity.radix_select import Level, are_largest, keys_of, level_of_largest
 
 NUMBERS = st.one_of(
@@ -62,13 +62,13 @@ class Operators(TorchDispatchMode):
 def test_a_step_with_an_update_of_rigl_sorts_nothing() -> None:
     """So that its time grows as the number of weights does."""
     torch.manual_seed(0)
-    layer, now = nn.Linear(100, 100), Moment(step=1, elapsed=1, span=10)
-    updater = Updater(mt.sparsify_(layer, {"weight": torch.arange(0, 10_000, 10)}), mt.RigL(0.9))
+    layer, now = nn.Linear(100, 100), UpdateTime(step=1, elapsed=1, total=10)
+    updater = PatternUpdater(mt.sparsify_(layer, {"weight": torch.arange(0, 10_000, 10)}), mt.RigL(0.9))
     optimizer = torch.optim.AdamW(layer.parameters())
     with Operators() as operators:
         updater.watch(now)
         layer(torch.randn(8, 100)).square().sum().backward()
-        updater.note_gradients()
+        updater.record_gradients()
         optimizer.step()
         assert updater.update(now, [optimizer]).num_grown > 200
     assert {"bincount", "searchsorted"} <= operators.names

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_memtrain as mt
 from lightning_memtrain.sparsity import distributed
-from lightning_memtrain.sparsity.pattern_updater import Updater
+from lightning_memtrain.sparsity.pattern_updater import PatternUpdater
 from tests.helpers.trainers import LIGHTNING_WARNINGS, assert_torch_is_as_found, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
@@ -71,13 +71,13 @@ class Watcher:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[int] = []
-        inner = Updater.update
+        inner = PatternUpdater.update
 
-        def update(updater: Updater, moment: Any, optimizers: Any) -> Any:
+        def update(updater: PatternUpdater, moment: Any, optimizers: Any) -> Any:
             self.steps.append(moment.step)
             return inner(updater, moment, optimizers)
 
-        monkeypatch.setattr(Updater, "update", update)
+        monkeypatch.setattr(PatternUpdater, "update", update)
 
 
 def fit(
@@ -264,9 +264,9 @@ def test_candidates_are_watched_only_in_the_step_before_an_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched: list[int] = []
-    inner = Updater.watch
+    inner = PatternUpdater.watch
     monkeypatch.setattr(
-        Updater,
+        PatternUpdater,
         "watch",
         lambda self, moment, **how: (watched.append(moment.step), inner(self, moment, **how))[1],
     )
@@ -655,9 +655,7 @@ def test_counts_that_change_in_a_compiled_model_warn_unless_torch_allows_it(tmp_
         fit(tmp_path, mt.SparseTraining(method, EVERY_TWO), model, max_epochs=1, limit_train_batches=2)
 
     torch._dynamo.reset()
-    with pytest.warns(
-        UserWarning, match="DynamicSparseReparameterization changes the number of weights of com"
-    ):
+    with pytest.warns(UserWarning, match="DSR changes the number of weights of com"):
         run(mt.DSR(0.75, threshold=0.05))
     run(mt.SET(0.75, drop=0.5))
     with torch._dynamo.config.patch(force_parameter_static_shapes=False):
@@ -668,7 +666,7 @@ def test_counts_that_change_in_a_compiled_model_warn_unless_torch_allows_it(tmp_
 def test_ddp_is_refused_a_model_of_which_it_would_see_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "is_on", lambda strategy: True)
+    monkeypatch.setattr(distributed, "is_replicated", lambda strategy: True)
     model = Net()
     for layer in (model.body[0], model.body[2], model.head):
         layer.bias = None
@@ -701,7 +699,7 @@ def test_a_trainer_that_goes_on_with_another_model_counts_anew(tmp_path: Path) -
 def test_a_model_can_be_copied_and_saved_amid_a_fit(tmp_path: Path) -> None:
     copies: list[Any] = []
 
-    class Copies(Callback):
+    class LayerCopies(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             assert "configure_model" not in pl_module.__dict__
             copies.append(copy.deepcopy(pl_module))
@@ -710,7 +708,7 @@ def test_a_model_can_be_copied_and_saved_amid_a_fit(tmp_path: Path) -> None:
     def callback() -> Any:
         return mt.SparseTraining(mt.SET(0.75, drop=0.5), EVERY_TWO)
 
-    model, _ = fit(tmp_path, callback(), None, Copies())
+    model, _ = fit(tmp_path, callback(), None, LayerCopies())
     before = copy.deepcopy(model.state_dict())
     twin, _ = fit(tmp_path, callback(), copies[0])
     assert_same(model, twin)

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
-from lightning_memtrain.sparsity.selection.layer_copies import find_copies
+from lightning_memtrain.sparsity.selection.layer_copies import find_layer_copies
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
@@ -293,7 +293,7 @@ def test_weights_that_only_begin_and_end_alike_are_no_copies() -> None:
     other = copy.deepcopy(one)
     with torch.no_grad():
         other.weight[16, 3] += 1
-    assert find_copies(mt.Select().choose(Places(one=one, other=other))[0]).equals == []
+    assert find_layer_copies(mt.Select().choose(Places(one=one, other=other))[0]).equals == []
 
 
 class Critics(Student):

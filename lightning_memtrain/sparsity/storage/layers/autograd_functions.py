@@ -19,7 +19,7 @@ from lightning_memtrain.sparsity.storage.candidate_search import CandidateSearch
 from lightning_memtrain.sparsity.storage.patterns import Span, decode
 
 
-class Geometry(NamedTuple):
+class ConvolutionGeometry(NamedTuple):
     """How a convolution goes over its input, one number per axis of the image.
 
     Args:
@@ -39,7 +39,7 @@ class Geometry(NamedTuple):
     groups: int
 
 
-def spread(values: Tensor, positions: Tensor, numel: int) -> Tensor:
+def scatter_to_dense(values: Tensor, positions: Tensor, numel: int) -> Tensor:
     """Values at their positions, zeros elsewhere.
 
     Args:
@@ -54,7 +54,7 @@ def spread(values: Tensor, positions: Tensor, numel: int) -> Tensor:
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
-def uncompiled(function: Callable[..., Any], *arguments: Any) -> Tensor:
+def run_uncompiled(function: Callable[..., Any], *arguments: Any) -> Tensor:
     """Run what looks for candidates, which a compiled backward cannot.
 
     Args:
@@ -68,7 +68,7 @@ def uncompiled(function: Callable[..., Any], *arguments: Any) -> Tensor:
     return result
 
 
-class Materialised(Function):
+class DenseWeightFunction(Function):
     """The dense weight itself, for code that asks for it."""
 
     @staticmethod
@@ -77,7 +77,7 @@ class Materialised(Function):
     ) -> Tensor:
         """Make it."""
         numel = math.prod(shape)
-        return spread(values, decode(pattern, numel, _whole(values, numel)), numel).view(shape)
+        return scatter_to_dense(values, decode(pattern, numel, _whole(values, numel)), numel).view(shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -98,7 +98,7 @@ class Materialised(Function):
         return gradient.index_select(0, positions), None, None, None
 
 
-class Linear(Function):
+class SparseLinearFunction(Function):
     """``torch.nn.functional.linear``, whole or by chunks of rows of the weight."""
 
     @staticmethod
@@ -146,7 +146,9 @@ class Linear(Function):
                 part = gradient if len(spans) == 1 else gradient[:, rows]
                 positions = decode(pattern, numel, span)
                 if needs_x:
-                    weight = spread(_part(values, span, dtype), positions, span.last - span.first)
+                    weight = scatter_to_dense(
+                        _part(values, span, dtype), positions, span.position_stop - span.position_start
+                    )
                     product = part @ weight.view(-1, in_features)
                     del weight  # before the gradient of the same size comes
                     of_x = product if of_x is None else of_x.add_(product)
@@ -155,7 +157,7 @@ class Linear(Function):
                     of_weight = (part.t() @ x.reshape(-1, in_features)).view(-1)
                     of_values.append(of_weight.index_select(0, positions).to(values.dtype))
                     if search is not None:
-                        search.look(of_weight, positions, span.first)
+                        search.look(of_weight, positions, span.position_start)
                     del of_weight
             if search is not None and needs_values:
                 search.end_pass()
@@ -168,7 +170,7 @@ class Linear(Function):
             )
 
 
-class Convolution(Function):
+class SparseConvolutionFunction(Function):
     """``torch.convolution``: one to three axes, transposed or not."""
 
     @staticmethod
@@ -178,7 +180,7 @@ class Convolution(Function):
         pattern: Tensor,
         bias: Tensor | None,
         shape: tuple[int, ...],
-        geometry: Geometry,
+        geometry: ConvolutionGeometry,
         dtype: torch.dtype,
         search: CandidateSearch | None,
     ) -> Tensor:
@@ -213,7 +215,7 @@ class Convolution(Function):
         with _without_autocast(gradient):
             positions = decode(pattern, numel, span)
             if needs_x:
-                weight = spread(_part(values, span, dtype), positions, numel).view(shape)
+                weight = scatter_to_dense(_part(values, span, dtype), positions, numel).view(shape)
                 of_x, _, _ = products(weight, True, False, False)
                 del weight  # before the gradient of the same size comes
             if needs_values or needs_bias:
@@ -235,17 +237,17 @@ def _whole(values: Tensor, numel: int) -> Span:
 
 def _part(values: Tensor, span: Span, dtype: torch.dtype) -> Tensor:
     """The values of a span, in the dtype of the product: theirs, or that of autocast."""
-    return values[span.start : span.stop].to(dtype)
+    return values[span.value_start : span.value_stop].to(dtype)
 
 
 def _dense(values: Tensor, pattern: Tensor, numel: int, span: Span, dtype: torch.dtype) -> Tensor:
     positions = decode(pattern, numel, span)
-    return spread(_part(values, span, dtype), positions, span.last - span.first)
+    return scatter_to_dense(_part(values, span, dtype), positions, span.position_stop - span.position_start)
 
 
 def _row_chunks(spans: tuple[Span, ...], shape: tuple[int, int]) -> Iterator[tuple[Span, slice]]:
     for span in spans:
-        yield span, slice(span.first // shape[1], span.last // shape[1])
+        yield span, slice(span.position_start // shape[1], span.position_stop // shape[1])
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:

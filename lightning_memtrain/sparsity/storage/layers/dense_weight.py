@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_memtrain.core import OnDemandTensor
-from lightning_memtrain.sparsity import sharding
-from lightning_memtrain.sparsity.storage.layers.autograd_functions import spread
+from lightning_memtrain.sparsity.storage.layers.autograd_functions import scatter_to_dense
 from lightning_memtrain.sparsity.storage.patterns import Span, decode
+from lightning_memtrain.sparsity.storage.shards import full_tensor
 
 _NOT_IN_BACKWARD = -1
 _aten = torch.ops.aten
@@ -42,7 +42,7 @@ _TAKE_NO_NUMBERS = frozenset(
 ) | frozenset(getattr(_aten, f"new_{what}").default for what in ("empty", "zeros", "ones", "full"))
 
 
-class Stored(NamedTuple):
+class StoredEntries(NamedTuple):
     """What a dense tensor is made from.
 
     Args:
@@ -61,14 +61,14 @@ class Stored(NamedTuple):
 
     def dense(self) -> Tensor:
         """Make the dense tensor."""
-        values = sharding.whole(self.values.detach())[self.span.start : self.span.stop]
+        values = full_tensor(self.values.detach())[self.span.value_start : self.span.value_stop]
         positions = decode(self.pattern, self.numel, self.span)
-        return spread(values, positions, math.prod(self.shape)).view(self.shape)
+        return scatter_to_dense(values, positions, math.prod(self.shape)).view(self.shape)
 
     def take(self, dense: Tensor) -> None:
         """Keep the entries of a dense tensor that have a place here."""
         positions = decode(self.pattern, self.numel, self.span)
-        values = self.values.detach()[self.span.start : self.span.stop]
+        values = self.values.detach()[self.span.value_start : self.span.value_stop]
         values.copy_(dense.reshape(-1).index_select(0, positions))
         if not self.values.is_inference():
             torch.autograd.graph.increment_version(self.values)
@@ -100,7 +100,7 @@ class DenseWeight(OnDemandTensor):
         like: has the size and strides that it is seen with, if it is a view.
     """
 
-    _stored: Stored
+    _stored: StoredEntries
     _views: tuple[_View, ...]
     _version_then: int | None
     _is_parameter: bool
@@ -109,7 +109,10 @@ class DenseWeight(OnDemandTensor):
 
     @staticmethod
     def __new__(
-        cls: type[DenseWeight], stored: Stored, views: tuple[_View, ...] = (), like: Tensor | None = None
+        cls: type[DenseWeight],
+        stored: StoredEntries,
+        views: tuple[_View, ...] = (),
+        like: Tensor | None = None,
     ) -> DenseWeight:
         """Hold nothing but values and pattern."""
         values = stored.values
@@ -123,7 +126,7 @@ class DenseWeight(OnDemandTensor):
         return made
 
     @classmethod
-    def of_parameter(cls, stored: Stored) -> DenseWeight:
+    def of_parameter(cls, stored: StoredEntries) -> DenseWeight:
         """What stands in the place of a parameter.
 
         Args:

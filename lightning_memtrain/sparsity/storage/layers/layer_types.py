@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_memtrain.sparsity.storage.layers.autograd_functions import (
-    Convolution,
-    Geometry,
-    Linear,
-    uncompiled,
+    ConvolutionGeometry,
+    SparseConvolutionFunction,
+    SparseLinearFunction,
+    run_uncompiled,
 )
 from lightning_memtrain.sparsity.storage.layers.sparse_layer import SparseLayer
 
@@ -36,12 +36,12 @@ class SparseLinear(SparseLayer, nn.Linear):
             Of shape ``(..., out_features)``.
         """
         if self.search is not None:
-            return uncompiled(self._multiply, input)
+            return run_uncompiled(self._multiply, input)
         return self._multiply(input)
 
     def _multiply(self, input: Tensor) -> Tensor:
         input, bias, dtype = self.autocast(input, self.bias)
-        product: Tensor = Linear.apply(  # type: ignore[no-untyped-call]
+        product: Tensor = SparseLinearFunction.apply(  # type: ignore[no-untyped-call]
             input if input.dim() > 1 else input.unsqueeze(0),
             self.values,
             self.sparsity_pattern,
@@ -91,17 +91,17 @@ class _SparseConvolution(SparseLayer, nn.modules.conv._ConvNd):
         return self._convolved(input, padding, self.output_padding)
 
     def _convolved(self, input: Tensor, padding: Any, output_padding: Any) -> Tensor:
-        geometry = Geometry(
+        geometry = ConvolutionGeometry(
             self.stride, padding, self.dilation, self.transposed, tuple(output_padding), self.groups
         )
         if self.search is not None:
-            return uncompiled(self._convolve, input, geometry)
+            return run_uncompiled(self._convolve, input, geometry)
         return self._convolve(input, geometry)
 
-    def _convolve(self, input: Tensor, geometry: Geometry) -> Tensor:
+    def _convolve(self, input: Tensor, geometry: ConvolutionGeometry) -> Tensor:
         input, bias, dtype = self.autocast(input, self.bias)
         is_batch = input.dim() > len(self.kernel_size) + 1
-        result: Tensor = Convolution.apply(  # type: ignore[no-untyped-call]
+        result: Tensor = SparseConvolutionFunction.apply(  # type: ignore[no-untyped-call]
             input if is_batch else input.unsqueeze(0),
             self.values,
             self.sparsity_pattern,

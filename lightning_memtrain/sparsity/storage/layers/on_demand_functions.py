@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lightning_memtrain.sparsity.storage.candidate_search import CandidateSearch
-from lightning_memtrain.sparsity.storage.layers.autograd_functions import Materialised
-from lightning_memtrain.sparsity.storage.layers.dense_weight import DenseWeight, Stored
+from lightning_memtrain.sparsity.storage.layers.autograd_functions import DenseWeightFunction
+from lightning_memtrain.sparsity.storage.layers.dense_weight import DenseWeight, StoredEntries
 from lightning_memtrain.sparsity.storage.patterns import Span, decode
 
 
-class Look(Materialised):
+class OnDemandWeight(DenseWeightFunction):
     """The dense weight as a whole."""
 
     @staticmethod
@@ -26,10 +26,10 @@ class Look(Materialised):
         """Make nothing yet."""
         numel = math.prod(shape)
         whole = Span(0, numel, 0, values.shape[0])
-        return DenseWeight.of_parameter(Stored(values, pattern, numel, whole, tuple(shape)))
+        return DenseWeight.of_parameter(StoredEntries(values, pattern, numel, whole, tuple(shape)))
 
 
-class LookAtPart(Function):
+class OnDemandSlice(Function):
     """One matrix of a dense weight of three axes."""
 
     @staticmethod
@@ -42,7 +42,7 @@ class LookAtPart(Function):
         spans: tuple[Span, ...],
     ) -> Tensor:
         """Make nothing yet."""
-        return DenseWeight(Stored(values, pattern, math.prod(shape), spans[number], tuple(shape[1:])))
+        return DenseWeight(StoredEntries(values, pattern, math.prod(shape), spans[number], tuple(shape[1:])))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -58,9 +58,9 @@ class LookAtPart(Function):
         numel, span, nnz = ctx.where
         positions, gradient = decode(pattern, numel, span), gradient.reshape(-1)
         if ctx.search is not None:
-            search = ctx.search.part(span.first)
-            search.look(gradient, positions, span.first)
+            search = ctx.search.part(span.position_start)
+            search.look(gradient, positions, span.position_start)
             search.end_pass()
-        before, behind = gradient.new_zeros(span.start), gradient.new_zeros(nnz - span.stop)
+        before, behind = gradient.new_zeros(span.value_start), gradient.new_zeros(nnz - span.value_stop)
         of_values = torch.cat([before, gradient.index_select(0, positions), behind])
         return of_values, *(None,) * 5

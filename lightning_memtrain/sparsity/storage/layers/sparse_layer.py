@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lightning_memtrain.sparsity import sharding
 from lightning_memtrain.sparsity.storage.candidate_search import CandidateSearch
-from lightning_memtrain.sparsity.storage.checkpoint_key import overlook_note
-from lightning_memtrain.sparsity.storage.layers.autograd_functions import Materialised, uncompiled
+from lightning_memtrain.sparsity.storage.checkpoint_key import ignore_checkpoint_key
+from lightning_memtrain.sparsity.storage.layers.autograd_functions import DenseWeightFunction, run_uncompiled
 from lightning_memtrain.sparsity.storage.layers.dense_weight import DenseWeight
-from lightning_memtrain.sparsity.storage.layers.on_demand_functions import Look, LookAtPart
+from lightning_memtrain.sparsity.storage.layers.on_demand_functions import OnDemandSlice, OnDemandWeight
 from lightning_memtrain.sparsity.storage.patterns import (
     Span,
     Storage,
-    complaint_about,
     decode,
     encode,
+    pattern_fault,
     storage_of,
 )
+from lightning_memtrain.sparsity.storage.shards import full_tensor
 
 
 class SparseLayer(nn.Module):
@@ -56,20 +56,20 @@ class SparseLayer(nn.Module):
         Only stored entries can be written: elsewhere it stays 0.
         """
         if torch.compiler.is_compiling():
-            return self.materialised()
-        made = self._apply_function(Look)
+            return self.dense_with_gradient()
+        made = self._apply_function(OnDemandWeight)
         if self.parts and isinstance(made, DenseWeight):
-            made.divided_by(lambda number: self._apply_function(LookAtPart, number, self.parts))
+            made.divided_by(lambda number: self._apply_function(OnDemandSlice, number, self.parts))
         return made
 
-    def materialised(self) -> Tensor:
+    def dense_with_gradient(self) -> Tensor:
         """The dense weight as a plain tensor with a gradient, which takes its bytes as long as it is kept."""
-        return self._apply_function(Materialised)
+        return self._apply_function(DenseWeightFunction)
 
     def _apply_function(self, function: type[Function], *rest: Any) -> Tensor:
         arguments = self.values, self.sparsity_pattern, self.dense_shape, self.search, *rest
         if self.search is not None:
-            return uncompiled(function.apply, *arguments)
+            return run_uncompiled(function.apply, *arguments)
         made: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
         return made
 
@@ -100,8 +100,8 @@ class SparseLayer(nn.Module):
     @torch.no_grad()
     def dense(self) -> Tensor:
         """The dense weight, as a plain tensor without a gradient; of divided values, all ranks ask for it."""
-        values = sharding.whole(self.values)
-        made: Tensor = Materialised.apply(values, self.sparsity_pattern, self.dense_shape, None)  # type: ignore[no-untyped-call]
+        values = full_tensor(self.values)
+        made: Tensor = DenseWeightFunction.apply(values, self.sparsity_pattern, self.dense_shape, None)  # type: ignore[no-untyped-call]
         return made.detach()
 
     def positions(self) -> Tensor:
@@ -144,9 +144,9 @@ class SparseLayer(nn.Module):
         Args:
             positions: int64, ascending, as many as there are values.
         """
-        self.with_positions(positions)()
+        self.prepare_positions(positions)()
 
-    def with_positions(self, positions: Tensor) -> Callable[[], None]:
+    def prepare_positions(self, positions: Tensor) -> Callable[[], None]:
         """Prepare :meth:`set_positions`.
 
         Args:
@@ -194,9 +194,9 @@ class SparseLayer(nn.Module):
         """
         gradient = self.values.grad
         fits = gradient is not None and gradient.shape == values.shape
-        self.with_values(values, gradient if fits else None)()
+        self.prepare_values(values, gradient if fits else None)()
 
-    def with_values(self, values: Tensor, gradient: Tensor | None) -> Callable[[], None]:
+    def prepare_values(self, values: Tensor, gradient: Tensor | None) -> Callable[[], None]:
         """Prepare to give the parameter other values and another gradient.
 
         Args:
@@ -285,7 +285,7 @@ class SparseLayer(nn.Module):
         if values is None and f"{prefix}weight" in state_dict:
             error_msgs.append(dense_in_checkpoint(f"{prefix}weight"))
         if values is not None and pattern is not None:
-            if (complaint := complaint_about(pattern, values, self.dense_shape)) is not None:
+            if (complaint := pattern_fault(pattern, values, self.dense_shape)) is not None:
                 error_msgs.append(f'"{prefix}sparsity_pattern" {complaint}')
                 return
             # Room for another number of values, and for the form of pattern that was saved.
@@ -296,7 +296,7 @@ class SparseLayer(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        overlook_note(unexpected_keys)
+        ignore_checkpoint_key(unexpected_keys)
         if values is not None and pattern is not None:
             self.set_positions(self.positions())
 

@@ -19,7 +19,7 @@ from lightning_memtrain.sparsity.storage.layers.sparse_layer import SparseLayer,
 from lightning_memtrain.sparsity.storage.patterns import Span, Storage
 
 #: Follows the name of a parameter in that of the submodule with its stored entries.
-SUFFIX = "_sparse"
+SPARSE_SUFFIX = "_sparse"
 
 
 def can_be_sparse(module: nn.Module, attribute: str) -> bool:
@@ -79,14 +79,14 @@ class SparseParameter(SparseLayer):
 
     def dense_key(self, prefix: str) -> str:
         """Name of the parameter beside which this module is."""
-        return prefix.removesuffix(f"{SUFFIX}.")
+        return prefix.removesuffix(f"{SPARSE_SUFFIX}.")
 
     def extra_repr(self) -> str:
         """Its shape, how much is stored, and how."""
         return f"{', '.join(map(str, self._shape))}{super().extra_repr()}"
 
 
-class SparseOwner(nn.Module):
+class SparseParameterOwner(nn.Module):
     """A module with sparse parameters; the classes below it are made by :func:`sparsify_parameter`."""
 
     sparse_names: ClassVar[tuple[str, ...]]
@@ -113,7 +113,7 @@ class SparseOwner(nn.Module):
         return _blank, (self.dense_type, self.sparse_names), *rest
 
 
-class _SparseRecurrent(SparseOwner):
+class _SparseRecurrent(SparseParameterOwner):
     """Makes the dense weights of a recurrent layer once for a call, which autograd keeps until backward."""
 
     _flat_weights: list[Tensor | None]
@@ -122,7 +122,7 @@ class _SparseRecurrent(SparseOwner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the dense layer."""
-        self._made = {name: _stored(self, name).materialised() for name in self.sparse_names}
+        self._made = {name: _stored(self, name).dense_with_gradient() for name in self.sparse_names}
         self._flat_weights = [getattr(self, name, None) for name in self._flat_weights_names]
         self._flat_weight_refs = [None if one is None else weakref.ref(one) for one in self._flat_weights]
         try:
@@ -143,7 +143,7 @@ class _SparseRecurrent(SparseOwner):
 
 
 def _stored(module: nn.Module, name: str) -> SparseLayer:
-    return cast(SparseLayer, module._modules[f"{name}{SUFFIX}"])
+    return cast(SparseLayer, module._modules[f"{name}{SPARSE_SUFFIX}"])
 
 
 def _seen(name: str) -> property:
@@ -155,15 +155,15 @@ def _seen(name: str) -> property:
 
 
 @cache
-def _owner_type(dense_type: Any, names: tuple[str, ...]) -> type[SparseOwner]:
-    mixin = _SparseRecurrent if issubclass(dense_type, nn.RNNBase) else SparseOwner
+def _owner_type(dense_type: Any, names: tuple[str, ...]) -> type[SparseParameterOwner]:
+    mixin = _SparseRecurrent if issubclass(dense_type, nn.RNNBase) else SparseParameterOwner
     namespace: dict[str, Any] = {name: _seen(name) for name in names}
     namespace |= {"sparse_names": names, "dense_type": dense_type, "__module__": dense_type.__module__}
     return type(f"Sparse{dense_type.__name__}", (mixin, dense_type), namespace)
 
 
-def _blank(dense_type: Any, names: tuple[str, ...]) -> SparseOwner:
-    made: type[SparseOwner] = _owner_type(dense_type, names)
+def _blank(dense_type: Any, names: tuple[str, ...]) -> SparseParameterOwner:
+    made: type[SparseParameterOwner] = _owner_type(dense_type, names)
     return made.__new__(made)
 
 
@@ -176,17 +176,17 @@ def sparsify_parameter(module: nn.Module, name: str, positions: Tensor, storage:
         positions: int64, ascending.
         storage: form of the pattern.
     """
-    names = module.sparse_names if isinstance(module, SparseOwner) else ()
+    names = module.sparse_names if isinstance(module, SparseParameterOwner) else ()
     module.__dict__.setdefault("_parameter_names", [*module._parameters])
-    dense_type: Any = module.dense_type if isinstance(module, SparseOwner) else type(module)
+    dense_type: Any = module.dense_type if isinstance(module, SparseParameterOwner) else type(module)
     dense = cast(nn.Parameter, module._parameters.pop(name))
-    module._modules[f"{name}{SUFFIX}"] = SparseParameter(dense, positions, storage)
+    module._modules[f"{name}{SPARSE_SUFFIX}"] = SparseParameter(dense, positions, storage)
     module.__class__ = _owner_type(dense_type, (*names, name))
     if isinstance(module, _SparseRecurrent):
         module._init_flat_weights()
 
 
-def densify_parameter(module: SparseOwner, name: str) -> nn.Parameter:
+def densify_parameter(module: SparseParameterOwner, name: str) -> nn.Parameter:
     """Make one parameter of a module dense again, in place.
 
     Args:
@@ -199,7 +199,7 @@ def densify_parameter(module: SparseOwner, name: str) -> nn.Parameter:
     stored, names = _stored(module, name), tuple(one for one in module.sparse_names if one != name)
     dense = nn.Parameter(stored.dense(), requires_grad=stored.values.requires_grad)
     dense_type: Any = module.dense_type
-    del module._modules[f"{name}{SUFFIX}"]
+    del module._modules[f"{name}{SPARSE_SUFFIX}"]
     parameters = {**module._parameters, name: dense}
     module._parameters = {one: parameters[one] for one in module._parameter_names if one in parameters}
     module.__class__ = _owner_type(dense_type, names) if names else dense_type

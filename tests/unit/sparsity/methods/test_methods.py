@@ -6,33 +6,31 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_memtrain.sparsity.methods.distributions import ErdosRenyi, ErdosRenyiKernel, planned_counts
+from lightning_memtrain.sparsity.methods.distributions import ErdosRenyi, ErdosRenyiKernel, counts_by_layer
 from lightning_memtrain.sparsity.methods.distributions import Uniform as UniformDistribution
-from lightning_memtrain.sparsity.methods.dsr import DSR, DynamicSparseReparameterization
+from lightning_memtrain.sparsity.methods.dsr import DSR
 from lightning_memtrain.sparsity.methods.gradual_magnitude_pruning import GradualMagnitudePruning
-from lightning_memtrain.sparsity.methods.rules.layer_updates import (
-    AcrossLayers,
-    GrowByGradient,
-    GrowRandom,
-    Layer,
-    Moment,
-    sample_inactive,
-    smallest,
-)
-from lightning_memtrain.sparsity.methods.sparse_method import SET, RigL, StaticSparse
+from lightning_memtrain.sparsity.methods.rigl import RigL
+from lightning_memtrain.sparsity.methods.rules.drop_rules import all_but_smallest
+from lightning_memtrain.sparsity.methods.rules.grow_rules import GrowByGradient, GrowRandom
+from lightning_memtrain.sparsity.methods.rules.layer_updates import LayerView, UpdateTime
+from lightning_memtrain.sparsity.methods.rules.random_positions import sample_free_positions
+from lightning_memtrain.sparsity.methods.rules.reallocation import AcrossLayers
+from lightning_memtrain.sparsity.methods.set import SET
+from lightning_memtrain.sparsity.methods.static_sparse import StaticSparse
 from lightning_memtrain.sparsity.methods.value_schedules import (
     ConstantSchedule,
     CosineSchedule,
     CubicSchedule,
 )
 
-NOW = Moment(step=10, elapsed=10, span=100, seed=0)
+NOW = UpdateTime(step=10, elapsed=10, total=100, seed=0)
 
 
 def layer(
     values: list[float], positions: list[int], numel: int = 10, name: str = "fc", **extra: object
-) -> Layer:
-    return Layer(name, (1, numel), lambda: torch.tensor(positions), torch.tensor(values), **extra)
+) -> LayerView:
+    return LayerView(name, (1, numel), lambda: torch.tensor(positions), torch.tensor(values), **extra)
 
 
 def test_set_drops_the_smallest_and_grows_as_many() -> None:
@@ -44,7 +42,7 @@ def test_set_drops_the_smallest_and_grows_as_many() -> None:
 
 
 def test_equal_magnitudes_go_by_position() -> None:
-    assert smallest(torch.tensor([1.0, -1.0, 1.0, 1.0]), 2).tolist() == [False, False, True, True]
+    assert all_but_smallest(torch.tensor([1.0, -1.0, 1.0, 1.0]), 2).tolist() == [False, False, True, True]
 
 
 def test_a_layer_too_small_to_drop_anything_is_left_alone() -> None:
@@ -118,7 +116,7 @@ def test_a_layer_without_gradient_keeps_its_weights() -> None:
 def test_reparameterization_moves_weights_to_the_layer_that_keeps_more() -> None:
     small = layer([1e-4, 2e-4, -1e-4, 0.5], [0, 1, 2, 3], name="small")
     large = layer([0.1, 0.2, -0.3, 5e-4], [0, 3, 6, 9], name="large")
-    method = DynamicSparseReparameterization(0.6, reallocate=4)
+    method = DSR(0.6, reallocate=4)
     update = method.update({"small": small, "large": large}, NOW, {"threshold": 1e-3})
     # 4 dropped, 1 and 3 left: 4 * 1/4 and 4 * 3/4 grow.
     assert {name: change.grown.numel() for name, change in update.changes.items()} == {"small": 1, "large": 3}
@@ -175,7 +173,7 @@ def test_growing_draws_the_same_numbers_for_a_seed_a_step_and_a_layer() -> None:
     kept = torch.tensor([True] * 10 + [False] * 10)
 
     def grown(step: int, seed: int) -> list[int]:
-        moment = Moment(step, step, 100, seed)
+        moment = UpdateTime(step, step, 100, seed)
         return GrowRandom().change(one, kept, 10, moment).grown.tolist()
 
     assert grown(1, 0) == grown(1, 0)
@@ -188,7 +186,7 @@ def test_growing_is_uniform() -> None:
     hits = torch.zeros(6)
     generator = torch.Generator().manual_seed(0)
     for _ in range(4000):
-        hits[sample_inactive(6, taken, 1, generator)] += 1
+        hits[sample_free_positions(6, taken, 1, generator)] += 1
     assert hits[taken].tolist() == [0, 0]
     # Four free positions: each is drawn in a quarter of the cases, to within four standard deviations.
     assert (hits[[0, 2, 3, 5]] - 1000).abs().max() < 4 * (4000 * 0.25 * 0.75) ** 0.5
@@ -209,10 +207,10 @@ def test_wide_resnet_28_2_has_nine_dense_layers_at_half_and_none_at_four_fifths(
 
 def test_sparsities_by_layer() -> None:
     shapes = {"a.0": (10, 10), "a.1": (10, 10), "b": (10, 10)}
-    assert planned_counts(shapes, {"a.*": 0.9}, UniformDistribution()) == {"a.0": 10, "a.1": 10}
-    assert planned_counts(shapes, 0.5, ErdosRenyi(), {"b": 0.9}) == {"a.0": 50, "a.1": 50, "b": 10}
+    assert counts_by_layer(shapes, {"a.*": 0.9}, UniformDistribution()) == {"a.0": 10, "a.1": 10}
+    assert counts_by_layer(shapes, 0.5, ErdosRenyi(), {"b": 0.9}) == {"a.0": 50, "a.1": 50, "b": 10}
     with pytest.raises(MisconfigurationException, match=r"'c' matches none of a\.0, a\.1, b"):
-        planned_counts(shapes, 0.5, UniformDistribution(), {"c": 0.9})
+        counts_by_layer(shapes, 0.5, UniformDistribution(), {"c": 0.9})
 
 
 @pytest.mark.parametrize(
@@ -228,7 +226,7 @@ def test_sparsities_by_layer() -> None:
             lambda: RigL(0.9, drop="cosine"),
             r"a number or a schedule such as CosineSchedule\(0\.3\), but got 'cosine'",
         ),
-        (lambda: DSR(0.9, reallocate=0), r"`DynamicSparseReparameterization\(reallocate\)` .*reallocate=0"),
+        (lambda: DSR(0.9, reallocate=0), r"`DSR\(reallocate\)` .*reallocate=0"),
         (lambda: DSR(0.9, reallocate=1.5), r"fraction .* in \(0, 1\), but got reallocate=1\.5"),
         (lambda: DSR(0.9, threshold=0.0), r"\(threshold\)` must be greater than 0"),
         (lambda: DSR(0.9, tolerance=1.0), r"\(tolerance\)` must be a fraction in \[0, 1\)"),

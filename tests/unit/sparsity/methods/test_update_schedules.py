@@ -9,8 +9,8 @@ from lightning_memtrain.sparsity.methods.update_schedules import RunLength, Upda
 
 
 def due(clock: UpdateEvery | UpdatePiecewise, run: RunLength, until: int = 1000) -> list[int]:
-    ticks = clock.bind(run)
-    return [step for step in range(until) if ticks.is_due(step)]
+    update_steps = clock.in_steps(run)
+    return [step for step in range(until) if update_steps.is_due(step)]
 
 
 def test_fractions_are_of_the_run() -> None:
@@ -40,11 +40,14 @@ def test_the_intervals_of_the_authors_of_dsr() -> None:
         (lambda: UpdateEvery(10, stop=1.5), r"fraction of the run as a float in \[0, 1\], but got 1\.5"),
         (lambda: UpdateEvery(10, start=-1), r"`UpdateEvery\(start\)`"),
         (lambda: UpdateEvery(10, start=9, stop=5), "must not be before start=9, but got stop=5"),
-        (lambda: UpdateEvery(10).bind(RunLength()), r"the fraction 0\.75 of the run, .* this one has no end"),
+        (
+            lambda: UpdateEvery(10).in_steps(RunLength()),
+            r"the fraction 0\.75 of the run, .* this one has no end",
+        ),
         (lambda: UpdatePiecewise({}), r"Write e\.g\. \{0: 100, 25: 200\}"),
         (lambda: UpdatePiecewise({0: 0}), r"at least 1, but got 0"),
         (lambda: UpdatePiecewise({0: 5}, unit="day"), "'step' or 'epoch', but got unit='day'"),
-        (lambda: UpdatePiecewise({0: 5}).bind(RunLength(10)), r"epochs of a known length"),
+        (lambda: UpdatePiecewise({0: 5}).in_steps(RunLength(10)), r"epochs of a known length"),
     ],
 )
 def test_what_cannot_work_is_refused(make: object, message: str) -> None:

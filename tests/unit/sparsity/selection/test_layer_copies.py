@@ -19,8 +19,8 @@ from lightning_memtrain import (
     sparse_weights,
     sparsify_,
 )
-from lightning_memtrain.sparsity import Storage
-from lightning_memtrain.sparsity.storage.checkpoint_key import with_note
+from lightning_memtrain.sparsity.storage.checkpoint_key import with_checkpoint_key
+from lightning_memtrain.sparsity.storage.patterns import Storage
 from tests.helpers.sparse import MODELS, assert_equal_states, model_and_batch, random_positions
 
 
@@ -186,7 +186,7 @@ def test_export_of_a_shared_layer_and_of_a_compiled_model() -> None:
 def test_what_was_saved_is_made_dense(name: str, storage: Storage) -> None:
     model, _, _ = sparse_model(name, storage=storage)
     dense, _, _ = model_and_batch(name)
-    saved = through_a_file(with_note(model.state_dict()), weights_only=True)
+    saved = through_a_file(with_checkpoint_key(model.state_dict()), weights_only=True)
     made = dense_state_dict(saved, dense)
     assert_equal_states(made, export_dense(model))
     assert all(type(value) is Tensor for value in made.values())

@@ -77,9 +77,9 @@ def test_a_method_arrives_as_it_was_written(
     assert made.method == expected
     assert made.select == mt.Select(types=["Linear"], dense=["head"], overrides={"layer": 0.5})
     if name == "DSR":
-        assert made._clock == mt.UpdatePiecewise({0: 100, 25: 200}, unit="epoch", stop=190)
+        assert made._update_schedule == mt.UpdatePiecewise({0: 100, 25: 200}, unit="epoch", stop=190)
     if name == "SET":
-        assert made._clock == mt.UpdateEvery(5, stop=0.5)
+        assert made._update_schedule == mt.UpdateEvery(5, stop=0.5)
 
 
 def test_the_layers_that_papers_keep_dense_are_dense() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_memtrain import Recomputed, export_dense, insert_checkpoints, sparsify_
-from lightning_memtrain.sparsity import Storage
+from lightning_memtrain.sparsity.storage.patterns import Storage
 from tests.helpers.sparse import (
     MODELS,
     MaskedTwin,

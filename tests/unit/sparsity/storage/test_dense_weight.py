@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_memtrain import MemoryLedger, sparsify_
-from lightning_memtrain.sparsity import Storage
+from lightning_memtrain.sparsity.storage.patterns import Storage
 from tests.helpers.sparse import mask_of
 
 STORAGES: tuple[Storage, ...] = ("bitmask", "int32", "block16")

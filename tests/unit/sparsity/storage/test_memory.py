@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memtrain import Category, MemoryLedger, SGD8bit, sparsify_
-from lightning_memtrain.sparsity import Storage
+from lightning_memtrain.sparsity.storage.patterns import Storage
 
 WIDTH = 512
 

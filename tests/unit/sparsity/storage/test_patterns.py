@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightning_memtrain.sparsity.storage.patterns import (
     Span,
     Storage,
-    choose_storage,
     decode,
     encode,
     pattern_bytes,
+    resolve_storage,
     storage_of,
 )
 
@@ -66,7 +66,7 @@ def test_bytes() -> None:
     ],
 )
 def test_auto_takes_the_fewest_bytes(numel: int, nnz: int, storage: Storage) -> None:
-    chosen = choose_storage("auto", numel, nnz)
+    chosen = resolve_storage("auto", numel, nnz)
     assert chosen == storage
     assert pattern_bytes(chosen, numel, nnz) == min(pattern_bytes(form, numel, nnz) for form in STORAGES)
     assert encode(random_positions(numel, nnz), numel, "auto").nbytes == pattern_bytes("auto", numel, nnz)
@@ -74,7 +74,7 @@ def test_auto_takes_the_fewest_bytes(numel: int, nnz: int, storage: Storage) -> 
 
 def test_an_unknown_storage_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'auto', 'bitmask', 'int32', 'block16', but got storage='csr'"):
-        choose_storage("csr", 10, 1)  # type: ignore[arg-type]
+        resolve_storage("csr", 10, 1)  # type: ignore[arg-type]
 
 
 @settings(max_examples=80, deadline=None)
@@ -93,7 +93,7 @@ def test_any_positions_come_back_whole_and_in_spans(
     border = 8 * data.draw(st.integers(0, numel // 8))
     middle = int((positions < border).sum())
     parts = [Span(0, border, 0, middle), Span(border, numel, middle, len(positions))]
-    found = torch.cat([decode(pattern, numel, part).long() + part.first for part in parts])
+    found = torch.cat([decode(pattern, numel, part).long() + part.position_start for part in parts])
     assert torch.equal(found, positions)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_memtrain import SGD8bit, sparsify_
-from lightning_memtrain.sparsity import SparseWeight, Storage
+from lightning_memtrain.sparsity import SparseWeight
+from lightning_memtrain.sparsity.storage.patterns import Storage
 from tests.helpers.faults import FailAtOp
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {

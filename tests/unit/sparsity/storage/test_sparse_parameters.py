@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
 from lightning_memtrain import MemoryLedger, dense_state_dict, export_dense, sparse_weights, sparsify_
-from lightning_memtrain.sparsity import Storage, watch_candidates
+from lightning_memtrain.sparsity import watch_candidates
+from lightning_memtrain.sparsity.storage.patterns import Storage
 from tests.helpers.sparse import assert_equal_states, mask_of
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 
