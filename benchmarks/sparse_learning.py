@@ -91,9 +91,7 @@ class Masked:
 
     def before_step(self, step: int) -> None:
         """Gradients of weights only; those of all entries are kept where the method asks for them."""
-        if self.method.num_candidates(
-            {"": 100}, UpdateTime(step, step, self.method.schedule_length(self.ticks))
-        ):
+        if self.method.num_candidates({"": 100}, self.method.update_time(step, self.ticks)):
             self.dense_gradients = {name: weight.grad.flatten() for name, weight in self.weights.items()}
         for name, weight in self.weights.items():
             weight.grad = weight.grad.clone()
@@ -104,7 +102,7 @@ class Masked:
         """Move weights if it is time; those that went have no momentum, those that came begin at 0."""
         if not self.ticks.is_due(step):
             return
-        moment = UpdateTime(step, step, self.method.schedule_length(self.ticks), self.seed)
+        moment = self.method.update_time(step, self.ticks, self.seed)
         layers = {name: self._layer(name, weight) for name, weight in self.weights.items()}
         update = self.method.update(layers, moment, self.state)
         self.state = update.state

@@ -1,5 +1,6 @@
 """Train with few nonzero weights, and store only these: weights, gradients and optimizer state."""
 
+from lightning_memtrain.sparsity.initial_pattern import random_positions
 from lightning_memtrain.sparsity.methods.distributions import (
     Distribution,
     ErdosRenyi,
@@ -70,6 +71,7 @@ __all__ = [
     "dense_state_dict",
     "densify_",
     "export_dense",
+    "random_positions",
     "sparse_weights",
     "sparsify_",
     "watch_candidates",

@@ -26,7 +26,7 @@ _MULTIPLIER = -7046029254386353131
 def is_replicated(strategy: Any) -> bool:
     """Whether other ranks hold the same values; those that shards divide are looked after by these."""
     several = strategy is not None and getattr(strategy, "world_size", 1) > 1
-    return several and not sharding.shards(strategy)
+    return several and not sharding.divides_parameters(strategy)
 
 
 def hide_from_ddp(model: nn.Module, weights: Mapping[str, SparseWeight]) -> Callable[[], None]:
@@ -41,7 +41,7 @@ def hide_from_ddp(model: nn.Module, weights: Mapping[str, SparseWeight]) -> Call
     """
     before = getattr(model, _IGNORED, None)
     hidden = [
-        f"{weight.place}.{name}".lstrip(".")
+        f"{weight.module_path}.{name}".lstrip(".")
         for weight in weights.values()
         for name in ("values", "sparsity_pattern")
     ]
@@ -121,7 +121,7 @@ def average(tensors: Iterable[Tensor]) -> None:
     """Average tensors over ranks, in place.
 
     Args:
-        tensors: as many, in the same order, on every rank.
+        tensors: floating point; as many, of the same shapes, in the same order, on every rank.
     """
     for tensor in tensors:
         tensor /= distributed.get_world_size()
@@ -156,7 +156,7 @@ def pattern_fingerprint(positions: Tensor) -> int:
     """A number that two patterns hardly ever share, the same on every machine.
 
     Args:
-        positions: int64.
+        positions: int64 of one axis, ascending.
 
     Returns:
         A whole number.

@@ -1,4 +1,4 @@
-"""A dense model made sparse, as a method and a selection say."""
+"""The pattern that a model begins with, as a method and a selection say."""
 
 from __future__ import annotations
 
@@ -26,22 +26,56 @@ _LITTLE = 0.5
 _NONE = torch.empty(0, dtype=torch.int64)
 
 
+def random_positions(
+    model: nn.Module, method: SparseMethod, select: Select | None = None, seed: int = 0
+) -> dict[str, Tensor]:
+    """Draw where a dense model keeps weights, as many in each layer as a method says.
+
+    For :func:`~lightning_memtrain.sparsity.sparsify_`; the model stays as it is. Layers that are copies have
+    the positions of their original. Weights of a layer, or of the model, that have so many zeros already lose
+    nothing: all that are not 0 stay.
+
+    Args:
+        model: dense.
+        method: says how many.
+        select: says in which layers; by default :class:`Select` without arguments.
+        seed: of the positions, which depend on nothing else.
+
+    Returns:
+        By the name of the weight, flat positions: int64 of one axis, each once, in any order, on the CPU.
+        Layers that keep all of their weights for good are left out.
+
+    Raises:
+        MisconfigurationException: if a weight is tied or not yet made.
+
+    Warns:
+        NoEffectWarning: if there is no layer to make sparse.
+
+    Example:
+        >>> from lightning_memtrain.sparsity import StaticSparse, sparsify_
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> positions = random_positions(model, StaticSparse(0.75))
+        >>> {name: len(one) for name, one in positions.items()}
+        {'0.weight': 4, '1.weight': 2}
+        >>> sparsify_(model, positions)["0.weight"]
+        SparseWeight('0.weight', shape=(4, 4), nnz=4)
+    """
+    return _draw(model, method, select or Select(), seed, "random_positions")[0]
+
+
 def sparsify_at_random(
     model: nn.Module,
     method: SparseMethod,
     select: Select,
     seed: int,
     storage: Storage = "auto",
-    chunk_bytes: int | None = None,
+    chunk_bytes: int | str | None = None,
 ) -> LayerCopies:
-    """Keep as many weights of each layer as a method says, at random positions, with their values.
-
-    Layers that are copies have the positions of their original. Weights of a layer, or of the model, that
-    have so many zeros already lose nothing: all that are not 0 stay.
+    """Make a model sparse at :func:`random_positions`, where weights keep their values.
 
     Args:
         model: becomes sparse in place.
-        method: says how many.
+        method: says how many weights each layer keeps.
         select: says in which layers.
         seed: of the positions, which depend on nothing else.
         storage: form of the pattern.
@@ -54,15 +88,26 @@ def sparsify_at_random(
         MisconfigurationException: if a weight is tied or not yet made.
 
     Example:
-        >>> from lightning_memtrain.sparsity.methods.static_sparse import StaticSparse
+        >>> from lightning_memtrain.sparsity import StaticSparse
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
         >>> _ = sparsify_at_random(model, StaticSparse(0.75), Select(dense=["1"]), seed=0)
         >>> model[0]
         SparseLinear(in_features=4, out_features=4, bias=True, nnz=4, storage='bitmask')
     """
+    positions, copies = _draw(model, method, select, seed, "SparseTraining")
+    if positions:
+        sparsify_(model, positions, storage=storage, chunk_bytes=chunk_bytes)
+        if select.types == DEFAULT_TYPES and not isinstance(method.sparsity, Mapping):
+            _warn_of_little(model, select)
+    return copies
+
+
+def _draw(
+    model: nn.Module, method: SparseMethod, select: Select, seed: int, subject: str
+) -> tuple[dict[str, Tensor], LayerCopies]:
     layers, copies = select.choose(model)
     refuse_layers(model, layers)
-    shapes = {path: place.shape for path, place in layers.items() if path not in copies.originals}
+    shapes = {path: location.shape for path, location in layers.items() if path not in copies.originals}
     start = UpdateTime(0, 0, 0, seed)
     counts = method.counts(shapes, select.overrides) if layers else {}
     nonzero = {path: _count_nonzero(layers[path].parameter) for path in counts}
@@ -77,19 +122,15 @@ def sparsify_at_random(
     for copy, original in copies.originals.items():
         if layers[original].name in positions:
             positions[layers[copy].name] = positions[layers[original].name]
-    if positions:
-        sparsify_(model, positions, storage=storage, chunk_bytes=chunk_bytes)
-        if select.types == DEFAULT_TYPES and not isinstance(method.sparsity, Mapping):
-            _warn_of_little(model, select)
-        return copies
-    what = f"leaves all of {', '.join(layers)} dense" if layers else f"matched no layer: {select}"
-    warnings.warn(
-        f"`SparseTraining` has no effect: {method} {what}. Raise the sparsity, or choose layers by "
-        "Select(types=..., dense_ends=False).",
-        NoEffectWarning,
-        stacklevel=2,
-    )
-    return copies
+    if not positions:
+        what = f"leaves all of {', '.join(layers)} dense" if layers else f"matched no layer: {select}"
+        warnings.warn(
+            f"`{subject}` has no effect: {method} {what}. Raise the sparsity, or choose layers by "
+            "Select(types=..., dense_ends=False).",
+            NoEffectWarning,
+            stacklevel=3,
+        )
+    return positions, copies
 
 
 def _count_nonzero(parameter: nn.Parameter) -> int:
@@ -123,7 +164,7 @@ def _warn_of_little(model: nn.Module, select: Select) -> None:
         if id(parameter) not in numels
         and not is_lazy(parameter)
         and parameter.requires_grad
-        and not select.keeps_dense(name)
+        and not select.keeps_dense(name, model.get_submodule(name.rpartition(".")[0]))
     }
     sparse = sum(numels.values())
     if (share := sparse / (sparse + sum(dense.values()))) >= _LITTLE:

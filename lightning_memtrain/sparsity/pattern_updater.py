@@ -17,11 +17,11 @@ from lightning_memtrain.core import NoEffectWarning
 from lightning_memtrain.sparsity import distributed
 from lightning_memtrain.sparsity.methods.rules.layer_updates import LayerView, MethodState, UpdateTime
 from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
-from lightning_memtrain.sparsity.pending_update import PendingUpdate, UpdateResult
 from lightning_memtrain.sparsity.storage.candidate_search import Candidates
 from lightning_memtrain.sparsity.storage.candidate_watch import CandidateWatch, watch_candidates
 from lightning_memtrain.sparsity.storage.shards import full_tensor
 from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
+from lightning_memtrain.sparsity.unfinished_update import UnfinishedUpdate, UpdateResult
 
 # With several passes per step, or several ranks, the largest of one need not be the largest of all.
 _CANDIDATES_PER_CHOICE = 2
@@ -60,7 +60,7 @@ class PatternUpdater:
         #: Weights that do as another one, by the layer of that one, whose pattern they have.
         self.followers: Mapping[str, Sequence[SparseWeight]] = {}
         #: What is left of an update that an error or an interrupt has ended.
-        self.unfinished: PendingUpdate | None = None
+        self.unfinished: UnfinishedUpdate | None = None
         self._watch: CandidateWatch | None = None
         self._watched: list[str] = []
         self._gradients: dict[str, Tensor] = {}
@@ -168,7 +168,7 @@ class PatternUpdater:
                 changes[name] = change
                 changes |= {weight.path: change for weight in self.followers.get(name, ())}
             del layers  # positions and gradients that nothing needs while layers move
-            self.unfinished = PendingUpdate(
+            self.unfinished = UnfinishedUpdate(
                 UpdateResult(now.step, num_dropped, num_grown), update.state, changes
             )
             moved = self._carry_on(everything, optimizers)
@@ -192,7 +192,7 @@ class PatternUpdater:
 
     def _carry_on(self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]) -> UpdateResult:
         assert self.unfinished is not None
-        self.unfinished.carry_on(weights, optimizers)
+        self.unfinished.finish_with(weights, optimizers)
         moved, self.state = self.unfinished.moved, self.unfinished.state
         self.unfinished = None
         return moved
@@ -215,7 +215,7 @@ class PatternUpdater:
             state_dict: of :meth:`state_dict`, perhaps among other things.
         """
         self.state = state_dict["state"]
-        self.unfinished = PendingUpdate.loaded(state_dict.get("unfinished"))
+        self.unfinished = UnfinishedUpdate.loaded(state_dict.get("unfinished"))
 
     def close(self) -> None:
         """Stop watching; further calls do nothing."""
@@ -291,7 +291,7 @@ class PatternUpdater:
                 "gradients": full_tensor(gradients) if gradients is not None else None,
             }
         values = full_tensor(weight.values.detach())
-        return LayerView(name, weight.shape, weight.positions, values, **extra)
+        return LayerView(weight.path, weight.shape, weight.positions, values, **extra)
 
 
 def _refuse_infinite(name: str, values: Tensor, now: UpdateTime) -> None:

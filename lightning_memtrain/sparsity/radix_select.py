@@ -32,10 +32,10 @@ def keys_of(numbers: Tensor) -> Tensor:
     """Integers, not negative, in the order of magnitudes; what is not a number comes behind infinity.
 
     Args:
-        numbers: floating point.
+        numbers: floating point, of any shape.
 
     Returns:
-        A new tensor, int64 for float64 and int32 for all others.
+        A new tensor of the same shape, int64 for float64 and int32 for all others.
 
     Example:
         >>> keys_of(torch.tensor([-2.0, 0.0, 1.5])).argsort().tolist()
@@ -57,7 +57,8 @@ def level_of_largest(
     """Find from which key on numbers are among the largest.
 
     Args:
-        pieces: makes all keys anew at each call, in pieces that are overwritten; they may share memory.
+        pieces: makes all keys anew at each call, in int32 or int64 pieces of one axis that are overwritten;
+            they may share memory.
         count: how many are the largest, from 1 to the number of keys.
         bits: of a key.
         num_void: of the keys that are 0, how many stand for nothing.
@@ -113,15 +114,15 @@ def _counted(parts: list[Tensor], so_far: Tensor | None) -> Tensor:
 
 
 def are_largest(keys: Tensor, count: int, *, first: bool = False) -> Tensor:
-    """Which keys are the largest.
+    """Mark the largest of some keys.
 
     Args:
-        keys: of one axis, not negative.
+        keys: int32 or int64 of one axis, not negative.
         count: how many, at most all.
         first: whether of equal ones the first are, and not the last.
 
     Returns:
-        ``True`` for as many.
+        Bool of one axis, ``True`` for as many.
 
     Example:
         >>> are_largest(torch.tensor([3, 9, 3], dtype=torch.int32), count=2)

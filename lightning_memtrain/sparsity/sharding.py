@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
 
 
-def shards(strategy: Any) -> bool:
+def divides_parameters(strategy: Any) -> bool:
     """Whether parameters are divided in the user's ``configure_model``."""
     return any(base.__name__ == "ModelParallelStrategy" for base in type(strategy).__mro__)
 

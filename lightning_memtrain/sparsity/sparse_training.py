@@ -13,11 +13,9 @@ from lightning_memtrain.coordination import on_gradient_sync
 from lightning_memtrain.core import TechniqueRecord
 from lightning_memtrain.sparsity import distributed, sharding
 from lightning_memtrain.sparsity.initial_pattern import sparsify_at_random
-from lightning_memtrain.sparsity.methods.rules.layer_updates import UpdateTime
 from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
-from lightning_memtrain.sparsity.methods.update_schedules import RunLength, UpdateSchedule, UpdateSteps
+from lightning_memtrain.sparsity.methods.update_schedules import RunLength, UpdateSchedule
 from lightning_memtrain.sparsity.pattern_updater import PatternUpdater
-from lightning_memtrain.sparsity.pending_update import UpdateResult
 from lightning_memtrain.sparsity.run.argument_validation import refuse_arguments, warn_of_update
 from lightning_memtrain.sparsity.run.checkpoint_validation import (
     identity,
@@ -40,12 +38,14 @@ from lightning_memtrain.sparsity.run.run_validation import (
     warn_of_recompiling,
 )
 from lightning_memtrain.sparsity.run.statistics import SparsityStatistics
+from lightning_memtrain.sparsity.run.update_timer import UpdateTimer
 from lightning_memtrain.sparsity.selection.layer_copies import LayerCopies, follow_trained, followers
 from lightning_memtrain.sparsity.selection.select import Select, has_selectable_layers
 from lightning_memtrain.sparsity.storage.checkpoint_key import with_checkpoint_key
 from lightning_memtrain.sparsity.storage.patterns import Storage
 from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight, sparse_weights, weights_by_path
 from lightning_memtrain.sparsity.storage.sparsify import densify_
+from lightning_memtrain.sparsity.unfinished_update import UpdateResult
 
 _VERSION = 1
 
@@ -71,7 +71,8 @@ class SparseTraining(Callback):
         layers: which become sparse; by default :class:`Select` without arguments.
         storage: form of the pattern: ``"bitmask"``, ``"int32"``, ``"block16"``, or ``"auto"`` for the fewest
             bytes.
-        chunk_bytes: most bytes of a dense weight that a linear layer makes at a time; ``None`` for the whole.
+        chunk_bytes: most bytes of a dense weight that a linear layer makes at a time, e.g. ``"1MiB"``;
+            ``None`` for the whole.
         seed: of the pattern and of what grows. No other random numbers are used.
         track_exploration: keep a bit per weight in host memory, to say how many positions were ever active.
         leave: what the model is after a run: ``"sparse"``, as small as it was in training, or ``"dense"``,
@@ -103,7 +104,7 @@ class SparseTraining(Callback):
         update: UpdateSchedule | None = None,
         layers: Select | None = None,
         storage: Storage = "auto",
-        chunk_bytes: int | None = None,
+        chunk_bytes: int | str | None = None,
         seed: int = 0,
         track_exploration: bool = False,
         leave: Leave = "sparse",
@@ -117,49 +118,48 @@ class SparseTraining(Callback):
         self._seed = seed
         self._tracks = track_exploration
         self._leaves_dense = leave == "dense"
-        self._copies = LayerCopies()
         warn_of_update(method, update)
         self._undo: list[Callable[[], None]] = []
-        self._known: set[int] = set()
         self._end_of_loading: Callable[[], None] | None = None
-        self._begin()
-
-    def _begin(self) -> None:
         self._weights: dict[str, SparseWeight] = {}
-        self._journal = SparsityStatistics(self.method)
+        # Of the model that these weights are of, and whether it became sparse just now, by this callback.
+        self._copies = LayerCopies()
+        self._has_converted = self._is_as_converted = False
+        self._modules_converted: set[int] = set()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._statistics = SparsityStatistics(self.method)
         self._left: TechniqueRecord | None = None
         self._with_gradient: set[str] = set()
         self._updater: PatternUpdater | None = None
-        self._update_steps: UpdateSteps | None = None
-        self._steps = 0
-        self._steps_of_batch = 1
-        self._pending = 0
+        self._timer = UpdateTimer(self.method, self._seed)
         # The global step when candidates began to be watched: any other means that the step was left out.
         self._watched_at = -1
         self._restored: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and convert the model as soon as it is complete."""
-        self._take_back()
+        self._remove_hooks()
         refuse_mix("SparseTraining", trainer)
         num_given = sum(isinstance(one, SparseTraining) for one in trainer.callbacks)  # type: ignore[attr-defined]
         refuse_run(trainer, num_given, self.method, "dense" if self._leaves_dense else "sparse")
         if stage == "fit":
             self._left = None
             if trainer.global_step == 0:  # else the same trainer goes on
-                self._begin()
+                self._reset()
             self._restored = None
-            self._journal.begin_run()
+            self._statistics.begin_run()
 
         def before() -> None:
-            self._known = set()
-            if sharding.shards(trainer.strategy) and has_selectable_layers(pl_module):
+            self._modules_converted = set()
+            if sharding.divides_parameters(trainer.strategy) and has_selectable_layers(pl_module):
                 self.convert(pl_module)
 
         # After `configure_model` the model is complete, and neither loaded nor known to an optimizer yet.
         # What it shards, however, has to be sparse before.
         self._undo += [
-            around_configure_model(pl_module, before, lambda: self._find(trainer, pl_module, stage)),
+            around_configure_model(pl_module, before, lambda: self._adopt(trainer, pl_module, stage)),
             around_checkpoints(
                 pl_module,
                 on_save=self._make_dense,
@@ -184,21 +184,28 @@ class SparseTraining(Callback):
         """
         if not sparse_weights(model):
             sharding.refuse_meta(model)
-            self._copies = sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
-        self._known = {id(module) for module in model.modules()}
+            self._sparsify(model)
+        self._modules_converted = {id(module) for module in model.modules()}
 
-    def _find(self, trainer: Trainer, model: LightningModule, stage: str) -> None:
-        if shards := sharding.shards(trainer.strategy):
-            sharding.refuse_late(self.select.layers(model), self._known)
+    def _sparsify(self, model: nn.Module) -> None:
+        self._copies = sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
+        self._has_converted = self._is_as_converted = True
+
+    def _adopt(self, trainer: Trainer, model: LightningModule, stage: str) -> None:
+        if shards := sharding.divides_parameters(trainer.strategy):
+            sharding.refuse_late(self.select.layers(model), self._modules_converted)
         found = weights_by_path(model)
-        if not self._known and not found:
-            self._copies = sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
+        if not self._modules_converted and not found:
+            self._sparsify(model)
             found = weights_by_path(model)
         before = [id(weight.layer) for weight in self._weights.values()]
-        if before and before != [id(weight.layer) for weight in found.values()]:
-            self._begin()  # the same trainer goes on with another model
-        self._weights = found
-        self._journal.see(model, found)
+        if before != [id(weight.layer) for weight in found.values()]:
+            if before:
+                self._reset()  # the same trainer goes on with another model
+            if not self._has_converted:  # it was sparse already, and its copies are not those of the last
+                self._copies, self._is_as_converted = LayerCopies(), False
+        self._weights, self._has_converted = found, False
+        self._statistics.measure_share(model, found)
         if shards:
             sharding.refuse_other_shards(self._weights, trainer.world_size)
         if self._weights and distributed.is_replicated(trainer.strategy):
@@ -206,7 +213,7 @@ class SparseTraining(Callback):
                 distributed.refuse_nothing_left(model, self._weights)
             weights = {weight.name: weight for weight in self._weights.values()}
             self._undo.append(distributed.hide_from_ddp(model, weights))
-        expected = frozenset(weight.place for weight in found.values())
+        expected = frozenset(weight.module_path for weight in found.values())
         handle = model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             lambda _, state, *rest: refuse_layers_of(state, expected)
         )
@@ -222,58 +229,50 @@ class SparseTraining(Callback):
         warn_of_recompiling(pl_module, self.method)
         if self._update_schedule is not None:
             refuse_optimizers(trainer.optimizers, values)
-        if trainer.global_step == 0 and self._restored is None:
+        if self._is_as_converted and trainer.global_step == 0 and self._restored is None:
             dense = self.select.unnamed_locations(pl_module)
             follow_trained(self._copies, self._weights, dense, parameter_ids(trainer.optimizers))
+        self._is_as_converted = False
         if distributed.is_replicated(trainer.strategy):
             distributed.broadcast_values(self._weights)
             self._undo.append(on_gradient_sync(self._average_gradients))
         leading = leading_optimizer(trainer.optimizers, values)
         if leading is not None:
-            self._undo.append(leading.register_step_post_hook(self._count).remove)
-
-    def _count(self, *_: Any) -> None:
-        self._steps += 1
-        self._steps_of_batch += 1
-        if self._update_steps is not None and self._update_steps.is_due(self._steps):
-            self._pending = self._steps
+            self._undo.append(leading.register_step_post_hook(self._timer.count_step).remove)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count in steps when the pattern changes; the length of the run is known by now."""
         run = run_length(trainer)
         if self._update_schedule is not None and self._weights:
-            self._update_steps = self._update_schedule.in_steps(run)
+            self._timer.update_steps = self._update_schedule.in_steps(run)
             # By hand there may be any number of steps per batch.
             known = run if pl_module.automatic_optimization else RunLength()
             nnz = {name: weight.nnz for name, weight in self._weights.items()}
-            validate_update_steps(self._update_steps, known, self.method, nnz)
+            validate_update_steps(self._timer.update_steps, known, self.method, nnz)
         if self._updater is None:
             self._updater = PatternUpdater(self._weights, self.method, trainer.world_size)
         self._updater.weights = dict(self._weights)  # others, if the run before has left dense ones
         if self._restored is not None:
             self._updater.load_state_dict(self._restored)
-        if self._tracks and not self._journal.explored:
-            self._journal.track(self._weights, (self._restored or {}).get("explored") or {})
+        if self._tracks and not self._statistics.explored:
+            self._statistics.track_exploration(self._weights, (self._restored or {}).get("explored") or {})
         self._restored = None
-        self._journal.begin_training(self._steps, self._weights, self._copies)
+        self._statistics.log_start(self._timer.num_steps, self._weights, self._copies)
         if self._updater.unfinished is not None:
             everything = weights_by_path(pl_module)
-            self._note(trainer, self._updater.finish(everything, trainer.optimizers))
+            self._report(trainer, self._updater.finish(everything, trainer.optimizers))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Watch the gradient if the pattern changes after this step; the first of its batches begins."""
         assert self._updater is not None
-        soon = range(self._steps + 1, self._steps + 1 + self._steps_of_batch)
-        due = self._pending or next(
-            (s for s in soon if self._update_steps and self._update_steps.is_due(s)), 0
-        )
+        due = self._timer.next_due()
         if due and (not self._updater.is_watching or self._watched_at != trainer.global_step):
             freed = any(getattr(one, "frees_gradients", False) for one in trainer.callbacks)  # type: ignore[attr-defined]
-            self._updater.watch(self._update_time(due), gradients_stay=not freed)
+            self._updater.watch(self._timer.time_of(due), gradients_stay=not freed)
             self._watched_at = trainer.global_step
-        self._steps_of_batch = 0
+        self._timer.begin_batch()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the gradients of values over ranks, before anything looks at them."""
@@ -295,24 +294,27 @@ class SparseTraining(Callback):
     ) -> None:
         """Change the pattern if a step was due."""
         assert self._updater is not None
-        self._steps_of_batch = max(1, self._steps_of_batch)
-        if not self._journal.is_measured and self._steps:
+        self._timer.end_batch()
+        if not self._statistics.is_measured and self._timer.num_steps:
             if self._update_schedule is not None:  # what has state by now, long before an update
                 refuse_optimizers(trainer.optimizers, self._values())
-            self._journal.measure(self._weights, trainer.optimizers)
-        if not self._pending or self._updater.lacks_candidates(self._update_time(self._pending)):
+            self._statistics.measure_bytes(self._weights, trainer.optimizers)
+        if not self._timer.pending:
+            return
+        now = self._timer.time_of(self._timer.pending)
+        if self._updater.lacks_candidates(now):
             return
         sharding.reshard(pl_module)
         self._updater.followers = self._followers(trainer, pl_module)
-        self._note(trainer, self._updater.update(self._update_time(self._pending), trainer.optimizers))
+        self._report(trainer, self._updater.update(now, trainer.optimizers))
 
-    def _note(self, trainer: Trainer, moved: UpdateResult) -> None:
+    def _report(self, trainer: Trainer, moved: UpdateResult) -> None:
         assert self._updater is not None
-        self._pending = 0
-        self._journal.count(moved)
-        self._journal.measure(self._weights, trainer.optimizers)
-        self._journal.explore(self._weights)
-        metrics = self._journal.metrics(self._weights, moved, self._updater.state)
+        self._timer.pending = 0
+        self._statistics.add_update(moved)
+        self._statistics.measure_bytes(self._weights, trainer.optimizers)
+        self._statistics.record_positions(self._weights)
+        metrics = self._statistics.metrics(self._weights, moved, self._updater.state)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
@@ -325,18 +327,13 @@ class SparseTraining(Callback):
     def _values(self) -> dict[str, nn.Parameter]:
         return {path: weight.values for path, weight in self._weights.items()}
 
-    def _update_time(self, step: int) -> UpdateTime:
-        assert self._update_steps is not None
-        return UpdateTime(
-            step, step - self._update_steps.start, self.method.schedule_length(self._update_steps), self._seed
-        )
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take all hooks away: after an error Lightning calls no ``teardown``.
 
         Layers stay sparse in any case, so that a checkpoint that is saved now can be resumed.
         """
-        self._take_back()
+        self._remove_hooks()
+        self._has_converted = False  # a model that this run has not come to know
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave dense weights, if that was asked for: the last checkpoint has been saved."""
@@ -345,7 +342,7 @@ class SparseTraining(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take all hooks away; the layers stay sparse unless dense ones were asked for."""
         self._leave(trainer, pl_module)
-        self._take_back()
+        self._remove_hooks()
 
     def _leave(self, trainer: Trainer, model: LightningModule) -> None:
         if self._leaves_dense and self._weights:
@@ -353,7 +350,7 @@ class SparseTraining(Callback):
             densify_(model, trainer.optimizers)
             self._weights = {}
 
-    def _take_back(self) -> None:
+    def _remove_hooks(self) -> None:
         if self._updater is not None:
             self._updater.close()
         for undo in (self._end_of_loading, *self._undo):
@@ -367,7 +364,7 @@ class SparseTraining(Callback):
         """Say among the weights how they are loaded, or make them dense."""
         self._make_dense(checkpoint)
         # Those of shards are read name by name.
-        if self._weights and not self._leaves_dense and not sharding.shards(trainer.strategy):
+        if self._weights and not self._leaves_dense and not sharding.divides_parameters(trainer.strategy):
             checkpoint["state_dict"] = with_checkpoint_key(checkpoint["state_dict"])
 
     def _make_dense(self, checkpoint: dict[str, Any]) -> None:
@@ -380,10 +377,10 @@ class SparseTraining(Callback):
             return {}
         return {
             **identity(self.method, self.select.overrides, self._seed, _VERSION),
-            "steps": self._steps,
-            "pending": self._pending,
+            "steps": self._timer.num_steps,
+            "pending": self._timer.pending,
             **self._updater.state_dict(),
-            **self._journal.state_dict(),
+            **self._statistics.state_dict(),
             "patterns": {
                 name: distributed.pattern_fingerprint(w.positions()) for name, w in self._weights.items()
             },
@@ -405,8 +402,8 @@ class SparseTraining(Callback):
         found = {name: distributed.pattern_fingerprint(w.positions()) for name, w in self._weights.items()}
         overrides = self.select.overrides
         refuse_checkpoint(state_dict, self.method, overrides, self._seed, _VERSION, found)
-        self._steps, self._pending = state_dict["steps"], state_dict["pending"]
-        self._journal.load_counts(state_dict)
+        self._timer.num_steps, self._timer.pending = state_dict["steps"], state_dict["pending"]
+        self._statistics.load_counts(state_dict)
         self._restored = state_dict
 
     @property
@@ -418,4 +415,4 @@ class SparseTraining(Callback):
         """How sparse the model is, what changed, and the bytes of a dense one."""
         if self._left is not None:
             return self._left
-        return self._journal.technique_record(self._weights, self._updater.state if self._updater else {})
+        return self._statistics.technique_record(self._weights, self._updater.state if self._updater else {})

@@ -1,7 +1,6 @@
 """What all of dynamic sparse training has in common."""
 
-from __future__ import annotations
-
+# Without postponed annotations: for arguments from YAML, those of a base are looked up in its heirs' modules.
 from abc import abstractmethod
 from collections.abc import Mapping
 
@@ -28,24 +27,24 @@ class DropAndGrow(SparseMethod):
     @property
     @abstractmethod
     def drop_rule(self) -> DropRule:
-        """Which weights go."""
+        """Says which weights of a layer go."""
 
     @property
     @abstractmethod
     def grow_rule(self) -> GrowRule:
-        """Where weights grow."""
+        """Says where weights grow in a layer."""
 
     @property
     def reallocation(self) -> Reallocation:
-        """How many grow in each layer."""
+        """Says how many weights grow in each layer."""
         return WithinLayers()
 
     def counts(self, shapes: Shapes, overrides: Mapping[str, float]) -> dict[str, int]:
-        """What the distribution says."""
+        """Weights of each layer at the start: what the distribution says."""
         return counts_by_layer(shapes, self.sparsity, self.distribution, overrides)
 
     def update(self, layers: Mapping[str, LayerView], now: UpdateTime, state: MethodState) -> PatternUpdate:
-        """Drop, divide, grow."""
+        """Drop weights in all layers, divide their number among layers, and grow as many."""
         kept = {name: self.drop_rule.kept(layer, now, state) for name, layer in layers.items()}
         num_left = {name: int(stays.sum()) for name, stays in kept.items()}
         num_grown = self.reallocation.num_grown(layers, num_left)

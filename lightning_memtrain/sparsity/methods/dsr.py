@@ -78,31 +78,31 @@ class DSR(DropAndGrow):
 
     @property
     def default_update(self) -> UpdateSchedule:
-        """Nearly to the end, as the authors do."""
+        """Every 100 steps, nearly to the end, as the authors do."""
         return UpdateEvery(100, start=0, stop=0.95)
 
     @property
     def changes_nnz(self) -> bool:
-        """Weights move between layers."""
+        """The number of weights of a layer changes, since weights move between layers."""
         return True
 
     @property
     def drop_rule(self) -> DropRule:
-        """By one threshold."""
+        """Drops by one threshold for all layers."""
         return DropBelowThreshold()
 
     @property
     def grow_rule(self) -> GrowRule:
-        """At random, elsewhere."""
+        """Grows at random, where nothing was dropped just now."""
         return GrowRandom(may_return=False)
 
     @property
     def reallocation(self) -> Reallocation:
-        """One for all layers."""
+        """Divides what was dropped among all layers."""
         return AcrossLayers()
 
     def initial_state(self, nnz: int) -> dict[str, float]:
-        """The threshold."""
+        """The first threshold; refuses to reallocate more than there is."""
         if self.reallocate > nnz:
             raise MisconfigurationException(
                 f"`{type(self).__name__}(reallocate)` must be at most the number of nonzero weights, {nnz} "

@@ -79,12 +79,12 @@ class GradualMagnitudePruning(SparseMethod):
 
     @property
     def changes_nnz(self) -> bool:
-        """Layers lose weights."""
+        """The number of weights of a layer changes, since layers lose weights."""
         return True
 
     @property
     def needs_end(self) -> bool:
-        """As the schedule does."""
+        """Whether the schedule of the sparsity does."""
         assert isinstance(self.sparsity, Schedule)
         return self.sparsity.needs_end
 
@@ -94,11 +94,11 @@ class GradualMagnitudePruning(SparseMethod):
 
     @property
     def starts_dense(self) -> bool:
-        """Unless the schedule begins elsewhere."""
+        """Memory peaks at the start, unless the schedule begins elsewhere."""
         return self._at(0, 1) == 0
 
     def counts(self, shapes: Shapes, overrides: Mapping[str, float]) -> dict[str, int]:
-        """All weights, as a rule."""
+        """Weights of each layer at the start: all of them, as a rule."""
         if overrides:
             raise MisconfigurationException(
                 f"`Select(overrides)` cannot be combined with `{type(self).__name__}`, whose sparsity "

@@ -36,10 +36,10 @@ class RigL(SET):
 
     @property
     def grow_rule(self) -> GrowRule:
-        """By gradient."""
+        """Grows where the gradient is largest."""
         return GrowByGradient()
 
     def num_candidates(self, nnz: Mapping[str, int], now: UpdateTime) -> dict[str, int]:
-        """As many as are dropped."""
+        """As many candidates as weights are dropped."""
         numbers = {name: self.drop_rule.num_dropped(count, now) for name, count in nnz.items()}
         return {name: number for name, number in numbers.items() if number}

@@ -1,7 +1,6 @@
 """Sparse evolutionary training: drops by magnitude, grows at random."""
 
-from __future__ import annotations
-
+# Without postponed annotations, as its base.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -54,7 +53,7 @@ class SET(DropAndGrow):
 
     @property
     def needs_end(self) -> bool:
-        """As the schedule does."""
+        """Whether the schedule of the fraction does."""
         return self._drop.needs_end
 
     @property
@@ -64,12 +63,12 @@ class SET(DropAndGrow):
 
     @property
     def drop_rule(self) -> DropFraction:
-        """By magnitude."""
+        """Drops the smallest magnitudes."""
         return DropFraction(self._drop)
 
     @property
     def grow_rule(self) -> GrowRule:
-        """At random."""
+        """Grows at random."""
         return GrowRandom()
 
     def has_effect(self, nnz: Mapping[str, int], now: UpdateTime) -> bool:

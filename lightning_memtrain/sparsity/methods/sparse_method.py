@@ -1,7 +1,6 @@
 """What a method of sparse training says: how sparse each layer is, and which weights it has at what time."""
 
-from __future__ import annotations
-
+# Without postponed annotations: for arguments from YAML, those of a base are looked up in its heirs' modules.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ Sparsity = float | dict[str, float]
 
 @dataclass(frozen=True)
 class PatternUpdate:
-    """What an update does.
+    """What a method wants of one update: changes of layers, and what it keeps itself.
 
     Args:
         changes: by layer.
@@ -82,6 +81,19 @@ class SparseMethod(ABC):
         """
         return 0 if update_steps.stop is None else max(0, update_steps.stop - update_steps.start)
 
+    def update_time(self, step: int, update_steps: UpdateSteps, seed: int = 0) -> UpdateTime:
+        """When an update is, as its rules count the time.
+
+        Args:
+            step: optimizer steps completed.
+            update_steps: when updates are due.
+            seed: of the run.
+
+        Returns:
+            The time since schedules began, and until they end.
+        """
+        return UpdateTime(step, step - update_steps.start, self.schedule_length(update_steps), seed)
+
     def has_effect(self, nnz: Mapping[str, int], now: UpdateTime) -> bool:
         """Whether an update can change anything.
 
@@ -131,7 +143,7 @@ class SparseMethod(ABC):
 
     @abstractmethod
     def update(self, layers: Mapping[str, LayerView], now: UpdateTime, state: MethodState) -> PatternUpdate:
-        """One change of the pattern.
+        """Choose what one update drops and grows.
 
         Args:
             layers: by name, in the order of the model.

@@ -45,13 +45,13 @@ class StaticSparse(SparseMethod):
 
     @property
     def default_update(self) -> UpdateSchedule | None:
-        """The pattern never changes."""
+        """None, since the pattern never changes."""
         return None
 
     def counts(self, shapes: Shapes, overrides: Mapping[str, float]) -> dict[str, int]:
-        """What the distribution says."""
+        """Weights of each layer: what the distribution says."""
         return counts_by_layer(shapes, self.sparsity, self.distribution, overrides)
 
     def update(self, layers: Mapping[str, LayerView], now: UpdateTime, state: MethodState) -> PatternUpdate:
-        """No change."""
+        """Change nothing."""
         return PatternUpdate({}, state)

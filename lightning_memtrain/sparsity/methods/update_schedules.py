@@ -93,8 +93,9 @@ class UpdateEvery(UpdateSchedule):
 
     Args:
         steps: from one change to the next, at least 1.
-        start: not before this step; a float is a fraction of the run.
-        stop: not after this step; a float is a fraction of the run, 1.0 its end.
+        start: not before this step; a float is a fraction of the run, below 1.
+        stop: not after this step; a float is a fraction of the run, 1.0 its end. The whole number 1, which
+            would be the first step, is refused.
 
     Raises:
         MisconfigurationException: if an argument is out of its range, or ``stop`` is before ``start``.
@@ -112,7 +113,18 @@ class UpdateEvery(UpdateSchedule):
     def __post_init__(self) -> None:
         _check_period("UpdateEvery(steps)", self.steps)
         _check_time("UpdateEvery(start)", self.start)
+        if isinstance(self.start, float) and self.start == 1:
+            raise MisconfigurationException(
+                "`UpdateEvery(start)` must be below 1 as a fraction of the run, at whose end nothing is left "
+                "to update, but got start=1.0. Write 1 for the first step."
+            )
         _check_time("UpdateEvery(stop)", self.stop)
+        if isinstance(self.stop, int) and self.stop == 1:
+            raise MisconfigurationException(
+                "`UpdateEvery(stop)` must be at least 2 as a whole number, since 1.0 is the end of the run, "
+                "but got stop=1. Write 1.0 for the end of the run; for one update, after step 1, write "
+                "UpdatePiecewise({0: 1}, unit='step', stop=1)."
+            )
         if type(self.start) is type(self.stop) and self.stop < self.start:
             raise MisconfigurationException(
                 f"`UpdateEvery(stop)` must not be before start={self.start}, but got stop={self.stop}. "
@@ -120,7 +132,7 @@ class UpdateEvery(UpdateSchedule):
             )
 
     def in_steps(self, run: RunLength) -> UpdateSteps:
-        """Count in steps."""
+        """Count in steps what is given in fractions or epochs."""
         start = _in_steps("UpdateEvery(start)", self.start, run.total_steps)
         stop = _in_steps("UpdateEvery(stop)", self.stop, run.total_steps)
         return UpdateSteps(((start, self.steps),), stop)
@@ -134,7 +146,7 @@ class UpdatePiecewise(UpdateSchedule):
         periods: every how many optimizer steps, by when that begins.
         unit: what the beginnings and ``stop`` are counted in: ``"step"`` or ``"epoch"``.
         stop: not after this step or the beginning of this epoch; ``None`` for the end of the run. A float is
-            a fraction of the run.
+            a fraction of the run, below 1.
 
     Raises:
         MisconfigurationException: if an argument is out of its range.
@@ -165,9 +177,14 @@ class UpdatePiecewise(UpdateSchedule):
             _check_period("UpdatePiecewise(periods)", steps)
         if self.stop is not None:
             _check_time("UpdatePiecewise(stop)", self.stop)
+            if isinstance(self.stop, float) and self.stop == 1:
+                raise MisconfigurationException(
+                    "`UpdatePiecewise(stop)` must be below 1 as a fraction of the run, since 1 is the "
+                    f"beginning of {self.unit} 1, but got stop=1.0. Leave it out for the end of the run."
+                )
 
     def in_steps(self, run: RunLength) -> UpdateSteps:
-        """Count in steps."""
+        """Count in steps what is given in fractions or epochs."""
         scale = 1
         if self.unit == "epoch":
             if run.steps_per_epoch is None:

@@ -11,11 +11,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
 class Schedule(ABC):
-    """A number for each step."""
+    """A number that changes over a run, e.g. how much to drop."""
 
     @abstractmethod
     def value(self, step: int, total: int) -> float:
-        """The value at a step.
+        """The value at a step of the schedule.
 
         Args:
             step: optimizer steps since the schedule began.
@@ -54,7 +54,7 @@ class ConstantSchedule(Schedule):
 
     @property
     def needs_end(self) -> bool:
-        """It does not."""
+        """A constant does not depend on the end."""
         return False
 
 

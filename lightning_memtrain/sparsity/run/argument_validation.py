@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_memtrain.core import NoEffectWarning
+from lightning_memtrain.core import NoEffectWarning, parse_bytes
 from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
 from lightning_memtrain.sparsity.methods.update_schedules import UpdateSchedule
 from lightning_memtrain.sparsity.selection.select import Select
@@ -31,18 +31,18 @@ def refuse_arguments(
         MisconfigurationException: naming the argument.
     """
     _check_type("method", method, SparseMethod, "a method such as RigL(0.9)")
-    _check_type("update", update, (UpdateSchedule, type(None)), "a clock such as UpdateEvery(100)")
+    _check_type("update", update, (UpdateSchedule, type(None)), "an update schedule such as UpdateEvery(100)")
     _check_type("layers", layers, (Select, type(None)), "a Select(...)")
     if storage not in get_args(Storage):
         expected = ", ".join(repr(choice) for choice in get_args(Storage))
         raise MisconfigurationException(
             f"`SparseTraining(storage)` must be one of {expected}, but got storage={storage!r}. Use one."
         )
-    if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
-        raise MisconfigurationException(
-            "`SparseTraining(chunk_bytes)` must be a number of bytes of at least 1, or None, but got "
-            f"chunk_bytes={chunk_bytes!r}. Leave it out for whole weights."
-        )
+    if chunk_bytes is not None:
+        try:
+            parse_bytes(chunk_bytes, argument="SparseTraining(chunk_bytes)")
+        except ValueError as error:
+            raise MisconfigurationException(f"{error} Leave it out for whole weights.") from None
     if leave not in ("sparse", "dense"):
         raise MisconfigurationException(
             f"`SparseTraining(leave)` must be 'sparse' or 'dense', but got leave={leave!r}. Use 'dense' for "
@@ -51,7 +51,7 @@ def refuse_arguments(
 
 
 def warn_of_update(method: SparseMethod, update: UpdateSchedule | None) -> None:
-    """Warn of a clock for a pattern that never changes.
+    """Warn of an update schedule for a pattern that never changes.
 
     Args:
         method: of the callback.

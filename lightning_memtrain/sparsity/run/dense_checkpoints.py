@@ -44,7 +44,7 @@ def patterns_of(weights: Mapping[str, SparseWeight]) -> dict[str, tuple[int, Ten
         weights: of sparse layers, by path.
 
     Returns:
-        How many entries are stored, and the pattern, by path.
+        How many entries are stored, and the pattern (uint8, int16 or int32, of one axis), by path.
     """
     return {path: (weight.nnz, weight.layer.sparsity_pattern.cpu()) for path, weight in weights.items()}
 
@@ -54,7 +54,7 @@ def with_stored_entries(
     weights: Mapping[str, SparseWeight],
     patterns: Mapping[str, tuple[int, Tensor]],
 ) -> dict[str, Tensor]:
-    """The inverse of :func:`with_dense_weights`.
+    """A model's state with values and pattern in the place of dense weights that were saved.
 
     Args:
         state_dict: with dense weights.
@@ -93,7 +93,7 @@ def make_dense(checkpoint: dict[str, Any], weights: Mapping[str, SparseWeight]) 
 
 
 def make_sparse(checkpoint: dict[str, Any], state_key: str, weights: Mapping[str, SparseWeight]) -> None:
-    """The inverse of :func:`make_dense`, if patterns were saved with it.
+    """Put values and patterns into a checkpoint of dense weights, if patterns were saved with it.
 
     Args:
         checkpoint: of Lightning.
@@ -106,4 +106,4 @@ def make_sparse(checkpoint: dict[str, Any], state_key: str, weights: Mapping[str
 
 
 def _key(weight: SparseWeight, what: str) -> str:
-    return f"{weight.place}.{what}" if weight.place else what
+    return f"{weight.module_path}.{what}" if weight.module_path else what

@@ -28,10 +28,10 @@ class ExploredPositions:
         self.bits = torch.zeros(-(-numel // 8), dtype=torch.uint8)
 
     def add(self, positions: Tensor) -> None:
-        """Mark positions.
+        """Mark positions as active.
 
         Args:
-            positions: int64, each once.
+            positions: int64 of one axis, each once.
         """
         positions = positions.cpu()
         one = torch.bitwise_left_shift(torch.ones_like(positions), positions & 7).to(torch.uint8)
@@ -40,5 +40,5 @@ class ExploredPositions:
 
     @property
     def count(self) -> int:
-        """How many are marked."""
+        """How many positions were ever active."""
         return sum(int((self.bits >> bit & 1).sum(dtype=torch.int64)) for bit in range(8))

@@ -14,7 +14,6 @@ from torch import nn
 
 from lightning_memtrain.core import NoEffectWarning
 from lightning_memtrain.sparsity import sharding
-from lightning_memtrain.sparsity.methods.rules.layer_updates import UpdateTime
 from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
 from lightning_memtrain.sparsity.methods.update_schedules import RunLength, UpdateSteps
 
@@ -51,13 +50,13 @@ def refuse_run(trainer: Trainer, num_given: int, method: SparseMethod, leave: st
             f"positions, but got {type(trainer.strategy).__name__}. Train with ddp or on one device, or with "
             "ModelParallelStrategy and `fully_shard`."
         )
-    if sharding.shards(trainer.strategy) and method.changes_nnz:
+    if sharding.divides_parameters(trainer.strategy) and method.changes_nnz:
         raise MisconfigurationException(
             "`SparseTraining(method)` must keep the number of weights of each layer under "
             f"{type(trainer.strategy).__name__}, whose shards keep their size, but got {method!r}. Use RigL, "
             "SET or StaticSparse, or train with ddp or on one device."
         )
-    if sharding.shards(trainer.strategy) and leave == "dense":
+    if sharding.divides_parameters(trainer.strategy) and leave == "dense":
         raise MisconfigurationException(
             "`SparseTraining(leave='dense')` needs weights that are whole on each device, but got "
             f"{type(trainer.strategy).__name__}. Use leave='sparse', and load `export_dense(model)` after it."
@@ -106,7 +105,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def run_length(trainer: Trainer) -> RunLength:
-    """How long a run is.
+    """Optimizer steps of a run, and of its epochs.
 
     Args:
         trainer: whose training data is set up.
@@ -153,11 +152,7 @@ def validate_update_steps(
             stacklevel=2,
         )
         return
-    times = (
-        UpdateTime(step, step - update_steps.start, method.schedule_length(update_steps))
-        for step in steps
-        if update_steps.is_due(step)
-    )
+    times = (method.update_time(step, update_steps) for step in steps if update_steps.is_due(step))
     if not any(method.has_effect(nnz, now) for now in times):
         warnings.warn(
             f"`SparseTraining(update)` has no effect: `{method}` moves less than one weight of each layer at "

@@ -34,7 +34,7 @@ def training_bytes(weight: SparseWeight, optimizers: Iterable[Optimizer]) -> tup
     return weight.nnz * per_value_bytes + pattern_bytes, weight.numel * per_value_bytes
 
 
-def described(weights: Mapping[str, SparseWeight], sparse_bytes: int, dense_bytes: int) -> str:
+def describe_bytes(weights: Mapping[str, SparseWeight], sparse_bytes: int, dense_bytes: int) -> str:
     """One sentence for the memory report.
 
     Args:
@@ -51,7 +51,7 @@ def described(weights: Mapping[str, SparseWeight], sparse_bytes: int, dense_byte
     )
 
 
-def share_of_all(model: nn.Module, weights: Iterable[SparseWeight]) -> tuple[int, int]:
+def count_sparse_and_all(model: nn.Module, weights: Iterable[SparseWeight]) -> tuple[int, int]:
     """How many of a model's parameters are weights of sparse layers.
 
     Args:
@@ -67,7 +67,7 @@ def share_of_all(model: nn.Module, weights: Iterable[SparseWeight]) -> tuple[int
     return sparse, sparse + dense
 
 
-def zeros_described(weights: Mapping[str, SparseWeight], share: float, starts_dense: bool) -> str:
+def describe_sparsity(weights: Mapping[str, SparseWeight], share: float, starts_dense: bool) -> str:
     """How sparse layers are at the start.
 
     Args:

@@ -12,16 +12,16 @@ from torch.optim import Optimizer
 from lightning_memtrain.core import Setting, TechniqueRecord
 from lightning_memtrain.sparsity.methods.rules.layer_updates import MethodState
 from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
-from lightning_memtrain.sparsity.pending_update import UpdateResult
 from lightning_memtrain.sparsity.run.exploration import ExploredPositions
 from lightning_memtrain.sparsity.run.sparsity_measures import (
-    described,
-    share_of_all,
+    count_sparse_and_all,
+    describe_bytes,
+    describe_sparsity,
     training_bytes,
-    zeros_described,
 )
 from lightning_memtrain.sparsity.selection.layer_copies import LayerCopies
 from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
+from lightning_memtrain.sparsity.unfinished_update import UpdateResult
 
 Weights = Mapping[str, SparseWeight]
 
@@ -47,7 +47,7 @@ class SparsityStatistics:
         self.is_measured = False
         self._events = []
 
-    def say(self, event: str) -> None:
+    def log_event(self, event: str) -> None:
         """Put an event into the report and the log.
 
         Args:
@@ -56,17 +56,17 @@ class SparsityStatistics:
         self._events.append(event)
         rank_zero_info(f"SparseTraining, {event}")
 
-    def see(self, model: nn.Module, weights: Weights) -> None:
+    def measure_share(self, model: nn.Module, weights: Weights) -> None:
         """Note how much of a model is sparse.
 
         Args:
             model: that is trained.
             weights: of its sparse layers.
         """
-        sparse, everything = share_of_all(model, weights.values())
+        sparse, everything = count_sparse_and_all(model, weights.values())
         self._share = sparse / max(1, everything)
 
-    def begin_training(self, step: int, weights: Weights, copies: LayerCopies) -> None:
+    def log_start(self, step: int, weights: Weights, copies: LayerCopies) -> None:
         """Say how sparse the layers are.
 
         Args:
@@ -75,14 +75,14 @@ class SparsityStatistics:
             copies: among them.
         """
         if not weights:
-            self.say("all layers stay dense")
+            self.log_event("all layers stay dense")
             return
-        described = zeros_described(weights, self._share, self._method.starts_dense)
-        self.say(f"at step {step}, {described}")
+        described = describe_sparsity(weights, self._share, self._method.starts_dense)
+        self.log_event(f"at step {step}, {described}")
         if copies.originals:
-            self.say(copies.described())
+            self.log_event(copies.description())
 
-    def measure(self, weights: Weights, optimizers: Iterable[Optimizer]) -> None:
+    def measure_bytes(self, weights: Weights, optimizers: Iterable[Optimizer]) -> None:
         """Count the bytes of training, as they are and as they would be if layers were dense.
 
         Args:
@@ -93,7 +93,7 @@ class SparsityStatistics:
         self._bytes = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
         self.is_measured = True
 
-    def count(self, moved: UpdateResult) -> None:
+    def add_update(self, moved: UpdateResult) -> None:
         """Add up what an update did.
 
         Args:
@@ -102,19 +102,19 @@ class SparsityStatistics:
         self.num_dropped += moved.num_dropped
         self.num_grown += moved.num_grown
 
-    def track(self, weights: Weights, bits: Mapping[str, Tensor]) -> None:
+    def track_exploration(self, weights: Weights, bits: Mapping[str, Tensor]) -> None:
         """Begin to note which positions were ever active.
 
         Args:
             weights: of sparse layers.
-            bits: as they were saved.
+            bits: uint8 of one axis, a bit per position, as they were saved.
         """
         self.explored = {name: ExploredPositions(weight.numel) for name, weight in weights.items()}
         for name, saved in bits.items():
             self.explored[name].bits = saved
-        self.explore(weights)
+        self.record_positions(weights)
 
-    def explore(self, weights: Weights) -> None:
+    def record_positions(self, weights: Weights) -> None:
         """Note the positions that are active now, if that was asked for.
 
         Args:
@@ -163,7 +163,7 @@ class SparsityStatistics:
             settings["exploration_rate"] = round(self._exploration_rate(weights), 4)
         if weights and self.is_measured:
             settings |= {"sparse_bytes": self._bytes[0], "dense_bytes": self._bytes[1]}
-            events += (described(weights, *self._bytes),)
+            events += (describe_bytes(weights, *self._bytes),)
         return TechniqueRecord("SparseTraining", settings, events)
 
     def _exploration_rate(self, weights: Weights) -> float:

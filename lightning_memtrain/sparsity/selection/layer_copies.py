@@ -27,7 +27,7 @@ _SAMPLE_NUMEL = 32
 
 @dataclass(frozen=True)
 class LayerCopies:
-    """Layers with equal weights.
+    """Layers whose weights were equal when they became sparse.
 
     Args:
         originals: of each layer that is a copy, the path of its original, by its path.
@@ -37,18 +37,18 @@ class LayerCopies:
     originals: Mapping[str, str] = field(default_factory=dict)
     equals: Sequence[Sequence[str]] = ()
 
-    def described(self) -> str:
-        """One sentence."""
+    def description(self) -> str:
+        """One sentence for the log, that names the first four."""
         named = ", ".join(f"{copy!r} of {original!r}" for copy, original in [*self.originals.items()][:4])
         more = f" and {len(self.originals) - 4} more" if len(self.originals) > 4 else ""
         return f"copies share the pattern of their original: {named}{more}"
 
 
-def find_layer_copies(places: Mapping[str, WeightLocation], spared: Collection[str] = ()) -> LayerCopies:
+def find_layer_copies(locations: Mapping[str, WeightLocation], spared: Collection[str] = ()) -> LayerCopies:
     """Find layers that are copies of others.
 
     Args:
-        places: weights that can be sparse, by path.
+        locations: weights that can be sparse, by path.
         spared: paths of those that stay dense in any case.
 
     Returns:
@@ -60,9 +60,9 @@ def find_layer_copies(places: Mapping[str, WeightLocation], spared: Collection[s
             one it follows.
     """
     originals: dict[str, str] = {}
-    equals = [group for like in _alike(places) for group in _equal(places, like)]
+    equals = [group for like in _alike(locations) for group in _equal(locations, like)]
     for group in equals:
-        trained = [path for path in group if places[path].parameter.requires_grad]
+        trained = [path for path in group if locations[path].parameter.requires_grad]
         for path in group:
             is_trained = path in trained
             earlier = trained[: trained.index(path)] if is_trained else trained
@@ -72,36 +72,36 @@ def find_layer_copies(places: Mapping[str, WeightLocation], spared: Collection[s
             roots = dict.fromkeys(originals.get(option, option) for option in options)
             if len(roots) == 1:
                 originals[path] = next(iter(roots))
-            elif len(roots) > 1 and path not in spared and not _is_constant(places[path].parameter):
+            elif len(roots) > 1 and path not in spared and not _is_constant(locations[path].parameter):
                 raise MisconfigurationException(
                     f"`SparseTraining` cannot tell which layer the frozen copy {path!r} follows: it equals "
                     f"{', '.join(map(repr, options))}, which have patterns of their own. Add {path!r} to "
                     "Select(dense=[...]), or make the copy after the first training step."
                 )
-    in_order = {path: originals[path] for path in places if path in originals}
+    in_order = {path: originals[path] for path in locations if path in originals}
     return LayerCopies(in_order, equals)
 
 
-def _alike(places: Mapping[str, WeightLocation]) -> Iterable[list[str]]:
+def _alike(locations: Mapping[str, WeightLocation]) -> Iterable[list[str]]:
     """Layers that may be equal by what is seen at a glance."""
     groups: dict[Any, list[str]] = {}
-    for path, place in places.items():
-        parameter = place.parameter
+    for path, location in locations.items():
+        parameter = location.parameter
         if is_lazy(parameter) or parameter.is_meta or not parameter.numel():
             continue
         if is_traceable_wrapper_subclass(parameter):  # a shard, which is refused where it cannot be converted
             continue
         flat = parameter.detach().reshape(-1)
         sample = (*flat[:_SAMPLE_NUMEL].tolist(), *flat[-_SAMPLE_NUMEL:].tolist())
-        form = type(place.module), place.attribute, parameter.shape, parameter.dtype, parameter.device
+        form = type(location.module), location.attribute, parameter.shape, parameter.dtype, parameter.device
         groups.setdefault((*form, sample), []).append(path)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _equal(places: Mapping[str, WeightLocation], paths: list[str]) -> Iterable[list[str]]:
+def _equal(locations: Mapping[str, WeightLocation], paths: list[str]) -> Iterable[list[str]]:
     while len(paths) > 1:
-        first = places[paths[0]].parameter
-        same = [path for path in paths if torch.equal(places[path].parameter, first)]
+        first = locations[paths[0]].parameter
+        same = [path for path in paths if torch.equal(locations[path].parameter, first)]
         if len(same) > 1:
             yield same
         paths = [path for path in paths if path not in (paths[0], *same)]
@@ -166,7 +166,7 @@ def follow_trained(
         MisconfigurationException: if a layer equals several blocks, so that there is no telling which one, or
             if one that should follow is dense and the other is not.
     """
-    parameters = {path: place.parameter for path, place in dense.items()}
+    parameters = {path: location.parameter for path, location in dense.items()}
     parameters |= {path: weight.values for path, weight in weights.items()}
     for group in copies.equals:
         present = [path for path in group if path in parameters]

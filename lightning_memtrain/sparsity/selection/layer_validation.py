@@ -23,15 +23,15 @@ def refuse_layers(model: nn.Module, layers: Mapping[str, WeightLocation]) -> Non
     Raises:
         MisconfigurationException: naming the layer.
     """
-    weights = {id(place.parameter): path for path, place in layers.items()}
-    for path, place in layers.items():
-        kind = type(place.module)
-        if is_lazy(place.parameter):
+    weights = {id(location.parameter): path for path, location in layers.items()}
+    for path, location in layers.items():
+        kind = type(location.module)
+        if is_lazy(location.parameter):
             raise MisconfigurationException(
                 f"`SparseTraining` needs layers whose weights exist, but {path!r} is {kind.__name__}. "
                 "Run the model on one batch in `__init__`, or name it in Select(dense=...)."
             )
-        if kind not in SPARSE_TYPES and not can_be_sparse(place.module, place.attribute):
+        if kind not in SPARSE_TYPES and not can_be_sparse(location.module, location.attribute):
             raise MisconfigurationException(
                 f"`SparseTraining` cannot make {path!r} sparse, since {kind.__name__} is a class of "
                 f"its own, whose methods would be lost or would not know sparse values. Add {path!r} to "

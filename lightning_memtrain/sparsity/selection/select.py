@@ -46,7 +46,8 @@ class Select:
 
     Args:
         types: class names, in which ``*`` stands for any text, or classes.
-        dense: paths of layers or other modules that stay dense, ``*`` stands for any text.
+        dense: layers or other modules that stay dense: paths, in which ``*`` stands for any text, class
+            names, or classes.
         overrides: fraction of zeros of single layers by path, ``*`` stands for any text.
         dense_ends: whether first convolution, shortcuts and last linear layer of a convolutional network stay
             dense.
@@ -62,13 +63,13 @@ class Select:
     """
 
     types: Sequence[str | type[nn.Module]] = DEFAULT_TYPES
-    dense: Sequence[str] = ()
+    dense: Sequence[str | type[nn.Module]] = ()
     overrides: Mapping[str, float] = field(default_factory=dict)
     dense_ends: bool = True
 
     def __post_init__(self) -> None:
         _check_list("types", self.types, (str, type), "class names or classes", "['Linear', 'Conv2d']")
-        _check_list("dense", self.dense, (str,), "paths of layers", "['encoder.*', 'head']")
+        _check_list("dense", self.dense, (str, type), "paths of layers or classes", "['encoder.*', 'head']")
         if not self.types:
             raise MisconfigurationException(
                 "`Select(types)` must name at least one type, but got an empty list. Leave it out for linear "
@@ -82,17 +83,18 @@ class Select:
         for name, sparsity in self.overrides.items():
             check_sparsity(sparsity, f"Select(overrides)[{name!r}]")
 
-    def keeps_dense(self, name: str) -> bool:
+    def keeps_dense(self, name: str, module: nn.Module) -> bool:
         """Whether a parameter is named as one that stays dense.
 
         Args:
             name: of the parameter.
+            module: that has it.
 
         Returns:
-            ``True`` where ``dense`` matches the name, or that of the module that has it.
+            ``True`` where ``dense`` names the parameter or the module.
         """
         paths = name, name.rpartition(".")[0]
-        return any(fnmatchcase(path, pattern) for path in paths for pattern in self.dense)
+        return any(_is_named(path, module, wanted) for path in paths for wanted in self.dense)
 
     def unnamed_locations(self, model: nn.Module) -> dict[str, WeightLocation]:
         """Dense layers that are not among those that are named.
@@ -103,8 +105,8 @@ class Select:
         Returns:
             By path.
         """
-        places = weight_locations(model)
-        return {path: place for path, place in places.items() if not self.keeps_dense(place.name)}
+        locations = weight_locations(model)
+        return {path: one for path, one in locations.items() if not self.keeps_dense(one.name, one.module)}
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
         """Layers to make sparse.
@@ -118,7 +120,7 @@ class Select:
         Raises:
             MisconfigurationException: if a name of ``dense`` matches no module with parameters.
         """
-        return {path: place.module for path, place in self.choose(model)[0].items()}
+        return {path: location.module for path, location in self.choose(model)[0].items()}
 
     def choose(self, model: nn.Module) -> tuple[dict[str, WeightLocation], LayerCopies]:
         """Layers to make sparse, and which of them are copies of others.
@@ -132,37 +134,45 @@ class Select:
         Raises:
             MisconfigurationException: if a name of ``dense`` matches no module with parameters.
         """
-        places = weight_locations(model)
-        known = [path for path, module in model.named_modules() if module._parameters] + [*places]
-        for pattern in self.dense:
-            if not any(fnmatchcase(path, pattern) for path in known):
-                near = difflib.get_close_matches(pattern, known, n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(places)}."
-                raise MisconfigurationException(
-                    f"`Select(dense)` must name layers of {type(model).__name__}, but {pattern!r} matches "
-                    f"none. {hint}"
-                )
-        named = {path for path, place in places.items() if self.keeps_dense(place.name)}
+        locations = weight_locations(model)
+        self._refuse_unknown(model, locations)
+        named = {path for path, one in locations.items() if self.keeps_dense(one.name, one.module)}
         of_types = {
-            path: place
-            for path, place in places.items()
-            if any(_is_a(place.module, kind) for kind in self.types)
+            path: location
+            for path, location in locations.items()
+            if any(_is_a(location.module, kind) for kind in self.types)
         }
         copies = find_layer_copies(of_types, named)
-        own = {path: place for path, place in places.items() if path not in copies.originals}
+        own = {path: location for path, location in locations.items() if path not in copies.originals}
         ends = _ends(own) if self.dense_ends else set()
         chosen = {
             path
-            for path, place in of_types.items()
+            for path, location in of_types.items()
             if path in own
             and path not in named
             and path not in ends
-            and place.parameter.requires_grad
-            and not _is_depthwise(place)
+            and location.parameter.requires_grad
+            and not _is_depthwise(location)
         }
         originals = {c: of for c, of in copies.originals.items() if of in chosen and c not in named}
-        layers = {path: place for path, place in places.items() if path in chosen or path in originals}
+        layers = {
+            path: location for path, location in locations.items() if path in chosen or path in originals
+        }
         return layers, replace(copies, originals=originals)
+
+    def _refuse_unknown(self, model: nn.Module, locations: Mapping[str, WeightLocation]) -> None:
+        known = {path: module for path, module in model.named_modules() if module._parameters}
+        known |= {path: location.module for path, location in locations.items()}
+        for wanted in self.dense:
+            if any(_is_named(path, module, wanted) for path, module in known.items()):
+                continue
+            word = wanted if isinstance(wanted, str) else wanted.__name__
+            near = difflib.get_close_matches(word, known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(locations)}."
+            raise MisconfigurationException(
+                f"`Select(dense)` must name layers of {type(model).__name__}, but {word!r} matches "
+                f"none. {hint}"
+            )
 
 
 def has_selectable_layers(model: nn.Module) -> bool:
@@ -174,9 +184,14 @@ def has_selectable_layers(model: nn.Module) -> bool:
     Returns:
         ``True`` also if they are sparse already.
     """
-    return any(is_linear_or_convolution(module) for module in model.modules()) or bool(
-        weight_locations(model)
-    )
+    has_layers = any(is_linear_or_convolution(module) for module in model.modules())
+    return has_layers or bool(weight_locations(model))
+
+
+def _is_named(path: str, module: nn.Module, wanted: str | type[nn.Module]) -> bool:
+    if isinstance(wanted, type):
+        return isinstance(module, wanted)
+    return type(module).__name__ == wanted or fnmatchcase(path, wanted)
 
 
 def _is_a(module: nn.Module, kind: str | type[nn.Module]) -> bool:
@@ -185,26 +200,28 @@ def _is_a(module: nn.Module, kind: str | type[nn.Module]) -> bool:
     return any(fnmatchcase(base.__name__, kind) for base in type(module).__mro__)
 
 
-def _is_depthwise(place: WeightLocation) -> bool:
-    module = place.module
+def _is_depthwise(location: WeightLocation) -> bool:
+    module = location.module
     return (
         isinstance(module, nn.modules.conv._ConvNd)
         and module.groups > 1
-        and not is_lazy(place.parameter)
-        and place.parameter.shape[1] == 1
+        and not is_lazy(location.parameter)
+        and location.parameter.shape[1] == 1
     )
 
 
-def _ends(places: Mapping[str, WeightLocation]) -> set[str]:
-    convolutions = {path: place for path, place in places.items() if isinstance(place.module, _CONVOLUTIONS)}
+def _ends(locations: Mapping[str, WeightLocation]) -> set[str]:
+    convolutions = {
+        path: location for path, location in locations.items() if isinstance(location.module, _CONVOLUTIONS)
+    }
     if not convolutions:
         return set()
-    linear = [path for path, place in places.items() if isinstance(place.module, nn.Linear)]
+    linear = [path for path, location in locations.items() if isinstance(location.module, nn.Linear)]
     shortcuts = [
         path
-        for path, place in convolutions.items()
+        for path, location in convolutions.items()
         if any(fnmatchcase(path, pattern) for pattern in _SHORTCUTS)
-        and all(size == 1 for size in place.module.kernel_size)  # type: ignore[union-attr]
+        and all(size == 1 for size in location.module.kernel_size)  # type: ignore[union-attr]
     ]
     return {next(iter(convolutions)), *linear[-1:], *shortcuts}
 

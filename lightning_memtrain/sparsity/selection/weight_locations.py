@@ -25,7 +25,7 @@ class WeightLocation(NamedTuple):
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The weight, dense."""
+        """The dense weight itself."""
         return cast(nn.Parameter, self.module._parameters[self.attribute])
 
     @property
@@ -46,19 +46,19 @@ def weight_locations(model: nn.Module) -> dict[str, WeightLocation]:
     Returns:
         By path of the layer, in the order of the model.
     """
-    places = {}
+    locations = {}
     for path, module in model.named_modules():
         for attribute in module._parameters:
             name = f"{path}.{attribute}" if path else attribute
             if can_be_sparse(module, attribute):
-                places[name] = WeightLocation(module, attribute, name)
+                locations[name] = WeightLocation(module, attribute, name)
             elif (
                 attribute == "weight"
                 and module._parameters["weight"] is not None
                 and is_linear_or_convolution(module)
             ):
-                places[path] = WeightLocation(module, attribute, name)
-    return places
+                locations[path] = WeightLocation(module, attribute, name)
+    return locations
 
 
 def is_linear_or_convolution(module: nn.Module) -> bool:

@@ -57,11 +57,11 @@ class CandidateSearch:
         return self._parts[first]
 
     @torch.no_grad()
-    def look(self, gradient: Tensor, active: Tensor, first: int) -> None:
-        """See a run of the dense gradient, of one axis.
+    def observe(self, gradient: Tensor, active: Tensor, first: int) -> None:
+        """Look through a part of the dense gradient for candidates.
 
         Args:
-            gradient: of consecutive entries, behind those that this pass has seen already.
+            gradient: floating point ``(n,)``: of consecutive entries, behind those that this pass has seen.
             active: int32, ascending: which of them are stored.
             first: flat position of the first of them.
         """
@@ -89,11 +89,11 @@ class CandidateSearch:
             self._found = _best(self._best, self._num_candidates)
             self._best = []
 
-    def keep(self) -> RestorableState:
+    def restorable_state(self) -> RestorableState:
         """Keep what passes have found so far, since the batch that follows may be begun again."""
         found = self._found
         gradients = None if found is None else found.gradients.clone()
-        parts = {first: (search, search.keep()) for first, search in self._parts.items()}
+        parts = {first: (search, search.restorable_state()) for first, search in self._parts.items()}
 
         def restore() -> None:
             self._found, self._best = found, []
@@ -109,7 +109,7 @@ class CandidateSearch:
         )
 
     def result(self) -> Candidates:
-        """What was found.
+        """The candidates that all passes have found.
 
         Returns:
             The candidates, ascending.

@@ -23,7 +23,7 @@ class CandidateWatch:
         for name, search in searches.items():
             weights[name].layer.search = search
         self._undo: list[Callable[[], None]] = [
-            register_restorable(search.keep) for search in searches.values()
+            register_restorable(search.restorable_state) for search in searches.values()
         ]
 
     def __enter__(self) -> CandidateWatch:
@@ -47,7 +47,7 @@ class CandidateWatch:
         return self._searches[name].result()
 
     def close(self) -> None:
-        """End; further calls do nothing."""
+        """End the search; further calls do nothing."""
         for name, search in self._searches.items():
             layer = self._weights[name].layer
             if layer.search is search:

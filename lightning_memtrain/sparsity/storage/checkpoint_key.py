@@ -1,4 +1,4 @@
-"""What a checkpoint of a sparse model says to somebody who loads it into the model as it was, dense."""
+"""The key by which a checkpoint of a sparse model tells how it is loaded, where a dense model refuses it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ CHECKPOINT_KEY = (
 
 
 def with_checkpoint_key(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's state with the note among its keys.
+    """A model's state with the explaining key before all others.
 
     Args:
         state_dict: of a model with sparse layers.
 
     Returns:
-        The same tensors, behind an empty one.
+        The same tensors, behind an empty one of float32.
     """
     return {CHECKPOINT_KEY: torch.empty(0), **state_dict}
 
 
 def ignore_checkpoint_key(unexpected_keys: list[str]) -> None:
-    """For sparse layers, which are loaded after all modules around them: these did not know the note.
+    """Take the explaining key from those that no module expects; the last sparse layer that is loaded does.
 
     Args:
         unexpected_keys: so far.

@@ -41,7 +41,7 @@ def check_reindexable(optimizers: Iterable[Optimizer], parameter: Tensor) -> Non
 
     Args:
         optimizers: all that may step it.
-        parameter: of one axis.
+        parameter: values ``(nnz,)``.
 
     Raises:
         TypeError: if an optimizer has state of another form than one number per entry; names it.
@@ -130,7 +130,8 @@ class Reindexing:
     """Puts entries in the places of others.
 
     Args:
-        source: int64, one per entry to be: the number of the entry that it was, or -1 if it is new.
+        source: int64 ``(new nnz,)``: for each entry to be, the number of the one that it was, or -1 if it is
+            new.
 
     Example:
         >>> move = Reindexing(torch.tensor([2, -1, 1]))
@@ -143,14 +144,14 @@ class Reindexing:
         self._is_new, self._numbers = source < 0, source.clamp(min=0)
 
     def __call__(self, entries: Tensor, *, mean: bool = False) -> Tensor:
-        """Move entries.
+        """Put entries in their new places.
 
         Args:
-            entries: of one axis.
+            entries: floating point ``(old nnz,)``.
             mean: new ones are the mean of those that stay (of all, if none stays) instead of 0.
 
         Returns:
-            A new tensor.
+            A new tensor ``(new nnz,)`` of the same dtype.
         """
         if not len(entries):
             return entries.new_zeros(len(self.source))

@@ -51,7 +51,7 @@ class Span(NamedTuple):
 
 
 def pattern_bytes(storage: Storage, numel: int, nnz: int) -> int:
-    """Bytes of a pattern.
+    """How many bytes a pattern takes.
 
     Args:
         storage: which form; ``"auto"`` for the one with fewest bytes.
@@ -75,7 +75,7 @@ def pattern_bytes(storage: Storage, numel: int, nnz: int) -> int:
 
 
 def resolve_storage(storage: Storage, numel: int, nnz: int) -> Storage:
-    """The form that is meant.
+    """Choose the form of a pattern, where ``"auto"`` leaves it open.
 
     Args:
         storage: a form, or ``"auto"`` for the one with fewest bytes; of two as small, the faster one.
@@ -112,15 +112,15 @@ def storage_of(pattern: Tensor) -> Storage:
 
 
 def encode(positions: Tensor, numel: int, storage: Storage) -> Tensor:
-    """The pattern of some positions.
+    """Write positions in one of the three forms.
 
     Args:
-        positions: int64, ascending, without repetition, from 0 to ``numel - 1``.
+        positions: int64 ``(nnz,)``, ascending, without repetition, from 0 to ``numel - 1``.
         numel: entries of the weight, fewer than 2**31.
         storage: which form; ``"auto"`` for the one with fewest bytes.
 
     Returns:
-        One tensor, on the device of ``positions``.
+        One tensor of one axis, uint8, int16 or int32 by its form, on the device of ``positions``.
 
     Example:
         >>> encode(torch.tensor([0, 3, 9]), 12, "bitmask")
@@ -151,7 +151,7 @@ def decode(pattern: Tensor, numel: int, span: Span) -> Tensor:
         span: the part that is asked for.
 
     Returns:
-        Int32, ascending, from the first position of ``span`` on.
+        Int32 of one axis, ascending, counted from the first position of ``span``.
 
     Example:
         >>> pattern = encode(torch.tensor([0, 3, 9]), 12, "bitmask")
@@ -189,7 +189,7 @@ def pattern_fault(pattern: Tensor, values: Tensor, shape: Sequence[int]) -> str 
     """Why a saved pattern cannot be that of a weight.
 
     Args:
-        pattern: which was read from somewhere.
+        pattern: of any dtype and shape, which was read from somewhere.
         values: that were saved with it.
         shape: of the dense weight.
 

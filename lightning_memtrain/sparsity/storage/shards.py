@@ -13,10 +13,10 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """All entries on every rank, where all have to ask for them.
 
     Args:
-        tensor: divided, or plain, which is returned as it is.
+        tensor: of any shape and dtype; divided, or plain, which is returned as it is.
 
     Returns:
-        A plain tensor.
+        A plain tensor of the whole shape.
     """
     full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full
@@ -28,7 +28,7 @@ def prepare_write(shards_of: DTensor, entries: Tensor) -> Callable[[], None]:
 
     Args:
         shards_of: what is divided.
-        entries: all of them, equal on all ranks.
+        entries: all of them, of the whole shape and the same dtype, equal on all ranks.
 
     Returns:
         Does it without a new tensor; may be called several times.

@@ -40,13 +40,13 @@ class SparseWeight:
         return self.name.removesuffix("weight").removesuffix(".")
 
     @property
-    def place(self) -> str:
+    def module_path(self) -> str:
         """Path of the module that holds the values."""
         return f"{self.name}{SPARSE_SUFFIX}" if isinstance(self.layer, SparseParameter) else self.path
 
     @property
     def shape(self) -> torch.Size:
-        """Of the dense weight."""
+        """Shape of the dense weight."""
         return self.layer.dense_shape
 
     @property
@@ -68,7 +68,7 @@ class SparseWeight:
         return self.layer.values
 
     def positions(self) -> Tensor:
-        """Int64 flat positions of the values, ascending, on their device."""
+        """Int64 ``(nnz,)``: flat positions of the values, ascending, on their device."""
         return self.layer.positions()
 
     @torch.no_grad()
@@ -84,8 +84,8 @@ class SparseWeight:
 
         Args:
             kept: bool ``(nnz,)``: which of the present entries stay.
-            grown: int64 flat positions of new entries, ascending, none of them kept. One that is dropped in
-                the same call starts anew.
+            grown: int64 of one axis: flat positions of new entries, ascending, none of them kept. One that is
+                dropped in the same call starts anew.
             optimizers: all that may hold state of the values.
 
         Raises:
@@ -102,8 +102,8 @@ class SparseWeight:
         """Make all that :meth:`replace` needs, and change nothing.
 
         Args:
-            kept: as there.
-            grown: as there.
+            kept: bool ``(nnz,)``, as there.
+            grown: int64 of one axis, as there.
             optimizers: as there.
 
         Returns:
@@ -218,7 +218,7 @@ def check_positions(subject: str, positions: Tensor, numel: int) -> None:
 
     Args:
         subject: of the error.
-        positions: what was given.
+        positions: what was given, of any dtype and shape.
         numel: entries of the weight.
 
     Raises:

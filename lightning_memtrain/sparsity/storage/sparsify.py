@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_memtrain.core import parse_bytes
 from lightning_memtrain.sparsity.storage.layers.layer_types import SPARSE_TYPES
 from lightning_memtrain.sparsity.storage.layers.sparse_layer import SparseLayer
 from lightning_memtrain.sparsity.storage.layers.sparse_parameters import (
@@ -34,7 +35,7 @@ def sparsify_(
     positions: Mapping[str, Tensor],
     *,
     storage: Storage = "auto",
-    chunk_bytes: int | None = None,
+    chunk_bytes: int | str | None = None,
 ) -> dict[str, SparseWeight]:
     """Store only some entries of weights, in place.
 
@@ -55,9 +56,9 @@ def sparsify_(
             weight as it is; all other entries are 0 from now on.
         storage: form of the pattern: ``"bitmask"`` (a bit per entry of the dense weight), ``"int32"``
             (4 bytes per stored entry, the fastest), ``"block16"`` (2), or ``"auto"`` for the fewest bytes.
-        chunk_bytes: most bytes that linear layers make of their dense weight, or of its gradient, at a time
-            (but at least 8 rows); ``None`` for the whole. Small chunks take more time, and sums are made in
-            another order.
+        chunk_bytes: most bytes that linear layers make of their dense weight, or of its gradient, at a time,
+            e.g. ``"1MiB"`` (but at least 8 rows); ``None`` for the whole. Small chunks take more time, and
+            sums are made in another order.
 
     Returns:
         The weights of ``positions``, in the order of the modules.
@@ -76,11 +77,8 @@ def sparsify_(
         [('bias', torch.Size([100])), ('values', torch.Size([10000]))]
     """
     resolve_storage(storage, 0, 0)
-    if chunk_bytes is not None and chunk_bytes < 1:
-        raise ValueError(
-            f"`sparsify_(chunk_bytes)` must be at least 1, but got chunk_bytes={chunk_bytes}. "
-            "Use None to make each weight as a whole."
-        )
+    if chunk_bytes is not None:
+        chunk_bytes = parse_bytes(chunk_bytes, argument="sparsify_(chunk_bytes)")
     found = {name: _layer_to_change(module, name) for name in positions}
     _refuse_tied(module, found)
     ascending = {

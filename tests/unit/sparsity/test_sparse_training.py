@@ -553,10 +553,15 @@ class EndlessNet(Net):
     ("make", "message"),
     [
         (lambda: mt.SparseTraining(0.9), r"`SparseTraining\(method\)` must be a method such as RigL"),
-        (lambda: mt.SparseTraining(mt.SET(0.9), update=100), r"clock such as UpdateEvery\(100\)"),
+        (lambda: mt.SparseTraining(mt.SET(0.9), update=100), r"update schedule such as UpdateEvery\(100\)"),
         (lambda: mt.SparseTraining(mt.SET(0.9), layers=["fc"]), r"must be a Select"),
         (lambda: mt.SparseTraining(mt.SET(0.9), storage="csr"), r"'block16', but got storage='csr'"),
-        (lambda: mt.SparseTraining(mt.SET(0.9), chunk_bytes=0), "chunk_bytes=0"),
+        (
+            lambda: mt.SparseTraining(mt.SET(0.9), chunk_bytes=0),
+            r"`SparseTraining\(chunk_bytes\)` must be a number of bytes, at least 1, .* but got 0\.",
+        ),
+        (lambda: mt.SparseTraining(mt.SET(0.9), chunk_bytes=True), "but got True"),
+        (lambda: mt.SparseTraining(mt.SET(0.9), chunk_bytes="1 mib"), "units are .* whole weights"),
     ],
 )
 def test_wrong_arguments_are_refused(make: Any, message: str) -> None:
@@ -689,7 +694,7 @@ def test_a_trainer_that_goes_on_with_another_model_counts_anew(tmp_path: Path) -
     settings = callback.technique_record().settings
     assert settings["nnz"] == 128 + 128 + 2
     assert settings["num_dropped"] == 64 + 64 + 1
-    assert {name: len(one.bits) for name, one in callback._journal.explored.items()} == {
+    assert {name: len(one.bits) for name, one in callback._statistics.explored.items()} == {
         "body.0": 64,
         "body.2": 64,
         "head": 1,

@@ -15,11 +15,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 import lightning_memtrain as mt
-from lightning_memtrain.sparsity import pending_update
+from lightning_memtrain.sparsity import unfinished_update
 from lightning_memtrain.sparsity.methods.rules.layer_updates import UpdateTime
 from lightning_memtrain.sparsity.pattern_updater import PatternUpdater
-from lightning_memtrain.sparsity.pending_update import PendingUpdate, UpdateResult
 from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
+from lightning_memtrain.sparsity.unfinished_update import UnfinishedUpdate, UpdateResult
 from tests.helpers.faults import FailAtOp
 from tests.helpers.trainers import LIGHTNING_WARNINGS
 from tests.unit.sparsity.storage.test_replace_faults import InterruptAtLine, are_equal, tensors_of
@@ -108,16 +108,16 @@ def test_an_interrupt_at_any_line_of_an_update() -> None:
     assert num_moved == sorted(num_moved)
 
 
-def interrupt_after_one_layer(run: Run, monkeypatch: pytest.MonkeyPatch) -> PendingUpdate:
+def interrupt_after_one_layer(run: Run, monkeypatch: pytest.MonkeyPatch) -> UnfinishedUpdate:
     """What is left to do."""
-    assign_all = pending_update.assign_all
+    assign_all = unfinished_update.assign_all
 
     def and_then_interrupt(exchange: Any) -> None:
         assign_all(exchange)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pending_update, "assign_all", and_then_interrupt)
+        patch.setattr(unfinished_update, "assign_all", and_then_interrupt)
         with pytest.raises(KeyboardInterrupt):
             run.update()
     assert run.updater.unfinished is not None
@@ -137,11 +137,11 @@ def test_what_is_left_goes_through_a_checkpoint(tmp_path: Path, monkeypatch: pyt
     moved = whole.update()
     torch.save(interrupt_after_one_layer(run, monkeypatch).state_dict(), tmp_path / "left.pt")
     other = PatternUpdater(run.weights, MOVING["DSR"]())
-    other.unfinished = PendingUpdate.loaded(torch.load(tmp_path / "left.pt", weights_only=True))
+    other.unfinished = UnfinishedUpdate.loaded(torch.load(tmp_path / "left.pt", weights_only=True))
     assert other.finish(run.everything, [run.optimizer]) == moved
     assert other.state == whole.updater.state
     assert all(are_equal(*pair) for pair in zip(run.layers(), whole.layers(), strict=True))
-    assert PendingUpdate.loaded(None) is None
+    assert UnfinishedUpdate.loaded(None) is None
 
 
 def fail_after(num_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:

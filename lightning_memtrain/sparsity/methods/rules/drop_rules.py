@@ -17,11 +17,11 @@ def all_but_smallest(values: Tensor, count: int) -> Tensor:
     """Which are left without the ``count`` smallest magnitudes; of equal ones the first goes first.
 
     Args:
-        values: of one layer.
+        values: floating point ``(nnz,)``, of one layer.
         count: how many to drop, at most all.
 
     Returns:
-        ``True`` for those that stay.
+        Bool ``(nnz,)``, ``True`` for those that stay.
 
     Example:
         >>> smallest(torch.tensor([0.3, -0.1, 0.1, 2.0]), count=1)
@@ -35,7 +35,7 @@ class DropRule(ABC):
 
     @abstractmethod
     def kept(self, layer: LayerView, now: UpdateTime, state: MethodState) -> Tensor:
-        """Choose within a layer.
+        """Choose which weights of a layer stay.
 
         Args:
             layer: the layer.
@@ -43,7 +43,7 @@ class DropRule(ABC):
             state: of the method.
 
         Returns:
-            ``True`` for each weight that stays.
+            Bool ``(nnz,)``, ``True`` for each weight that stays.
         """
 
 
@@ -58,7 +58,7 @@ class DropFraction(DropRule):
     fraction: Schedule
 
     def num_dropped(self, nnz: int, now: UpdateTime) -> int:
-        """How many go.
+        """How many weights of a layer go.
 
         Args:
             nnz: weights that the layer stores.
@@ -70,7 +70,7 @@ class DropFraction(DropRule):
         return math.floor(self.fraction.value(now.elapsed, now.total) * nnz)
 
     def kept(self, layer: LayerView, now: UpdateTime, state: MethodState) -> Tensor:
-        """All but the smallest."""
+        """All but the smallest stay."""
         return all_but_smallest(layer.values, self.num_dropped(layer.nnz, now))
 
 
@@ -79,7 +79,7 @@ class DropBelowThreshold(DropRule):
     """Drops what is smaller than the state's ``threshold``; a layer that would lose all keeps its largest."""
 
     def kept(self, layer: LayerView, now: UpdateTime, state: MethodState) -> Tensor:
-        """All that reach the threshold."""
+        """All that reach the threshold stay."""
         kept = layer.values.abs() >= state["threshold"]
         if not kept.any():
             kept[layer.values.abs().argmax()] = True

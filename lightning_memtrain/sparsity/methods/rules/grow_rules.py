@@ -17,16 +17,13 @@ from lightning_memtrain.sparsity.radix_select import keys_of, level_of_largest
 class GrowRule(ABC):
     """Says where weights grow."""
 
-    #: Whether the layer must come with candidates.
-    needs_gradient = False
-
     @abstractmethod
     def change(self, layer: LayerView, kept: Tensor, count: int, now: UpdateTime) -> LayerChange:
-        """Choose within a layer.
+        """Choose where weights grow in a layer.
 
         Args:
             layer: the layer.
-            kept: what a drop rule said.
+            kept: bool ``(nnz,)``, what a drop rule said.
             count: how many weights to add to those that are kept.
             now: when.
 
@@ -47,7 +44,7 @@ class GrowRandom(GrowRule):
     may_return: bool = True
 
     def change(self, layer: LayerView, kept: Tensor, count: int, now: UpdateTime) -> LayerChange:
-        """Draw positions."""
+        """Draw positions at random."""
         enough = count <= layer.numel - layer.nnz
         taken = layer.positions if enough and not self.may_return else layer.positions[kept]
         return LayerChange(kept, sample_free_positions(layer.numel, taken, count, now.generator(layer.name)))
@@ -61,8 +58,6 @@ class GrowByGradient(GrowRule):
     optimizer state. An infinite gradient, as a scaled loss may give, is the largest; where it is not a number
     nothing grows.
     """
-
-    needs_gradient = True
 
     def change(self, layer: LayerView, kept: Tensor, count: int, now: UpdateTime) -> LayerChange:
         """Choose the largest; of equal ones the first position."""

@@ -19,10 +19,11 @@ class LayerView:
         name: its path in the model.
         shape: of the dense weight.
         decode: makes the flat positions of its nonzero weights, int64, ascending.
-        values: their values, in that order.
-        candidate_positions: inactive positions with the largest gradients, as far as a rule asked for them.
-        candidate_gradients: their gradients.
-        gradients: gradients of the values, in their order and scaled as those of the candidates.
+        values: their values ``(nnz,)``, in that order.
+        candidate_positions: int64, inactive positions with the largest gradients, as far as a rule asked for
+            them.
+        candidate_gradients: float32, their gradients.
+        gradients: ``(nnz,)``, those of the values, in their order and scaled as those of the candidates.
     """
 
     name: str
@@ -35,23 +36,23 @@ class LayerView:
 
     @property
     def numel(self) -> int:
-        """Weights, zeros included."""
+        """Entries of the dense weight, zeros included."""
         return math.prod(self.shape)
 
     @property
     def nnz(self) -> int:
-        """Weights that are stored."""
+        """Number of weights that are stored."""
         return self.values.numel()
 
     @property
     def positions(self) -> Tensor:
-        """Made at each look, 8 bytes each, so that those of one layer exist at a time."""
+        """Int64 ``(nnz,)``, ascending; made at each look, so that those of one layer exist at a time."""
         return self.decode()
 
 
 @dataclass(frozen=True)
 class UpdateTime:
-    """When an update is.
+    """When an update is, as rules and schedules count the time.
 
     Args:
         step: optimizer steps completed.
@@ -83,8 +84,8 @@ class LayerChange:
     """What an update does to one layer.
 
     Args:
-        kept: for each weight that is stored, whether it stays, with its value and optimizer state.
-        grown: ascending flat positions that start at 0; some may have been dropped just now.
+        kept: bool ``(nnz,)``: whether a weight that is stored stays, with its value and optimizer state.
+        grown: int64, ascending flat positions that start at 0; some may have been dropped just now.
     """
 
     kept: Tensor
@@ -92,7 +93,7 @@ class LayerChange:
 
     @property
     def num_dropped(self) -> int:
-        """Weights that go."""
+        """How many weights go."""
         return self.kept.numel() - int(self.kept.sum())
 
 

@@ -14,12 +14,12 @@ def sample_free_positions(numel: int, taken: Tensor, count: int, generator: torc
 
     Args:
         numel: positions in all.
-        taken: ascending ones that are not free, int64.
+        taken: int64 of one axis, ascending: those that are not free.
         count: how many to draw, at most all free ones.
         generator: on the CPU.
 
     Returns:
-        Ascending positions, int64, on the device of ``taken``.
+        Int64 ``(count,)``, ascending, on the device of ``taken``.
 
     Example:
         >>> sample_free_positions(6, torch.tensor([1, 2, 4]), 3, torch.Generator())

@@ -15,7 +15,7 @@ class Reallocation(ABC):
 
     @abstractmethod
     def num_grown(self, layers: Mapping[str, LayerView], num_left: Mapping[str, int]) -> dict[str, int]:
-        """Divide what was dropped.
+        """Say how many weights grow in each layer, as many in all as were dropped.
 
         Args:
             layers: by name.
@@ -31,7 +31,7 @@ class WithinLayers(Reallocation):
     """A layer grows as many as it dropped."""
 
     def num_grown(self, layers: Mapping[str, LayerView], num_left: Mapping[str, int]) -> dict[str, int]:
-        """What was dropped."""
+        """As many as the layer dropped."""
         return {name: layer.nnz - num_left[name] for name, layer in layers.items()}
 
 
@@ -44,7 +44,7 @@ class AcrossLayers(Reallocation):
     """
 
     def num_grown(self, layers: Mapping[str, LayerView], num_left: Mapping[str, int]) -> dict[str, int]:
-        """Divide among all layers."""
+        """What all layers dropped, divided in proportion to what each kept."""
         total = sum(layer.nnz - num_left[name] for name, layer in layers.items())
         room = [layer.numel - layer.nnz for layer in layers.values()]
         if sum(room) < total:

@@ -43,12 +43,12 @@ def scatter_to_dense(values: Tensor, positions: Tensor, numel: int) -> Tensor:
     """Values at their positions, zeros elsewhere.
 
     Args:
-        values: of one axis.
-        positions: int32, as many.
+        values: floating point ``(nnz,)``.
+        positions: int32 ``(nnz,)``, each once.
         numel: length of the result.
 
     Returns:
-        A new tensor of one axis.
+        A new tensor ``(numel,)`` of the dtype of the values.
     """
     return values.new_zeros(numel).index_add_(0, positions, values)
 
@@ -75,13 +75,13 @@ class DenseWeightFunction(Function):
     def forward(
         values: Tensor, pattern: Tensor, shape: Sequence[int], search: CandidateSearch | None
     ) -> Tensor:
-        """Make it."""
+        """Make the dense weight, of the given shape, from values and pattern."""
         numel = math.prod(shape)
         return scatter_to_dense(values, decode(pattern, numel, _whole(values, numel)), numel).view(shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the pattern."""
+        """Keep the pattern for backward."""
         values, pattern, _, ctx.search = inputs
         ctx.save_for_backward(pattern)
         ctx.nnz = values.numel()
@@ -93,7 +93,7 @@ class DenseWeightFunction(Function):
         positions = decode(pattern, gradient.numel(), Span(0, gradient.numel(), 0, ctx.nnz))
         gradient = gradient.reshape(-1)
         if ctx.search is not None:
-            ctx.search.look(gradient, positions, 0)
+            ctx.search.observe(gradient, positions, 0)
             ctx.search.end_pass()
         return gradient.index_select(0, positions), None, None, None
 
@@ -112,7 +112,7 @@ class SparseLinearFunction(Function):
         dtype: torch.dtype,
         search: CandidateSearch | None,
     ) -> Tensor:
-        """Multiply."""
+        """The product of ``x`` ``(..., in_features)`` with the dense weight, in ``dtype``, and the bias."""
         if len(spans) == 1:
             weight = _dense(values, pattern, math.prod(shape), spans[0], dtype)
             output = torch.nn.functional.linear(x, weight.view(shape), bias)
@@ -157,7 +157,7 @@ class SparseLinearFunction(Function):
                     of_weight = (part.t() @ x.reshape(-1, in_features)).view(-1)
                     of_values.append(of_weight.index_select(0, positions).to(values.dtype))
                     if search is not None:
-                        search.look(of_weight, positions, span.position_start)
+                        search.observe(of_weight, positions, span.position_start)
                     del of_weight
             if search is not None and needs_values:
                 search.end_pass()
@@ -184,7 +184,7 @@ class SparseConvolutionFunction(Function):
         dtype: torch.dtype,
         search: CandidateSearch | None,
     ) -> Tensor:
-        """Convolve."""
+        """The convolution of ``x`` ``(batch, channels, ...)`` with the dense weight, in ``dtype``."""
         numel = math.prod(shape)
         weight = _dense(values, pattern, numel, _whole(values, numel), dtype).view(shape)
         return torch.convolution(x, weight, bias, *geometry)
@@ -226,7 +226,7 @@ class SparseConvolutionFunction(Function):
                 of_weight = of_weight.reshape(-1)
                 of_values = of_weight.index_select(0, positions).to(values.dtype)
                 if search is not None:
-                    search.look(of_weight, positions, 0)
+                    search.observe(of_weight, positions, 0)
                     search.end_pass()
         return of_x, of_values, None, of_bias, *(None,) * 4
 

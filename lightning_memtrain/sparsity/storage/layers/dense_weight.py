@@ -60,13 +60,13 @@ class StoredEntries(NamedTuple):
     shape: tuple[int, ...]
 
     def dense(self) -> Tensor:
-        """Make the dense tensor."""
+        """Make the dense tensor, of the dtype of the values."""
         values = full_tensor(self.values.detach())[self.span.value_start : self.span.value_stop]
         positions = decode(self.pattern, self.numel, self.span)
         return scatter_to_dense(values, positions, math.prod(self.shape)).view(self.shape)
 
     def take(self, dense: Tensor) -> None:
-        """Keep the entries of a dense tensor that have a place here."""
+        """Store the entries of a dense tensor of this shape that have a place here."""
         positions = decode(self.pattern, self.numel, self.span)
         values = self.values.detach()[self.span.value_start : self.span.value_stop]
         values.copy_(dense.reshape(-1).index_select(0, positions))
@@ -139,23 +139,23 @@ class DenseWeight(OnDemandTensor):
         made._is_parameter = True
         return made
 
-    def divided_by(self, part: Callable[[int], Tensor]) -> None:
+    def split_into(self, part: Callable[[int], Tensor]) -> None:
         """Give whoever takes one matrix of three axes a tensor of its own, so that the others are not made.
 
         Args:
-            part: makes it, by its number.
+            part: makes it, ``shape[1:]``, by its number.
         """
         self._part = part
 
     def held(self) -> Sequence[Tensor]:
-        """Values and pattern."""
+        """Values and pattern, which have the bytes of this tensor."""
         return self._stored.values, self._stored.pattern
 
-    def is_of(self, values: Tensor) -> bool:
+    def is_weight_of(self, values: Tensor) -> bool:
         """Whether it is the whole dense weight of some values.
 
         Args:
-            values: of a layer.
+            values: ``(nnz,)``, of a layer.
 
         Returns:
             ``False`` for views, which may be of another shape.

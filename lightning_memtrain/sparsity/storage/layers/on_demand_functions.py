@@ -23,7 +23,7 @@ class OnDemandWeight(DenseWeightFunction):
     def forward(
         values: Tensor, pattern: Tensor, shape: Sequence[int], search: CandidateSearch | None
     ) -> Tensor:
-        """Make nothing yet."""
+        """A dense weight that has no numbers yet."""
         numel = math.prod(shape)
         whole = Span(0, numel, 0, values.shape[0])
         return DenseWeight.of_parameter(StoredEntries(values, pattern, numel, whole, tuple(shape)))
@@ -41,12 +41,12 @@ class OnDemandSlice(Function):
         number: int,
         spans: tuple[Span, ...],
     ) -> Tensor:
-        """Make nothing yet."""
+        """One matrix of the dense weight, which has no numbers yet."""
         return DenseWeight(StoredEntries(values, pattern, math.prod(shape), spans[number], tuple(shape[1:])))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the pattern."""
+        """Keep the pattern for backward."""
         values, pattern, shape, ctx.search, number, spans = inputs
         ctx.save_for_backward(pattern)
         ctx.where = math.prod(shape), spans[number], values.shape[0]
@@ -59,7 +59,7 @@ class OnDemandSlice(Function):
         positions, gradient = decode(pattern, numel, span), gradient.reshape(-1)
         if ctx.search is not None:
             search = ctx.search.part(span.position_start)
-            search.look(gradient, positions, span.position_start)
+            search.observe(gradient, positions, span.position_start)
             search.end_pass()
         before, behind = gradient.new_zeros(span.value_start), gradient.new_zeros(nnz - span.value_stop)
         of_values = torch.cat([before, gradient.index_select(0, positions), behind])

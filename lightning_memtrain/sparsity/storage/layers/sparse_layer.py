@@ -29,8 +29,8 @@ class SparseLayer(nn.Module):
     """What sparse layers have in common: the stored values, and the pattern that says where they belong.
 
     Attributes:
-        values: the stored entries, by ascending flat position.
-        sparsity_pattern: their positions.
+        values: the stored entries ``(nnz,)``, by ascending flat position.
+        sparsity_pattern: their positions, as the module ``patterns`` encodes them.
         dense_type: the class that the layer has without sparse weights.
         storage: the form of the pattern that was asked for.
         chunk_bytes: most bytes of a chunk of the weight's rows, or ``None`` for the whole weight at once.
@@ -59,7 +59,7 @@ class SparseLayer(nn.Module):
             return self.dense_with_gradient()
         made = self._apply_function(OnDemandWeight)
         if self.parts and isinstance(made, DenseWeight):
-            made.divided_by(lambda number: self._apply_function(OnDemandSlice, number, self.parts))
+            made.split_into(lambda number: self._apply_function(OnDemandSlice, number, self.parts))
         return made
 
     def dense_with_gradient(self) -> Tensor:
@@ -80,7 +80,7 @@ class SparseLayer(nn.Module):
 
     def _write_weight(self, dense: Tensor) -> None:
         # What `layer.weight += 1` assigns has been written already, in place.
-        if not (isinstance(dense, DenseWeight) and dense.is_of(self.values)):
+        if not (isinstance(dense, DenseWeight) and dense.is_weight_of(self.values)):
             if not isinstance(dense, Tensor) or dense.shape != self.dense_shape:
                 got = tuple(dense.shape) if isinstance(dense, Tensor) else repr(dense)
                 raise ValueError(
@@ -105,7 +105,7 @@ class SparseLayer(nn.Module):
         return made.detach()
 
     def positions(self) -> Tensor:
-        """Int64 flat positions of the values, ascending."""
+        """Int64 ``(nnz,)``: flat positions of the values, ascending."""
         numel, nnz = self.dense_shape.numel(), self.values.numel()
         return decode(self.sparsity_pattern, numel, Span(0, numel, 0, nnz)).long()
 
@@ -115,7 +115,7 @@ class SparseLayer(nn.Module):
 
         Args:
             dense: the weight so far.
-            positions: int64, ascending, on any device.
+            positions: int64 of one axis, ascending, on any device.
         """
         kept = dense.detach().reshape(-1).index_select(0, positions.to(dense.device))
         self.values = nn.Parameter(kept, requires_grad=dense.requires_grad)
@@ -139,18 +139,18 @@ class SparseLayer(nn.Module):
         return dense
 
     def set_positions(self, positions: Tensor) -> None:
-        """Say where the values belong.
+        """Change where the values belong.
 
         Args:
-            positions: int64, ascending, as many as there are values.
+            positions: int64 ``(nnz,)``, ascending, as many as there are values.
         """
         self.prepare_positions(positions)()
 
     def prepare_positions(self, positions: Tensor) -> Callable[[], None]:
-        """Prepare :meth:`set_positions`.
+        """Prepare to change where the values belong.
 
         Args:
-            positions: see there.
+            positions: int64 ``(nnz,)``, ascending.
 
         Returns:
             Does it by assignments alone; may be called several times.
@@ -190,7 +190,7 @@ class SparseLayer(nn.Module):
         """Give the parameter other values, of another number; it stays the same object.
 
         Args:
-            values: of one axis.
+            values: floating point, of one axis.
         """
         gradient = self.values.grad
         fits = gradient is not None and gradient.shape == values.shape
@@ -200,7 +200,7 @@ class SparseLayer(nn.Module):
         """Prepare to give the parameter other values and another gradient.
 
         Args:
-            values: of one axis.
+            values: floating point, of one axis.
             gradient: of the same shape, or none.
 
         Returns:
@@ -224,7 +224,7 @@ class SparseLayer(nn.Module):
         """Store the entries of a dense weight that have a place here.
 
         Args:
-            dense: of the shape of the dense weight.
+            dense: floating point, of the shape of the dense weight.
         """
         self.values.copy_(dense.detach().reshape(-1).index_select(0, self.positions()))
 
@@ -232,11 +232,11 @@ class SparseLayer(nn.Module):
         """Input, bias and dtype of the weight for the product, cast as autocast does it for a dense layer.
 
         Args:
-            input: of the layer.
-            bias: of the layer.
+            input: of the layer, of any shape.
+            bias: of the layer, of one axis, or none.
 
         Returns:
-            The three.
+            The three; what is not float64 and floating point has the dtype of autocast where that is on.
         """
         device_type, own = self.values.device.type, self.values.dtype
         if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):

@@ -46,7 +46,7 @@ class SparseParameter(SparseLayer):
 
     Args:
         dense: the parameter so far.
-        positions: int64, ascending.
+        positions: int64 of one axis, ascending.
         storage: form of the pattern.
     """
 
@@ -64,7 +64,7 @@ class SparseParameter(SparseLayer):
 
     @property
     def parts(self) -> tuple[Span, ...]:
-        """Where each expert is."""
+        """Where each expert is, if each can be made alone."""
         return self._chunks
 
     def _spans(self, positions: Tensor) -> tuple[Span, ...]:
@@ -121,7 +121,7 @@ class _SparseRecurrent(SparseParameterOwner):
     _made: dict[str, Tensor] | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the dense layer."""
+        """Call the dense layer with weights that are made for this call."""
         self._made = {name: _stored(self, name).dense_with_gradient() for name in self.sparse_names}
         self._flat_weights = [getattr(self, name, None) for name in self._flat_weights_names]
         self._flat_weight_refs = [None if one is None else weakref.ref(one) for one in self._flat_weights]
@@ -173,7 +173,7 @@ def sparsify_parameter(module: nn.Module, name: str, positions: Tensor, storage:
     Args:
         module: changes its class.
         name: of the parameter there.
-        positions: int64, ascending.
+        positions: int64 of one axis, ascending.
         storage: form of the pattern.
     """
     names = module.sparse_names if isinstance(module, SparseParameterOwner) else ()

@@ -18,6 +18,12 @@ def test_fractions_are_of_the_run() -> None:
     assert due(UpdateEvery(10, start=20, stop=40), RunLength(None)) == [20, 30, 40]
 
 
+def test_whole_numbers_are_steps_or_epochs_also_where_they_are_1() -> None:
+    assert due(UpdateEvery(40, start=1, stop=1.0), RunLength(100)) == [1, 41, 81]
+    assert due(UpdatePiecewise({0: 2}, stop=1), RunLength(100, steps_per_epoch=6)) == [2, 4, 6]
+    assert due(UpdatePiecewise({0: 1}, unit="step", stop=1), RunLength(100)) == [1]
+
+
 def test_the_start_of_training_is_never_due() -> None:
     assert due(UpdateEvery(1, stop=2), RunLength(10)) == [1, 2]
 
@@ -44,6 +50,19 @@ def test_the_intervals_of_the_authors_of_dsr() -> None:
             lambda: UpdateEvery(10).in_steps(RunLength()),
             r"the fraction 0\.75 of the run, .* this one has no end",
         ),
+        (
+            lambda: UpdateEvery(10, stop=1),
+            r"`UpdateEvery\(stop\)` must be at least 2 .* since 1\.0 is the end of the run, but got stop=1\.",
+        ),
+        (
+            lambda: UpdateEvery(10, start=1.0),
+            r"must be below 1 .* but got start=1\.0\. Write 1 for",
+        ),
+        (
+            lambda: UpdatePiecewise({0: 5}, stop=1.0),
+            r"1 is the beginning of epoch 1, but got stop=1\.0",
+        ),
+        (lambda: UpdateEvery(10, stop=True), r"`UpdateEvery\(stop\)` must be .* but got True"),
         (lambda: UpdatePiecewise({}), r"Write e\.g\. \{0: 100, 25: 200\}"),
         (lambda: UpdatePiecewise({0: 0}), r"at least 1, but got 0"),
         (lambda: UpdatePiecewise({0: 5}, unit="day"), "'step' or 'epoch', but got unit='day'"),

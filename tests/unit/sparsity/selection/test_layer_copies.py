@@ -1,412 +1,398 @@
-"""Sparse layers are copied, saved, loaded, moved and compiled like any other module."""
+"""Copies of layers, such as a teacher that follows by averaging, have the positions of their original."""
 
 from __future__ import annotations
 
 import copy
-import io
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 
-from lightning_memtrain import (
-    Category,
-    MemoryLedger,
-    dense_state_dict,
-    export_dense,
-    sparse_weights,
-    sparsify_,
-)
-from lightning_memtrain.sparsity.storage.checkpoint_key import with_checkpoint_key
-from lightning_memtrain.sparsity.storage.patterns import Storage
-from tests.helpers.sparse import MODELS, assert_equal_states, model_and_batch, random_positions
+import lightning_memtrain as mt
+from lightning_memtrain.sparsity.selection.layer_copies import find_layer_copies
+from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
+
+pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
 
 
-# Of torch.compile itself, which pytest would make errors of.
-def tracing(test: Any) -> Any:
-    for message in ("should not be instantiated", "The .grad attribute of a Tensor that is not a leaf"):
-        test = pytest.mark.filterwarnings(f"ignore:.*{message}")(test)
-    return test
-
-
-STORAGES: tuple[Storage, ...] = ("bitmask", "int32", "block16")
-
-
-def sparse_model(name: str, sparsity: float = 0.8, **options: Any) -> tuple[nn.Module, Tensor, Tensor]:
-    model, batch, labels = model_and_batch(name)
-    sparsify_(model, random_positions(model, sparsity), **options)
-    return model, batch, labels
-
-
-def through_a_file(saved: Any, *, weights_only: bool) -> Any:
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, weights_only=weights_only)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_deep_copy_has_values_of_its_own(name: str) -> None:
-    model, batch, _ = sparse_model(name)
-    model.eval()
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(batch), model(batch))
-    with torch.no_grad():
-        for weight in sparse_weights(twin).values():
-            weight.values.zero_()
-    assert all(weight.values.abs().sum() > 0 for weight in sparse_weights(model).values())
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_whole_model_through_a_file(name: str) -> None:
-    model, batch, _ = sparse_model(name, chunk_bytes=512)
-    model.eval()
-    loaded = through_a_file(model, weights_only=False)
-    assert torch.equal(loaded(batch), model(batch))
-
-
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("saved_storage", STORAGES)
-@pytest.mark.parametrize("assign", [False, True])
-def test_state_of_another_number_of_entries_is_loaded(
-    storage: Storage, saved_storage: Storage, assign: bool
-) -> None:
-    saved, batch, _ = sparse_model("transformer", 0.5, storage=saved_storage)
-    model, _, _ = sparse_model("transformer", 0.9, storage=storage, chunk_bytes=1024)
-    parameters = dict(model.named_parameters())
-    state = through_a_file(saved.state_dict(), weights_only=True)
-    model.load_state_dict(state, assign=assign)
-    assert assign or all(parameters[name] is p for name, p in model.named_parameters())
-    dtypes = {"bitmask": torch.uint8, "int32": torch.int32, "block16": torch.int16}
-    assert all(
-        weight.layer.sparsity_pattern.dtype == dtypes[storage] for weight in sparse_weights(model).values()
+def network() -> nn.Sequential:
+    """First convolution and last linear layer stay dense, in a copy as well."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 16, 16),
+        nn.Tanh(),
+        nn.Linear(16, 4),
     )
-    torch.testing.assert_close(model(batch), saved(batch))
-    assert_equal_states(export_dense(model), export_dense(saved))
-    for ours, theirs in zip(sparse_weights(model).values(), sparse_weights(saved).values(), strict=True):
-        assert torch.equal(ours.positions(), theirs.positions())
-    model(batch).sum().backward()
 
 
-def test_the_order_of_saved_positions_is_that_of_the_values() -> None:
-    layer = nn.Linear(4, 3)
-    sparsify_(layer, {"weight": torch.tensor([9, 1])}, storage="int32")
-    assert {key: value.dtype for key, value in layer.state_dict().items()} == {
-        "bias": torch.float32,
-        "values": torch.float32,
-        "sparsity_pattern": torch.int32,
-    }
-    assert layer.state_dict()["sparsity_pattern"].tolist() == [1, 9]
+class Student(LightningModule):
+    """A student, and a teacher that follows it by an average of parameters in their order."""
+
+    def __init__(self, frozen: bool = False, trains_all: bool = False) -> None:
+        super().__init__()
+        self.student = network()
+        self.trains_all = trains_all
+        self.make_teacher(frozen)
+
+    def make_teacher(self, frozen: bool) -> None:
+        self.teacher = copy.deepcopy(self.student).requires_grad_(not frozen)
+
+    def teacher_of(self) -> nn.Module:
+        return self.teacher
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            target = self.teacher_of()(batch)
+        return (self.student(batch) - target - 1).square().mean()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        for slow, fast in zip(self.teacher_of().parameters(), self.student.parameters(), strict=True):
+            slow.data.lerp_(fast.data, 0.1)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD((self if self.trains_all else self.student).parameters(), lr=0.1)
+
+    def train_dataloader(self) -> Any:
+        rows = torch.randn(32, 1, 4, 4, generator=torch.Generator().manual_seed(3))
+        return DataLoader(rows, batch_size=4)
 
 
-DAMAGED: dict[str, tuple[dict[str, Tensor], str]] = {
-    "of another model": (
-        {"values": torch.ones(3), "sparsity_pattern": torch.zeros(100, dtype=torch.uint8)},
-        r"has 100 bytes, which is no bitmask pattern of 3 of the 12 entries .* \(3, 4\). Was it saved from",
-    ),
-    "too few bits": (
-        {"values": torch.ones(3), "sparsity_pattern": torch.tensor([1, 1], dtype=torch.uint8)},
-        "has 2 positions for 3 values: it is damaged",
-    ),
-    "descending": (
-        {"values": torch.ones(2), "sparsity_pattern": torch.tensor([3, 1], dtype=torch.int32)},
-        "positions that do not ascend from 0 to 11: it is damaged",
-    ),
-    "out of range": (
-        {"values": torch.ones(2), "sparsity_pattern": torch.tensor([3, 12], dtype=torch.int32)},
-        "positions that do not ascend from 0 to 11: it is damaged",
-    ),
-    "no pattern": (
-        {"values": torch.ones(2), "sparsity_pattern": torch.tensor([3.0, 12.0])},
-        "must be uint8, int16 or int32 with values of one axis, but got torch.float32",
-    ),
+class CopiedLater(Student):
+    """The reference: the copy is made when the student is sparse."""
+
+    def make_teacher(self, frozen: bool) -> None:
+        pass
+
+    def on_fit_start(self) -> None:
+        self.teacher = copy.deepcopy(self.student)
+
+
+class InAList(Student):
+    def __init__(self, frozen: bool = False) -> None:
+        LightningModule.__init__(self)
+        net = network()
+        self.networks = nn.ModuleList([net, copy.deepcopy(net).requires_grad_(not frozen)])
+        self.trains_all = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("student", "teacher"):
+            return self.networks[("student", "teacher").index(name)]
+        return super().__getattr__(name)
+
+
+class LinearInAList(InAList):
+    """Without convolutions no layer is an end that stays dense."""
+
+    def __init__(self, frozen: bool = False) -> None:
+        super().__init__(frozen)
+        first, second = nn.Linear(16, 8), nn.Linear(8, 8)
+        net = nn.Sequential(nn.Flatten(), nn.Identity(), first, nn.Tanh(), nn.ReLU(), second)
+        self.networks = nn.ModuleList([net, copy.deepcopy(net).requires_grad_(not frozen)])
+
+
+class TeacherFirst(Student):
+    def make_teacher(self, frozen: bool) -> None:
+        student = self.student
+        del self.student
+        self.teacher = copy.deepcopy(student).requires_grad_(not frozen)
+        self.student = student
+
+
+class Averaged(Student):
+    """By torch's own wrapper."""
+
+    def make_teacher(self, frozen: bool) -> None:
+        self.ema = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        self.ema.requires_grad_(not frozen)
+
+    def teacher_of(self) -> nn.Module:
+        return self.ema.module
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.ema.update_parameters(self.student)
+
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "StaticSparse": lambda: mt.StaticSparse(0.5),
+    "SET": lambda: mt.SET(0.5, drop=0.5),
+    "RigL": lambda: mt.RigL(0.5, drop=0.5),
+    "DSR": lambda: mt.DSR(0.5, threshold=0.05),
+    "GMP": lambda: mt.GradualMagnitudePruning(0.5),
 }
 
 
-@pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_pattern_is_not_loaded(name: str) -> None:
-    state, message = DAMAGED[name]
-    layer = nn.Linear(4, 3, bias=False)
-    sparsify_(layer, {"weight": torch.arange(5)})
-    before = export_dense(layer)["weight"]
-    with pytest.raises(RuntimeError, match=message):
-        layer.load_state_dict(state)
-    assert torch.equal(export_dense(layer)["weight"], before)
+def fit(folder: Path, method: str, model: Student, **options: Any) -> tuple[Student, Any]:
+    update = None if method == "StaticSparse" else mt.UpdateEvery(2, stop=1.0)
+    callback = mt.SparseTraining(METHODS[method](), update, **options)
+    quiet_trainer(folder, callback, max_epochs=1).fit(model)
+    return model, callback
 
 
-def test_a_dense_checkpoint_is_not_loaded_into_sparse_layers() -> None:
-    model, _, _ = sparse_model("mlp")
-    dense, _, _ = model_and_batch("mlp")
-    with pytest.raises(
-        RuntimeError, match=r'"0.weight" is dense in the checkpoint, but this layer is sparse. Load'
-    ):
-        model.load_state_dict(dense.state_dict())
+def made(kind: type[Student], **options: Any) -> Student:
+    seed_everything(1, verbose=False)
+    return kind(**options)
 
 
-def test_a_sparse_checkpoint_says_what_it_is_to_a_dense_model() -> None:
-    model, _, _ = sparse_model("mlp")
-    dense, _, _ = model_and_batch("mlp")
-    with pytest.raises(RuntimeError, match=r'Unexpected key.*"0.values", "0.sparsity_pattern"'):
-        dense.load_state_dict(model.state_dict())
+KINDS: dict[str, Callable[[], Student]] = {
+    "frozen": lambda: made(Student, frozen=True),
+    "not frozen": lambda: made(Student),
+    "in the optimizer": lambda: made(Student, trains_all=True),
+    "in a list, frozen": lambda: made(InAList, frozen=True),
+    "in a list, not frozen": lambda: made(LinearInAList),
+    "teacher first": lambda: made(TeacherFirst),
+    "teacher first, frozen": lambda: made(TeacherFirst, frozen=True),
+}
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_dense_export_loads_into_the_dense_class_and_computes_the_same(name: str) -> None:
-    model, batch, _ = sparse_model(name)
-    dense, _, _ = model_and_batch(name)
-    exported = through_a_file(export_dense(model), weights_only=True)
-    assert exported.keys() == dense.state_dict().keys()
-    dense.load_state_dict(exported, strict=True)
-    assert torch.equal(dense.eval()(batch), model.eval()(batch))
-    assert all(type(value) is Tensor for value in exported.values())
-
-
-def test_the_export_of_a_dense_model_is_its_state() -> None:
-    model, _, _ = model_and_batch("mlp")
-    assert_equal_states(export_dense(model), model.state_dict())
-
-
-def test_export_of_a_shared_layer_and_of_a_compiled_model() -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = self.second = nn.Linear(4, 4)
-
-    model, dense = Shared(), Shared()
-    sparsify_(model, {"first.weight": torch.arange(5)})
-    dense.load_state_dict(export_dense(model))
-    compiled = torch.compile(model, backend="eager")
-    assert_equal_states(export_dense(compiled), dense.state_dict())
-
-
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("name", MODELS)
-def test_what_was_saved_is_made_dense(name: str, storage: Storage) -> None:
-    model, _, _ = sparse_model(name, storage=storage)
-    dense, _, _ = model_and_batch(name)
-    saved = through_a_file(with_checkpoint_key(model.state_dict()), weights_only=True)
-    made = dense_state_dict(saved, dense)
-    assert_equal_states(made, export_dense(model))
-    assert all(type(value) is Tensor for value in made.values())
-    dense.load_state_dict(made, strict=True)
-    assert_equal_states(dense_state_dict(made, dense), made)
-
-
-def test_what_was_saved_keeps_its_dtype_when_it_is_made_dense() -> None:
-    layer = nn.Linear(3, 4).to(torch.bfloat16)
-    sparsify_(layer, {"weight": torch.tensor([2, 7, 11])})
-    assert_equal_states(dense_state_dict(layer.state_dict(), nn.Linear(3, 4)), export_dense(layer))
-
-
-@pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_pattern_is_not_made_dense(name: str) -> None:
-    state, message = DAMAGED[name]
-    with pytest.raises(ValueError, match=f"'values' of a sparse layer, but their pattern .*{message}"):
-        dense_state_dict(state, nn.Linear(4, 3, bias=False))
-
-
-def test_without_a_dense_weight_there_is_no_telling_the_shape() -> None:
-    model, _, _ = sparse_model("mlp")
-    message = (
-        r"holds '0.values' of a sparse layer, but the Linear has no dense '0.weight'. Pass the model that"
-    )
-    with pytest.raises(ValueError, match=message):
-        dense_state_dict(model.state_dict(), nn.Linear(2, 2))
-
-
-def test_other_dtypes_and_devices() -> None:
-    model, batch, _ = sparse_model("mlp")
-    patterns = [weight.layer.sparsity_pattern.clone() for weight in sparse_weights(model).values()]
-    expected = export_dense(model)["0.weight"].double()
-    model.double()
-    assert torch.equal(export_dense(model)["0.weight"], expected)
-    assert model(batch.double()).dtype == torch.float64
-    assert all(
-        torch.equal(weight.layer.sparsity_pattern, pattern)
-        for weight, pattern in zip(sparse_weights(model).values(), patterns, strict=True)
-    )
-    moved = model.to("meta")
-    assert moved(batch.double().to("meta")).shape == (8, 10)
-    restored = moved.to_empty(device="cpu")
-    fresh, _, _ = sparse_model("mlp")
-    restored.load_state_dict(fresh.state_dict())
-    assert torch.equal(export_dense(restored)["0.weight"], expected)
-
-
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("chunk_bytes", [None, 2048])
-@pytest.mark.parametrize("name", MODELS)
-def test_a_step_without_data_counts_the_same_bytes(
-    name: str, chunk_bytes: int | None, storage: Storage
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_is_what_one_of_the_sparse_layers_would_have_been(
+    kind: str, method: str, tmp_path: Path
 ) -> None:
-    peaks = []
-    for device in ("cpu", "meta"):
-        model, batch, labels = model_and_batch(name)
-        positions = random_positions(model)
-        model, batch, labels = model.to(device), batch.to(device), labels.to(device)
-        sparsify_(model, positions, storage=storage, chunk_bytes=chunk_bytes)
-        optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
-        for _ in range(2):
-            with MemoryLedger(model, optimizer, (batch, labels)) as ledger:
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(model(batch), labels).backward()
-                optimizer.step()
-        peaks.append(ledger.breakdown())
-    real, without = peaks
-    assert real.maxima[Category.PARAMETERS] == without.maxima[Category.PARAMETERS]
-    assert real.maxima[Category.GRADIENTS] == without.maxima[Category.GRADIENTS]
-    assert real.maxima[Category.BUFFERS] == without.maxima[Category.BUFFERS]
-    # Tables of 5376 bytes are kept for real devices, and made when they are needed for others.
-    assert abs(real.peak_bytes - without.peak_bytes) <= 0.02 * real.peak_bytes + 3 * 5376
+    model, callback = fit(tmp_path, method, KINDS[kind]())
+    student, teacher = mt.sparse_weights(model.student), mt.sparse_weights(model.teacher)
+    assert list(student) == list(teacher) == ["2.weight", "5.weight"]
+    for key, weight in student.items():
+        assert torch.equal(weight.positions(), teacher[key].positions())
+        assert method == "DSR" or weight.nnz == weight.numel // 2
+        assert not torch.equal(weight.values, teacher[key].values)
+    if "list" in kind or "first" in kind:  # patterns depend on names
+        return
+    expected, _ = fit(tmp_path, method, made(CopiedLater))
+    for (name, tensor), other in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+    assert "copies share the pattern of their original: 'teacher.2' of 'student.2', 'teacher.5' of" in str(
+        callback.technique_record().events
+    )
 
 
-def test_positions_without_data() -> None:
-    layer = nn.Linear(100, 100, device="meta")
-    weight = sparsify_(layer, {"weight": torch.empty(1000, dtype=torch.int64, device="meta")})["weight"]
-    assert (weight.nnz, layer.sparsity_pattern.nbytes) == (1000, 1250)
-    layer(torch.empty(2, 100, device="meta")).sum().backward()
-    assert weight.values.grad.shape == (1000,)
+@pytest.mark.parametrize("method", METHODS)
+def test_torchs_averaged_model_follows(method: str, tmp_path: Path) -> None:
+    model, _ = fit(tmp_path, method, made(Averaged))
+    student, teacher = mt.sparse_weights(model.student), mt.sparse_weights(model.ema.module)
+    assert list(student) == list(teacher) == ["2.weight", "5.weight"]
+    for name, weight in student.items():
+        assert torch.equal(weight.positions(), teacher[name].positions())
+        assert not torch.equal(weight.values, teacher[name].values)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_fake_tensors(name: str) -> None:
-    model, batch, _ = sparse_model(name)
-    fake, mode = copy.deepcopy(model), FakeTensorMode()
-    for module in fake.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[key] = nn.Parameter(mode.from_tensor(parameter.detach()))
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = mode.from_tensor(buffer)
-    fake_batch = mode.from_tensor(batch)
-    with mode:
-        output = fake(fake_batch)
-        output.sum().backward()
-    assert output.shape == (len(batch), 10)
-    assert all(p.grad is not None and p.grad.shape == p.shape for p in fake.parameters())
-    assert model(batch).isfinite().all()
+def test_a_copy_that_is_named_stays_dense(tmp_path: Path) -> None:
+    class Reference(Student):
+        def on_train_batch_end(self, *_: Any) -> None:
+            pass
+
+    model, callback = fit(
+        tmp_path, "RigL", made(Reference, frozen=True), layers=mt.Select(dense=["teacher.*"])
+    )
+    assert list(mt.sparse_weights(model)) == ["student.2.weight", "student.5.weight"]
+    assert torch.equal(model.teacher[5].weight, made(Student).student[5].weight)
+    assert not any("copies" in event for event in callback.technique_record().events)
 
 
-@tracing
-@pytest.mark.parametrize(
-    ("name", "storage", "chunk_bytes"),
-    [
-        ("mlp", "bitmask", None),
-        ("mlp", "int32", None),
-        ("mlp", "block16", None),
-        ("mlp", "bitmask", 2048),
-        ("transformer", "auto", None),
-        ("wrn", "auto", None),
-    ],
-)
-def test_compiled_as_one_graph(name: str, storage: Storage, chunk_bytes: int | None) -> None:
-    model, batch, labels = sparse_model(name, storage=storage, chunk_bytes=chunk_bytes)
-    model.eval()
-    gradients = []
-    torch._dynamo.reset()
-    for module in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
-        model.zero_grad()
-        nn.functional.cross_entropy(module(batch), labels).backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    for eager, compiled in zip(*gradients, strict=True):
-        torch.testing.assert_close(compiled, eager)
+@pytest.mark.filterwarnings("ignore:`SparseTraining` reaches")
+def test_a_copy_of_a_layer_that_stays_dense_does_so(tmp_path: Path) -> None:
+    model, _ = fit(tmp_path, "SET", made(Student), layers=mt.Select(dense=["student.5"]))
+    assert list(mt.sparse_weights(model)) == ["student.2.weight", "teacher.2.weight"]
 
 
-@tracing
-@pytest.mark.parametrize("storage", ["bitmask", "int32", "block16"])
-def test_compiled_twice_for_any_number_of_counts(storage: Storage) -> None:
-    from torch._dynamo.backends.debugging import aot_eager
+def test_a_resumed_teacher_goes_on_following(tmp_path: Path) -> None:
+    def run(max_epochs: int, checkpoint: Path | None = None) -> tuple[Student, Any]:
+        model = made(Student, frozen=True)
+        callback = mt.SparseTraining(mt.RigL(0.5, drop=0.5), mt.UpdateEvery(3, stop=16))
+        trainer = quiet_trainer(tmp_path, callback, max_epochs=max_epochs)
+        trainer.fit(model, ckpt_path=checkpoint)
+        return model, trainer
 
-    graphs = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return aot_eager(graph, inputs)
-
-    torch._dynamo.reset()
-    layer, x = nn.Linear(64, 64), torch.randn(4, 64)
-    weight = sparsify_(layer, {"weight": torch.arange(400)}, storage=storage)["weight"]
-    compiled = torch.compile(layer, backend=backend, fullgraph=True)
-    for count in range(400, 412):
-        gradients = []
-        for module in (layer, compiled):
-            layer.zero_grad()
-            with torch._dynamo.config.patch(force_parameter_static_shapes=False):
-                module(x).square().sum().backward()
-            gradients.append(weight.values.grad)
-        assert weight.nnz == count
-        torch.testing.assert_close(*gradients)
-        weight.replace(torch.ones(count, dtype=torch.bool), torch.tensor([1000 + count]))
-    assert len(graphs) == 2
+    whole, _ = run(2)
+    with pytest.warns(UserWarning, match="the run ends at step 8"):
+        _, trainer = run(1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = run(2, tmp_path / "half.ckpt")
+    for (name, tensor), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
 
 
-@tracing
-def test_compiled_under_autocast_and_made_sparse_afterwards() -> None:
-    model, batch, labels = model_and_batch("mlp")
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    compiled(batch)
-    sparsify_(model, random_positions(model))
-    gradients = []
-    for module in (model, compiled):
-        model.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = nn.functional.cross_entropy(module(batch), labels)
-        loss.backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    for eager, ours in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, eager)
+def test_a_copy_that_nobody_could_know_is_refused(tmp_path: Path) -> None:
+    message = (
+        r"cannot let 'networks\.1\.0' follow 'networks\.0\.0', .* Call `requires_grad_\(False\)` on the copy"
+    )
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, "RigL", made(InAList))
 
 
-@tracing
-def test_a_watched_layer_runs_outside_the_graph() -> None:
-    from lightning_memtrain.sparsity import watch_candidates
-
-    model, batch, labels = sparse_model("mlp")
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
-    found = []
-    for module in (model, compiled):
-        with watch_candidates(sparse_weights(model), {"0.weight": 5, "2.weight": 5}) as watch:
-            nn.functional.cross_entropy(module(batch), labels).backward()
-        found.append([watch.candidates(name).positions for name in ("0.weight", "2.weight")])
-    assert all(torch.equal(eager, ours) for eager, ours in zip(*found, strict=True))
-    compiled(batch).sum().backward()
+class Places(nn.Module):
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
 
 
-def test_a_weight_that_is_assigned_is_stored() -> None:
-    layer = nn.Linear(4, 3)
-    sparsify_(layer, {"weight": torch.tensor([1, 6, 11])})
-    new = torch.arange(12.0).view(3, 4)
-    layer.weight.data = new
-    assert layer.values.tolist() == [1, 6, 11]
-    layer.weight[1].data = torch.full((4,), 9.0)
-    assert layer.values.tolist() == [1, 9, 11]
+def linear_paths(model: nn.Module) -> dict[str, str]:
+    return dict(mt.Select().choose(model)[1].originals)
+
+
+def encoder(num_layers: int = 3) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+
+
+def test_blocks_of_one_network_are_no_copies() -> None:
+    model = Places(net=encoder())
+    assert torch.equal(model.net.layers[0].linear1.weight, model.net.layers[2].linear1.weight)
+    assert linear_paths(model) == {}
+    mt.SparseTraining(mt.StaticSparse(0.5)).convert(model)
+    first, last = (mt.sparse_weights(model)[f"net.layers.{n}.linear1.weight"].positions() for n in (0, 2))
+    assert not torch.equal(first, last)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_each_block_of_a_copied_network_follows_its_own(frozen: bool) -> None:
+    net = encoder()
+    model = Places(student=net, teacher=copy.deepcopy(net).requires_grad_(not frozen))
+    names = [f"layers.{n}.{part}" for n in range(3) for part in ("self_attn.out_proj", "linear1", "linear2")]
+    assert linear_paths(model) == {f"teacher.{name}": f"student.{name}" for name in names}
+    mt.SparseTraining(mt.StaticSparse(0.5)).convert(model)
+    found = {name: weight.positions() for name, weight in mt.sparse_weights(model).items()}
+    for name in names:
+        assert torch.equal(found[f"teacher.{name}.weight"], found[f"student.{name}.weight"])
+
+
+def test_a_frozen_copy_of_one_of_several_equal_blocks_is_refused() -> None:
+    net = encoder()
+    model = Places(net=net, held=copy.deepcopy(net.layers[1]).requires_grad_(False))
+    with pytest.raises(MisconfigurationException, match=r"frozen copy 'held\.self_attn\.out_proj' follows"):
+        linear_paths(model)
+    assert linear_paths(Places(net=encoder(1), held=copy.deepcopy(net.layers[1]))) == {}
+    assert mt.Select(dense=["held.*"]).choose(model)[1].originals == {}
+
+
+def test_constant_and_frozen_layers_are_no_copies() -> None:
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    for layer in net[1:]:
+        nn.init.zeros_(layer.weight)
+    frozen = nn.Linear(4, 4).requires_grad_(False)
+    nn.init.zeros_(frozen.weight)
+    assert linear_paths(Places(net=net, frozen=frozen)) == {}
+    twin = copy.deepcopy(frozen)
+    assert linear_paths(Places(frozen=frozen, twin=twin)) == {}
+
+
+def test_weights_that_only_begin_and_end_alike_are_no_copies() -> None:
+    one = nn.Linear(32, 32)
+    other = copy.deepcopy(one)
     with torch.no_grad():
-        layer.weight += 1
-    assert layer.values.tolist() == [2, 10, 12]
-    layer.weight = nn.Parameter(new)
-    assert layer.values.tolist() == [1, 6, 11]
-    layer.weight = 2 * new
-    assert layer.values.tolist() == [2, 12, 22]
-    assert [name for name, _ in layer.named_parameters()] == ["bias", "values"]
-    assert layer.weight.flatten().nonzero().flatten().tolist() == [1, 6, 11]
-    with pytest.raises(ValueError, match=r"must keep its shape \(3, 4\), but got \(4, 3\)"):
-        layer.weight.data = new.t()
-    with pytest.raises(ValueError, match=r"must be a tensor of shape \(3, 4\), but got \(2,\)"):
-        layer.weight = torch.ones(2)
-    with pytest.raises(ValueError, match="but got None"):
-        layer.weight = None
+        other.weight[16, 3] += 1
+    assert find_layer_copies(mt.Select().choose(Places(one=one, other=other))[0]).equals == []
 
 
-def test_functional_gradients() -> None:
-    layer = nn.Linear(4, 3)
-    sparsify_(layer, {"weight": torch.arange(5)})
-    x = torch.randn(2, 4)
-    state = dict(layer.named_parameters())
-    gradient = torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,)).pow(2).sum())(state)
-    layer(x).pow(2).sum().backward()
-    torch.testing.assert_close(gradient["values"], layer.values.grad)
+class Critics(Student):
+    """Two critics that begin equal, each with a target that follows."""
+
+    def make_teacher(self, frozen: bool) -> None:
+        self.second = copy.deepcopy(self.student)
+        self.target = copy.deepcopy(self.student).requires_grad_(False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        target = self.target(batch)
+        return (self.student(batch) - target - 1).square().mean() + (self.second(batch) - target).abs().mean()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        pass
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([*self.student.parameters(), *self.second.parameters()], lr=0.1)
+
+
+def test_a_copy_of_two_that_move_apart_is_refused(tmp_path: Path) -> None:
+    message = r"which layer the copy 'target\.2' follows: it equals 'student\.2', 'second\.2', whose weights"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, "RigL", made(Critics))
+    model, _ = fit(tmp_path, "StaticSparse", made(Critics))
+    found = [mt.sparse_weights(part)["2.weight"].positions() for part in model.children()]
+    assert len(found) == 3
+    assert all(torch.equal(positions, found[0]) for positions in found)
+
+
+def test_two_copies_that_are_trained_move_apart(tmp_path: Path) -> None:
+    model, _ = fit(tmp_path, "RigL", made(Critics), layers=mt.Select(dense=["target.*"]))
+    first, second = (mt.sparse_weights(part)["2.weight"] for part in (model.student, model.second))
+    assert not torch.equal(first.positions(), second.positions())
+
+
+class Blocks(LightningModule):
+    """Blocks that begin equal, of which the optimizer has some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Linear(16, 16)
+        self.blocks = nn.Sequential(nn.Flatten(), block, nn.Tanh(), copy.deepcopy(block), nn.Linear(16, 1))
+        self.trained = ["1", "3", "4"]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.blocks(batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        parts = [self.blocks.get_submodule(path) for path in self.trained]
+        return torch.optim.SGD([p for part in parts for p in part.parameters()], lr=0.1)
+
+    train_dataloader = Student.train_dataloader
+
+
+def train_all_but_one(folder: Path, training: mt.SparseTraining, model: Blocks) -> None:
+    """One block is in no optimizer: it has to stay as it is."""
+    model.trained = ["1", "4"]
+    before = mt.sparse_weights(model)["blocks.3.weight"]
+    values, positions = before.values.detach().clone(), before.positions()
+    assert not torch.equal(positions, mt.sparse_weights(model)["blocks.1.weight"].positions())
+    quiet_trainer(folder, training, max_epochs=1).fit(model)
+    after = mt.sparse_weights(model)["blocks.3.weight"]
+    assert torch.equal(after.values, values)
+    assert torch.equal(after.positions(), positions)
+
+
+def test_a_second_run_leaves_blocks_alone_that_began_equal(tmp_path: Path) -> None:
+    seed_everything(1, verbose=False)
+    training, model = mt.SparseTraining(mt.StaticSparse(0.5)), Blocks()
+    quiet_trainer(tmp_path, training, max_epochs=1).fit(model)
+    train_all_but_one(tmp_path, training, model)
+
+
+def test_copies_of_one_model_are_not_taken_for_those_of_another(tmp_path: Path) -> None:
+    seed_everything(1, verbose=False)
+    sparse_already, taught = Blocks(), Blocks()
+    other_training = mt.SparseTraining(mt.StaticSparse(0.5), seed=7)
+    quiet_trainer(tmp_path, other_training, max_epochs=1).fit(sparse_already)
+    taught.teacher = copy.deepcopy(taught.blocks).requires_grad_(False)
+    training = mt.SparseTraining(mt.StaticSparse(0.5))
+    quiet_trainer(tmp_path, training, max_epochs=1).fit(taught)
+    assert any("copies share the pattern" in event for event in training.technique_record().events)
+    train_all_but_one(tmp_path, training, sparse_already)
+    assert not any("copies share the pattern" in event for event in training.technique_record().events)
+
+
+def test_a_model_that_was_validated_before_it_is_trained_is_as_converted(tmp_path: Path) -> None:
+    class Validated(Blocks):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.training_step(batch, batch_idx)
+
+        val_dataloader = Student.train_dataloader
+
+    training, model = mt.SparseTraining(mt.StaticSparse(0.5)), Validated()
+    model.trained = ["1", "4"]
+    trainer = quiet_trainer(tmp_path, training, max_epochs=1)
+    trainer.validate(model, verbose=False)
+    first, second = (mt.sparse_weights(model)[f"blocks.{n}.weight"] for n in (1, 3))
+    assert not torch.equal(first.positions(), second.positions())
+    trainer.fit(model)
+    assert torch.equal(first.positions(), second.positions())

@@ -163,6 +163,11 @@ def test_recurrent_layers_transposed_convolutions_and_experts_are_chosen() -> No
     ]
     assert list(mt.Select(types=[MixtureExperts]).layers(model)) == ["moe.up"]
     assert list(mt.Select(types=["LSTM"]).layers(model)) == recurrent[:4]
+    without_lstm = [path for path in mt.Select().layers(model) if not path.startswith("lstm.")]
+    for wanted in ("LSTM", torch.nn.LSTM, torch.nn.RNNBase, "lstm.*"):
+        assert list(mt.Select(dense=[wanted]).layers(model)) == without_lstm
+    with pytest.raises(MisconfigurationException, match=r"'GRU' matches none\."):
+        mt.Select(dense=[torch.nn.GRU]).layers(model)
     assert mt.Select(types=["*Exp*"]).layers(model) == {"moe.up": model.moe}
     places, _ = mt.Select(types=["*Exp*"]).choose(model)
     assert {path: (place.name, tuple(place.shape)) for path, place in places.items()} == {

@@ -202,7 +202,7 @@ def test_of_many_equal_gradients_the_first_are_taken(
     free = gradient.abs().index_fill(0, active, -1)
     expected = free.sort(descending=True, stable=True).indices[:50].sort().values
     search = candidates.CandidateSearch("weight", 50)
-    search.look(gradient, active.int(), 0)
+    search.observe(gradient, active.int(), 0)
     search.end_pass()
     assert torch.equal(search.result().positions, expected)
     assert torch.equal(search.result().gradients, gradient[expected])
@@ -214,7 +214,7 @@ def test_in_many_chunks_no_more_than_a_few_times_as_many_are_held_as_are_asked_f
     search = candidates.CandidateSearch("weight", 40)
     for first in range(0, 10_000, 100):
         here = active[(active >= first) & (active < first + 100)] - first
-        search.look(gradient[first : first + 100], here, first)
+        search.observe(gradient[first : first + 100], here, first)
         assert sum(len(one.positions) for one in search._best) <= 2 * 40
     search.end_pass()
     assert torch.equal(search.result().positions, best(gradient, active.long(), 40))
@@ -223,6 +223,6 @@ def test_in_many_chunks_no_more_than_a_few_times_as_many_are_held_as_are_asked_f
 def test_what_is_no_number_ranks_before_infinity() -> None:
     gradient = torch.tensor([1.0, float("-inf"), float("nan"), 3.0])
     search = candidates.CandidateSearch("weight", 1)
-    search.look(gradient, torch.empty(0, dtype=torch.int32), 8)
+    search.observe(gradient, torch.empty(0, dtype=torch.int32), 8)
     search.end_pass()
     assert search.result().positions.tolist() == [10]

@@ -94,7 +94,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_module(name: str, storage:
     assert torch.equal(*outputs)
     assert torch.equal(*gradients)
     for key, chosen in positions.items():
-        assert (weights[key].path, weights[key].place) == (key, f"{key}_sparse")
+        assert (weights[key].path, weights[key].module_path) == (key, f"{key}_sparse")
         assert torch.equal(weights[key].positions(), chosen)
         parameter = dense.get_parameter(key)
         # Slices of a parameter of three axes add up their gradients in another order than torch does.
@@ -283,7 +283,7 @@ def test_candidates_of_experts_go_back_to_what_they_were() -> None:
     watch = watch_candidates(weights, {"up": 4})
     search, x = sparse.up_sparse.search, torch.randn(3, 16)
     (x @ sparse.up[0].t()).square().sum().backward()
-    before, kept = copy.deepcopy(watch.candidates("up")), search.keep()
+    before, kept = copy.deepcopy(watch.candidates("up")), search.restorable_state()
     for number in (0, 2):
         (x @ sparse.up[number].t()).square().sum().backward()
     assert not torch.equal(watch.candidates("up").gradients, before.gradients)

@@ -141,7 +141,8 @@ def test_wrong_positions_are_refused(name: str) -> None:
     ("options", "message"),
     [
         ({"storage": "masked"}, "but got storage='masked'"),
-        ({"chunk_bytes": 0}, "`sparsify_.chunk_bytes.` must be at least 1, but got chunk_bytes=0"),
+        ({"chunk_bytes": 0}, "`sparsify_.chunk_bytes.` must be a number of bytes, at least 1, .* but got 0"),
+        ({"chunk_bytes": True}, "`sparsify_.chunk_bytes.` must be a number of bytes, .* but got True"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:

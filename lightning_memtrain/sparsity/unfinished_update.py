@@ -20,7 +20,7 @@ from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight, assi
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What one update did.
+    """What one update has dropped and grown.
 
     Args:
         step: optimizer steps completed.
@@ -34,7 +34,7 @@ class UpdateResult:
 
 
 @dataclass(frozen=True)
-class PendingUpdate:
+class UnfinishedUpdate:
     """An update whose changes are known.
 
     Args:
@@ -47,7 +47,7 @@ class PendingUpdate:
     state: MethodState
     changes: dict[str, LayerChange]
 
-    def carry_on(self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]) -> None:
+    def finish_with(self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]) -> None:
         """Move the layers that have not moved yet, each together with the note that it has.
 
         Args:
@@ -68,8 +68,8 @@ class PendingUpdate:
         }
 
     @staticmethod
-    def loaded(state: Mapping[str, Any] | None) -> PendingUpdate | None:
-        """What was saved.
+    def loaded(state: Mapping[str, Any] | None) -> UnfinishedUpdate | None:
+        """Read what a checkpoint holds of an update.
 
         Args:
             state: of :meth:`state_dict`, or ``None``.
@@ -80,4 +80,4 @@ class PendingUpdate:
         if state is None:
             return None
         changes = {name: LayerChange(*change) for name, change in state["changes"].items()}
-        return PendingUpdate(UpdateResult(*state["moved"]), state["state"], changes)
+        return UnfinishedUpdate(UpdateResult(*state["moved"]), state["state"], changes)
