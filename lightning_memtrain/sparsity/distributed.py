@@ -162,7 +162,7 @@ def pattern_fingerprint(positions: Tensor) -> int:
         A whole number.
 
     Example:
-        >>> fingerprint(torch.tensor([0, 3])) == fingerprint(torch.tensor([0, 4]))
+        >>> pattern_fingerprint(torch.tensor([0, 3])) == pattern_fingerprint(torch.tensor([0, 4]))
         False
     """
     mixed = (positions + 1) * _MULTIPLIER

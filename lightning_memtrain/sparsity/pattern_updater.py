@@ -31,13 +31,13 @@ class PatternUpdater:
     """Applies a method to sparse weights: watch the backward before an update, then update.
 
     Args:
-        weights: by layer, in the same order on every rank.
+        weights: by name, as :func:`~lightning_memtrain.sparsity.sparsify_` returns them, in the same order
+            on every rank.
         method: says what to change.
         num_ranks: processes that train together.
 
     Example:
-        >>> from lightning_memtrain.sparsity.methods.rigl import RigL
-        >>> from lightning_memtrain.sparsity.storage.sparsify import sparsify_
+        >>> from lightning_memtrain.sparsity import RigL, sparsify_
         >>> layer = torch.nn.Linear(8, 1)
         >>> updater = PatternUpdater(sparsify_(layer, {"weight": torch.tensor([0, 3])}), RigL(0.75, drop=0.5))
         >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -47,7 +47,7 @@ class PatternUpdater:
         >>> updater.record_gradients()
         >>> optimizer.step()
         >>> updater.update(now, [optimizer])
-        Moved(step=1, num_dropped=1, num_grown=1)
+        UpdateResult(step=1, num_dropped=1, num_grown=1)
         >>> 7 in updater.weights["weight"].positions()
         True
     """
@@ -75,10 +75,10 @@ class PatternUpdater:
         return self._watch is not None
 
     def watch(self, now: UpdateTime, *, gradients_stay: bool = True) -> None:
-        """Let every backward from now on find what the update of a moment has to know, if anything.
+        """Let every backward from now on find what the next update has to know, if anything.
 
         Args:
-            now: of the next update.
+            now: when the next update is.
             gradients_stay: whether those of values are there after backward, for :meth:`record_gradients`;
                 otherwise they are seen while they are made.
         """
@@ -97,7 +97,7 @@ class PatternUpdater:
         """Whether an update has to wait for a backward that is watched.
 
         Args:
-            now: of the update.
+            now: when the update is.
 
         Returns:
             ``False`` if the method asks for no candidates.

@@ -12,7 +12,6 @@ from lightning_memtrain.compat.lightning_names import refuse_mix
 from lightning_memtrain.coordination import on_gradient_sync
 from lightning_memtrain.core import TechniqueRecord
 from lightning_memtrain.sparsity import distributed, sharding
-from lightning_memtrain.sparsity.initial_pattern import sparsify_at_random
 from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
 from lightning_memtrain.sparsity.methods.update_schedules import RunLength, UpdateSchedule
 from lightning_memtrain.sparsity.pattern_updater import PatternUpdater
@@ -22,11 +21,11 @@ from lightning_memtrain.sparsity.run.checkpoint_validation import (
     refuse_checkpoint,
     refuse_layers_of,
 )
+from lightning_memtrain.sparsity.run.converted_model import ConvertedModel
 from lightning_memtrain.sparsity.run.dense_checkpoints import Leave, make_dense, make_sparse, patterns_of
 from lightning_memtrain.sparsity.run.model_hooks import around_checkpoints, around_configure_model
 from lightning_memtrain.sparsity.run.run_optimizers import (
     leading_optimizer,
-    parameter_ids,
     refuse_optimizers,
     stepped_paths,
     warn_of_groups,
@@ -39,11 +38,11 @@ from lightning_memtrain.sparsity.run.run_validation import (
 )
 from lightning_memtrain.sparsity.run.statistics import SparsityStatistics
 from lightning_memtrain.sparsity.run.update_timer import UpdateTimer
-from lightning_memtrain.sparsity.selection.layer_copies import LayerCopies, follow_trained, followers
+from lightning_memtrain.sparsity.selection.layer_copies import followers
 from lightning_memtrain.sparsity.selection.select import Select, has_selectable_layers
 from lightning_memtrain.sparsity.storage.checkpoint_key import with_checkpoint_key
 from lightning_memtrain.sparsity.storage.patterns import Storage
-from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight, sparse_weights, weights_by_path
+from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight, weights_by_path
 from lightning_memtrain.sparsity.storage.sparsify import densify_
 from lightning_memtrain.sparsity.unfinished_update import UpdateResult
 
@@ -86,7 +85,7 @@ class SparseTraining(Callback):
     Example:
         >>> import lightning as L
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> from lightning_memtrain import RigL, UpdateEvery
+        >>> from lightning_memtrain.sparsity import RigL, UpdateEvery
         >>> model = BoringModel()
         >>> trainer = L.Trainer(
         ...     max_steps=4, callbacks=[SparseTraining(RigL(0.75), UpdateEvery(2))], accelerator="cpu",
@@ -114,18 +113,13 @@ class SparseTraining(Callback):
         self.method = method
         self.select = layers or Select()
         self._update_schedule = update or method.default_update
-        self._given: dict[str, Any] = {"storage": storage, "chunk_bytes": chunk_bytes}
         self._seed = seed
         self._tracks = track_exploration
         self._leaves_dense = leave == "dense"
         warn_of_update(method, update)
         self._undo: list[Callable[[], None]] = []
         self._end_of_loading: Callable[[], None] | None = None
-        self._weights: dict[str, SparseWeight] = {}
-        # Of the model that these weights are of, and whether it became sparse just now, by this callback.
-        self._copies = LayerCopies()
-        self._has_converted = self._is_as_converted = False
-        self._modules_converted: set[int] = set()
+        self._converted = ConvertedModel(method, self.select, seed, storage, chunk_bytes)
         self._reset()
 
     def _reset(self) -> None:
@@ -152,7 +146,7 @@ class SparseTraining(Callback):
             self._statistics.begin_run()
 
         def before() -> None:
-            self._modules_converted = set()
+            self._converted.begin()
             if sharding.divides_parameters(trainer.strategy) and has_selectable_layers(pl_module):
                 self.convert(pl_module)
 
@@ -182,38 +176,21 @@ class SparseTraining(Callback):
         Raises:
             MisconfigurationException: if a weight is tied or has no data yet.
         """
-        if not sparse_weights(model):
-            sharding.refuse_meta(model)
-            self._sparsify(model)
-        self._modules_converted = {id(module) for module in model.modules()}
-
-    def _sparsify(self, model: nn.Module) -> None:
-        self._copies = sparsify_at_random(model, self.method, self.select, self._seed, **self._given)
-        self._has_converted = self._is_as_converted = True
+        self._converted.convert(model)
 
     def _adopt(self, trainer: Trainer, model: LightningModule, stage: str) -> None:
-        if shards := sharding.divides_parameters(trainer.strategy):
-            sharding.refuse_late(self.select.layers(model), self._modules_converted)
-        found = weights_by_path(model)
-        if not self._modules_converted and not found:
-            self._sparsify(model)
-            found = weights_by_path(model)
-        before = [id(weight.layer) for weight in self._weights.values()]
-        if before != [id(weight.layer) for weight in found.values()]:
-            if before:
-                self._reset()  # the same trainer goes on with another model
-            if not self._has_converted:  # it was sparse already, and its copies are not those of the last
-                self._copies, self._is_as_converted = LayerCopies(), False
-        self._weights, self._has_converted = found, False
-        self._statistics.measure_share(model, found)
-        if shards:
+        is_divided = sharding.divides_parameters(trainer.strategy)
+        if self._converted.adopt(model, is_divided=is_divided):
+            self._reset()  # the same trainer goes on with another model
+        self._statistics.measure_share(model, self._weights)
+        if is_divided:
             sharding.refuse_other_shards(self._weights, trainer.world_size)
         if self._weights and distributed.is_replicated(trainer.strategy):
             if stage == "fit":
                 distributed.refuse_nothing_left(model, self._weights)
             weights = {weight.name: weight for weight in self._weights.values()}
             self._undo.append(distributed.hide_from_ddp(model, weights))
-        expected = frozenset(weight.module_path for weight in found.values())
+        expected = frozenset(weight.module_path for weight in self._weights.values())
         handle = model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             lambda _, state, *rest: refuse_layers_of(state, expected)
         )
@@ -229,10 +206,9 @@ class SparseTraining(Callback):
         warn_of_recompiling(pl_module, self.method)
         if self._update_schedule is not None:
             refuse_optimizers(trainer.optimizers, values)
-        if self._is_as_converted and trainer.global_step == 0 and self._restored is None:
-            dense = self.select.unnamed_locations(pl_module)
-            follow_trained(self._copies, self._weights, dense, parameter_ids(trainer.optimizers))
-        self._is_as_converted = False
+        if trainer.global_step == 0 and self._restored is None:
+            self._converted.follow_trained(pl_module, trainer.optimizers)
+        self._converted.note_training()
         if distributed.is_replicated(trainer.strategy):
             distributed.broadcast_values(self._weights)
             self._undo.append(on_gradient_sync(self._average_gradients))
@@ -257,7 +233,7 @@ class SparseTraining(Callback):
         if self._tracks and not self._statistics.explored:
             self._statistics.track_exploration(self._weights, (self._restored or {}).get("explored") or {})
         self._restored = None
-        self._statistics.log_start(self._timer.num_steps, self._weights, self._copies)
+        self._statistics.log_start(self._timer.num_steps, self._weights, self._converted.copies)
         if self._updater.unfinished is not None:
             everything = weights_by_path(pl_module)
             self._report(trainer, self._updater.finish(everything, trainer.optimizers))
@@ -322,7 +298,11 @@ class SparseTraining(Callback):
         """Layers that are never stepped, such as a teacher's, by the layer whose copies they are."""
         weights = weights_by_path(model)
         trained = stepped_paths(trainer.optimizers, self._values(), self._with_gradient)
-        return followers(weights, trained, self._copies, self._weights)
+        return followers(weights, trained, self._converted.copies, self._weights)
+
+    @property
+    def _weights(self) -> dict[str, SparseWeight]:
+        return self._converted.weights
 
     def _values(self) -> dict[str, nn.Parameter]:
         return {path: weight.values for path, weight in self._weights.items()}
@@ -333,7 +313,7 @@ class SparseTraining(Callback):
         Layers stay sparse in any case, so that a checkpoint that is saved now can be resumed.
         """
         self._remove_hooks()
-        self._has_converted = False  # a model that this run has not come to know
+        self._converted.forget_conversion()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave dense weights, if that was asked for: the last checkpoint has been saved."""
@@ -348,7 +328,7 @@ class SparseTraining(Callback):
         if self._leaves_dense and self._weights:
             self._left = self._left or self.technique_record()
             densify_(model, trainer.optimizers)
-            self._weights = {}
+            self._converted.weights = {}
 
     def _remove_hooks(self) -> None:
         if self._updater is not None:

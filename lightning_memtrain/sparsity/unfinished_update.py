@@ -48,7 +48,7 @@ class UnfinishedUpdate:
     changes: dict[str, LayerChange]
 
     def finish_with(self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]) -> None:
-        """Move the layers that have not moved yet, each together with the note that it has.
+        """Move the layers that have not moved yet, each together with the record that it has.
 
         Args:
             weights: by the names of the changes.

@@ -20,7 +20,7 @@ class StackedShape(tuple[int, ...]):
     """Shape of a weight that is several matrices, one for each number along its first axis.
 
     Example:
-        >>> shapes = {"experts": Stack((8, 64, 16)), "head": (64, 16)}
+        >>> shapes = {"experts": StackedShape((8, 64, 16)), "head": (64, 16)}
         >>> ErdosRenyi().counts(shapes, sparsity=0.75)
         {'experts': 2048, 'head': 256}
     """

@@ -13,7 +13,7 @@ class ExploredPositions:
         numel: positions of the layer.
 
     Example:
-        >>> explored = Explored(10)
+        >>> explored = ExploredPositions(10)
         >>> explored.add(torch.tensor([0, 3])), explored.add(torch.tensor([3, 9]))
         (None, None)
         >>> explored.count

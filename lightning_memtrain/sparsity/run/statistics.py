@@ -57,7 +57,7 @@ class SparsityStatistics:
         rank_zero_info(f"SparseTraining, {event}")
 
     def measure_share(self, model: nn.Module, weights: Weights) -> None:
-        """Note how much of a model is sparse.
+        """Measure which share of all parameters is in sparse layers.
 
         Args:
             model: that is trained.
@@ -67,7 +67,7 @@ class SparsityStatistics:
         self._share = sparse / max(1, everything)
 
     def log_start(self, step: int, weights: Weights, copies: LayerCopies) -> None:
-        """Say how sparse the layers are.
+        """Log how sparse the layers are at the start of training.
 
         Args:
             step: when.
@@ -103,7 +103,7 @@ class SparsityStatistics:
         self.num_grown += moved.num_grown
 
     def track_exploration(self, weights: Weights, bits: Mapping[str, Tensor]) -> None:
-        """Begin to note which positions were ever active.
+        """Begin to record which positions were ever active.
 
         Args:
             weights: of sparse layers.
@@ -115,7 +115,7 @@ class SparsityStatistics:
         self.record_positions(weights)
 
     def record_positions(self, weights: Weights) -> None:
-        """Note the positions that are active now, if that was asked for.
+        """Record the positions that are active now, if that was asked for.
 
         Args:
             weights: of sparse layers.

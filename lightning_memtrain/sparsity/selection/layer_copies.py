@@ -118,7 +118,7 @@ def paths_ending_alike(path: str, others: Iterable[str]) -> list[str]:
         Those with the most names at the end in common; several if there is no telling.
 
     Example:
-        >>> nearest("teacher.layers.1", ["student.layers.0", "student.layers.1"])
+        >>> paths_ending_alike("teacher.layers.1", ["student.layers.0", "student.layers.1"])
         ['student.layers.1']
     """
     lengths = {other: _common_end(path, other) for other in others}

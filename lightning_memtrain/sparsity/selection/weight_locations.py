@@ -32,9 +32,8 @@ class WeightLocation(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Of the weight; a stack of matrices where there is one for each expert."""
         shape = tuple(self.parameter.shape)
-        return (
-            StackedShape(shape) if can_be_sparse(self.module, self.attribute) and len(shape) == 3 else shape
-        )
+        is_stacked = can_be_sparse(self.module, self.attribute) and len(shape) == 3
+        return StackedShape(shape) if is_stacked else shape
 
 
 def weight_locations(model: nn.Module) -> dict[str, WeightLocation]:
@@ -48,15 +47,11 @@ def weight_locations(model: nn.Module) -> dict[str, WeightLocation]:
     """
     locations = {}
     for path, module in model.named_modules():
-        for attribute in module._parameters:
+        for attribute, parameter in module._parameters.items():
             name = f"{path}.{attribute}" if path else attribute
             if can_be_sparse(module, attribute):
                 locations[name] = WeightLocation(module, attribute, name)
-            elif (
-                attribute == "weight"
-                and module._parameters["weight"] is not None
-                and is_linear_or_convolution(module)
-            ):
+            elif attribute == "weight" and parameter is not None and is_linear_or_convolution(module):
                 locations[path] = WeightLocation(module, attribute, name)
     return locations
 

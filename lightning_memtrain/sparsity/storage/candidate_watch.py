@@ -79,7 +79,8 @@ def watch_candidates(
         ValueError: if a name is unknown, a number is less than 1, or a weight is watched already.
 
     Example:
-        >>> from lightning_memtrain import sparsify_
+        >>> import torch
+        >>> from lightning_memtrain.sparsity import sparsify_
         >>> layer = torch.nn.Linear(3, 1, bias=False)
         >>> weights = sparsify_(layer, {"weight": torch.tensor([1])})
         >>> with watch_candidates(weights, {"weight": 1}) as watch:

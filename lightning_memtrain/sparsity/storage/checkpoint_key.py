@@ -26,7 +26,9 @@ def with_checkpoint_key(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def ignore_checkpoint_key(unexpected_keys: list[str]) -> None:
-    """Take the explaining key from those that no module expects; the last sparse layer that is loaded does.
+    """Take the explaining key from those that no module expects.
+
+    For sparse layers, which are loaded after all modules around them.
 
     Args:
         unexpected_keys: so far.

@@ -30,7 +30,7 @@ def export_dense(module: nn.Module) -> dict[str, Tensor]:
 
     Example:
         >>> import torch
-        >>> from lightning_memtrain import sparsify_
+        >>> from lightning_memtrain.sparsity import sparsify_
         >>> layer = nn.Linear(2, 2, bias=False)
         >>> _ = nn.init.ones_(layer.weight)
         >>> _ = sparsify_(layer, {"weight": torch.tensor([0, 3])})
@@ -77,7 +77,7 @@ def dense_state_dict(state_dict: Mapping[str, Tensor], module: nn.Module) -> dic
             pattern is damaged.
 
     Example:
-        >>> from lightning_memtrain import sparsify_
+        >>> from lightning_memtrain.sparsity import sparsify_
         >>> sparse, dense = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
         >>> _ = nn.init.ones_(sparse.weight)
         >>> _ = sparsify_(sparse, {"weight": torch.tensor([0, 3])})

@@ -188,7 +188,7 @@ def sparse_weights(module: nn.Module) -> dict[str, SparseWeight]:
         By the name of the dense weight, in the order of the modules.
 
     Example:
-        >>> from lightning_memtrain import sparsify_
+        >>> from lightning_memtrain.sparsity import sparsify_
         >>> model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 1))
         >>> _ = sparsify_(model, {"0.weight": torch.tensor([1, 6])})
         >>> sparse_weights(model)

@@ -24,7 +24,8 @@ def all_but_smallest(values: Tensor, count: int) -> Tensor:
         Bool ``(nnz,)``, ``True`` for those that stay.
 
     Example:
-        >>> smallest(torch.tensor([0.3, -0.1, 0.1, 2.0]), count=1)
+        >>> import torch
+        >>> all_but_smallest(torch.tensor([0.3, -0.1, 0.1, 2.0]), count=1)
         tensor([ True, False,  True,  True])
     """
     return are_largest(keys_of(values), values.numel() - count)
