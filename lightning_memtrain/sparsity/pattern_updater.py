@@ -65,9 +65,9 @@ class PatternUpdater:
         self._watched: list[str] = []
         self._gradients: dict[str, Tensor] = {}
         # The same, as they come, where they do not stay; and what ends that.
-        self._passing: dict[str, Tensor] = {}
+        self._streamed_gradients: dict[str, Tensor] = {}
         self._undo: list[Callable[[], None]] = []
-        self._unseen: set[str] = set()
+        self._warned_layers: set[str] = set()
 
     @property
     def is_watching(self) -> bool:
@@ -83,13 +83,13 @@ class PatternUpdater:
                 otherwise they are seen while they are made.
         """
         self.close()
-        wanted = self._wanted(now)
+        wanted = self._candidate_counts(now)
         if not wanted:
             return
         self._watched = list(wanted)
         self._watch = watch_candidates(self.weights, wanted)
         for name in () if gradients_stay else wanted:
-            see = functools.partial(self._see_gradient, name)
+            see = functools.partial(self._add_gradient, name)
             handle = self.weights[name].values.register_hook(see)  # type: ignore[no-untyped-call]
             self._undo.append(handle.remove)
 
@@ -102,9 +102,9 @@ class PatternUpdater:
         Returns:
             ``False`` if the method asks for no candidates.
         """
-        return self._watch is None and bool(self._wanted(now))
+        return self._watch is None and bool(self._candidate_counts(now))
 
-    def _wanted(self, now: UpdateTime) -> dict[str, int]:
+    def _candidate_counts(self, now: UpdateTime) -> dict[str, int]:
         trained = self._trained()
         numbers = self.method.num_candidates({name: w.nnz for name, w in trained.items()}, now)
         # A layer without room has nothing to look for.
@@ -126,14 +126,14 @@ class PatternUpdater:
     @property
     def seen(self) -> Collection[str]:
         """Layers whose gradients did not stay, but were seen."""
-        return self._passing.keys()
+        return self._streamed_gradients.keys()
 
     @torch.no_grad()
-    def _see_gradient(self, name: str, gradient: Tensor) -> None:
+    def _add_gradient(self, name: str, gradient: Tensor) -> None:
         if dry_run_depth():
             return
-        seen = self._passing.get(name)
-        self._passing[name] = gradient.detach().clone() if seen is None else seen.add_(gradient)
+        seen = self._streamed_gradients.get(name)
+        self._streamed_gradients[name] = gradient.detach().clone() if seen is None else seen.add_(gradient)
 
     @torch.no_grad()
     def update(self, now: UpdateTime, optimizers: Sequence[Optimizer]) -> UpdateResult:
@@ -153,11 +153,13 @@ class PatternUpdater:
         everything = {**following, **self.weights}
         if self.unfinished is not None:
             return self.finish(everything, optimizers)
-        candidates = self._found()
-        self._warn_of_unseen({name: c for name, c in candidates.items() if name not in following}, now)
+        candidates = self._collect_candidates()
+        self._warn_of_missing_candidates(
+            {name: c for name, c in candidates.items() if name not in following}, now
+        )
         moved = UpdateResult(now.step, num_dropped=0, num_grown=0)
-        for group in self._together(following):
-            layers = {name: self._layer(name, weight, candidates) for name, weight in group.items()}
+        for group in self._update_groups(following):
+            layers = {name: self._layer_view(name, weight, candidates) for name, weight in group.items()}
             for name, layer in layers.items():
                 _refuse_infinite(name, layer.values, now)
             update = self.method.update(layers, now, self.state)
@@ -171,8 +173,8 @@ class PatternUpdater:
             self.unfinished = UnfinishedUpdate(
                 UpdateResult(now.step, num_dropped, num_grown), update.state, changes
             )
-            moved = self._carry_on(everything, optimizers)
-        return self._end(moved)
+            moved = self._apply_unfinished(everything, optimizers)
+        return self._finish_update(moved)
 
     @torch.no_grad()
     def finish(self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]) -> UpdateResult:
@@ -188,16 +190,18 @@ class PatternUpdater:
         Raises:
             RuntimeError: if the patterns of ranks differ.
         """
-        return self._end(self._carry_on(weights, optimizers))
+        return self._finish_update(self._apply_unfinished(weights, optimizers))
 
-    def _carry_on(self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]) -> UpdateResult:
+    def _apply_unfinished(
+        self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]
+    ) -> UpdateResult:
         assert self.unfinished is not None
         self.unfinished.finish_with(weights, optimizers)
         moved, self.state = self.unfinished.moved, self.unfinished.state
         self.unfinished = None
         return moved
 
-    def _end(self, moved: UpdateResult) -> UpdateResult:
+    def _finish_update(self, moved: UpdateResult) -> UpdateResult:
         self.close()
         if self.num_ranks > 1:
             distributed.refuse_differences(self.weights, moved.step)
@@ -224,13 +228,13 @@ class PatternUpdater:
         for undo in self._undo:
             undo()
         self._watch, self._watched, self._undo = None, [], []
-        self._gradients, self._passing = {}, {}
+        self._gradients, self._streamed_gradients = {}, {}
 
     def _trained(self) -> dict[str, SparseWeight]:
         """What is frozen keeps its pattern."""
         return {name: weight for name, weight in self.weights.items() if weight.values.requires_grad}
 
-    def _together(self, left_out: Collection[str]) -> Iterator[dict[str, SparseWeight]]:
+    def _update_groups(self, left_out: Collection[str]) -> Iterator[dict[str, SparseWeight]]:
         """All layers that move by themselves; but those whose values are divided among ranks one by one.
 
         Each is made whole. Their counts are fixed, so none depends on another.
@@ -246,7 +250,7 @@ class PatternUpdater:
         if whole:
             yield whole
 
-    def _found(self) -> dict[str, Candidates]:
+    def _collect_candidates(self) -> dict[str, Candidates]:
         found = {}
         for name in self._watched:
             assert self._watch is not None
@@ -260,17 +264,19 @@ class PatternUpdater:
             found = distributed.average_candidates(found)
             if self._undo:  # as many on every rank
                 for name in self._watched:
-                    self._passing.setdefault(name, torch.zeros_like(self.weights[name].values.detach()))
-                distributed.average(self._passing[name] for name in self._watched)
-        for name, gradient in self._passing.items():
+                    self._streamed_gradients.setdefault(
+                        name, torch.zeros_like(self.weights[name].values.detach())
+                    )
+                distributed.average(self._streamed_gradients[name] for name in self._watched)
+        for name, gradient in self._streamed_gradients.items():
             self._gradients[name] = gradient.float().abs()
         return found
 
-    def _warn_of_unseen(self, candidates: Mapping[str, Candidates], now: UpdateTime) -> None:
+    def _warn_of_missing_candidates(self, candidates: Mapping[str, Candidates], now: UpdateTime) -> None:
         """Once for each layer: in a step it may be left out of the loss, as experts are."""
         unseen = [name for name, found in candidates.items() if not len(found.positions)]
-        new = [name for name in unseen if name not in self._unseen]
-        self._unseen.update(new)
+        new = [name for name in unseen if name not in self._warned_layers]
+        self._warned_layers.update(new)
         if new:
             warnings.warn(
                 f"{type(self.method).__name__} moves no weights of {', '.join(map(repr, new))} in the update "
@@ -281,7 +287,7 @@ class PatternUpdater:
                 stacklevel=2,
             )
 
-    def _layer(self, name: str, weight: SparseWeight, candidates: Mapping[str, Candidates]) -> LayerView:
+    def _layer_view(self, name: str, weight: SparseWeight, candidates: Mapping[str, Candidates]) -> LayerView:
         extra: dict[str, Any] = {}
         if name in candidates:
             gradients = self._gradients.get(name)

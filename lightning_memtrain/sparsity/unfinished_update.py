@@ -55,8 +55,8 @@ class UnfinishedUpdate:
             optimizers: whose state follows.
         """
         for name, change in list(self.changes.items()):
-            exchange = weights[name].prepare_replace(change.kept, change.grown, optimizers)
-            assign_all([*exchange, partial(self.changes.pop, name, None)])
+            assignments = weights[name].prepare_replace(change.kept, change.grown, optimizers)
+            assign_all([*assignments, partial(self.changes.pop, name, None)])
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""

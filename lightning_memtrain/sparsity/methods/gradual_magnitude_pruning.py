@@ -117,7 +117,7 @@ class GradualMagnitudePruning(SparseMethod):
                 for name, layer in layers.items()
             }
         else:
-            kept = _smallest_of_all(layers, sum(target.values()))
+            kept = _all_but_smallest_of_all(layers, sum(target.values()))
         return PatternUpdate(
             {
                 name: LayerChange(stays, torch.empty(0, dtype=torch.int64, device=stays.device))
@@ -128,7 +128,7 @@ class GradualMagnitudePruning(SparseMethod):
         )
 
 
-def _smallest_of_all(layers: Mapping[str, LayerView], target: int) -> dict[str, torch.Tensor]:
+def _all_but_smallest_of_all(layers: Mapping[str, LayerView], target: int) -> dict[str, torch.Tensor]:
     """Drop the smallest of all layers, but never the largest of one."""
     magnitudes = [layer.values.abs().clone() for layer in layers.values()]
     for layer in magnitudes:

@@ -60,14 +60,14 @@ def find_layer_copies(locations: Mapping[str, WeightLocation], spared: Collectio
             one it follows.
     """
     originals: dict[str, str] = {}
-    equals = [group for like in _alike(locations) for group in _equal(locations, like)]
+    equals = [group for like in _similar_groups(locations) for group in _equal_groups(locations, like)]
     for group in equals:
         trained = [path for path in group if locations[path].parameter.requires_grad]
         for path in group:
             is_trained = path in trained
             earlier = trained[: trained.index(path)] if is_trained else trained
             options = paths_ending_alike(
-                path, [o for o in earlier if not is_trained or not _by_number(o, path)]
+                path, [o for o in earlier if not is_trained or not _differ_in_numbers(o, path)]
             )
             roots = dict.fromkeys(originals.get(option, option) for option in options)
             if len(roots) == 1:
@@ -82,7 +82,7 @@ def find_layer_copies(locations: Mapping[str, WeightLocation], spared: Collectio
     return LayerCopies(in_order, equals)
 
 
-def _alike(locations: Mapping[str, WeightLocation]) -> Iterable[list[str]]:
+def _similar_groups(locations: Mapping[str, WeightLocation]) -> Iterable[list[str]]:
     """Layers that may be equal by what is seen at a glance."""
     groups: dict[Any, list[str]] = {}
     for path, location in locations.items():
@@ -98,7 +98,7 @@ def _alike(locations: Mapping[str, WeightLocation]) -> Iterable[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _equal(locations: Mapping[str, WeightLocation], paths: list[str]) -> Iterable[list[str]]:
+def _equal_groups(locations: Mapping[str, WeightLocation], paths: list[str]) -> Iterable[list[str]]:
     while len(paths) > 1:
         first = locations[paths[0]].parameter
         same = [path for path in paths if torch.equal(locations[path].parameter, first)]
@@ -130,7 +130,7 @@ def _common_end(path: str, other: str) -> int:
     return next((number for number, (one, two) in enumerate(pairs) if one != two), len(path))
 
 
-def _by_number(path: str, other: str) -> bool:
+def _differ_in_numbers(path: str, other: str) -> bool:
     """Whether two paths differ in numbers only, as those of the blocks of one network do."""
     one, two = path.split("."), other.split(".")
     return len(one) == len(two) and all(

@@ -140,11 +140,11 @@ class Select:
         of_types = {
             path: location
             for path, location in locations.items()
-            if any(_is_a(location.module, kind) for kind in self.types)
+            if any(_is_of_type(location.module, kind) for kind in self.types)
         }
         copies = find_layer_copies(of_types, named)
         own = {path: location for path, location in locations.items() if path not in copies.originals}
-        ends = _ends(own) if self.dense_ends else set()
+        ends = _dense_ends(own) if self.dense_ends else set()
         chosen = {
             path
             for path, location in of_types.items()
@@ -194,7 +194,7 @@ def _is_named(path: str, module: nn.Module, wanted: str | type[nn.Module]) -> bo
     return type(module).__name__ == wanted or fnmatchcase(path, wanted)
 
 
-def _is_a(module: nn.Module, kind: str | type[nn.Module]) -> bool:
+def _is_of_type(module: nn.Module, kind: str | type[nn.Module]) -> bool:
     if isinstance(kind, type):
         return isinstance(module, kind)
     return any(fnmatchcase(base.__name__, kind) for base in type(module).__mro__)
@@ -210,7 +210,7 @@ def _is_depthwise(location: WeightLocation) -> bool:
     )
 
 
-def _ends(locations: Mapping[str, WeightLocation]) -> set[str]:
+def _dense_ends(locations: Mapping[str, WeightLocation]) -> set[str]:
     convolutions = {
         path: location for path, location in locations.items() if isinstance(location.module, _CONVOLUTIONS)
     }

@@ -87,11 +87,11 @@ def prepare_state(
     Returns:
         What is to be called for the change; each makes no tensor and may be called several times.
     """
-    exchange: list[Callable[[], None]] = []
+    assignments: list[Callable[[], None]] = []
     for optimizer in optimizers:
         state = optimizer.state.get(parameter, {})
         if isinstance(optimizer, SupportsReindexing):
-            exchange.append(partial(_refill, state, _reindexed(optimizer, parameter, move.source)))
+            assignments.append(partial(_refill, state, _reindexed(optimizer, parameter, move.source)))
             continue
         coded = _bitsandbytes_keys(state, parameter)
         new: dict[str, Tensor] = {}
@@ -104,11 +104,11 @@ def prepare_state(
             entries = full_tensor(value)
             entries = move(entries, mean=_is_scale(key, entries))
             if isinstance(value, DTensor):
-                exchange.append(prepare_write(value, entries))
+                assignments.append(prepare_write(value, entries))
             else:
                 new[key] = entries
-        exchange.append(partial(state.update, new))
-    return exchange
+        assignments.append(partial(state.update, new))
+    return assignments
 
 
 def _reindexed(optimizer: Any, parameter: Tensor, source: Tensor) -> dict[str, Any]:

@@ -127,7 +127,9 @@ class SparseWeight:
             )
         check_positions(f"`SparseWeight.replace(grown)` of {self.name!r}", grown, self.numel)
         staying = kept.to(device).nonzero().view(-1)
-        positions, source = _merged(self.positions().index_select(0, staying), staying, grown.to(device))
+        positions, source = _merge_positions(
+            self.positions().index_select(0, staying), staying, grown.to(device)
+        )
         if not bool((positions.diff() > 0).all()):
             raise ValueError(
                 f"`SparseWeight.replace(grown)` of {self.name!r} must hold positions, ascending and none of "
@@ -142,34 +144,34 @@ class SparseWeight:
         check_reindexable(optimizers, values)
         # All that is new exists before anything changes.
         move = Reindexing(source)
-        exchange = prepare_state(optimizers, values, move)
+        assignments = prepare_state(optimizers, values, move)
         gradient = values.grad
         if isinstance(values.data, DTensor):
             for divided in (values.data, gradient):
                 if isinstance(divided, DTensor):
-                    exchange.append(prepare_write(divided, move(full_tensor(divided))))
+                    assignments.append(prepare_write(divided, move(full_tensor(divided))))
         else:
             new_gradient = None if gradient is None else move(gradient)
-            exchange.append(self.layer.prepare_values(move(values.detach()), new_gradient))
-        return [*exchange, self.layer.prepare_positions(positions)]
+            assignments.append(self.layer.prepare_values(move(values.detach()), new_gradient))
+        return [*assignments, self.layer.prepare_positions(positions)]
 
 
-def assign_all(exchange: Sequence[Callable[[], Any]]) -> None:
+def assign_all(assignments: Sequence[Callable[[], Any]]) -> None:
     """Change everything, even if an interrupt comes in between: half a change would mix weights.
 
     Args:
-        exchange: each may be called several times.
+        assignments: each may be called several times.
     """
     try:
-        for assign in exchange:
+        for assign in assignments:
             assign()
     except BaseException:
-        for assign in exchange:
+        for assign in assignments:
             assign()
         raise
 
 
-def _merged(old: Tensor, numbers: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+def _merge_positions(old: Tensor, numbers: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     """Ascending positions of two kinds in one order, and the numbers of the old ones, -1 for the new."""
     at_new = torch.searchsorted(old, new).add_(torch.arange(len(new), device=new.device))
     is_old = torch.ones(len(old) + len(new), dtype=torch.bool, device=new.device)

@@ -55,7 +55,5 @@ def test_random_positions_are_those_of_the_callback() -> None:
 
 
 def test_positions_of_no_layer_are_drawn_with_a_warning() -> None:
-    with pytest.warns(
-        mt.NoEffectWarning, match=r"`random_positions` has no effect: SET\(.* matched no"
-    ):
+    with pytest.warns(mt.NoEffectWarning, match=r"`random_positions` has no effect: SET\(.* matched no"):
         assert random_positions(nn.Sequential(nn.ReLU()), mt.SET(0.9)) == {}

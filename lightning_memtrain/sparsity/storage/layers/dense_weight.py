@@ -23,7 +23,7 @@ _NOT_IN_BACKWARD = -1
 _aten = torch.ops.aten
 
 # Asked for by code that goes past torch's operators to the bytes, which are made for it and kept.
-_TAKE_BYTES = frozenset(
+_NEED_BYTES = frozenset(
     {
         Tensor.__array__,
         Tensor.__dlpack__,
@@ -37,7 +37,7 @@ _TAKE_BYTES = frozenset(
     }
 )
 # Of their first argument, these take shape, dtype and device.
-_TAKE_NO_NUMBERS = frozenset(
+_NEED_SHAPE_ONLY = frozenset(
     getattr(_aten, f"{what}_like").default for what in ("empty", "zeros", "ones", "full", "rand", "randn")
 ) | frozenset(getattr(_aten, f"new_{what}").default for what in ("empty", "zeros", "ones", "full"))
 
@@ -65,7 +65,7 @@ class StoredEntries(NamedTuple):
         positions = decode(self.pattern, self.numel, self.span)
         return scatter_to_dense(values, positions, math.prod(self.shape)).view(self.shape)
 
-    def take(self, dense: Tensor) -> None:
+    def store(self, dense: Tensor) -> None:
         """Store the entries of a dense tensor of this shape that have a place here."""
         positions = decode(self.pattern, self.numel, self.span)
         values = self.values.detach()[self.span.value_start : self.span.value_stop]
@@ -74,7 +74,7 @@ class StoredEntries(NamedTuple):
             torch.autograd.graph.increment_version(self.values)
 
 
-class _View(NamedTuple):
+class _ViewStep(NamedTuple):
     """One operator that shows a part of a tensor, or all of it in another shape."""
 
     func: Callable[..., Any]
@@ -101,17 +101,17 @@ class DenseWeight(OnDemandTensor):
     """
 
     _stored: StoredEntries
-    _views: tuple[_View, ...]
-    _version_then: int | None
+    _views: tuple[_ViewStep, ...]
+    _values_version: int | None
     _is_parameter: bool
-    _part: Callable[[int], Tensor] | None
-    _kept: Tensor | None
+    _make_part: Callable[[int], Tensor] | None
+    _plain_copy: Tensor | None
 
     @staticmethod
     def __new__(
         cls: type[DenseWeight],
         stored: StoredEntries,
-        views: tuple[_View, ...] = (),
+        views: tuple[_ViewStep, ...] = (),
         like: Tensor | None = None,
     ) -> DenseWeight:
         """Hold nothing but values and pattern."""
@@ -121,8 +121,8 @@ class DenseWeight(OnDemandTensor):
         if like is not None:
             options |= {"strides": like.stride(), "storage_offset": like.storage_offset()}
         made: DenseWeight = Tensor._make_wrapper_subclass(cls, size, device=values.device, **options)
-        made._stored, made._views, made._version_then = stored, views, _version(values)
-        made._is_parameter, made._part, made._kept = False, None, None
+        made._stored, made._views, made._values_version = stored, views, _version(values)
+        made._is_parameter, made._make_part, made._plain_copy = False, None, None
         return made
 
     @classmethod
@@ -145,7 +145,7 @@ class DenseWeight(OnDemandTensor):
         Args:
             part: makes it, ``shape[1:]``, by its number.
         """
-        self._part = part
+        self._make_part = part
 
     def held(self) -> Sequence[Tensor]:
         """Values and pattern, which have the bytes of this tensor."""
@@ -179,35 +179,35 @@ class DenseWeight(OnDemandTensor):
                 return func.decompose(*args, **kwargs)  # in inference mode, nobody has done so before
             first = args[0] if args and isinstance(args[0], DenseWeight) else None
             if first is not None and func.is_view:
-                return first._seen(func, args[1:], kwargs)
-            if first is not None and func in _TAKE_NO_NUMBERS and first.is_contiguous():
-                return func(first._without_numbers(), *args[1:], **kwargs)
-            return _run(func, args, kwargs, records_gradients)
+                return first._as_view(func, args[1:], kwargs)
+            if first is not None and func in _NEED_SHAPE_ONLY and first.is_contiguous():
+                return func(first._shape_only(), *args[1:], **kwargs)
+            return _run_on_dense(func, args, kwargs, records_gradients)
 
-    def _seen(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _as_view(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         def part(like: Tensor, number: int | None) -> DenseWeight:
-            made = DenseWeight(self._stored, (*self._views, _View(func, args, kwargs, number)), like)
-            made._version_then = self._version_then
+            made = DenseWeight(self._stored, (*self._views, _ViewStep(func, args, kwargs, number)), like)
+            made._values_version = self._values_version
             return made
 
         with _disable_current_modes():
             root = torch.empty(self._stored.shape, dtype=self._stored.values.dtype, device="meta")
-            shown = func(self._see(root), *args, **kwargs)
+            shown = func(self._apply_views(root), *args, **kwargs)
         if isinstance(shown, Tensor):
             return part(shown, None)
         return [part(one, number) for number, one in enumerate(shown)]
 
-    def _see(self, root: Tensor) -> Tensor:
+    def _apply_views(self, root: Tensor) -> Tensor:
         for view in self._views:
             root = view.of(root)
         return root
 
-    def _without_numbers(self) -> Tensor:
+    def _shape_only(self) -> Tensor:
         return self._stored.values.detach().new_empty(1, dtype=self.dtype).expand(self.shape)
 
     def _refuse_stale(self) -> None:
         in_backward = torch._C._current_graph_task_id() != _NOT_IN_BACKWARD
-        if in_backward and self._version_then != _version(self._stored.values):
+        if in_backward and self._values_version != _version(self._stored.values):
             raise RuntimeError(
                 "One of the variables needed for gradient computation, the weight of a sparse layer of shape "
                 f"{self._stored.shape}, has been modified by an inplace operation since the forward. Change "
@@ -228,15 +228,15 @@ class DenseWeight(OnDemandTensor):
         kwargs = kwargs or {}
         weight = args[0] if args and isinstance(args[0], DenseWeight) else None
         with torch._C.DisableTorchFunctionSubclass():
-            if weight is not None and func in _TAKE_BYTES:
-                weight._kept = weight.clone()
-                return func(weight._kept, *args[1:], **kwargs)
+            if weight is not None and func in _NEED_BYTES:
+                weight._plain_copy = weight.clone()
+                return func(weight._plain_copy, *args[1:], **kwargs)
             if weight is not None and func == Tensor.data.__set__:  # type: ignore[attr-defined]
                 return _set_data(weight, *args[1:])
-            if weight is not None and weight._is_parameter and func in _OF_PARAMETERS:
-                return _OF_PARAMETERS[func](weight, *args[1:], **kwargs)
-            if weight is not None and weight._part is not None and func in _DIVIDE:
-                return _divided(weight, weight._part, func, args[1:], kwargs)
+            if weight is not None and weight._is_parameter and func in _PARAMETER_ATTRIBUTES:
+                return _PARAMETER_ATTRIBUTES[func](weight, *args[1:], **kwargs)
+            if weight is not None and weight._make_part is not None and func in _INDEXING:
+                return _index_parts(weight, weight._make_part, func, args[1:], kwargs)
             return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -255,11 +255,11 @@ class DenseWeight(OnDemandTensor):
             return self.clone()
 
 
-def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], records_gradients: bool) -> Any:
+def _run_on_dense(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], records_gradients: bool) -> Any:
     """Run an operator on dense tensors, and store what it writes into them."""
     changed = [
         leaf
-        for number, name in _written(func)
+        for number, name in _written_arguments(func)
         for leaf in tree_leaves(args[number] if number < len(args) else kwargs.get(name))
         if isinstance(leaf, DenseWeight)
     ]
@@ -276,20 +276,20 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], records_grad
 
     def dense(weight: DenseWeight) -> Tensor:
         weight._refuse_stale()
-        return seen.setdefault(id(weight), weight._see(root_of(weight)))
+        return seen.setdefault(id(weight), weight._apply_views(root_of(weight)))
 
     def as_given(made: Any) -> Any:
         return next((weight for weight in changed if seen[id(weight)] is made), made)
 
     result = func(*tree_map_only(DenseWeight, dense, args), **tree_map_only(DenseWeight, dense, kwargs))
     for weight in changed:
-        weight._stored.take(root_of(weight))
-        weight._version_then = _version(weight._stored.values)
+        weight._stored.store(root_of(weight))
+        weight._values_version = _version(weight._stored.values)
     return tree_map_only(Tensor, as_given, result) if changed else result
 
 
 @cache
-def _written(func: Any) -> tuple[tuple[int, str], ...]:
+def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     """Arguments that an operator writes into, by number and name."""
     return tuple(
         (number, argument.name)
@@ -350,7 +350,7 @@ def _set_gradient(weight: DenseWeight, gradient: Tensor | None) -> None:
 
 
 # What is asked of a parameter itself is asked of the values.
-_OF_PARAMETERS: dict[Any, Callable[..., Any]] = {
+_PARAMETER_ATTRIBUTES: dict[Any, Callable[..., Any]] = {
     Tensor.requires_grad_: _set_requires_grad,
     Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
     Tensor.grad.__get__: _gradient,  # type: ignore[union-attr]
@@ -360,10 +360,10 @@ _OF_PARAMETERS: dict[Any, Callable[..., Any]] = {
 
 # ---------------------------------------------------------------------- one matrix of three axes
 
-_DIVIDE = frozenset({Tensor.__getitem__, Tensor.__iter__, Tensor.select, Tensor.unbind})
+_INDEXING = frozenset({Tensor.__getitem__, Tensor.__iter__, Tensor.select, Tensor.unbind})
 
 
-def _divided(
+def _index_parts(
     weight: DenseWeight,
     part: Callable[[int], Tensor],
     func: Callable[..., Any],

@@ -96,7 +96,7 @@ class SparseParameterOwner(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.sparse_names:
-            _stored(self, name).weight = value
+            _sparse_parameter(self, name).weight = value
         else:
             super().__setattr__(name, value)
 
@@ -110,7 +110,7 @@ class SparseParameterOwner(nn.Module):
         # The class has no name by which it could be found.
         reduced: Any = super().__reduce_ex__(protocol)
         _, _, *rest = reduced
-        return _blank, (self.dense_type, self.sparse_names), *rest
+        return _empty_owner, (self.dense_type, self.sparse_names), *rest
 
 
 class _SparseRecurrent(SparseParameterOwner):
@@ -122,7 +122,7 @@ class _SparseRecurrent(SparseParameterOwner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the dense layer with weights that are made for this call."""
-        self._made = {name: _stored(self, name).dense_with_gradient() for name in self.sparse_names}
+        self._made = {name: _sparse_parameter(self, name).dense_with_gradient() for name in self.sparse_names}
         self._flat_weights = [getattr(self, name, None) for name in self._flat_weights_names]
         self._flat_weight_refs = [None if one is None else weakref.ref(one) for one in self._flat_weights]
         try:
@@ -142,28 +142,28 @@ class _SparseRecurrent(SparseParameterOwner):
         return {key: value for key, value in self.__dict__.items() if key != "_flat_weight_refs"}
 
 
-def _stored(module: nn.Module, name: str) -> SparseLayer:
+def _sparse_parameter(module: nn.Module, name: str) -> SparseLayer:
     return cast(SparseLayer, module._modules[f"{name}{SPARSE_SUFFIX}"])
 
 
-def _seen(name: str) -> property:
+def _weight_property(name: str) -> property:
     def get(module: nn.Module) -> Tensor:
         made: dict[str, Tensor] | None = module.__dict__.get("_made")
-        return made[name] if made is not None else _stored(module, name).weight
+        return made[name] if made is not None else _sparse_parameter(module, name).weight
 
     return property(get)
 
 
 @cache
-def _owner_type(dense_type: Any, names: tuple[str, ...]) -> type[SparseParameterOwner]:
+def _sparse_type(dense_type: Any, names: tuple[str, ...]) -> type[SparseParameterOwner]:
     mixin = _SparseRecurrent if issubclass(dense_type, nn.RNNBase) else SparseParameterOwner
-    namespace: dict[str, Any] = {name: _seen(name) for name in names}
+    namespace: dict[str, Any] = {name: _weight_property(name) for name in names}
     namespace |= {"sparse_names": names, "dense_type": dense_type, "__module__": dense_type.__module__}
     return type(f"Sparse{dense_type.__name__}", (mixin, dense_type), namespace)
 
 
-def _blank(dense_type: Any, names: tuple[str, ...]) -> SparseParameterOwner:
-    made: type[SparseParameterOwner] = _owner_type(dense_type, names)
+def _empty_owner(dense_type: Any, names: tuple[str, ...]) -> SparseParameterOwner:
+    made: type[SparseParameterOwner] = _sparse_type(dense_type, names)
     return made.__new__(made)
 
 
@@ -181,7 +181,7 @@ def sparsify_parameter(module: nn.Module, name: str, positions: Tensor, storage:
     dense_type: Any = module.dense_type if isinstance(module, SparseParameterOwner) else type(module)
     dense = cast(nn.Parameter, module._parameters.pop(name))
     module._modules[f"{name}{SPARSE_SUFFIX}"] = SparseParameter(dense, positions, storage)
-    module.__class__ = _owner_type(dense_type, (*names, name))
+    module.__class__ = _sparse_type(dense_type, (*names, name))
     if isinstance(module, _SparseRecurrent):
         module._init_flat_weights()
 
@@ -196,13 +196,13 @@ def densify_parameter(module: SparseParameterOwner, name: str) -> nn.Parameter:
     Returns:
         The parameter.
     """
-    stored, names = _stored(module, name), tuple(one for one in module.sparse_names if one != name)
+    stored, names = _sparse_parameter(module, name), tuple(one for one in module.sparse_names if one != name)
     dense = nn.Parameter(stored.dense(), requires_grad=stored.values.requires_grad)
     dense_type: Any = module.dense_type
     del module._modules[f"{name}{SPARSE_SUFFIX}"]
     parameters = {**module._parameters, name: dense}
     module._parameters = {one: parameters[one] for one in module._parameter_names if one in parameters}
-    module.__class__ = _owner_type(dense_type, names) if names else dense_type
+    module.__class__ = _sparse_type(dense_type, names) if names else dense_type
     if not names:
         for attribute in ("_parameter_names", "_made"):
             module.__dict__.pop(attribute, None)

@@ -272,7 +272,7 @@ def test_bytes_for_code_that_takes_them() -> None:
     weight = layer.weight
     assert weight.tolist() == dense.weight.tolist()
     assert (weight.detach().numpy() == dense.weight.detach().numpy()).all()
-    assert weight.data_ptr() == weight._kept.data_ptr()
+    assert weight.data_ptr() == weight._plain_copy.data_ptr()
     assert weight.untyped_storage().nbytes() == 64
     assert torch.from_dlpack(weight.detach()).tolist() == dense.weight.tolist()
     numbers = repr(dense.weight).removeprefix("Parameter containing:\n").removesuffix(", requires_grad=True)")
