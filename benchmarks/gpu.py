@@ -39,7 +39,7 @@ from benchmarks.memory_rows import WIDE_RESNET_ROWS, measure_row
 from benchmarks.models import transformer_step
 from benchmarks.results_file import write_results
 from lightning_memtrain import (
-    DynamicSparseReparameterization,
+    DSR,
     MemoryProfiler,
     RigL,
     SparseTraining,
@@ -62,7 +62,7 @@ ROWS = {
 }
 RUN_FOLDER = Path("runs") / "gpu-cifar10-wrn28-2"
 WHAT = ["all", "rows", "overhead", "training", "translation"]
-METHODS = {"static": StaticSparse, "rigl": RigL, "dsr": DynamicSparseReparameterization}
+METHODS = {"static": StaticSparse, "rigl": RigL, "dsr": DSR}
 
 
 def rows(device: torch.device) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def rows() -> dict[str, tuple[dict[str, Any], list[pl.Callback], dict[str, Any]]
             [
                 microbatching(16),
                 full("full"),
-                mt.SparseTraining(mt.DynamicSparseReparameterization(0.8), layers=LINEAR),
+                mt.SparseTraining(mt.DSR(0.8), layers=LINEAR),
             ],
             half(),
         ),

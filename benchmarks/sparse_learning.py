@@ -27,10 +27,14 @@ from torch.nn import functional as F
 from benchmarks.results_file import write_results
 from lightning_memtrain.recipes.cifar10_wrn28_2.batches import read_batch
 from lightning_memtrain.recipes.cifar10_wrn28_2.model import WideResNet
-from lightning_memtrain.sparsity.clocks import RunLength, UpdateEvery
-from lightning_memtrain.sparsity.methods import SET, RigL, SparseMethod, StaticSparse
-from lightning_memtrain.sparsity.reparameterization import DynamicSparseReparameterization
-from lightning_memtrain.sparsity.rules import Layer, Moment, sample_inactive
+from lightning_memtrain.sparsity.methods.dsr import DSR
+from lightning_memtrain.sparsity.methods.rigl import RigL
+from lightning_memtrain.sparsity.methods.rules.layer_updates import LayerView, UpdateTime
+from lightning_memtrain.sparsity.methods.rules.random_positions import sample_free_positions
+from lightning_memtrain.sparsity.methods.set import SET
+from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
+from lightning_memtrain.sparsity.methods.static_sparse import StaticSparse
+from lightning_memtrain.sparsity.methods.update_schedules import RunLength, UpdateEvery
 
 SPARSITY, DEPTH, BATCH_SIZE, UPDATE_STEPS = 0.9, 16, 100, 50
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -39,7 +43,7 @@ METHODS: dict[str, SparseMethod | None] = {
     "static": StaticSparse(SPARSITY),
     "set": SET(SPARSITY),
     "rigl": RigL(SPARSITY),
-    "dsr": DynamicSparseReparameterization(SPARSITY),
+    "dsr": DSR(SPARSITY),
 }
 
 
@@ -60,16 +64,16 @@ class Masked:
             if isinstance(module, nn.Conv2d) and "groups." in name and "shortcut" not in name
         }
         counts = method.counts({name: weight.shape for name, weight in self.weights.items()}, {})
-        start = Moment(step=0, elapsed=0, span=0, seed=seed)
+        start = UpdateTime(step=0, elapsed=0, total=0, seed=seed)
         empty = torch.empty(0, dtype=torch.int64)
         self.positions = {
-            name: sample_inactive(weight.numel(), empty, counts[name], start.generator(name))
+            name: sample_free_positions(weight.numel(), empty, counts[name], start.generator(name))
             for name, weight in self.weights.items()
         }
         self.method, self.seed = method, seed
         self.state = method.initial_state(sum(counts.values()))
-        stop = 0.75 if method.clock is None else method.clock.stop  # type: ignore[attr-defined]
-        self.ticks = UpdateEvery(UPDATE_STEPS, stop=stop).bind(RunLength(num_steps))
+        stop = 0.75 if method.default_update is None else method.default_update.stop  # type: ignore[attr-defined]
+        self.ticks = UpdateEvery(UPDATE_STEPS, stop=stop).in_steps(RunLength(num_steps))
         self.dense_gradients: dict[str, Tensor] = {}
         self.zero()
 
@@ -87,7 +91,7 @@ class Masked:
 
     def before_step(self, step: int) -> None:
         """Gradients of weights only; those of all entries are kept where the method asks for them."""
-        if self.method.num_candidates({"": 100}, Moment(step, step, self.method.span(self.ticks))):
+        if self.method.num_candidates({"": 100}, self.method.update_time(step, self.ticks)):
             self.dense_gradients = {name: weight.grad.flatten() for name, weight in self.weights.items()}
         for name, weight in self.weights.items():
             weight.grad = weight.grad.clone()
@@ -98,7 +102,7 @@ class Masked:
         """Move weights if it is time; those that went have no momentum, those that came begin at 0."""
         if not self.ticks.is_due(step):
             return
-        moment = Moment(step, step, self.method.span(self.ticks), self.seed)
+        moment = self.method.update_time(step, self.ticks, self.seed)
         layers = {name: self._layer(name, weight) for name, weight in self.weights.items()}
         update = self.method.update(layers, moment, self.state)
         self.state = update.state
@@ -110,7 +114,7 @@ class Masked:
             self._active(name, momentum)
             self.positions[name] = torch.cat([kept, change.grown]).sort().values
 
-    def _layer(self, name: str, weight: Tensor) -> Layer:
+    def _layer(self, name: str, weight: Tensor) -> LayerView:
         positions = self.positions[name]
         inactive = gradients = active_gradients = None
         if self.dense_gradients:
@@ -119,7 +123,7 @@ class Masked:
             inactive = is_inactive.nonzero().flatten()
             gradients, active_gradients = (self.dense_gradients[name][at] for at in (inactive, positions))
         values = weight.flatten()[positions]
-        return Layer(name, weight.shape, lambda: positions, values, inactive, gradients, active_gradients)
+        return LayerView(name, weight.shape, lambda: positions, values, inactive, gradients, active_gradients)
 
 
 def read(folder: Path, files: list[str], num_images: int) -> tuple[Tensor, Tensor]:

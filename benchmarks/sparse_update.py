@@ -25,8 +25,8 @@ from torch import nn
 from benchmarks.ledger_overhead import keep_the_heap
 from benchmarks.results_file import write_results
 from lightning_memtrain import RigL, sparsify_
-from lightning_memtrain.sparsity.rules import Moment
-from lightning_memtrain.sparsity.updater import Updater
+from lightning_memtrain.sparsity.methods.rules.layer_updates import UpdateTime
+from lightning_memtrain.sparsity.pattern_updater import PatternUpdater
 
 NUM_LAYERS, SPARSITY = 4, 0.9
 STORED = (100_000, 300_000, 1_000_000, 1_700_000)
@@ -52,7 +52,7 @@ class Run:
         self.model = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())))
         count = round((1 - SPARSITY) * width**2)
         positions = {f"{2 * i}.weight": torch.randperm(width**2)[:count].sort().values for i in range(4)}
-        self.updater = Updater(sparsify_(self.model, positions), RigL(SPARSITY))
+        self.updater = PatternUpdater(sparsify_(self.model, positions), RigL(SPARSITY))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.batch = torch.randn(batch_size, width)
         self.target = torch.randn(batch_size, width)
@@ -62,12 +62,12 @@ class Run:
         """One without an update."""
         self.optimizer.zero_grad()
         (self.model(self.batch) - self.target).square().mean().backward()
-        self.updater.note_gradients()
+        self.updater.record_gradients()
         self.optimizer.step()
 
     def step_with_update(self, number: int) -> None:
         """One with an update of RigL behind it."""
-        moment = Moment(step=number, elapsed=0, span=100)
+        moment = UpdateTime(step=number, elapsed=0, total=100)
         self.updater.watch(moment)
         self.step()
         moved = self.updater.update(moment, [self.optimizer])

@@ -28,9 +28,9 @@ from benchmarks.lightning_steps import Training, Watch, peak_of, trainer_with
 from benchmarks.models import Step, transformer_step, wide_resnet_step
 from benchmarks.results_file import write_results
 from lightning_memtrain import (
+    DSR,
     ActivationCheckpointing,
     ActivationCodec,
-    DynamicSparseReparameterization,
     EarlyZeroGrad,
     LowPrecision,
     Microbatching,
@@ -116,7 +116,7 @@ def wide_resnet_rows() -> dict[str, tuple[MakeOptimizer, Row]]:
 
     def zeros() -> SparseTraining:
         layers = Select(dense=("model.conv", "*.shortcut", "model.fc"))
-        return SparseTraining(DynamicSparseReparameterization(0.8), layers=layers)
+        return SparseTraining(DSR(0.8), layers=layers)
 
     return {
         "float32": (sgd, {}),

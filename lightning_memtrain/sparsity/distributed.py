@@ -15,18 +15,18 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_memtrain.sparsity import sharding
-from lightning_memtrain.sparsity.candidates import Candidates
-from lightning_memtrain.sparsity.weights import SparseWeight
+from lightning_memtrain.sparsity.storage.candidate_search import Candidates
+from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 # Odd, from the golden ratio; products wrap around.
 _MULTIPLIER = -7046029254386353131
 
 
-def is_on(strategy: Any) -> bool:
+def is_replicated(strategy: Any) -> bool:
     """Whether other ranks hold the same values; those that shards divide are looked after by these."""
     several = strategy is not None and getattr(strategy, "world_size", 1) > 1
-    return several and not sharding.shards(strategy)
+    return several and not sharding.divides_parameters(strategy)
 
 
 def hide_from_ddp(model: nn.Module, weights: Mapping[str, SparseWeight]) -> Callable[[], None]:
@@ -41,7 +41,7 @@ def hide_from_ddp(model: nn.Module, weights: Mapping[str, SparseWeight]) -> Call
     """
     before = getattr(model, _IGNORED, None)
     hidden = [
-        f"{weight.place}.{name}".lstrip(".")
+        f"{weight.module_path}.{name}".lstrip(".")
         for weight in weights.values()
         for name in ("values", "sparsity_pattern")
     ]
@@ -121,7 +121,7 @@ def average(tensors: Iterable[Tensor]) -> None:
     """Average tensors over ranks, in place.
 
     Args:
-        tensors: as many, in the same order, on every rank.
+        tensors: floating point; as many, of the same shapes, in the same order, on every rank.
     """
     for tensor in tensors:
         tensor /= distributed.get_world_size()
@@ -152,17 +152,17 @@ def average_candidates(found: Mapping[str, Candidates]) -> dict[str, Candidates]
     return merged
 
 
-def fingerprint(positions: Tensor) -> int:
+def pattern_fingerprint(positions: Tensor) -> int:
     """A number that two patterns hardly ever share, the same on every machine.
 
     Args:
-        positions: int64.
+        positions: int64 of one axis, ascending.
 
     Returns:
         A whole number.
 
     Example:
-        >>> fingerprint(torch.tensor([0, 3])) == fingerprint(torch.tensor([0, 4]))
+        >>> pattern_fingerprint(torch.tensor([0, 3])) == pattern_fingerprint(torch.tensor([0, 4]))
         False
     """
     mixed = (positions + 1) * _MULTIPLIER
@@ -180,7 +180,9 @@ def refuse_differences(weights: Mapping[str, SparseWeight], step: int) -> None:
         RuntimeError: naming the layer that differs.
     """
     gathered: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(gathered, {name: fingerprint(w.positions()) for name, w in weights.items()})
+    distributed.all_gather_object(
+        gathered, {name: pattern_fingerprint(w.positions()) for name, w in weights.items()}
+    )
     for rank, theirs in enumerate(gathered):
         for name, number in theirs.items():
             if gathered[0].get(name) != number:

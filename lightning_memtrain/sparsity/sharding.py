@@ -6,19 +6,17 @@ Patterns are whole on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 
-if TYPE_CHECKING:
-    from lightning_memtrain.sparsity.weights import SparseWeight
+from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
 
 
-def shards(strategy: Any) -> bool:
+def divides_parameters(strategy: Any) -> bool:
     """Whether parameters are divided in the user's ``configure_model``."""
     return any(base.__name__ == "ModelParallelStrategy" for base in type(strategy).__mro__)
 
@@ -100,38 +98,3 @@ def refuse_other_shards(weights: Mapping[str, SparseWeight], num_ranks: int) -> 
             "layers, with data_parallel_size as many as there are ranks, and name layers of tensor "
             "parallelism in Select(dense=...)."
         )
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All entries on every rank, where all have to ask for them.
-
-    Args:
-        tensor: divided, or plain, which is returned as it is.
-
-    Returns:
-        A plain tensor.
-    """
-    full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full
-
-
-@torch.no_grad()
-def written(shards_of: DTensor, entries: Tensor) -> Callable[[], None]:
-    """Prepare to put new entries in the place of the old ones, each rank its own.
-
-    Args:
-        shards_of: what is divided.
-        entries: all of them, equal on all ranks.
-
-    Returns:
-        Does it without a new tensor; may be called several times.
-    """
-    mesh = shards_of.device_mesh
-    everywhere = DTensor.from_local(entries, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    old, new = shards_of.to_local(), everywhere.redistribute(placements=shards_of.placements).to_local()
-
-    def copy() -> None:
-        with torch.no_grad():
-            old.copy_(new)
-
-    return copy

@@ -90,7 +90,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def run(name: str, folder: Path, seed: int, **options: Any) -> Net:
     method = METHODS[name.partition(",")[0]]()
     options = OPTIONS[name] | options
-    update = None if method.clock is None else mt.UpdateEvery(2, stop=1.0)
+    update = None if method.default_update is None else mt.UpdateEvery(2, stop=1.0)
     callbacks: list[Any] = [mt.SparseTraining(method, update)]
     if microbatches := options.pop("microbatches", None):
         callbacks.append(mt.Microbatching(**microbatches))

@@ -177,7 +177,7 @@ def run(name: str, folder: Path, devices: int, *callbacks: Any, ckpt_path: Any =
     method = METHODS[name.partition(",")[0]]()
     options = OPTIONS.get(name, {}) | options
     make = options.pop("make", Sharded)
-    update = None if method.clock is None else mt.UpdateEvery(2, stop=1.0)
+    update = None if method.default_update is None else mt.UpdateEvery(2, stop=1.0)
     sparse = mt.SparseTraining(method, update, storage=options.pop("storage", "auto"))
     microbatches = [mt.Microbatching(num_microbatches=2)] if options.pop("microbatched", False) else []
     if devices == 2:
@@ -268,7 +268,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(found: list[dict[str, Any]])
     [
         (
             "DSR",
-            r"`SparseTraining\(method\)` must keep the number .* but got DynamicSparse.* Use RigL, SET",
+            r"`SparseTraining\(method\)` must keep the number .* but got DSR.* Use RigL, SET",
         ),
         ("GMP", r"must keep the number .* but got GradualMagnitudePruning.* Use RigL, SET or StaticSparse"),
         ("SET, never converted", r"'net\.0' was made in `configure_model`\. Make it in `__init__`, call"),

@@ -10,19 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_memtrain.sparsity.clocks import RunLength, UpdateEvery, UpdatePiecewise
-from lightning_memtrain.sparsity.distributions import (
-    ErdosRenyi,
-    ErdosRenyiKernel,
-    Uniform,
-    apportion,
-    num_kept,
-)
-from lightning_memtrain.sparsity.methods import SET, RigL, StaticSparse
-from lightning_memtrain.sparsity.pruning import GradualMagnitudePruning
-from lightning_memtrain.sparsity.reparameterization import DynamicSparseReparameterization
-from lightning_memtrain.sparsity.rules import Layer, Moment, sample_inactive
-from lightning_memtrain.sparsity.schedules import (
+from lightning_memtrain.sparsity.methods.apportionment import apportion
+from lightning_memtrain.sparsity.methods.distributions import ErdosRenyi, ErdosRenyiKernel, Uniform, num_kept
+from lightning_memtrain.sparsity.methods.dsr import DSR
+from lightning_memtrain.sparsity.methods.gradual_magnitude_pruning import GradualMagnitudePruning
+from lightning_memtrain.sparsity.methods.rigl import RigL
+from lightning_memtrain.sparsity.methods.rules.layer_updates import LayerView, UpdateTime
+from lightning_memtrain.sparsity.methods.rules.random_positions import sample_free_positions
+from lightning_memtrain.sparsity.methods.set import SET
+from lightning_memtrain.sparsity.methods.static_sparse import StaticSparse
+from lightning_memtrain.sparsity.methods.update_schedules import RunLength, UpdateEvery, UpdatePiecewise
+from lightning_memtrain.sparsity.methods.value_schedules import (
     ConstantSchedule,
     CosineSchedule,
     CubicSchedule,
@@ -46,10 +44,10 @@ class Network:
     def __init__(self, method, shapes, seed):
         self.method, self.shapes, self.seed = method, shapes, seed
         self.counts = method.counts(shapes, {})
-        start = Moment(0, 0, 100, seed)
+        start = UpdateTime(0, 0, 100, seed)
         none = torch.empty(0, dtype=torch.int64)
         self.positions = {
-            name: sample_inactive(math.prod(shapes[name]), none, count, start.generator(name))
+            name: sample_free_positions(math.prod(shapes[name]), none, count, start.generator(name))
             for name, count in self.counts.items()
         }
         self.noise = torch.Generator().manual_seed(seed)
@@ -64,7 +62,7 @@ class Network:
         inactive = torch.ones(numel, dtype=torch.bool)
         inactive[self.positions[name]] = False
         where = inactive.nonzero().flatten()
-        return Layer(
+        return LayerView(
             name,
             self.shapes[name],
             lambda: self.positions[name],
@@ -76,7 +74,7 @@ class Network:
 
     def update(self, step, span=100):
         layers = {name: self.layer(name) for name in self.counts}
-        moment = Moment(step, step, span, self.seed)
+        moment = UpdateTime(step, step, span, self.seed)
         update = self.method.update(layers, moment, self.state)
         self.state = update.state
         for name, change in update.changes.items():
@@ -114,7 +112,7 @@ def test_each_layer_keeps_its_count_through_all_updates(make, shapes, sparsity, 
     shapes=shapes, sparsity=sparsities, seed=st.integers(0, 99), threshold=st.sampled_from([1e-6, 1e-3, 1.0])
 )
 def test_the_total_is_the_same_after_any_reallocation(shapes, sparsity, seed, threshold):
-    network = Network(DynamicSparseReparameterization(sparsity, threshold=threshold), shapes, seed)
+    network = Network(DSR(sparsity, threshold=threshold), shapes, seed)
     total = sum(network.counts.values())
     for step in range(1, 6):
         network.update(step)
@@ -140,7 +138,7 @@ def test_gradual_pruning_ends_with_the_count_that_was_asked_for(shapes, sparsity
         assert sum(counts.values()) == sum(planned.values())
 
 
-@pytest.mark.parametrize("make", [SET, RigL, DynamicSparseReparameterization])
+@pytest.mark.parametrize("make", [SET, RigL, DSR])
 @settings(max_examples=15, deadline=None)
 @given(shapes=shapes, sparsity=st.floats(0.3, 0.95), seed=st.integers(0, 99))
 def test_equal_seeds_give_equal_patterns(make, shapes, sparsity, seed):
@@ -196,7 +194,7 @@ def test_what_is_divided_adds_up(parts, data):
 def test_inactive_positions_are_sampled_without_repetition(total, data):
     taken = torch.tensor(sorted(data.draw(st.sets(st.integers(0, total - 1)))), dtype=torch.int64)
     count = data.draw(st.integers(0, total - len(taken)))
-    drawn = sample_inactive(total, taken, count, torch.Generator().manual_seed(0))
+    drawn = sample_free_positions(total, taken, count, torch.Generator().manual_seed(0))
     assert len(drawn) == count
     assert not torch.isin(drawn, taken).any()
     assert (drawn.diff() > 0).all()
@@ -222,20 +220,20 @@ def test_schedules_are_monotone_and_reach_their_end(begin, end, total):
     stop=st.one_of(st.integers(30, 60), st.floats(0.5, 1.0)),
 )
 def test_the_last_tick_is_the_last_that_is_due(steps, start, stop):
-    ticks = UpdateEvery(steps, start, stop).bind(RunLength(total_steps=60))
-    due = [step for step in range(1, 200) if ticks.is_due(step)]
+    update_steps = UpdateEvery(steps, start, stop).in_steps(RunLength(total_steps=60))
+    due = [step for step in range(1, 200) if update_steps.is_due(step)]
     assert {after - before for before, after in pairwise(due)} <= {steps}
-    assert ticks.last == (due[-1] if due else 0)
+    assert update_steps.last == (due[-1] if due else 0)
 
 
 @settings(max_examples=60)
 @given(periods=st.dictionaries(st.integers(0, 5), st.integers(1, 9), min_size=1), stop=st.integers(5, 9))
 def test_pieces_follow_each_other(periods, stop):
-    ticks = UpdatePiecewise(periods, "epoch", stop).bind(RunLength(steps_per_epoch=10))
+    update_steps = UpdatePiecewise(periods, "epoch", stop).in_steps(RunLength(steps_per_epoch=10))
     expected = []
     begins = sorted(periods)
     for begin, end in zip(begins, [*begins[1:], None], strict=True):
         last = stop * 10 + 1 if end is None else end * 10
         expected += [step for step in range(begin * 10, last, periods[begin]) if step > 0]
-    assert [step for step in range(200) if ticks.is_due(step)] == expected
-    assert ticks.last == (expected[-1] if expected else 0)
+    assert [step for step in range(200) if update_steps.is_due(step)] == expected
+    assert update_steps.last == (expected[-1] if expected else 0)

@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 import lightning_memtrain.recipes.cifar10_wrn28_2 as recipe
-from lightning_memtrain import DynamicSparseReparameterization, MemoryProfiler, SparseTraining
+from lightning_memtrain import DSR, MemoryProfiler, SparseTraining
 from lightning_memtrain.recipes.cifar10_wrn28_2.data import CIFAR10DataModule, DigitsDataModule
 from lightning_memtrain.recipes.cifar10_wrn28_2.module import WideResNetClassifier
 
@@ -82,7 +82,7 @@ def test_the_sparse_variant_is_that_of_the_authors(tmp_path: Path) -> None:
     assert len(layers) == 24
     assert {tuple(layer.kernel_size) for layer in layers.values()} == {(3, 3)}
     assert sum(layer.weight.numel() for layer in layers.values()) == 1_451_520
-    assert sparse.method == DynamicSparseReparameterization(0.8, reallocate=20_000, threshold=1e-3)
+    assert sparse.method == DSR(0.8, reallocate=20_000, threshold=1e-3)
 
 
 def has_arrived(written: Any, arrived: Any) -> bool:

@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_memtrain import (
+    DSR,
     ActivationCheckpointing,
-    DynamicSparseReparameterization,
     Microbatching,
     Select,
     SparseTraining,
@@ -108,7 +108,7 @@ def checkpointing() -> ActivationCheckpointing:
 def sparse() -> SparseTraining:
     # The pattern moves before and after both checkpoints.
     layers = Select(dense=("*.weight_linear", "*.output_projection"))
-    return SparseTraining(DynamicSparseReparameterization(0.5), UpdateEvery(2), layers=layers)
+    return SparseTraining(DSR(0.5), UpdateEvery(2), layers=layers)
 
 
 @pytest.mark.parametrize(

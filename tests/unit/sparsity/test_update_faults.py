@@ -11,23 +11,23 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from tests.unit.techniques.sparsity.test_callback import EVERY_TWO, METHODS, assert_same, fit
-from tests.unit.techniques.sparsity.test_replace_faults import InterruptAtLine, are_equal, tensors_of
 from torch import nn
 from torch.optim import Optimizer
 
 import lightning_memtrain as mt
-from lightning_memtrain.sparsity import unfinished
-from lightning_memtrain.sparsity.rules import Moment
-from lightning_memtrain.sparsity.unfinished import Moved, Unfinished
-from lightning_memtrain.sparsity.updater import Updater
-from lightning_memtrain.sparsity.weights import SparseWeight
+from lightning_memtrain.sparsity import unfinished_update
+from lightning_memtrain.sparsity.methods.rules.layer_updates import UpdateTime
+from lightning_memtrain.sparsity.pattern_updater import PatternUpdater
+from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
+from lightning_memtrain.sparsity.unfinished_update import UnfinishedUpdate, UpdateResult
 from tests.helpers.faults import FailAtOp
 from tests.helpers.trainers import LIGHTNING_WARNINGS
+from tests.unit.sparsity.storage.test_replace_faults import InterruptAtLine, are_equal, tensors_of
+from tests.unit.sparsity.test_sparse_training import EVERY_TWO, METHODS, assert_same, fit
 
 pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
 
-NOW = Moment(step=1, elapsed=5, span=10)
+NOW = UpdateTime(step=1, elapsed=5, total=10)
 MOVING: dict[str, Callable[[], Any]] = {name: METHODS[name] for name in ("SET", "RigL", "DSR", "GMP, global")}
 
 
@@ -42,12 +42,12 @@ class Run:
         self.weights = mt.sparsify_(self.student, positions, storage=storage)
         teacher = copy.deepcopy(self.student[0])
         self.follower = SparseWeight("teacher.weight", teacher)
-        self.updater = Updater(self.weights, MOVING[name]())
+        self.updater = PatternUpdater(self.weights, MOVING[name]())
         self.updater.followers = {"0.weight": [self.follower]}
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=0.05)
         self.updater.watch(NOW)
         self.student(torch.randn(4, 8)).square().sum().backward()
-        self.updater.note_gradients()
+        self.updater.record_gradients()
         self.optimizer.step()
 
     @property
@@ -58,7 +58,7 @@ class Run:
         """All that belongs together, by layer."""
         return [tensors_of(one.layer, one, self.optimizer) for one in self.everything.values()]
 
-    def update(self) -> Moved:
+    def update(self) -> UpdateResult:
         return self.updater.update(NOW, [self.optimizer])
 
 
@@ -108,16 +108,16 @@ def test_an_interrupt_at_any_line_of_an_update() -> None:
     assert num_moved == sorted(num_moved)
 
 
-def interrupt_after_one_layer(run: Run, monkeypatch: pytest.MonkeyPatch) -> Unfinished:
+def interrupt_after_one_layer(run: Run, monkeypatch: pytest.MonkeyPatch) -> UnfinishedUpdate:
     """What is left to do."""
-    carry_out = unfinished.carry_out
+    assign_all = unfinished_update.assign_all
 
     def and_then_interrupt(exchange: Any) -> None:
-        carry_out(exchange)
+        assign_all(exchange)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(unfinished, "carry_out", and_then_interrupt)
+        patch.setattr(unfinished_update, "assign_all", and_then_interrupt)
         with pytest.raises(KeyboardInterrupt):
             run.update()
     assert run.updater.unfinished is not None
@@ -136,17 +136,17 @@ def test_what_is_left_goes_through_a_checkpoint(tmp_path: Path, monkeypatch: pyt
     run, whole = Run("DSR"), Run("DSR")
     moved = whole.update()
     torch.save(interrupt_after_one_layer(run, monkeypatch).state_dict(), tmp_path / "left.pt")
-    other = Updater(run.weights, MOVING["DSR"]())
-    other.unfinished = Unfinished.loaded(torch.load(tmp_path / "left.pt", weights_only=True))
+    other = PatternUpdater(run.weights, MOVING["DSR"]())
+    other.unfinished = UnfinishedUpdate.loaded(torch.load(tmp_path / "left.pt", weights_only=True))
     assert other.finish(run.everything, [run.optimizer]) == moved
     assert other.state == whole.updater.state
     assert all(are_equal(*pair) for pair in zip(run.layers(), whole.layers(), strict=True))
-    assert Unfinished.loaded(None) is None
+    assert UnfinishedUpdate.loaded(None) is None
 
 
 def fail_after(num_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let so many layers move, and the next one run out of memory."""
-    inner, calls = SparseWeight.prepared, []
+    inner, calls = SparseWeight.prepare_replace, []
 
     def prepared(weight: SparseWeight, kept: Any, grown: Any, optimizers: list[Optimizer]) -> Any:
         calls.append(weight.name)
@@ -154,7 +154,7 @@ def fail_after(num_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError("injected")
         return inner(weight, kept, grown, optimizers)
 
-    monkeypatch.setattr(SparseWeight, "prepared", prepared)
+    monkeypatch.setattr(SparseWeight, "prepare_replace", prepared)
 
 
 class SavesAtTheFault(Callback):

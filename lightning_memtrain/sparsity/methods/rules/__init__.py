@@ -1,0 +1,1 @@
+"""Which weights to drop, where to grow, and how many in which layer: pure functions of one update."""

@@ -1,0 +1,1 @@
+"""How a sparse weight is kept and computed with."""

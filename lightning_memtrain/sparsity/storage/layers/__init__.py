@@ -1,0 +1,1 @@
+"""Layers that compute with stored entries, and show a dense weight to whoever asks for it."""
