@@ -25,6 +25,7 @@ _EXPECTED = {
     "_make_backward_fn": ["optimizer"],
     "_make_zero_grad_fn": ["batch_idx", "optimizer"],
     "_training_step": ["kwargs"],
+    "_optimizer_step": ["batch_idx", "train_step_and_backward_closure"],
 }
 
 
@@ -70,6 +71,31 @@ def install_closure(trainer: Trainer, make: Callable[[Any, Any, int], Closure]) 
     def undo() -> None:
         if loop.__dict__.get("_make_closure") is make:
             del loop.__dict__["_make_closure"]
+
+    return undo
+
+
+def install_around_step(trainer: Trainer, around: Callable[[Callable[[], None]], None]) -> Callable[[], None]:
+    """Let something be done around each step of the optimizer, its closure included.
+
+    Args:
+        trainer: the trainer.
+        around: called with a function that takes the step.
+
+    Returns:
+        A function that takes it back.
+    """
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+    own = loop._optimizer_step
+
+    def step(batch_idx: int, train_step_and_backward_closure: Callable[[], Tensor | None]) -> None:
+        around(lambda: own(batch_idx, train_step_and_backward_closure))
+
+    loop._optimizer_step = step  # type: ignore[method-assign]
+
+    def undo() -> None:
+        if loop.__dict__.get("_optimizer_step") is step:
+            del loop.__dict__["_optimizer_step"]
 
     return undo
 

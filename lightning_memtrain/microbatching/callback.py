@@ -145,7 +145,7 @@ class Microbatching(Callback):
         self._num_events_logged = 0
         self._recovery: Recovery | None = None
         self._fits: tuple[weakref.ref[Trainer], weakref.ref[LightningModule]] | None = None
-        self._undo: Callable[[], None] | None = None
+        self._undo: list[Callable[[], None]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything runs."""
@@ -182,7 +182,9 @@ class Microbatching(Callback):
             trainer, pl_module, self._splitter, self._size, policy, self._sync_each_chunk
         )
         self._recovery = engine.recovery
-        self._undo = _compat.install_closure(trainer, engine.make_closure)
+        self._undo = [_compat.install_closure(trainer, engine.make_closure)]
+        if self._recovery is not None:
+            self._undo.append(_compat.install_around_step(trainer, self._recovery.around_update))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -219,9 +221,9 @@ class Microbatching(Callback):
         if self._recovery is not None:
             self._recovery.end_batch()
             self._recovery = None
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
+        for undo in self._undo:
+            undo()
+        self._undo = []
 
     def _forget_other_runs(self, trainer: Trainer, model: LightningModule) -> None:
         """Begin anew, unless the same trainer goes on with the same model."""

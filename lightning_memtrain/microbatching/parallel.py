@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -32,6 +33,27 @@ def highest_of_ranks(trainer: Trainer, value: int) -> int:
         return value
     tensor = torch.tensor(value, dtype=torch.float32, device=trainer.strategy.root_device)
     return int(trainer.strategy.reduce(tensor, reduce_op="max"))
+
+
+def raise_on_all_ranks(trainer: Trainer, refusal: Exception | None) -> None:
+    """Let all ranks raise what one of them has to raise, so that no rank waits for another one.
+
+    Args:
+        trainer: the trainer that fits; every rank has to call this.
+        refusal: what this rank has to raise, if it has to.
+
+    Raises:
+        MisconfigurationException: the same on all ranks, with the number of the rank that it comes from; the
+            highest of several. In a single process ``refusal`` as it is.
+    """
+    if trainer.world_size == 1:
+        if refusal is not None:
+            raise refusal
+        return
+    refusing = highest_of_ranks(trainer, 0 if refusal is None else trainer.global_rank + 1) - 1
+    if refusing >= 0:
+        reason = trainer.strategy.broadcast(str(refusal), src=refusing)
+        raise MisconfigurationException(f"On rank {refusing}: {reason}") from refusal
 
 
 def fully_sharded_modules(model: nn.Module) -> list[Any]:

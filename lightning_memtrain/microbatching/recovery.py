@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ from lightning_memtrain.microbatching.probe import largest_fitting
 from lightning_memtrain.microbatching.refusals import (
     limit_out_of_reach_elsewhere,
     limit_refused,
-    refused_elsewhere,
     update_refused,
 )
 from lightning_memtrain.microbatching.snapshot import BatchSnapshot, WrittenTensors, restore
@@ -75,6 +75,18 @@ class Recovery:
         if signature in self._guarded and self._size.limit_bytes is not None:
             self._guard.begin(signature, self._batch, self._size.limit_bytes)
 
+    def around_update(self, step: Callable[[], None]) -> None:
+        """Take a step of the optimizer.
+
+        Args:
+            step: takes it, with the closure that it calls.
+
+        Raises:
+            MisconfigurationException: on all ranks, if one of them cannot keep the limit in a step that could
+                not be foretold.
+        """
+        self._guard.around_step(step)
+
     def end_batch(self) -> None:
         """Stop watching."""
         self._guard.end()
@@ -88,6 +100,7 @@ class Recovery:
 
     def run(self, kwargs: Any, backward: Backward) -> _compat.ClosureResult:
         """As :meth:`MicrobatchEngine.run`."""
+        self._guard.before_evaluation()
         engine, size, trainer, batch = self._engine, self._size, self._trainer, kwargs["batch"]
         delayed = parallel.DelayedGradientSync(trainer.strategy)
         parallel.broadcast_buffers(trainer.strategy)
@@ -116,7 +129,8 @@ class Recovery:
             try:
                 chunks = engine.chunks(batch, engine.splitter.num_microbatches(batch, size.size))
                 attempted = max(chunk.num_samples or 1 for chunk in chunks)
-                outcome = engine.run_chunks(kwargs, backward, chunks, communicate=not delayed.needed)
+                with self._guard.chunks():
+                    outcome = engine.run_chunks(kwargs, backward, chunks, communicate=not delayed.needed)
                 if not delayed.needed:
                     result = engine.commit(outcome)
             except Exception as error:
@@ -227,11 +241,13 @@ class Recovery:
                 restore(snapshot)
         refusal = self._refusal(trials, limit_bytes) if peak.size == 1 else None
         said = 0 if refusal is None else 2 if refusal is trials.out_of_reach.get(1) else 1
-        verdict = parallel.highest_of_ranks(trainer, said)
-        if verdict:
-            raise refusal or (limit_out_of_reach_elsewhere() if verdict == 2 else refused_elsewhere())
+        if parallel.highest_of_ranks(trainer, said) == 2:
+            raise refusal if said == 2 and refusal is not None else limit_out_of_reach_elsewhere()
+        parallel.raise_on_all_ranks(trainer, refusal)
         measured = trials.measured.get(peak.size)
-        if trials.forecast is not None and trials.forecast.unknown:
+        # Ranks meet when such a step is over, so all watch it or none.
+        is_unknown = trials.forecast is not None and bool(trials.forecast.unknown)
+        if parallel.highest_of_ranks(trainer, int(is_unknown)):
             self._guarded.add(now.update)
         self._size.start(
             trainer.global_step,

@@ -210,14 +210,6 @@ def update_refused(
     )
 
 
-def refused_elsewhere() -> MisconfigurationException:
-    """Of a limit that this rank keeps and another one does not."""
-    return MisconfigurationException(
-        "`Microbatching(limit)` must have room for one sample at a time on every rank, but got a limit that "
-        "another rank cannot keep; its error says what it needs. Raise the limit."
-    )
-
-
 def limit_out_of_reach_elsewhere() -> MisconfigurationException:
     """Of a limit of another technique's that this rank keeps and another one does not."""
     return MisconfigurationException(
