@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 
 from lightning_memtrain.core import is_out_of_memory
-from lightning_memtrain.microbatching.chunks import Chunk
+from lightning_memtrain.microbatching.splitting.chunks import Chunk
 
 # Objects of these packages keep no state of samples; a trainer, for instance, leads to everything.
 _FOREIGN = ("torch", "lightning", "pytorch_lightning", "lightning_memtrain", "torchmetrics", "numpy")

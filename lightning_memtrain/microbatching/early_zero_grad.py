@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 
 from lightning_memtrain.compat.lightning_names import refuse_mix
 from lightning_memtrain.core import NoEffectWarning, TechniqueRecord
-from lightning_memtrain.microbatching import _compat
+from lightning_memtrain.microbatching import training_loop
 from lightning_memtrain.microbatching.past_gradients import zero_grad_hooks
 
 
@@ -58,8 +58,8 @@ class EarlyZeroGrad(Callback):
                 "automatic_optimization=False. "
                 "Call `optimizer.zero_grad()` early in your `training_step` instead."
             )
-        _compat.check(trainer)
-        if _compat.closure_replaced(trainer):
+        training_loop.check(trainer)
+        if training_loop.closure_replaced(trainer):
             return  # `Microbatching`, which says so
         if hooks := zero_grad_hooks(trainer, pl_module):
             rank_zero_warn(
@@ -71,14 +71,14 @@ class EarlyZeroGrad(Callback):
             )
             return
 
-        def make_closure(kwargs: Any, optimizer: Any, batch_idx: int) -> _compat.Closure:
+        def make_closure(kwargs: Any, optimizer: Any, batch_idx: int) -> training_loop.Closure:
             return _ZeroFirst(
-                lambda: _compat.training_step(trainer, kwargs),
-                _compat.backward_fn(trainer, optimizer),
-                _compat.zero_grad_fn(trainer, batch_idx, optimizer),
+                lambda: training_loop.training_step(trainer, kwargs),
+                training_loop.backward_fn(trainer, optimizer),
+                training_loop.zero_grad_fn(trainer, batch_idx, optimizer),
             )
 
-        self._undo = _compat.install_closure(trainer, make_closure)
+        self._undo = training_loop.install_closure(trainer, make_closure)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the training loop as it was found."""
@@ -100,9 +100,9 @@ class EarlyZeroGrad(Callback):
         return TechniqueRecord(name="EarlyZeroGrad")
 
 
-class _ZeroFirst(_compat.Closure):
+class _ZeroFirst(training_loop.Closure):
     @torch.enable_grad()
-    def closure(self, *args: Any, **kwargs: Any) -> _compat.ClosureResult:
+    def closure(self, *args: Any, **kwargs: Any) -> training_loop.ClosureResult:
         zero_grad, self._zero_grad_fn = self._zero_grad_fn, None
         if zero_grad is not None:
             zero_grad()

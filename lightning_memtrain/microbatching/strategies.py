@@ -11,8 +11,8 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 
 from lightning_memtrain._registration import when_imported
 from lightning_memtrain.compat.lightning_names import namesake, package_of
-from lightning_memtrain.microbatching import _compat
-from lightning_memtrain.microbatching.callback import Microbatching
+from lightning_memtrain.microbatching import training_loop
+from lightning_memtrain.microbatching.microbatching_callback import Microbatching
 
 
 class _BringsMicrobatching:
@@ -37,7 +37,7 @@ class _BringsMicrobatching:
 
     def setup_environment(self) -> None:
         """As in the base class."""
-        callbacks = _compat.trainer_callbacks(self.lightning_module)  # type: ignore[attr-defined]
+        callbacks = training_loop.trainer_callbacks(self.lightning_module)  # type: ignore[attr-defined]
         if self._microbatching not in callbacks:
             callbacks.append(self._microbatching)
         super().setup_environment()  # type: ignore[misc]

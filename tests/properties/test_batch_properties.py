@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_memtrain.microbatching.batches import batch_size_of, split_batch, split_batch_by_size
+from lightning_memtrain.microbatching.splitting.batches import batch_size_of, split_batch, split_batch_by_size
 
 Pair = namedtuple("Pair", ["a", "b"])
 

@@ -29,10 +29,10 @@ from torchmetrics.classification import (
 from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, Running
 
 from lightning_memtrain.microbatching import Microbatching
-from lightning_memtrain.microbatching.batch_metrics import BatchMetrics
-from lightning_memtrain.microbatching.chunks import Chunk
-from lightning_memtrain.microbatching.logs import CallRecorder, ChunkLogs
-from lightning_memtrain.microbatching.metric_states import mergeable
+from lightning_memtrain.microbatching.merging.batch_metrics import BatchMetrics
+from lightning_memtrain.microbatching.merging.chunk_logs import CallRecorder, ChunkLogs
+from lightning_memtrain.microbatching.merging.metric_states import mergeable
+from lightning_memtrain.microbatching.splitting.chunks import Chunk
 from tests.helpers.twin_runs import assert_same, assert_same_run, train
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 from transformers import BatchEncoding
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lightning_memtrain.microbatching.batches import batch_size_of, split_batch, split_batch_by_size
+from lightning_memtrain.microbatching.splitting.batches import batch_size_of, split_batch, split_batch_by_size
 
 CURE = (
     "\nPass `Microbatching(split_fn=...)`, a function from (batch, number of chunks) to a list of chunks, "

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_memtrain.microbatching.chunks import Chunk, Splitter, mean_weights
+from lightning_memtrain.microbatching.splitting.chunks import Chunk, Splitter, mean_weights
 
 BATCH = {"x": torch.arange(14).view(7, 2), "valid": torch.tensor([4, 1, 0, 0, 0, 2, 3])}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_memtrain.core import Category, MemoryBreakdown, TechniqueRecord
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.microbatching import EarlyZeroGrad, Microbatching, _compat
+from lightning_memtrain.microbatching import EarlyZeroGrad, Microbatching, training_loop
 from tests.helpers.twin_runs import Run, assert_same_run, train
 
 NUM_SAMPLES, WIDTH = 128, 32
@@ -134,7 +134,7 @@ def test_only_the_order_of_hooks_changes(tmp_path: Path):
     assert hooks_of(tmp_path)[0] == ["forward", "zero_grad", "backward"]
     called, run = hooks_of(tmp_path, EarlyZeroGrad())
     assert called == ["zero_grad", "forward", "backward"]
-    assert not _compat.closure_replaced(run.trainer)
+    assert not training_loop.closure_replaced(run.trainer)
 
 
 def test_a_step_without_a_loss_is_skipped(tmp_path: Path):

@@ -28,10 +28,10 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, Mul
 from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, MultioutputWrapper, Running
 
 from lightning_memtrain.microbatching import Microbatching
-from lightning_memtrain.microbatching.batch_metrics import BatchMetrics
-from lightning_memtrain.microbatching.chunks import Chunk
-from lightning_memtrain.microbatching.logs import CallRecorder, ChunkLogs
-from lightning_memtrain.microbatching.metric_inputs import CannotJoin, InputJoiner
+from lightning_memtrain.microbatching.merging.batch_metrics import BatchMetrics
+from lightning_memtrain.microbatching.merging.chunk_logs import CallRecorder, ChunkLogs
+from lightning_memtrain.microbatching.merging.metric_inputs import CannotJoin, InputJoiner
+from lightning_memtrain.microbatching.splitting.chunks import Chunk
 from tests.helpers.twin_runs import assert_same, assert_same_run, train
 
 Batch = tuple[Tensor, Tensor]

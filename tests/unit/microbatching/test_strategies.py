@@ -10,7 +10,12 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_memtrain.microbatching import MemtrainDDPStrategy, MemtrainFSDPStrategy, Microbatching, _compat
+from lightning_memtrain.microbatching import (
+    MemtrainDDPStrategy,
+    MemtrainFSDPStrategy,
+    Microbatching,
+    training_loop,
+)
 from lightning_memtrain.report import MemoryProfiler
 from tests.helpers.trainers import quiet_trainer
 
@@ -30,7 +35,7 @@ class Seen(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.num_given = sum(isinstance(callback, Microbatching) for callback in trainer.callbacks)
-        self.replaced = _compat.closure_replaced(trainer)
+        self.replaced = training_loop.closure_replaced(trainer)
 
 
 def test_they_are_registered_by_name():
@@ -62,7 +67,7 @@ def test_the_callback_is_added_once_and_undoes_what_it_did(tmp_path: Path):
         trainer.fit(BoringModel())
         assert (seen.num_given, seen.replaced) == (1, True)
         assert trainer.callbacks.count(given) == 1
-        assert not _compat.closure_replaced(trainer)
+        assert not training_loop.closure_replaced(trainer)
     assert trainer.global_step == 2
 
 
@@ -82,7 +87,7 @@ def test_it_undoes_what_it_did_after_an_error_too(tmp_path: Path):
     trainer = quiet_trainer(tmp_path, strategy=MemtrainDDPStrategy(Microbatching(num_microbatches=2)))
     with pytest.raises(ZeroDivisionError):
         trainer.fit(Breaks())
-    assert not _compat.closure_replaced(trainer)
+    assert not training_loop.closure_replaced(trainer)
 
 
 def test_beside_a_callback_it_is_one_too_many(tmp_path: Path):
@@ -101,4 +106,4 @@ def test_its_name_on_the_cpu_asks_for_a_limit(tmp_path: Path):
 def test_other_stages_need_no_limit(tmp_path: Path):
     trainer = quiet_trainer(tmp_path, strategy="memtrain_ddp", limit_val_batches=1)
     trainer.validate(BoringModel(), verbose=False)
-    assert not _compat.closure_replaced(trainer)
+    assert not training_loop.closure_replaced(trainer)

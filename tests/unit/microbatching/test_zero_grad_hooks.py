@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_memtrain.coordination import capture_all
 from lightning_memtrain.core import NoEffectWarning
-from lightning_memtrain.microbatching import EarlyZeroGrad, Microbatching, _compat
+from lightning_memtrain.microbatching import EarlyZeroGrad, Microbatching, training_loop
 from lightning_memtrain.microbatching.past_gradients import PastGradients, zero_grad_hooks
 from tests.helpers.faults import FailAt
 from tests.helpers.twin_runs import Run, assert_same, assert_same_run, train
@@ -112,7 +112,7 @@ def test_early_zero_grad_says_that_it_has_no_effect(tmp_path: Path):
     with pytest.warns(NoEffectWarning, match=r"no effect .*\(here of Averaged, Looks.*on_train_b"):
         early, _ = run(tmp_path, EarlyZeroGrad())
     assert_same_run(plain, early, rtol=0, atol=0)
-    assert not _compat.closure_replaced(early.trainer)
+    assert not training_loop.closure_replaced(early.trainer)
 
 
 def test_only_hooks_of_others_count():

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_memtrain.core import NoEffectWarning, TechniqueRecord, is_technique
-from lightning_memtrain.microbatching import EarlyZeroGrad, MemtrainDDPStrategy, Microbatching, _compat
-from lightning_memtrain.microbatching.probe import Peak
-from lightning_memtrain.microbatching.trial import Trials
+from lightning_memtrain.microbatching import EarlyZeroGrad, MemtrainDDPStrategy, Microbatching, training_loop
+from lightning_memtrain.microbatching.automatic_size.chunk_trials import Trials
+from lightning_memtrain.microbatching.automatic_size.size_search import Peak
 from tests.helpers.trainers import assert_torch_is_as_found, quiet_trainer
 from tests.helpers.twin_runs import assert_same_run, train
 
@@ -108,7 +108,7 @@ def test_lightning_and_torch_are_left_as_found(technique: Any, batchnorm: bool, 
     trainer = quiet_trainer(tmp_path, technique())
     trainer.fit(model, loader())
     assert trainer.global_step == 3
-    assert not _compat.closure_replaced(trainer)
+    assert not training_loop.closure_replaced(trainer)
     assert_torch_is_as_found(model)
 
 
@@ -119,10 +119,10 @@ def test_they_are_after_an_error_too(technique: Any, batchnorm: bool, tmp_path: 
     trainer = quiet_trainer(tmp_path, technique())
     with pytest.raises(ZeroDivisionError, match="in the step"):
         trainer.fit(model, loader())
-    assert not _compat.closure_replaced(trainer)
+    assert not training_loop.closure_replaced(trainer)
     assert_torch_is_as_found(model)
     assert "loss" not in trainer.fit_loop.epoch_loop._results  # not the recorder of the chunk that failed
-    assert type(trainer.fit_loop.epoch_loop._results) is _compat.ResultCollection
+    assert type(trainer.fit_loop.epoch_loop._results) is training_loop.ResultCollection
 
 
 def test_a_second_fit_works(tmp_path: Path):
@@ -131,7 +131,7 @@ def test_a_second_fit_works(tmp_path: Path):
         trainer = quiet_trainer(tmp_path, microbatching)
         trainer.fit(Net(), loader())
         assert trainer.global_step == 3
-        assert not _compat.closure_replaced(trainer)
+        assert not training_loop.closure_replaced(trainer)
 
 
 # ---------------------------------------------------------------------- checkpoints
@@ -275,7 +275,7 @@ def test_early_zero_grad_has_no_effect_beside_it(tmp_path: Path):
         with pytest.warns(NoEffectWarning, match=message):
             run = train(Net, batches(), tmp_path, *both)
         assert_same_run(plain, run)
-        assert not _compat.closure_replaced(run.trainer)
+        assert not training_loop.closure_replaced(run.trainer)
 
 
 # ---------------------------------------------------------------------- copies and configuration

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_memtrain.microbatching.circumstances import Circumstances, Found
-from lightning_memtrain.microbatching.sizing import (
+from lightning_memtrain.microbatching.automatic_size.fitting_size import Circumstances, Found
+from lightning_memtrain.microbatching.automatic_size.size_choice import (
     AutoSize,
     FixedSplit,
     allocation_retries,

@@ -9,8 +9,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_memtrain.microbatching.batchnorm import PooledBatchNorm
-from lightning_memtrain.microbatching.batchnorm_synchronized import SynchronizedBatchNorm
+from lightning_memtrain.microbatching.batchnorm.pooled_batchnorm import PooledBatchNorm
+from lightning_memtrain.microbatching.batchnorm.synchronized_batchnorm import SynchronizedBatchNorm
 
 BatchNormMode = Literal["pooled", "synchronized", "chunk"]
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_memtrain.microbatching.batches import batch_size_of, split_batch
+from lightning_memtrain.microbatching.splitting.batches import batch_size_of, split_batch
 
 LossReduction = Literal["mean", "sum"]
 SplitFn = Callable[[Any, int], Sequence[Any]]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import MaxMetric, Metric, MinMetric, SumMetric
 
-from lightning_memtrain.microbatching.logs import ChunkLogs
-from lightning_memtrain.microbatching.metric_states import aggregator
+from lightning_memtrain.microbatching.merging.chunk_logs import ChunkLogs
+from lightning_memtrain.microbatching.merging.metric_states import aggregator
 
 # How numbers without an axis of samples are joined: as `self.log` does with this `reduce_fx`.
 _REDUCTIONS: dict[type[Metric], str] = {SumMetric: "sum", MaxMetric: "max", MinMetric: "min"}

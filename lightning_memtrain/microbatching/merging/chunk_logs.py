@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_memtrain.microbatching._compat import ResultCollection
-from lightning_memtrain.microbatching.chunks import Chunk
+from lightning_memtrain.microbatching.splitting.chunks import Chunk
+from lightning_memtrain.microbatching.training_loop import ResultCollection
 
 # Which call it is of those with the same hook and name: a step may log one name several times.
 _Key = tuple[str, str, int]

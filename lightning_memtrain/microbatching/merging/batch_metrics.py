@@ -21,9 +21,9 @@ from torchmetrics import Metric
 
 from lightning_memtrain.coordination import dry_run_depth
 from lightning_memtrain.ledger.storages import tensors_in
-from lightning_memtrain.microbatching import metric_states
-from lightning_memtrain.microbatching.logs import ChunkLogs, Source
-from lightning_memtrain.microbatching.metric_inputs import CannotJoin, InputJoiner
+from lightning_memtrain.microbatching.merging import metric_states
+from lightning_memtrain.microbatching.merging.chunk_logs import ChunkLogs, Source
+from lightning_memtrain.microbatching.merging.metric_inputs import CannotJoin, InputJoiner
 
 
 class _Key(NamedTuple):

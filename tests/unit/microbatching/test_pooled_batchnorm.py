@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from lightning_memtrain.microbatching.batchnorm import PooledBatchNorm, _num_replicas
+from lightning_memtrain.microbatching.batchnorm.pooled_batchnorm import PooledBatchNorm, _num_replicas
 
 SIZES = [7, 6, 4, 3]
 TOLERANCE = {torch.float32: 2e-7, torch.float64: 1e-12}

@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_memtrain.core import OutOfReach
 from lightning_memtrain.ledger import AllocationLimit, LimitReached, MemoryLedger, ResultBytes
-from lightning_memtrain.microbatching.parallel import raise_on_all_ranks
-from lightning_memtrain.microbatching.refusals import update_refused
+from lightning_memtrain.microbatching.backward_sync import raise_on_all_ranks
+from lightning_memtrain.microbatching.run_validation import update_refused
 
 # The first step makes state, the second is the first that has it.
 _NUM_WATCHED = 2
@@ -90,7 +90,7 @@ class UpdateGuard:
         """What steps of an optimizer have held at most beyond what there was before them.
 
         Args:
-            signature: see :func:`~.update.update_signature`.
+            signature: see :func:`~.update_forecast.update_signature`.
 
         Returns:
             The bytes; 0 if none was watched.

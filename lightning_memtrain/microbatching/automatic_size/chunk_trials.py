@@ -21,21 +21,21 @@ from lightning_memtrain.core import (
 from lightning_memtrain.ledger import AllocationLimit, MemoryLedger, ResultBytes, device_truth
 from lightning_memtrain.ledger.communication import gradients_lie_in_buckets
 from lightning_memtrain.ledger.storages import storages_of, tensors_in
-from lightning_memtrain.microbatching import _compat
-from lightning_memtrain.microbatching.probe import Peak
-from lightning_memtrain.microbatching.refusals import uneven_chunks
-from lightning_memtrain.microbatching.snapshot import BatchSnapshot, restore
-from lightning_memtrain.microbatching.update import (
+from lightning_memtrain.microbatching import training_loop
+from lightning_memtrain.microbatching.automatic_size.size_search import Peak
+from lightning_memtrain.microbatching.automatic_size.update_forecast import (
     UpdateForecast,
     clipping,
     forecast_update,
     update_signature,
 )
-from lightning_memtrain.microbatching.update_guard import UpdateGuard
+from lightning_memtrain.microbatching.automatic_size.update_guard import UpdateGuard
+from lightning_memtrain.microbatching.batch_snapshot import BatchSnapshot, restore
+from lightning_memtrain.microbatching.run_validation import uneven_chunks
 from lightning_memtrain.optimizer_steps import SupportsParameterStep
 
 if TYPE_CHECKING:
-    from lightning_memtrain.microbatching.engine import Backward, MicrobatchEngine
+    from lightning_memtrain.microbatching.chunk_runner import Backward, MicrobatchEngine
 
 
 # Of each logged name Lightning keeps a sum and a count, and what it shows of them.
@@ -296,7 +296,7 @@ class Trials:
         found = forecast_update(trainer.optimizers, self._device, clips, every_gradient=every_gradient)
         if found.unknown:
             return self._watched_so_far(found.unknown)
-        if _compat.grad_scaler(trainer) is not None:
+        if training_loop.grad_scaler(trainer) is not None:
             found = found._replace(over_bytes=found.over_bytes + _SCALER_BYTES)
         return found
 

@@ -13,14 +13,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore
 
 from lightning_memtrain.compat.lightning_names import refuse_mix
 from lightning_memtrain.core import NoEffectWarning, TechniqueRecord, parse_bytes
-from lightning_memtrain.microbatching import _compat
-from lightning_memtrain.microbatching.chunks import LossReduction, SplitFn, Splitter, WeightFn
+from lightning_memtrain.microbatching import training_loop
+from lightning_memtrain.microbatching.automatic_size.recovery import Recovery
+from lightning_memtrain.microbatching.automatic_size.size_choice import AutoSize, FixedSplit
+from lightning_memtrain.microbatching.batchnorm.batchnorm_policy import BatchNormMode, BatchNormPolicy
+from lightning_memtrain.microbatching.chunk_runner import MicrobatchEngine
 from lightning_memtrain.microbatching.early_zero_grad import EarlyZeroGrad
-from lightning_memtrain.microbatching.engine import MicrobatchEngine
-from lightning_memtrain.microbatching.normalization import BatchNormMode, BatchNormPolicy
-from lightning_memtrain.microbatching.recovery import Recovery
-from lightning_memtrain.microbatching.refusals import refuse_run, refuse_to_wait
-from lightning_memtrain.microbatching.sizing import AutoSize, FixedSplit
+from lightning_memtrain.microbatching.run_validation import refuse_run, refuse_to_wait
+from lightning_memtrain.microbatching.splitting.chunks import LossReduction, SplitFn, Splitter, WeightFn
 
 
 class Microbatching(Callback):
@@ -155,7 +155,7 @@ class Microbatching(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         num_given = sum(isinstance(callback, Microbatching) for callback in callbacks)
         refuse_run(trainer, pl_module, self._size, num_given)
-        _compat.check(trainer)
+        training_loop.check(trainer)
         self._forget_other_runs(trainer, pl_module)
         if any(isinstance(callback, EarlyZeroGrad) for callback in callbacks):
             warnings.warn(
@@ -182,9 +182,9 @@ class Microbatching(Callback):
             trainer, pl_module, self._splitter, self._size, policy, self._sync_each_chunk
         )
         self._recovery = engine.recovery
-        self._undo = [_compat.install_closure(trainer, engine.make_closure)]
+        self._undo = [training_loop.install_closure(trainer, engine.make_closure)]
         if self._recovery is not None:
-            self._undo.append(_compat.install_around_step(trainer, self._recovery.around_update))
+            self._undo.append(training_loop.install_around_step(trainer, self._recovery.around_update))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -209,7 +209,7 @@ class Microbatching(Callback):
         for event in self._size.events[self._num_events_logged :]:
             rank_zero_info(f"Microbatching, {event}")
         if len(self._size.events) > self._num_events_logged:
-            _compat.log_scalar(trainer, "microbatching/microbatch_size", float(self._size.size or 0))
+            training_loop.log_scalar(trainer, "microbatching/microbatch_size", float(self._size.size or 0))
         self._num_events_logged = len(self._size.events)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -21,7 +21,7 @@ class Circumstances(NamedTuple):
         trained: which parameters are trained, as bits of a number in the order of the model.
         amid_window: whether gradients of earlier batches may be there.
         held_bytes: all that is within reach between two batches, but for gradients, and what is copied of it.
-        update: see :func:`~.update.update_signature`.
+        update: see :func:`~.update_forecast.update_signature`.
     """
 
     num_samples: int

@@ -11,8 +11,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_memtrain.microbatching.chunks import Chunk, mean_weights
-from lightning_memtrain.microbatching.logs import CallRecorder, ChunkLogs
+from lightning_memtrain.microbatching.merging.chunk_logs import CallRecorder, ChunkLogs
+from lightning_memtrain.microbatching.splitting.chunks import Chunk, mean_weights
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from lightning_memtrain.microbatching.batchnorm_synchronized import SynchronizedBatchNorm
+from lightning_memtrain.microbatching.batchnorm.synchronized_batchnorm import SynchronizedBatchNorm
 
 SIZES = [7, 6, 4, 3]
 

@@ -17,9 +17,9 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDevice
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_memtrain.microbatching import EarlyZeroGrad, Microbatching, _compat
-from lightning_memtrain.microbatching.refusals import refuse_run
-from lightning_memtrain.microbatching.sizing import AutoSize, FixedSplit
+from lightning_memtrain.microbatching import EarlyZeroGrad, Microbatching, training_loop
+from lightning_memtrain.microbatching.automatic_size.size_choice import AutoSize, FixedSplit
+from lightning_memtrain.microbatching.run_validation import refuse_run
 from tests.helpers.trainers import quiet_trainer
 
 
@@ -123,7 +123,7 @@ def refuse_fit(folder: Path, message: str, model: LightningModule, *callbacks: A
     with refuses(message):
         trainer.fit(model)
     assert trainer.global_step == 0
-    assert not _compat.closure_replaced(trainer)
+    assert not training_loop.closure_replaced(trainer)
 
 
 def test_manual_optimization_is_refused(tmp_path: Path):
@@ -260,7 +260,7 @@ def test_a_training_loop_with_other_methods_is_refused(tmp_path: Path, monkeypat
 )
 def test_a_training_loop_of_another_shape_is_refused(loop: Any, lacks: str):
     with pytest.raises(MisconfigurationException, match=f" lacks {re.escape(lacks)}. Install lightning"):
-        _compat.check(SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=loop)))
+        training_loop.check(SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=loop)))
 
 
 def test_waiting_with_reductions_is_a_yes_or_no() -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lightning_memtrain.microbatching.chunks import Chunk
-from lightning_memtrain.microbatching.logs import CallRecorder, ChunkLogs
+from lightning_memtrain.microbatching.merging.chunk_logs import CallRecorder, ChunkLogs
+from lightning_memtrain.microbatching.splitting.chunks import Chunk
 
 SIZES = [3, 2, 2]
 CHUNKS = [Chunk(None, size / 7, size) for size in SIZES]

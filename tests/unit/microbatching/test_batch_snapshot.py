@@ -11,7 +11,7 @@ from torchmetrics import SumMetric
 
 from lightning_memtrain.coordination import RestorableState, register_restorable
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.microbatching.snapshot import BatchSnapshot, WrittenTensors
+from lightning_memtrain.microbatching.batch_snapshot import BatchSnapshot, WrittenTensors
 
 CPU = torch.device("cpu")
 LARGE = 20_000  # numbers of a tensor that is not copied without being asked

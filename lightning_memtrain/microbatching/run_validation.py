@@ -9,8 +9,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_memtrain.core import Category, CategoryBytes, format_bytes
-from lightning_memtrain.microbatching import _compat, parallel
-from lightning_memtrain.microbatching.sizing import AutoSize, FixedSplit, free_device_bytes
+from lightning_memtrain.microbatching import backward_sync, training_loop
+from lightning_memtrain.microbatching.automatic_size.size_choice import (
+    AutoSize,
+    FixedSplit,
+    free_device_bytes,
+)
 
 
 def refuse_run(
@@ -64,7 +68,7 @@ def refuse_to_wait(trainer: Trainer, model: LightningModule) -> None:
     Raises:
         MisconfigurationException: if no module is sharded by FSDP2.
     """
-    if not parallel.fully_sharded_modules(model):
+    if not backward_sync.fully_sharded_modules(model):
         raise MisconfigurationException(
             "`Microbatching(sync_each_chunk=False)` needs a model that `fully_shard` was applied to "
             f"(FSDP2, `ModelParallelStrategy`), but got none with {type(trainer.strategy).__name__}. Leave "
@@ -103,11 +107,11 @@ def _refuse_auto(trainer: Trainer, model: LightningModule, size: AutoSize) -> No
     if trainer.world_size == 1:
         return
     reason = None
-    if parallel.is_sharded(trainer.strategy):
+    if backward_sync.is_sharded(trainer.strategy):
         reason = f"{type(trainer.strategy).__name__}, which communicates in forward and backward"
-    elif _compat.uses_static_graph(trainer.strategy):
+    elif training_loop.uses_static_graph(trainer.strategy):
         reason = "static_graph=True, which communicates in every backward"
-    elif parallel.has_synchronized_batchnorm(model):
+    elif backward_sync.has_synchronized_batchnorm(model):
         reason = "SyncBatchNorm, which communicates in forward and backward"
     if reason is not None:
         raise MisconfigurationException(

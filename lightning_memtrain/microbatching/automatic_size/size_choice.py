@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lightning_memtrain.core import format_bytes
-from lightning_memtrain.microbatching.circumstances import Circumstances, Found
+from lightning_memtrain.microbatching.automatic_size.fitting_size import Circumstances, Found
 
 # So many sizes are remembered for batches of different kinds.
 _MOST_FOUND = 32
@@ -29,8 +29,8 @@ class FixedSplit:
 class AutoSize:
     """The number of samples at a time that fits the memory.
 
-    It is what probes found, see :func:`~.probe.largest_fitting`: the largest of those that are sure to hold
-    for the batch at hand. Running out of memory halves it; so does an allocator that had to free its cache
+    It is what probes found, see :func:`~.size_search.largest_fitting`: the largest of those that are sure to
+    hold for the batch at hand. Running out of memory halves it; so does an allocator that had to free its cache
     and try again in two batches running. After a stretch of clean batches it doubles, up to what probes
     found; each failure makes the stretch twice as long.
 

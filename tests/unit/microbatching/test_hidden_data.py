@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_memtrain.microbatching import Microbatching
-from lightning_memtrain.microbatching.batches import batch_size_of, split_batch
+from lightning_memtrain.microbatching.splitting.batches import batch_size_of, split_batch
 from tests.helpers.twin_runs import assert_same_run, train
 
 CURE = (

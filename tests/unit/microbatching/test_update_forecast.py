@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.microbatching.update import (
+from lightning_memtrain.microbatching.automatic_size.update_forecast import (
     UpdateForecast,
     clipping,
     forecast_update,

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_memtrain.microbatching.opaque import (
+from lightning_memtrain.microbatching.splitting.hidden_data import (
     array_types,
     holds_data,
     is_column,

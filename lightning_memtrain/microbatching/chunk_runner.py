@@ -12,17 +12,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from torch import Tensor
 
 from lightning_memtrain.coordination import annotate, partial_backward
-from lightning_memtrain.microbatching import _compat, parallel, sizing
-from lightning_memtrain.microbatching.batch_metrics import BatchMetrics
+from lightning_memtrain.microbatching import backward_sync, training_loop
+from lightning_memtrain.microbatching.automatic_size import size_choice
+from lightning_memtrain.microbatching.automatic_size.recovery import Recovery
+from lightning_memtrain.microbatching.batch_snapshot import BatchSnapshot
+from lightning_memtrain.microbatching.batchnorm.batchnorm_policy import BatchNormPolicy
 from lightning_memtrain.microbatching.carried_state import CarriedState
-from lightning_memtrain.microbatching.chunks import Chunk, Splitter
-from lightning_memtrain.microbatching.logs import CallRecorder
-from lightning_memtrain.microbatching.normalization import BatchNormPolicy
-from lightning_memtrain.microbatching.outputs import BatchOutcome, factor_of_the_rest
+from lightning_memtrain.microbatching.merging.batch_metrics import BatchMetrics
+from lightning_memtrain.microbatching.merging.batch_outcome import BatchOutcome, factor_of_the_rest
+from lightning_memtrain.microbatching.merging.chunk_logs import CallRecorder
 from lightning_memtrain.microbatching.past_gradients import PastGradients, zero_grad_hooks
-from lightning_memtrain.microbatching.recovery import Recovery
-from lightning_memtrain.microbatching.refusals import refuse_left_out
-from lightning_memtrain.microbatching.snapshot import BatchSnapshot
+from lightning_memtrain.microbatching.run_validation import refuse_left_out
+from lightning_memtrain.microbatching.splitting.chunks import Chunk, Splitter
 
 Backward = Callable[[Tensor], None] | None
 
@@ -43,7 +44,7 @@ class ChunkResult(NamedTuple):
     metrics: list[Tensor]
 
 
-class MicrobatchedClosure(_compat.Closure):
+class MicrobatchedClosure(training_loop.Closure):
     """zero_grad, then forward and backward of one chunk after the other.
 
     Gradients are zeroed before the forward, not after it as Lightning does, since those of the first chunk
@@ -68,7 +69,7 @@ class MicrobatchedClosure(_compat.Closure):
         self._kwargs = kwargs
 
     @torch.enable_grad()
-    def closure(self, *args: Any, **kwargs: Any) -> _compat.ClosureResult:
+    def closure(self, *args: Any, **kwargs: Any) -> training_loop.ClosureResult:
         """Run the batch; an optimizer that evaluates several times calls it several times."""
         result = self._engine.run_zeroed(self._kwargs, self._backward_fn, self._zero_grad_fn)
         if result.loss is None:
@@ -78,7 +79,7 @@ class MicrobatchedClosure(_compat.Closure):
         return result
 
 
-def _never() -> _compat.ClosureResult:
+def _never() -> training_loop.ClosureResult:
     raise AssertionError("the chunks are run by the engine")
 
 
@@ -99,7 +100,7 @@ class MicrobatchEngine:
         trainer: Trainer,
         model: LightningModule,
         splitter: Splitter,
-        size: sizing.FixedSplit | sizing.AutoSize,
+        size: size_choice.FixedSplit | size_choice.AutoSize,
         batchnorm: BatchNormPolicy,
         sync_each_chunk: bool = True,
     ) -> None:
@@ -112,23 +113,23 @@ class MicrobatchEngine:
         self._said_left_out, self._waits = False, not sync_each_chunk
         self._carried = CarriedState(model)
         self._zero_grad_hooks = zero_grad_hooks(trainer, model)
-        self._repeats_backward = isinstance(size, sizing.AutoSize) or batchnorm.may_synchronize
-        self.recovery = Recovery(self, size) if isinstance(size, sizing.AutoSize) else None
+        self._repeats_backward = isinstance(size, size_choice.AutoSize) or batchnorm.may_synchronize
+        self.recovery = Recovery(self, size) if isinstance(size, size_choice.AutoSize) else None
         """Finds the size and corrects it, if it is not fixed."""
         # Where forward or backward communicates, all ranks must run equally many chunks.
         self._in_step = trainer.world_size > 1 and (
-            parallel.is_sharded(trainer.strategy) or parallel.has_synchronized_batchnorm(model)
+            backward_sync.is_sharded(trainer.strategy) or backward_sync.has_synchronized_batchnorm(model)
         )
 
     def make_closure(self, kwargs: Any, optimizer: Any, batch_idx: int) -> MicrobatchedClosure:
         """Takes the place of the training loop's method of that name."""
-        backward = _compat.backward_fn(self.trainer, optimizer)
-        zero_grad = _compat.zero_grad_fn(self.trainer, batch_idx, optimizer)
+        backward = training_loop.backward_fn(self.trainer, optimizer)
+        zero_grad = training_loop.zero_grad_fn(self.trainer, batch_idx, optimizer)
         return MicrobatchedClosure(self, kwargs, backward, zero_grad)
 
     def run_zeroed(
         self, kwargs: Any, backward: Backward, zero_grad: Callable[[], None] | None
-    ) -> _compat.ClosureResult:
+    ) -> training_loop.ClosureResult:
         """As :meth:`run`, without the gradients of the step before.
 
         Args:
@@ -148,7 +149,7 @@ class MicrobatchEngine:
             # A batch that may be run again is only over when all of it has run.
             return self.run(kwargs, backward if self._repeats_backward else past.before_last(backward))
 
-    def run(self, kwargs: Any, backward: Backward) -> _compat.ClosureResult:
+    def run(self, kwargs: Any, backward: Backward) -> training_loop.ClosureResult:
         """Forward and backward of one batch.
 
         Args:
@@ -160,7 +161,7 @@ class MicrobatchEngine:
         """
         if self.recovery is not None:
             return self.recovery.run(kwargs, backward)
-        assert isinstance(self._size, sizing.FixedSplit)
+        assert isinstance(self._size, size_choice.FixedSplit)
         batch = kwargs["batch"]
         count = self._size.num_microbatches
         if count is None:
@@ -179,12 +180,12 @@ class MicrobatchEngine:
             At least one chunk.
         """
         if self._in_step:
-            count = parallel.highest_of_ranks(self.trainer, count)
+            count = backward_sync.highest_of_ranks(self.trainer, count)
         chunks = self.splitter.split(batch, count)
         if self._in_step:
             # A rank with fewer chunks repeats its first one, at weight 0.
             repeated = Chunk(chunks[0].batch, 0.0, chunks[0].num_samples, repeated=True)
-            chunks += [repeated] * (parallel.highest_of_ranks(self.trainer, len(chunks)) - len(chunks))
+            chunks += [repeated] * (backward_sync.highest_of_ranks(self.trainer, len(chunks)) - len(chunks))
         return chunks
 
     def run_chunks(
@@ -202,7 +203,7 @@ class MicrobatchEngine:
             All that came of it.
         """
         if len(chunks) > 1:
-            parallel.broadcast_buffers(self.trainer.strategy)
+            backward_sync.broadcast_buffers(self.trainer.strategy)
             self._metrics.begin()
         try:
             with self._batchnorm.batch(len(chunks)):
@@ -227,7 +228,7 @@ class MicrobatchEngine:
             if len(chunks) > 1 or (self.recovery is not None and self.recovery.has_probed):
                 annotate(f"microbatch {index + 1} of {len(chunks)}")
             with (
-                parallel.gradient_sync(strategy, communicate and index == last, self._waits),
+                backward_sync.gradient_sync(strategy, communicate and index == last, self._waits),
                 partial_backward(index != last),
                 self._batchnorm.chunk(),
                 self._recorded(recorder := CallRecorder(), counts=not chunk.repeated),
@@ -245,9 +246,11 @@ class MicrobatchEngine:
             recorder.source = self._metrics.source_of(name, value)
 
         with (
-            _compat.results_replaced(self.trainer, recorder),
+            training_loop.results_replaced(self.trainer, recorder),
             self._metrics.chunk(counts),
-            _compat.log_watched(self.model, note_source) if self._metrics.are_watched else nullcontext(),
+            training_loop.log_watched(self.model, note_source)
+            if self._metrics.are_watched
+            else nullcontext(),
         ):
             yield
 
@@ -255,7 +258,7 @@ class MicrobatchEngine:
         self, kwargs: Any, backward: Backward, chunks: list[Chunk], communicate: bool
     ) -> BatchOutcome:
         """All chunks, normalised by the statistics of the whole batch, which a first pass finds."""
-        scaler, device = _compat.grad_scaler(self.trainer), self.trainer.strategy.root_device
+        scaler, device = training_loop.grad_scaler(self.trainer), self.trainer.strategy.root_device
         before = BatchSnapshot(
             self.model,
             scaler,
@@ -265,8 +268,8 @@ class MicrobatchEngine:
             optimizers=self.trainer.optimizers,
         )
         annotate("batch statistics")
-        with self._batchnorm.statistics_pass(), _compat.results_replaced(self.trainer, CallRecorder()):
-            _compat.training_step(self.trainer, kwargs)
+        with self._batchnorm.statistics_pass(), training_loop.results_replaced(self.trainer, CallRecorder()):
+            training_loop.training_step(self.trainer, kwargs)
         for sweep in range(1, self._batchnorm.num_sweeps + 1):
             # The same noise in every pass, and nothing left of the pass before but what it learned.
             before.restore()
@@ -281,7 +284,7 @@ class MicrobatchEngine:
         """Take back what :meth:`run_chunks` did to metrics: it went well here, but not on another rank."""
         self._metrics.abandon()
 
-    def commit(self, outcome: BatchOutcome) -> _compat.ClosureResult:
+    def commit(self, outcome: BatchOutcome) -> training_loop.ClosureResult:
         """Log once for the whole batch, and merge what its chunks returned.
 
         Args:
@@ -292,13 +295,13 @@ class MicrobatchEngine:
         """
         try:
             returned = self._metrics.end(outcome.logs)
-            outcome.logs.replay(_compat.results(self.trainer), outcome.num_samples, returned)
+            outcome.logs.replay(training_loop.results(self.trainer), outcome.num_samples, returned)
         except BaseException:
             self._metrics.abandon()
             raise
         self._metrics.keep()
         self._say_left_out(outcome)
-        result = _compat.ClosureResult(None, extra=outcome.merged_outputs())
+        result = training_loop.ClosureResult(None, extra=outcome.merged_outputs())
         result.loss = result.closure_loss = outcome.loss
         return result
 
@@ -312,7 +315,7 @@ class MicrobatchEngine:
         kwargs = type(kwargs)(kwargs)
         kwargs["batch"] = chunk.batch
         with self._carried.watch(chunk):
-            output = _compat.training_step(self.trainer, kwargs)
+            output = training_loop.training_step(self.trainer, kwargs)
         loss = output.closure_loss
         weight = chunk.weight
         if before is not None:
@@ -384,7 +387,7 @@ class MicrobatchEngine:
         with ExitStack() as undo:
             undo.callback(self._metrics.abandon)
             undo.enter_context(self._batchnorm.batch(count))
-            undo.enter_context(parallel.gradient_sync(self.trainer.strategy, enabled=False))
+            undo.enter_context(backward_sync.gradient_sync(self.trainer.strategy, enabled=False))
 
             def run() -> ChunkResult:
                 recorder = CallRecorder()

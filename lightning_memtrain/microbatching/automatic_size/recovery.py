@@ -13,21 +13,26 @@ from lightning_memtrain.coordination import aside
 from lightning_memtrain.core import does_not_fit, is_out_of_memory, release_memory, without_frames
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.storages import tensors_in
-from lightning_memtrain.microbatching import _compat, parallel, sizing
-from lightning_memtrain.microbatching.circumstances import Circumstances, Found, trained_parameters
-from lightning_memtrain.microbatching.probe import largest_fitting
-from lightning_memtrain.microbatching.refusals import (
+from lightning_memtrain.microbatching import backward_sync, training_loop
+from lightning_memtrain.microbatching.automatic_size import size_choice
+from lightning_memtrain.microbatching.automatic_size.chunk_trials import Trials
+from lightning_memtrain.microbatching.automatic_size.fitting_size import (
+    Circumstances,
+    Found,
+    trained_parameters,
+)
+from lightning_memtrain.microbatching.automatic_size.size_search import largest_fitting
+from lightning_memtrain.microbatching.automatic_size.update_forecast import update_signature
+from lightning_memtrain.microbatching.automatic_size.update_guard import UpdateGuard
+from lightning_memtrain.microbatching.batch_snapshot import BatchSnapshot, WrittenTensors, restore
+from lightning_memtrain.microbatching.run_validation import (
     limit_out_of_reach_elsewhere,
     limit_refused,
     update_refused,
 )
-from lightning_memtrain.microbatching.snapshot import BatchSnapshot, WrittenTensors, restore
-from lightning_memtrain.microbatching.trial import Trials
-from lightning_memtrain.microbatching.update import update_signature
-from lightning_memtrain.microbatching.update_guard import UpdateGuard
 
 if TYPE_CHECKING:
-    from lightning_memtrain.microbatching.engine import Backward, MicrobatchEngine
+    from lightning_memtrain.microbatching.chunk_runner import Backward, MicrobatchEngine
 
 
 class Recovery:
@@ -41,7 +46,7 @@ class Recovery:
         size: the size to use and to correct.
     """
 
-    def __init__(self, engine: MicrobatchEngine, size: sizing.AutoSize) -> None:
+    def __init__(self, engine: MicrobatchEngine, size: size_choice.AutoSize) -> None:
         self._engine = engine
         self._size = size
         self._trainer = engine.trainer
@@ -98,17 +103,17 @@ class Recovery:
             self._ledger.__exit__(None, None, None)
             self._ledger = None
 
-    def run(self, kwargs: Any, backward: Backward) -> _compat.ClosureResult:
+    def run(self, kwargs: Any, backward: Backward) -> training_loop.ClosureResult:
         """As :meth:`MicrobatchEngine.run`."""
         self._guard.before_evaluation()
         engine, size, trainer, batch = self._engine, self._size, self._trainer, kwargs["batch"]
-        delayed = parallel.DelayedGradientSync(trainer.strategy)
-        parallel.broadcast_buffers(trainer.strategy)
-        results = _compat.results(trainer)
-        logged = _compat.results_state(results)
+        delayed = backward_sync.DelayedGradientSync(trainer.strategy)
+        backward_sync.broadcast_buffers(trainer.strategy)
+        results = training_loop.results(trainer)
+        logged = training_loop.results_state(results)
         snapshot = self._snapshot(kwargs)
         now = self._circumstances(batch, snapshot.reachable_bytes + snapshot.num_bytes(self._amid_window))
-        self.has_probed = bool(parallel.highest_of_ranks(trainer, int(size.choose(now) is None)))
+        self.has_probed = bool(backward_sync.highest_of_ranks(trainer, int(size.choose(now) is None)))
         if self.has_probed:
             # The ledger's hooks are part of the state that each trial begins with, and not of the batch's.
             if self._ledger is None:
@@ -121,7 +126,7 @@ class Recovery:
             snapshot = self._snapshot(kwargs)
         else:
             self._stop_watching()
-        retries = sizing.allocation_retries(self._device)
+        retries = size_choice.allocation_retries(self._device)
         while True:
             assert size.size is not None
             attempted, outcome, result, failure, why = size.size, None, None, "", "out of memory"
@@ -141,10 +146,10 @@ class Recovery:
                     why = "a limit is out of reach"
                     refusal = without_frames(error) if attempted == 1 else None
             # Outside of the `except` block, whose exception holds on to the tensors of the failed chunk.
-            retried = sizing.allocation_retries(self._device) > retries
+            retried = size_choice.allocation_retries(self._device) > retries
             # What ends the run is agreed on before any rank raises: the others would wait for it.
             said = 3 if refusal is not None else 2 if failure else int(retried)
-            verdict = parallel.highest_of_ranks(trainer, said)
+            verdict = backward_sync.highest_of_ranks(trainer, said)
             if verdict < 2:
                 assert outcome is not None
                 delayed.average_gradients()
@@ -153,12 +158,12 @@ class Recovery:
                 return result if result is not None else engine.commit(outcome)
             outcome, chunks = None, []
             engine.discard()
-            _compat.restore_results(results, logged)
+            training_loop.restore_results(results, logged)
             restore(snapshot)
             release_memory(self._device)
             if verdict == 3:  # a limit of somebody else's, in its own words
                 raise refusal or limit_out_of_reach_elsewhere()
-            attempted = parallel.highest_of_ranks(trainer, attempted)
+            attempted = backward_sync.highest_of_ranks(trainer, attempted)
             if attempted == 1:
                 raise torch.OutOfMemoryError(
                     "Out of memory with a single sample at a time, so `Microbatching` cannot help further. "
@@ -170,11 +175,11 @@ class Recovery:
         def make() -> BatchSnapshot:
             return BatchSnapshot(
                 self._engine.model,
-                _compat.grad_scaler(self._trainer),
+                training_loop.grad_scaler(self._trainer),
                 self._device,
                 batch=dict(kwargs),
                 optimizers=self._trainer.optimizers,
-                constant=_compat.logged_tensors(self._trainer),
+                constant=training_loop.logged_tensors(self._trainer),
                 written=self._written,
             )
 
@@ -241,13 +246,13 @@ class Recovery:
                 restore(snapshot)
         refusal = self._refusal(trials, limit_bytes) if peak.size == 1 else None
         said = 0 if refusal is None else 2 if refusal is trials.out_of_reach.get(1) else 1
-        if parallel.highest_of_ranks(trainer, said) == 2:
+        if backward_sync.highest_of_ranks(trainer, said) == 2:
             raise refusal if said == 2 and refusal is not None else limit_out_of_reach_elsewhere()
-        parallel.raise_on_all_ranks(trainer, refusal)
+        backward_sync.raise_on_all_ranks(trainer, refusal)
         measured = trials.measured.get(peak.size)
         # Ranks meet when such a step is over, so all watch it or none.
         is_unknown = trials.forecast is not None and bool(trials.forecast.unknown)
-        if parallel.highest_of_ranks(trainer, int(is_unknown)):
+        if backward_sync.highest_of_ranks(trainer, int(is_unknown)):
             self._guarded.add(now.update)
         self._size.start(
             trainer.global_step,
@@ -298,6 +303,6 @@ class Recovery:
     def _limit_bytes(self) -> int:
         if self._size.limit_bytes is not None:
             return self._size.limit_bytes
-        free_bytes = sizing.free_device_bytes(self._device)
+        free_bytes = size_choice.free_device_bytes(self._device)
         assert free_bytes is not None
         return free_bytes

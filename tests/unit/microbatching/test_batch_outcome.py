@@ -7,9 +7,9 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_memtrain.microbatching.chunks import Chunk
-from lightning_memtrain.microbatching.logs import CallRecorder
-from lightning_memtrain.microbatching.outputs import BatchOutcome, merge_outputs
+from lightning_memtrain.microbatching.merging.batch_outcome import BatchOutcome, merge_outputs
+from lightning_memtrain.microbatching.merging.chunk_logs import CallRecorder
+from lightning_memtrain.microbatching.splitting.chunks import Chunk
 
 CHUNKS = [Chunk(None, 0.75, 3), Chunk(None, 0.25, 1)]
 
