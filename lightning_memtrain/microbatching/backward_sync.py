@@ -1,4 +1,4 @@
-"""What microbatching has to know of a strategy: when to communicate, and how ranks agree."""
+"""When gradients and buffers are communicated, if a batch has several forward and backward passes."""
 
 from __future__ import annotations
 
@@ -7,53 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_memtrain.compat.lightning_names import in_both
 from lightning_memtrain.coordination import sync_gradients
-
-
-def is_sharded(strategy: Any) -> bool:
-    """Whether parameters are sharded, so that forward and backward communicate."""
-    return isinstance(strategy, (*in_both(FSDPStrategy), *in_both(ModelParallelStrategy)))
-
-
-def has_synchronized_batchnorm(model: nn.Module) -> bool:
-    """Whether a forward communicates because of batch normalisation."""
-    return any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-
-
-def highest_of_ranks(trainer: Trainer, value: int) -> int:
-    """The highest of a number over all ranks; every rank has to call it."""
-    if trainer.world_size == 1:
-        return value
-    tensor = torch.tensor(value, dtype=torch.float32, device=trainer.strategy.root_device)
-    return int(trainer.strategy.reduce(tensor, reduce_op="max"))
-
-
-def raise_on_all_ranks(trainer: Trainer, refusal: Exception | None) -> None:
-    """Let all ranks raise what one of them has to raise, so that no rank waits for another one.
-
-    Args:
-        trainer: the trainer that fits; every rank has to call this.
-        refusal: what this rank has to raise, if it has to.
-
-    Raises:
-        MisconfigurationException: the same on all ranks, with the number of the rank that it comes from; the
-            highest of several. In a single process ``refusal`` as it is.
-    """
-    if trainer.world_size == 1:
-        if refusal is not None:
-            raise refusal
-        return
-    refusing = highest_of_ranks(trainer, 0 if refusal is None else trainer.global_rank + 1) - 1
-    if refusing >= 0:
-        reason = trainer.strategy.broadcast(str(refusal), src=refusing)
-        raise MisconfigurationException(f"On rank {refusing}: {reason}") from refusal
 
 
 def fully_sharded_modules(model: nn.Module) -> list[Any]:
@@ -89,16 +46,15 @@ def gradient_sync(strategy: Any, enabled: bool, waits_if_sharded: bool = False) 
         yield
 
 
-def broadcast_buffers(strategy: Any) -> None:
+def broadcast_buffers(model: Any) -> None:
     """Let DDP broadcast rank 0's buffers now, and not in the next forward.
 
     So the running statistics that the chunks start from are the ones that DDP would have started from, and no
     forward communicates.
 
     Args:
-        strategy: the trainer's strategy.
+        model: that is trained, wrapped by DDP or not.
     """
-    model = strategy.model
     if not isinstance(model, DistributedDataParallel):
         return
     if model.will_sync_module_buffers():  # type: ignore[no-untyped-call]

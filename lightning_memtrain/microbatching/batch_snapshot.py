@@ -121,17 +121,17 @@ class BatchSnapshot:
 
         return copies
 
-    def num_bytes(self, amid_window: bool) -> int:
+    def num_bytes(self, accumulating: bool) -> int:
         """What is kept, in bytes of the device.
 
         Args:
-            amid_window: count a copy of all gradients, even if there are none yet.
+            accumulating: count a copy of all gradients, even if there are none yet.
 
         Returns:
             The bytes.
         """
         kept = [tensor for one in self._others for tensor in one.tensors]
-        kept += self._without_gradient if amid_window else []
+        kept += self._without_gradient if accumulating else []
         if self._device.type == "cpu":
             kept.append(torch.get_rng_state())
         others = sum(tensor.nbytes for tensor in kept if tensor.device.type == self._device.type)

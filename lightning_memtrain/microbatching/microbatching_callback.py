@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
 from lightning_memtrain.compat.lightning_names import refuse_mix
-from lightning_memtrain.core import NoEffectWarning, TechniqueRecord, parse_bytes
+from lightning_memtrain.core import TechniqueRecord, parse_bytes
 from lightning_memtrain.microbatching import training_loop
 from lightning_memtrain.microbatching.automatic_size.recovery import Recovery
-from lightning_memtrain.microbatching.automatic_size.size_choice import AutoSize, FixedSplit
-from lightning_memtrain.microbatching.batchnorm.batchnorm_policy import BatchNormMode, BatchNormPolicy
-from lightning_memtrain.microbatching.chunk_runner import MicrobatchEngine
-from lightning_memtrain.microbatching.early_zero_grad import EarlyZeroGrad
-from lightning_memtrain.microbatching.run_validation import refuse_run, refuse_to_wait
-from lightning_memtrain.microbatching.splitting.chunks import LossReduction, SplitFn, Splitter, WeightFn
+from lightning_memtrain.microbatching.automatic_size.size_choice import AutoSize
+from lightning_memtrain.microbatching.batchnorm.batchnorm_policy import (
+    BatchNormMode,
+    BatchNormPolicy,
+    check_batchnorm,
+)
+from lightning_memtrain.microbatching.microbatched_closure import ClosureFactory
+from lightning_memtrain.microbatching.run_validation import validate_run, validate_sync_each_chunk
+from lightning_memtrain.microbatching.splitting.argument_checks import check_count, check_splitting
+from lightning_memtrain.microbatching.splitting.chunks import (
+    FixedSplit,
+    LossReduction,
+    SplitFn,
+    Splitter,
+    WeightFn,
+)
 
 
 class Microbatching(Callback):
@@ -50,9 +59,9 @@ class Microbatching(Callback):
             ``"chunk"``: they move with each chunk, as in plain torch; ``"synchronized"``: chunks are
             normalised by the statistics of the whole batch, which a forward of the whole batch without
             gradients finds first. Losses are then those of the whole batch; gradients are close.
-        batchnorm_sweeps: for ``"synchronized"``, how often all chunks run. Each time brings gradients closer
-            to those of the whole batch; once more than there are batch normalisations in a row, they are
-            equal.
+        num_batchnorm_sweeps: for ``"synchronized"``, how often all chunks run. Each time brings gradients
+            closer to those of the whole batch; once more than there are batch normalisations in a row, they
+            are equal.
         limit: for ``"auto"``, the most memory to use, in bytes or as ``"4GiB"``; counted by the ledger. By
             default what the device has free. The CPU does not tell, so there it must be given.
         grow_after_batches: for ``"auto"``, after how many batches without trouble a size that was halved is
@@ -85,45 +94,27 @@ class Microbatching(Callback):
         weight_fn: WeightFn | None = None,
         split_fn: SplitFn | None = None,
         batchnorm: BatchNormMode = "pooled",
-        batchnorm_sweeps: int = 2,
+        num_batchnorm_sweeps: int = 2,
         limit: int | str | None = None,
         grow_after_batches: int = 100,
         sync_each_chunk: bool = True,
     ) -> None:
         super().__init__()
-        if (num_microbatches is None) == (microbatch_size is None):
-            raise MisconfigurationException(
-                "`Microbatching` needs either `num_microbatches` or `microbatch_size`, but got "
-                f"num_microbatches={num_microbatches} and microbatch_size={microbatch_size}. "
-                'Give one of them; microbatch_size="auto" finds the size by itself.'
-            )
-        _check_count("num_microbatches", num_microbatches)
-        if microbatch_size != "auto":
-            _check_count("microbatch_size", microbatch_size, ' or "auto"')
-        _check_count("grow_after_batches", grow_after_batches)
+        check_splitting(
+            "Microbatching", num_microbatches, microbatch_size, loss_reduction, weight_fn, finds_size=True
+        )
+        check_batchnorm("Microbatching", batchnorm, num_batchnorm_sweeps)
+        check_count("Microbatching", "grow_after_batches", grow_after_batches)
         if not isinstance(sync_each_chunk, bool):
             raise MisconfigurationException(
                 "`Microbatching(sync_each_chunk)` must be True or False, but got "
                 f"sync_each_chunk={sync_each_chunk!r}. Leave it out to reduce in each chunk."
-            )
-        _check_choice("loss_reduction", loss_reduction, get_args(LossReduction))
-        _check_choice("batchnorm", batchnorm, get_args(BatchNormMode))
-        _check_count("batchnorm_sweeps", batchnorm_sweeps)
-        if batchnorm_sweeps != 2 and batchnorm != "synchronized":
-            raise MisconfigurationException(
-                "`Microbatching(batchnorm_sweeps)` needs batchnorm='synchronized', but got "
-                f"batchnorm_sweeps={batchnorm_sweeps} with batchnorm={batchnorm!r}. Leave it out."
             )
         if batchnorm == "synchronized" and microbatch_size == "auto":
             raise MisconfigurationException(
                 "`Microbatching(batchnorm='synchronized')` needs a fixed size, since its pass over the whole "
                 "batch takes memory that no microbatch size changes, but got microbatch_size='auto'. "
                 "Give a size, or use batchnorm='pooled'."
-            )
-        if weight_fn is not None and loss_reduction == "sum":
-            raise MisconfigurationException(
-                "`Microbatching(weight_fn)` weighs means, but got loss_reduction='sum', where losses are "
-                "added as they are. Leave one of them out."
             )
         if limit is not None and microbatch_size != "auto":
             raise MisconfigurationException(
@@ -132,7 +123,7 @@ class Microbatching(Callback):
             )
         self._splitter = Splitter(loss_reduction, weight_fn, split_fn)
         self._batchnorm: BatchNormMode = batchnorm
-        self._num_sweeps = batchnorm_sweeps
+        self._num_sweeps = num_batchnorm_sweeps
         self._grow_after_batches = grow_after_batches
         self._sync_each_chunk = sync_each_chunk
         self._size: AutoSize | FixedSplit
@@ -154,16 +145,9 @@ class Microbatching(Callback):
         refuse_mix("Microbatching", trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         num_given = sum(isinstance(callback, Microbatching) for callback in callbacks)
-        refuse_run(trainer, pl_module, self._size, num_given)
+        validate_run(trainer, pl_module, self._size, num_given)
         training_loop.check(trainer)
         self._forget_other_runs(trainer, pl_module)
-        if any(isinstance(callback, EarlyZeroGrad) for callback in callbacks):
-            warnings.warn(
-                "`EarlyZeroGrad` has no effect beside `Microbatching`, which zeroes gradients early by "
-                "itself. Remove it.",
-                NoEffectWarning,
-                stacklevel=2,
-            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the place of the training loop's closure; the model is complete and on its device by now."""
@@ -177,12 +161,12 @@ class Microbatching(Callback):
                 "batchnorm_to_groupnorm(model) does without batch statistics."
             )
         if not self._sync_each_chunk:
-            refuse_to_wait(trainer, pl_module)
-        engine = MicrobatchEngine(
+            validate_sync_each_chunk(trainer, pl_module)
+        closures = ClosureFactory(
             trainer, pl_module, self._splitter, self._size, policy, self._sync_each_chunk
         )
-        self._recovery = engine.recovery
-        self._undo = [training_loop.install_closure(trainer, engine.make_closure)]
+        self._recovery = closures.recovery
+        self._undo = [training_loop.install_closure(trainer, closures.make)]
         if self._recovery is not None:
             self._undo.append(training_loop.install_around_step(trainer, self._recovery.around_update))
 
@@ -278,19 +262,3 @@ class Microbatching(Callback):
             settings["batchnorm"] = self._batchnorm
         events = tuple(size.events) if isinstance(size, AutoSize) else ()
         return TechniqueRecord(name="Microbatching", settings=settings, events=events)
-
-
-def _check_count(name: str, value: Any, otherwise: str = "") -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise MisconfigurationException(
-            f"`Microbatching({name})` must be an integer of at least 1{otherwise}, but got {name}={value!r}. "
-            "Use a positive whole number."
-        )
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        expected = " or ".join(repr(choice) for choice in choices)
-        raise MisconfigurationException(
-            f"`Microbatching({name})` must be {expected}, but got {name}={value!r}. Use one of them."
-        )

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lightning_memtrain.coordination import RestorableState, backward_is_partial, register_restorable
 from lightning_memtrain.microbatching import training_loop
-
-Backward = Callable[[Tensor], None] | None
+from lightning_memtrain.microbatching.training_loop import Backward
 
 
 def zero_grad_hooks(trainer: Any, model: Any) -> list[str]:

@@ -18,7 +18,10 @@ from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResul
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection as ResultCollection
 from torch import Tensor
 
-__all__ = ["Closure", "ClosureResult", "ResultCollection"]
+__all__ = ["Backward", "Closure", "ClosureResult", "ResultCollection"]
+
+Backward = Callable[[Tensor], None] | None
+"""Backward of a loss, with all hooks; ``None`` if it is to be skipped."""
 
 _EXPECTED = {
     "_make_closure": ["kwargs", "optimizer", "batch_idx"],
@@ -115,14 +118,6 @@ def gradients_are_bucket_views(strategy: Any) -> bool:
     return bool(getattr(getattr(strategy, "model", None), "gradient_as_bucket_view", False))
 
 
-def trainer_callbacks(model: Any) -> list[Any]:
-    """The callbacks of a module's trainer, to be added to; an empty list before it has one."""
-    if model is None or model._trainer is None:
-        return []
-    callbacks: list[Any] = model.trainer.callbacks
-    return callbacks
-
-
 def log_scalar(trainer: Trainer, name: str, value: float) -> None:
     """Send one number to all loggers, at the step that the trainer counts for them, and to callbacks."""
     trainer.callback_metrics[name] = torch.tensor(value)
@@ -210,11 +205,6 @@ def logged_tensors(trainer: Trainer) -> list[Tensor]:
     shown = vars(trainer._logger_connector).values()
     metrics = [value for one in shown if isinstance(one, dict) for value in one.values()]
     return [value for value in metrics if isinstance(value, Tensor)]
-
-
-def accumulates(trainer: Trainer) -> bool:
-    """Whether the current batch ends without an optimizer step."""
-    return trainer.fit_loop._should_accumulate()
 
 
 def grad_scaler(trainer: Trainer) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from lightning_memtrain.ledger import AllocationLimit, MemoryLedger, ResultBytes
 from lightning_memtrain.ledger.communication import gradients_lie_in_buckets
 from lightning_memtrain.ledger.storages import storages_of, tensors_in
 from lightning_memtrain.microbatching import training_loop
+from lightning_memtrain.microbatching.automatic_size.limit_errors import uneven_chunks_error
 from lightning_memtrain.microbatching.automatic_size.size_search import Peak
 from lightning_memtrain.microbatching.automatic_size.update_forecast import (
     UpdateForecast,
@@ -31,12 +32,9 @@ from lightning_memtrain.microbatching.automatic_size.update_forecast import (
 )
 from lightning_memtrain.microbatching.automatic_size.update_guard import UpdateGuard
 from lightning_memtrain.microbatching.batch_snapshot import BatchSnapshot, restore
-from lightning_memtrain.microbatching.run_validation import uneven_chunks
+from lightning_memtrain.microbatching.chunk_runner import ChunkRunner
+from lightning_memtrain.microbatching.training_loop import Backward
 from lightning_memtrain.optimizer_steps import SupportsParameterStep
-
-if TYPE_CHECKING:
-    from lightning_memtrain.microbatching.chunk_runner import Backward, MicrobatchEngine
-
 
 # Of each logged name Lightning keeps a sum and a count, and what it shows of them.
 _LOGGED_BYTES = 64
@@ -46,7 +44,7 @@ _NOTABLE = 50
 _SCALER_BYTES = 512
 
 
-class Measured(NamedTuple):
+class ChunkMeasurement(NamedTuple):
     """A chunk that ran to its end.
 
     Args:
@@ -71,7 +69,7 @@ class Measured(NamedTuple):
         return max(self.chunks_bytes, self.update_bytes)
 
 
-class Trials:
+class ChunkTrials:
     """Runs single chunks of one batch, each from the same state.
 
     A chunk is broken off before an operator would go beyond the limit. What the ledger does not see is
@@ -79,7 +77,7 @@ class Trials:
     what the device's allocator holds beyond the ledger, as far as smaller chunks have shown it.
 
     Args:
-        engine: runs the chunks.
+        runner: runs the chunks.
         kwargs: arguments of ``training_step`` by name.
         backward: backward of a loss; ``None`` to skip it.
         snapshot: of the state before the batch.
@@ -87,13 +85,13 @@ class Trials:
         guard: knows of steps of the optimizer that cannot be foretold.
         limit_bytes: bytes that may be used in all.
         kept_bytes: what the batches before have left behind, and the ledger does not see.
-        amid_window: whether gradients of earlier batches may be there.
+        accumulating: whether gradients of earlier batches may be there.
         finds_gradients: whether a chunk that is the whole batch is to find gradients, too.
     """
 
     def __init__(
         self,
-        engine: MicrobatchEngine,
+        runner: ChunkRunner,
         kwargs: Any,
         backward: Backward,
         snapshot: BatchSnapshot,
@@ -102,11 +100,11 @@ class Trials:
         limit_bytes: int,
         kept_bytes: int,
         *,
-        amid_window: bool,
+        accumulating: bool,
         finds_gradients: bool,
     ) -> None:
         self.forecast: UpdateForecast | None = None
-        self.measured: dict[int, Measured] = {}
+        self.measured: dict[int, ChunkMeasurement] = {}
         """Chunks that ran to their end, by their size."""
         self.needed_bytes: dict[int, int] = {}
         """What chunks needed at least that were broken off, by their size."""
@@ -114,8 +112,8 @@ class Trials:
         """What others said that could not keep a limit of theirs, by the size of the chunk."""
         self.held = CategoryBytes()
         """What the ledger counted when a chunk was last broken off."""
-        self._engine = engine
-        self._trainer = engine.trainer
+        self._runner = runner
+        self._trainer = runner.trainer
         self._kwargs = kwargs
         self._backward = backward
         self._snapshot = snapshot
@@ -123,12 +121,12 @@ class Trials:
         self._guard = guard
         self._limit_bytes = limit_bytes
         self._kept_bytes = kept_bytes
-        self._amid_window = amid_window
+        self._accumulating = accumulating
         self._finds_gradients = finds_gradients
         self._device = self._trainer.strategy.root_device
         self._results = ResultBytes(self._device)
-        self._in_buckets = gradients_lie_in_buckets(engine.model)
-        self._batch_size = engine.splitter.batch_size(kwargs["batch"])
+        self._in_buckets = gradients_lie_in_buckets(runner.model)
+        self._batch_size = runner.splitter.batch_size(kwargs["batch"])
         self._beyond_ledger: dict[int, int] = {}
         self._num_logged = 0
         self._sum_bytes = 0
@@ -149,14 +147,14 @@ class Trials:
     def unseen(self) -> dict[str, int]:
         """The same while chunks run."""
         return self.unseen_before_update | {
-            "copies to run the batch again": self._snapshot.num_bytes(self._amid_window),
+            "copies to run the batch again": self._snapshot.num_bytes(self._accumulating),
             "workspace of operators": self._beyond(1),
         }
 
     @property
     def _unseen_bytes(self) -> int:
         """What there is while chunks run, and the ledger does not see."""
-        return self._snapshot.num_bytes(self._amid_window) + self._kept_bytes
+        return self._snapshot.num_bytes(self._accumulating) + self._kept_bytes
 
     def measure(self, num_chunks: int) -> Peak:
         """Run the largest of evenly split chunks.
@@ -209,7 +207,7 @@ class Trials:
         annotate(f"probe of {size} {'sample' if size == 1 else 'samples'}")
         try:
             with self._ledger.limited(limit):
-                num_samples, kept = self._engine.run_trial(
+                num_samples, kept = self._runner.run_trial(
                     self._kwargs,
                     self._backward,
                     num_chunks,
@@ -224,7 +222,7 @@ class Trials:
                     self._sum_bytes = 2 * kept.loss.nbytes
                 if limit.needed_bytes is None:
                     if num_samples != size:
-                        raise uneven_chunks(num_chunks, self._batch_size, num_samples)
+                        raise uneven_chunks_error(num_chunks, self._batch_size, num_samples)
                     self._note(size, num_chunks, *found[-1], kept_bytes)
         except Exception as error:
             if not does_not_fit(error):
@@ -258,9 +256,9 @@ class Trials:
         # Of gradients only those that the parameters have now will be there when the optimizer steps.
         left = self._ledger.held_between(self._ledger.tick, self._ledger.tick)
         growing_bytes = held.total_bytes - left.total_bytes
-        gradient_bytes = 0 if self._in_buckets else _gradient_bytes(self._engine.model)
+        gradient_bytes = 0 if self._in_buckets else _gradient_bytes(self._runner.model)
         left = CategoryBytes({**left, Category.GRADIENTS: gradient_bytes})
-        self.measured[size] = Measured(
+        self.measured[size] = ChunkMeasurement(
             chunks_bytes=ledger_bytes + beyond_bytes + others_bytes + self.coming_bytes,
             held=held,
             update_bytes=left.total_bytes
@@ -274,7 +272,7 @@ class Trials:
             kept_bytes=kept_bytes,
         )
 
-    def least(self) -> Measured:
+    def least(self) -> ChunkMeasurement:
         """What a batch would hold at least if every parameter in training gets a gradient.
 
         Returns:
@@ -282,17 +280,17 @@ class Trials:
         """
         self.forecast = self._forecast(every_gradient=True)
         left = self._ledger.held_between(self._ledger.tick, self._ledger.tick)
-        trained = [p for p in self._engine.model.parameters() if p.requires_grad]
+        trained = [p for p in self._runner.model.parameters() if p.requires_grad]
         gradient_bytes = 0 if self._in_buckets else sum(p.nbytes for p in trained)
         left = CategoryBytes({**left, Category.GRADIENTS: gradient_bytes})
         update_bytes = left.total_bytes + self._kept_bytes + self.forecast.over_bytes
-        return Measured(0, CategoryBytes(), update_bytes, left, 0, 0)
+        return ChunkMeasurement(0, CategoryBytes(), update_bytes, left, 0, 0)
 
     def _forecast(self, every_gradient: bool = False) -> UpdateForecast:
         trainer, precision = self._trainer, self._trainer.precision_plugin
         if isinstance(precision, SupportsParameterStep):
             return self._watched_so_far(f"{type(precision).__name__} steps in a way of its own")
-        clips = clipping(trainer, self._engine.model)
+        clips = clipping(trainer, self._runner.model)
         found = forecast_update(trainer.optimizers, self._device, clips, every_gradient=every_gradient)
         if found.unknown:
             return self._watched_so_far(found.unknown)
@@ -329,7 +327,7 @@ class Trials:
 
     def _restore(self, with_gradients: bool) -> None:
         """Set everything back, but keep the gradients that an earlier chunk has made if they are wanted."""
-        parameters = [*self._engine.model.parameters()] if with_gradients else []
+        parameters = [*self._runner.model.parameters()] if with_gradients else []
         gradients = [(parameter, parameter.grad) for parameter in parameters]
         self._has_gradients = self._has_gradients and with_gradients
         restore(self._snapshot)

@@ -11,7 +11,7 @@ from torch import nn
 Shapes = tuple[tuple[int, ...], ...]
 
 
-class Circumstances(NamedTuple):
+class BatchConditions(NamedTuple):
     """What the memory of a batch depends on, beside the size of its chunks.
 
     Args:
@@ -19,7 +19,7 @@ class Circumstances(NamedTuple):
         shapes: of its tensors, by sample where samples are known to lie along the first axis.
         batch_bytes: of the whole batch, on the device.
         trained: which parameters are trained, as bits of a number in the order of the model.
-        amid_window: whether gradients of earlier batches may be there.
+        accumulating: whether gradients of earlier batches may be there.
         held_bytes: all that is within reach between two batches, but for gradients, and what is copied of it.
         update: see :func:`~.update_forecast.update_signature`.
     """
@@ -28,12 +28,12 @@ class Circumstances(NamedTuple):
     shapes: Shapes
     batch_bytes: int
     trained: int
-    amid_window: bool
+    accumulating: bool
     held_bytes: int
     update: str
 
 
-class Found(NamedTuple):
+class FittingSize(NamedTuple):
     """A size that fits, and all that is known of it.
 
     Args:
@@ -54,9 +54,9 @@ class Found(NamedTuple):
     kept_bytes: int
     coming_bytes: int
     updates: tuple[str, ...]
-    made_for: Circumstances
+    made_for: BatchConditions
 
-    def holds_for(self, now: Circumstances, limit_bytes: int | None) -> bool:
+    def holds_for(self, now: BatchConditions, limit_bytes: int | None) -> bool:
         """Whether a batch is sure to fit in chunks of this size.
 
         Args:
@@ -67,7 +67,7 @@ class Found(NamedTuple):
             ``False`` also if it is not known.
         """
         then = self.made_for
-        if now.trained & ~then.trained or now.amid_window > then.amid_window:
+        if now.trained & ~then.trained or now.accumulating > then.accumulating:
             return False
         if now.update not in self.updates:
             return False
@@ -85,7 +85,7 @@ class Found(NamedTuple):
         most_bytes = self.limit_bytes if limit_bytes is None else limit_bytes
         return self.peak_bytes + more_bytes + self.growing_bytes * (growth - 1) <= most_bytes
 
-    def lacks(self, now: Circumstances) -> str:
+    def lacks(self, now: BatchConditions) -> str:
         """What is new about a batch, for people.
 
         Args:
@@ -97,7 +97,7 @@ class Found(NamedTuple):
         then = self.made_for
         if now.trained & ~then.trained:
             return ", with more parameters in training"
-        if now.amid_window > then.amid_window:
+        if now.accumulating > then.accumulating:
             return ", with gradients of earlier batches"
         if now.update not in self.updates:
             return ", with another step of the optimizer"
@@ -110,9 +110,9 @@ class Found(NamedTuple):
         return [*self[:-1], list(self.made_for)]
 
     @classmethod
-    def from_list(cls, values: Sequence[Any]) -> Found:
+    def from_list(cls, values: Sequence[Any]) -> FittingSize:
         """The inverse of :meth:`to_list`."""
-        found = cls._make([*values[:-1], Circumstances._make(values[-1])])
+        found = cls._make([*values[:-1], BatchConditions._make(values[-1])])
         # Some formats know no tuples.
         shapes = tuple(tuple(shape) for shape in found.made_for.shapes)
         return found._replace(updates=tuple(found.updates), made_for=found.made_for._replace(shapes=shapes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,26 +13,25 @@ from lightning_memtrain.coordination import aside
 from lightning_memtrain.core import does_not_fit, is_out_of_memory, release_memory, without_frames
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.storages import tensors_in
-from lightning_memtrain.microbatching import backward_sync, training_loop
+from lightning_memtrain.microbatching import backward_sync, rank_agreement, training_loop
 from lightning_memtrain.microbatching.automatic_size import size_choice
-from lightning_memtrain.microbatching.automatic_size.chunk_trials import Trials
+from lightning_memtrain.microbatching.automatic_size.chunk_trials import ChunkTrials
 from lightning_memtrain.microbatching.automatic_size.fitting_size import (
-    Circumstances,
-    Found,
+    BatchConditions,
+    FittingSize,
     trained_parameters,
+)
+from lightning_memtrain.microbatching.automatic_size.limit_errors import (
+    limit_error,
+    other_limit_error,
+    update_limit_error,
 )
 from lightning_memtrain.microbatching.automatic_size.size_search import largest_fitting
 from lightning_memtrain.microbatching.automatic_size.update_forecast import update_signature
 from lightning_memtrain.microbatching.automatic_size.update_guard import UpdateGuard
 from lightning_memtrain.microbatching.batch_snapshot import BatchSnapshot, WrittenTensors, restore
-from lightning_memtrain.microbatching.run_validation import (
-    limit_out_of_reach_elsewhere,
-    limit_refused,
-    update_refused,
-)
-
-if TYPE_CHECKING:
-    from lightning_memtrain.microbatching.chunk_runner import Backward, MicrobatchEngine
+from lightning_memtrain.microbatching.chunk_runner import ChunkRunner
+from lightning_memtrain.microbatching.training_loop import Backward
 
 
 class Recovery:
@@ -42,23 +41,21 @@ class Recovery:
     has the size that its own batches fit with; where ranks wait for each other they run as many chunks.
 
     Args:
-        engine: runs the chunks.
+        runner: runs the chunks.
         size: the size to use and to correct.
     """
 
-    def __init__(self, engine: MicrobatchEngine, size: size_choice.AutoSize) -> None:
-        self._engine = engine
+    def __init__(self, runner: ChunkRunner, size: size_choice.AutoSize) -> None:
+        self._runner = runner
         self._size = size
-        self._trainer = engine.trainer
+        self._trainer = runner.trainer
         self._device = self._trainer.strategy.root_device
         self._written = WrittenTensors()
         self._ledger: MemoryLedger | None = None
-        self._guard = UpdateGuard(self._trainer, engine.model)
+        self._guard = UpdateGuard(self._trainer, runner.model)
         self._guarded: set[str] = set()  # signatures of steps that could not be foretold
         self._batch: Any = None
         self._unknown_bytes: int | None = None  # within reach before the first batch, but used in no step
-        self.has_probed = False
-        """Whether the batch at hand was probed."""
 
     # ------------------------------------------------------------------ a batch
 
@@ -71,7 +68,7 @@ class Recovery:
         self.end_batch()
         self._batch = batch
         with suppress(MisconfigurationException):  # a batch that cannot be split is refused when it is run
-            if self._size.size_for(self._circumstances(batch, held_bytes=0)) is None:
+            if self._size.size_for(self._conditions(batch, held_bytes=0)) is None:
                 self._watch(batch)
 
     def before_update(self) -> None:
@@ -104,17 +101,28 @@ class Recovery:
             self._ledger = None
 
     def run(self, kwargs: Any, backward: Backward) -> training_loop.ClosureResult:
-        """As :meth:`MicrobatchEngine.run`."""
+        """Forward and backward of one batch, in chunks of the size that fits.
+
+        Args:
+            kwargs: arguments of ``training_step`` by name.
+            backward: backward of a loss; ``None`` to skip it.
+
+        Returns:
+            Loss and further outputs of the whole batch.
+
+        Raises:
+            torch.OutOfMemoryError: on all ranks, if a single sample at a time does not fit on one of them.
+        """
         self._guard.before_evaluation()
-        engine, size, trainer, batch = self._engine, self._size, self._trainer, kwargs["batch"]
+        runner, size, trainer, batch = self._runner, self._size, self._trainer, kwargs["batch"]
         delayed = backward_sync.DelayedGradientSync(trainer.strategy)
-        backward_sync.broadcast_buffers(trainer.strategy)
+        backward_sync.broadcast_buffers(trainer.strategy.model)
         results = training_loop.results(trainer)
         logged = training_loop.results_state(results)
         snapshot = self._snapshot(kwargs)
-        now = self._circumstances(batch, snapshot.reachable_bytes + snapshot.num_bytes(self._amid_window))
-        self.has_probed = bool(backward_sync.highest_of_ranks(trainer, int(size.choose(now) is None)))
-        if self.has_probed:
+        now = self._conditions(batch, snapshot.reachable_bytes + snapshot.num_bytes(self._accumulating))
+        has_probed = bool(rank_agreement.highest_of_ranks(trainer, int(size.choose(now) is None)))
+        if has_probed:
             # The ledger's hooks are part of the state that each trial begins with, and not of the batch's.
             if self._ledger is None:
                 self._watch(batch)
@@ -132,12 +140,18 @@ class Recovery:
             attempted, outcome, result, failure, why = size.size, None, None, "", "out of memory"
             refusal: Exception | None = None
             try:
-                chunks = engine.chunks(batch, engine.splitter.num_microbatches(batch, size.size))
+                chunks = runner.chunks(batch, runner.splitter.num_microbatches(batch, size.size))
                 attempted = max(chunk.num_samples or 1 for chunk in chunks)
                 with self._guard.chunks():
-                    outcome = engine.run_chunks(kwargs, backward, chunks, communicate=not delayed.needed)
+                    outcome = runner.run_chunks(
+                        kwargs,
+                        backward,
+                        chunks,
+                        communicate=not delayed.needed,
+                        after_probe=has_probed,
+                    )
                 if not delayed.needed:
-                    result = engine.commit(outcome)
+                    result = runner.commit(outcome)
             except Exception as error:
                 if not does_not_fit(error):
                     raise
@@ -149,21 +163,21 @@ class Recovery:
             retried = size_choice.allocation_retries(self._device) > retries
             # What ends the run is agreed on before any rank raises: the others would wait for it.
             said = 3 if refusal is not None else 2 if failure else int(retried)
-            verdict = backward_sync.highest_of_ranks(trainer, said)
+            verdict = rank_agreement.highest_of_ranks(trainer, said)
             if verdict < 2:
                 assert outcome is not None
                 delayed.average_gradients()
                 size.succeeded(trainer.global_step, retried=verdict == 1)
                 # Logging communicates, so with several ranks it waits until all of them are here.
-                return result if result is not None else engine.commit(outcome)
+                return result if result is not None else runner.commit(outcome)
             outcome, chunks = None, []
-            engine.discard()
+            runner.discard()
             training_loop.restore_results(results, logged)
             restore(snapshot)
             release_memory(self._device)
             if verdict == 3:  # a limit of somebody else's, in its own words
-                raise refusal or limit_out_of_reach_elsewhere()
-            attempted = backward_sync.highest_of_ranks(trainer, attempted)
+                raise refusal or other_limit_error()
+            attempted = rank_agreement.highest_of_ranks(trainer, attempted)
             if attempted == 1:
                 raise torch.OutOfMemoryError(
                     "Out of memory with a single sample at a time, so `Microbatching` cannot help further. "
@@ -174,7 +188,7 @@ class Recovery:
     def _snapshot(self, kwargs: Any) -> BatchSnapshot:
         def make() -> BatchSnapshot:
             return BatchSnapshot(
-                self._engine.model,
+                self._runner.model,
                 training_loop.grad_scaler(self._trainer),
                 self._device,
                 batch=dict(kwargs),
@@ -194,42 +208,42 @@ class Recovery:
 
     # ------------------------------------------------------------------ the size
 
-    def _circumstances(self, batch: Any, held_bytes: int) -> Circumstances:
-        engine = self._engine
+    def _conditions(self, batch: Any, held_bytes: int) -> BatchConditions:
+        runner = self._runner
         tensors = [tensor for tensor in tensors_in(batch) if tensor.device.type == self._device.type]
         # Only the default way of splitting is known to split along the first axis.
-        first = 1 if engine.splitter.split_fn is None else 0
-        return Circumstances(
-            num_samples=engine.splitter.batch_size(batch),
+        first = 1 if runner.splitter.split_fn is None else 0
+        return BatchConditions(
+            num_samples=runner.splitter.batch_size(batch),
             shapes=tuple(tuple(tensor.shape[first:]) for tensor in tensors),
             batch_bytes=sum(tensor.nbytes for tensor in tensors),
-            trained=trained_parameters(engine.model),
-            amid_window=self._amid_window,
+            trained=trained_parameters(runner.model),
+            accumulating=self._accumulating,
             held_bytes=held_bytes,
             update=update_signature(self._trainer.optimizers),
         )
 
     @property
-    def _amid_window(self) -> bool:
+    def _accumulating(self) -> bool:
         return self._trainer.accumulate_grad_batches > 1
 
     def _watch(self, batch: Any) -> None:
-        ledger = MemoryLedger(self._engine.model, self._trainer.optimizers, batch, device=self._device)
+        ledger = MemoryLedger(self._runner.model, self._trainer.optimizers, batch, device=self._device)
         self._ledger = ledger.__enter__()
 
-    def _probe(self, kwargs: Any, backward: Backward, snapshot: BatchSnapshot, now: Circumstances) -> None:
+    def _probe(self, kwargs: Any, backward: Backward, snapshot: BatchSnapshot, now: BatchConditions) -> None:
         """Find the size to start from. Leaves no trace but the size."""
         trainer, limit_bytes = self._trainer, self._limit_bytes()
         # A rank whose batch fits as a whole may be asked for chunks, which find gradients of others.
-        finds_gradients = now.amid_window or trainer.world_size > 1
+        finds_gradients = now.accumulating or trainer.world_size > 1
         assert self._ledger is not None
         unknown_bytes = snapshot.bytes_unknown_to(self._ledger)
         if self._unknown_bytes is None:
             self._unknown_bytes = unknown_bytes
-        spared_bytes = 0 if finds_gradients else sum(p.nbytes for p in self._engine.model.parameters())
+        spared_bytes = 0 if finds_gradients else sum(p.nbytes for p in self._runner.model.parameters())
         with aside("probe"):
-            trials = Trials(
-                self._engine,
+            trials = ChunkTrials(
+                self._runner,
                 kwargs,
                 backward,
                 snapshot,
@@ -237,7 +251,7 @@ class Recovery:
                 self._guard,
                 limit_bytes,
                 max(0, unknown_bytes - self._unknown_bytes),
-                amid_window=now.amid_window,
+                accumulating=now.accumulating,
                 finds_gradients=finds_gradients,
             )
             try:
@@ -246,17 +260,17 @@ class Recovery:
                 restore(snapshot)
         refusal = self._refusal(trials, limit_bytes) if peak.size == 1 else None
         said = 0 if refusal is None else 2 if refusal is trials.out_of_reach.get(1) else 1
-        if backward_sync.highest_of_ranks(trainer, said) == 2:
-            raise refusal if said == 2 and refusal is not None else limit_out_of_reach_elsewhere()
-        backward_sync.raise_on_all_ranks(trainer, refusal)
+        if rank_agreement.highest_of_ranks(trainer, said) == 2:
+            raise refusal if said == 2 and refusal is not None else other_limit_error()
+        rank_agreement.raise_on_all_ranks(trainer, refusal)
         measured = trials.measured.get(peak.size)
         # Ranks meet when such a step is over, so all watch it or none.
         is_unknown = trials.forecast is not None and bool(trials.forecast.unknown)
-        if backward_sync.highest_of_ranks(trainer, int(is_unknown)):
+        if rank_agreement.highest_of_ranks(trainer, int(is_unknown)):
             self._guarded.add(now.update)
         self._size.start(
             trainer.global_step,
-            Found(
+            FittingSize(
                 size=peak.size,
                 peak_bytes=peak.num_bytes,
                 limit_bytes=limit_bytes,
@@ -268,7 +282,7 @@ class Recovery:
             ),
         )
 
-    def _refusal(self, trials: Trials, limit_bytes: int) -> Exception | None:
+    def _refusal(self, trials: ChunkTrials, limit_bytes: int) -> Exception | None:
         """The reason why a single sample at a time does not fit into a limit that was given."""
         if 1 in trials.out_of_reach:
             return trials.out_of_reach[1]
@@ -283,7 +297,7 @@ class Recovery:
         if not at_least and single.peak_bytes <= limit_bytes:
             return None
         if single.update_bytes <= max(limit_bytes, single.chunks_bytes) or trials.forecast is None:
-            return limit_refused(
+            return limit_error(
                 limit_bytes,
                 single.chunks_bytes,
                 single.held,
@@ -291,7 +305,7 @@ class Recovery:
                 trials.unseen,
                 at_least=at_least,
             )
-        return update_refused(
+        return update_limit_error(
             limit_bytes,
             single.update_bytes,
             single.left,

@@ -7,32 +7,19 @@ from typing import Any
 import torch
 
 from lightning_memtrain.core import format_bytes
-from lightning_memtrain.microbatching.automatic_size.fitting_size import Circumstances, Found
+from lightning_memtrain.microbatching.automatic_size.fitting_size import BatchConditions, FittingSize
 
 # So many sizes are remembered for batches of different kinds.
 _MOST_FOUND = 32
-
-
-class FixedSplit:
-    """Always the same number of chunks, or chunks of at most the same size.
-
-    Args:
-        num_microbatches: chunks per batch.
-        microbatch_size: most samples per chunk, if ``num_microbatches`` is ``None``.
-    """
-
-    def __init__(self, num_microbatches: int | None, microbatch_size: int | None) -> None:
-        self.num_microbatches = num_microbatches
-        self.microbatch_size = microbatch_size
 
 
 class AutoSize:
     """The number of samples at a time that fits the memory.
 
     It is what probes found, see :func:`~.size_search.largest_fitting`: the largest of those that are sure to
-    hold for the batch at hand. Running out of memory halves it; so does an allocator that had to free its cache
-    and try again in two batches running. After a stretch of clean batches it doubles, up to what probes
-    found; each failure makes the stretch twice as long.
+    hold for the batch at hand. Running out of memory halves it; so does an allocator that had to free its
+    cache and try again in two batches running. After a stretch of clean batches it doubles, up to what
+    probes found; each failure makes the stretch twice as long.
 
     Args:
         limit_bytes: most bytes to use; ``None`` for what the device has free.
@@ -44,13 +31,13 @@ class AutoSize:
         self.events: list[str] = []
         self.size: int | None = None
         """Most samples per chunk; ``None`` before the first probe."""
-        self._found: list[Found] = []
+        self._found: list[FittingSize] = []
         self._most: int | None = None  # since memory ran out
         self._grow_after = grow_after_batches
         self._num_clean = 0
         self._num_retries = 0
 
-    def size_for(self, now: Circumstances) -> int | None:
+    def size_for(self, now: BatchConditions) -> int | None:
         """The size for a batch.
 
         Args:
@@ -64,7 +51,7 @@ class AutoSize:
             return None
         return max(sizes) if self._most is None else min(max(sizes), self._most)
 
-    def choose(self, now: Circumstances) -> int | None:
+    def choose(self, now: BatchConditions) -> int | None:
         """Take the size for a batch, if it is known.
 
         Args:
@@ -78,7 +65,7 @@ class AutoSize:
             self.size = size
         return size
 
-    def start(self, step: int, found: Found) -> None:
+    def start(self, step: int, found: FittingSize) -> None:
         """Take what a probe found.
 
         Args:
@@ -172,7 +159,7 @@ class AutoSize:
         self._num_clean = state["num_clean_batches"]
         self._num_retries = state["num_retries"]
         # Older versions did not save what was found, so they probe again.
-        self._found = [Found.from_list(values) for values in state.get("found", ())]
+        self._found = [FittingSize.from_list(values) for values in state.get("found", ())]
         self._most = state.get("most_since_failure")
         # Below all that probes found, it can only be that memory ran out.
         if self._found and self.size is not None and self.size < min(found.size for found in self._found):

@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_memtrain.core import OutOfReach
 from lightning_memtrain.ledger import AllocationLimit, LimitReached, MemoryLedger, ResultBytes
-from lightning_memtrain.microbatching.backward_sync import raise_on_all_ranks
-from lightning_memtrain.microbatching.run_validation import update_refused
+from lightning_memtrain.microbatching.automatic_size.limit_errors import update_limit_error
+from lightning_memtrain.microbatching.rank_agreement import raise_on_all_ranks
 
 # The first step makes state, the second is the first that has it.
 _NUM_WATCHED = 2
@@ -127,7 +127,7 @@ class UpdateGuard:
         ledger = self._ledger
         assert ledger is not None
         now = ledger.held_between(ledger.tick, ledger.tick)
-        refused = update_refused(error.limit_bytes, error.needed_bytes, now, 0, 0, at_least=True)
+        refused = update_limit_error(error.limit_bytes, error.needed_bytes, now, 0, 0, at_least=True)
         self._refusal = UpdateOutOfReach(str(refused))
         return self._refusal
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal, TypeVar, get_args
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_memtrain.microbatching.batchnorm.pooled_batchnorm import PooledBatchNorm
 from lightning_memtrain.microbatching.batchnorm.synchronized_batchnorm import SynchronizedBatchNorm
+from lightning_memtrain.microbatching.splitting.argument_checks import check_choice, check_count
 
+_T = TypeVar("_T")
 BatchNormMode = Literal["pooled", "synchronized", "chunk"]
+NUM_SWEEPS = 2
+"""By default."""
 
 
 class BatchNormPolicy:
@@ -24,8 +29,10 @@ class BatchNormPolicy:
         num_sweeps: how often ``"synchronized"`` runs all chunks.
     """
 
-    def __init__(self, model: nn.Module, mode: BatchNormMode, num_sweeps: int = 2) -> None:
-        self._layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    def __init__(self, model: nn.Module, mode: BatchNormMode, num_sweeps: int = NUM_SWEEPS) -> None:
+        self.layers = _layers(model)
+        """Of batch normalisation, in the order of the model."""
+        self._mode = mode
         self._pooled = PooledBatchNorm(model) if mode == "pooled" else None
         self._synchronized = SynchronizedBatchNorm(model) if mode == "synchronized" else None
         self._active = False
@@ -34,7 +41,11 @@ class BatchNormPolicy:
     @property
     def has_layers(self) -> bool:
         """Whether the model has batch normalisation at all."""
-        return bool(self._layers)
+        return bool(self.layers)
+
+    def is_for(self, model: nn.Module, mode: BatchNormMode, num_sweeps: int) -> bool:
+        """Whether this is what such arguments would make, for the layers that the model has now."""
+        return (self._mode, self.num_sweeps) == (mode, num_sweeps) and self.layers == _layers(model)
 
     @property
     def may_synchronize(self) -> bool:
@@ -49,7 +60,42 @@ class BatchNormPolicy:
     @property
     def running_statistics(self) -> list[Tensor]:
         """Buffers of all layers."""
-        return [buffer for layer in self._layers for buffer in layer.buffers(recurse=False)]
+        return [buffer for layer in self.layers for buffer in layer.buffers(recurse=False)]
+
+    def run(
+        self,
+        num_chunks: int,
+        run_chunks: Callable[[bool], _T],
+        run_whole: Callable[[], object],
+        save: Callable[[], Callable[[], None]],
+    ) -> _T:
+        """Run all chunks of a batch, as often as it takes.
+
+        Args:
+            num_chunks: of the batch.
+            run_chunks: forward and backward of all of them; called with whether it is the last time.
+            run_whole: forward of the whole batch, for its statistics; gradients are off.
+            save: keeps the state before the batch, and returns what sets it back.
+
+        Returns:
+            What ``run_chunks`` returned the last time.
+        """
+        with self.batch(num_chunks):
+            if self.synchronizes:
+                set_back = save()
+                with self.statistics_pass():
+                    run_whole()
+                for _ in range(self.num_sweeps - 1):
+                    set_back()
+                    with self.sweep():
+                        run_chunks(False)
+                set_back()
+                with self.sweep():
+                    result = run_chunks(True)
+            else:
+                result = run_chunks(True)
+            self.finish()
+        return result
 
     @contextmanager
     def batch(self, num_chunks: int) -> Iterator[None]:
@@ -85,3 +131,27 @@ class BatchNormPolicy:
         """Once all chunks have run."""
         if self._active and self._pooled is not None:
             self._pooled.blend()
+
+
+def check_batchnorm(owner: str, mode: Any, num_sweeps: Any) -> None:
+    """Refuse arguments that do not say what batch normalisation is to do.
+
+    Args:
+        owner: what the user has called.
+        mode: its ``batchnorm``.
+        num_sweeps: its ``num_batchnorm_sweeps``.
+
+    Raises:
+        MisconfigurationException: naming the argument.
+    """
+    check_choice(owner, "batchnorm", mode, get_args(BatchNormMode))
+    check_count(owner, "num_batchnorm_sweeps", num_sweeps)
+    if num_sweeps != NUM_SWEEPS and mode != "synchronized":
+        raise MisconfigurationException(
+            f"`{owner}(num_batchnorm_sweeps)` needs batchnorm='synchronized', but got "
+            f"num_batchnorm_sweeps={num_sweeps} with batchnorm={mode!r}. Leave it out."
+        )
+
+
+def _layers(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]

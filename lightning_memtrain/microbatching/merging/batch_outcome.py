@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_memtrain.microbatching.merging.chunk_logs import CallRecorder, ChunkLogs
+from lightning_memtrain.microbatching.merging.chunk_logs import ChunkLogs, LogRecorder
 from lightning_memtrain.microbatching.splitting.chunks import Chunk, mean_weights
 
 
@@ -73,7 +73,7 @@ class BatchOutcome:
         loss: Tensor | None,
         num_accumulated: int,
         extra: Mapping[str, Any],
-        logs: CallRecorder,
+        logs: LogRecorder,
     ) -> None:
         """Add a chunk that has run.
 

@@ -68,7 +68,7 @@ class LogCall:
         return str(getattr(reduce_fx, "__name__", reduce_fx)).lower()
 
 
-class CallRecorder(ResultCollection):
+class LogRecorder(ResultCollection):
     """Stands in for the trainer's result collection and writes calls down instead of making them."""
 
     def __init__(self) -> None:
@@ -108,11 +108,11 @@ class ChunkLogs:
     """
 
     sum_losses: bool = False
-    _recorders: list[CallRecorder] = field(default_factory=list)
+    _recorders: list[LogRecorder] = field(default_factory=list)
     _chunks: list[Chunk] = field(default_factory=list)
     _losses: list[Tensor | None] = field(default_factory=list)
 
-    def add(self, recorder: CallRecorder, chunk: Chunk, loss: Tensor | None) -> None:
+    def add(self, recorder: LogRecorder, chunk: Chunk, loss: Tensor | None) -> None:
         """Take over what a chunk logged.
 
         Args:

@@ -29,7 +29,7 @@ _Child: TypeAlias = tuple[Any, str, Any]
 LeafFunction: TypeAlias = Callable[[Any, str], Any]
 
 _CURE = (
-    "Pass `Microbatching(split_fn=...)`, a function from (batch, number of chunks) to a list of chunks, "
+    "Pass `split_fn`, a function from (batch, number of chunks) to a list of chunks, "
     "to say how such a batch is split."
 )
 

@@ -46,11 +46,13 @@ class Splitter:
         loss_reduction: how ``training_step`` reduces its loss over the samples.
         weight_fn: what a chunk's mean was taken over, e.g. its number of valid tokens; not negative.
         split_fn: splits a batch into at most so many chunks.
+        owner: what the user has called, for errors.
     """
 
     loss_reduction: LossReduction = "mean"
     weight_fn: WeightFn | None = None
     split_fn: SplitFn | None = None
+    owner: str = "Microbatching"
 
     def batch_size(self, batch: Any) -> int:
         """How many samples a batch has.
@@ -70,7 +72,7 @@ class Splitter:
             if self.split_fn is None:
                 raise
             raise MisconfigurationException(
-                "`Microbatching(microbatch_size)` must be able to count the samples of a batch, but got one "
+                f"`{self.owner}(microbatch_size)` must be able to count the samples of a batch, but got one "
                 f"that does not show them: {error} With `split_fn`, use `num_microbatches` instead."
             ) from error
 
@@ -111,9 +113,9 @@ class Splitter:
             if not isinstance(parts, Sequence) or not 1 <= len(parts) <= num_microbatches:
                 count = f"{len(parts)} chunks" if isinstance(parts, Sequence) else type(parts).__name__
                 raise MisconfigurationException(
-                    f"`Microbatching(split_fn)` must return a list of 1 to {num_microbatches} chunks when "
+                    f"`{self.owner}(split_fn)` must return a list of 1 to {num_microbatches} chunks when "
                     f"it is called with num_microbatches={num_microbatches}, but got {count}. "
-                    "Return fewer chunks than asked for, never more; each one is passed to `training_step`."
+                    "Return fewer chunks than asked for, never more."
                 )
             sizes = _sizes_if_known(batch, parts)
         weights = self._weights(parts, sizes)
@@ -123,14 +125,14 @@ class Splitter:
         if self.loss_reduction == "sum":
             return [1.0] * len(parts)
         if self.weight_fn is not None:
-            counts = [_weight(self.weight_fn(part)) for part in parts]
+            counts = [_weight(self.weight_fn(part), self.owner) for part in parts]
         elif len(parts) == 1:
             return [1.0]
         else:
             counts = [float(size) for size in sizes if size is not None]
             if len(counts) < len(parts):
                 raise MisconfigurationException(
-                    "`Microbatching(split_fn)` must split along the first axis of all tensors for samples to "
+                    f"`{self.owner}(split_fn)` must split along the first axis of all tensors for samples to "
                     "be counted, but the chunks' first axes do not add up to that of the batch. Give "
                     "`weight_fn`, which says over how many samples or tokens the loss of a chunk is a mean."
                 )
@@ -138,6 +140,33 @@ class Splitter:
         if total == 0:
             return [1 / len(parts)] * len(parts)
         return [count / total for count in counts]
+
+
+@dataclass(frozen=True)
+class FixedSplit:
+    """Always the same number of chunks, or chunks of at most the same size.
+
+    Args:
+        num_microbatches: chunks per batch; ``None`` if their size is given.
+        microbatch_size: most samples per chunk; ``None`` if their number is given.
+    """
+
+    num_microbatches: int | None = None
+    microbatch_size: int | None = None
+
+    def num_chunks(self, batch: Any, splitter: Splitter) -> int:
+        """How many chunks a batch is to make.
+
+        Args:
+            batch: the whole batch.
+            splitter: counts its samples, if that is asked.
+
+        Returns:
+            The count, at least 1; a smaller batch makes fewer.
+        """
+        if self.microbatch_size is None:
+            return self.num_microbatches or 1
+        return splitter.num_microbatches(batch, self.microbatch_size)
 
 
 def mean_weights(chunks: Sequence[Chunk]) -> list[float]:
@@ -156,11 +185,11 @@ def mean_weights(chunks: Sequence[Chunk]) -> list[float]:
     return [size / max(sum(sizes), 1) for size in sizes]
 
 
-def _weight(value: Any) -> float:
+def _weight(value: Any, owner: str) -> float:
     weight = float(value)
     if not math.isfinite(weight) or weight < 0:
         raise MisconfigurationException(
-            f"`Microbatching(weight_fn)` must return a finite number of at least 0, but got {weight}. "
+            f"`{owner}(weight_fn)` must return a finite number of at least 0, but got {weight}. "
             "Return over how many samples or tokens the chunk's loss is a mean."
         )
     return weight

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_memtrain.microbatching.merging.batch_outcome import BatchOutcome, merge_outputs
-from lightning_memtrain.microbatching.merging.chunk_logs import CallRecorder
+from lightning_memtrain.microbatching.merging.chunk_logs import LogRecorder
 from lightning_memtrain.microbatching.splitting.chunks import Chunk
 
 CHUNKS = [Chunk(None, 0.75, 3), Chunk(None, 0.25, 1)]
@@ -117,7 +117,7 @@ def outcome_of(chunks: list[Chunk], losses: list[float | None]) -> BatchOutcome:
     outcome = BatchOutcome(sum_losses=False)
     for chunk, loss in zip(chunks, losses, strict=True):
         tensor = None if loss is None else torch.tensor(loss)
-        outcome.add(chunk, tensor, 1, {"loss_again": loss}, CallRecorder())
+        outcome.add(chunk, tensor, 1, {"loss_again": loss}, LogRecorder())
     return outcome
 
 
@@ -146,7 +146,7 @@ def test_samples_are_counted_if_all_chunks_know_theirs():
 def test_logged_losses_are_not_divided_by_the_batches_of_a_window():
     outcome = BatchOutcome(sum_losses=False)
     for chunk, loss in zip(CHUNKS, (4.0, 8.0), strict=True):
-        recorder = CallRecorder()
+        recorder = LogRecorder()
         recorder.log("training_step", "loss", torch.tensor(2 * loss), reduce_fx="max")
         outcome.add(chunk, torch.tensor(loss), 2, {}, recorder)
     logged: list[float] = []

@@ -110,8 +110,8 @@ def test_other_techniques_go_back_first():
     model.meter.append(2)
     snapshot.restore()
     assert (gathered, seen, model.meter) == ([1], [[1, 2]], [1])
-    without = BatchSnapshot(model, None, CPU).num_bytes(amid_window=False)
-    assert snapshot.num_bytes(amid_window=False) == without + 12
+    without = BatchSnapshot(model, None, CPU).num_bytes(accumulating=False)
+    assert snapshot.num_bytes(accumulating=False) == without + 12
 
 
 # ---------------------------------------------------------------------- values of large tensors
@@ -131,17 +131,17 @@ def test_a_large_tensor_is_copied_once_somebody_is_about_to_write_to_it(make: An
     large = make()
     model, written = holding(large), WrittenTensors()
     snapshot = BatchSnapshot(model, None, CPU, written=written)
-    num_bytes = snapshot.num_bytes(amid_window=False)
+    num_bytes = snapshot.num_bytes(accumulating=False)
     snapshot.before_write(large[:2])  # a view of it
     snapshot.before_write(large[:2])
-    assert snapshot.num_bytes(amid_window=False) == num_bytes + 4 * LARGE
+    assert snapshot.num_bytes(accumulating=False) == num_bytes + 4 * LARGE
     large.data[:2] = 1
     snapshot.restore()
     assert torch.equal(large, torch.zeros(LARGE))
     # From then on it is copied at once.
     assert large in written
     again = BatchSnapshot(model, None, CPU, written=written)
-    assert again.num_bytes(amid_window=False) == num_bytes + 4 * LARGE
+    assert again.num_bytes(accumulating=False) == num_bytes + 4 * LARGE
     large.data.add_(1)
     again.restore()
     assert torch.equal(large, torch.zeros(LARGE))
@@ -170,14 +170,14 @@ def test_a_batch_that_steps_write_to_is_copied_whatever_tensors_it_has():
     model, written = Net(), WrittenTensors()
     first, second = {"x": torch.zeros(3)}, {"x": torch.zeros(4)}
     snapshot = BatchSnapshot(model, None, CPU, batch=first, written=written)
-    num_bytes = snapshot.num_bytes(amid_window=False)
+    num_bytes = snapshot.num_bytes(accumulating=False)
     snapshot.before_write(first["x"])
     first["x"].add_(1)
     snapshot.restore()
     assert torch.equal(first["x"], torch.zeros(3))
     assert written.batch
     snapshot = BatchSnapshot(model, None, CPU, batch=second, written=written)
-    assert snapshot.num_bytes(amid_window=False) == num_bytes + 16
+    assert snapshot.num_bytes(accumulating=False) == num_bytes + 16
     second["x"].add_(1)
     snapshot.restore()
     assert torch.equal(second["x"], torch.zeros(4))
@@ -198,9 +198,9 @@ def test_small_tensors_are_copied_as_long_as_they_are_not_too_many():
     model, rng_bytes = nn.Module(), torch.get_rng_state().nbytes
     model.kept = [torch.zeros(1_024) for _ in range(300)]
     snapshot = BatchSnapshot(model, None, CPU)
-    assert snapshot.num_bytes(amid_window=False) == rng_bytes + 256 * 4_096
+    assert snapshot.num_bytes(accumulating=False) == rng_bytes + 256 * 4_096
     model.kept = [torch.zeros(1_025) for _ in range(300)]
-    assert BatchSnapshot(model, None, CPU).num_bytes(amid_window=False) == rng_bytes
+    assert BatchSnapshot(model, None, CPU).num_bytes(accumulating=False) == rng_bytes
 
 
 # ---------------------------------------------------------------------- bytes
@@ -211,15 +211,15 @@ def test_it_says_how_much_it_keeps():
     buffers_bytes = 4 + (8 + 8 + 8)  # its own; mean, variance and number of batches of the norm
     gradients_bytes = 8 + 4 + (8 + 8)  # of all but the frozen parameter
     snapshot = BatchSnapshot(model, None, CPU)
-    assert snapshot.num_bytes(amid_window=False) == rng_bytes + buffers_bytes + 8
-    assert snapshot.num_bytes(amid_window=True) == rng_bytes + buffers_bytes + gradients_bytes
+    assert snapshot.num_bytes(accumulating=False) == rng_bytes + buffers_bytes + 8
+    assert snapshot.num_bytes(accumulating=True) == rng_bytes + buffers_bytes + gradients_bytes
 
 
 def test_without_gradients_no_memory_is_held_for_them():
     model = Net()
-    with_one = BatchSnapshot(model, None, CPU).num_bytes(amid_window=False)
+    with_one = BatchSnapshot(model, None, CPU).num_bytes(accumulating=False)
     model.with_gradient.grad = None
-    assert BatchSnapshot(model, None, CPU).num_bytes(amid_window=False) == with_one - 8
+    assert BatchSnapshot(model, None, CPU).num_bytes(accumulating=False) == with_one - 8
 
 
 def test_it_says_what_is_within_reach():

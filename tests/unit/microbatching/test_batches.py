@@ -21,7 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of, split_batch, split_batch_by_size
 
 CURE = (
-    "\nPass `Microbatching(split_fn=...)`, a function from (batch, number of chunks) to a list of chunks, "
+    "\nPass `split_fn`, a function from (batch, number of chunks) to a list of chunks, "
     "to say how such a batch is split."
 )
 X = torch.arange(10).view(5, 2)

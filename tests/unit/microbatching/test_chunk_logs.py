@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lightning_memtrain.microbatching.merging.chunk_logs import CallRecorder, ChunkLogs
+from lightning_memtrain.microbatching.merging.chunk_logs import ChunkLogs, LogRecorder
 from lightning_memtrain.microbatching.splitting.chunks import Chunk
 
 SIZES = [3, 2, 2]
@@ -47,7 +47,7 @@ def replay(
     """Log one name from each chunk (``None``: not from this one); value and batch size that come of it."""
     logs = ChunkLogs(sum_losses)
     for index, (value, chunk) in enumerate(zip(values, chunks, strict=True)):
-        recorder = CallRecorder()
+        recorder = LogRecorder()
         if value is not None:
             size = None if batch_sizes is None else batch_sizes[index]
             recorder.log(fx, "x", value, batch_size=size, **options)
@@ -154,7 +154,7 @@ def test_gradients_are_complete_after_the_last_chunk():
 def test_each_call_of_a_name_is_merged_with_its_like():
     logs = ChunkLogs()
     for chunk, values in zip(CHUNKS, [(7.0, 0.0), (14.0, 1.0), (21.0, 2.0)], strict=True):
-        recorder = CallRecorder()
+        recorder = LogRecorder()
         for value in values:
             recorder.log("training_step", "x", torch.tensor(value), reduce_fx="mean")
         recorder.log("on_after_backward", "x", torch.tensor(values[0]))
@@ -169,7 +169,7 @@ def test_each_call_of_a_name_is_merged_with_its_like():
 
 
 def test_values_are_detached_unless_the_graph_is_asked_for():
-    recorder = CallRecorder()
+    recorder = LogRecorder()
     value = torch.ones((), requires_grad=True) * 2
     recorder.log("training_step", "x", value)
     recorder.log("training_step", "y", value, enable_graph=True)
@@ -186,7 +186,7 @@ def test_a_metric_is_logged_once_as_itself():
 def test_metrics_of_the_step_are_told_from_those_of_the_epoch():
     logs, on_step, on_epoch = ChunkLogs(), MeanMetric(), MeanMetric()
     for chunk in CHUNKS:
-        recorder = CallRecorder()
+        recorder = LogRecorder()
         recorder.log("training_step", "a", on_step, on_step=True, on_epoch=True)
         recorder.log("training_step", "b", on_epoch, on_step=False, on_epoch=True)
         recorder.log("training_step", "c", torch.ones(()), on_step=True)
@@ -197,7 +197,7 @@ def test_metrics_of_the_step_are_told_from_those_of_the_epoch():
 def test_what_the_last_epoch_left_is_reset_once():
     logs = ChunkLogs()
     for chunk in CHUNKS:
-        recorder = CallRecorder()
+        recorder = LogRecorder()
         recorder.reset(metrics=False, fx="training_step")
         recorder.reset(metrics=False, fx="training_step")
         recorder.reset()

@@ -23,7 +23,7 @@ from lightning_memtrain.microbatching.splitting.batches import batch_size_of, sp
 from tests.helpers.twin_runs import assert_same_run, train
 
 CURE = (
-    "\nPass `Microbatching(split_fn=...)`, a function from (batch, number of chunks) to a list of chunks, "
+    "\nPass `split_fn`, a function from (batch, number of chunks) to a list of chunks, "
     "to say how such a batch is split."
 )
 Y = torch.arange(4.0)

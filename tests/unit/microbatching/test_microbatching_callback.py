@@ -16,9 +16,9 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_memtrain.core import NoEffectWarning, TechniqueRecord, is_technique
-from lightning_memtrain.microbatching import EarlyZeroGrad, MemtrainDDPStrategy, Microbatching, training_loop
-from lightning_memtrain.microbatching.automatic_size.chunk_trials import Trials
+from lightning_memtrain.core import TechniqueRecord, is_technique
+from lightning_memtrain.microbatching import Microbatching, training_loop
+from lightning_memtrain.microbatching.automatic_size.chunk_trials import ChunkTrials
 from lightning_memtrain.microbatching.automatic_size.size_search import Peak
 from tests.helpers.trainers import assert_torch_is_as_found, quiet_trainer
 from tests.helpers.twin_runs import assert_same_run, train
@@ -73,7 +73,7 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         size = -(-NUM_SAMPLES // num_chunks)
         return Peak(size, size * 10**6)
 
-    monkeypatch.setattr(Trials, "measure", measure)
+    monkeypatch.setattr(ChunkTrials, "measure", measure)
     return steps
 
 
@@ -101,7 +101,7 @@ class Breaks(Net):
         return loss
 
 
-@pytest.mark.parametrize("technique", [lambda: Microbatching(microbatch_size=3), auto, EarlyZeroGrad])
+@pytest.mark.parametrize("technique", [lambda: Microbatching(microbatch_size=3), auto])
 @pytest.mark.parametrize("batchnorm", [False, True])
 def test_lightning_and_torch_are_left_as_found(technique: Any, batchnorm: bool, tmp_path: Path):
     model = Net(batchnorm)
@@ -112,7 +112,7 @@ def test_lightning_and_torch_are_left_as_found(technique: Any, batchnorm: bool, 
     assert_torch_is_as_found(model)
 
 
-@pytest.mark.parametrize("technique", [lambda: Microbatching(microbatch_size=3), auto, EarlyZeroGrad])
+@pytest.mark.parametrize("technique", [lambda: Microbatching(microbatch_size=3), auto])
 @pytest.mark.parametrize("batchnorm", [False, True])
 def test_they_are_after_an_error_too(technique: Any, batchnorm: bool, tmp_path: Path):
     model = Breaks(batchnorm)
@@ -264,20 +264,6 @@ def test_batch_normalisation_is_pointed_out_once(tmp_path: Path, caplog: pytest.
         assert sum(message.endswith(told) for message in caplog.messages) == (batchnorm and mode == "pooled")
 
 
-def test_early_zero_grad_has_no_effect_beside_it(tmp_path: Path):
-    message = (
-        "^`EarlyZeroGrad` has no effect beside `Microbatching`, which zeroes gradients early by itself. "
-        "Remove it.$"
-    )
-    plain = train(Net, batches(), tmp_path)
-    for order in (1, -1):
-        both = [Microbatching(num_microbatches=2), EarlyZeroGrad()][::order]
-        with pytest.warns(NoEffectWarning, match=message):
-            run = train(Net, batches(), tmp_path, *both)
-        assert_same_run(plain, run)
-        assert not training_loop.closure_replaced(run.trainer)
-
-
 # ---------------------------------------------------------------------- copies and configuration
 
 
@@ -333,29 +319,3 @@ def test_a_configuration_file_can_name_it(tmp_path: Path):
     assert microbatching._size.limit_bytes == 2 * 2**30
     assert microbatching._batchnorm == "chunk"
     assert microbatching.state_dict()["grow_after_batches"] == 7
-
-
-@JSONARGPARSE
-def test_a_configuration_file_can_name_a_strategy_around_it(tmp_path: Path):
-    config = {
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "strategy": {
-                "class_path": "lightning_memtrain.microbatching.MemtrainDDPStrategy",
-                "init_args": {
-                    "microbatching": {
-                        "class_path": "lightning_memtrain.microbatching.Microbatching",
-                        "init_args": {"num_microbatches": 4, "loss_reduction": "sum"},
-                    },
-                },
-                "dict_kwargs": {"find_unused_parameters": True},
-            },
-        },
-    }
-    strategy = read_configuration(config, tmp_path).strategy
-    assert isinstance(strategy, MemtrainDDPStrategy)
-    settings = {"num_microbatches": 4, "loss_reduction": "sum"}
-    assert strategy._microbatching.technique_record().settings == settings
-    assert strategy._ddp_kwargs["find_unused_parameters"] is True

@@ -17,9 +17,10 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDevice
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_memtrain.microbatching import EarlyZeroGrad, Microbatching, training_loop
-from lightning_memtrain.microbatching.automatic_size.size_choice import AutoSize, FixedSplit
-from lightning_memtrain.microbatching.run_validation import refuse_run
+from lightning_memtrain.microbatching import Microbatching, training_loop
+from lightning_memtrain.microbatching.automatic_size.size_choice import AutoSize
+from lightning_memtrain.microbatching.run_validation import validate_run
+from lightning_memtrain.microbatching.splitting.chunks import FixedSplit
 from tests.helpers.trainers import quiet_trainer
 
 
@@ -135,14 +136,6 @@ def test_manual_optimization_is_refused(tmp_path: Path):
     refuse_fit(tmp_path, message, Manual(), Microbatching(num_microbatches=2))
 
 
-def test_manual_optimization_is_refused_by_early_zero_grad_too(tmp_path: Path):
-    message = (
-        "`EarlyZeroGrad` needs automatic optimization, but got a model with automatic_optimization=False. "
-        "Call `optimizer.zero_grad()` early in your `training_step` instead."
-    )
-    refuse_fit(tmp_path, message, Manual(), EarlyZeroGrad())
-
-
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
 def test_a_step_that_fetches_batches_is_refused(tmp_path: Path):
     message = (
@@ -162,10 +155,7 @@ def test_a_strategy_that_splits_batches_is_refused(tmp_path: Path):
 
 
 def test_it_is_given_once(tmp_path: Path):
-    message = (
-        "`Microbatching` must be given once, but got it twice, as a callback or a strategy. "
-        "Remove one of them."
-    )
+    message = "`Microbatching` must be given once, but got 2 callbacks of it. Leave one."
     given = [Microbatching(num_microbatches=2), Microbatching(microbatch_size=2)]
     given[1].__class__ = type("Other", (Microbatching,), {})  # Lightning refuses two of one class by itself
     refuse_fit(tmp_path, message, BoringModel(), *given)
@@ -222,14 +212,14 @@ def test_auto_needs_ranks_that_can_stop_alone(strategy: Any, network: nn.Module,
     )
     trainer = two_ranks(strategy)
     with refuses(message):
-        refuse_run(trainer, model, AutoSize(10**9, 100))
-    refuse_run(trainer, model, FixedSplit(None, 4))
+        validate_run(trainer, model, AutoSize(10**9, 100))
+    validate_run(trainer, model, FixedSplit(None, 4))
     trainer.world_size = 1
-    refuse_run(trainer, model, AutoSize(10**9, 100))
+    validate_run(trainer, model, AutoSize(10**9, 100))
 
 
 def test_auto_accepts_plain_ddp():
-    refuse_run(two_ranks(faked(DDPStrategy)), BoringModel(), AutoSize(10**9, 100))
+    validate_run(two_ranks(faked(DDPStrategy)), BoringModel(), AutoSize(10**9, 100))
 
 
 # ---------------------------------------------------------------------- another Lightning
@@ -243,8 +233,7 @@ def test_a_training_loop_with_other_methods_is_refused(tmp_path: Path, monkeypat
         f"{lightning.__version__} lacks _AutomaticOptimization._make_zero_grad_fn(batch_idx, optimizer), "
         "_AutomaticOptimization._training_step(kwargs). Install lightning>=2.4,<2.7."
     )
-    for technique in (Microbatching(num_microbatches=2), EarlyZeroGrad()):
-        refuse_fit(tmp_path, message, BoringModel(), technique)
+    refuse_fit(tmp_path, message, BoringModel(), Microbatching(num_microbatches=2))
 
 
 @pytest.mark.parametrize(

@@ -6,33 +6,33 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_memtrain.microbatching.automatic_size.fitting_size import Circumstances, Found
+from lightning_memtrain.microbatching.automatic_size.fitting_size import BatchConditions, FittingSize
 from lightning_memtrain.microbatching.automatic_size.size_choice import (
     AutoSize,
-    FixedSplit,
     allocation_retries,
     free_device_bytes,
 )
+from lightning_memtrain.microbatching.splitting.chunks import FixedSplit
 
 CPU = torch.device("cpu")
 
-USUAL = Circumstances(
+USUAL = BatchConditions(
     num_samples=64,
     shapes=((10, 4),),
     batch_bytes=1_000,
     trained=0b0110,
-    amid_window=False,
+    accumulating=False,
     held_bytes=500,
     update="SGD",
 )
 
 
-def batch(**given: Any) -> Circumstances:
+def batch(**given: Any) -> BatchConditions:
     return USUAL._replace(**given)
 
 
-def found(size: int, **given: Any) -> Found:
-    usual = Found(
+def found(size: int, **given: Any) -> FittingSize:
+    usual = FittingSize(
         size=size,
         peak_bytes=1_900,
         limit_bytes=2_048,
@@ -106,7 +106,7 @@ ROOM = 2_048 - 1_900
         batch(shapes=((2, 4),), batch_bytes=10),
     ],
 )
-def test_it_holds_for_batches_that_cannot_need_more_than_there_is(now: Circumstances):
+def test_it_holds_for_batches_that_cannot_need_more_than_there_is(now: BatchConditions):
     assert found(10).holds_for(now, None)
     assert found(10).holds_for(now, 2_048)
 
@@ -120,14 +120,14 @@ def test_it_holds_for_batches_that_cannot_need_more_than_there_is(now: Circumsta
         (batch(trained=0b1110), ", with more parameters in training"),
         (batch(trained=0b1000), ", with more parameters in training"),
         (batch(update="Adam"), ", with another step of the optimizer"),
-        (batch(amid_window=True), ", with gradients of earlier batches"),
+        (batch(accumulating=True), ", with gradients of earlier batches"),
         (batch(shapes=((11, 4),)), ", for a larger batch"),  # 800 bytes may become 968
         (batch(shapes=((10, 4), (1,))), ", for a larger batch"),
         (batch(shapes=((10, 4, 1),)), ", for a larger batch"),
         (batch(shapes=()), ", for a larger batch"),
     ],
 )
-def test_it_is_found_again_for_those_that_can(now: Circumstances, why: str):
+def test_it_is_found_again_for_those_that_can(now: BatchConditions, why: str):
     auto = AutoSize(None, 100)
     auto.start(0, found(10))
     assert auto.choose(now) is None

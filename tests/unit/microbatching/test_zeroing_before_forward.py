@@ -1,3 +1,5 @@
+"""One microbatch: the gradients of the step before are gone during the forward."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -9,12 +11,17 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loops.optimization.automatic import Closure
 from torch import Tensor, nn
 
-from lightning_memtrain.core import Category, MemoryBreakdown, TechniqueRecord
+from lightning_memtrain.core import Category, MemoryBreakdown
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.microbatching import EarlyZeroGrad, Microbatching, training_loop
+from lightning_memtrain.microbatching import Microbatching, training_loop
 from tests.helpers.twin_runs import Run, assert_same_run, train
 
 NUM_SAMPLES, WIDTH = 128, 32
+
+
+def whole() -> Microbatching:
+    """A single chunk, so that nothing changes but when gradients are zeroed."""
+    return Microbatching(num_microbatches=1)
 
 
 class Net(LightningModule):
@@ -80,20 +87,19 @@ def gradients_in_forward(breakdown: MemoryBreakdown) -> set[int]:
 )
 def test_the_run_is_equal_to_the_bit(options: dict[str, Any], tmp_path: Path):
     plain = train(Net, batches(), tmp_path, **options)
-    early = train(Net, batches(), tmp_path, EarlyZeroGrad(), **options)
+    early = train(Net, batches(), tmp_path, whole(), **options)
     assert len(plain.observed.gradients) >= 2
     assert_same_run(plain, early, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("technique", [EarlyZeroGrad, lambda: Microbatching(num_microbatches=1)])
-def test_no_gradient_is_held_during_forward(technique: Any, tmp_path: Path):
+def test_no_gradient_is_held_during_forward(tmp_path: Path):
     gradient_bytes = 4 * (4 * WIDTH + 3 * WIDTH * WIDTH)
     assert gradients_in_forward(count(tmp_path)) == {gradient_bytes}
-    assert gradients_in_forward(count(tmp_path, technique())) == {0}
+    assert gradients_in_forward(count(tmp_path, whole())) == {0}
 
 
 def test_a_peak_at_the_end_of_forward_is_lower_by_the_gradients(tmp_path: Path):
-    plain, early = count(tmp_path), count(tmp_path, EarlyZeroGrad())
+    plain, early = count(tmp_path), count(tmp_path, whole())
     gradient_bytes = plain.maxima[Category.GRADIENTS]
     assert plain.at_peak[Category.GRADIENTS] == gradient_bytes
     assert early.at_peak[Category.GRADIENTS] == 0
@@ -108,7 +114,7 @@ def test_within_a_window_gradients_are_kept(tmp_path: Path):
             held.append(self.net[0].weight.grad is not None)
             return super().training_step(batch, batch_idx)
 
-    train(Watches, batches(), tmp_path, EarlyZeroGrad(), max_epochs=1, accumulate_grad_batches=2)
+    train(Watches, batches(), tmp_path, whole(), max_epochs=1, accumulate_grad_batches=2)
     assert held == [False, True, False, True]
 
 
@@ -132,7 +138,7 @@ def hooks_of(folder: Path, *callbacks: Callback) -> tuple[list[str], Run]:
 
 def test_only_the_order_of_hooks_changes(tmp_path: Path):
     assert hooks_of(tmp_path)[0] == ["forward", "zero_grad", "backward"]
-    called, run = hooks_of(tmp_path, EarlyZeroGrad())
+    called, run = hooks_of(tmp_path, whole())
     assert called == ["zero_grad", "forward", "backward"]
     assert not training_loop.closure_replaced(run.trainer)
 
@@ -146,10 +152,5 @@ def test_a_step_without_a_loss_is_skipped(tmp_path: Path):
     with pytest.warns(UserWarning, match="`training_step` returned `None`"):
         plain = train(Skips, batches(), tmp_path)
     # Lightning warns once per process.
-    early = train(Skips, batches(), tmp_path, EarlyZeroGrad())
+    early = train(Skips, batches(), tmp_path, whole())
     assert torch.equal(plain.model.net[0].weight, early.model.net[0].weight)
-
-
-def test_it_says_what_it_is():
-    assert EarlyZeroGrad().exact
-    assert EarlyZeroGrad().technique_record() == TechniqueRecord("EarlyZeroGrad")
