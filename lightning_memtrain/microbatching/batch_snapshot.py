@@ -40,7 +40,11 @@ class WrittenTensors:
         return reference is not None and reference() is tensor
 
     def add(self, tensor: Tensor) -> None:
-        """Note one more."""
+        """Note one more.
+
+        Args:
+            tensor: of any shape and dtype; it is not kept alive.
+        """
         self._known[id(tensor)] = weakref.ref(tensor)
 
 
@@ -173,7 +177,7 @@ class BatchSnapshot:
         """Copy what shares memory with a tensor that is about to be written to, unless it is copied already.
 
         Args:
-            tensor: any tensor.
+            tensor: of any shape, dtype and layout.
         """
         for storage in storages_of(tensor):
             for kept, _ in self._uncopied.pop(storage._cdata, ()):

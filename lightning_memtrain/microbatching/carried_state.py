@@ -60,7 +60,7 @@ class CarriedState:
         self._warned = False
 
     def begin(self, chunks: Sequence[Chunk]) -> None:
-        """Begin a batch.
+        """Begin a batch, and decide whether it is watched.
 
         Args:
             chunks: to be run; a single one is not watched.

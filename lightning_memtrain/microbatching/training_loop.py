@@ -103,11 +103,6 @@ def install_around_step(trainer: Trainer, around: Callable[[Callable[[], None]],
     return undo
 
 
-def closure_replaced(trainer: Trainer) -> bool:
-    """Whether :func:`install_closure` is in force."""
-    return "_make_closure" in trainer.fit_loop.epoch_loop.automatic_optimization.__dict__
-
-
 def uses_static_graph(strategy: Any) -> bool:
     """Whether DDP is to be told that every step runs the same graph."""
     return bool(getattr(strategy, "_ddp_kwargs", {}).get("static_graph", False))

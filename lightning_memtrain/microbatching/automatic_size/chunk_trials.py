@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_memtrain.coordination import annotate
 from lightning_memtrain.core import (
@@ -18,12 +17,14 @@ from lightning_memtrain.core import (
     release_memory,
     without_frames,
 )
-from lightning_memtrain.ledger import AllocationLimit, MemoryLedger, ResultBytes, device_truth
+from lightning_memtrain.ledger import MemoryLedger, ResultBytes, device_truth
 from lightning_memtrain.ledger.communication import gradients_lie_in_buckets
 from lightning_memtrain.ledger.storages import storages_of, tensors_in
 from lightning_memtrain.microbatching import training_loop
+from lightning_memtrain.microbatching.automatic_size.chunk_measurement import ChunkMeasurement
 from lightning_memtrain.microbatching.automatic_size.limit_errors import uneven_chunks_error
 from lightning_memtrain.microbatching.automatic_size.size_search import Peak
+from lightning_memtrain.microbatching.automatic_size.trial_limit import TrialLimit
 from lightning_memtrain.microbatching.automatic_size.update_forecast import (
     UpdateForecast,
     clipping,
@@ -42,31 +43,6 @@ _LOGGED_BYTES = 64
 _NOTABLE = 50
 # A loss scaler looks for infinities and makes a few scalars.
 _SCALER_BYTES = 512
-
-
-class ChunkMeasurement(NamedTuple):
-    """A chunk that ran to its end.
-
-    Args:
-        chunks_bytes: the most that a batch of such chunks holds until all have run.
-        held: what the ledger counted at the highest moment of the chunk.
-        update_bytes: the most that there is from then on, until the optimizer has stepped.
-        left: what the ledger counted then.
-        growing_bytes: the part of the peak that the samples of the chunk hold.
-        kept_bytes: what the chunk leaves behind until the batch is over.
-    """
-
-    chunks_bytes: int
-    held: CategoryBytes
-    update_bytes: int
-    left: CategoryBytes
-    growing_bytes: int
-    kept_bytes: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most that such a batch holds in all."""
-        return max(self.chunks_bytes, self.update_bytes)
 
 
 class ChunkTrials:
@@ -182,7 +158,7 @@ class ChunkTrials:
     def _run(self, num_chunks: int, size: int) -> bool:
         """Run a chunk; whether the device itself ran out of memory."""
         found: list[tuple[int, int, int | None]] = []
-        limit = _TrialLimit(self._allowed_bytes(size, num_chunks), self._results, self._snapshot.before_write)
+        limit = TrialLimit(self._allowed_bytes(size, num_chunks), self._results, self._snapshot.before_write)
         needs_gradients = self._finds_gradients or num_chunks > 1
         self._restore(with_gradients=needs_gradients)
 
@@ -334,36 +310,6 @@ class ChunkTrials:
         for parameter, gradient in gradients:
             if parameter.grad is None:
                 parameter.grad = gradient
-
-
-class _TrialLimit(AllocationLimit):
-    """Lets tensors be copied before anybody writes to them.
-
-    Args:
-        limit_bytes: most bytes that may be live.
-        results: says what operators make.
-        before_write: called with each tensor that an operator is about to write to.
-    """
-
-    def __init__(
-        self, limit_bytes: int, results: ResultBytes, before_write: Callable[[Tensor], None]
-    ) -> None:
-        super().__init__(limit_bytes, results)
-        self._before_write = before_write
-
-    def before(
-        self, func: Callable[..., Any], args: Any, kwargs: Any, live_bytes: int, late_bytes: int
-    ) -> None:
-        """As in the base class."""
-        super().before(func, args, kwargs, live_bytes, late_bytes)
-        schema = getattr(func, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            return
-        for place, argument in enumerate(schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[place] if place < len(args) else kwargs.get(argument.name)
-                for tensor in tensors_in(value):
-                    self._before_write(tensor)
 
 
 def _gradient_bytes(model: torch.nn.Module) -> int:

@@ -4,34 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_memtrain.coordination import aside
 from lightning_memtrain.core import does_not_fit, is_out_of_memory, release_memory, without_frames
-from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.microbatching import backward_sync, rank_agreement, training_loop
 from lightning_memtrain.microbatching.automatic_size import size_choice
-from lightning_memtrain.microbatching.automatic_size.chunk_trials import ChunkTrials
-from lightning_memtrain.microbatching.automatic_size.fitting_size import (
-    BatchConditions,
-    FittingSize,
-    trained_parameters,
-)
 from lightning_memtrain.microbatching.automatic_size.limit_errors import (
-    limit_error,
     other_limit_error,
-    update_limit_error,
 )
-from lightning_memtrain.microbatching.automatic_size.size_search import largest_fitting
+from lightning_memtrain.microbatching.automatic_size.size_probe import SizeProbe
 from lightning_memtrain.microbatching.automatic_size.update_forecast import update_signature
 from lightning_memtrain.microbatching.automatic_size.update_guard import UpdateGuard
 from lightning_memtrain.microbatching.batch_snapshot import BatchSnapshot, WrittenTensors, restore
 from lightning_memtrain.microbatching.chunk_runner import ChunkRunner
+from lightning_memtrain.microbatching.merging.batch_outcome import BatchOutcome
 from lightning_memtrain.microbatching.training_loop import Backward
+
+# What ranks say of an attempt; the worst counts.
+_RETRIED, _FAILED, _REFUSED = 1, 2, 3
+
+
+class _Attempt(NamedTuple):
+    """What came of running a batch in chunks of one size.
+
+    Args:
+        num_samples: of the largest chunk.
+        outcome: of all chunks; ``None`` if they did not fit.
+        result: what the loop is given, if it is known already.
+        said: by what did not fit; empty if all went well.
+        why: the same for the report.
+        refusal: what is to be raised, if smaller chunks cannot help.
+    """
+
+    num_samples: int
+    outcome: BatchOutcome | None = None
+    result: training_loop.ClosureResult | None = None
+    said: str = ""
+    why: str = "out of memory"
+    refusal: Exception | None = None
+
+    def verdict(self, has_retried: bool) -> int:
+        """What this rank says of it.
+
+        Args:
+            has_retried: whether the allocator had to free its cache and try again.
+
+        Returns:
+            A number, the worse the higher.
+        """
+        if self.refusal is not None:
+            return _REFUSED
+        return _FAILED if self.said else int(has_retried)
 
 
 class Recovery:
@@ -51,11 +77,9 @@ class Recovery:
         self._trainer = runner.trainer
         self._device = self._trainer.strategy.root_device
         self._written = WrittenTensors()
-        self._ledger: MemoryLedger | None = None
         self._guard = UpdateGuard(self._trainer, runner.model)
-        self._guarded: set[str] = set()  # signatures of steps that could not be foretold
+        self._probe = SizeProbe(runner, size, self._guard)
         self._batch: Any = None
-        self._unknown_bytes: int | None = None  # within reach before the first batch, but used in no step
 
     # ------------------------------------------------------------------ a batch
 
@@ -68,13 +92,13 @@ class Recovery:
         self.end_batch()
         self._batch = batch
         with suppress(MisconfigurationException):  # a batch that cannot be split is refused when it is run
-            if self._size.size_for(self._conditions(batch, held_bytes=0)) is None:
-                self._watch(batch)
+            if self._size.size_for(self._probe.conditions(batch, held_bytes=0)) is None:
+                self._probe.watch(batch)
 
     def before_update(self) -> None:
         """Watch the step of the optimizer if nobody knows what it will hold."""
-        signature = update_signature(self._trainer.optimizers)
-        if signature in self._guarded and self._size.limit_bytes is not None:
+        if self._size.limit_bytes is not None:
+            signature = update_signature(self._trainer.optimizers)
             self._guard.begin(signature, self._batch, self._size.limit_bytes)
 
     def around_update(self, step: Callable[[], None]) -> None:
@@ -90,15 +114,10 @@ class Recovery:
         self._guard.around_step(step)
 
     def end_batch(self) -> None:
-        """Stop watching."""
+        """Stop watching the batch and its step, wherever they have ended."""
         self._guard.end()
         self._batch = None
-        self._stop_watching()
-
-    def _stop_watching(self) -> None:
-        if self._ledger is not None:
-            self._ledger.__exit__(None, None, None)
-            self._ledger = None
+        self._probe.stop()
 
     def run(self, kwargs: Any, backward: Backward) -> training_loop.ClosureResult:
         """Forward and backward of one batch, in chunks of the size that fits.
@@ -114,76 +133,85 @@ class Recovery:
             torch.OutOfMemoryError: on all ranks, if a single sample at a time does not fit on one of them.
         """
         self._guard.before_evaluation()
-        runner, size, trainer, batch = self._runner, self._size, self._trainer, kwargs["batch"]
+        runner, size, trainer = self._runner, self._size, self._trainer
         delayed = backward_sync.DelayedGradientSync(trainer.strategy)
         backward_sync.broadcast_buffers(trainer.strategy.model)
         results = training_loop.results(trainer)
         logged = training_loop.results_state(results)
-        snapshot = self._snapshot(kwargs)
-        now = self._conditions(batch, snapshot.reachable_bytes + snapshot.num_bytes(self._accumulating))
-        has_probed = bool(rank_agreement.highest_of_ranks(trainer, int(size.choose(now) is None)))
-        if has_probed:
-            # The ledger's hooks are part of the state that each trial begins with, and not of the batch's.
-            if self._ledger is None:
-                self._watch(batch)
-                snapshot = self._snapshot(kwargs)
-            try:
-                self._probe(kwargs, backward, snapshot, now)
-            finally:
-                self._stop_watching()
-            snapshot = self._snapshot(kwargs)
-        else:
-            self._stop_watching()
+        snapshot, has_probed = self._ready(kwargs, backward)
         retries = size_choice.allocation_retries(self._device)
         while True:
-            assert size.size is not None
-            attempted, outcome, result, failure, why = size.size, None, None, "", "out of memory"
-            refusal: Exception | None = None
-            try:
-                chunks = runner.chunks(batch, runner.splitter.num_microbatches(batch, size.size))
-                attempted = max(chunk.num_samples or 1 for chunk in chunks)
-                with self._guard.chunks():
-                    outcome = runner.run_chunks(
-                        kwargs,
-                        backward,
-                        chunks,
-                        communicate=not delayed.needed,
-                        after_probe=has_probed,
-                    )
-                if not delayed.needed:
-                    result = runner.commit(outcome)
-            except Exception as error:
-                if not does_not_fit(error):
-                    raise
-                failure = str(error) or type(error).__name__
-                if not is_out_of_memory(error):
-                    why = "a limit is out of reach"
-                    refusal = without_frames(error) if attempted == 1 else None
-            # Outside of the `except` block, whose exception holds on to the tensors of the failed chunk.
-            retried = size_choice.allocation_retries(self._device) > retries
+            attempt = self._attempt(kwargs, backward, communicate=not delayed.needed, after_probe=has_probed)
             # What ends the run is agreed on before any rank raises: the others would wait for it.
-            said = 3 if refusal is not None else 2 if failure else int(retried)
-            verdict = rank_agreement.highest_of_ranks(trainer, said)
-            if verdict < 2:
-                assert outcome is not None
+            has_retried = size_choice.allocation_retries(self._device) > retries
+            verdict = rank_agreement.highest_of_ranks(trainer, attempt.verdict(has_retried))
+            if verdict < _FAILED:
+                assert attempt.outcome is not None
                 delayed.average_gradients()
-                size.succeeded(trainer.global_step, retried=verdict == 1)
+                size.succeeded(trainer.global_step, retried=verdict == _RETRIED)
                 # Logging communicates, so with several ranks it waits until all of them are here.
-                return result if result is not None else runner.commit(outcome)
-            outcome, chunks = None, []
+                return attempt.result if attempt.result is not None else runner.commit(attempt.outcome)
+            failed = attempt._replace(outcome=None, result=None)
+            del attempt  # what came of the batch
             runner.discard()
             training_loop.restore_results(results, logged)
             restore(snapshot)
             release_memory(self._device)
-            if verdict == 3:  # a limit of somebody else's, in its own words
-                raise refusal or other_limit_error()
-            attempted = rank_agreement.highest_of_ranks(trainer, attempted)
-            if attempted == 1:
-                raise torch.OutOfMemoryError(
-                    "Out of memory with a single sample at a time, so `Microbatching` cannot help further. "
-                    f"The device said: {failure or 'out of memory on another rank'}"
+            if verdict == _REFUSED:  # a limit of somebody else's, in its own words
+                raise failed.refusal or other_limit_error()
+            self._take_smaller(failed)
+
+    def _ready(self, kwargs: Any, backward: Backward) -> tuple[BatchSnapshot, bool]:
+        """The state before the batch, with a size for it; and whether the batch was probed for that."""
+        probe, batch, snapshot = self._probe, kwargs["batch"], self._snapshot(kwargs)
+        held_bytes = snapshot.reachable_bytes + snapshot.num_bytes(probe.accumulates)
+        now = probe.conditions(batch, held_bytes)
+        if not rank_agreement.highest_of_ranks(self._trainer, int(self._size.choose(now) is None)):
+            probe.stop()
+            return snapshot, False
+        # The ledger's hooks are part of the state that each trial begins with, and not of the batch's.
+        if not probe.is_watching:
+            probe.watch(batch)
+            snapshot = self._snapshot(kwargs)
+        try:
+            probe.find(kwargs, backward, snapshot, now)
+        finally:
+            probe.stop()
+        return self._snapshot(kwargs), True
+
+    def _attempt(self, kwargs: Any, backward: Backward, *, communicate: bool, after_probe: bool) -> _Attempt:
+        """Run the batch in chunks of the size that there is now."""
+        runner, size, batch = self._runner, self._size.size, kwargs["batch"]
+        assert size is not None
+        num_samples = size
+        try:
+            chunks = runner.chunks(batch, runner.splitter.num_microbatches(batch, size))
+            num_samples = max(chunk.num_samples or 1 for chunk in chunks)
+            with self._guard.chunks():
+                outcome = runner.run_chunks(
+                    kwargs, backward, chunks, communicate=communicate, after_probe=after_probe
                 )
-            size.failed(trainer.global_step, attempted, why if failure else "out of memory on another rank")
+            result = runner.commit(outcome) if communicate else None
+            return _Attempt(num_samples, outcome, result)
+        except Exception as error:
+            if not does_not_fit(error):
+                raise
+            said = str(error) or type(error).__name__
+            if is_out_of_memory(error):
+                return _Attempt(num_samples, said=said)
+            refusal = without_frames(error) if num_samples == 1 else None
+            return _Attempt(num_samples, said=said, why="a limit is out of reach", refusal=refusal)
+
+    def _take_smaller(self, failed: _Attempt) -> None:
+        """Let all ranks take half of what one of them could not run."""
+        trainer, elsewhere = self._trainer, "out of memory on another rank"
+        num_samples = rank_agreement.highest_of_ranks(trainer, failed.num_samples)
+        if num_samples == 1:
+            raise torch.OutOfMemoryError(
+                "Out of memory with a single sample at a time, so `Microbatching` cannot help further. "
+                f"The device said: {failed.said or elsewhere}"
+            )
+        self._size.failed(trainer.global_step, num_samples, failed.why if failed.said else elsewhere)
 
     def _snapshot(self, kwargs: Any) -> BatchSnapshot:
         def make() -> BatchSnapshot:
@@ -205,118 +233,3 @@ class Recovery:
         # Nothing has changed yet, and what an iterator or the allocator's cache held may be free now.
         release_memory(self._device)
         return make()
-
-    # ------------------------------------------------------------------ the size
-
-    def _conditions(self, batch: Any, held_bytes: int) -> BatchConditions:
-        runner = self._runner
-        tensors = [tensor for tensor in tensors_in(batch) if tensor.device.type == self._device.type]
-        # Only the default way of splitting is known to split along the first axis.
-        first = 1 if runner.splitter.split_fn is None else 0
-        return BatchConditions(
-            num_samples=runner.splitter.batch_size(batch),
-            shapes=tuple(tuple(tensor.shape[first:]) for tensor in tensors),
-            batch_bytes=sum(tensor.nbytes for tensor in tensors),
-            trained=trained_parameters(runner.model),
-            accumulating=self._accumulating,
-            held_bytes=held_bytes,
-            update=update_signature(self._trainer.optimizers),
-        )
-
-    @property
-    def _accumulating(self) -> bool:
-        return self._trainer.accumulate_grad_batches > 1
-
-    def _watch(self, batch: Any) -> None:
-        ledger = MemoryLedger(self._runner.model, self._trainer.optimizers, batch, device=self._device)
-        self._ledger = ledger.__enter__()
-
-    def _probe(self, kwargs: Any, backward: Backward, snapshot: BatchSnapshot, now: BatchConditions) -> None:
-        """Find the size to start from. Leaves no trace but the size."""
-        trainer, limit_bytes = self._trainer, self._limit_bytes()
-        # A rank whose batch fits as a whole may be asked for chunks, which find gradients of others.
-        finds_gradients = now.accumulating or trainer.world_size > 1
-        assert self._ledger is not None
-        unknown_bytes = snapshot.bytes_unknown_to(self._ledger)
-        if self._unknown_bytes is None:
-            self._unknown_bytes = unknown_bytes
-        spared_bytes = 0 if finds_gradients else sum(p.nbytes for p in self._runner.model.parameters())
-        with aside("probe"):
-            trials = ChunkTrials(
-                self._runner,
-                kwargs,
-                backward,
-                snapshot,
-                self._ledger,
-                self._guard,
-                limit_bytes,
-                max(0, unknown_bytes - self._unknown_bytes),
-                accumulating=now.accumulating,
-                finds_gradients=finds_gradients,
-            )
-            try:
-                peak = largest_fitting(trials.measure, now.num_samples, limit_bytes, spared_bytes)
-            finally:
-                restore(snapshot)
-        refusal = self._refusal(trials, limit_bytes) if peak.size == 1 else None
-        said = 0 if refusal is None else 2 if refusal is trials.out_of_reach.get(1) else 1
-        if rank_agreement.highest_of_ranks(trainer, said) == 2:
-            raise refusal if said == 2 and refusal is not None else other_limit_error()
-        rank_agreement.raise_on_all_ranks(trainer, refusal)
-        measured = trials.measured.get(peak.size)
-        # Ranks meet when such a step is over, so all watch it or none.
-        is_unknown = trials.forecast is not None and bool(trials.forecast.unknown)
-        if rank_agreement.highest_of_ranks(trainer, int(is_unknown)):
-            self._guarded.add(now.update)
-        self._size.start(
-            trainer.global_step,
-            FittingSize(
-                size=peak.size,
-                peak_bytes=peak.num_bytes,
-                limit_bytes=limit_bytes,
-                growing_bytes=0 if measured is None else measured.growing_bytes,
-                kept_bytes=0 if measured is None else measured.kept_bytes,
-                coming_bytes=trials.coming_bytes,
-                updates=(now.update,) if trials.forecast is None else trials.forecast.signatures,
-                made_for=now,
-            ),
-        )
-
-    def _refusal(self, trials: ChunkTrials, limit_bytes: int) -> Exception | None:
-        """The reason why a single sample at a time does not fit into a limit that was given."""
-        if 1 in trials.out_of_reach:
-            return trials.out_of_reach[1]
-        if self._size.limit_bytes is None:
-            return None
-        single, at_least = trials.measured.get(1), False
-        if single is None:
-            needed_bytes = trials.needed_bytes.get(1)
-            if needed_bytes is None:
-                return None  # whatever else broke it off, such as the device itself, speaks for itself
-            at_least, single = True, trials.least()._replace(chunks_bytes=needed_bytes, held=trials.held)
-        if not at_least and single.peak_bytes <= limit_bytes:
-            return None
-        if single.update_bytes <= max(limit_bytes, single.chunks_bytes) or trials.forecast is None:
-            return limit_error(
-                limit_bytes,
-                single.chunks_bytes,
-                single.held,
-                trials.coming_bytes,
-                trials.unseen,
-                at_least=at_least,
-            )
-        return update_limit_error(
-            limit_bytes,
-            single.update_bytes,
-            single.left,
-            trials.forecast.kept_bytes,
-            trials.forecast.over_bytes,
-            trials.unseen_before_update,
-        )
-
-    def _limit_bytes(self) -> int:
-        if self._size.limit_bytes is not None:
-            return self._size.limit_bytes
-        free_bytes = size_choice.free_device_bytes(self._device)
-        assert free_bytes is not None
-        return free_bytes

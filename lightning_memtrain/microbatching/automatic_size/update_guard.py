@@ -34,12 +34,21 @@ class UpdateGuard:
     def __init__(self, trainer: Trainer, model: LightningModule) -> None:
         self._trainer = trainer
         self._model = model
+        self._unforeseeable: set[str] = set()
         self._num_watched: dict[str, int] = {}
         self._over_bytes: dict[str, int] = {}
         self._ledger: MemoryLedger | None = None
         self._signature = ""
         self._limit_bytes = 0
         self._refusal: Exception | None = None
+
+    def follow(self, signature: str) -> None:
+        """Watch steps of a kind that could not be foretold; on all ranks, since they meet after one.
+
+        Args:
+            signature: see :func:`~.update_forecast.update_signature`.
+        """
+        self._unforeseeable.add(signature)
 
     def around_step(self, step: Callable[[], None]) -> None:
         """Take a step of the optimizer, which may be one to watch.
@@ -98,14 +107,15 @@ class UpdateGuard:
         return self._over_bytes.get(signature, 0)
 
     def begin(self, signature: str, batch: Any, limit_bytes: int) -> None:
-        """Watch the step that begins now, unless enough of its kind have been watched.
+        """Watch the step that begins now if it could not be foretold, and few of its kind have been watched.
 
         Args:
             signature: of the optimizer.
             batch: the batch, which is still held.
             limit_bytes: bytes that may be used in all.
         """
-        if self._ledger is not None or self._num_watched.get(signature, 0) >= _NUM_WATCHED:
+        is_due = signature in self._unforeseeable and self._num_watched.get(signature, 0) < _NUM_WATCHED
+        if self._ledger is not None or not is_due:
             return
         self._limit_bytes, device = limit_bytes, self._trainer.strategy.root_device
         optimizers, limit = self._trainer.optimizers, self._limit()

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_memtrain.coordination import dry_run_depth
+from lightning_memtrain.microbatching.batchnorm.pooled_statistics import (
+    Statistics,
+    add_statistics,
+    num_replicas,
+    pool_statistics,
+    pooling_dtype,
+    running_backward,
+)
 
 # At this momentum a layer's running statistics are those of its last call alone.
 TAKE_THE_CALL = 1.0
@@ -66,11 +73,6 @@ class PooledBatchNorm:
         # The layers that the batch at hand concerns; None between batches.
         self._active: list[_Layer] | None = None
         self._blended = False
-
-    @property
-    def has_layers(self) -> bool:
-        """Whether any layer keeps running statistics, in whatever mode it is now."""
-        return any(layer.module.track_running_stats for layer in self._layers)
 
     @contextmanager
     def collecting(self, num_chunks: int) -> Iterator[None]:
@@ -159,12 +161,12 @@ class _Layer:
         self.name = name
         self.module = module
         # Pooled so far, by the index of the call in its chunk; of the first call only the count is here.
-        self._pooled: list[_Statistics] = []
+        self._pooled: list[Statistics] = []
         self._first_count = 0
         self._held: tuple[Tensor, Tensor] | None = None
         # Calls of a compiled graph, which is keyed by the length of this list: so each chunk finds it empty.
-        self.calls: list[tuple[_Statistics, Tensor]] = []
-        self._compiled: list[_Statistics] = []
+        self.calls: list[tuple[Statistics, Tensor]] = []
+        self._compiled: list[Statistics] = []
         self._num_calls = 0
         self._before: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._momentum: float | None = None
@@ -211,17 +213,17 @@ class _Layer:
         self._put_back()
         forward = [statistics for statistics, in_backward in self.calls if not bool(in_backward)]
         for index, statistics in enumerate(forward):
-            _add(self._compiled, index, statistics)
+            add_statistics(self._compiled, index, statistics)
         self.start_chunk()
 
     def blend(self) -> None:
         if not self._hooks or self._before is None:
             return  # ran untouched
         mean, variance, tracked = self._before
-        dtype = _pooling_dtype(mean)
+        dtype = pooling_dtype(mean)
         pooled = self._compiled
         if self._first_count:
-            pooled = [_Statistics(self._first_count, *self._buffers()[:2]), *self._pooled]
+            pooled = [Statistics(self._first_count, *self._buffers()[:2]), *self._pooled]
         new_mean, new_variance = mean.to(dtype), variance.to(dtype)
         for index, batch in enumerate(pooled):
             factor: float | Tensor
@@ -243,7 +245,7 @@ class _Layer:
     def _record(self, module: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
         if not torch.compiler.is_compiling() and dry_run_depth():
             return
-        count = output.numel() // output.size(1) * _num_replicas(self.module)
+        count = output.numel() // output.size(1) * num_replicas(self.module)
         mean, variance, _ = self._buffers()
         if count == 1:
             # 0 / 0 has no unbiased variance; left there, the NaN would outlive even momentum 1 (0 * NaN).
@@ -252,19 +254,19 @@ class _Layer:
             if self.module.training and count:
                 # Asked when the graph runs, not when it is traced.
                 self.calls.append(
-                    (_Statistics(count, mean.clone(), variance.clone()), _running_backward(output))
+                    (Statistics(count, mean.clone(), variance.clone()), running_backward(output))
                 )
             return
         in_backward = torch._C._current_graph_task_id() != -1
         if self.module.training and count and not in_backward:
             index, self._num_calls = self._num_calls, self._num_calls + 1
-            seen = _Statistics(count, mean, variance)
+            seen = Statistics(count, mean, variance)
             if index > 0:
-                _add(self._pooled, index - 1, seen)
+                add_statistics(self._pooled, index - 1, seen)
             elif self._held is None:
                 self._first_count = count
             else:
-                pooled = _pool(_Statistics(self._first_count, *self._held), seen)
+                pooled = pool_statistics(Statistics(self._first_count, *self._held), seen)
                 self._first_count, self._held = pooled.num_values, (pooled.mean, pooled.variance)
         self._put_back()
 
@@ -288,63 +290,3 @@ class _Layer:
         for buffer, value in zip(self._buffers(), values, strict=True):
             if buffer is not None and value is not None:
                 buffer.copy_(value)
-
-
-class _Statistics(NamedTuple):
-    """Values per channel, their mean, and their unbiased variance."""
-
-    num_values: int
-    mean: Tensor
-    variance: Tensor
-
-
-def _add(pooled: list[_Statistics], index: int, seen: _Statistics) -> None:
-    if index < len(pooled):
-        like = pooled[index].mean
-        both = _pool(pooled[index], seen)
-        pooled[index] = _Statistics(both.num_values, both.mean.to(like), both.variance.to(like))
-    else:
-        pooled.append(_Statistics(seen.num_values, seen.mean.clone(), seen.variance.clone()))
-
-
-def _pool(one: _Statistics, other: _Statistics) -> _Statistics:
-    """Mean and unbiased variance of the values that two saw together."""
-    dtype = _pooling_dtype(one.mean)
-    count = one.num_values + other.num_values
-    difference = other.mean.to(dtype) - one.mean.to(dtype)
-    mean = one.mean.to(dtype) + difference * (other.num_values / count)
-    squares = (one.num_values - 1) * one.variance.to(dtype) + (other.num_values - 1) * other.variance.to(
-        dtype
-    )
-    squares += difference.square() * (one.num_values * other.num_values / count)
-    return _Statistics(count, mean, squares / (count - 1))
-
-
-def _pooling_dtype(like: Tensor) -> torch.dtype:
-    return torch.float32 if like.device.type == "mps" else torch.float64
-
-
-def _num_replicas(module: _BatchNorm) -> int:
-    """Ranks whose values are in the layer's statistics."""
-    if not isinstance(module, nn.SyncBatchNorm):
-        return 1
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 1
-    return distributed.get_world_size(module.process_group or distributed.group.WORLD)
-
-
-# The schema is spelled out because torch < 2.7 cannot read postponed annotations.
-@torch.library.custom_op(
-    "lightning_memtrain::running_backward", mutates_args=(), schema="(Tensor like) -> Tensor"
-)
-def _running_backward(like: Tensor) -> Tensor:
-    """Whether a backward pass is running, as a tensor on the CPU; for compiled graphs.
-
-    ``like`` only keeps the compiler from folding the answer into a constant.
-    """
-    return torch.tensor(torch._C._current_graph_task_id() != -1)
-
-
-@_running_backward.register_fake
-def _(like: Tensor) -> Tensor:
-    return torch.empty((), dtype=torch.bool)

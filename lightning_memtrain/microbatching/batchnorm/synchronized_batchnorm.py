@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_memtrain.coordination import dry_run_depth
+from lightning_memtrain.microbatching.batchnorm.given_statistics import GradientSums, NormaliseByGiven
 
 
 class SynchronizedBatchNorm:
@@ -90,11 +89,6 @@ class SynchronizedBatchNorm:
                         "Use `nn.BatchNorm1d`, `2d` or `3d`, or pool the running statistics only."
                     )
                 self._layers.append(_Layer(name, module))
-
-    @property
-    def has_layers(self) -> bool:
-        """Whether there is any batch norm layer, in whatever mode it is now."""
-        return bool(self._layers)
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -175,14 +169,6 @@ class _Statistics(NamedTuple):
     num_values: int
 
 
-class _Sums(NamedTuple):
-    """Sums over one chunk of one call's output gradient, plain and times the normalised input."""
-
-    plain: Tensor
-    normalised: Tensor
-    num_values: int
-
-
 class _Layer:
     """One batch norm layer during one batch."""
 
@@ -194,8 +180,8 @@ class _Layer:
     def reset(self) -> None:
         self._statistics: list[_Statistics] = []
         # Of each chunk in the sweep at hand and in the one before: sums by the index of the call.
-        self._sums: list[dict[int, _Sums]] = []
-        self._last_sums: list[dict[int, _Sums]] = []
+        self._sums: list[dict[int, GradientSums]] = []
+        self._last_sums: list[dict[int, GradientSums]] = []
         self._num_calls = 0
 
     @property
@@ -231,7 +217,7 @@ class _Layer:
         module._check_input_dim(input)  # type: ignore[no-untyped-call]
         index = self._next_call()
         mean, variance, _ = self._statistics[index]
-        output: Tensor = _NormaliseByGiven.apply(  # type: ignore[no-untyped-call]
+        output: Tensor = NormaliseByGiven.apply(  # type: ignore[no-untyped-call]
             input,
             module.weight,
             module.bias,
@@ -274,50 +260,3 @@ class _Layer:
         plain = torch.stack([sums.plain for sums in known]).sum(0) / total - own.plain / own.num_values
         normalised = torch.stack([sums.normalised for sums in known]).sum(0) / total
         return plain, normalised - own.normalised / own.num_values
-
-
-class _NormaliseByGiven(torch.autograd.Function):
-    """Batch norm by given statistics, differentiated as if the input had made them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        variance: Tensor,
-        eps: float,
-        correction: tuple[Tensor, Tensor] | None,
-        record: Any,
-    ) -> Tensor:
-        inverse_deviation = (variance + eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean, inverse_deviation)
-        ctx.eps, ctx.correction, ctx.record = eps, correction, record
-        # In half precision the statistics stay in float32, and torch wants the parameters to be like them.
-        weight, bias = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
-        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse_deviation = ctx.saved_tensors
-        scale = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-        # Torch's own kernel takes the sums over the chunk.
-        x_grad, weight_grad, bias_grad = torch.ops.aten.native_batch_norm_backward(
-            grad, x, scale, None, None, mean, inverse_deviation, True, ctx.eps, [True, True, True]
-        )
-        ctx.record(_Sums(bias_grad, weight_grad, x.numel() // x.size(1)))
-        if ctx.correction is not None:
-            plain, normalised = ctx.correction
-            slope = scale * inverse_deviation.square() * normalised
-            offset = scale * inverse_deviation * plain - slope * mean
-            shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
-            x_grad.addcmul_(x, slope.view(shape).to(x.dtype), value=-1)
-            x_grad.sub_(offset.view(shape).to(x.dtype))
-        return (
-            x_grad,
-            weight_grad.to(weight.dtype) if ctx.needs_input_grad[1] else None,
-            bias_grad.to(weight.dtype) if ctx.needs_input_grad[2] else None,
-            *(None,) * 5,
-        )

@@ -119,7 +119,7 @@ class BatchMetrics:
 
     @contextmanager
     def chunk(self, counts: bool = True) -> Iterator[None]:
-        """Around one chunk.
+        """Note what metrics are given and return for one chunk, in this block.
 
         Args:
             counts: whether it is one of the batch's, and not another one once more.

@@ -56,7 +56,7 @@ class BatchOutcome:
 
     @property
     def factor(self) -> float:
-        """See :func:`factor_of_the_rest`."""
+        """What the chunks that have a loss are weighed by, see :func:`factor_of_the_rest`."""
         return 1.0 if self.sum_losses else factor_of_the_rest(self.chunks, self.left_out)
 
     def merged_outputs(self) -> dict[str, Any]:
@@ -79,7 +79,8 @@ class BatchOutcome:
 
         Args:
             chunk: the chunk.
-            loss: its loss, divided by ``num_accumulated`` and not yet weighed.
+            loss: with one element of a floating-point dtype, divided by ``num_accumulated`` and not yet
+                weighed.
             num_accumulated: batches over which gradients are accumulated.
             extra: what else it returned.
             logs: what it logged.

@@ -80,7 +80,14 @@ class LogRecorder(ResultCollection):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def log(self, fx: str, name: str, value: Tensor | Metric, **options: Any) -> None:
-        """Write a call down."""
+        """Write a call down.
+
+        Args:
+            fx: hook in which it was made.
+            name: logged name.
+            value: a tensor of any dtype with one element, or a metric.
+            **options: all other arguments of the result collection's ``log``.
+        """
         if isinstance(value, Tensor) and not options.get("enable_graph", False):
             value = value.detach()
         occurrence = 0
@@ -118,7 +125,8 @@ class ChunkLogs:
         Args:
             recorder: its calls.
             chunk: the chunk.
-            loss: its own loss, before weighing; ``None`` if it is left out.
+            loss: its own loss, before weighing, with one element of a floating-point dtype; ``None`` if it is
+                left out.
         """
         self._recorders.append(recorder)
         self._chunks.append(chunk)
@@ -149,7 +157,7 @@ class ChunkLogs:
         Args:
             results: the trainer's result collection.
             batch_size: samples of the whole batch, ``None`` if unknown.
-            returned: what metrics return for the whole batch.
+            returned: what metrics return for the whole batch, tensors of any dtype with one element.
         """
         for fx in dict.fromkeys(fx for recorder in self._recorders for fx in recorder.resets):
             results.reset(metrics=False, fx=fx)
@@ -198,7 +206,7 @@ class ChunkLogs:
 
         Args:
             numbers: of the chunks.
-            given: what they say.
+            given: what they say, tensors of one shape and of any dtype but complex ones.
             reduction: ``"mean"``, ``"sum"``, ``"max"`` or ``"min"``.
             sizes: over how much each is a mean; by default as the loss is.
 

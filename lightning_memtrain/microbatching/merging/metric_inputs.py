@@ -33,7 +33,7 @@ class InputJoiner:
     def join(
         self, metric: Metric, numbers: Sequence[int], calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Join them.
+        """Join the arguments that chunks gave to one call of a metric.
 
         What has an axis is one after the other along the first. Numbers without are means over the samples of
         their chunk, as the loss is, and weighed like it; other reductions are those of the metric.

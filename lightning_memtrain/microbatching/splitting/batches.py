@@ -122,7 +122,12 @@ def split_batch(batch: Any, num_microbatches: int) -> list[Any]:
         >>> split_batch((torch.arange(5), ["a", "b", "c", "d", "e"], 0.1), num_microbatches=2)
         [(tensor([0, 1, 2]), ['a', 'b', 'c'], 0.1), (tensor([3, 4]), ['d', 'e'], 0.1)]
     """
-    _require_positive("split_batch", "num_microbatches", num_microbatches)
+    if num_microbatches < 1:
+        raise ValueError(
+            "`split_batch(num_microbatches)` must be at least 1, but got "
+            f"num_microbatches={num_microbatches!r}. Use 1 or more; what there is to save grows with the "
+            "number of chunks."
+        )
     if num_microbatches == 1:  # the identity, also for a batch that could not be divided
         return [batch]
     num_samples = batch_size_of(batch)
@@ -135,38 +140,6 @@ def split_batch(batch: Any, num_microbatches: int) -> list[Any]:
         _map_leaves(batch, "batch", _slicer(num_samples, slice(start, stop)))
         for start, stop in pairwise(starts)
     ]
-
-
-def split_batch_by_size(batch: Any, microbatch_size: int) -> list[Any]:
-    """Split a batch into as few chunks as it takes for none to have more than ``microbatch_size`` samples.
-
-    Args:
-        batch: see :func:`batch_size_of`.
-        microbatch_size: samples in the largest chunk, at least 1.
-
-    Returns:
-        The chunks, see :func:`split_batch`.
-
-    Raises:
-        ValueError: if ``microbatch_size`` is below 1.
-        MisconfigurationException: see :func:`batch_size_of`.
-
-    Example:
-        >>> [len(chunk) for chunk in split_batch_by_size(torch.zeros(10), microbatch_size=4)]
-        [4, 3, 3]
-    """
-    _require_positive("split_batch_by_size", "microbatch_size", microbatch_size)
-    # The peak is that of the largest chunk: even sizes (9 as 5 + 4, not 8 + 1) keep it lowest at the same
-    # number of passes, and leave no chunk with too few samples for batch norm.
-    return split_batch(batch, max(1, -(-batch_size_of(batch) // microbatch_size)))
-
-
-def _require_positive(function: str, argument: str, given: int) -> None:
-    if given < 1:
-        raise ValueError(
-            f"`{function}({argument})` must be at least 1, but got {argument}={given!r}. "
-            "Use 1 or more; what there is to save grows with the number of chunks."
-        )
 
 
 def _slicer(num_samples: int, samples: slice) -> LeafFunction:

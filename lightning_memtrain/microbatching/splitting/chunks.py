@@ -79,6 +79,9 @@ class Splitter:
     def num_microbatches(self, batch: Any, microbatch_size: int) -> int:
         """How many chunks of at most ``microbatch_size`` samples a batch makes.
 
+        The peak is that of the largest chunk: even sizes (9 as 5 + 4, not 8 + 1) keep it lowest at the same
+        number of passes, and leave no chunk with too few samples for batch norm.
+
         Args:
             batch: the whole batch.
             microbatch_size: most samples of a chunk, at least 1.
@@ -89,7 +92,7 @@ class Splitter:
         return max(1, math.ceil(self.batch_size(batch) / microbatch_size))
 
     def split(self, batch: Any, num_microbatches: int) -> list[Chunk]:
-        """Split a batch.
+        """Split a batch into weighed chunks.
 
         Args:
             batch: the whole batch.

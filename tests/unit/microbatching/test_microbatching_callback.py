@@ -20,7 +20,7 @@ from lightning_memtrain.core import TechniqueRecord, is_technique
 from lightning_memtrain.microbatching import Microbatching, training_loop
 from lightning_memtrain.microbatching.automatic_size.chunk_trials import ChunkTrials
 from lightning_memtrain.microbatching.automatic_size.size_search import Peak
-from tests.helpers.trainers import assert_torch_is_as_found, quiet_trainer
+from tests.helpers.trainers import assert_torch_is_as_found, assert_training_loop_is_as_found, quiet_trainer
 from tests.helpers.twin_runs import assert_same_run, train
 
 NUM_SAMPLES = 8
@@ -108,7 +108,7 @@ def test_lightning_and_torch_are_left_as_found(technique: Any, batchnorm: bool, 
     trainer = quiet_trainer(tmp_path, technique())
     trainer.fit(model, loader())
     assert trainer.global_step == 3
-    assert not training_loop.closure_replaced(trainer)
+    assert_training_loop_is_as_found(trainer)
     assert_torch_is_as_found(model)
 
 
@@ -119,7 +119,7 @@ def test_they_are_after_an_error_too(technique: Any, batchnorm: bool, tmp_path: 
     trainer = quiet_trainer(tmp_path, technique())
     with pytest.raises(ZeroDivisionError, match="in the step"):
         trainer.fit(model, loader())
-    assert not training_loop.closure_replaced(trainer)
+    assert_training_loop_is_as_found(trainer)
     assert_torch_is_as_found(model)
     assert "loss" not in trainer.fit_loop.epoch_loop._results  # not the recorder of the chunk that failed
     assert type(trainer.fit_loop.epoch_loop._results) is training_loop.ResultCollection
@@ -131,7 +131,7 @@ def test_a_second_fit_works(tmp_path: Path):
         trainer = quiet_trainer(tmp_path, microbatching)
         trainer.fit(Net(), loader())
         assert trainer.global_step == 3
-        assert not training_loop.closure_replaced(trainer)
+        assert_training_loop_is_as_found(trainer)
 
 
 # ---------------------------------------------------------------------- checkpoints

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from lightning_memtrain.microbatching.batchnorm.pooled_batchnorm import PooledBatchNorm, _num_replicas
+from lightning_memtrain.microbatching.batchnorm.pooled_batchnorm import PooledBatchNorm
+from lightning_memtrain.microbatching.batchnorm.pooled_statistics import num_replicas
 
 SIZES = [7, 6, 4, 3]
 TOLERANCE = {torch.float32: 2e-7, torch.float64: 1e-12}
@@ -274,14 +275,8 @@ def test_sync_batch_norm_without_ranks_is_pooled_like_any_other():
 def test_values_of_all_ranks_count_where_statistics_are_synchronized(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 3)
-    assert _num_replicas(nn.SyncBatchNorm(5)) == 3
-    assert _num_replicas(nn.BatchNorm1d(5)) == 1
-
-
-def test_has_layers_tells_whether_there_is_anything_to_pool():
-    assert PooledBatchNorm(nn.Sequential(nn.BatchNorm1d(2).eval())).has_layers
-    assert not PooledBatchNorm(nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False))).has_layers
-    assert not PooledBatchNorm(nn.Linear(2, 2)).has_layers
+    assert num_replicas(nn.SyncBatchNorm(5)) == 3
+    assert num_replicas(nn.BatchNorm1d(5)) == 1
 
 
 def test_wrong_use_is_refused():

@@ -21,7 +21,7 @@ from lightning_memtrain.microbatching import Microbatching, training_loop
 from lightning_memtrain.microbatching.automatic_size.size_choice import AutoSize
 from lightning_memtrain.microbatching.run_validation import validate_run
 from lightning_memtrain.microbatching.splitting.chunks import FixedSplit
-from tests.helpers.trainers import quiet_trainer
+from tests.helpers.trainers import assert_training_loop_is_as_found, quiet_trainer
 
 
 def refuses(message: str, error: type[Exception] = MisconfigurationException) -> Any:
@@ -124,7 +124,7 @@ def refuse_fit(folder: Path, message: str, model: LightningModule, *callbacks: A
     with refuses(message):
         trainer.fit(model)
     assert trainer.global_step == 0
-    assert not training_loop.closure_replaced(trainer)
+    assert_training_loop_is_as_found(trainer)
 
 
 def test_manual_optimization_is_refused(tmp_path: Path):

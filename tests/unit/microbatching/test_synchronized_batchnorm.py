@@ -255,8 +255,3 @@ def test_compiled_models_are_refused(in_place):
     model = nn.Sequential(body if in_place else torch.compile(body, backend="eager"))
     with pytest.raises(ValueError, match=r"must not be compiled, .* but got the compiled module '0'"):
         SynchronizedBatchNorm(model)
-
-
-def test_has_layers_tells_whether_there_is_anything_to_do():
-    assert SynchronizedBatchNorm(chain(1)).has_layers
-    assert not SynchronizedBatchNorm(nn.Linear(2, 2)).has_layers

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lightning_memtrain.core import Category, MemoryBreakdown
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.microbatching import Microbatching, training_loop
+from lightning_memtrain.microbatching import Microbatching
+from tests.helpers.trainers import assert_training_loop_is_as_found
 from tests.helpers.twin_runs import Run, assert_same_run, train
 
 NUM_SAMPLES, WIDTH = 128, 32
@@ -140,7 +141,7 @@ def test_only_the_order_of_hooks_changes(tmp_path: Path):
     assert hooks_of(tmp_path)[0] == ["forward", "zero_grad", "backward"]
     called, run = hooks_of(tmp_path, whole())
     assert called == ["zero_grad", "forward", "backward"]
-    assert not training_loop.closure_replaced(run.trainer)
+    assert_training_loop_is_as_found(run.trainer)
 
 
 def test_a_step_without_a_loss_is_skipped(tmp_path: Path):
