@@ -33,7 +33,7 @@ SLOW = ("synchronized, 8 sweeps",)
 def modes() -> dict[str, Microbatching | None]:
     synchronized = {
         f"synchronized, {sweeps} sweeps": Microbatching(
-            NUM_CHUNKS, batchnorm="synchronized", batchnorm_sweeps=sweeps
+            NUM_CHUNKS, batchnorm="synchronized", num_batchnorm_sweeps=sweeps
         )
         for sweeps in (1, 2, 4, 8)
     }

@@ -7,8 +7,8 @@ to be installed. wide_resnet: WRN-28-2, a batch of 100 images, SGD with Nesterov
 convolutions inside blocks, 99 % of its weights.
 
 Each row has what the row above it has, and one thing more, if it does not say otherwise. The third step is
-measured, with all that is held at its peak by category; `EarlyZeroGrad` is in every row, so that gradients of
-the step before are in none.
+measured, with all that is held at its peak by category. `Microbatching` is in every row, with one chunk if
+not said otherwise, so that gradients of the step before are in none.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lightning_memtrain import (
     DSR,
     ActivationCheckpointing,
     ActivationCodec,
-    EarlyZeroGrad,
+    DynamicSparseReparameterization,
     LowPrecision,
     Microbatching,
     Select,
@@ -71,7 +71,9 @@ def run(make: Callable[[], Step], optimizer: MakeOptimizer, row: Row) -> dict[st
     torch.manual_seed(0)
     step = make()
     watch = Watch(step, peak=True)
-    callbacks = [EarlyZeroGrad(), *row.get("callbacks", list)()]
+    callbacks = row.get("callbacks", list)()
+    if not any(isinstance(callback, Microbatching) for callback in callbacks):
+        callbacks.insert(0, Microbatching(num_microbatches=1))
     plugins = [LowPrecision(**row["precision"])] if "precision" in row else []
     batches: DataLoader[Any] = DataLoader([step.inputs] * 3, batch_size=None)  # type: ignore[arg-type]
     trainer_with(*callbacks, watch, plugins=plugins).fit(Building(step, optimizer), batches)

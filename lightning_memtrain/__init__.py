@@ -1,12 +1,10 @@
 """Train PyTorch Lightning models in a fraction of the memory, and see where every byte goes."""
 
-from functools import partial as _partial
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 
 from lightning_memtrain.__about__ import __version__
-from lightning_memtrain._registration import when_imported as _when_imported
 
 if TYPE_CHECKING:
     from lightning_memtrain.checkpointing import (
@@ -37,9 +35,6 @@ if TYPE_CHECKING:
     )
     from lightning_memtrain.ledger import MemoryLedger, OpWorkspace, device_truth
     from lightning_memtrain.microbatching import (
-        EarlyZeroGrad,
-        MemtrainDDPStrategy,
-        MemtrainFSDPStrategy,
         Microbatching,
         batchnorm_to_groupnorm,
     )
@@ -98,7 +93,7 @@ _ROOMS = {
     "CosineSchedule": "sparsity",
     "CubicSchedule": "sparsity",
     "DSR": "sparsity",
-    "EarlyZeroGrad": "microbatching",
+    "DynamicSparseReparameterization": "sparsity",
     "ErdosRenyi": "sparsity",
     "ErdosRenyiKernel": "sparsity",
     "Every": "checkpointing",
@@ -112,8 +107,6 @@ _ROOMS = {
     "MemoryLedger": "ledger",
     "MemoryProfiler": "report",
     "MemoryReport": "report",
-    "MemtrainDDPStrategy": "microbatching",
-    "MemtrainFSDPStrategy": "microbatching",
     "Microbatching": "microbatching",
     "ModuleMemory": "core",
     "Modules": "checkpointing",
@@ -167,7 +160,7 @@ __all__ = [
     "CompressedActivations",
     "CosineSchedule",
     "CubicSchedule",
-    "EarlyZeroGrad",
+    "DynamicSparseReparameterization",
     "ErdosRenyi",
     "ErdosRenyiKernel",
     "Every",
@@ -181,8 +174,6 @@ __all__ = [
     "MemoryLedger",
     "MemoryProfiler",
     "MemoryReport",
-    "MemtrainDDPStrategy",
-    "MemtrainFSDPStrategy",
     "Microbatching",
     "ModuleMemory",
     "Modules",
@@ -239,23 +230,3 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return __all__
-
-
-# Strategies that are chosen by name have to be known before a Trainer looks for them.
-_STRATEGIES = {"memtrain_ddp": "MemtrainDDPStrategy", "memtrain_fsdp": "MemtrainFSDPStrategy"}
-
-
-def _make_strategy(name: str, **options: object) -> object:
-    kind = getattr(_import_module(f"{__name__}.{_ROOMS[_STRATEGIES[name]]}"), _STRATEGIES[name])
-    return kind(**options)
-
-
-def _register_strategies(package: str) -> None:
-    registry = _import_module(f"{package}.strategies").StrategyRegistry
-    for name in _STRATEGIES:
-        if name not in registry:
-            registry.register(name, _partial(_make_strategy, name), "with Microbatching")
-
-
-for _package in ("lightning.pytorch", "pytorch_lightning"):
-    _when_imported(_package, _partial(_register_strategies, _package))

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 
 from lightning_memtrain.core import is_out_of_memory
-from lightning_memtrain.microbatching.chunks import Chunk
+from lightning_memtrain.microbatching.splitting.chunks import Chunk
 
 # Objects of these packages keep no state of samples; a trainer, for instance, leads to everything.
 _FOREIGN = ("torch", "lightning", "pytorch_lightning", "lightning_memtrain", "torchmetrics", "numpy")
@@ -60,7 +60,7 @@ class CarriedState:
         self._warned = False
 
     def begin(self, chunks: Sequence[Chunk]) -> None:
-        """Begin a batch.
+        """Begin a batch, and decide whether it is watched.
 
         Args:
             chunks: to be run; a single one is not watched.

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_memtrain.coordination import RestorableState, backward_is_partial, register_restorable
-from lightning_memtrain.microbatching import _compat
-
-Backward = Callable[[Tensor], None] | None
+from lightning_memtrain.microbatching import training_loop
+from lightning_memtrain.microbatching.training_loop import Backward
 
 
 def zero_grad_hooks(trainer: Any, model: Any) -> list[str]:
@@ -52,7 +51,7 @@ class PastGradients:
     def __init__(self, parameters: Iterable[Tensor], zero_grad: Callable[[], None], strategy: Any) -> None:
         self._zero_grad = zero_grad
         self._zeroed = False
-        in_buckets = _compat.gradients_are_bucket_views(strategy)
+        in_buckets = training_loop.gradients_are_bucket_views(strategy)
         # DDP's buckets would be written to by the backward of this batch.
         self._past = {
             parameter: parameter.grad.clone() if in_buckets and parameter.grad is not None else parameter.grad

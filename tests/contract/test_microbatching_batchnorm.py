@@ -92,5 +92,5 @@ def test_synchronized_with_a_sweep_more_than_layers_the_run_is_that_of_the_unspl
     accumulate: int, tmp_path: Path
 ) -> None:
     plain = run(tmp_path, 0.1, accumulate_grad_batches=accumulate)
-    split = Microbatching(num_microbatches=3, batchnorm="synchronized", batchnorm_sweeps=3)
+    split = Microbatching(num_microbatches=3, batchnorm="synchronized", num_batchnorm_sweeps=3)
     assert_same_run(plain, run(tmp_path, 0.1, split, accumulate_grad_batches=accumulate))

@@ -22,13 +22,12 @@ from tests.helpers.trainers import LIGHTNING_WARNINGS, PACKAGES, assert_torch_is
 
 pytestmark = [
     pytest.mark.filterwarnings(*LIGHTNING_WARNINGS),
-    # EarlyZeroGrad beside Microbatching, OffloadActivations on the CPU.
+    # OffloadActivations on the CPU.
     pytest.mark.filterwarnings("ignore::lightning_memtrain.NoEffectWarning"),
 ]
 
 CASES: dict[str, Callable[[], Any]] = {
     "Microbatching": lambda: mt.Microbatching(num_microbatches=3),
-    "EarlyZeroGrad": mt.EarlyZeroGrad,
     "ActivationCheckpointing": lambda: mt.ActivationCheckpointing("full"),
     "ActivationCheckpointing, auto": mt.ActivationCheckpointing,
     "OffloadActivations": lambda: mt.OffloadActivations(min_bytes=1),
@@ -47,7 +46,6 @@ PAIRS = [
 ]
 IDENTITIES: dict[str, Callable[[], Any]] = {
     "Microbatching": lambda: mt.Microbatching(num_microbatches=1),
-    "EarlyZeroGrad": mt.EarlyZeroGrad,
     "ActivationCheckpointing": lambda: mt.ActivationCheckpointing(mt.Budget("1TiB")),
     "OffloadActivations": lambda: mt.OffloadActivations(min_bytes="1TiB"),
     "CompressedActivations": lambda: mt.CompressedActivations(mt.ActivationCodec(min_numel=2**40)),

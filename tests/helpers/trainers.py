@@ -74,6 +74,12 @@ def assert_torch_is_as_found(model: torch.nn.Module) -> None:
         assert not parameter._post_accumulate_grad_hooks
 
 
+def assert_training_loop_is_as_found(trainer: Trainer) -> None:
+    """No method of the loop that steps the optimizer is replaced."""
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+    assert not [name for name, value in vars(loop).items() if callable(value) and name.startswith("_")]
+
+
 class LedgerPeaks(Callback):
     """By a ledger of its own, which knows of no probes: the most that was live in each batch."""
 

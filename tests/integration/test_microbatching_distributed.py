@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from lightning_memtrain.microbatching import MemtrainDDPStrategy, Microbatching
+from lightning_memtrain.microbatching import Microbatching
 from tests.helpers.faults import FailAt
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import found_by_two_ranks
@@ -149,7 +149,6 @@ class Case:
     trainer: dict[str, Any] = field(default_factory=dict)
     fail: Callable[[int], Any] | None = None
     """Of a rank, the callback that makes its device run out of memory."""
-    split_strategy: Callable[[], Any] | None = None
 
 
 def _auto(size: str = "1GiB") -> Microbatching:
@@ -171,7 +170,7 @@ CASES = {
         model=lambda: Net((9, 23)),
         trainer={"gradient_clip_val": 0.05},
     ),
-    "named strategy": Case(split_strategy=lambda: MemtrainDDPStrategy(Microbatching(num_microbatches=3))),
+    "ddp by its name": Case(strategy=lambda: "ddp"),
     "fsdp2": Case(
         strategy=lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), model=Sharded
     ),
@@ -214,10 +213,7 @@ def _check(name: str, folder: Path, rank: int) -> dict[str, Any]:
     case = CASES[name]
     plain, num_plain, _ = _train(case, folder, case.strategy())
     callbacks = [] if case.fail is None else [case.fail(rank)]
-    if case.split_strategy is not None:
-        split, num_split, trainer = _train(case, folder, case.split_strategy(), *callbacks)
-    else:
-        split, num_split, trainer = _train(case, folder, case.strategy(), case.split(), *callbacks)
+    split, num_split, trainer = _train(case, folder, case.strategy(), case.split(), *callbacks)
     for one, other in zip(plain, split, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     events = [

@@ -27,10 +27,39 @@ class OthersLimit(OutOfReach, RuntimeError):
     """A limit of another technique's, which a smaller chunk might keep."""
 
 
+class Unforeseeable(torch.optim.SGD):
+    """Asks for numbers, which a stand-in does not have; makes a copy of all gradients, and more on rank 1."""
+
+    evaluates_twice = False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        copies = [gradient.clone() for gradient in gradients]
+        assert all(copy.numpy().size for copy in copies)
+        if torch.distributed.get_rank() == 1:
+            copies += [gradient.clone() for gradient in 40 * gradients]
+        del copies
+        if self.evaluates_twice:
+            closure()
+        super().step()
+        return loss
+
+
+class EvaluatesTwice(Unforeseeable):
+    """The other rank is amid its second evaluation of the model when rank 1 is broken off."""
+
+    evaluates_twice = True
+
+
 class Net(LightningModule):
-    def __init__(self, samples: list[tuple[int, int]], refuses: bool = False) -> None:
+    def __init__(
+        self, samples: list[tuple[int, int]], refuses: bool = False, optimizer: Any = torch.optim.Adam
+    ) -> None:
         super().__init__()
         self.refuses = refuses
+        self.optimizer = optimizer
         self.samples = samples
         self.net = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)))
 
@@ -40,7 +69,7 @@ class Net(LightningModule):
         return self.net(batch).square().mean()
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.parameters())
+        return self.optimizer(self.parameters(), lr=0.001)
 
     def train_dataloader(self) -> DataLoader:
         generator = torch.Generator().manual_seed(self.global_rank)
@@ -59,6 +88,8 @@ CASES: dict[str, tuple[list[tuple[int, int]], dict[str, Any]]] = {
     "one is small at first": ([(2, 200), (200, 2), (200, 200)], {}),
     "one cannot": ([(16, 400)] * 2, {}),
     "another's limit": ([(64, 64)] * 2, {}),
+    "step": ([(64, 64)] * 2, {}),
+    "step that evaluates twice": ([(64, 64)] * 2, {}),
 }
 
 
@@ -72,7 +103,9 @@ def _check(name: str, folder: Path, rank: int) -> dict[str, Any]:
             sizes.append(microbatching.microbatch_size)
 
     torch.manual_seed(0)
-    net = Net(samples, refuses=name == "another's limit")
+    unforeseeable = {"step": Unforeseeable, "step that evaluates twice": EvaluatesTwice}
+    optimizer = unforeseeable.get(name, torch.optim.Adam)
+    net = Net(samples, refuses=name == "another's limit", optimizer=optimizer)
     options = {"strategy": DDPStrategy(**options), "devices": 2, "use_distributed_sampler": False}
     trainer = quiet_trainer(folder, microbatching, peaks, Sizes(), **options)
     error = ""
@@ -80,6 +113,9 @@ def _check(name: str, folder: Path, rank: int) -> dict[str, Any]:
         trainer.fit(net)
     except (MisconfigurationException, OthersLimit) as refusal:
         error = str(refusal)
+    if name.startswith("step"):
+        peaks.ledger.__exit__(None, None, None)
+        peaks.peaks.append(peaks.ledger.breakdown().ledger_peak_bytes)
     return {"peaks": peaks.peaks, "sizes": sizes, "error": error}
 
 
@@ -109,13 +145,24 @@ def test_a_rank_with_a_small_batch_does_not_hold_the_others_back(found: list[dic
 
 def test_a_limit_that_one_rank_cannot_keep_is_refused_on_all(found: list[dict[str, Any]]) -> None:
     able, unable = (result["one cannot"] for result in found)
-    assert able["error"] == (
-        "`Microbatching(limit)` must have room for one sample at a time on every rank, but got a limit that "
-        "another rank cannot keep; its error says what it needs. Raise the limit."
-    )
-    assert unable["error"].startswith("`Microbatching(limit)` must have room for ")
+    assert able["error"] == unable["error"]
+    assert unable["error"].startswith("On rank 1: `Microbatching(limit)` must have room for ")
     assert "of the batch and other inputs" in unable["error"]
     assert able["peaks"] == unable["peaks"] == []
+
+
+@pytest.mark.parametrize("name", ["step", "step that evaluates twice"])
+def test_a_step_that_one_rank_cannot_take_within_the_limit_is_refused_on_all(
+    name: str, found: list[dict[str, Any]]
+) -> None:
+    """Nothing could foretell it, so it is refused amid the first step, before any rank has ended it."""
+    able, unable = (result[name] for result in found)
+    assert able["error"] == unable["error"]
+    assert unable["error"].startswith(
+        "On rank 1: `Microbatching(limit)` must have room for the step of the optimizer, which takes at "
+    )
+    assert able["sizes"] == unable["sizes"] == []
+    assert max(*able["peaks"], *unable["peaks"]) <= LIMIT
 
 
 def test_a_limit_of_another_technique_that_one_rank_cannot_keep_ends_all(found: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_memtrain import Category, EarlyZeroGrad, MemoryProfiler, Microbatching
+from lightning_memtrain import Category, MemoryProfiler, Microbatching
 from lightning_memtrain.precision import LowPrecision, ScalerConfig, SGD8bit
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 from tests.helpers.twin_runs import Run, assert_same_run, train
@@ -167,7 +167,7 @@ def test_saved_mid_run_and_resumed_is_uninterrupted_to_the_bit(
     def run(seed: int, **fit: Any) -> tuple[Any, ...]:
         torch.manual_seed(seed)
         model, plugin = Regression(), LowPrecision(compute, scaler=scaler, seed=seed)
-        callbacks = [SaveAt(), EarlyZeroGrad()] if early else [SaveAt()]
+        callbacks = [SaveAt(), Microbatching(num_microbatches=1)] if early else [SaveAt()]
         trainer = quiet_trainer(tmp_path, *callbacks, max_epochs=2, plugins=[plugin], gradient_clip_val=0.5)
         trainer.fit(model, data, **fit)
         state = trainer.optimizers[0].state_dict()["state"]

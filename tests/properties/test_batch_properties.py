@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_memtrain.microbatching.batches import batch_size_of, split_batch, split_batch_by_size
+from lightning_memtrain.microbatching.splitting.batches import batch_size_of, split_batch
+from lightning_memtrain.microbatching.splitting.chunks import FixedSplit, Splitter
 
 Pair = namedtuple("Pair", ["a", "b"])
 
@@ -106,7 +107,9 @@ def test_chunks_rebuild_the_batch(sized, num_microbatches):
 @given(batches(), st.integers(1, 14))
 def test_chunks_by_size_are_as_few_as_fit(sized, microbatch_size):
     num_samples, batch = sized
-    chunks = split_batch_by_size(batch, microbatch_size)
+    splitter = Splitter()
+    count = FixedSplit(microbatch_size=microbatch_size).num_chunks(batch, splitter)
+    chunks = [chunk.batch for chunk in splitter.split(batch, count)]
     sizes = [batch_size_of(chunk) for chunk in chunks]
     assert sizes[0] <= microbatch_size
     assert (len(sizes) - 1) * microbatch_size < max(num_samples, 1)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lightning_memtrain.microbatching.probe import Peak, chunk_sizes, largest_fitting
+from lightning_memtrain.microbatching.automatic_size.size_search import Peak, chunk_sizes, largest_fitting
 
 MOST_MEASUREMENTS = 20
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lightning_memtrain import ActivationCheckpointing, Budget, EarlyZeroGrad, MemoryProfiler, Microbatching
+from lightning_memtrain import ActivationCheckpointing, Budget, MemoryProfiler, Microbatching
 from lightning_memtrain.core import KIB
 from lightning_memtrain.tracing.fake_step import FakeStep
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
@@ -373,7 +373,7 @@ def test_a_second_trainer_begins_anew(tmp_path: Path) -> None:
     fresh, used = (ActivationCheckpointing(Budget("1300KiB")) for _ in range(2))
     fit(tmp_path, fresh)
     # The gradients of the step before are not there in forward, unlike in the next run.
-    fit(tmp_path, used, EarlyZeroGrad())
+    fit(tmp_path, used, Microbatching(num_microbatches=1))
     early = _peaks(used)
     fit(tmp_path, used)
     assert _peaks(used) == _peaks(fresh) != early

@@ -97,9 +97,9 @@ def test_a_list_that_the_recipe_does_not_set_is_extended():
             r"variant `one` and variant `other` both set `LowPrecision` in `trainer\.plugins`",
         ),
         (
-            {"trainer": {"strategy": "memtrain_ddp"}},
+            {"trainer": {"strategy": "ddp"}},
             {"trainer": {"strategy": {"class_path": "FSDPStrategy", "init_args": {}}}},
-            r"variant `one` and variant `other` both set `trainer\.strategy`, to `memtrain_ddp` and "
+            r"variant `one` and variant `other` both set `trainer\.strategy`, to `ddp` and "
             r"`FSDPStrategy`, but a run has one\. Leave one of them out\.",
         ),
         (

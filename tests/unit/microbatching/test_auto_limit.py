@@ -344,6 +344,31 @@ def test_a_step_that_cannot_be_foretold_is_broken_off_before_it_breaks_the_limit
     assert peaks.ledger.breakdown().ledger_peak_bytes <= limit
 
 
+class EvaluatesTwice(torch.optim.SGD):
+    """Holds more when it evaluates the model again, beside which the size that was found is too large."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        held = torch.ones(4_000)
+        assert held.numpy().size
+        closure()
+        del held
+        super().step()
+        return loss
+
+
+def test_a_second_evaluation_within_a_step_keeps_the_limit_with_smaller_chunks(tmp_path: Path):
+    model = functools.partial(Net, functools.partial(EvaluatesTwice, lr=0.1))
+    plain = train(model(), data(*[NUM_SAMPLES] * 2), tmp_path)
+    microbatching = auto(plain.highest - 8_000)
+    run = train(model(), data(*[NUM_SAMPLES] * 2), tmp_path, microbatching)
+    assert run.highest <= plain.highest - 8_000
+    first, second = microbatching.technique_record().events
+    assert first.startswith("step 0: microbatch_size=128 of 128 samples: ")
+    assert second.startswith("step 0: a limit is out of reach at microbatch_size=128; microbatch_size=64")
+
+
 def test_what_grows_from_batch_to_batch(tmp_path: Path):
     class Keeps(Net):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

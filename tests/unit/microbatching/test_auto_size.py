@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from lightning_memtrain.core import format_bytes, parse_bytes
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.microbatching import Microbatching, sizing
+from lightning_memtrain.microbatching import Microbatching
+from lightning_memtrain.microbatching.automatic_size import size_choice
 from lightning_memtrain.report import MemoryProfiler
 from tests.helpers.faults import FailAt
 from tests.helpers.trainers import quiet_trainer
@@ -72,7 +73,7 @@ def largest_chunk(microbatching: Microbatching) -> int:
 @pytest.fixture(autouse=True)
 def _peaks_are_the_ledgers(monkeypatch: pytest.MonkeyPatch) -> None:
     # The CPU's allocator has a reading for most steps only, which depends on the addresses of blocks.
-    for module in ("report.profiler", "microbatching.trial"):
+    for module in ("report.profiler", "microbatching.automatic_size.chunk_trials"):
         monkeypatch.setattr(f"lightning_memtrain.{module}.device_truth", lambda device: None)
 
 
@@ -277,7 +278,7 @@ def test_it_grows_back_to_the_ceiling_with_doubled_patience(tmp_path: Path):
 def test_retries_of_the_allocator_are_soft_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # Asked before and after each batch; batches 1, 3 and 4 had to retry.
     counts = iter([0, 0, 0, 1, 1, 1, 1, 2, 2, 4, 4, 4])
-    monkeypatch.setattr(sizing, "allocation_retries", lambda device: next(counts))
+    monkeypatch.setattr(size_choice, "allocation_retries", lambda device: next(counts))
     model, microbatching = Net(), auto()
     quiet_trainer(tmp_path, microbatching).fit(model, loader(6))
     assert events_after_the_probe(microbatching) == [

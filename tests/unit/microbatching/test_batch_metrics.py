@@ -29,10 +29,10 @@ from torchmetrics.classification import (
 from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, Running
 
 from lightning_memtrain.microbatching import Microbatching
-from lightning_memtrain.microbatching.batch_metrics import BatchMetrics
-from lightning_memtrain.microbatching.chunks import Chunk
-from lightning_memtrain.microbatching.logs import CallRecorder, ChunkLogs
-from lightning_memtrain.microbatching.metric_states import mergeable
+from lightning_memtrain.microbatching.merging.batch_metrics import BatchMetrics
+from lightning_memtrain.microbatching.merging.chunk_logs import ChunkLogs, LogRecorder
+from lightning_memtrain.microbatching.merging.metric_states import mergeable
+from lightning_memtrain.microbatching.splitting.chunks import Chunk
 from tests.helpers.twin_runs import assert_same, assert_same_run, train
 
 
@@ -87,7 +87,7 @@ def holder(metric: nn.Module) -> nn.Module:
 def logs_of(num_chunks: int, *on_step: Metric) -> ChunkLogs:
     logs = ChunkLogs()
     for _ in range(num_chunks):
-        recorder = CallRecorder()
+        recorder = LogRecorder()
         for metric in on_step:
             recorder.log("training_step", "x", metric, on_step=True)
         logs.add(recorder, Chunk(None, 1 / num_chunks, len(BATCHES[0]) // num_chunks), torch.tensor(-1.0))

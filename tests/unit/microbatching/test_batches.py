@@ -18,10 +18,11 @@ from torch.utils.data import default_collate
 from transformers import BatchEncoding
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lightning_memtrain.microbatching.batches import batch_size_of, split_batch, split_batch_by_size
+from lightning_memtrain.microbatching.splitting.batches import batch_size_of, split_batch
+from lightning_memtrain.microbatching.splitting.chunks import FixedSplit, Splitter
 
 CURE = (
-    "\nPass `Microbatching(split_fn=...)`, a function from (batch, number of chunks) to a list of chunks, "
+    "\nPass `split_fn`, a function from (batch, number of chunks) to a list of chunks, "
     "to say how such a batch is split."
 )
 X = torch.arange(10).view(5, 2)
@@ -61,8 +62,6 @@ def refusal(batch: object) -> str:
         batch_size_of(batch)
     with pytest.raises(MisconfigurationException, match=re.escape(str(caught.value))):
         split_batch(batch, 2)
-    with pytest.raises(MisconfigurationException, match=re.escape(str(caught.value))):
-        split_batch_by_size(batch, 2)
     return str(caught.value)
 
 
@@ -85,16 +84,16 @@ def test_sizes_are_those_of_tensor_split(num_samples: int, num_microbatches: int
     [(8, 4, [4, 4]), (9, 8, [5, 4]), (10, 4, [4, 3, 3]), (3, 8, [3]), (3, 1, [1, 1, 1]), (0, 2, [0])],
 )
 def test_no_chunk_exceeds_the_size(num_samples: int, microbatch_size: int, sizes: list[int]) -> None:
-    chunks = split_batch_by_size({"x": torch.arange(num_samples)}, microbatch_size)
-    assert [batch_size_of(chunk) for chunk in chunks] == sizes
+    batch, splitter = {"x": torch.arange(num_samples)}, Splitter()
+    count = FixedSplit(microbatch_size=microbatch_size).num_chunks(batch, splitter)
+    assert [chunk.num_samples for chunk in splitter.split(batch, count)] == sizes
 
 
 @pytest.mark.parametrize("num_samples", [0, 1])
 def test_a_batch_that_is_not_divided_is_the_chunk(num_samples: int) -> None:
     batch = {"x": torch.zeros(num_samples, 2)}
-    for chunks in (split_batch(batch, 4), split_batch_by_size(batch, 4)):
-        assert len(chunks) == 1
-        assert chunks[0] is batch
+    (chunk,) = split_batch(batch, 4)
+    assert chunk is batch
 
 
 def test_one_chunk_is_the_batch_even_if_it_could_not_be_divided() -> None:
@@ -110,12 +109,6 @@ def test_counts_below_one_are_refused() -> None:
         match=r"^`split_batch\(num_microbatches\)` must be at least 1, but got num_microbatches=0\. " + cure,
     ):
         split_batch(X, 0)
-    with pytest.raises(
-        ValueError,
-        match=r"^`split_batch_by_size\(microbatch_size\)` must be at least 1, but got microbatch_size=-1\. "
-        + cure,
-    ):
-        split_batch_by_size(X, -1)
 
 
 # Structures.

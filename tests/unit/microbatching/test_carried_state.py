@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_memtrain.microbatching import Microbatching
 from lightning_memtrain.microbatching.carried_state import CarriedState
-from lightning_memtrain.microbatching.chunks import Chunk
+from lightning_memtrain.microbatching.splitting.chunks import Chunk
 from tests.helpers.twin_runs import assert_same_run, train
 
 WIDTH = 5

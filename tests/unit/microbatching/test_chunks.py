@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_memtrain.microbatching.chunks import Chunk, Splitter, mean_weights
+from lightning_memtrain.microbatching.splitting.chunks import Chunk, Splitter, mean_weights
 
 BATCH = {"x": torch.arange(14).view(7, 2), "valid": torch.tensor([4, 1, 0, 0, 0, 2, 3])}
 
@@ -118,8 +118,7 @@ def test_split_fn_needs_weight_fn_where_samples_cannot_be_counted(batch: Any):
 def test_split_fn_has_to_return_a_list_of_as_many_chunks_at_most(returned: Any, described: str):
     message = (
         r"`Microbatching\(split_fn\)` must return a list of 1 to 2 chunks when it is called with "
-        rf"num_microbatches=2, but got ({described})\. Return fewer chunks than asked for, never more; "
-        r"each one is passed to `training_step`\."
+        rf"num_microbatches=2, but got ({described})\. Return fewer chunks than asked for, never more\."
     )
     with pytest.raises(MisconfigurationException, match=f"^{message}$"):
         Splitter(split_fn=lambda batch, count: returned).split(BATCH, 2)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_memtrain.core import NoEffectWarning
-from lightning_memtrain.microbatching.groupnorm import batchnorm_to_groupnorm
+from lightning_memtrain.microbatching.batchnorm.groupnorm import batchnorm_to_groupnorm
 
 
 @pytest.mark.parametrize(

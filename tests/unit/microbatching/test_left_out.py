@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torchmetrics import SumMetric
 
 from lightning_memtrain.microbatching import Microbatching
-from lightning_memtrain.microbatching.chunks import Chunk
-from lightning_memtrain.microbatching.outputs import factor_of_the_rest
+from lightning_memtrain.microbatching.merging.batch_outcome import factor_of_the_rest
+from lightning_memtrain.microbatching.splitting.chunks import Chunk
 from tests.helpers.twin_runs import assert_same, train
 
 Batch = tuple[Tensor, Tensor]

@@ -28,10 +28,10 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, Mul
 from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, MultioutputWrapper, Running
 
 from lightning_memtrain.microbatching import Microbatching
-from lightning_memtrain.microbatching.batch_metrics import BatchMetrics
-from lightning_memtrain.microbatching.chunks import Chunk
-from lightning_memtrain.microbatching.logs import CallRecorder, ChunkLogs
-from lightning_memtrain.microbatching.metric_inputs import CannotJoin, InputJoiner
+from lightning_memtrain.microbatching.merging.batch_metrics import BatchMetrics
+from lightning_memtrain.microbatching.merging.chunk_logs import ChunkLogs, LogRecorder
+from lightning_memtrain.microbatching.merging.metric_inputs import CannotJoin, InputJoiner
+from lightning_memtrain.microbatching.splitting.chunks import Chunk
 from tests.helpers.twin_runs import assert_same, assert_same_run, train
 
 Batch = tuple[Tensor, Tensor]
@@ -206,7 +206,7 @@ def logs_of(*losses: float | None) -> ChunkLogs:
     logs = ChunkLogs()
     for size, loss in zip(SIZES, losses, strict=True):
         chunk = Chunk(None, size / sum(SIZES), size)
-        logs.add(CallRecorder(), chunk, None if loss is None else torch.tensor(loss))
+        logs.add(LogRecorder(), chunk, None if loss is None else torch.tensor(loss))
     return logs
 
 

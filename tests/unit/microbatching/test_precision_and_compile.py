@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from lightning_memtrain.microbatching import EarlyZeroGrad, Microbatching
+from lightning_memtrain.microbatching import Microbatching
 from tests.helpers.twin_runs import Run, assert_same, assert_same_run, train
 
 
@@ -60,7 +60,7 @@ def scaled(folder: Path, data: list[Tensor], *callbacks: Any, **options: Any) ->
 TECHNIQUES = {
     "counted": lambda: Microbatching(num_microbatches=3),
     "auto": lambda: Microbatching(microbatch_size="auto", limit="1GiB"),
-    "early": EarlyZeroGrad,
+    "one": lambda: Microbatching(num_microbatches=1),
 }
 
 

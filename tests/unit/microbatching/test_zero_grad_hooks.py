@@ -13,8 +13,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 
 from lightning_memtrain.coordination import capture_all
-from lightning_memtrain.core import NoEffectWarning
-from lightning_memtrain.microbatching import EarlyZeroGrad, Microbatching, _compat
+from lightning_memtrain.microbatching import Microbatching
 from lightning_memtrain.microbatching.past_gradients import PastGradients, zero_grad_hooks
 from tests.helpers.faults import FailAt
 from tests.helpers.twin_runs import Run, assert_same, assert_same_run, train
@@ -105,14 +104,6 @@ def test_a_batch_that_runs_again_averages_once(where: str, tmp_path: Path):
     assert fault.done
     assert_same(dict(plain.model.state_dict()), dict(chunked.model.state_dict()))
     assert_same(seen, seen_by_chunked)
-
-
-def test_early_zero_grad_says_that_it_has_no_effect(tmp_path: Path):
-    plain, _ = run(tmp_path)
-    with pytest.warns(NoEffectWarning, match=r"no effect .*\(here of Averaged, Looks.*on_train_b"):
-        early, _ = run(tmp_path, EarlyZeroGrad())
-    assert_same_run(plain, early, rtol=0, atol=0)
-    assert not _compat.closure_replaced(early.trainer)
 
 
 def test_only_hooks_of_others_count():

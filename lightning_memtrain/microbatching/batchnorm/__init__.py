@@ -1,0 +1,1 @@
+"""What batch normalisation, which looks across samples, does about chunks."""

@@ -1,0 +1,89 @@
+"""Mean and variance of several calls of a batch norm layer, as one call would have seen them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class Statistics(NamedTuple):
+    """Values per channel, their mean, and their unbiased variance."""
+
+    num_values: int
+    mean: Tensor
+    variance: Tensor
+
+
+def add_statistics(pooled: list[Statistics], index: int, seen: Statistics) -> None:
+    """Pool what one more call saw with what calls of that place in other chunks did.
+
+    Args:
+        pooled: so far, by the place of the call in its chunk; changed in place.
+        index: of the call.
+        seen: by it; copied, since a layer writes to its buffers.
+    """
+    if index < len(pooled):
+        like = pooled[index].mean
+        both = pool_statistics(pooled[index], seen)
+        pooled[index] = Statistics(both.num_values, both.mean.to(like), both.variance.to(like))
+    else:
+        pooled.append(Statistics(seen.num_values, seen.mean.clone(), seen.variance.clone()))
+
+
+def pool_statistics(one: Statistics, other: Statistics) -> Statistics:
+    """Mean and unbiased variance of the values that two saw together.
+
+    Args:
+        one: with a mean and a variance of shape ``(channels,)``.
+        other: of the same shape, on the same device.
+
+    Returns:
+        Both together, in double precision where the device has it.
+    """
+    dtype = pooling_dtype(one.mean)
+    count = one.num_values + other.num_values
+    difference = other.mean.to(dtype) - one.mean.to(dtype)
+    mean = one.mean.to(dtype) + difference * (other.num_values / count)
+    squares = (one.num_values - 1) * one.variance.to(dtype) + (other.num_values - 1) * other.variance.to(
+        dtype
+    )
+    squares += difference.square() * (one.num_values * other.num_values / count)
+    return Statistics(count, mean, squares / (count - 1))
+
+
+def pooling_dtype(like: Tensor) -> torch.dtype:
+    """The most precise type that the device of a tensor, of any shape and dtype, computes in."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
+def num_replicas(module: _BatchNorm) -> int:
+    """Ranks whose values are in the layer's statistics."""
+    if not isinstance(module, nn.SyncBatchNorm):
+        return 1
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 1
+    return distributed.get_world_size(module.process_group or distributed.group.WORLD)
+
+
+# The schema is spelled out because torch < 2.7 cannot read postponed annotations.
+@torch.library.custom_op(
+    "lightning_memtrain::running_backward", mutates_args=(), schema="(Tensor like) -> Tensor"
+)
+def running_backward(like: Tensor) -> Tensor:
+    """Whether a backward pass is running; for compiled graphs.
+
+    Args:
+        like: of any shape and dtype; it only keeps the compiler from folding the answer into a constant.
+
+    Returns:
+        A bool tensor without axes, on the CPU.
+    """
+    return torch.tensor(torch._C._current_graph_task_id() != -1)
+
+
+@running_backward.register_fake
+def _(like: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.bool)

@@ -1,0 +1,1 @@
+"""How what chunks log, return and give to metrics becomes that of their whole batch."""

@@ -1,0 +1,86 @@
+"""Checks of the arguments that say how a batch is split, for all who take them."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_memtrain.microbatching.splitting.chunks import LossReduction, WeightFn
+
+
+def check_count(owner: str, name: str, value: Any, otherwise: str = "") -> None:
+    """Refuse what is no count.
+
+    Args:
+        owner: what the user has called.
+        name: of the argument.
+        value: of the argument; ``None`` if it was not given.
+        otherwise: what else it may be, for the error.
+
+    Raises:
+        MisconfigurationException: unless it is an integer of at least 1.
+    """
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise MisconfigurationException(
+            f"`{owner}({name})` must be an integer of at least 1{otherwise}, but got {name}={value!r}. "
+            "Use a positive whole number."
+        )
+
+
+def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse what is none of some words.
+
+    Args:
+        owner: what the user has called.
+        name: of the argument.
+        value: of the argument.
+        choices: the words.
+
+    Raises:
+        MisconfigurationException: unless it is one of them.
+    """
+    if value not in choices:
+        expected = " or ".join(repr(choice) for choice in choices)
+        raise MisconfigurationException(
+            f"`{owner}({name})` must be {expected}, but got {name}={value!r}. Use one of them."
+        )
+
+
+def check_splitting(
+    owner: str,
+    num_microbatches: Any,
+    microbatch_size: Any,
+    loss_reduction: LossReduction,
+    weight_fn: WeightFn | None,
+    *,
+    finds_size: bool = False,
+) -> None:
+    """Refuse arguments that do not say how a batch is split and its losses are added up.
+
+    Args:
+        owner: what the user has called.
+        num_microbatches: chunks per batch.
+        microbatch_size: most samples per chunk.
+        loss_reduction: of the loss.
+        weight_fn: weighs means.
+        finds_size: whether ``microbatch_size="auto"`` is possible.
+
+    Raises:
+        MisconfigurationException: naming the argument.
+    """
+    if (num_microbatches is None) == (microbatch_size is None):
+        raise MisconfigurationException(
+            f"`{owner}` needs either `num_microbatches` or `microbatch_size`, but got "
+            f"num_microbatches={num_microbatches} and microbatch_size={microbatch_size}. "
+            "Give one of them" + ('; microbatch_size="auto" finds the size by itself.' if finds_size else ".")
+        )
+    check_count(owner, "num_microbatches", num_microbatches)
+    if not (finds_size and microbatch_size == "auto"):
+        check_count(owner, "microbatch_size", microbatch_size, ' or "auto"' if finds_size else "")
+    check_choice(owner, "loss_reduction", loss_reduction, get_args(LossReduction))
+    if weight_fn is not None and loss_reduction == "sum":
+        raise MisconfigurationException(
+            f"`{owner}(weight_fn)` weighs means, but got loss_reduction='sum', where losses are "
+            "added as they are. Leave one of them out."
+        )
