@@ -31,8 +31,8 @@ from typing import Any
 
 from benchmarks.checkpoint_optima import Slots, Stage, integer_optimum, least_slots
 from benchmarks.results_file import write_results
-from lightning_memtrain.checkpointing.choice import fitting, pareto
-from lightning_memtrain.checkpointing.items import Choice, Item, simulate
+from lightning_memtrain.checkpointing.selection.pareto_schedules import fitting, pareto
+from lightning_memtrain.checkpointing.selection.step_chain import Choice, Item, simulate
 
 KINDS = ("random", "transformer", "wide resnet")
 STEP_OVER_FORWARD = 3

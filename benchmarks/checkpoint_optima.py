@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from lightning_memtrain.checkpointing.items import Choice, Item, simulate
+from lightning_memtrain.checkpointing.selection.step_chain import Choice, Item, simulate
 
 UNREACHABLE = 2**30  # in seconds
 

@@ -31,11 +31,11 @@ from benchmarks.models import Step, bert_step, checkpoint_blocks, mlp_step, vit_
 from benchmarks.results_file import write_results
 from lightning_memtrain import MemoryLedger
 from lightning_memtrain.checkpointing import Every, Full, Nested, SelectiveOps, Sqrt, insert_checkpoints
-from lightning_memtrain.checkpointing.choose import Chosen, StepCurve
 from lightning_memtrain.checkpointing.policies import CheckpointPolicy
+from lightning_memtrain.checkpointing.selection.step_curve import Chosen, StepCurve
 from lightning_memtrain.core import MIB, Category
 from lightning_memtrain.ledger.op_times import OpTimes
-from lightning_memtrain.tracing.fake_step import FakeStep
+from lightning_memtrain.tracing.step.fake_step import FakeStep
 
 Prepare = Callable[[nn.Module], Any]
 

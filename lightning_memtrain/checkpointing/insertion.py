@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_memtrain.checkpointing.forward import CheckpointedForward, Contexts, Group
-from lightning_memtrain.checkpointing.own_checkpoints import checkpointed_by
+from lightning_memtrain.checkpointing.existing_checkpoints import checkpointed_by
 from lightning_memtrain.checkpointing.policies import Recomputed
-from lightning_memtrain.checkpointing.state import unshards_itself
-from lightning_memtrain.checkpointing.units import described, scripted_by
+from lightning_memtrain.checkpointing.recompute.checkpointed_forward import (
+    CheckpointedForward,
+    Contexts,
+    Group,
+)
+from lightning_memtrain.checkpointing.recompute.module_state import unshards_itself
+from lightning_memtrain.checkpointing.repeated_blocks import described, scripted_by
 from lightning_memtrain.core import NoEffectWarning
 
 

@@ -17,8 +17,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from lightning_memtrain.checkpointing.forward import Contexts
-from lightning_memtrain.checkpointing.units import described, repeated_blocks
+from lightning_memtrain.checkpointing.recompute.checkpointed_forward import Contexts
+from lightning_memtrain.checkpointing.repeated_blocks import described, repeated_blocks
 from lightning_memtrain.core import parse_bytes
 from lightning_memtrain.core.device_memory import free_device_bytes
 

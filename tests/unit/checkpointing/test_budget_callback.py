@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 
 from lightning_memtrain import ActivationCheckpointing, Budget, EarlyZeroGrad, MemoryProfiler, Microbatching
 from lightning_memtrain.core import KIB
-from lightning_memtrain.tracing.fake_step import FakeStep
+from lightning_memtrain.tracing.step.fake_step import FakeStep
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)

@@ -13,7 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from lightning_memtrain.checkpointing import Full, Recomputed, insert_checkpoints
-from lightning_memtrain.checkpointing.caches import LeftOut
+from lightning_memtrain.checkpointing.recompute.objects.key_value_caches import LeftOut
 from tests.helpers.recomputed import assert_exact, recompute
 
 Batch = dict[str, Tensor]

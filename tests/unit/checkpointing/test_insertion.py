@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from lightning_memtrain import NoEffectWarning
 from lightning_memtrain.checkpointing import Full, Modules, insert_checkpoints
-from lightning_memtrain.checkpointing.units import described, repeated_blocks
+from lightning_memtrain.checkpointing.repeated_blocks import described, repeated_blocks
 from tests.helpers.recomputed import assert_identical, recomputations, recompute, trained
 
 

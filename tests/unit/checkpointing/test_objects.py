@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_memtrain.checkpointing import Recomputed, insert_checkpoints
-from lightning_memtrain.checkpointing.holding import parts_of
+from lightning_memtrain.checkpointing.recompute.objects.adapter_lookup import parts_of
 from tests.helpers.recomputed import assert_exact, assert_identical, recompute
 
 

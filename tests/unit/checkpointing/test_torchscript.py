@@ -10,8 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_memtrain.checkpointing import Recomputed, insert_checkpoints
+from lightning_memtrain.checkpointing.existing_checkpoints import OwnCheckpoints
 from lightning_memtrain.checkpointing.insertion import refusal
-from lightning_memtrain.checkpointing.own_checkpoints import OwnCheckpoints
 from tests.helpers.recomputed import assert_identical, recomputations, recompute, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

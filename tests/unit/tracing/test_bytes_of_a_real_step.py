@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.tracing.fake_step import FakeStep
+from lightning_memtrain.tracing.step.fake_step import FakeStep
 
 ROWS, STEPS, WIDTH = 4, 6, 16
 CLASS_WEIGHTS = torch.linspace(0.5, 1.5, WIDTH)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lightning_memtrain.tracing import UserState
-from lightning_memtrain.tracing.states import MOST_ARRAY_BYTES
+from lightning_memtrain.tracing.user_state.opaque_snapshots import MOST_ARRAY_BYTES
 
 
 class Meter:

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.tracing.fake_step import FakeStep
-from lightning_memtrain.tracing.questions import AsksForValue
+from lightning_memtrain.tracing.step.fake_step import FakeStep
+from lightning_memtrain.tracing.step.recorded_values import AsksForValue
 
 ROWS, WIDTH = 6, 4
 

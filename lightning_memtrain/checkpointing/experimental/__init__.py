@@ -1,0 +1,1 @@
+"""What no device has tried yet; it may change or go."""

@@ -1,0 +1,79 @@
+"""Which classes hold what may change, and how."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from enum import Enum
+from types import MemberDescriptorType, SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from lightning_memtrain.checkpointing.recompute.objects.content_adapters import (
+    ATTRIBUTES,
+    OF_BASES,
+    OF_NAMES,
+    Part,
+    SlotMembers,
+)
+
+# Objects of these packages have threads, files or devices behind them, or are torch's own.
+_FOREIGN = frozenset(
+    {*sys.stdlib_module_names, "torch", "numpy", "lightning", "lightning_fabric", "pytorch_lightning"}
+    | {"mlflow", "tensorboard", "tensorboardX", "tqdm", "wandb"}
+) - {"__main__", "argparse", "collections", "types"}
+_HEAP_TYPE = 1 << 9
+
+
+def _is_cache(cls: type) -> bool:
+    """Whether a class is one of the key-value caches of `transformers`; some versions make them modules.
+
+    Args:
+        cls: any class.
+
+    Returns:
+        Whether it is.
+    """
+    return any(one.__name__ == "Cache" and one.__module__.startswith("transformers.") for one in cls.__mro__)
+
+
+def _parts_of(cls: type) -> tuple[Part, ...]:
+    """How objects of a class hold others.
+
+    Args:
+        cls: any class.
+
+    Returns:
+        Its parts; none for numbers, tensors, modules, functions, and whatever cannot be looked into.
+    """
+    named = OF_NAMES.get((str(cls.__module__), cls.__qualname__))
+    if named is not None:
+        return named
+    if cls in (functools.partial, torch.Generator):  # which count as classes of somebody's own
+        return OF_BASES[cls]
+    if issubclass(cls, (Tensor, type, Enum, BaseException)) or hasattr(cls, "__del__"):
+        return ()
+    if issubclass(cls, nn.Module) and not is_cache(cls):
+        return ()
+    is_own = {one: bool(one.__flags__ & _HEAP_TYPE) for one in cls.__mro__}
+    base = next(one for one in cls.__mro__ if not is_own[one])
+    if base not in OF_BASES or (is_own[cls] and str(cls.__module__).partition(".")[0] in _FOREIGN):
+        return ()
+    parts = OF_BASES[base]
+    if cls.__dictoffset__ and base is not SimpleNamespace:
+        parts += (ATTRIBUTES,)
+    members = {
+        name: member
+        for one in cls.__mro__
+        for name, member in vars(one).items()
+        if is_own[one] and isinstance(member, MemberDescriptorType)
+    }
+    return (*parts, SlotMembers(members)) if members else parts
+
+
+is_cache: Callable[[type], bool] = functools.cache(_is_cache)
+"""Whether a class is one of the key-value caches of `transformers`."""
+parts_of: Callable[[type], tuple[Part, ...]] = functools.cache(_parts_of)
+"""How objects of a class hold others: in nothing for numbers, tensors, modules, functions, and the like."""

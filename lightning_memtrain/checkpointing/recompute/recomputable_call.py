@@ -1,0 +1,243 @@
+"""One call of a module: all that is needed to run it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from lightning_memtrain.checkpointing.recompute.ambient_state import Surroundings
+from lightning_memtrain.checkpointing.recompute.copies_before_writes import WriteWatch, copied
+from lightning_memtrain.checkpointing.recompute.module_attributes import Slot
+from lightning_memtrain.checkpointing.recompute.module_state import ModuleState
+from lightning_memtrain.checkpointing.recompute.objects.adapter_lookup import is_cache
+from lightning_memtrain.checkpointing.recompute.objects.object_copies import Copies, TwinMaker
+from lightning_memtrain.checkpointing.recompute.objects.reachable_objects import Place
+
+Made = tuple[int, int]
+"""A tensor by the call of the segment that made it, and its place among the call's outputs."""
+
+
+class Unit(NamedTuple):
+    """A module that is recomputed.
+
+    Args:
+        name: its path in the model.
+        module: the module.
+        forward: its own forward.
+        position: its place among those that are recomputed together.
+        path: which part of these it belongs to, from the outermost level.
+    """
+
+    name: str
+    module: nn.Module
+    forward: Callable[..., Any]
+    position: int
+    path: tuple[int, ...]
+
+
+class Argument(NamedTuple):
+    """Where a call finds one of its arguments when it runs again.
+
+    Args:
+        value: the argument itself, if it is neither a tensor nor an object that is looked into.
+        kept: its place among the tensors that the call keeps.
+        made: the earlier call of the segment that makes it again.
+        requires_grad: whether the tensor did.
+        is_leaf: whether no operator made the tensor that autograd knows.
+        is_written: whether the call writes to it.
+    """
+
+    value: Any = None
+    kept: int | None = None
+    made: Made | None = None
+    requires_grad: bool = False
+    is_leaf: bool = True
+    is_written: bool = False
+
+
+class Call:
+    """One call of a module, which can run again.
+
+    Args:
+        index: its place in its segment.
+        unit: what was called.
+        surroundings: what the call found around it.
+        state: what the call found in its modules.
+        context: to run it in again.
+        is_watched: whether it ran under a dispatch mode, in which torch takes other ways now and then.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        unit: Unit,
+        surroundings: Surroundings,
+        state: ModuleState,
+        context: AbstractContextManager[Any],
+        is_watched: bool,
+    ) -> None:
+        self.index = index
+        self.runs_to_its_end = False
+        """Whether it must, each time, since it adds to what autograd has saved."""
+        self.unit = unit
+        self.arguments: list[Argument] = []
+        self._surroundings = surroundings
+        self._state = state
+        self._context = context
+        self._is_watched = is_watched
+        self._structure: TreeSpec | None = None
+        self._keeper: Any = None
+        self._kept: Sequence[Tensor] | None = None
+        self._twins: TwinMaker | None = None
+
+    def keep(
+        self,
+        flat: Sequence[Any],
+        structure: TreeSpec,
+        makers: Mapping[int, Made],
+        before: Mapping[Any, Tensor],
+        twins: TwinMaker,
+    ) -> None:
+        """Keep what the call was given, where nothing makes it again.
+
+        Args:
+            flat: its arguments.
+            structure: how they belong together.
+            makers: by place, what earlier calls of the segment make again.
+            before: by place, what it wrote to, as it was before.
+            twins: makes twins of the arguments that are objects, and of those that its modules hold.
+        """
+        self._structure = structure
+        self._twins = twins
+        kept: list[Tensor] = []
+        place_kept: dict[int, int] = {}
+        for place, value in enumerate(flat):
+            if not isinstance(value, Tensor) or value.is_inference():  # autograd keeps no tensor of that mode
+                self.arguments.append(Argument(value if place not in twins.roots else None))
+                continue
+            if place not in makers and id(value) not in place_kept:
+                place_kept[id(value)] = len(kept)
+                kept.append(before.get(place, value).detach())  # without the graph behind it
+            self.arguments.append(
+                Argument(
+                    kept=place_kept.get(id(value)),
+                    made=makers.get(place),
+                    requires_grad=value.requires_grad,
+                    is_leaf=value.is_leaf,
+                    is_written=place in before,
+                )
+            )
+        self._keeper = _Keep.apply(_handle(), *kept).grad_fn if kept else None  # type: ignore[no-untyped-call]
+
+    def run(self, made: Callable[[Made], Tensor]) -> list[Any]:
+        """Run the call again.
+
+        Args:
+            made: gives what earlier calls made.
+
+        Returns:
+            Its outputs, flat.
+
+        Raises:
+            RuntimeError: if the result would not be the same.
+        """
+        changed = self._state.changed_since()
+        assert self._structure is not None
+        assert self._twins is not None
+        changed = changed or self._twins.outdated
+        if changed:
+            raise RuntimeError(
+                f"`ActivationCheckpointing` cannot recompute {self.unit.name!r}: its "
+                f"{described(changed[0], self.unit.module)} was changed "
+                "in place after its forward and before its backward, so the gradients would be those of "
+                "another model. Run backward before the change, e.g. before the optimizer steps, or leave "
+                "this module out."
+            )
+        copies = Copies()
+        twins = self._twins.twins(copies)
+        args, kwargs = tree_unflatten(self._values(made, twins), self._structure)
+        watch = WriteWatch() if self._is_watched else nullcontext()
+        with self._surroundings.restored(), self._state.restored(copies, twins), watch, self._context:
+            return flattened(self.unit.forward(*args, **kwargs))[0]
+
+    def _values(self, made: Callable[[Made], Tensor], twins: Mapping[Any, Any]) -> list[Any]:
+        if self._kept is None:  # a checkpoint around this one may give them only once
+            self._kept = self._keeper.saved_tensors if self._keeper is not None else ()
+        again: dict[Argument, Tensor] = {}  # the same tensor in several places is so again
+        values = []
+        for place, argument in enumerate(self.arguments):
+            if argument.kept is None and argument.made is None:
+                values.append(twins.get(place, argument.value))
+                continue
+            if argument not in again:
+                tensor = (
+                    self._kept[argument.kept] if argument.kept is not None else made(argument.made)  # type: ignore[arg-type]
+                )
+                again[argument] = _remade(tensor, argument)
+            values.append(again[argument])
+        return values
+
+
+def described(key: Any, module: nn.Module) -> str:
+    """What a tensor is, for people.
+
+    Args:
+        key: place of an argument, slot of a module, or place within what one of these holds.
+        module: the module that is called.
+
+    Returns:
+        E.g. ``"argument 2"``, or ``"attribute 'tracker.total'"``.
+    """
+    if isinstance(key, Place):
+        root = described(key.root, module)
+        return f"{root[:-1]}{key}'" if root.endswith("'") else f"{root} ({str(key).lstrip('.')!r})"
+    if isinstance(key, int):
+        return f"argument {key + 1}"
+    return key.described(module) if isinstance(key, Slot) else "argument or attribute"
+
+
+def flattened(tree: Any) -> tuple[list[Any], TreeSpec]:
+    """The leaves of arguments or outputs, and how they belong together.
+
+    Args:
+        tree: arguments or outputs.
+
+    Returns:
+        Both. Key-value caches are leaves, of which others may have told torch how to take them apart.
+    """
+    return tree_flatten(tree, is_leaf=_is_leaf)
+
+
+def _is_leaf(value: Any) -> bool:
+    return is_cache(type(value))
+
+
+def _remade(tensor: Tensor, argument: Argument) -> Tensor:
+    if argument.is_written:
+        return copied(tensor, argument.requires_grad)
+    tensor = tensor.detach().requires_grad_(argument.requires_grad)
+    # Hooks and modules may treat leaves in another way.
+    return tensor if argument.is_leaf else torch.ops.aten.alias(tensor)
+
+
+class _Keep(torch.autograd.Function):
+    """Keeps tensors as autograd keeps what it saves, so that a checkpoint around this one may drop them."""
+
+    @staticmethod
+    def forward(ctx: Any, handle: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return handle.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise AssertionError("nothing depends on it")
+
+
+def _handle() -> Tensor:
+    # Takes no bytes.
+    return torch.empty(0, device="meta", requires_grad=True)
