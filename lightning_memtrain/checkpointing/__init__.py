@@ -1,15 +1,14 @@
 """Recompute activations in backward instead of keeping them: what to recompute, and how to do it exactly."""
 
 from lightning_memtrain.checkpointing.activation_checkpointing import ActivationCheckpointing
-from lightning_memtrain.checkpointing.experimental.activation_offloading import OffloadActivations
 from lightning_memtrain.checkpointing.insertion import insert_checkpoints
+from lightning_memtrain.checkpointing.memory_budget import MemoryBudget
 from lightning_memtrain.checkpointing.policies import (
-    Budget,
-    CheckpointPolicy,
     Every,
     Full,
     Modules,
     Nested,
+    RecomputationPolicy,
     Recomputed,
     SelectiveOps,
     Sqrt,
@@ -17,13 +16,12 @@ from lightning_memtrain.checkpointing.policies import (
 
 __all__ = [
     "ActivationCheckpointing",
-    "Budget",
-    "CheckpointPolicy",
     "Every",
     "Full",
+    "MemoryBudget",
     "Modules",
     "Nested",
-    "OffloadActivations",
+    "RecomputationPolicy",
     "Recomputed",
     "SelectiveOps",
     "Sqrt",

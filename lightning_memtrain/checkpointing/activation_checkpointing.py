@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,12 +12,14 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 
 from lightning_memtrain.checkpointing.insertion import Checkpoints, insert_checkpoints
-from lightning_memtrain.checkpointing.policies import SHORT_NAMES, Budget, CheckpointPolicy, Modules
+from lightning_memtrain.checkpointing.memory_budget import MemoryBudget
+from lightning_memtrain.checkpointing.policies import RecomputationPolicy
+from lightning_memtrain.checkpointing.policy_values import as_policy
 from lightning_memtrain.checkpointing.recompute.objects.key_value_caches import caching_model
-from lightning_memtrain.checkpointing.selection.automatic_selection import AutomaticChoice
+from lightning_memtrain.checkpointing.selection.automatic_selection import AutomaticSelection
 from lightning_memtrain.compat import wrap_training_step
 from lightning_memtrain.compat.lightning_names import in_both, refuse_mix
-from lightning_memtrain.core import NoEffectWarning, Setting, TechniqueRecord, parse_bytes
+from lightning_memtrain.core import NoEffectWarning, Setting, TechniqueRecord
 
 
 class ActivationCheckpointing(Callback):
@@ -28,9 +29,10 @@ class ActivationCheckpointing(Callback):
     saved are those of the model without it, to the bit.
 
     Args:
-        policy: what to recompute: ``"auto"`` (:class:`Budget` without a limit), ``"full"``, ``"sqrt"``,
-            ``"nested"``, ``"selective"``, a policy such as ``Budget("4GiB")``, or a list of module paths or
-            class names, see :class:`Modules`.
+        policy: what to recompute: ``"auto"`` (:class:`MemoryBudget` without a limit), ``"full"``, ``"sqrt"``,
+            ``"nested"``, ``"selective"``, a policy such as ``MemoryBudget("4GiB")``, its limit alone
+            (``"4GiB"``, a number of bytes, ``"device"``), or a list of module paths or class names, see
+            :class:`Modules`.
 
     Raises:
         MisconfigurationException: if ``policy`` is none of these; at the start of the fit, if it matches
@@ -54,14 +56,14 @@ class ActivationCheckpointing(Callback):
         Chen, Xu, Zhang and Guestrin, Training Deep Nets with Sublinear Memory Cost, 2016, arXiv:1604.06174.
     """
 
-    def __init__(self, policy: CheckpointPolicy | str | Sequence[str] = "auto") -> None:
+    def __init__(self, policy: RecomputationPolicy | str | int | Sequence[str] = "auto") -> None:
         super().__init__()
-        self.policy = _policy(policy)
+        self.policy = as_policy(policy)
         self._remove: Callable[[], None] | None = None
         self._unwrap: Callable[[], None] | None = None
         self._num_modules = 0
         self._events: list[str] = []
-        self._automatic: AutomaticChoice | None = None
+        self._automatic: AutomaticSelection | None = None
         self._zeroes_after_forward = True
         self._in_batch = False
         self._has_looked = False
@@ -86,7 +88,7 @@ class ActivationCheckpointing(Callback):
         # Lightning's own policy of FSDP is in this attribute.
         if getattr(trainer.strategy, "_activation_checkpointing_kwargs", None):
             self._say("nothing is inserted, since FSDPStrategy(activation_checkpointing_policy=...) is set")
-        elif isinstance(self.policy, Budget):
+        elif isinstance(self.policy, MemoryBudget):
             if self._can_choose(trainer, pl_module):  # the module's own `setup` may have changed that
                 self._choose_before_steps(trainer, pl_module, self.policy)
         else:
@@ -94,8 +96,8 @@ class ActivationCheckpointing(Callback):
             self._remove = insert_checkpoints(pl_module, groups, self.policy.contexts)
             self._num_modules = sum(len(group) for group in groups)
 
-    def _choose_before_steps(self, trainer: Trainer, model: LightningModule, policy: Budget) -> None:
-        self._automatic = automatic = AutomaticChoice(trainer, model, policy, self._say)
+    def _choose_before_steps(self, trainer: Trainer, model: LightningModule, policy: MemoryBudget) -> None:
+        self._automatic = automatic = AutomaticSelection(trainer, model, policy, self._say)
 
         def around(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if torch.is_grad_enabled():
@@ -166,7 +168,7 @@ class ActivationCheckpointing(Callback):
 
     def _can_choose(self, trainer: Trainer, model: LightningModule) -> bool:
         """Whether a step can run without data; with a limit it must."""
-        if not isinstance(self.policy, Budget):
+        if not isinstance(self.policy, MemoryBudget):
             return True
         if isinstance(trainer.strategy, (*in_both(FSDPStrategy), *in_both(ModelParallelStrategy))):
             expected = "needs whole parameters to run a step without data"
@@ -190,30 +192,3 @@ class ActivationCheckpointing(Callback):
         if event not in self._events:
             self._events.append(event)
             rank_zero_info(f"ActivationCheckpointing, {event}")
-
-
-def _policy(policy: Any) -> CheckpointPolicy:
-    if isinstance(policy, CheckpointPolicy):
-        return policy
-    if isinstance(policy, str):
-        if policy in SHORT_NAMES:
-            return SHORT_NAMES[policy]()
-        try:
-            parse_bytes(policy)
-            cure = f"For a limit write policy=Budget({policy!r})."
-        except ValueError:
-            near = difflib.get_close_matches(policy, SHORT_NAMES, n=1)
-            cure = (
-                f"Did you mean {near[0]!r}?" if near else f"For a module write policy=Modules([{policy!r}])."
-            )
-        expected = ", ".join(repr(name) for name in SHORT_NAMES)
-        raise MisconfigurationException(
-            f"`ActivationCheckpointing(policy)` must be {expected}, a policy, or a list of modules, but got "
-            f"policy={policy!r}. {cure}"
-        )
-    if isinstance(policy, Sequence):
-        return Modules(policy)
-    raise MisconfigurationException(
-        "`ActivationCheckpointing(policy)` must be a policy, its short name, or a list of modules, but got "
-        f"policy={policy!r}. Use e.g. policy='auto' or policy=Budget('4GiB')."
-    )

@@ -20,7 +20,7 @@ def checkpointed_by(model: nn.Module, name: str) -> nn.Module | None:
     """What says of a module, or of a part of it, that the model recomputes it by itself.
 
     Flags say so before anything runs. What is checkpointed by hand in a forward is seen by
-    :class:`OwnCheckpoints` only.
+    :class:`ExistingCheckpoints` only.
 
     Args:
         model: the module that is trained.
@@ -52,7 +52,7 @@ def _is_wrapper(module: nn.Module) -> bool:
     return type(module).__name__ == "CheckpointWrapper"
 
 
-class OwnCheckpoints:
+class ExistingCheckpoints:
     """Finds out, while a step runs, what the model recomputes by itself.
 
     That is seen by what happens in backward: a module is called, or an operator runs from within a function
@@ -69,7 +69,7 @@ class OwnCheckpoints:
         ...         return checkpoint(super().forward, x, use_reentrant=False)
         >>> layers = nn.Linear(2, 2), nn.Tanh()
         >>> model = nn.Sequential(nn.Linear(2, 2), Block(*layers), nn.Sequential(*layers))
-        >>> with OwnCheckpoints(model) as own:
+        >>> with ExistingCheckpoints(model) as own:
         ...     model(torch.ones(1, 2)).sum().backward()
         >>> sorted(own.names)
         ['1', '1.0', '1.1']
@@ -86,7 +86,7 @@ class OwnCheckpoints:
         self._undo = ExitStack()
         self._operators = OperatorWatch()  # type: ignore[no-untyped-call]
 
-    def __enter__(self) -> OwnCheckpoints:
+    def __enter__(self) -> ExistingCheckpoints:
         for name, module in self._model.named_modules():
             if name and not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
                 self._undo.callback(module.register_forward_pre_hook(self._enter(name)).remove)

@@ -78,7 +78,7 @@ def _is_in(name: str, path: str) -> bool:
     return name == path or name.startswith(f"{path}.")
 
 
-def scripted_by(model: nn.Module, name: str) -> str | None:
+def scripted_module(model: nn.Module, name: str) -> str | None:
     """Where TorchScript is in a module, or around it, which can neither be recomputed nor looked into.
 
     Args:
@@ -95,7 +95,7 @@ def scripted_by(model: nn.Module, name: str) -> str | None:
     return next((path for path, one in modules if isinstance(one, torch.jit.ScriptModule)), None)
 
 
-def described(model: nn.Module, most: int = 12) -> str:
+def describe_modules(model: nn.Module, most: int = 12) -> str:
     """The classes of a model's modules with their number, for errors.
 
     Args:

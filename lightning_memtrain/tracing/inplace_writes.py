@@ -13,6 +13,21 @@ from torch import Tensor
 from lightning_memtrain.ledger.storages import storages_of, tensors_in
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; those of inference mode do not count.
+
+    Args:
+        tensor: of any shape and dtype.
+
+    Returns:
+        Its version, 0 if it has none.
+    """
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
+
+
 @cache
 def written_arguments(func: Callable[..., Any]) -> tuple[tuple[int, str], ...]:
     """Position and name of the arguments that an operator writes to.
@@ -66,7 +81,7 @@ def returns_views(func: Callable[..., Any]) -> bool:
     return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
 
 
-class WriteGuard:
+class CopyOnWrite:
     """Copies what operators write to, if it was there before the guard, right before they do."""
 
     def __init__(self) -> None:
@@ -105,7 +120,7 @@ class WriteGuard:
     def _forget(self, key: int, reference: Any) -> None:
         self._own.pop(key, None)
 
-    def put_back(self) -> None:
+    def restore_written(self) -> None:
         """Give everything back what it held; may be called several times."""
         for storage, held in self._before.values():
             if storage.nbytes() != held.nbytes():

@@ -21,7 +21,7 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 )
 
 
-class Surroundings:
+class AmbientState:
     """Random numbers, autocast and the choice of kernels at the beginning of a call.
 
     Args:

@@ -4,40 +4,40 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from lightning_memtrain.checkpointing.recompute.module_attributes import Slot
-from lightning_memtrain.checkpointing.recompute.objects.reachable_objects import Objects
+from lightning_memtrain.checkpointing.recompute.module_attributes import ModuleAttribute
+from lightning_memtrain.checkpointing.recompute.objects.reachable_objects import ReachableObjects
 
 
-class Habits(NamedTuple):
+class CallTraits(NamedTuple):
     """What a forward is known to do; by default nothing is known.
 
     Args:
         is_new: whether it has not run yet.
-        written: what it writes to in place: places of arguments, slots of modules, and places within these.
-        watched: where attributes and objects held tensors when it was watched, and how many attributes did.
+        written: what it writes to in place: places of arguments, attributes of modules, paths within these.
+        seen: where attributes and objects held tensors when it was watched, and how many attributes did.
         assigned: which attributes and submodules it assigns.
-        swapped: which parameters it gives other data.
-        passing: within which attributes it changes something for a while.
+        given_other_data: which parameters it gives other data.
+        changed_for_a_while: within which attributes it changes something for a while.
         draws_from_numpy: whether it draws random numbers there, whose state takes long to read.
-        fills_what_is_saved: whether it writes to tensors after autograd has saved them.
-        looks_back: whether it runs a backward of its own, which needs what was saved so far.
+        writes_after_save: whether it writes to tensors after autograd has saved them.
+        runs_own_backward: whether it runs a backward of its own, which needs what was saved so far.
     """
 
     is_new: bool = True
     written: frozenset[Any] = frozenset()
-    watched: frozenset[Any] = frozenset()
-    assigned: frozenset[Slot] = frozenset()
-    swapped: frozenset[Slot] = frozenset()
-    passing: frozenset[Slot] = frozenset()
+    seen: frozenset[Any] = frozenset()
+    assigned: frozenset[ModuleAttribute] = frozenset()
+    given_other_data: frozenset[ModuleAttribute] = frozenset()
+    changed_for_a_while: frozenset[ModuleAttribute] = frozenset()
     draws_from_numpy: bool = True
-    fills_what_is_saved: bool = False
-    looks_back: bool = True
+    writes_after_save: bool = False
+    runs_own_backward: bool = True
 
-    def know(self, objects: Objects) -> bool:
+    def cover(self, objects: ReachableObjects) -> bool:
         """Whether it is known of all that is there whether forward changes it."""
-        return not self.is_new and all(one in self.watched for one in objects.looked_at)
+        return not self.is_new and all(one in self.seen for one in objects.looked_at)
 
     @property
-    def write_to_attributes(self) -> bool:
+    def writes_to_attributes(self) -> bool:
         """Whether it writes to tensors that are neither arguments, parameters nor buffers."""
-        return any(isinstance(key, Slot) and key.kind == "__dict__" for key in self.written)
+        return any(isinstance(key, ModuleAttribute) and key.kind == "__dict__" for key in self.written)

@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_memtrain.ledger.storages import storages_of, tensors_in
+from lightning_memtrain.ledger.storages import storages_of
+from lightning_memtrain.tracing.inplace_writes import version_of, written_tensors
 
 
-def version_of(tensor: Tensor) -> int:
-    """How often a tensor was written to; those of inference mode do not count.
-
-    Args:
-        tensor: any tensor.
-
-    Returns:
-        Its version, 0 if it has none.
-    """
-    try:
-        return tensor._version
-    except RuntimeError:
-        return 0
-
-
-def copied(tensor: Tensor, requires_grad: bool) -> Tensor:
-    """A copy that may be written to.
-
-    Args:
-        tensor: what to copy.
-        requires_grad: whether the copy needs a gradient.
-
-    Returns:
-        The copy; it is no leaf, which may not be written to.
-    """
-    return tensor.detach().requires_grad_(requires_grad).clone()
-
-
-class KeptBefore:
+class CopiesBeforeWrites:
     """Keeps a copy of every tensor that a call writes to, as it was before.
 
     What a call writes to is not known before it has run once. So in its first call a dispatch mode copies
@@ -49,7 +21,7 @@ class KeptBefore:
     Later calls copy what the first one wrote to.
 
     Args:
-        tensors: what may be written to, with any keys.
+        tensors: what may be written to, of any shape and dtype, with any keys.
         known: keys of what earlier calls wrote to; ``None`` at the first call.
         before_each: called before every operator of the first call.
     """
@@ -63,7 +35,7 @@ class KeptBefore:
         self._tensors = tensors
         self._versions = [version_of(tensor) for _, tensor in tensors]
         watched = [tensor for _, tensor in tensors]
-        self._watch = WriteWatch(watched, before_each) if known is None else None
+        self._watch = CopyBeforeWriteMode(watched, before_each) if known is None else None
         self.before: dict[Any, Tensor] = {}
         """What was written to, as it was before, by key."""
         self.copies: dict[int, Tensor] = {}
@@ -75,11 +47,11 @@ class KeptBefore:
         """Keys of what was written to without a copy."""
 
     @property
-    def fills_what_is_saved(self) -> bool:
+    def writes_after_save(self) -> bool:
         """Whether, in a first call, an operator wrote to a tensor after autograd had saved it."""
-        return self._watch is not None and self._watch.fills_what_is_saved
+        return self._watch is not None and self._watch.writes_after_save
 
-    def __enter__(self) -> KeptBefore:
+    def __enter__(self) -> CopiesBeforeWrites:
         if self._watch is not None:
             self._watch.__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -94,7 +66,7 @@ class KeptBefore:
             elif version_of(tensor) != version:
                 self.missed.append(key)
 
-    def entangled(self) -> list[Any]:
+    def sharing_memory(self) -> list[Any]:
         """Keys of tensors that share memory and are written to, so that copies of each would be apart.
 
         An argument that is held by an attribute or an object as well has a copy in each of both places.
@@ -110,7 +82,7 @@ class KeptBefore:
         return [key for key, tensor in written if id(tensor) in several]
 
 
-class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CopyBeforeWriteMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Copies tensors right before they are written to.
 
     Args:
@@ -124,7 +96,7 @@ class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.copies: dict[int, Tensor] = {}
         """What was written to as it was before, by ``id``."""
-        self.fills_what_is_saved = False
+        self.writes_after_save = False
         """Whether an operator wrote to a tensor after autograd had saved it."""
         self._before_each = before_each
         self._watched: dict[int, list[Tensor]] = {}
@@ -141,25 +113,10 @@ class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self._before_each is not None:
             self._before_each()
-        self.fills_what_is_saved |= func is torch.ops.aten.rrelu_with_noise.default  # alone in this
-        for position, name in _written_arguments(func) if self._watched else ():
-            written = kwargs[name] if name in kwargs else args[position] if position < len(args) else None
-            for tensor in tensors_in(written):
-                for storage in storages_of(tensor):  # a write through any view of it counts
-                    for watched in self._watched.pop(storage._cdata, ()):
-                        if id(watched) not in self.copies:
-                            self.copies[id(watched)] = watched.detach().clone()
+        self.writes_after_save |= func is torch.ops.aten.rrelu_with_noise.default  # alone in this
+        for tensor in written_tensors(func, args, kwargs) if self._watched else ():
+            for storage in storages_of(tensor):  # a write through any view of it counts
+                for watched in self._watched.pop(storage._cdata, ()):
+                    if id(watched) not in self.copies:
+                        self.copies[id(watched)] = watched.detach().clone()
         return func(*args, **kwargs)
-
-
-@cache
-def _written_arguments(func: Callable[..., Any]) -> tuple[tuple[int, str], ...]:
-    """Position and name of the arguments that an operator writes to."""
-    schema = getattr(func, "_schema", None)
-    return tuple(
-        (position, argument.name)
-        for position, argument in enumerate(schema.arguments if schema is not None else ())
-        # Batch normalisation writes to its running statistics and does not say so.
-        if argument.name in ("running_mean", "running_var")
-        or (argument.alias_info is not None and argument.alias_info.is_write)
-    )

@@ -10,19 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from lightning_memtrain.checkpointing.recompute.ambient_state import Surroundings
-from lightning_memtrain.checkpointing.recompute.copies_before_writes import WriteWatch, copied
-from lightning_memtrain.checkpointing.recompute.module_attributes import Slot
+from lightning_memtrain.checkpointing.recompute.ambient_state import AmbientState
+from lightning_memtrain.checkpointing.recompute.copies_before_writes import CopyBeforeWriteMode
+from lightning_memtrain.checkpointing.recompute.module_attributes import ModuleAttribute
 from lightning_memtrain.checkpointing.recompute.module_state import ModuleState
 from lightning_memtrain.checkpointing.recompute.objects.adapter_lookup import is_cache
-from lightning_memtrain.checkpointing.recompute.objects.object_copies import Copies, TwinMaker
-from lightning_memtrain.checkpointing.recompute.objects.reachable_objects import Place
+from lightning_memtrain.checkpointing.recompute.objects.object_copies import (
+    ObjectCopier,
+    TensorCopies,
+    writable_copy,
+)
+from lightning_memtrain.checkpointing.recompute.objects.reachable_objects import ObjectPath
 
-Made = tuple[int, int]
+OutputId = tuple[int, int]
 """A tensor by the call of the segment that made it, and its place among the call's outputs."""
 
 
-class Unit(NamedTuple):
+class CallTarget(NamedTuple):
     """A module that is recomputed.
 
     Args:
@@ -45,28 +49,28 @@ class Argument(NamedTuple):
 
     Args:
         value: the argument itself, if it is neither a tensor nor an object that is looked into.
-        kept: its place among the tensors that the call keeps.
-        made: the earlier call of the segment that makes it again.
+        saved_index: its place among the tensors that the call saves.
+        output_id: the earlier call of the segment that makes it again.
         requires_grad: whether the tensor did.
         is_leaf: whether no operator made the tensor that autograd knows.
         is_written: whether the call writes to it.
     """
 
     value: Any = None
-    kept: int | None = None
-    made: Made | None = None
+    saved_index: int | None = None
+    output_id: OutputId | None = None
     requires_grad: bool = False
     is_leaf: bool = True
     is_written: bool = False
 
 
-class Call:
+class RecomputableCall:
     """One call of a module, which can run again.
 
     Args:
         index: its place in its segment.
-        unit: what was called.
-        surroundings: what the call found around it.
+        target: what was called.
+        ambient_state: what the call found around it.
         state: what the call found in its modules.
         context: to run it in again.
         is_watched: whether it ran under a dispatch mode, in which torch takes other ways now and then.
@@ -75,8 +79,8 @@ class Call:
     def __init__(
         self,
         index: int,
-        unit: Unit,
-        surroundings: Surroundings,
+        target: CallTarget,
+        ambient_state: AmbientState,
         state: ModuleState,
         context: AbstractContextManager[Any],
         is_watched: bool,
@@ -84,61 +88,61 @@ class Call:
         self.index = index
         self.runs_to_its_end = False
         """Whether it must, each time, since it adds to what autograd has saved."""
-        self.unit = unit
+        self.target = target
         self.arguments: list[Argument] = []
-        self._surroundings = surroundings
+        self._ambient_state = ambient_state
         self._state = state
         self._context = context
         self._is_watched = is_watched
         self._structure: TreeSpec | None = None
-        self._keeper: Any = None
-        self._kept: Sequence[Tensor] | None = None
-        self._twins: TwinMaker | None = None
+        self._saved_by: Any = None
+        self._saved: Sequence[Tensor] | None = None
+        self._copier: ObjectCopier | None = None
 
-    def keep(
+    def keep_arguments(
         self,
         flat: Sequence[Any],
         structure: TreeSpec,
-        makers: Mapping[int, Made],
+        from_segment: Mapping[int, OutputId],
         before: Mapping[Any, Tensor],
-        twins: TwinMaker,
+        copier: ObjectCopier,
     ) -> None:
         """Keep what the call was given, where nothing makes it again.
 
         Args:
             flat: its arguments.
             structure: how they belong together.
-            makers: by place, what earlier calls of the segment make again.
+            from_segment: by place, what earlier calls of the segment make again.
             before: by place, what it wrote to, as it was before.
-            twins: makes twins of the arguments that are objects, and of those that its modules hold.
+            copier: copies the arguments that are objects, and those that its modules hold.
         """
         self._structure = structure
-        self._twins = twins
-        kept: list[Tensor] = []
-        place_kept: dict[int, int] = {}
+        self._copier = copier
+        saved: list[Tensor] = []
+        saved_indices: dict[int, int] = {}
         for place, value in enumerate(flat):
             if not isinstance(value, Tensor) or value.is_inference():  # autograd keeps no tensor of that mode
-                self.arguments.append(Argument(value if place not in twins.roots else None))
+                self.arguments.append(Argument(value if place not in copier.roots else None))
                 continue
-            if place not in makers and id(value) not in place_kept:
-                place_kept[id(value)] = len(kept)
-                kept.append(before.get(place, value).detach())  # without the graph behind it
+            if place not in from_segment and id(value) not in saved_indices:
+                saved_indices[id(value)] = len(saved)
+                saved.append(before.get(place, value).detach())  # without the graph behind it
             self.arguments.append(
                 Argument(
-                    kept=place_kept.get(id(value)),
-                    made=makers.get(place),
+                    saved_index=saved_indices.get(id(value)),
+                    output_id=from_segment.get(place),
                     requires_grad=value.requires_grad,
                     is_leaf=value.is_leaf,
                     is_written=place in before,
                 )
             )
-        self._keeper = _Keep.apply(_handle(), *kept).grad_fn if kept else None  # type: ignore[no-untyped-call]
+        self._saved_by = _SaveForBackward.apply(_dummy(), *saved).grad_fn if saved else None  # type: ignore[no-untyped-call]
 
-    def run(self, made: Callable[[Made], Tensor]) -> list[Any]:
+    def run_again(self, find_output: Callable[[OutputId], Tensor]) -> list[Any]:
         """Run the call again.
 
         Args:
-            made: gives what earlier calls made.
+            find_output: gives what earlier calls made.
 
         Returns:
             Its outputs, flat.
@@ -148,60 +152,62 @@ class Call:
         """
         changed = self._state.changed_since()
         assert self._structure is not None
-        assert self._twins is not None
-        changed = changed or self._twins.outdated
+        assert self._copier is not None
+        changed = changed or self._copier.outdated
         if changed:
             raise RuntimeError(
-                f"`ActivationCheckpointing` cannot recompute {self.unit.name!r}: its "
-                f"{described(changed[0], self.unit.module)} was changed "
+                f"`ActivationCheckpointing` cannot recompute {self.target.name!r}: its "
+                f"{describe_key(changed[0], self.target.module)} was changed "
                 "in place after its forward and before its backward, so the gradients would be those of "
                 "another model. Run backward before the change, e.g. before the optimizer steps, or leave "
                 "this module out."
             )
-        copies = Copies()
-        twins = self._twins.twins(copies)
-        args, kwargs = tree_unflatten(self._values(made, twins), self._structure)
-        watch = WriteWatch() if self._is_watched else nullcontext()
-        with self._surroundings.restored(), self._state.restored(copies, twins), watch, self._context:
-            return flattened(self.unit.forward(*args, **kwargs))[0]
+        copies = TensorCopies()
+        objects = self._copier.object_copies(copies)
+        args, kwargs = tree_unflatten(self._values(find_output, objects), self._structure)
+        watch = CopyBeforeWriteMode() if self._is_watched else nullcontext()
+        with self._ambient_state.restored(), self._state.restored(copies, objects), watch, self._context:
+            return flatten(self.target.forward(*args, **kwargs))[0]
 
-    def _values(self, made: Callable[[Made], Tensor], twins: Mapping[Any, Any]) -> list[Any]:
-        if self._kept is None:  # a checkpoint around this one may give them only once
-            self._kept = self._keeper.saved_tensors if self._keeper is not None else ()
+    def _values(self, find_output: Callable[[OutputId], Tensor], objects: Mapping[Any, Any]) -> list[Any]:
+        if self._saved is None:  # a checkpoint around this one may give them only once
+            self._saved = self._saved_by.saved_tensors if self._saved_by is not None else ()
         again: dict[Argument, Tensor] = {}  # the same tensor in several places is so again
         values = []
         for place, argument in enumerate(self.arguments):
-            if argument.kept is None and argument.made is None:
-                values.append(twins.get(place, argument.value))
+            if argument.saved_index is None and argument.output_id is None:
+                values.append(objects.get(place, argument.value))
                 continue
             if argument not in again:
-                tensor = (
-                    self._kept[argument.kept] if argument.kept is not None else made(argument.made)  # type: ignore[arg-type]
-                )
-                again[argument] = _remade(tensor, argument)
+                if argument.saved_index is not None:
+                    tensor = self._saved[argument.saved_index]
+                else:
+                    assert argument.output_id is not None
+                    tensor = find_output(argument.output_id)
+                again[argument] = _made_again(tensor, argument)
             values.append(again[argument])
         return values
 
 
-def described(key: Any, module: nn.Module) -> str:
+def describe_key(key: Any, module: nn.Module) -> str:
     """What a tensor is, for people.
 
     Args:
-        key: place of an argument, slot of a module, or place within what one of these holds.
+        key: place of an argument, attribute of a module, or place within what one of these holds.
         module: the module that is called.
 
     Returns:
         E.g. ``"argument 2"``, or ``"attribute 'tracker.total'"``.
     """
-    if isinstance(key, Place):
-        root = described(key.root, module)
+    if isinstance(key, ObjectPath):
+        root = describe_key(key.root, module)
         return f"{root[:-1]}{key}'" if root.endswith("'") else f"{root} ({str(key).lstrip('.')!r})"
     if isinstance(key, int):
         return f"argument {key + 1}"
-    return key.described(module) if isinstance(key, Slot) else "argument or attribute"
+    return key.describe(module) if isinstance(key, ModuleAttribute) else "argument or attribute"
 
 
-def flattened(tree: Any) -> tuple[list[Any], TreeSpec]:
+def flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
     """The leaves of arguments or outputs, and how they belong together.
 
     Args:
@@ -217,15 +223,15 @@ def _is_leaf(value: Any) -> bool:
     return is_cache(type(value))
 
 
-def _remade(tensor: Tensor, argument: Argument) -> Tensor:
+def _made_again(tensor: Tensor, argument: Argument) -> Tensor:
     if argument.is_written:
-        return copied(tensor, argument.requires_grad)
+        return writable_copy(tensor, argument.requires_grad)
     tensor = tensor.detach().requires_grad_(argument.requires_grad)
     # Hooks and modules may treat leaves in another way.
     return tensor if argument.is_leaf else torch.ops.aten.alias(tensor)
 
 
-class _Keep(torch.autograd.Function):
+class _SaveForBackward(torch.autograd.Function):
     """Keeps tensors as autograd keeps what it saves, so that a checkpoint around this one may drop them."""
 
     @staticmethod
@@ -238,6 +244,6 @@ class _Keep(torch.autograd.Function):
         raise AssertionError("nothing depends on it")
 
 
-def _handle() -> Tensor:
+def _dummy() -> Tensor:
     # Takes no bytes.
     return torch.empty(0, device="meta", requires_grad=True)

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_memtrain.checkpointing.recompute.module_attributes import ABSENT, NOT_FORWARDS, Slot
+from lightning_memtrain.checkpointing.recompute.module_attributes import (
+    ABSENT,
+    TORCH_ATTRIBUTES,
+    ModuleAttribute,
+)
 
 _REGISTERED = ("_parameters", "_buffers")
 
 
-class Bystanders:
+class UnexpectedAssignments:
     """All attributes and submodules when a call begins, to tell what it assigns though no call before it did.
 
     They are compared by identity, module by module, which takes one or two microseconds for each.
@@ -30,7 +34,7 @@ class Bystanders:
             if not isinstance(one, torch.jit.ScriptModule)  # holds everything out of reach
         ]
 
-    def assigned(self, known: Collection[Slot] = ()) -> dict[Slot, Any]:
+    def assigned(self, known: Collection[ModuleAttribute] = ()) -> dict[ModuleAttribute, Any]:
         """What was assigned since, beside what is known to be assigned.
 
         Parameters and buffers that were there are not looked at, for they are set back anyway.
@@ -41,17 +45,17 @@ class Bystanders:
         Returns:
             What each slot held before.
         """
-        before: dict[Slot, Any] = {}
+        before: dict[ModuleAttribute, Any] = {}
         for module, attributes, submodules, sizes in self._found:
             for name in _differences(attributes, module.__dict__):
-                if name not in NOT_FORWARDS:
-                    before[Slot(module, "__dict__", name)] = attributes.get(name, ABSENT)
+                if name not in TORCH_ATTRIBUTES:
+                    before[ModuleAttribute(module, "__dict__", name)] = attributes.get(name, ABSENT)
             for name in _differences(submodules, module._modules):
-                before[Slot(module, "_modules", name)] = submodules.get(name, ABSENT)
+                before[ModuleAttribute(module, "_modules", name)] = submodules.get(name, ABSENT)
             if _sizes(module) != sizes:
                 for kind, size in zip(_REGISTERED, sizes, strict=True):
                     for name in [*getattr(module, kind)][size:]:
-                        before[Slot(module, kind, name)] = ABSENT
+                        before[ModuleAttribute(module, kind, name)] = ABSENT
         return {slot: value for slot, value in before.items() if slot not in known}
 
 

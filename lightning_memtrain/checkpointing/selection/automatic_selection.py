@@ -12,15 +12,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from torch.optim import Optimizer
 
 from lightning_memtrain.checkpointing.insertion import Checkpoints, insert_checkpoints
-from lightning_memtrain.checkpointing.policies import Budget, Groups
+from lightning_memtrain.checkpointing.memory_budget import MemoryBudget
+from lightning_memtrain.checkpointing.policies import Groups
 from lightning_memtrain.checkpointing.selection.step_conditions import (
-    Circumstances,
-    KnownShapes,
+    FittingShapes,
+    StepConditions,
     trained_parameters,
 )
 from lightning_memtrain.checkpointing.selection.step_curve import (
     BudgetOutOfReach,
-    Chosen,
+    RecomputationPlan,
     StepCurve,
     counted,
     predicted_peak_bytes,
@@ -31,7 +32,7 @@ from lightning_memtrain.ledger.op_times import OpTimes
 from lightning_memtrain.ledger.training_state import state_bytes
 from lightning_memtrain.ledger.workspace import OpWorkspace
 from lightning_memtrain.tracing.step.fake_step import FakeStep
-from lightning_memtrain.tracing.step.recorded_values import site_of
+from lightning_memtrain.tracing.step.recorded_values import location_of
 
 _STEADY = (
     *(Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.BUFFERS),
@@ -39,7 +40,7 @@ _STEADY = (
 )
 
 
-class AutomaticChoice:
+class AutomaticSelection:
     """Keeps the steps of one fit within a budget, or at the knee of memory against time.
 
     Args:
@@ -50,7 +51,7 @@ class AutomaticChoice:
     """
 
     def __init__(
-        self, trainer: Trainer, model: LightningModule, policy: Budget, say: Callable[[str], None]
+        self, trainer: Trainer, model: LightningModule, policy: MemoryBudget, say: Callable[[str], None]
     ) -> None:
         device = trainer.strategy.root_device
         self.num_modules = 0
@@ -63,9 +64,9 @@ class AutomaticChoice:
         self._workspace = None if self._limit_bytes is None else OpWorkspace(device)
         self._remove: Checkpoints | None = None
         self._groups: Groups = []
-        self._chosen: Chosen | None = None
-        self._chosen_for: Circumstances | None = None
-        self._fitting = KnownShapes()
+        self._chosen: RecomputationPlan | None = None
+        self._chosen_for: StepConditions | None = None
+        self._fitting = FittingShapes()
         self._warned_of: set[str] = set()
         self._gave_up = False
 
@@ -117,7 +118,7 @@ class AutomaticChoice:
             self._remove()
         self._remove, self._groups, self.num_modules = None, [], 0
 
-    def _choose(self, fake: FakeStep, now: Circumstances, why: str, groups: Groups) -> None:
+    def _choose(self, fake: FakeStep, now: StepConditions, why: str, groups: Groups) -> None:
         limit_bytes = self._limit_bytes
         if limit_bytes is not None and self._chosen is not None and not why:  # only the batch is another
             fake.prepare(nullcontext)
@@ -133,7 +134,7 @@ class AutomaticChoice:
             return
         chosen = curve.knee() if limit_bytes is None else curve.fitting(limit_bytes)
         self._warn_of_uncounted(fake)
-        self._fitting = KnownShapes()
+        self._fitting = FittingShapes()
         self._fitting.add(now.shapes)
         self._chosen, self._chosen_for = chosen, now.at_least(fake.state_bytes, fake.gradient_bytes)
         self._insert(chosen.groups)
@@ -143,9 +144,9 @@ class AutomaticChoice:
         self._remove = insert_checkpoints(self._model, groups)
         self._groups, self.num_modules = groups, sum(len(group) for group in groups)
 
-    def _circumstances(self, arguments: Any) -> Circumstances:
+    def _circumstances(self, arguments: Any) -> StepConditions:
         tensors = tensors_within(arguments)
-        return Circumstances(
+        return StepConditions(
             shapes=tuple(tuple(tensor.shape) for tensor in tensors),
             batch_bytes=sum(tensor.nbytes for tensor in tensors),
             gradient_bytes=sum(p.grad.nbytes for p in self._model.parameters() if p.grad is not None),
@@ -154,7 +155,7 @@ class AutomaticChoice:
             parameter_bytes=sum(parameter.nbytes for parameter in self._model.parameters()),
         )
 
-    def _has_room_for(self, now: Circumstances) -> bool:
+    def _has_room_for(self, now: StepConditions) -> bool:
         """Whether a batch cannot break the limit, whatever the model does with it."""
         if self._limit_bytes is None or self._fitting.contains(now.shapes):
             return True
@@ -217,7 +218,7 @@ class AutomaticChoice:
 
 
 def _described(error: Exception) -> str:
-    site = site_of(error)
+    site = location_of(error)
     where = f"at {site} " if site is not None else ""
     what = str(error).splitlines()[0] if str(error) else ""
     return f"{where}with {type(error).__name__}: {what}".rstrip(": .")

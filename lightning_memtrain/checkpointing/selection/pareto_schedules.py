@@ -1,6 +1,6 @@
 r"""Which parts of a training step to recompute, chosen from a profile of one step that recomputes nothing.
 
-The forward pass of the step is a chain of items in the order of time; its backward pass visits them in
+The forward pass of the step is a chain of stages in the order of time; its backward pass visits them in
 reverse. Recomputing a segment :math:`i..k` of the chain frees what its members keep for their own backward
 passes, :math:`n_m`, and their inputs except the first one's, :math:`b_m`, each once its member has run. From
 when the first member has run until the end of its backward pass, :math:`e_i` bytes are kept beside:
@@ -17,9 +17,9 @@ when it has run. With nothing else recomputed, its live bytes are at most
 
 where the step without recomputation has the peaks :math:`F` in forward and :math:`B` in backward, :math:`S`
 bytes at the start of backward, and :math:`o` bytes at most that a forward pass bears and holds at once
-(:math:`f_{i,i-1} = 0`). A kept item peaks at :math:`\max(F_i, B_i)` and frees nothing.
+(:math:`f_{i,i-1} = 0`). A kept stage peaks at :math:`\max(F_i, B_i)` and frees nothing.
 
-What is freed before an item is missing from all of its peaks. So a segment in front of a rest of the chain
+What is freed before a stage is missing from all of its peaks. So a segment in front of a rest of the chain
 that peaks at :math:`p` makes it :math:`\max(p_{ik}, p - f_{ik})`, and how much the rest frees matters to
 nothing before it: a dynamic programme from the end of the chain to its start has to keep two numbers per
 way to choose, peak and seconds. At the start of the chain they are the whole curve.
@@ -36,10 +36,15 @@ from itertools import combinations, groupby
 from operator import neg
 from typing import Any
 
-from lightning_memtrain.checkpointing.selection.step_chain import Choice, Item, all_items, simulate
+from lightning_memtrain.checkpointing.selection.step_chain import (
+    ChainStage,
+    CheckpointSchedule,
+    all_stages,
+    simulate,
+)
 
 # So many pairs of a segment and a way to go on behind it are looked at, at most, in a second or two. It is
-# what chains of about 100 items need if all of their bytes differ.
+# what chains of about 100 stages need if all of their bytes differ.
 _MOST_PAIRS = 16_000_000
 _LEAST_WIDTH = 128
 # Longer chains have segments of up to twice the square root of their length: what still longer ones would
@@ -51,10 +56,10 @@ _MOST_SUBSETS_OF = 3
 _Segment = tuple[int, int, float, tuple[str, ...]]  # peak and freed bytes by itself, seconds, names
 
 
-def pareto(chain: Sequence[Item]) -> tuple[Choice, ...]:
+def pareto(chain: Sequence[ChainStage]) -> tuple[CheckpointSchedule, ...]:
     """Find the choices that no other one beats in both peak and seconds.
 
-    Up to about 100 items they are exact. In longer chains segments have a greatest length, and ways that
+    Up to about 100 stages they are exact. In longer chains segments have a greatest length, and ways that
     differ little from others are left out: every choice is a real one, but a slightly faster one may exist.
 
     Args:
@@ -71,11 +76,11 @@ def pareto(chain: Sequence[Item]) -> tuple[Choice, ...]:
             names, chosen = chosen
             segments[names] = None
         if peak < curve[-1].peak_bytes:
-            curve.append(Choice(peak, seconds, tuple(segments)))
+            curve.append(CheckpointSchedule(peak, seconds, tuple(segments)))
     return tuple(curve)
 
 
-def fitting(curve: Sequence[Choice], limit_bytes: int) -> Choice | None:
+def fitting(curve: Sequence[CheckpointSchedule], limit_bytes: int) -> CheckpointSchedule | None:
     """Find the choice that takes the least time within a memory.
 
     Args:
@@ -88,7 +93,7 @@ def fitting(curve: Sequence[Choice], limit_bytes: int) -> Choice | None:
     return next((choice for choice in curve if choice.peak_bytes <= limit_bytes), None)
 
 
-def knee(curve: Sequence[Choice], step_seconds: float) -> Choice:
+def knee(curve: Sequence[CheckpointSchedule], step_seconds: float) -> CheckpointSchedule:
     """Find the choice after which more time buys little memory: the least product of peak and step time.
 
     Args:
@@ -134,68 +139,70 @@ class _Search:
     """The dynamic programme.
 
     ``shared`` are the modules with several calls that are recomputed, at each of them. Neither others of that
-    kind nor items that have a shared one within can be; a front is empty if that leaves no way.
+    kind nor stages that have a shared one within can be; a front is empty if that leaves no way.
     """
 
-    def __init__(self, chain: Sequence[Item]) -> None:
-        self._calls = Counter(item.name for _, item in all_items(chain))
+    def __init__(self, chain: Sequence[ChainStage]) -> None:
+        self._calls = Counter(stage.name for _, stage in all_stages(chain))
         self._width = max(_LEAST_WIDTH, _MOST_PAIRS // max(1, self._count(tuple(chain))))
 
-    def before(self, chain: tuple[Item, ...], after: _Front, shared: frozenset[str]) -> _Front:
+    def before(self, chain: tuple[ChainStage, ...], after: _Front, shared: frozenset[str]) -> _Front:
         """Extend the front behind a chain to the one in front of it."""
         settings = self._settings(chain, shared)
         return self._best([(0, 0, 0.0, None, self._sweep(chain, after, names)) for names in settings])
 
-    def _sweep(self, chain: tuple[Item, ...], after: _Front, shared: frozenset[str]) -> _Front:
+    def _sweep(self, chain: tuple[ChainStage, ...], after: _Front, shared: frozenset[str]) -> _Front:
         fronts = [after]  # fronts[-length] lies behind a segment of that length
         for first in reversed(range(len(chain))):
-            item = chain[first]
+            stage = chain[first]
             ways: list[_Way] = []
-            if item.name in shared:
+            if stage.name in shared:
                 pass  # must not be kept
-            elif item.parts:
-                ways.append((0, 0, 0.0, None, self.before(item.parts, fronts[-1], shared)))
+            elif stage.parts:
+                ways.append((0, 0, 0.0, None, self.before(stage.parts, fronts[-1], shared)))
             else:
-                peak = max(item.forward_peak_bytes, item.backward_peak_bytes)
+                peak = max(stage.forward_peak_bytes, stage.backward_peak_bytes)
                 ways.append((peak, 0, 0.0, None, fronts[-1]))
             for segment in self._segments(chain, first, shared):
                 ways.append((*segment, fronts[-len(segment[-1])]))
             fronts.append(self._best(ways))
         return fronts[-1]
 
-    def _segments(self, chain: tuple[Item, ...], first: int, shared: frozenset[str]) -> Iterator[_Segment]:
-        """Segments that begin with an item, by length."""
+    def _segments(
+        self, chain: tuple[ChainStage, ...], first: int, shared: frozenset[str]
+    ) -> Iterator[_Segment]:
+        """Segments that begin with a stage, by length."""
         longest = len(chain) if len(chain) <= _LONGEST_FREE_CHAIN else 2 * math.isqrt(len(chain))
         peak = freed = internal = boundary = born = 0
         seconds = tail = 0.0
         opening = chain[first].opening_bytes
         names: tuple[str, ...] = ()
-        for item in chain[first : first + longest]:
-            is_shared = self._calls[item.name] > 1
-            if item.name is None or (is_shared and (names or item.name not in shared)):
+        for stage in chain[first : first + longest]:
+            is_shared = self._calls[stage.name] > 1
+            if stage.name is None or (is_shared and (names or stage.name not in shared)):
                 return
-            if shared and any(part.name in shared for _, part in all_items(item.parts)):
+            if shared and any(part.name in shared for _, part in all_stages(stage.parts)):
                 return
-            boundary += item.boundary_bytes if names else 0
-            born = max(born, internal + boundary + item.own_peak_bytes)
-            peak = max(peak, item.forward_peak_bytes - freed, item.backward_peak_bytes + opening)
-            internal += item.internal_bytes
+            boundary += stage.boundary_bytes if names else 0
+            born = max(born, internal + boundary + stage.own_peak_bytes)
+            peak = max(peak, stage.forward_peak_bytes - freed, stage.backward_peak_bytes + opening)
+            internal += stage.internal_bytes
             freed = internal + boundary - opening
-            seconds += tail + item.seconds
-            tail = item.tail_seconds
-            names = (*names, item.name)
-            yield max(peak, item.backward_start_bytes - freed + born), freed, seconds, names
+            seconds += tail + stage.seconds
+            tail = stage.tail_seconds
+            names = (*names, stage.name)
+            yield max(peak, stage.backward_start_bytes - freed + born), freed, seconds, names
             if is_shared:
                 return
 
-    def _settings(self, chain: tuple[Item, ...], shared: frozenset[str]) -> list[frozenset[str]]:
+    def _settings(self, chain: tuple[ChainStage, ...], shared: frozenset[str]) -> list[frozenset[str]]:
         """Ways to add to ``shared``, at the innermost chain that has all calls of a module.
 
         With many such modules: none, or all that lie in equally many others of them.
         """
-        items = dict(all_items(chain))
-        calls = Counter(item.name for item in items.values())
-        inner = [Counter(part.name for _, part in all_items(item.parts)) for item in chain]
+        stages = dict(all_stages(chain))
+        calls = Counter(stage.name for stage in stages.values())
+        inner = [Counter(part.name for _, part in all_stages(stage.parts)) for stage in chain]
         here = [
             name
             for name, num in calls.items()
@@ -205,17 +212,17 @@ class _Search:
             added = [some for num in range(len(here) + 1) for some in combinations(here, num)]
         else:
             levels = dict.fromkeys(here, 0)
-            for path, item in items.items():
-                if item.name in levels:
-                    above = sum(items[path[:depth]].name in levels for depth in range(1, len(path)))
-                    levels[item.name] = max(levels[item.name], above)
+            for path, stage in stages.items():
+                if stage.name in levels:
+                    above = sum(stages[path[:depth]].name in levels for depth in range(1, len(path)))
+                    levels[stage.name] = max(levels[stage.name], above)
             added = [()]
             added += [tuple(name for name in here if levels[name] == level) for level in {*levels.values()}]
         return [shared.union(some) for some in added]
 
-    def _count(self, chain: tuple[Item, ...]) -> int:
+    def _count(self, chain: tuple[ChainStage, ...]) -> int:
         own = sum(1 for first in range(len(chain)) for _ in self._segments(chain, first, frozenset()))
-        return len(chain) + own + sum(self._count(item.parts) for item in chain)
+        return len(chain) + own + sum(self._count(stage.parts) for stage in chain)
 
     def _best(self, ways: list[_Way]) -> _Front:
         """Ways that no other one beats; of too many, the best one in each of equal spans of seconds."""

@@ -15,7 +15,7 @@ _NOTABLY_LARGER = 1.1
 
 
 @dataclass(frozen=True)
-class Circumstances:
+class StepConditions:
     """One step.
 
     Args:
@@ -34,7 +34,7 @@ class Circumstances:
     trained: frozenset[int]
     parameter_bytes: int
 
-    def beyond(self, chosen_for: Circumstances, *, exactly: bool) -> str:
+    def beyond(self, chosen_for: StepConditions, *, exactly: bool) -> str:
         """What there is more of now but for the batch's shape, for people; nothing if there is not.
 
         Args:
@@ -57,7 +57,7 @@ class Circumstances:
             return ", with more parameters"
         return ""
 
-    def at_least(self, state_bytes: int, gradient_bytes: int) -> Circumstances:
+    def at_least(self, state_bytes: int, gradient_bytes: int) -> StepConditions:
         """The same with at least so much, as the steps to come will have it."""
         return replace(
             self,
@@ -65,7 +65,7 @@ class Circumstances:
             gradient_bytes=max(self.gradient_bytes, gradient_bytes),
         )
 
-    def joined(self, other: Circumstances) -> Circumstances:
+    def joined(self, other: StepConditions) -> StepConditions:
         """The most of both, for the batch of this one."""
         return replace(
             self,
@@ -82,7 +82,7 @@ def trained_parameters(model: nn.Module) -> frozenset[int]:
     return frozenset(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
 
-class KnownShapes:
+class FittingShapes:
     """The shapes of batches that are known to stay within a limit under the choice in force."""
 
     def __init__(self) -> None:

@@ -9,12 +9,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_memtrain.checkpointing.existing_checkpoints import OwnCheckpoints
+from lightning_memtrain.checkpointing.existing_checkpoints import ExistingCheckpoints
 from lightning_memtrain.checkpointing.insertion import insert_checkpoints
 from lightning_memtrain.checkpointing.policies import Groups, Recomputed
 from lightning_memtrain.checkpointing.selection.pareto_schedules import fitting, knee, pareto
-from lightning_memtrain.checkpointing.selection.step_chain import Choice
-from lightning_memtrain.checkpointing.selection.step_profile import StepProfile, StepWatch
+from lightning_memtrain.checkpointing.selection.step_chain import CheckpointSchedule
+from lightning_memtrain.checkpointing.selection.step_profile import CallProfiler, StepProfile
 from lightning_memtrain.core import Category, MemoryBreakdown, OutOfReach, format_bytes
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.op_times import OpTimes
@@ -37,7 +37,7 @@ class BudgetOutOfReach(OutOfReach, MisconfigurationException):
 
 
 @dataclass(frozen=True)
-class Chosen:
+class RecomputationPlan:
     """What to recompute, and what comes of it.
 
     Args:
@@ -87,10 +87,10 @@ class StepCurve:
     def __init__(self, step: FakeStep, times: OpTimes, workspace: OpWorkspace | None = None) -> None:
         self._step = step
         self._workspace = workspace
-        own = step.prepare(lambda: OwnCheckpoints(step.model))
-        if workspace is not None and step.depends_on_chance:  # a limit is for every draw
-            step.take_the_fullest(_DRAWS)
-        with step.watched(workspace) as ledger, StepWatch(step.model, ledger, own.names) as watch:
+        own = step.prepare(lambda: ExistingCheckpoints(step.model))
+        if workspace is not None and step.depends_on_random_numbers:  # a limit is for every draw
+            step.use_fullest_draw(_DRAWS)
+        with step.watched(workspace) as ledger, CallProfiler(step.model, ledger, own.names) as watch:
             step.run()
         profile = StepProfile(watch, ledger.records, times, call_seconds())
         self.plain = ledger.breakdown(timeline=False)
@@ -111,11 +111,11 @@ class StepCurve:
             return breakdown, breakdown.peak_bytes
         return ledger.breakdown(timeline=False), predicted_peak_bytes(ledger, groups)
 
-    def knee(self) -> Chosen:
+    def knee(self) -> RecomputationPlan:
         """The choice after which more time buys little memory."""
         return self._run(knee(self.choices, self.step_seconds) if self.step_seconds else self.choices[-1])
 
-    def fitting(self, limit_bytes: int) -> Chosen:
+    def fitting(self, limit_bytes: int) -> RecomputationPlan:
         """The choice that takes the least time within a limit.
 
         Args:
@@ -149,10 +149,12 @@ class StepCurve:
             best = cheaper
         return best
 
-    def _run(self, choice: Choice) -> Chosen:
+    def _run(self, choice: CheckpointSchedule) -> RecomputationPlan:
         groups = [[Recomputed(name) for name in names] for names in choice.segments]
         breakdown, peak_bytes = self._counted(groups) if groups else (self.plain, self.plain_peak_bytes)
-        return Chosen(groups, breakdown, peak_bytes, self.plain_peak_bytes, choice.seconds, self.step_seconds)
+        return RecomputationPlan(
+            groups, breakdown, peak_bytes, self.plain_peak_bytes, choice.seconds, self.step_seconds
+        )
 
 
 def counted(step: FakeStep, groups: Groups, workspace: OpWorkspace | None = None) -> MemoryLedger:
@@ -224,7 +226,7 @@ _CURES = {
 }
 
 
-def _out_of_reach(limit_bytes: int, floor: Chosen) -> BudgetOutOfReach:
+def _out_of_reach(limit_bytes: int, floor: RecomputationPlan) -> BudgetOutOfReach:
     held = sorted(
         ((num, _CURES.get(category, category.value)) for category, num in floor.breakdown.at_peak.items()),
         key=lambda row: -row[0],
@@ -232,7 +234,7 @@ def _out_of_reach(limit_bytes: int, floor: Chosen) -> BudgetOutOfReach:
     held.append((floor.peak_bytes - floor.breakdown.peak_bytes, "workspace of operators"))
     rows = ", ".join(f"{format_bytes(num)} of {what}" for num, what in held if num > 0)
     return BudgetOutOfReach(
-        f"`Budget(limit)` must be at least {format_bytes(floor.peak_bytes)} for this model and batch, the "
-        f"lowest peak that recomputing reaches, but got {format_bytes(limit_bytes)}. At that peak there are "
-        f"{rows}. Raise the limit, or make one of these smaller."
+        f"`MemoryBudget(limit)` must be at least {format_bytes(floor.peak_bytes)} for this model and batch, "
+        f"the lowest peak that recomputing reaches, but got {format_bytes(limit_bytes)}. At that peak there "
+        f"are {rows}. Raise the limit, or make one of these smaller."
     )

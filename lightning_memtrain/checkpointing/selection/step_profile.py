@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memtrain.checkpointing.existing_checkpoints import is_backward
-from lightning_memtrain.checkpointing.insertion import choosable
-from lightning_memtrain.checkpointing.recompute.copies_before_writes import version_of
-from lightning_memtrain.checkpointing.selection.step_chain import Item
+from lightning_memtrain.checkpointing.insertion import insertable_modules
+from lightning_memtrain.checkpointing.selection.step_chain import ChainStage
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.op_times import OpTimes
 from lightning_memtrain.ledger.operators import OperatorWatch
@@ -23,6 +22,7 @@ from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
 from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.ledger.workspace import OpCall, op_call
+from lightning_memtrain.tracing.inplace_writes import version_of
 
 _ACCUMULATES_GRADIENT = 2**64 - 1
 # Modules that hold less than this part of the peak are not looked into.
@@ -31,7 +31,7 @@ _DEEPEST = 6
 
 
 @dataclass(eq=False)
-class ModuleCall:
+class ProfiledCall:
     """One call of a module in the step.
 
     Args:
@@ -60,11 +60,11 @@ class ModuleCall:
     taken: list[tuple[StorageRecord, bool]] = field(default_factory=list)
     returned: list[StorageRecord] = field(default_factory=list)
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
-    calls: list[ModuleCall] = field(default_factory=list)
-    parent: ModuleCall | None = None
+    calls: list[ProfiledCall] = field(default_factory=list)
+    parent: ProfiledCall | None = None
 
 
-class StepWatch:
+class CallProfiler:
     """Follows the module calls of one step, beside a ledger that is entered already.
 
     Args:
@@ -76,7 +76,7 @@ class StepWatch:
     def __init__(
         self, model: nn.Module, ledger: MemoryLedger, left_out: Collection[str] = frozenset()
     ) -> None:
-        self.root = ModuleCall(None)
+        self.root = ProfiledCall(None)
         self.op_calls: list[OpCall] = []
         #: Of each tensor that was saved, its records and how many operators had run by then.
         self.saves: list[tuple[list[StorageRecord], int]] = []
@@ -85,15 +85,15 @@ class StepWatch:
         self._ledger = ledger
         self._left_out = left_out
         # `None` for calls that are not followed.
-        self._stack: list[ModuleCall | None] = [self.root]
+        self._stack: list[ProfiledCall | None] = [self.root]
         self._first_nodes = [-1]
         self._calls_of_nodes = [self.root]
         self._undo = ExitStack()
         self._operators = OperatorWatch()  # type: ignore[no-untyped-call]
 
-    def __enter__(self) -> StepWatch:
+    def __enter__(self) -> CallProfiler:
         self.root.start = self._ledger.tick
-        candidates = choosable(self._model).difference(self._left_out)
+        candidates = insertable_modules(self._model).difference(self._left_out)
         for name, module in self._model.named_modules():
             if name in candidates and name:
                 before = module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
@@ -121,7 +121,7 @@ class StepWatch:
                 return
             outer = self._stack[-1]
             assert outer is not None
-            call = ModuleCall(name, parent=outer)
+            call = ProfiledCall(name, parent=outer)
             call.versions = [(tensor, version_of(tensor)) for tensor in tensors_in((args, kwargs))]
             call.start, call.first_save, call.first_op = self._now()
             outer.calls.append(call)
@@ -168,7 +168,7 @@ class StepWatch:
         number = node._sequence_nr() if node is not None else _ACCUMULATES_GRADIENT
         if number == _ACCUMULATES_GRADIENT:
             return
-        call: ModuleCall | None = self._calls_of_nodes[bisect_right(self._first_nodes, number) - 1]
+        call: ProfiledCall | None = self._calls_of_nodes[bisect_right(self._first_nodes, number) - 1]
         while call is not None:
             if call.backward_start is None:
                 call.backward_start = tick
@@ -177,7 +177,7 @@ class StepWatch:
 
 
 class StepProfile:
-    """Turns a step that was watched into items to choose from.
+    """Turns a step that was watched into stages to choose from.
 
     Args:
         watch: the watch, left.
@@ -187,7 +187,7 @@ class StepProfile:
     """
 
     def __init__(
-        self, watch: StepWatch, records: Sequence[StorageRecord], times: OpTimes, call_seconds: float = 0.0
+        self, watch: CallProfiler, records: Sequence[StorageRecord], times: OpTimes, call_seconds: float = 0.0
     ) -> None:
         self._watch = watch
         self._call_seconds = call_seconds
@@ -204,45 +204,45 @@ class StepProfile:
                 self._saved[id(record)] = first, index
         self.forward_seconds = times.seconds(watch.op_calls)
 
-    def chain(self) -> tuple[Item, ...]:
-        """The step as items: what the root calls, with gaps between."""
+    def chain(self) -> tuple[ChainStage, ...]:
+        """The step as stages: what the root calls, with gaps between."""
         root = self._watch.root
         return self._parts(
             root, (root.start, self._watch.forward_end), (self._watch.forward_end, root.end), 0
         )
 
-    # ------------------------------------------------------------------ items
+    # ------------------------------------------------------------------ stages
 
     def _parts(
-        self, call: ModuleCall, forward: tuple[int, int], backward: tuple[int, int], depth: int
-    ) -> tuple[Item, ...]:
+        self, call: ProfiledCall, forward: tuple[int, int], backward: tuple[int, int], depth: int
+    ) -> tuple[ChainStage, ...]:
         """What happens inside of a call, in the order of forward; its backward goes from right to left."""
         inner = [one for one in call.calls if one.backward_start is not None and self._matters(one)]
-        items: list[Item] = []
+        stages: list[ChainStage] = []
         forward_at, backward_at, last_op = forward[0], backward[1], call.first_op
-        previous: ModuleCall | None = None
+        previous: ProfiledCall | None = None
         for one in inner:
             assert one.backward_start is not None
             if previous is None or one.first_op > last_op:
-                items.append(self._gap((forward_at, one.start), (one.backward_end, backward_at)))
+                stages.append(self._gap((forward_at, one.start), (one.backward_end, backward_at)))
                 previous = None  # something runs between, so they are not recomputed together
             # Up to the backward of the call behind it, where no gap stands for what is between.
-            items.append(
+            stages.append(
                 self._unit(
                     one, previous, (one.backward_start, backward_at if previous else one.backward_end), depth
                 )
             )
             forward_at, backward_at, last_op, previous = one.end, one.backward_start, one.last_op, one
-        items.append(self._gap((forward_at, forward[1]), (backward[0], backward_at)))
-        return tuple(items)
+        stages.append(self._gap((forward_at, forward[1]), (backward[0], backward_at)))
+        return tuple(stages)
 
     def _unit(
-        self, call: ModuleCall, previous: ModuleCall | None, backward: tuple[int, int], depth: int
-    ) -> Item:
+        self, call: ProfiledCall, previous: ProfiledCall | None, backward: tuple[int, int], depth: int
+    ) -> ChainStage:
         last_op = self._last_op_needed(call)
         ops = self._watch.op_calls
         goes_deeper = depth < _DEEPEST and any(self._matters(one) for one in call.calls)
-        return Item(
+        return ChainStage(
             name=call.name,
             forward_peak_bytes=self._most_live(call.start, call.end),
             backward_peak_bytes=self._most_live(*backward),
@@ -256,10 +256,10 @@ class StepProfile:
             parts=self._parts(call, (call.start, call.end), backward, depth + 1) if goes_deeper else (),
         )
 
-    def _gap(self, forward: tuple[int, int], backward: tuple[int, int]) -> Item:
-        return Item(None, self._most_live(*forward), self._most_live(*backward))
+    def _gap(self, forward: tuple[int, int], backward: tuple[int, int]) -> ChainStage:
+        return ChainStage(None, self._most_live(*forward), self._most_live(*backward))
 
-    def _matters(self, call: ModuleCall) -> bool:
+    def _matters(self, call: ProfiledCall) -> bool:
         saved = self._watch.saves[call.first_save : call.last_save]
         held = {
             id(record): record.num_bytes
@@ -269,7 +269,7 @@ class StepProfile:
         }
         return sum(held.values()) >= self.peak_bytes * _LEAST_PART
 
-    def _last_op_needed(self, call: ModuleCall) -> int:
+    def _last_op_needed(self, call: ProfiledCall) -> int:
         """Recomputation ends where the last tensor was saved."""
         saves = self._watch.saves[call.first_save : call.last_save]
         return saves[-1][1] if saves else call.first_op
@@ -289,10 +289,10 @@ class StepProfile:
     def _most_live(self, first: int, last: int) -> int:
         return max(self._live[first : max(first, last) + 1])
 
-    def _born_in(self, call: ModuleCall) -> list[StorageRecord]:
+    def _born_in(self, call: ProfiledCall) -> list[StorageRecord]:
         return self._records[bisect_right(self._births, call.start) : bisect_right(self._births, call.end)]
 
-    def _own_peak_bytes(self, call: ModuleCall) -> int:
+    def _own_peak_bytes(self, call: ProfiledCall) -> int:
         changes = []
         for record in self._born_in(call):
             changes.append((record.born, record.num_bytes))
@@ -304,7 +304,7 @@ class StepProfile:
         saves = self._saved.get(id(record))
         return saves is not None and first <= saves[0] and saves[1] < last
 
-    def _internal_bytes(self, call: ModuleCall) -> int:
+    def _internal_bytes(self, call: ProfiledCall) -> int:
         """What only the call's own backward needs."""
         returned = {id(record) for record in call.returned}
         return sum(
@@ -316,7 +316,7 @@ class StepProfile:
             and self._is_saved_within(record, call.first_save, call.last_save)
         )
 
-    def _opening_bytes(self, call: ModuleCall) -> int:
+    def _opening_bytes(self, call: ProfiledCall) -> int:
         """Inputs that would have to be kept longer, or copied since the call changes them."""
         assert call.backward_start is not None
         kept = {
@@ -326,7 +326,7 @@ class StepProfile:
         }
         return sum(kept.values())
 
-    def _boundary_bytes(self, previous: ModuleCall, call: ModuleCall) -> int:
+    def _boundary_bytes(self, previous: ProfiledCall, call: ProfiledCall) -> int:
         returned = {id(record) for record in previous.returned}
         passed_on = {id(record): record for record, _ in call.taken if id(record) in returned}
         return sum(

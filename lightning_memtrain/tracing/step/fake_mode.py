@@ -18,11 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_memtrain.ledger.storages import tensors_in
-from lightning_memtrain.tracing.inplace_writes import WriteGuard, returns_views, written_tensors
-from lightning_memtrain.tracing.step.fake_operator_rules import SPECIAL, with_known_masks
-from lightning_memtrain.tracing.step.random_dependence import Chance
-from lightning_memtrain.tracing.step.recorded_values import Answers, Recorded, asked_by_distributions, asks
-from lightning_memtrain.tracing.step.typical_values import UsualValues
+from lightning_memtrain.tracing.inplace_writes import CopyOnWrite, returns_views, written_tensors
+from lightning_memtrain.tracing.step.fake_operator_rules import FAKE_RULES, with_known_masks
+from lightning_memtrain.tracing.step.random_dependence import RandomDependence
+from lightning_memtrain.tracing.step.recorded_values import (
+    RecordedValues,
+    TensorForm,
+    is_distribution_check,
+    needs_data,
+)
+from lightning_memtrain.tracing.step.typical_values import TypicalValues
 
 # A tensor that is made from nothing may be asked for its values if it is small, such as positions and masks.
 _MOST_KNOWN_BYTES = 2**24
@@ -30,12 +35,12 @@ _DEPENDS_ON_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-class TwinMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets a step run in which some tensors are twins that hold no data; a ledger goes around it.
 
     What depends on a twin holds no data either. Everything else is computed, so that a program may ask for
     it: what is in the batch, lengths, masks, counters. Tensors that were there before are not changed: what
-    an operator writes to is copied first, and given back by :meth:`put_back`.
+    an operator writes to is copied first, and given back by :meth:`restore_written`.
 
     Args:
         fake: makes the tensors without data.
@@ -43,14 +48,14 @@ class TwinMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         answers: what a step with data answered, for questions that nothing else answers.
     """
 
-    def __init__(self, fake: FakeTensorMode, twins: Mapping[int, Tensor], answers: Answers) -> None:
+    def __init__(self, fake: FakeTensorMode, twins: Mapping[int, Tensor], answers: RecordedValues) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._fake = fake
         self._twins = twins
-        self._answers = answers
-        self._usual = UsualValues()
-        self._guard = WriteGuard()
-        self._chance = Chance()
+        self._recorded_values = answers
+        self._typical = TypicalValues()
+        self._copy_on_write = CopyOnWrite()
+        self._random_dependence = RandomDependence()
         # Real storages that an operator without data has written to.
         self._stale: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -60,13 +65,13 @@ class TwinMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return True
 
     @property
-    def depends_on_chance(self) -> bool:
+    def depends_on_random_numbers(self) -> bool:
         """Whether a random number was asked for, so that another one may lead to another step."""
-        return self._chance.was_asked_for
+        return self._random_dependence.was_asked_for
 
-    def put_back(self) -> None:
+    def restore_written(self) -> None:
         """Give tensors that were there before what they held."""
-        self._guard.put_back()
+        self._copy_on_write.restore_written()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -76,7 +81,7 @@ class TwinMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         num_fake = sum(isinstance(tensor, FakeTensor) for tensor in tensors)
         if num_fake == 0 and (returns_views(func) or all(map(self.knows, tensors))):
             return self._really(func, args, kwargs)
-        if num_fake == len(tensors) and func not in SPECIAL:
+        if num_fake == len(tensors) and func not in FAKE_RULES:
             return self._on_fakes(func, args, kwargs)
         return self._without_data(func, args, kwargs)
 
@@ -105,12 +110,12 @@ class TwinMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._really(func, args, kwargs)
 
     def _really(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self._guard.before(func, args, kwargs)
-        if asks(func):
-            self._answers.pass_by(str(func))
+        self._copy_on_write.before(func, args, kwargs)
+        if needs_data(func):
+            self._recorded_values.pass_by(str(func))
         result = func(*args, **kwargs)
-        self._guard.after(func, result)
-        self._chance.follow(func, args, result)
+        self._copy_on_write.after(func, result)
+        self._random_dependence.follow(func, args, result)
         return result
 
     def _on_fakes(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -118,7 +123,7 @@ class TwinMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = func(*args, **kwargs)
         except _DEPENDS_ON_DATA:
             return self._answered(func, args)
-        self._usual.follow(func, args, result)
+        self._typical.follow(func, args, result)
         return result
 
     def _without_data(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -128,33 +133,33 @@ class TwinMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flat, structure = tree_flatten((masked, kwargs))
         bare = [self._bare(leaf) for leaf in flat]
         bare_args, bare_kwargs = tree_unflatten(bare, structure)
-        special = SPECIAL.get(func)
+        rule = FAKE_RULES.get(func)
         try:
-            if special is not None:
-                result = special(func, bare_args, bare_kwargs, args, self.knows)
+            if rule is not None:
+                result = rule(func, bare_args, bare_kwargs, args, self.knows)
             else:
                 result = func(*bare_args, **bare_kwargs)
         except _DEPENDS_ON_DATA:
             return self._answered(func, args)
-        self._usual.follow(func, args, result)
+        self._typical.follow(func, args, result)
         # An operator that returns what it was given returns the very thing.
         given = {id(now): leaf for leaf, now in zip(flat, bare, strict=True) if now is not leaf}
         return tree_map(lambda value: given.get(id(value), value), result) if given else result
 
     def _answered(self, func: Any, args: Any) -> Any:
-        usual = self._usual.of(args[0]) if args else None
+        typical = self._typical.of(args[0]) if args else None
         if func is torch.ops.aten.allclose.default:
-            usual = True
+            typical = True
         elif func is not torch.ops.aten._local_scalar_dense.default:
-            usual = None
-        elif args[0].dtype is torch.bool and asked_by_distributions():
-            usual = True
-        if usual is not None:
-            self._answers.pass_by(str(func))
-            return usual
-        answer = self._answers.next(str(func))
+            typical = None
+        elif args[0].dtype is torch.bool and is_distribution_check():
+            typical = True
+        if typical is not None:
+            self._recorded_values.pass_by(str(func))
+            return typical
+        answer = self._recorded_values.next(str(func))
         with self._fake:
-            return tree_map(lambda value: value.make() if isinstance(value, Recorded) else value, answer)
+            return tree_map(lambda value: value.make() if isinstance(value, TensorForm) else value, answer)
 
     # ------------------------------------------------------------------ tensors
 
@@ -187,27 +192,27 @@ class RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         answers: where to note them.
     """
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: RecordedValues) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._answers = answers
-        self._guard = WriteGuard()
+        self._recorded_values = answers
+        self._copy_on_write = CopyOnWrite()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         """Let torch compile functions meanwhile."""
         return True
 
-    def put_back(self) -> None:
+    def restore_written(self) -> None:
         """Give tensors that were there before what they held."""
-        self._guard.put_back()
+        self._copy_on_write.restore_written()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self._guard.before(func, args, kwargs)
+        self._copy_on_write.before(func, args, kwargs)
         result = func(*args, **kwargs)
-        self._guard.after(func, result)
-        if asks(func):
-            self._answers.add(str(func), tree_map(_recorded, result))
+        self._copy_on_write.after(func, result)
+        if needs_data(func):
+            self._recorded_values.add(str(func), tree_map(_recorded, result))
         return result
 
 
@@ -215,5 +220,5 @@ def _recorded(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     if value.is_floating_point() or value.is_complex() or value.nbytes > _MOST_KNOWN_BYTES:
-        return Recorded(tuple(value.shape), value.stride(), value.dtype, value.device)
+        return TensorForm(tuple(value.shape), value.stride(), value.dtype, value.device)
     return value.detach().clone()

@@ -119,7 +119,7 @@ def _batch_norm(func: Any, args: Any, kwargs: Any, given: Any, knows: Knows) -> 
     return results[0].new_empty(results[0].shape), *results[1:]
 
 
-SPECIAL: dict[Any, Callable[[Any, Any, Any, Any, Knows], Any]] = {
+FAKE_RULES: dict[Any, Callable[[Any, Any, Any, Any, Knows], Any]] = {
     _aten.masked_select.default: _masked_select,
     _aten._pack_padded_sequence.default: _pack_padded_sequence,
     _aten._ctc_loss.default: _ctc_loss,
@@ -133,4 +133,4 @@ SPECIAL: dict[Any, Callable[[Any, Any, Any, Any, Knows], Any]] = {
 # Of newer versions of torch only.
 _packet = getattr(_aten, "_grouped_mm", None)
 if _packet is not None:
-    SPECIAL[_packet.default] = _grouped_mm
+    FAKE_RULES[_packet.default] = _grouped_mm

@@ -23,10 +23,10 @@ from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.ledger.training_state import state_bytes
 from lightning_memtrain.ledger.workspace import OpWorkspace
 from lightning_memtrain.optimizer_steps.parameter_steps import needs_closure
-from lightning_memtrain.tracing.step.fake_mode import RecordingMode, TwinMode
-from lightning_memtrain.tracing.step.recorded_values import Answers, AsksForValue
-from lightning_memtrain.tracing.step.silenced_logging import reports_dropped
-from lightning_memtrain.tracing.step.value_methods import RecordingMethods, TwinMethods
+from lightning_memtrain.tracing.step.fake_mode import FakeStepMode, RecordingMode
+from lightning_memtrain.tracing.step.recorded_values import RecordedValues, UnknownValueError
+from lightning_memtrain.tracing.step.silenced_logging import logging_silenced
+from lightning_memtrain.tracing.step.value_methods import FakeValueMethods, RecordingMethods
 from lightning_memtrain.tracing.user_state.capture import UserState
 
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
@@ -82,14 +82,14 @@ class FakeStep:
         self._closure_step = closure_step
         self._in_buckets = gradients_lie_in_buckets(model)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._answers = Answers()
-        self._unknown: list[AsksForValue] = []
+        self._recorded_values = RecordedValues()
+        self._unknown: list[UnknownValueError] = []
         self._twins: dict[int, Tensor] = {}
         self._parameters: list[tuple[Tensor, Tensor]] = []
         with dry_run():  # nobody who watches steps is to see what is made here
             self._state = UserState(model, step, self._arguments, self._optimizers, *also)
             self._make_twins()
-        self.depends_on_chance = False
+        self.depends_on_random_numbers = False
         """Whether another draw of random numbers may lead to another step, as where layers are left out."""
         self._seed: int | None = None
         self.has_backward = False
@@ -124,7 +124,7 @@ class FakeStep:
         """Forward, backward and the optimizers' steps, inside of :meth:`watched`.
 
         Raises:
-            AsksForValue: if the step asks for data, and :meth:`ask_data` has not found it.
+            UnknownValueError: if the step asks for data, and :meth:`record_values` has not found it.
         """
         self.has_backward = False
         if len(self._optimizers) == 1 and self._closure_step is not None:
@@ -137,7 +137,7 @@ class FakeStep:
     def _forward_and_backward(self) -> Tensor | None:
         try:
             output = self._step(*self._arguments)
-        except AsksForValue:
+        except UnknownValueError:
             raise
         except Exception as error:
             if self._unknown:  # it may come of the zero that a metric returned in place of what it asked for
@@ -185,7 +185,7 @@ class FakeStep:
             The context.
 
         Raises:
-            AsksForValue: if the step asks for data where no real forward can tell.
+            UnknownValueError: if the step asks for data where no real forward can tell.
         """
         for can_ask in (True, False):
             with self._in_place():
@@ -195,13 +195,13 @@ class FakeStep:
                     with entered:
                         self.run()
                     return entered
-                except AsksForValue:
+                except UnknownValueError:
                     if not can_ask:
                         raise
-            self.ask_data()
+            self.record_values()
         raise AssertionError("the second run returns or raises")
 
-    def ask_data(self) -> None:
+    def record_values(self) -> None:
         """Find the answers that only data has, by running the step's forward with it, but without a graph.
 
         So it holds no activations for backward, only what a layer holds at a time; no way to recompute
@@ -215,13 +215,13 @@ class FakeStep:
             self._record_answers(torch.enable_grad())
 
     def _record_answers(self, grad_mode: AbstractContextManager[Any]) -> None:
-        self._answers = Answers()
-        mode = RecordingMode(self._answers)
+        self._recorded_values = RecordedValues()
+        mode = RecordingMode(self._recorded_values)
         with ExitStack() as undo:
             self._enter_quietly(undo)
-            undo.callback(mode.put_back)
+            undo.callback(mode.restore_written)
             undo.enter_context(mode)
-            undo.enter_context(RecordingMethods(self._answers))
+            undo.enter_context(RecordingMethods(self._recorded_values))
             undo.enter_context(grad_mode)
             self._step(*self._arguments)
 
@@ -230,27 +230,27 @@ class FakeStep:
     @contextmanager
     def _in_place(self) -> Iterator[ExitStack]:
         """Twins in the place of their tensors, in modes that run operators on them."""
-        self._answers.rewind()
-        mode = TwinMode(self._fake, self._twins, self._answers)
+        self._recorded_values.rewind()
+        mode = FakeStepMode(self._fake, self._twins, self._recorded_values)
         with ExitStack() as undo:
             self._enter_quietly(undo)
             undo.callback(self._forget_gradients)
             self._state.replace(self._twins)
             for optimizer in self._optimizers:
-                _without_bystanders(optimizer)
-            undo.callback(mode.put_back)
+                _without_step_hooks(optimizer)
+            undo.callback(mode.restore_written)
             undo.callback(torch.clear_autocast_cache)  # it holds casts of the twins
             drawn = seeded(self._seed)
-            undo.callback(lambda: self._note_chance(mode.depends_on_chance or drawn()))
+            undo.callback(lambda: self._note_random_dependence(mode.depends_on_random_numbers or drawn()))
             undo.enter_context(mode)
-            undo.enter_context(TwinMethods(self._answers, mode.knows))
+            undo.enter_context(FakeValueMethods(self._recorded_values, mode.knows))
             undo.enter_context(torch.enable_grad())
             yield undo
 
-    def _note_chance(self, depends: bool) -> None:
-        self.depends_on_chance |= depends
+    def _note_random_dependence(self, depends: bool) -> None:
+        self.depends_on_random_numbers |= depends
 
-    def take_the_fullest(self, num_draws: int) -> None:
+    def use_fullest_draw(self, num_draws: int) -> None:
         """Of some draws of random numbers, keep to the one with which the step holds most.
 
         Args:
@@ -278,7 +278,7 @@ class FakeStep:
     def _enter_quietly(self, undo: ExitStack) -> None:
         undo.enter_context(dry_run())
         undo.callback(self._state.restore)
-        self._unknown = undo.enter_context(reports_dropped(self.model))
+        self._unknown = undo.enter_context(logging_silenced(self.model))
         undo.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # the real step gives them
         # Torch writes many lines where an operator has no rule for tensors without data.
@@ -374,7 +374,7 @@ def _nothing() -> None:
 
 def _reason(error: Exception) -> str:
     # Not the error itself: its traceback would keep what the real step's frames hold.
-    kind = "" if isinstance(error, AsksForValue) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, UnknownValueError) else f"{type(error).__name__}: "
     return f"{kind}{error}".splitlines()[0]
 
 
@@ -386,7 +386,7 @@ def _copied(state: Any) -> Any:
     return dict(state) if isinstance(state, dict) else state
 
 
-def _without_bystanders(optimizer: Optimizer) -> None:
+def _without_step_hooks(optimizer: Optimizer) -> None:
     """Leave the step of the optimizer's class: schedulers wrap it, and profilers hook it."""
     optimizer.__dict__.pop("step", None)
     for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks):

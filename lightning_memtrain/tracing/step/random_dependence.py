@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_memtrain.ledger.storages import tensors_in
-from lightning_memtrain.tracing.step.recorded_values import asks
+from lightning_memtrain.tracing.step.recorded_values import needs_data
 
 
-class Chance:
+class RandomDependence:
     """Follows random numbers through operators on tensors with data, up to where a program asks for them."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Chance:
         is_random = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         if not is_random and not (self._random and any(map(self._is_random, tensors_in(args)))):
             return
-        if asks(func):
+        if needs_data(func):
             self.was_asked_for = True
         for tensor in tensors_in(result):
             self._random[id(tensor)] = weakref.ref(tensor, partial(self._forget, id(tensor)))

@@ -23,7 +23,7 @@ _LIBRARIES = (
 _DISTRIBUTIONS = "torch.distributions"
 
 
-class Site(NamedTuple):
+class CodeLocation(NamedTuple):
     """A place in a program.
 
     Args:
@@ -39,7 +39,7 @@ class Site(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recorded:
+class TensorForm:
     """All of a tensor but what it holds."""
 
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ class Recorded:
 
 
 @cache
-def asks(func: Any) -> bool:
+def needs_data(func: Any) -> bool:
     """Whether an operator's result is a number, or of a shape, that data decides on.
 
     Args:
@@ -66,7 +66,7 @@ def asks(func: Any) -> bool:
     return torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
 
 
-class AsksForValue(RuntimeError):
+class UnknownValueError(RuntimeError):
     """A step asks for something that only data can tell.
 
     Args:
@@ -74,14 +74,14 @@ class AsksForValue(RuntimeError):
         site: the line of the user's code; ``None`` if there is none on the stack.
     """
 
-    def __init__(self, what: str, site: Site | None) -> None:
+    def __init__(self, what: str, site: CodeLocation | None) -> None:
         where = f" at {site}" if site is not None else ""
         super().__init__(f"it asks for the value of a tensor ({what}){where}")
         self.what = what
         self.site = site
 
 
-class Answers:
+class RecordedValues:
     """What a step with data answered, to be given again to a step without.
 
     Questions are known by the line of the user's code that asks, and by their order there.
@@ -98,7 +98,7 @@ class Answers:
             what: the operator or method.
             answer: what it gave.
         """
-        self._given[what, user_site()].append(answer)
+        self._given[what, user_location()].append(answer)
 
     def rewind(self) -> None:
         """Begin again with the first answers."""
@@ -114,31 +114,31 @@ class Answers:
             What was answered, of equally many questions there; after the last one, the last one's.
 
         Raises:
-            AsksForValue: if nothing was answered there.
+            UnknownValueError: if nothing was answered there.
         """
-        site = user_site()
+        site = user_location()
         given, place = self._given.get((what, site)), self._num_asked[what, site]
         self._num_asked[what, site] += 1
         if not given:
-            raise AsksForValue(what, site)
+            raise UnknownValueError(what, site)
         return given[min(place, len(given) - 1)]
 
     def pass_by(self, what: str) -> None:
         """Count a question whose answer is known anyway."""
-        self._num_asked[what, user_site()] += 1
+        self._num_asked[what, user_location()] += 1
 
 
-def user_site() -> Site | None:
+def user_location() -> CodeLocation | None:
     """The innermost line on the stack that is the user's, or of a library on top of torch."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if not _is_library(frame):
-            return Site(frame.f_code.co_filename, frame.f_lineno)
+            return CodeLocation(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back
     return None
 
 
-def site_of(error: BaseException) -> Site | None:
+def location_of(error: BaseException) -> CodeLocation | None:
     """The innermost line of the user's code that an error came through.
 
     Args:
@@ -151,7 +151,7 @@ def site_of(error: BaseException) -> Site | None:
     entry: TracebackType | None = error.__traceback__
     while entry is not None:
         if not _is_library(entry.tb_frame):
-            found = Site(entry.tb_frame.f_code.co_filename, entry.tb_lineno)
+            found = CodeLocation(entry.tb_frame.f_code.co_filename, entry.tb_lineno)
         entry = entry.tb_next
     return found
 
@@ -161,7 +161,7 @@ def _is_library(frame: FrameType) -> bool:
     return name.partition(".")[0] in _LIBRARIES or name.startswith("contextlib")
 
 
-def asked_by_distributions() -> bool:
+def is_distribution_check() -> bool:
     """Whether the question is one of `torch.distributions`, which ask if what they are given is valid."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

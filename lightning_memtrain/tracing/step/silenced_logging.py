@@ -11,13 +11,13 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_memtrain.tracing.step.recorded_values import AsksForValue
+from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
 
 _REPORTS = ("log", "log_dict", "print")
 
 
 @contextmanager
-def reports_dropped(model: nn.Module) -> Iterator[list[AsksForValue]]:
+def logging_silenced(model: nn.Module) -> Iterator[list[UnknownValueError]]:
     """Run a step whose `self.log` does nothing, whose loggers log nothing, and that calls no callback.
 
     Metrics run, since they may be losses, too; one that asks for values returns zero.
@@ -28,7 +28,7 @@ def reports_dropped(model: nn.Module) -> Iterator[list[AsksForValue]]:
     Yields:
         The questions that metrics could not answer, so far.
     """
-    unknown: list[AsksForValue] = []
+    unknown: list[UnknownValueError] = []
     undo: list[tuple[dict[str, Any], str, Any]] = []
 
     def put(place: dict[str, Any], name: str, value: Any) -> None:
@@ -61,11 +61,11 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def _zero_where_unknown(method: Any, unknown: list[AsksForValue]) -> Any:
+def _zero_where_unknown(method: Any, unknown: list[UnknownValueError]) -> Any:
     def called(*args: Any, **kwargs: Any) -> Any:
         try:
             return method(*args, **kwargs)
-        except AsksForValue as error:
+        except UnknownValueError as error:
             unknown.append(error)
             return torch.zeros(())
 

@@ -56,14 +56,14 @@ _KEEP_VALUES = (
 _SOURCES = frozenset((*_RARE, *_COMPARISONS, _aten.all, _aten._is_all_true, _aten.any, _aten._is_any_true))
 
 
-class UsualValues:
+class TypicalValues:
     """What the entries of tensors without data usually are, where that is known: all of them the same."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
 
     def of(self, value: Any) -> Any:
-        """The usual value of a tensor's entries.
+        """The typical value of a tensor's entries.
 
         Args:
             value: a tensor, or a number, which is known.

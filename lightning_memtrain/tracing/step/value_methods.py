@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_memtrain.tracing.step.recorded_values import Answers
+from lightning_memtrain.tracing.step.recorded_values import RecordedValues
 
 _TO_ARRAYS: dict[Any, str] = {Tensor.numpy: "Tensor.numpy", Tensor.__array__: "Tensor.__array__"}
 _FROM_VALUES = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 _NUMBER = str(torch.ops.aten._local_scalar_dense.default)
 
 
-class TwinMethods(TorchFunctionMode):
-    """Answers them for tensors without data from what a step with data answered.
+class FakeValueMethods(TorchFunctionMode):
+    """Answers these methods for tensors without data from what a step with data answered.
 
     Args:
         answers: of that step.
         knows: whether a tensor's values are known.
     """
 
-    def __init__(self, answers: Answers, knows: Callable[[Any], bool]) -> None:
+    def __init__(self, answers: RecordedValues, knows: Callable[[Any], bool]) -> None:
         super().__init__()
-        self._answers = answers
+        self._recorded_values = answers
         self._knows = knows
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -35,11 +35,11 @@ class TwinMethods(TorchFunctionMode):
         name = _TO_ARRAYS.get(func)
         if name is not None:
             if not self._knows(args[0]):
-                return copy.deepcopy(self._answers.next(name))
-            self._answers.pass_by(name)
+                return copy.deepcopy(self._recorded_values.next(name))
+            self._recorded_values.pass_by(name)
         elif func is Tensor.tolist:  # of a tensor with data: others ask for number after number
             for _ in range(args[0].numel()):
-                self._answers.pass_by(_NUMBER)
+                self._recorded_values.pass_by(_NUMBER)
         elif func is Tensor.__format__ and not self._knows(args[0]) and args[0].dim() == 0:
             return format(args[0].item(), *args[1:])
         elif func in _FROM_VALUES:
@@ -54,16 +54,16 @@ class RecordingMethods(TorchFunctionMode):
         answers: where to note it.
     """
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: RecordedValues) -> None:
         super().__init__()
-        self._answers = answers
+        self._recorded_values = answers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _FROM_VALUES:
             args = _with_numbers(args, self._note)
         result = func(*args, **(kwargs or {}))
         if func in _TO_ARRAYS:
-            self._answers.add(_TO_ARRAYS[func], copy.deepcopy(result))
+            self._recorded_values.add(_TO_ARRAYS[func], copy.deepcopy(result))
         elif func is Tensor.tolist:
             self._note(result)
         return result
@@ -73,7 +73,7 @@ class RecordingMethods(TorchFunctionMode):
             if isinstance(number, list):
                 self._note(number)
             else:
-                self._answers.add(_NUMBER, number)
+                self._recorded_values.add(_NUMBER, number)
 
 
 def _with_numbers(args: tuple[Any, ...], note: Callable[[Any], Any] = id) -> tuple[Any, ...]:

@@ -99,7 +99,7 @@ def push(pending: list[Any], items: Collection[Any]) -> None:
 
 
 def is_foreign(module_name: Any) -> bool:
-    """Whether the code of a module is not followed, and its classes are not noted.
+    """Whether the code of a module is not followed, and its classes are not captured.
 
     Args:
         module_name: its name, as in ``__name__`` or ``__module__``.

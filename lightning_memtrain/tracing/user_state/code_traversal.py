@@ -9,35 +9,35 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from lightning_memtrain.tracing.user_state.boundaries import is_foreign, module_of, mro_of, own_of, push
-from lightning_memtrain.tracing.user_state.names_in_code import Names, names_in
+from lightning_memtrain.tracing.user_state.names_in_code import CodeNames, names_in
 from lightning_memtrain.tracing.user_state.object_snapshots import (
     ABSENT,
-    ClassNote,
-    FunctionNote,
-    NamesNote,
-    Note,
+    ClassSnapshot,
+    FunctionSnapshot,
+    NamespaceSnapshot,
+    Snapshot,
 )
 
 _CODE = (FunctionType, staticmethod, classmethod, property, functools.cached_property)
 
 
-class CodeReach:
+class CodeTraversal:
     """Notes what code can reach.
 
-    A global or an attribute of a module is noted if a function that may run names it. A method may run if
+    A global or an attribute of a module is captured if a function that may run names it. A method may run if
     code that may run names it, if Python calls it (``__call__``), or if it overrides one of a foreign class,
     which may call it (``training_step``, ``forward``, ``update``). So of a library with hundreds of methods
     only those count that a step can get to. A name that is put together when the program runs is not seen.
 
     Args:
         pending: takes what is to be looked into.
-        notes: where notes go.
+        snapshots: where snapshots go.
     """
 
-    def __init__(self, pending: list[Any], notes: list[Note]) -> None:
+    def __init__(self, pending: list[Any], snapshots: list[Snapshot]) -> None:
         self._pending = pending
-        self._notes = notes
-        self._namespaces: dict[int, NamesNote] = {}
+        self._snapshots = snapshots
+        self._namespaces: dict[int, NamespaceSnapshot] = {}
         self._visited: dict[tuple[int, int], Any] = {}
         self._named: set[str] = set()
         self._waiting: dict[str, list[Any]] = {}
@@ -49,7 +49,7 @@ class CodeReach:
         """Note a function and what its code names."""
         defaults, by_name = target.__defaults__, target.__kwdefaults__
         if defaults or by_name:
-            self._notes.append(FunctionNote(target))
+            self._snapshots.append(FunctionSnapshot(target))
             self._push((defaults, by_name))
         # Foreign functions, too, close over a user's: those that decorate one.
         if target.__closure__:
@@ -71,11 +71,11 @@ class CodeReach:
         """Note the attributes of a class, unless it is foreign."""
         if is_foreign(module_of(target)):
             return
-        note = ClassNote(target)
-        self._notes.append(note)
+        snapshot = ClassSnapshot(target)
+        self._snapshots.append(snapshot)
         mro = mro_of(target)
         foreign = [own_of(base) for base in mro if is_foreign(module_of(base))]
-        for name, value in note.contents.items():
+        for name, value in snapshot.contents.items():
             if type(value) not in _CODE:
                 if not name.startswith("__"):  # else fields of a dataclass, annotations and the like
                     self._push((value,))
@@ -89,12 +89,12 @@ class CodeReach:
                 self._waiting.setdefault(name, []).append(value)
         self._push(mro)
 
-    def _names(self, space: dict[str, Any], names: Names) -> None:
-        note = self._namespaces.get(id(space))
-        if note is None:
-            note = self._namespaces[id(space)] = NamesNote(space)
-            self._notes.append(note)
-        contents = note.contents
+    def _names(self, space: dict[str, Any], names: CodeNames) -> None:
+        snapshot = self._namespaces.get(id(space))
+        if snapshot is None:
+            snapshot = self._namespaces[id(space)] = NamespaceSnapshot(space)
+            self._snapshots.append(snapshot)
+        contents = snapshot.contents
         for name in names.named:
             value = dict.get(space, name, ABSENT)
             if value is ABSENT:
@@ -107,7 +107,7 @@ class CodeReach:
                 contents[name] = value
                 self._push((value,))
 
-    def _module(self, module: ModuleType, names: Names) -> None:
+    def _module(self, module: ModuleType, names: CodeNames) -> None:
         key = id(module), id(names)
         if key in self._visited:
             return

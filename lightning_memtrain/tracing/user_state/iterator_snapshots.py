@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
-from lightning_memtrain.tracing.user_state.object_snapshots import Note
+from lightning_memtrain.tracing.user_state.object_snapshots import Snapshot
 
 OVER_SEQUENCES: tuple[type, ...] = tuple(
     type(iterator) for iterator in (iter([]), iter(()), iter(""), iter(b""), iter(range(0)), reversed([]))
@@ -16,15 +16,15 @@ OVER_SEQUENCES: tuple[type, ...] = tuple(
 """Types of iterators that tell where they stand in what they go over."""
 
 
-class IteratorNotes:
+class IteratorSnapshots:
     """Counters and iterators over sequences, and where they are held.
 
-    One that has moved is replaced wherever a noted object holds it. Others cannot be put back: generators,
+    One that has moved is replaced wherever a captured object holds it. Others cannot be put back: generators,
     and what :mod:`itertools` makes of other iterators.
     """
 
     def __init__(self) -> None:
-        self._noted: list[tuple[Any, Any]] = []
+        self._captured: list[tuple[Any, Any]] = []
         self._index: dict[int, int] = {}
         self._places: list[tuple[Any, Any, int]] = []
 
@@ -38,33 +38,33 @@ class IteratorNotes:
             What it goes over.
         """
         template = _Count(target) if type(target) is itertools.count else copy.copy(target)
-        self._index[id(target)] = len(self._noted)
-        self._noted.append((target, template))
+        self._index[id(target)] = len(self._captured)
+        self._captured.append((target, template))
         return [] if type(target) is itertools.count else [target.__reduce__()[1][0]]
 
-    def locate(self, notes: Iterable[Note]) -> None:
+    def locate(self, snapshots: Iterable[Snapshot]) -> None:
         """Find the places where the iterators are held.
 
         Args:
-            notes: of all objects that may hold one.
+            snapshots: of all objects that may hold one.
         """
         if not self._index:
             return
-        for note in notes:
-            contents = getattr(note, "contents", ())
+        for snapshot in snapshots:
+            contents = getattr(snapshot, "contents", ())
             for key, value in contents.items() if type(contents) is dict else enumerate(contents):
                 index = self._index.get(id(value))
                 if index is not None:
                     self._places.append((contents, key, index))
 
     def restore(self) -> None:
-        """Let the other notes put back what has not moved, or a new one; so this comes before them."""
-        now = [_as_noted(target, template) for target, template in self._noted]
+        """Let the other snapshots put back what has not moved, or a new one; so this comes before them."""
+        now = [_unmoved_or_new(target, template) for target, template in self._captured]
         for contents, key, index in self._places:
             contents[key] = now[index]
 
 
-def _as_noted(target: Any, template: Any) -> Any:
+def _unmoved_or_new(target: Any, template: Any) -> Any:
     return target if _place(target) == _place(template) else copy.copy(template)
 
 

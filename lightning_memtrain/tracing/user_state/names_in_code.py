@@ -10,7 +10,7 @@ _STORES = tuple(opmap[name] for name in ("STORE_GLOBAL", "STORE_ATTR", "DELETE_G
 _IMPORTS = opmap["IMPORT_NAME"]
 
 
-class Names(NamedTuple):
+class CodeNames(NamedTuple):
     """What a function names, with the functions that are written in it.
 
     Args:
@@ -24,10 +24,10 @@ class Names(NamedTuple):
     imports: bool
 
 
-_known: dict[int, tuple[CodeType, Names]] = {}
+_known: dict[int, tuple[CodeType, CodeNames]] = {}
 
 
-def names_in(code: CodeType) -> Names:
+def names_in(code: CodeType) -> CodeNames:
     """What code names.
 
     Args:
@@ -54,6 +54,6 @@ def names_in(code: CodeType) -> Names:
             for text in constant if type(constant) in (tuple, frozenset) else (constant,):
                 if type(text) is str and text.isidentifier():
                     named[text] = None
-    names = Names(tuple(named), stores, imports)
+    names = CodeNames(tuple(named), stores, imports)
     _known[id(code)] = code, names  # the code is kept, so that its id stays its own
     return names

@@ -1,4 +1,4 @@
-"""What one object holds, noted so that it can be put back: one small class for each kind of object.
+"""What one object holds, captured so that it can be put back: one small class for each kind of object.
 
 Contents are read and written by the methods of the built-in types, so that those that a subclass overrides
 are neither called nor in the way. Nothing is written where nothing has changed.
@@ -18,14 +18,14 @@ ABSENT: Any = object()
 """What a place holds that holds nothing."""
 
 
-class Note(Protocol):
-    """What something held when it was noted."""
+class Snapshot(Protocol):
+    """What something held when it was captured."""
 
     def restore(self) -> None:
         """Put it back; may be called several times."""
 
 
-class DictNote:
+class DictSnapshot:
     """Keys, values and order of a dictionary.
 
     Args:
@@ -41,7 +41,7 @@ class DictNote:
     def restore(self) -> None:
         """Put it back; may be called several times."""
         target, contents = self.target, self.contents
-        if self._is_as_noted():
+        if self._is_unchanged():
             return
         if all(type(key) is str for key in (*dict.keys(target), *contents)):
             for name in [name for name in dict.keys(target) if name not in contents]:
@@ -49,13 +49,13 @@ class DictNote:
             for name, value in contents.items():
                 if dict.get(target, name, ABSENT) is not value:
                     dict.__setitem__(target, name, value)
-            if self._is_as_noted():
+            if self._is_unchanged():
                 return
         # Between dictionaries the hashes are taken over, so that no key is asked for its own.
         dict.clear(target)
         dict.update(target, contents)
 
-    def _is_as_noted(self) -> bool:
+    def _is_unchanged(self) -> bool:
         target, contents = self.target, self.contents
         return (
             dict.__len__(target) == len(contents)
@@ -64,8 +64,8 @@ class DictNote:
         )
 
 
-class OrderedDictNote:
-    """As :class:`DictNote`, of a dictionary that keeps its order apart.
+class OrderedDictSnapshot:
+    """As :class:`DictSnapshot`, of a dictionary that keeps its order apart.
 
     Args:
         target: the dictionary.
@@ -92,7 +92,7 @@ class OrderedDictNote:
             OrderedDict.__setitem__(target, key, value)
 
 
-class EmptyNotes:
+class EmptySnapshots:
     """Dictionaries without anything in them."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class EmptyNotes:
                 OrderedDict.clear(target)
 
 
-class ListNote:
+class ListSnapshot:
     """The items of a list.
 
     Args:
@@ -129,7 +129,7 @@ class ListNote:
             list.__setitem__(target, slice(None), contents)
 
 
-class DequeNote:
+class DequeSnapshot:
     """The items of a double-ended queue.
 
     Args:
@@ -150,7 +150,7 @@ class DequeNote:
             deque.extend(target, contents)
 
 
-class SetNote:
+class SetSnapshot:
     """The items of a set.
 
     Args:
@@ -174,7 +174,7 @@ class SetNote:
             set.update(target, self._items)
 
 
-class CellNote:
+class CellSnapshot:
     """What a variable holds that functions share.
 
     Args:
@@ -200,7 +200,7 @@ class CellNote:
             del self.target.cell_contents
 
 
-class FunctionNote:
+class FunctionSnapshot:
     """The defaults of a function.
 
     Args:
@@ -222,7 +222,7 @@ class FunctionNote:
             self.target.__kwdefaults__ = by_name
 
 
-class NamesNote:
+class NamespaceSnapshot:
     """Some names of a namespace that others share, such as the globals of a module.
 
     Args:
@@ -249,7 +249,7 @@ class NamesNote:
                 del target[name]
 
 
-class SlotsNote:
+class SlotsSnapshot:
     """What the places hold that ``__slots__`` makes.
 
     Args:
@@ -281,7 +281,7 @@ class SlotsNote:
                 slot.__set__(self.target, value)
 
 
-class ClassNote:
+class ClassSnapshot:
     """The attributes of a class.
 
     Args:
@@ -313,19 +313,19 @@ def _is_special(name: str) -> bool:
     return name.startswith("__") and name.endswith("__") and name not in ("__call__",)
 
 
-class InstanceNotes:
+class InstanceSnapshots:
     """Classes of objects, and which dictionary holds their attributes."""
 
     def __init__(self) -> None:
-        self._noted: list[tuple[Any, type, Any, Any]] = []
+        self._captured: list[tuple[Any, type, Any, Any]] = []
 
     def add(self, target: Any, attributes: dict[str, Any] | None, accessor: Any) -> None:
         """Note one more object."""
-        self._noted.append((target, type(target), attributes, accessor))
+        self._captured.append((target, type(target), attributes, accessor))
 
     def restore(self) -> None:
         """Put it back; may be called several times."""
-        for target, cls, attributes, accessor in self._noted:
+        for target, cls, attributes, accessor in self._captured:
             if type(target) is not cls:
                 with suppress(Exception):
                     object.__setattr__(target, "__class__", cls)

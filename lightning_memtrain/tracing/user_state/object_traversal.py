@@ -35,30 +35,30 @@ from lightning_memtrain.tracing.user_state.boundaries import (
     own_of,
     push,
 )
-from lightning_memtrain.tracing.user_state.code_traversal import CodeReach
-from lightning_memtrain.tracing.user_state.iterator_snapshots import OVER_SEQUENCES, IteratorNotes
+from lightning_memtrain.tracing.user_state.code_traversal import CodeTraversal
+from lightning_memtrain.tracing.user_state.iterator_snapshots import OVER_SEQUENCES, IteratorSnapshots
 from lightning_memtrain.tracing.user_state.object_snapshots import (
     ABSENT,
-    CellNote,
-    DequeNote,
-    DictNote,
-    EmptyNotes,
-    InstanceNotes,
-    ListNote,
-    NamesNote,
-    Note,
-    OrderedDictNote,
-    SetNote,
-    SlotsNote,
+    CellSnapshot,
+    DequeSnapshot,
+    DictSnapshot,
+    EmptySnapshots,
+    InstanceSnapshots,
+    ListSnapshot,
+    NamespaceSnapshot,
+    OrderedDictSnapshot,
+    SetSnapshot,
+    SlotsSnapshot,
+    Snapshot,
 )
 from lightning_memtrain.tracing.user_state.opaque_snapshots import (
     MOST_ARRAY_BYTES,
     WEAK,
-    WeakNote,
-    has_state,
-    state_of,
+    WeakSnapshot,
+    has_opaque_state,
+    opaque_snapshot,
 )
-from lightning_memtrain.tracing.user_state.tensor_snapshots import TensorNote
+from lightning_memtrain.tracing.user_state.tensor_snapshots import TensorSnapshot
 
 # What a step touches of a trainer: what is logged, how far the loop has come, callbacks, and, through the
 # strategy, optimizers and precision. Loggers, data connectors, signals and launchers are nothing of a step.
@@ -71,18 +71,18 @@ class _Kind(NamedTuple):
     """How the objects of one type are looked into.
 
     Args:
-        visit: notes what they hold beside attributes.
+        visit: snapshots what they hold beside attributes.
         attributes: where their ``__dict__`` is found.
         slots: where the places of their ``__slots__`` are found.
     """
 
-    visit: Callable[[Reach, Any], None] | None
+    visit: Callable[[ObjectTraversal, Any], None] | None
     attributes: Any
     slots: tuple[Any, ...]
 
 
-class Reach:
-    """Everything that can be reached from some objects, noted; each object once, by its identity.
+class ObjectTraversal:
+    """Everything that can be reached from some objects, captured; each object once, by its identity.
 
     Args:
         roots: where to begin.
@@ -90,18 +90,18 @@ class Reach:
     """
 
     def __init__(self, roots: Collection[Any], leave: Collection[Any] = ()) -> None:
-        self._instances = InstanceNotes()
-        self._iterators = IteratorNotes()
-        self._empty = EmptyNotes()
-        self.notes: list[Note] = [self._iterators, self._instances, self._empty]
-        self.tensors: list[TensorNote] = []
+        self._instances = InstanceSnapshots()
+        self._iterators = IteratorSnapshots()
+        self._empty = EmptySnapshots()
+        self.snapshots: list[Snapshot] = [self._iterators, self._instances, self._empty]
+        self.tensors: list[TensorSnapshot] = []
         self._seen: dict[int, Any] = {id(target): target for target in leave}
         self._pending: list[Any] = []
         self._kinds: dict[type, _Kind | None] = {}
-        self.code = CodeReach(self._pending, self.notes)
+        self.code = CodeTraversal(self._pending, self.snapshots)
         self._array_bytes_left = MOST_ARRAY_BYTES
         self._push(roots)
-        # Thousands of notes are made that all stay: the collector would look at everything for nothing.
+        # Thousands of snapshots are made that all stay: the collector would look at everything for nothing.
         collects = gc.isenabled()
         gc.disable()
         try:
@@ -109,7 +109,7 @@ class Reach:
         finally:
             if collects:
                 gc.enable()
-        self._iterators.locate(self.notes)
+        self._iterators.locate(self.snapshots)
 
     def _push(self, items: Collection[Any]) -> None:
         push(self._pending, items)
@@ -152,8 +152,8 @@ class Reach:
     def _kind_of(self, cls: type) -> _Kind | None:
         mro = mro_of(cls)
         visit = next((_VISITS[base] for base in mro if base in _VISITS), None)
-        if visit is None and has_state(mro):
-            visit = Reach._state
+        if visit is None and has_opaque_state(mro):
+            visit = ObjectTraversal._state
         if ModuleType in mro or (is_left_alone(cls) and not _is_made_for(mro)):
             return None
         self._push([base for base in mro if not is_foreign(module_of(base))])
@@ -178,10 +178,10 @@ class Reach:
         if not dict.__len__(target):  # most are: a module has a dozen for hooks
             self._empty.dicts.append(target)
             return
-        note = DictNote(target)
-        self.notes.append(note)
-        self._push(note.contents.keys())
-        self._push(note.contents.values())
+        snapshot = DictSnapshot(target)
+        self.snapshots.append(snapshot)
+        self._push(snapshot.contents.keys())
+        self._push(snapshot.contents.values())
 
     def _defaultdict(self, target: defaultdict[Any, Any]) -> None:
         self._dict(target)
@@ -191,24 +191,26 @@ class Reach:
         if not dict.__len__(target):
             self._empty.ordered.append(target)
             return
-        note = OrderedDictNote(target)
-        self.notes.append(note)
-        self._push(note.keys)
-        self._push(note.contents)
+        snapshot = OrderedDictSnapshot(target)
+        self.snapshots.append(snapshot)
+        self._push(snapshot.keys)
+        self._push(snapshot.contents)
 
-    def _contents(self, note: ListNote | DequeNote | SetNote | CellNote | SlotsNote) -> None:
-        self.notes.append(note)
-        self._push(note.contents)
+    def _contents(
+        self, snapshot: ListSnapshot | DequeSnapshot | SetSnapshot | CellSnapshot | SlotsSnapshot
+    ) -> None:
+        self.snapshots.append(snapshot)
+        self._push(snapshot.contents)
 
     def _slots(self, target: Any, slots: tuple[Any, ...]) -> None:
-        self._contents(SlotsNote(target, slots))
+        self._contents(SlotsSnapshot(target, slots))
 
     # Objects ------------------------------------------------------------------------------------------------
 
     def _tensor(self, target: Tensor) -> None:
-        note = TensorNote(target)
-        self.tensors.append(note)
-        self._push(note.held)
+        snapshot = TensorSnapshot(target)
+        self.tensors.append(snapshot)
+        self._push(snapshot.held)
         if is_traceable_wrapper_subclass(target):
             names, _ = target.__tensor_flatten__()
             self._push([getattr(target, name) for name in names])
@@ -217,17 +219,17 @@ class Reach:
         self._push([*target.parameters(), *target.buffers()])  # what its attributes hold is no Python object
 
     def _state(self, target: Any) -> None:
-        note = state_of(target, mro_of(type(target)), self._array_bytes_left)
-        if note is None:
+        snapshot = opaque_snapshot(target, mro_of(type(target)), self._array_bytes_left)
+        if snapshot is None:
             return
-        self.notes.append(note)
-        self._array_bytes_left -= note.num_bytes
-        self._push(note.held)
+        self.snapshots.append(snapshot)
+        self._array_bytes_left -= snapshot.num_bytes
+        self._push(snapshot.held)
 
     def _weak(self, target: Any) -> None:
-        note = WeakNote(target)
-        self.notes.append(note)
-        self._push(note.held)
+        snapshot = WeakSnapshot(target)
+        self.snapshots.append(snapshot)
+        self._push(snapshot.held)
 
     def _iterator(self, target: Any) -> None:
         self._push(self._iterators.add(target))
@@ -235,7 +237,7 @@ class Reach:
     # Lightning ----------------------------------------------------------------------------------------------
 
     def _attributes_only(self, target: Any) -> None:
-        self.notes.append(DictNote(object.__getattribute__(target, "__dict__")))
+        self.snapshots.append(DictSnapshot(object.__getattribute__(target, "__dict__")))
 
     def _trainer(self, target: Any) -> None:
         self._attributes_only(target)
@@ -245,22 +247,22 @@ class Reach:
 
     def _strategy(self, target: Any) -> None:
         attributes = object.__getattribute__(target, "__dict__")
-        note = NamesNote(attributes)
-        note.contents.update({name: attributes.get(name, ABSENT) for name in _OF_STRATEGY})
-        self.notes.append(note)
-        self._push(note.contents.values())
+        snapshot = NamespaceSnapshot(attributes)
+        snapshot.contents.update({name: attributes.get(name, ABSENT) for name in _OF_STRATEGY})
+        self.snapshots.append(snapshot)
+        self._push(snapshot.contents.values())
 
 
-def _pushed(get: Callable[[Any], Iterable[Any]]) -> Callable[[Reach, Any], None]:
+def _pushed(get: Callable[[Any], Iterable[Any]]) -> Callable[[ObjectTraversal, Any], None]:
     """Look into objects that cannot change themselves, but what they hold can."""
-    return lambda reach, target: reach._push([*get(target)])
+    return lambda traversal, target: traversal._push([*get(target)])
 
 
-def _noted(make: Callable[[Any], Any]) -> Callable[[Reach, Any], None]:
-    return lambda reach, target: reach._contents(make(target))
+def _captured(make: Callable[[Any], Any]) -> Callable[[ObjectTraversal, Any], None]:
+    return lambda traversal, target: traversal._contents(make(target))
 
 
-def _members(cls: type, *names: str) -> Callable[[Reach, Any], None]:
+def _members(cls: type, *names: str) -> Callable[[ObjectTraversal, Any], None]:
     found = [own_of(cls)[name] for name in names]
     return _pushed(lambda target: [member.__get__(target) for member in found])
 
@@ -281,19 +283,19 @@ def _is_made_for(mro: tuple[type, ...]) -> bool:
     return any(base in (torch.Generator, threading.local, *WEAK) for base in mro)
 
 
-_VISITS: dict[type, Callable[[Reach, Any], None]] = {
-    Tensor: Reach._tensor,
-    OrderedDict: Reach._ordered_dict,
-    defaultdict: Reach._defaultdict,
-    dict: Reach._dict,
-    list: _noted(ListNote),
-    deque: _noted(DequeNote),
-    set: _noted(SetNote),
-    CellType: _noted(CellNote),
+_VISITS: dict[type, Callable[[ObjectTraversal, Any], None]] = {
+    Tensor: ObjectTraversal._tensor,
+    OrderedDict: ObjectTraversal._ordered_dict,
+    defaultdict: ObjectTraversal._defaultdict,
+    dict: ObjectTraversal._dict,
+    list: _captured(ListSnapshot),
+    deque: _captured(DequeSnapshot),
+    set: _captured(SetSnapshot),
+    CellType: _captured(CellSnapshot),
     tuple: _pushed(tuple.__iter__),
     frozenset: _pushed(frozenset.__iter__),
-    type: lambda reach, target: reach.code.class_(target),
-    FunctionType: lambda reach, target: reach.code.function(target),
+    type: lambda traversal, target: traversal.code.class_(target),
+    FunctionType: lambda traversal, target: traversal.code.function(target),
     MethodType: _members(MethodType, "__self__", "__func__"),
     BuiltinMethodType: _members(BuiltinMethodType, "__self__"),
     MethodWrapperType: _members(MethodWrapperType, "__self__"),
@@ -303,13 +305,13 @@ _VISITS: dict[type, Callable[[Reach, Any], None]] = {
     classmethod: _members(classmethod, "__func__"),
     MappingProxyType: _pushed(_behind),
     threading.local: _pushed(lambda target: [threading.local.__getattribute__(target, "__dict__")]),
-    torch.jit.ScriptModule: Reach._script_module,
-    itertools.count: Reach._iterator,
-    **dict.fromkeys(WEAK, Reach._weak),
-    **dict.fromkeys(OVER_SEQUENCES, Reach._iterator),
+    torch.jit.ScriptModule: ObjectTraversal._script_module,
+    itertools.count: ObjectTraversal._iterator,
+    **dict.fromkeys(WEAK, ObjectTraversal._weak),
+    **dict.fromkeys(OVER_SEQUENCES, ObjectTraversal._iterator),
 }
 _OF_LIGHTNING = {
-    "Trainer": Reach._trainer,
-    "Strategy": Reach._strategy,
-    "LightningDataModule": Reach._attributes_only,
+    "Trainer": ObjectTraversal._trainer,
+    "Strategy": ObjectTraversal._strategy,
+    "LightningDataModule": ObjectTraversal._attributes_only,
 }

@@ -21,7 +21,7 @@ MOST_ARRAY_BYTES = 16 * MIB
 """Arrays of NumPy and Python are copied up to so many bytes in all; others are left as they are."""
 
 
-class StateNote:
+class OpaqueSnapshot:
     """The state of an object that gives and takes it.
 
     Args:
@@ -46,7 +46,7 @@ class StateNote:
         self._put(self._state)
 
 
-class WeakNote:
+class WeakSnapshot:
     """What is alive in a collection of weak references; it is kept alive to be put back.
 
     Args:
@@ -83,7 +83,7 @@ class WeakNote:
 WEAK: tuple[type, ...] = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
 
 
-def state_of(target: Any, mro: tuple[type, ...], most_bytes: int) -> StateNote | None:
+def opaque_snapshot(target: Any, mro: tuple[type, ...], most_bytes: int) -> OpaqueSnapshot | None:
     """Note the state of an object.
 
     Args:
@@ -92,30 +92,30 @@ def state_of(target: Any, mro: tuple[type, ...], most_bytes: int) -> StateNote |
         most_bytes: arrays that are larger are left out.
 
     Returns:
-        Its note; ``None`` if there is nothing to note.
+        Its snapshot; ``None`` if there is nothing to snapshot.
     """
     if torch.Generator in mro:
-        return StateNote(target.get_state(), target.set_state)
+        return OpaqueSnapshot(target.get_state(), target.set_state)
     if random.Random in mro:
         put = random.Random.setstate
-        return StateNote(random.Random.getstate(target), lambda state: put(target, state))
+        return OpaqueSnapshot(random.Random.getstate(target), lambda state: put(target, state))
     if ContextVar in mro:
         value = target.get(ABSENT)
         # One without a value cannot lose it again.
         if value is ABSENT:
             return None
-        return StateNote(value, lambda value: _set_variable(target, value), held=[value])
+        return OpaqueSnapshot(value, lambda value: _set_variable(target, value), held=[value])
     if array.array in mro:
         if memoryview(target).nbytes > most_bytes:
             return None
         numbers = array.array.__getitem__(target, slice(None))
         put_numbers = functools.partial(array.array.__setitem__, target, slice(None))
-        return StateNote(numbers, put_numbers, memoryview(numbers).nbytes)
+        return OpaqueSnapshot(numbers, put_numbers, memoryview(numbers).nbytes)
     if bytearray in mro:
         if bytearray.__len__(target) > most_bytes:
             return None
         put_bytes = functools.partial(bytearray.__setitem__, target, slice(None))
-        return StateNote(bytes(target), put_bytes, bytearray.__len__(target))
+        return OpaqueSnapshot(bytes(target), put_bytes, bytearray.__len__(target))
     return _numpy_state(target, mro, most_bytes)
 
 
@@ -124,22 +124,22 @@ def _set_variable(target: ContextVar[Any], value: Any) -> None:
         target.set(value)
 
 
-def _numpy_state(target: Any, mro: tuple[type, ...], most_bytes: int) -> StateNote | None:
+def _numpy_state(target: Any, mro: tuple[type, ...], most_bytes: int) -> OpaqueSnapshot | None:
     numpy = sys.modules["numpy"]
     if numpy.random.RandomState in mro:
-        return StateNote(target.get_state(legacy=False), target.set_state)
+        return OpaqueSnapshot(target.get_state(legacy=False), target.set_state)
     if numpy.random.Generator in mro or numpy.random.BitGenerator in mro:
         source = target.bit_generator if numpy.random.Generator in mro else target
-        return StateNote(source.state, lambda state: setattr(source, "state", state))
+        return OpaqueSnapshot(source.state, lambda state: setattr(source, "state", state))
     plain = numpy.ndarray.view(target, numpy.ndarray)
     if plain.nbytes > most_bytes or not plain.flags.writeable or numpy.memmap in mro:
         return None
     held = plain.ravel().tolist() if plain.dtype.hasobject else ()
-    return StateNote(plain.copy(), lambda values: numpy.copyto(plain, values), plain.nbytes, held)
+    return OpaqueSnapshot(plain.copy(), lambda values: numpy.copyto(plain, values), plain.nbytes, held)
 
 
-def has_state(mro: tuple[type, ...]) -> bool:
-    """Whether :func:`state_of` knows instances of a class.
+def has_opaque_state(mro: tuple[type, ...]) -> bool:
+    """Whether :func:`opaque_snapshot` knows instances of a class.
 
     Args:
         mro: the class and its bases.

@@ -12,26 +12,26 @@ from torch import Tensor
 
 from lightning_memtrain.tracing.user_state.object_snapshots import (
     ABSENT,
-    CellNote,
-    ClassNote,
-    DequeNote,
-    DictNote,
-    ListNote,
-    NamesNote,
-    Note,
-    OrderedDictNote,
-    SetNote,
-    SlotsNote,
+    CellSnapshot,
+    ClassSnapshot,
+    DequeSnapshot,
+    DictSnapshot,
+    ListSnapshot,
+    NamespaceSnapshot,
+    OrderedDictSnapshot,
+    SetSnapshot,
+    SlotsSnapshot,
+    Snapshot,
 )
 
 Swap = Callable[[Any], Any]
 
 
-def replace(notes: Iterable[Note], others: Mapping[int, Tensor]) -> None:
-    """Let everything that is noted hold other tensors; restoring the notes takes it back.
+def replace_tensors(snapshots: Iterable[Snapshot], others: Mapping[int, Tensor]) -> None:
+    """Let everything that is captured hold other tensors; restoring the snapshots takes it back.
 
     Args:
-        notes: of what is within reach.
+        snapshots: of what is within reach.
         others: what to put in the place of a tensor, by its ``id``.
     """
 
@@ -42,11 +42,11 @@ def replace(notes: Iterable[Note], others: Mapping[int, Tensor]) -> None:
             return _swapped_tuple(value, swap)
         return value
 
-    for note in notes:
-        put = _PUT.get(type(note))
+    for snapshot in snapshots:
+        put = _PUT.get(type(snapshot))
         if put is not None:
             with suppress(Exception):  # what refuses to be written is passed over
-                put(note, swap)
+                put(snapshot, swap)
 
 
 def _swapped_tuple(value: tuple[Any, ...], swap: Swap) -> tuple[Any, ...]:
@@ -57,8 +57,8 @@ def _swapped_tuple(value: tuple[Any, ...], swap: Swap) -> tuple[Any, ...]:
     return value._make(swapped) if hasattr(value, "_make") else tuple(swapped)
 
 
-def _in_dict(note: Any, swap: Swap) -> None:
-    target: dict[Any, Any] = note.target
+def _in_dict(snapshot: Any, swap: Swap) -> None:
+    target: dict[Any, Any] = snapshot.target
     items = [*dict.items(target)]
     if any(isinstance(key, (Tensor, tuple)) and swap(key) is not key for key, _ in items):  # optimizer state
         dict.clear(target)
@@ -69,68 +69,68 @@ def _in_dict(note: Any, swap: Swap) -> None:
             dict.__setitem__(target, key, swap(value))
 
 
-def _in_ordered_dict(note: Any, swap: Swap) -> None:
-    target: OrderedDict[Any, Any] = note.target
+def _in_ordered_dict(snapshot: Any, swap: Swap) -> None:
+    target: OrderedDict[Any, Any] = snapshot.target
     for key, value in [*OrderedDict.items(target)]:
         if swap(value) is not value:
             OrderedDict.__setitem__(target, key, swap(value))
 
 
-def _in_list(note: Any, swap: Swap) -> None:
-    target: list[Any] = note.target
+def _in_list(snapshot: Any, swap: Swap) -> None:
+    target: list[Any] = snapshot.target
     for place, value in enumerate([*list.__iter__(target)]):
         if swap(value) is not value:
             list.__setitem__(target, place, swap(value))
 
 
-def _in_deque(note: Any, swap: Swap) -> None:
-    target: deque[Any] = note.target
+def _in_deque(snapshot: Any, swap: Swap) -> None:
+    target: deque[Any] = snapshot.target
     for place, value in enumerate([*deque.__iter__(target)]):
         if swap(value) is not value:
             deque.__setitem__(target, place, swap(value))
 
 
-def _in_set(note: Any, swap: Swap) -> None:
-    target: set[Any] = note.target
+def _in_set(snapshot: Any, swap: Swap) -> None:
+    target: set[Any] = snapshot.target
     for value in [*set.__iter__(target)]:
         if swap(value) is not value:
             set.discard(target, value)
             set.add(target, swap(value))
 
 
-def _in_cell(note: Any, swap: Swap) -> None:
-    target: CellType = note.target
-    (value,) = note.contents
+def _in_cell(snapshot: Any, swap: Swap) -> None:
+    target: CellType = snapshot.target
+    (value,) = snapshot.contents
     if value is not ABSENT and swap(value) is not value:
         target.cell_contents = swap(value)
 
 
-def _in_names(note: Any, swap: Swap) -> None:
-    for name, value in note.contents.items():
+def _in_names(snapshot: Any, swap: Swap) -> None:
+    for name, value in snapshot.contents.items():
         if value is not ABSENT and swap(value) is not value:
-            note.target[name] = swap(value)
+            snapshot.target[name] = swap(value)
 
 
-def _in_slots(note: Any, swap: Swap) -> None:
-    for slot, value in zip(note.slots, note.contents, strict=True):
+def _in_slots(snapshot: Any, swap: Swap) -> None:
+    for slot, value in zip(snapshot.slots, snapshot.contents, strict=True):
         if value is not ABSENT and swap(value) is not value:
-            slot.__set__(note.target, swap(value))
+            slot.__set__(snapshot.target, swap(value))
 
 
-def _in_class(note: Any, swap: Swap) -> None:
-    for name, value in note.contents.items():
+def _in_class(snapshot: Any, swap: Swap) -> None:
+    for name, value in snapshot.contents.items():
         if swap(value) is not value:
-            type.__setattr__(note.target, name, swap(value))
+            type.__setattr__(snapshot.target, name, swap(value))
 
 
 _PUT: dict[type, Callable[[Any, Swap], None]] = {
-    DictNote: _in_dict,
-    OrderedDictNote: _in_ordered_dict,
-    ListNote: _in_list,
-    DequeNote: _in_deque,
-    SetNote: _in_set,
-    CellNote: _in_cell,
-    NamesNote: _in_names,
-    SlotsNote: _in_slots,
-    ClassNote: _in_class,
+    DictSnapshot: _in_dict,
+    OrderedDictSnapshot: _in_ordered_dict,
+    ListSnapshot: _in_list,
+    DequeSnapshot: _in_deque,
+    SetSnapshot: _in_set,
+    CellSnapshot: _in_cell,
+    NamespaceSnapshot: _in_names,
+    SlotsSnapshot: _in_slots,
+    ClassSnapshot: _in_class,
 }

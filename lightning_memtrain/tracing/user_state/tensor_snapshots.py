@@ -18,7 +18,7 @@ T = TypeVar("T")
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
-class TensorNote:
+class TensorSnapshot:
     """A tensor as it was: its memory, its gradient and hooks, whether it wants a gradient.
 
     Args:

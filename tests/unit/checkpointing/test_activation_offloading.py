@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_memtrain import NoEffectWarning
-from lightning_memtrain.checkpointing import OffloadActivations
+from lightning_memtrain.checkpointing.experimental import OffloadActivations
 from lightning_memtrain.checkpointing.experimental.activation_offloading import (
     _HostCopy,
     offloaded_activations,

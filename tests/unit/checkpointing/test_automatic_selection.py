@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
-from lightning_memtrain.checkpointing.selection.step_conditions import KnownShapes
+from lightning_memtrain.checkpointing.selection.step_conditions import FittingShapes
 from lightning_memtrain.core import KIB
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 
@@ -77,7 +77,7 @@ def test_thawed_parameters_are_chosen_for_before_they_break_the_limit() -> None:
     frozen, thawed = max(plain_steps[:4]), max(plain_steps[4:])
     assert thawed > 2 * frozen
     limit = (frozen + 4 * thawed) // 5
-    callback = mt.ActivationCheckpointing(mt.Budget(limit))
+    callback = mt.ActivationCheckpointing(mt.MemoryBudget(limit))
     model, steps, _ = fit(Blocks, Thaw(), callback)
     assert max(steps) <= limit
     assert_equal(plain, model)
@@ -96,14 +96,14 @@ def test_every_larger_batch_is_kept_within_the_limit() -> None:
     _, plain_steps, _ = fit(Varied)
     limit = max(plain_steps[:4]) + 4 * KIB
     assert max(plain_steps) > limit
-    callback = mt.ActivationCheckpointing(mt.Budget(limit))
+    callback = mt.ActivationCheckpointing(mt.MemoryBudget(limit))
     _, steps, _ = fit(Varied, callback)
     assert max(steps) <= limit
     assert "for a larger batch" in " ".join(callback.technique_record().events)
 
 
 def test_shapes_that_fit_tell_of_others() -> None:
-    shapes = KnownShapes()
+    shapes = FittingShapes()
     assert shapes.growth(((4, 8),)) == float("inf")
     shapes.add(((4, 8), (4,)))
     assert shapes.contains(((4, 8), (4,)))
@@ -138,8 +138,10 @@ def test_a_resumed_optimizer_counts_from_the_first_step(tmp_path: Path) -> None:
     limit = max(plain_steps) - 8 * KIB
     found = []
     for checkpoint in (None, tmp_path / "two.ckpt"):
-        trainer = quiet_trainer(tmp_path, mt.ActivationCheckpointing(mt.Budget(limit)), max_epochs=4)
-        with pytest.raises(MisconfigurationException, match=r"`Budget\(limit\)` must be at least") as caught:
+        trainer = quiet_trainer(tmp_path, mt.ActivationCheckpointing(mt.MemoryBudget(limit)), max_epochs=4)
+        with pytest.raises(
+            MisconfigurationException, match=r"`MemoryBudget\(limit\)` must be at least"
+        ) as caught:
             trainer.fit(Adamic(), ckpt_path=checkpoint)
         found.append(str(caught.value).partition(" for this model")[0])
     assert found[0] == found[1]
@@ -177,8 +179,8 @@ def test_the_default_policy_warns_once_and_trains_as_without() -> None:
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_a_limit_that_cannot_be_told_is_refused_by_the_users_own_line() -> None:
     with pytest.raises(MisconfigurationException, match=r"ended at .*test_automatic.py:\d+ with ") as caught:
-        fit(Opaque, mt.ActivationCheckpointing(mt.Budget("1MiB")))
-    assert str(caught.value).startswith("`Budget(limit='1MiB')` runs `training_step` without data")
+        fit(Opaque, mt.ActivationCheckpointing(mt.MemoryBudget("1MiB")))
+    assert str(caught.value).startswith("`MemoryBudget(limit='1MiB')` runs `training_step` without data")
     assert str(caught.value).endswith("e.g. ActivationCheckpointing('full').")
 
 
@@ -205,12 +207,12 @@ def test_the_default_policy_leaves_manual_optimization_alone() -> None:
 
 def test_what_the_device_has_is_a_limit_where_it_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MisconfigurationException, match="must be a size on cpu, which does not tell"):
-        fit(Blocks, mt.ActivationCheckpointing(mt.Budget("device")))
+        fit(Blocks, mt.ActivationCheckpointing(mt.MemoryBudget("device")))
     _, plain_steps, _ = fit(Blocks)
     limit = max(plain_steps) * 5 // 6
-    module = "lightning_memtrain.checkpointing.policies.free_device_bytes"
+    module = "lightning_memtrain.checkpointing.memory_budget.free_device_bytes"
     monkeypatch.setattr(module, lambda device: limit)
-    _, steps, _ = fit(Blocks, mt.ActivationCheckpointing(mt.Budget("device")))
+    _, steps, _ = fit(Blocks, mt.ActivationCheckpointing(mt.MemoryBudget("device")))
     assert max(steps) <= limit
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from lightning_memtrain import MemoryLedger
 from lightning_memtrain.checkpointing import Full, insert_checkpoints
-from lightning_memtrain.checkpointing.existing_checkpoints import OwnCheckpoints, checkpointed_by
+from lightning_memtrain.checkpointing.existing_checkpoints import ExistingCheckpoints, checkpointed_by
 from lightning_memtrain.checkpointing.selection.step_curve import StepCurve
 from lightning_memtrain.ledger.op_times import OpTimes
 from lightning_memtrain.tracing.step.fake_step import FakeStep
@@ -60,7 +60,7 @@ class _Chain(nn.Module):
 
 
 def _names(model: nn.Module, loss: Callable[[nn.Module], Tensor] | None = None) -> set[str]:
-    with OwnCheckpoints(model) as own:
+    with ExistingCheckpoints(model) as own:
         (loss(model) if loss is not None else model(torch.ones(2, 6)).square().sum()).backward()
     assert not any(
         hooks
@@ -138,7 +138,7 @@ def test_a_step_without_data_holds_what_a_real_one_does(use_reentrant: bool) -> 
 
         step = FakeStep(model, loss, (batch,))
         assert StepCurve(step, OpTimes(torch.device("cpu"))).plain.peak_bytes == peaks[is_on]
-        with step.watched(), OwnCheckpoints(model) as own:
+        with step.watched(), ExistingCheckpoints(model) as own:
             step.run()
         blocks = {f"bert.encoder.layer.{index}" for index in range(4)}
         assert blocks & own.names == (blocks if is_on else set())

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 
 from lightning_memtrain.checkpointing.selection import pareto_schedules as choice_module
 from lightning_memtrain.checkpointing.selection.pareto_schedules import fitting, knee, pareto
-from lightning_memtrain.checkpointing.selection.step_chain import Choice, Item, simulate
+from lightning_memtrain.checkpointing.selection.step_chain import ChainStage, CheckpointSchedule, simulate
 
 Segments = tuple[tuple[str, ...], ...]
 
 # The input has 10 bytes. The modules save 20, 30 and 40 bytes and return 5, 5 and 1, which the next one saves
 # as its input; each gradient is as large as its tensor, and the input has none.
 CHAIN = (
-    Item("a", 35, 40, 20, 0, 35, 25, 1.0),
-    Item("b", 70, 75, 30, 5, 70, 35, 2.0),
-    Item("c", 111, 117, 40, 5, 112, 41, 4.0),
+    ChainStage("a", 35, 40, 20, 0, 35, 25, 1.0),
+    ChainStage("b", 70, 75, 30, 5, 70, 35, 2.0),
+    ChainStage("c", 111, 117, 40, 5, 112, 41, 4.0),
 )
-NO_PEAK = Item(None, 0, 0)
+NO_PEAK = ChainStage(None, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -43,15 +43,15 @@ NO_PEAK = Item(None, 0, 0)
     ],
 )
 def test_peaks_by_hand(segments: Segments, peak_bytes: int, seconds: float):
-    assert simulate(CHAIN, segments) == Choice(peak_bytes, seconds, segments)
+    assert simulate(CHAIN, segments) == CheckpointSchedule(peak_bytes, seconds, segments)
 
 
 def test_the_curve_by_hand():
     assert pareto(CHAIN) == (
-        Choice(117, 0.0, ()),
-        Choice(97, 1.0, (("a",),)),
-        Choice(87, 2.0, (("b",),)),
-        Choice(67, 3.0, (("a",), ("b",))),
+        CheckpointSchedule(117, 0.0, ()),
+        CheckpointSchedule(97, 1.0, (("a",),)),
+        CheckpointSchedule(87, 2.0, (("b",),)),
+        CheckpointSchedule(67, 3.0, (("a",), ("b",))),
     )
 
 
@@ -60,7 +60,7 @@ def test_a_segment_frees_what_lies_between_its_members():
     chain = (*CHAIN[:2], replace(CHAIN[2], forward_peak_bytes=151, backward_peak_bytes=157))
     assert simulate(chain, [("a",), ("b",)]).peak_bytes == 157 - 20 - 30
     assert simulate(chain, [("a", "b")]).peak_bytes == 157 - 20 - 30 - 5
-    assert pareto(chain)[-1] == Choice(102, 3.0, (("a", "b"),))
+    assert pareto(chain)[-1] == CheckpointSchedule(102, 3.0, (("a", "b"),))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,8 @@ def test_a_segment_frees_what_lies_between_its_members():
 )
 def test_each_moment_of_a_segment_can_be_the_peak(field: str, value: tuple[int, ...], expected: int):
     chain = [
-        replace(item, **{field: one or getattr(item, field)}) for item, one in zip(CHAIN, value, strict=True)
+        replace(stage, **{field: one or getattr(stage, field)})
+        for stage, one in zip(CHAIN, value, strict=True)
     ]
     assert simulate(chain, [("a", "b")]).peak_bytes == expected
     curve = pareto(chain)
@@ -106,32 +107,36 @@ def test_what_the_first_of_a_segment_has_to_keep_beside():
 
 
 def test_the_tail_of_an_item_runs_only_before_others_of_its_segment():
-    chain = [replace(item, tail_seconds=tail) for item, tail in zip(CHAIN, (0.5, 0.25, 8.0), strict=True)]
+    chain = [replace(stage, tail_seconds=tail) for stage, tail in zip(CHAIN, (0.5, 0.25, 8.0), strict=True)]
     assert simulate(chain, [("a",), ("b",)]).seconds == 3.0
     assert simulate(chain, [("a", "b")]).seconds == 3.5
     assert simulate(chain, [("a", "b", "c")]).seconds == 7.75
 
 
 def test_parts_stand_for_an_item_that_is_kept():
-    parts = (Item("block.x", 35, 40, 20, 0, 35, 25, 1.0), Item(None, 38, 38), Item("block.y", 70, 75, 30, 5))
-    block = Item("block", 70, 75, 55, 0, 70, 60, 3.0, parts=parts)
+    parts = (
+        ChainStage("block.x", 35, 40, 20, 0, 35, 25, 1.0),
+        ChainStage(None, 38, 38),
+        ChainStage("block.y", 70, 75, 30, 5),
+    )
+    block = ChainStage("block", 70, 75, 55, 0, 70, 60, 3.0, parts=parts)
     chain = (block, CHAIN[2])
-    assert simulate(chain, [("block",)]) == Choice(75, 3.0, (("block",),))
-    assert simulate(chain, [("block.x",)]) == Choice(117 - 20, 1.0, (("block.x",),))
+    assert simulate(chain, [("block",)]) == CheckpointSchedule(75, 3.0, (("block",),))
+    assert simulate(chain, [("block.x",)]) == CheckpointSchedule(117 - 20, 1.0, (("block.x",),))
     assert [one.segments for one in pareto(chain)] == [(), (("block.y",),), (("block.x",), ("block.y",))]
-    higher = (replace(block, parts=(*parts, Item(None, 200, 0))), CHAIN[2])
+    higher = (replace(block, parts=(*parts, ChainStage(None, 200, 0))), CHAIN[2])
     assert simulate(higher, ()).peak_bytes == 200
     assert simulate(higher, [("block",)]).peak_bytes == 75
 
 
 def test_an_empty_chain_needs_nothing():
-    assert pareto(()) == (Choice(0, 0.0, ()),)
+    assert pareto(()) == (CheckpointSchedule(0, 0.0, ()),)
 
 
 # --- Against a search through everything
 
 
-def all_choices(chain: Sequence[Item]) -> Iterator[Segments]:
+def all_choices(chain: Sequence[ChainStage]) -> Iterator[Segments]:
     """Every choice for modules that are called once."""
     if not chain:
         yield ()
@@ -140,14 +145,14 @@ def all_choices(chain: Sequence[Item]) -> Iterator[Segments]:
         for inner in all_choices(chain[0].parts):
             yield (*inner, *rest)
     for length in range(1, len(chain) + 1):
-        names = tuple(item.name for item in chain[:length])
+        names = tuple(stage.name for stage in chain[:length])
         if None in names:
             break
         for rest in all_choices(chain[length:]):
             yield (names, *rest)
 
 
-def everything(chain: Sequence[Item]) -> list[Choice]:
+def everything(chain: Sequence[ChainStage]) -> list[CheckpointSchedule]:
     """Every choice there is, modules with several calls included."""
     calls = Counter(item_names(chain))
     shared = [name for name, num in calls.items() if num > 1]
@@ -167,11 +172,15 @@ def everything(chain: Sequence[Item]) -> list[Choice]:
     return found
 
 
-def item_names(chain: Sequence[Item]) -> list[str]:
-    return [name for item in chain for name in ([item.name] if item.name else []) + item_names(item.parts)]
+def item_names(chain: Sequence[ChainStage]) -> list[str]:
+    return [
+        name for stage in chain for name in ([stage.name] if stage.name else []) + item_names(stage.parts)
+    ]
 
 
-def assert_is_the_front_of(curve: tuple[Choice, ...], tried: list[Choice], chain: Sequence[Item]) -> None:
+def assert_is_the_front_of(
+    curve: tuple[CheckpointSchedule, ...], tried: list[CheckpointSchedule], chain: Sequence[ChainStage]
+) -> None:
     assert curve[0].segments == ()
     for one in curve:
         found = simulate(chain, one.segments)
@@ -189,7 +198,7 @@ def assert_is_the_front_of(curve: tuple[Choice, ...], tried: list[Choice], chain
 
 
 def test_the_search_through_everything_counts_right():
-    units = [Item(name, 1, 1) for name in "abcdefgh"]
+    units = [ChainStage(name, 1, 1) for name in "abcdefgh"]
     # Every second Fibonacci number: the ways to cut a row into segments that are kept, if single, or not.
     assert [len(set(all_choices(units[:num]))) for num in range(9)] == [1, 2, 5, 13, 34, 89, 233, 610, 1597]
     assert len({*all_choices([replace(units[0], parts=tuple(units[1:3])), NO_PEAK, units[3]])}) == 6 * 2
@@ -203,12 +212,12 @@ def chains(
     shared: str = "",
     live: int = 100,
     above: str = "m",
-) -> tuple[Item, ...]:
+) -> tuple[ChainStage, ...]:
     """Chains with gaps and parts; ``shared`` has a letter for each name that there may be several times.
 
     Live bytes rise as they do in a step, so that there is much to choose, but only by and large.
     """
-    chain: list[Item] = []
+    chain: list[ChainStage] = []
     for i in range(draw(sizes)):
         name = draw(st.sampled_from([*[f"{above}.{i}"] * 4, *shared, *shared, None]))
         has_parts = depth > 0 and draw(st.booleans())
@@ -218,7 +227,7 @@ def chains(
         seconds = draw(st.integers(1, 40)) / 8  # sums of these are exact
         live += output + internal
         chain.append(
-            Item(
+            ChainStage(
                 name=name,
                 forward_peak_bytes=live + temporary,
                 backward_peak_bytes=live + noise,
@@ -235,7 +244,7 @@ def chains(
     return tuple(chain)
 
 
-def traced(num: int, seed: int) -> list[Item]:
+def traced(num: int, seed: int) -> list[ChainStage]:
     """A chain as the profile of a step has it: live bytes rise in forward and fall in backward."""
     rng = random.Random(seed)
     chain, live, inputs = [], 100, 100
@@ -243,7 +252,7 @@ def traced(num: int, seed: int) -> list[Item]:
         output, internal, temporary = rng.randint(1, 30), rng.randint(0, 90), rng.randint(0, 20)
         live += output + internal
         chain.append(
-            Item(
+            ChainStage(
                 name=f"{i}",
                 forward_peak_bytes=live + temporary,
                 backward_peak_bytes=live + inputs + temporary,  # the gradients of both output and inputs
@@ -260,19 +269,19 @@ def traced(num: int, seed: int) -> list[Item]:
 
 @settings(max_examples=60, deadline=None)
 @given(chains(st.integers(5, 8)))
-def test_every_segmentation_of_up_to_8_items(chain: tuple[Item, ...]):
+def test_every_segmentation_of_up_to_8_items(chain: tuple[ChainStage, ...]):
     assert_is_the_front_of(pareto(chain), everything(chain), chain)
 
 
 @settings(max_examples=40, deadline=None)
 @given(chains(st.integers(2, 4), depth=2))
-def test_every_choice_within_parts(chain: tuple[Item, ...]):
+def test_every_choice_within_parts(chain: tuple[ChainStage, ...]):
     assert_is_the_front_of(pareto(chain), everything(chain), chain)
 
 
 @settings(max_examples=300, deadline=None)
 @given(chains(st.integers(2, 4), depth=1, shared="xyz"))
-def test_every_choice_with_modules_that_are_called_several_times(chain: tuple[Item, ...]):
+def test_every_choice_with_modules_that_are_called_several_times(chain: tuple[ChainStage, ...]):
     assert_is_the_front_of(pareto(chain), everything(chain), chain)
 
 
@@ -287,8 +296,8 @@ def test_every_segmentation_of_a_traced_chain(seed: int):
 @pytest.mark.parametrize("seed", range(4))
 def test_every_subset_of_12_items(seed: int):
     units = traced(12, seed)
-    # A gap in between keeps items apart, so that the subsets are all there is.
-    chain = [item for unit in units for item in (unit, NO_PEAK)]
+    # A gap in between keeps stages apart, so that the subsets are all there is.
+    chain = [stage for unit in units for stage in (unit, NO_PEAK)]
     names = [str(unit.name) for unit in units]
     tried = [
         simulate(chain, [(name,) for name in some])
@@ -302,33 +311,33 @@ def test_every_subset_of_12_items(seed: int):
 # --- Better than greed
 
 
-def greedy(chain: Sequence[Item], limit_bytes: int) -> Choice:
-    """Recompute items one by one, those that free most bytes per second first, until the step fits."""
+def greedy(chain: Sequence[ChainStage], limit_bytes: int) -> CheckpointSchedule:
+    """Recompute stages one by one, those that free most bytes per second first, until the step fits."""
     segments: list[tuple[str, ...]] = []
-    for item in sorted(chain, key=lambda item: -item.internal_bytes / max(item.seconds, 1e-9)):
+    for stage in sorted(chain, key=lambda stage: -stage.internal_bytes / max(stage.seconds, 1e-9)):
         if simulate(chain, segments).peak_bytes <= limit_bytes:
             break
-        if item.name is not None:
-            segments.append((item.name,))
+        if stage.name is not None:
+            segments.append((stage.name,))
     return simulate(chain, segments)
 
 
 def test_greed_takes_the_cheapest_bytes_and_then_too_many():
     # 6 bytes for 1 second are the better bargain, but 10 bytes are needed, and 2 seconds free just those.
     chain = [
-        Item("a", 20, 20, internal_bytes=6, backward_start_bytes=20, own_peak_bytes=6, seconds=1.0),
-        Item("b", 30, 30, internal_bytes=10, backward_start_bytes=30, own_peak_bytes=10, seconds=2.0),
-        Item(None, 100, 100),
+        ChainStage("a", 20, 20, internal_bytes=6, backward_start_bytes=20, own_peak_bytes=6, seconds=1.0),
+        ChainStage("b", 30, 30, internal_bytes=10, backward_start_bytes=30, own_peak_bytes=10, seconds=2.0),
+        ChainStage(None, 100, 100),
     ]
-    assert greedy(chain, 90) == Choice(84, 3.0, (("a",), ("b",)))
-    assert fitting(pareto(chain), 90) == Choice(90, 2.0, (("b",),))
+    assert greedy(chain, 90) == CheckpointSchedule(84, 3.0, (("a",), ("b",)))
+    assert fitting(pareto(chain), 90) == CheckpointSchedule(90, 2.0, (("b",),))
 
 
 def test_greed_overlooks_when_bytes_are_freed():
-    # The cheapest bytes are those of the last item, which are all back at the peak.
-    chain = [replace(item, seconds=seconds) for item, seconds in zip(CHAIN, (1.0, 2.0, 0.5), strict=True)]
-    assert greedy(chain, 90) == Choice(67, 3.5, (("c",), ("a",), ("b",)))
-    assert fitting(pareto(chain), 90) == Choice(87, 2.0, (("b",),))
+    # The cheapest bytes are those of the last stage, which are all back at the peak.
+    chain = [replace(stage, seconds=seconds) for stage, seconds in zip(CHAIN, (1.0, 2.0, 0.5), strict=True)]
+    assert greedy(chain, 90) == CheckpointSchedule(67, 3.5, (("c",), ("a",), ("b",)))
+    assert fitting(pareto(chain), 90) == CheckpointSchedule(87, 2.0, (("b",),))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -351,18 +360,18 @@ def test_greed_is_never_better(seed: int):
 
 def test_all_calls_of_a_module_are_recomputed_or_none():
     chain = (replace(CHAIN[0], name="x"), replace(CHAIN[1], name="x"), CHAIN[2])
-    assert simulate(chain, [("x",)]) == Choice(67, 3.0, (("x",),))
-    assert pareto(chain) == (Choice(117, 0.0, ()), Choice(67, 3.0, (("x",),)))
+    assert simulate(chain, [("x",)]) == CheckpointSchedule(67, 3.0, (("x",),))
+    assert pareto(chain) == (CheckpointSchedule(117, 0.0, ()), CheckpointSchedule(67, 3.0, (("x",),)))
 
 
-def siamese(num_blocks: int) -> list[Item]:
+def siamese(num_blocks: int) -> list[ChainStage]:
     """An encoder of several blocks that is called twice."""
     units = traced(2 * num_blocks, 0)
     calls = []
     for call in (units[:num_blocks], units[num_blocks:]):
         blocks = tuple(replace(unit, name=f"encoder.{i}") for i, unit in enumerate(call))
         calls.append(
-            Item(
+            ChainStage(
                 name="encoder",
                 forward_peak_bytes=max(block.forward_peak_bytes for block in blocks),
                 backward_peak_bytes=max(block.backward_peak_bytes for block in blocks),
@@ -415,7 +424,7 @@ def test_what_is_thinned_stays_real_and_keeps_its_ends(monkeypatch: pytest.Monke
     assert thinned[0] == exact[0]
     assert thinned[-1].peak_bytes == exact[-1].peak_bytes
     assert all(simulate(chain, one.segments) == one for one in thinned)
-    total = math.fsum(item.seconds for item in chain)
+    total = math.fsum(stage.seconds for stage in chain)
     slower = [
         chosen.seconds - one.seconds
         for one in exact
@@ -428,7 +437,7 @@ def test_what_is_thinned_stays_real_and_keeps_its_ends(monkeypatch: pytest.Monke
 
 def test_long_chains_have_segments_of_a_greatest_length():
     # Nothing is worth keeping, so that segments are as long as they may be.
-    chain = [Item(f"{i}", 1000 + i, 0, 0, 1) for i in range(144)]
+    chain = [ChainStage(f"{i}", 1000 + i, 0, 0, 1) for i in range(144)]
     assert max(len(names) for one in pareto(chain) for names in one.segments) == 24
     assert max(len(names) for one in pareto(chain[:128]) for names in one.segments) == 127
 
@@ -437,11 +446,16 @@ def test_long_chains_have_segments_of_a_greatest_length():
 
 
 def test_the_knee_is_the_least_product_of_peak_and_step_time():
-    curve = [Choice(100, 0.0, ()), Choice(60, 2.0, ()), Choice(50, 4.0, ()), Choice(48, 8.0, ())]
+    curve = [
+        CheckpointSchedule(100, 0.0, ()),
+        CheckpointSchedule(60, 2.0, ()),
+        CheckpointSchedule(50, 4.0, ()),
+        CheckpointSchedule(48, 8.0, ()),
+    ]
     assert knee(curve, 10.0) == curve[2]  # 1000, 720, 700, 864
     assert knee(curve, 1.0) == curve[0]  # 100, 180, 250, 432
     assert knee(curve, 6.0) == curve[1]  # 600, 480, 500, 672
-    assert knee([curve[0], Choice(50, 10.0, ())], 10.0) == curve[0]  # equal: less time
+    assert knee([curve[0], CheckpointSchedule(50, 10.0, ())], 10.0) == curve[0]  # equal: less time
 
 
 def test_the_knee_needs_choices_and_a_time():
@@ -449,7 +463,7 @@ def test_the_knee_needs_choices_and_a_time():
         knee([], 1.0)
     for seconds in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=rf"must be a time above 0, but got step_seconds={seconds!r}"):
-            knee([Choice(1, 0.0, ())], seconds)
+            knee([CheckpointSchedule(1, 0.0, ())], seconds)
 
 
 def test_nothing_fits_an_empty_curve():
@@ -459,26 +473,26 @@ def test_nothing_fits_an_empty_curve():
 @pytest.mark.parametrize(
     ("segments", "message"),
     [
-        ([("d",)], "must name items of the chain, but got 'd'"),
-        ([(None,)], "must name items of the chain, but got None"),
-        ([("a",), ("a",)], "must name an item once, but got 'a' again"),
-        ([("a", "a")], "must name an item once, but got 'a' again"),
+        ([("d",)], "must name stages of the chain, but got 'd'"),
+        ([(None,)], "must name stages of the chain, but got None"),
+        ([("a",), ("a",)], "must name a stage once, but got 'a' again"),
+        ([("a", "a")], "must name a stage once, but got 'a' again"),
         ([("a", "c")], r"follow each other directly in one chain, but got \('a', 'c'\)"),
         ([("c", "b")], r"follow each other directly in one chain, but got \('c', 'b'\)"),
         ([("b.x", "c")], r"follow each other directly in one chain, but got \('b.x', 'c'\)"),
         ([("b.x", "b.y")], r"follow each other directly in one chain, but got \('b.x', 'b.y'\)"),
-        ([()], r"must be one item, or items that .*, but got \(\)"),
-        ([("c", "s")], r"items that are called once .*, but got \('c', 's'\)"),
+        ([()], r"must be one stage, or stages that .*, but got \(\)"),
+        ([("c", "s")], r"stages that are called once .*, but got \('c', 's'\)"),
         (
             [("b",), ("b.x",)],
-            "must not name an item within another one that it names, but got 'b.x' within 'b'",
+            "must not name a stage within another one that it names, but got 'b.x' within 'b'",
         ),
         ([("b.x",), ("a", "b")], "but got 'b.x' within 'b'. Leave one of them out"),
     ],
 )
 def test_segments_that_cannot_be_recomputed(segments: list[tuple[str, ...]], message: str):
-    parts = (Item("b.x", 1, 1), NO_PEAK, Item("b.y", 1, 1))
-    chain = (CHAIN[0], replace(CHAIN[1], parts=parts), CHAIN[2], Item("s", 1, 1), Item("s", 1, 1))
+    parts = (ChainStage("b.x", 1, 1), NO_PEAK, ChainStage("b.y", 1, 1))
+    chain = (CHAIN[0], replace(CHAIN[1], parts=parts), CHAIN[2], ChainStage("s", 1, 1), ChainStage("s", 1, 1))
     with pytest.raises(ValueError, match=message):
         simulate(chain, segments)
 
@@ -488,6 +502,8 @@ def test_segments_that_cannot_be_recomputed(segments: list[tuple[str, ...]], mes
     [("internal_bytes", -3), ("forward_peak_bytes", -1), ("seconds", math.nan), ("seconds", math.inf)],
 )
 def test_numbers_that_no_step_has(field: str, value: float):
-    given = f"{field}={value!r} for the item 'b'"
-    with pytest.raises(ValueError, match=rf"`Item\({field}\)` must be a finite number .*, but got {given}"):
+    given = f"{field}={value!r} for the stage 'b'"
+    with pytest.raises(
+        ValueError, match=rf"`ChainStage\({field}\)` must be a finite number .*, but got {given}"
+    ):
         replace(CHAIN[1], **{field: value})

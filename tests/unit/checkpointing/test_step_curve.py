@@ -127,7 +127,7 @@ def test_a_limit_that_is_out_of_reach_names_the_floor_and_what_holds_it() -> Non
         curve.fitting(100 * MIB)
     message = str(caught.value)
     assert message.startswith(
-        "`Budget(limit)` must be at least 136.50 MiB for this model and batch, the lowest peak that "
+        "`MemoryBudget(limit)` must be at least 136.50 MiB for this model and batch, the lowest peak that "
         "recomputing reaches, but got 100.00 MiB. At that peak there are 81.25 MiB of activations of what is "
         "running (microbatches: `Microbatching`), "
     )

@@ -53,8 +53,8 @@ def test_the_fullest_step_is_that_with_all_layers(name: str) -> None:
     state = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tobytes()
     fake = FakeStep(model, model, (x,))
     fake.prepare(nullcontext)
-    assert fake.depends_on_chance
-    fake.take_the_fullest(64)
+    assert fake.depends_on_random_numbers
+    fake.use_fullest_draw(64)
     with fake.watched() as ledger:
         fake.run()
     assert ledger.breakdown().peak_bytes == real.breakdown().peak_bytes
@@ -66,4 +66,4 @@ def test_dropout_and_noise_are_no_chance() -> None:
     model, x = LayerDrop(lambda: 1.0, 0.0), torch.randn(ROWS, WIDTH)
     fake = FakeStep(model, lambda x: model(x + 0.1 * torch.randn(ROWS, WIDTH)), (x,))
     fake.prepare(nullcontext)
-    assert not fake.depends_on_chance
+    assert not fake.depends_on_random_numbers

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memtrain.checkpointing.recompute.objects.content_adapters import (
-    ATTRIBUTES,
-    OF_BASES,
-    OF_NAMES,
-    Part,
-    SlotMembers,
+    ADAPTERS_BY_BASE,
+    ADAPTERS_BY_NAME,
+    ATTRIBUTES_ADAPTER,
+    ContentAdapter,
+    SlotsAdapter,
 )
 
 # Objects of these packages have threads, files or devices behind them, or are torch's own.
@@ -39,41 +39,41 @@ def _is_cache(cls: type) -> bool:
     return any(one.__name__ == "Cache" and one.__module__.startswith("transformers.") for one in cls.__mro__)
 
 
-def _parts_of(cls: type) -> tuple[Part, ...]:
+def _parts_of(cls: type) -> tuple[ContentAdapter, ...]:
     """How objects of a class hold others.
 
     Args:
         cls: any class.
 
     Returns:
-        Its parts; none for numbers, tensors, modules, functions, and whatever cannot be looked into.
+        Its adapters; none for numbers, tensors, modules, functions, and whatever cannot be looked into.
     """
-    named = OF_NAMES.get((str(cls.__module__), cls.__qualname__))
+    named = ADAPTERS_BY_NAME.get((str(cls.__module__), cls.__qualname__))
     if named is not None:
         return named
     if cls in (functools.partial, torch.Generator):  # which count as classes of somebody's own
-        return OF_BASES[cls]
+        return ADAPTERS_BY_BASE[cls]
     if issubclass(cls, (Tensor, type, Enum, BaseException)) or hasattr(cls, "__del__"):
         return ()
     if issubclass(cls, nn.Module) and not is_cache(cls):
         return ()
     is_own = {one: bool(one.__flags__ & _HEAP_TYPE) for one in cls.__mro__}
     base = next(one for one in cls.__mro__ if not is_own[one])
-    if base not in OF_BASES or (is_own[cls] and str(cls.__module__).partition(".")[0] in _FOREIGN):
+    if base not in ADAPTERS_BY_BASE or (is_own[cls] and str(cls.__module__).partition(".")[0] in _FOREIGN):
         return ()
-    parts = OF_BASES[base]
+    adapters = ADAPTERS_BY_BASE[base]
     if cls.__dictoffset__ and base is not SimpleNamespace:
-        parts += (ATTRIBUTES,)
+        adapters += (ATTRIBUTES_ADAPTER,)
     members = {
         name: member
         for one in cls.__mro__
         for name, member in vars(one).items()
         if is_own[one] and isinstance(member, MemberDescriptorType)
     }
-    return (*parts, SlotMembers(members)) if members else parts
+    return (*adapters, SlotsAdapter(members)) if members else adapters
 
 
 is_cache: Callable[[type], bool] = functools.cache(_is_cache)
 """Whether a class is one of the key-value caches of `transformers`."""
-parts_of: Callable[[type], tuple[Part, ...]] = functools.cache(_parts_of)
+adapters_of: Callable[[type], tuple[ContentAdapter, ...]] = functools.cache(_parts_of)
 """How objects of a class hold others: in nothing for numbers, tensors, modules, functions, and the like."""

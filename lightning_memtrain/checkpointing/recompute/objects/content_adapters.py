@@ -1,4 +1,4 @@
-"""Ways to hold objects: reading what is held, telling whether it changed, and making a twin that holds it."""
+"""Reading what objects hold, telling whether it changed, and making other objects that hold it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _MOST_ITEMS = 1000
 _MOST_ARRAY_BYTES = 2**20
 
 
-class Part:
+class ContentAdapter:
     """One way to hold others; what has items and attributes has two.
 
     Args:
-        base: makes twins that hold nothing yet.
+        base: makes objects of a derived class that hold nothing yet.
     """
 
     has_names = False
@@ -37,11 +37,11 @@ class Part:
         """A copy of what is held: by where, or in order."""
         raise NotImplementedError
 
-    def empty(self, value: Any, contents: Any) -> Any:
+    def new_empty(self, value: Any, contents: Any) -> Any:
         """Another of the same class that holds nothing yet."""
         return self.base.__new__(type(value))
 
-    def filled(self, twin: Any, contents: Any) -> Any:
+    def fill(self, empty: Any, contents: Any) -> Any:
         """An empty one with something in it; only what cannot change is yet another one."""
         raise NotImplementedError
 
@@ -58,16 +58,16 @@ class Part:
             return ()
         return contents.items() if isinstance(contents, dict) else enumerate(contents)
 
-    def swapped(self, contents: Any, swap: Callable[[Any], Any]) -> Any:
+    def replaced(self, contents: Any, replace: Callable[[Any], Any]) -> Any:
         """The same with another in the place of each that is held."""
         if len(contents) > _MOST_ITEMS:
             return contents
         if isinstance(contents, dict):
-            return {key: swap(held) for key, held in contents.items()}
-        return [swap(held) for held in contents]
+            return {key: replace(held) for key, held in contents.items()}
+        return [replace(held) for held in contents]
 
 
-class _Attributes(Part):
+class _AttributesAdapter(ContentAdapter):
     # Some classes define in a way of their own how to get an attribute.
 
     has_names = True
@@ -75,12 +75,12 @@ class _Attributes(Part):
     def read(self, value: Any) -> Any:
         return object.__getattribute__(value, "__dict__").copy()
 
-    def filled(self, twin: Any, contents: Any) -> Any:
-        object.__getattribute__(twin, "__dict__").update(contents)
-        return twin
+    def fill(self, empty: Any, contents: Any) -> Any:
+        object.__getattribute__(empty, "__dict__").update(contents)
+        return empty
 
 
-class SlotMembers(Part):
+class SlotsAdapter(ContentAdapter):
     """What the members of a class with `__slots__` hold.
 
     Args:
@@ -103,14 +103,14 @@ class SlotMembers(Part):
                 continue
         return held
 
-    def filled(self, twin: Any, contents: Any) -> Any:
+    def fill(self, empty: Any, contents: Any) -> Any:
         """The same one."""
         for name, held in contents.items():
-            self._members[name].__set__(twin, held)
-        return twin
+            self._members[name].__set__(empty, held)
+        return empty
 
 
-class _Items(Part):
+class _SequenceAdapter(ContentAdapter):
     def __init__(self, base: Any, extend: Callable[[Any, Any], None]) -> None:
         super().__init__(base)
         self._extend = extend
@@ -118,37 +118,37 @@ class _Items(Part):
     def read(self, value: Any) -> Any:
         return [*self.base.__iter__(value)]
 
-    def filled(self, twin: Any, contents: Any) -> Any:
-        self._extend(twin, contents)
-        return twin
+    def fill(self, empty: Any, contents: Any) -> Any:
+        self._extend(empty, contents)
+        return empty
 
 
-class _Deque(_Items):
-    def empty(self, value: Any, contents: Any) -> Any:
-        twin = super().empty(value, contents)
-        deque.__init__(twin, (), value.maxlen)
-        return twin
+class _DequeAdapter(_SequenceAdapter):
+    def new_empty(self, value: Any, contents: Any) -> Any:
+        empty = super().new_empty(value, contents)
+        deque.__init__(empty, (), value.maxlen)
+        return empty
 
 
-class _Dict(Part):
+class _DictAdapter(ContentAdapter):
     def read(self, value: Any) -> Any:
         return dict(self.base.items(value))
 
-    def filled(self, twin: Any, contents: Any) -> Any:
+    def fill(self, empty: Any, contents: Any) -> Any:
         put = self.base.__setitem__
         for key, held in contents.items():
-            put(twin, key, held)
-        return twin
+            put(empty, key, held)
+        return empty
 
 
-class _DefaultDict(_Dict):
-    def empty(self, value: Any, contents: Any) -> Any:
-        twin = super().empty(value, contents)
-        defaultdict.__init__(twin, value.default_factory)
-        return twin
+class _DefaultDictAdapter(_DictAdapter):
+    def new_empty(self, value: Any, contents: Any) -> Any:
+        empty = super().new_empty(value, contents)
+        defaultdict.__init__(empty, value.default_factory)
+        return empty
 
 
-class Fixed(Part):
+class ImmutableAdapter(ContentAdapter):
     """What cannot be changed, and may hold what can: a tuple, a method, a partial function.
 
     What is filled is anything that tells which one it is, and may be filled again.
@@ -159,74 +159,74 @@ class Fixed(Part):
         return True
 
 
-class _Tuple(Fixed):
+class _TupleAdapter(ImmutableAdapter):
     def read(self, value: Any) -> Any:
         return [*tuple.__iter__(value)]
 
-    def empty(self, value: Any, contents: Any) -> Any:
+    def new_empty(self, value: Any, contents: Any) -> Any:
         return [type(value)]  # there is one empty tuple only
 
-    def filled(self, twin: Any, contents: Any) -> Any:
-        return tuple.__new__(twin[0], contents)
+    def fill(self, empty: Any, contents: Any) -> Any:
+        return tuple.__new__(empty[0], contents)
 
 
-class _Method(Fixed):
+class _MethodAdapter(ImmutableAdapter):
     has_names = True
 
     def read(self, value: Any) -> Any:
         return {"__self__": value.__self__}
 
-    def empty(self, value: Any, contents: Any) -> Any:
+    def new_empty(self, value: Any, contents: Any) -> Any:
         return MethodType(value.__func__, ...)
 
-    def filled(self, twin: Any, contents: Any) -> Any:
-        return MethodType(twin.__func__, contents["__self__"])
+    def fill(self, empty: Any, contents: Any) -> Any:
+        return MethodType(empty.__func__, contents["__self__"])
 
 
-class _Partial(Fixed):
+class _PartialAdapter(ImmutableAdapter):
     has_names = True
 
     def read(self, value: Any) -> Any:
         return {"func": value.func, "args": value.args, "keywords": value.keywords}
 
-    def empty(self, value: Any, contents: Any) -> Any:
+    def new_empty(self, value: Any, contents: Any) -> Any:
         return functools.partial(_nothing)
 
-    def filled(self, twin: Any, contents: Any) -> Any:
+    def fill(self, empty: Any, contents: Any) -> Any:
         return functools.partial(contents["func"], *contents["args"], **contents["keywords"])
 
 
-class Weak(Fixed):
-    """A weak reference: it reaches nothing, but where its object has a twin, it refers to that one."""
+class WeakReferenceAdapter(ImmutableAdapter):
+    """A weak reference: it reaches nothing, but where its object was copied, it refers to the copy."""
 
     def read(self, value: Any) -> Any:
         """The reference itself."""
         return value
 
-    def empty(self, value: Any, contents: Any) -> Any:
+    def new_empty(self, value: Any, contents: Any) -> Any:
         """Something that tells which one it is."""
         return [None]
 
-    def filled(self, twin: Any, contents: Any) -> Any:
-        """A reference to the twin, or the one that there was."""
+    def fill(self, empty: Any, contents: Any) -> Any:
+        """A reference to the copy, or the one that there was."""
         return weakref.ref(contents[0]) if isinstance(contents, list) else contents
 
     def items(self, contents: Any) -> Iterable[tuple[Any, Any]]:
         """Nothing: what is referred to is not held."""
         return ()
 
-    def swapped(self, contents: Any, swap: Callable[[Any], Any]) -> Any:
-        """The twin, if there is one."""
+    def replaced(self, contents: Any, replace: Callable[[Any], Any]) -> Any:
+        """The copy, if there is one."""
         held = contents[0] if isinstance(contents, list) else contents()
-        other = swap(held)
+        other = replace(held)
         return contents if other is held else [other]
 
 
-class _Numbers(Part):
+class _NumbersAdapter(ContentAdapter):
     """What holds no objects, but numbers that may change."""
 
-    def filled(self, twin: Any, contents: Any) -> Any:
-        return twin
+    def fill(self, empty: Any, contents: Any) -> Any:
+        return empty
 
     def is_unchanged(self, value: Any, contents: Any) -> bool:
         return bool(self.read(value) == contents)
@@ -234,29 +234,29 @@ class _Numbers(Part):
     def items(self, contents: Any) -> Iterable[tuple[Any, Any]]:
         return ()
 
-    def swapped(self, contents: Any, swap: Callable[[Any], Any]) -> Any:
+    def replaced(self, contents: Any, replace: Callable[[Any], Any]) -> Any:
         return contents
 
 
-class _Members(_Numbers):
+class _SetAdapter(_NumbersAdapter):
     # The place of each in the set depends on it, so they stay what they are.
 
     def read(self, value: Any) -> Any:
         return [*set.__iter__(value)]
 
-    def filled(self, twin: Any, contents: Any) -> Any:
-        set.update(twin, contents)
-        return twin
+    def fill(self, empty: Any, contents: Any) -> Any:
+        set.update(empty, contents)
+        return empty
 
     def is_unchanged(self, value: Any, contents: Any) -> bool:
-        return Part.is_unchanged(self, value, contents)
+        return ContentAdapter.is_unchanged(self, value, contents)
 
 
-class _Array(_Numbers):
+class _ArrayAdapter(_NumbersAdapter):
     def read(self, value: Any) -> Any:
         return value.copy() if value.nbytes <= _MOST_ARRAY_BYTES and not value.dtype.hasobject else value
 
-    def empty(self, value: Any, contents: Any) -> Any:
+    def new_empty(self, value: Any, contents: Any) -> Any:
         return contents.copy() if contents is not value else value
 
     def is_unchanged(self, value: Any, contents: Any) -> bool:
@@ -265,20 +265,20 @@ class _Array(_Numbers):
         )
 
 
-class Generator(_Numbers):
-    """Makes random numbers: torch's, Python's or NumPy's; the global ones are surroundings of the call."""
+class GeneratorAdapter(_NumbersAdapter):
+    """Makes random numbers: torch's, Python's or NumPy's; the global ones are ambient state of the call."""
 
     def read(self, value: Any) -> Any:
         """Its state."""
         return value.get_state() if isinstance(value, torch.Generator) else pickle.dumps(value)
 
-    def empty(self, value: Any, contents: Any) -> Any:
+    def new_empty(self, value: Any, contents: Any) -> Any:
         """One in that state."""
         if not isinstance(value, torch.Generator):
             return pickle.loads(contents)
-        twin = torch.Generator(value.device)
-        twin.set_state(contents)
-        return twin
+        empty = torch.Generator(value.device)
+        empty.set_state(contents)
+        return empty
 
     def is_unchanged(self, value: Any, contents: Any) -> bool:
         """Whether it has drawn nothing since."""
@@ -300,27 +300,27 @@ def _nothing() -> None:
     """Stands for a function."""
 
 
-ATTRIBUTES = _Attributes()
+ATTRIBUTES_ADAPTER = _AttributesAdapter()
 """Of an object with a `__dict__`."""
-_GENERATOR = Generator()
-OF_BASES: dict[type, tuple[Part, ...]] = {
+_GENERATOR = GeneratorAdapter()
+ADAPTERS_BY_BASE: dict[type, tuple[ContentAdapter, ...]] = {
     object: (),
-    SimpleNamespace: (_Attributes(SimpleNamespace),),
-    list: (_Items(list, list.extend),),
-    tuple: (_Tuple(tuple),),
-    deque: (_Deque(deque, deque.extend),),
-    set: (_Members(set),),
-    dict: (_Dict(dict),),
-    OrderedDict: (_Dict(OrderedDict),),
-    defaultdict: (_DefaultDict(defaultdict),),
-    MethodType: (_Method(),),
-    functools.partial: (_Partial(),),
-    weakref.ref: (Weak(),),
+    SimpleNamespace: (_AttributesAdapter(SimpleNamespace),),
+    list: (_SequenceAdapter(list, list.extend),),
+    tuple: (_TupleAdapter(tuple),),
+    deque: (_DequeAdapter(deque, deque.extend),),
+    set: (_SetAdapter(set),),
+    dict: (_DictAdapter(dict),),
+    OrderedDict: (_DictAdapter(OrderedDict),),
+    defaultdict: (_DefaultDictAdapter(defaultdict),),
+    MethodType: (_MethodAdapter(),),
+    functools.partial: (_PartialAdapter(),),
+    weakref.ref: (WeakReferenceAdapter(),),
     torch.Generator: (_GENERATOR,),
 }
 """By the class of Python's own that others derive from."""
-OF_NAMES: dict[tuple[str, str], tuple[Part, ...]] = {
-    ("numpy", "ndarray"): (_Array(),),
+ADAPTERS_BY_NAME: dict[tuple[str, str], tuple[ContentAdapter, ...]] = {
+    ("numpy", "ndarray"): (_ArrayAdapter(),),
     ("random", "Random"): (_GENERATOR,),
     ("numpy.random.mtrand", "RandomState"): (_GENERATOR,),
     ("numpy.random._generator", "Generator"): (_GENERATOR,),

@@ -8,13 +8,13 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from lightning_memtrain.checkpointing.recompute.objects.adapter_lookup import is_cache, parts_of
+from lightning_memtrain.checkpointing.recompute.objects.adapter_lookup import adapters_of, is_cache
 
 # Where a cache keeps what belongs to each layer; older versions keep tensors there.
 _BY_LAYER = ("layers", "key_cache", "value_cache")
 
 
-class LeftOut:
+class OmittedTensor:
     """Stands for a tensor that is not kept: its form is known, its values are not.
 
     Args:
@@ -63,7 +63,7 @@ class LeftOut:
         nested = [*args, *(kwargs or {}).values()]
         while nested:
             one = nested.pop(0)
-            if isinstance(one, LeftOut):
+            if isinstance(one, OmittedTensor):
                 one._refuse()
             nested += one if isinstance(one, (list, tuple)) else ()
         return NotImplemented
@@ -84,7 +84,7 @@ def caching_model(model: nn.Module) -> str | None:
     return None
 
 
-class Layers:
+class CacheLayers:
     """Which layers of a model a module belongs to, and so which part of a cache it works on.
 
     A cache gathers keys and values of all layers. If each call of a layer kept it as it was, all of them
@@ -130,14 +130,14 @@ class Layers:
         """
         if isinstance(value, Tensor):
             # A single number may be how many there are.
-            return value.detach().clone() if value.numel() == 1 else LeftOut(value, self._name)
+            return value.detach().clone() if value.numel() == 1 else OmittedTensor(value, self._name)
         made = made if made is not None else {}
         if id(value) not in made:
             made[id(value)] = value
-            for part in parts_of(type(value)):
-                contents = part.read(value)
+            for adapter in adapters_of(type(value)):
+                contents = adapter.read(value)
                 if made[id(value)] is value:
-                    made[id(value)] = part.empty(value, contents)
-                inner = part.swapped(contents, partial(self.without_tensors, made=made))
-                made[id(value)] = part.filled(made[id(value)], inner)
+                    made[id(value)] = adapter.new_empty(value, contents)
+                inner = adapter.replaced(contents, partial(self.without_tensors, made=made))
+                made[id(value)] = adapter.fill(made[id(value)], inner)
         return made[id(value)]

@@ -9,9 +9,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_memtrain.checkpointing.recompute.objects.adapter_lookup import parts_of
-from lightning_memtrain.checkpointing.recompute.objects.content_adapters import Fixed, Generator, Part, Weak
-from lightning_memtrain.checkpointing.recompute.objects.key_value_caches import Layers
+from lightning_memtrain.checkpointing.recompute.objects.adapter_lookup import adapters_of
+from lightning_memtrain.checkpointing.recompute.objects.content_adapters import (
+    ContentAdapter,
+    GeneratorAdapter,
+    ImmutableAdapter,
+    WeakReferenceAdapter,
+)
+from lightning_memtrain.checkpointing.recompute.objects.key_value_caches import CacheLayers
 
 # What is nearest; what reaches more is an application rather than a statistic.
 _MOST_OBJECTS = 2000
@@ -19,11 +24,11 @@ _MOST_STEPS = 100
 _MOST_COMPARISONS = 10_000
 
 
-class Place(NamedTuple):
+class ObjectPath(NamedTuple):
     """Where something is that an argument or an attribute holds.
 
     Args:
-        root: place of the argument, or slot of the attribute.
+        root: place of the argument, or the attribute of a module.
         path: attributes from there, and ``None`` for any item: a forward treats all of a list alike.
     """
 
@@ -34,21 +39,21 @@ class Place(NamedTuple):
         return "".join("[...]" if step is None else f".{step}" for step in self.path)
 
 
-class Found(NamedTuple):
+class ObjectContents(NamedTuple):
     """What an object held before a call, in one of its ways to hold something.
 
     Args:
         value: the object.
-        part: the way.
+        adapter: the way.
         contents: what it held.
     """
 
     value: Any
-    part: Part
+    adapter: ContentAdapter
     contents: Any
 
 
-class Objects:
+class ReachableObjects:
     """The objects within reach of a call that it may change without assigning them, and what they hold.
 
     A forward may count in an object, fill a dictionary that is passed along, or put keys and values into a
@@ -57,13 +62,15 @@ class Objects:
 
     Args:
         arguments: what is passed, by place.
-        attributes: what modules hold, by slot.
+        attributes: what modules hold, by attribute.
         layers: which parts of caches are looked into.
     """
 
-    def __init__(self, arguments: Mapping[Any, Any], attributes: Mapping[Any, Any], layers: Layers) -> None:
+    def __init__(
+        self, arguments: Mapping[Any, Any], attributes: Mapping[Any, Any], layers: CacheLayers
+    ) -> None:
         self.tensors: list[tuple[Any, Tensor]] = []
-        """What objects hold, by place; attributes that are tensors themselves, by slot."""
+        """What objects hold, by place; attributes that are tensors themselves, by attribute."""
         self._arguments = arguments
         self._attributes = attributes
         self._layers = layers
@@ -73,35 +80,39 @@ class Objects:
         self._seen: set[int] = set()
         self._found = self._within(arguments) + self._within(attributes)
 
-    def _within(self, roots: Mapping[Any, Any]) -> list[Found]:
-        found: list[Found] = []
+    def _within(self, roots: Mapping[Any, Any]) -> list[ObjectContents]:
+        found: list[ObjectContents] = []
         ahead: deque[tuple[Any, tuple[str | None, ...], Any]] = deque(
             (root, (), value) for root, value in roots.items()
         )
         while ahead and len(found) < _MOST_OBJECTS:
             root, path, value = ahead.popleft()
             if isinstance(value, Tensor):
-                self.tensors.append((Place(root, path) if path else root, value))
+                self.tensors.append((ObjectPath(root, path) if path else root, value))
                 continue
-            parts = parts_of(type(value))
-            if not parts or id(value) in self._seen or len(path) > _MOST_STEPS:
+            adapters = adapters_of(type(value))
+            if not adapters or id(value) in self._seen or len(path) > _MOST_STEPS:
                 continue
-            if isinstance(parts[0], Generator) and parts[0].is_global(value):
+            if isinstance(adapters[0], GeneratorAdapter) and adapters[0].is_global(value):
                 continue
             self._seen.add(id(value))
-            for part in parts:
-                contents = part.read(value)
+            for adapter in adapters:
+                contents = adapter.read(value)
                 self._by_layer.update(map(id, self._layers.lists_in(value, contents)))
-                items = part.items(contents)
+                items = adapter.items(contents)
                 if id(value) in self._by_layer and isinstance(contents, list):
                     items = ((index, one) for index, one in items if self._layers.is_own(index))
                 inner = [
-                    (root, (*path, key if part.has_names else None), one)
+                    (root, (*path, key if adapter.has_names else None), one)
                     for key, one in items
-                    if may_change(type(one))
+                    if is_mutable_type(type(one))
                 ]
-                if inner or isinstance(part, Weak) or not isinstance(part, Fixed):
-                    found.append(Found(value, part, contents))
+                if (
+                    inner
+                    or isinstance(adapter, WeakReferenceAdapter)
+                    or not isinstance(adapter, ImmutableAdapter)
+                ):
+                    found.append(ObjectContents(value, adapter, contents))
                     ahead.extend(inner)
         return found
 
@@ -125,39 +136,39 @@ class Objects:
 
     @property
     def changed_for_a_while(self) -> dict[Any, Any]:
-        """The attributes within which :meth:`look_for_changes` has found changes, by slot."""
-        numbers = self.around(self._changed)
-        return {slot: value for slot, value in self._attributes.items() if id(value) in numbers}
+        """The attributes within which :meth:`look_for_changes` has found changes."""
+        numbers = self.holders_of(self._changed)
+        return {attribute: value for attribute, value in self._attributes.items() if id(value) in numbers}
 
     def roots_changed(self, written: Collection[int], known: Collection[Any]) -> dict[Any, Any]:
         """What a run should not work on itself, since others do, or it would leave traces.
 
         Args:
             written: numbers of the tensors that the call wrote to.
-            known: slots of attributes within which it is known to change something.
+            known: attributes within which it is known to change something.
 
         Returns:
-            All arguments, and the attributes within which the call has changed something, by place and slot.
+            All arguments, by place, and the attributes within which the call has changed something.
         """
         changed = self._changed_now()
         if written:
             changed |= {
                 id(one.value)
                 for one in self._found
-                if any(id(held) in written for _, held in one.part.items(one.contents))
+                if any(id(held) in written for _, held in one.adapter.items(one.contents))
             }
-        numbers = self.around(changed)
+        numbers = self.holders_of(changed)
         attributes = {
-            slot: value
-            for slot, value in (self._attributes.items() if changed or known else ())
-            if id(value) in numbers or slot in known
+            attribute: value
+            for attribute, value in (self._attributes.items() if changed or known else ())
+            if id(value) in numbers or attribute in known
         }
         return {**self._arguments, **attributes}
 
     def _changed_now(self) -> set[int]:
-        return {id(one.value) for one in self._found if not one.part.is_unchanged(one.value, one.contents)}
+        return {id(one.value) for one in self._found if not one.adapter.is_unchanged(one.value, one.contents)}
 
-    def around(self, numbers: Collection[int]) -> set[int]:
+    def holders_of(self, numbers: Collection[int]) -> set[int]:
         """Objects within reach of which there are some others.
 
         Args:
@@ -170,7 +181,7 @@ class Objects:
             return set()
         around: dict[int, list[int]] = {}
         for one in self._found:
-            for _, held in one.part.items(one.contents):
+            for _, held in one.adapter.items(one.contents):
                 if id(held) in self._seen:
                     around.setdefault(id(held), []).append(id(one.value))
         reaching, ahead = set(numbers), [*numbers]
@@ -180,24 +191,24 @@ class Objects:
             ahead += outer
         return reaching
 
-    def swapped(self, one: Found, swap: Callable[[Any], Any]) -> Any:
+    def replaced(self, one: ObjectContents, replace: Callable[[Any], Any]) -> Any:
         """What an object held, with others in the place of objects and tensors.
 
         Args:
             one: the object.
-            swap: gives what to put in the place of each that was looked into.
+            replace: gives what to put in the place of each that was looked into.
 
         Returns:
             The contents.
         """
         if id(one.value) not in self._by_layer or not isinstance(one.contents, list):
-            return one.part.swapped(one.contents, swap)
+            return one.adapter.replaced(one.contents, replace)
         return [
-            swap(held) if self._layers.is_own(index) else self._layers.without_tensors(held)
+            replace(held) if self._layers.is_own(index) else self._layers.without_tensors(held)
             for index, held in enumerate(one.contents)
         ]
 
-    def within(self, values: Collection[Any]) -> list[Found]:
+    def within(self, values: Collection[Any]) -> list[ObjectContents]:
         """What objects reach.
 
         Args:
@@ -207,24 +218,24 @@ class Objects:
             Of each object within their reach, what it held.
         """
         found = self._by_number
-        reached: dict[int, list[Found]] = {}
+        reached: dict[int, list[ObjectContents]] = {}
         ahead = [*values]
         while ahead:
             number = id(ahead.pop())
             if number in found and number not in reached:
                 reached[number] = found[number]
-                ahead += [held for one in found[number] for _, held in one.part.items(one.contents)]
+                ahead += [held for one in found[number] for _, held in one.adapter.items(one.contents)]
         return [one for several in reached.values() for one in several]
 
     @cached_property
-    def _by_number(self) -> dict[int, list[Found]]:
-        found: dict[int, list[Found]] = {}
+    def _by_number(self) -> dict[int, list[ObjectContents]]:
+        found: dict[int, list[ObjectContents]] = {}
         for one in self._found:
             found.setdefault(id(one.value), []).append(one)
         return found
 
 
-def holds_what_changes(value: Any) -> bool:
+def is_mutable(value: Any) -> bool:
     """Whether something is a tensor or an object that is looked into.
 
     Args:
@@ -233,15 +244,15 @@ def holds_what_changes(value: Any) -> bool:
     Returns:
         Whether it is; of what cannot change itself, whether it holds such a thing.
     """
-    if not may_change(type(value)):
+    if not is_mutable_type(type(value)):
         return False
-    parts = parts_of(type(value))
-    if parts and isinstance(parts[0], Fixed):
-        return any(may_change(type(held)) for _, held in parts[0].items(parts[0].read(value)))
+    adapters = adapters_of(type(value))
+    if adapters and isinstance(adapters[0], ImmutableAdapter):
+        return any(is_mutable_type(type(held)) for _, held in adapters[0].items(adapters[0].read(value)))
     return True
 
 
-def _may_change(cls: type) -> bool:
+def _is_mutable_type(cls: type) -> bool:
     """Whether objects of a class are looked into, or tensors.
 
     Args:
@@ -250,8 +261,8 @@ def _may_change(cls: type) -> bool:
     Returns:
         Whether they are.
     """
-    return issubclass(cls, Tensor) or bool(parts_of(cls))
+    return issubclass(cls, Tensor) or bool(adapters_of(cls))
 
 
-may_change: Callable[[type], bool] = cache(_may_change)
+is_mutable_type: Callable[[type], bool] = cache(_is_mutable_type)
 """Whether objects of a class are looked into, or tensors."""
