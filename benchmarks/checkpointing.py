@@ -4,8 +4,8 @@
 
 Peaks are the ledger's, of a step whose optimizer has its state. Operations are counted by torch's formulas,
 predicted time is what `MemoryBudget` adds up from operators that were timed alone, and measured time is
-the median over turns of the step's wall time over that of the plain step in the same turn; the rows take turns in an
-order that changes, in a heap that gives nothing back to the system (see `ledger_overhead`).
+the median over turns of the step's wall time over that of the plain step in the same turn; the rows take
+turns in an order that changes, in a heap that gives nothing back to the system (see `ledger_overhead`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from benchmarks.results_file import write_results
 from lightning_memtrain import MemoryLedger
 from lightning_memtrain.checkpointing import Every, Full, Nested, SelectiveOps, Sqrt, insert_checkpoints
 from lightning_memtrain.checkpointing.policies import RecomputationPolicy
-from lightning_memtrain.checkpointing.selection.step_curve import RecomputationPlan, StepCurve
+from lightning_memtrain.checkpointing.selection.recomputation_plan import RecomputationPlan
+from lightning_memtrain.checkpointing.selection.step_curve import StepCurve
 from lightning_memtrain.core import MIB, Category
 from lightning_memtrain.ledger.op_times import OpTimes
 from lightning_memtrain.tracing.step.fake_step import FakeStep
@@ -79,7 +80,7 @@ def curve_of(step: Step, times: OpTimes) -> StepCurve:
 
     start = time.perf_counter()
     curve = StepCurve(FakeStep(step.model, loss, step.inputs, [step.optimizer]), times)
-    print(f"  {len(curve.choices)} choices found in {time.perf_counter() - start:.1f} s")
+    print(f"  {len(curve.schedules)} schedules found in {time.perf_counter() - start:.1f} s")
     return curve
 
 
@@ -197,7 +198,7 @@ def draw_curve(curve: StepCurve, results: dict[str, dict[str, Any]]) -> None:
     limits = [name for name in measured_at if name.startswith("MemoryBudget(")]
     series = {
         "MemoryBudget(limit), predicted": [
-            (1 + choice.seconds / curve.step_seconds, choice.peak_bytes / MIB) for choice in curve.choices
+            (1 + one.seconds / curve.step_seconds, one.peak_bytes / MIB) for one in curve.schedules
         ],
         "MemoryBudget(limit)": sorted([measured_at["plain"], *(measured_at[name] for name in limits)]),
     }

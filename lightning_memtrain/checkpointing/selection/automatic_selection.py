@@ -14,25 +14,21 @@ from torch.optim import Optimizer
 from lightning_memtrain.checkpointing.insertion import Checkpoints, insert_checkpoints
 from lightning_memtrain.checkpointing.memory_budget import MemoryBudget
 from lightning_memtrain.checkpointing.policies import Groups
+from lightning_memtrain.checkpointing.selection.counted_step import count_step, predicted_peak_bytes
+from lightning_memtrain.checkpointing.selection.recomputation_plan import BudgetOutOfReach, RecomputationPlan
 from lightning_memtrain.checkpointing.selection.step_conditions import (
     FittingShapes,
     StepConditions,
     trained_parameters,
 )
-from lightning_memtrain.checkpointing.selection.step_curve import (
-    BudgetOutOfReach,
-    RecomputationPlan,
-    StepCurve,
-    counted,
-    predicted_peak_bytes,
-)
+from lightning_memtrain.checkpointing.selection.step_curve import StepCurve
 from lightning_memtrain.core import Category, NoEffectWarning, is_out_of_memory
 from lightning_memtrain.ledger.objects import tensors_within
 from lightning_memtrain.ledger.op_times import OpTimes
 from lightning_memtrain.ledger.training_state import state_bytes
 from lightning_memtrain.ledger.workspace import OpWorkspace
 from lightning_memtrain.tracing.step.fake_step import FakeStep
-from lightning_memtrain.tracing.step.recorded_values import location_of
+from lightning_memtrain.tracing.step.user_code import location_of
 
 _STEADY = (
     *(Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.BUFFERS),
@@ -122,7 +118,7 @@ class AutomaticSelection:
         limit_bytes = self._limit_bytes
         if limit_bytes is not None and self._chosen is not None and not why:  # only the batch is another
             fake.prepare(nullcontext)
-            ledger = counted(fake, groups, self._workspace)
+            ledger = count_step(fake, groups, self._workspace)
             if predicted_peak_bytes(ledger, groups) <= limit_bytes:
                 self._fitting.add(now.shapes)
                 self._insert(groups)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
-
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
-
 from lightning_memtrain.checkpointing.existing_checkpoints import ExistingCheckpoints
-from lightning_memtrain.checkpointing.insertion import insert_checkpoints
 from lightning_memtrain.checkpointing.policies import Groups, Recomputed
+from lightning_memtrain.checkpointing.selection.call_profiler import CallProfiler
+from lightning_memtrain.checkpointing.selection.counted_step import (
+    call_seconds,
+    count_step,
+    predicted_peak_bytes,
+)
 from lightning_memtrain.checkpointing.selection.pareto_schedules import fitting, knee, pareto
+from lightning_memtrain.checkpointing.selection.recomputation_plan import RecomputationPlan, out_of_reach
 from lightning_memtrain.checkpointing.selection.step_chain import CheckpointSchedule
-from lightning_memtrain.checkpointing.selection.step_profile import CallProfiler, StepProfile
-from lightning_memtrain.core import Category, MemoryBreakdown, OutOfReach, format_bytes
-from lightning_memtrain.ledger import MemoryLedger
+from lightning_memtrain.checkpointing.selection.step_profile import StepProfile
+from lightning_memtrain.core import MemoryBreakdown
 from lightning_memtrain.ledger.op_times import OpTimes
 from lightning_memtrain.ledger.workspace import OpWorkspace
 from lightning_memtrain.tracing.step.fake_step import FakeStep
@@ -25,50 +23,8 @@ from lightning_memtrain.tracing.step.fake_step import FakeStep
 _STEP_OVER_FORWARD = 3
 # So many choices are run around the one that the curve says.
 _MOST_TRIALS = 12
-_CALLS_TO_TIME = 30
 # So many draws are tried of a step that depends on random numbers.
 _DRAWS = 16
-# Of random numbers on the CPU, beside those that calls keep.
-_STATES_AT_ONCE = 3
-
-
-class BudgetOutOfReach(OutOfReach, MisconfigurationException):
-    """No way to recompute brings the step within a limit, with so many samples at a time."""
-
-
-@dataclass(frozen=True)
-class RecomputationPlan:
-    """What to recompute, and what comes of it.
-
-    Args:
-        groups: what is recomputed together.
-        breakdown: the bytes of the step with it, counted on tensors without data.
-        peak_bytes: most bytes that the step holds at once, with the workspace of operators if that was asked
-            for.
-        plain_peak_bytes: the same of the step without.
-        seconds: time that recomputing adds to the step.
-        step_seconds: time of the step without.
-    """
-
-    groups: Groups
-    breakdown: MemoryBreakdown
-    peak_bytes: int
-    plain_peak_bytes: int
-    seconds: float
-    step_seconds: float
-
-    def fits(self, limit_bytes: int) -> bool:
-        """Whether the step holds no more than that."""
-        return self.peak_bytes <= limit_bytes
-
-    def __str__(self) -> str:
-        count = sum(len(group) for group in self.groups)
-        share = self.seconds / self.step_seconds if self.step_seconds else 0.0
-        return (
-            f"{count} {'module is' if count == 1 else 'modules are'} recomputed: peak "
-            f"{format_bytes(self.peak_bytes)} instead of {format_bytes(self.plain_peak_bytes)}, "
-            f"about {share:.1%} more time"
-        )
 
 
 class StepCurve:
@@ -101,11 +57,11 @@ class StepCurve:
         """Its peak, with workspace if that counts."""
         self.step_seconds = _STEP_OVER_FORWARD * profile.forward_seconds
         """Time of the step without recomputation."""
-        self.choices = pareto(profile.chain())
+        self.schedules = pareto(profile.chain())
         """By falling peak and rising time."""
 
     def _counted(self, groups: Groups) -> tuple[MemoryBreakdown, int]:
-        ledger = counted(self._step, groups, self._workspace)
+        ledger = count_step(self._step, groups, self._workspace)
         if self._workspace is None:
             breakdown = ledger.breakdown(timeline=False)
             return breakdown, breakdown.peak_bytes
@@ -113,7 +69,7 @@ class StepCurve:
 
     def knee(self) -> RecomputationPlan:
         """The choice after which more time buys little memory."""
-        return self._run(knee(self.choices, self.step_seconds) if self.step_seconds else self.choices[-1])
+        return self._run(knee(self.schedules, self.step_seconds) if self.step_seconds else self.schedules[-1])
 
     def fitting(self, limit_bytes: int) -> RecomputationPlan:
         """The choice that takes the least time within a limit.
@@ -127,114 +83,31 @@ class StepCurve:
         Raises:
             BudgetOutOfReach: if no choice is within the limit.
         """
-        last = len(self.choices) - 1
+        last = len(self.schedules) - 1
         # The curve knows of no workspace.
-        cheapest = fitting(self.choices, limit_bytes - (self.plain_peak_bytes - self.plain.peak_bytes))
-        place = last if cheapest is None else self.choices.index(cheapest)
-        best, num_trials = self._run(self.choices[place]), 1
+        cheapest = fitting(self.schedules, limit_bytes - (self.plain_peak_bytes - self.plain.peak_bytes))
+        place = last if cheapest is None else self.schedules.index(cheapest)
+        best, num_trials = self._run(self.schedules[place]), 1
         while not best.fits(limit_bytes) and place < last and num_trials < _MOST_TRIALS:
             place += 1
-            best, num_trials = self._run(self.choices[place]), num_trials + 1
+            best, num_trials = self._run(self.schedules[place]), num_trials + 1
         if not best.fits(limit_bytes):
-            lowest = min(best, self._run(self.choices[last]), key=lambda one: one.peak_bytes)
+            lowest = min(best, self._run(self.schedules[last]), key=lambda one: one.peak_bytes)
             if not lowest.fits(limit_bytes):
-                raise _out_of_reach(limit_bytes, lowest)
+                raise out_of_reach(limit_bytes, lowest)
             return lowest
         # What the curve puts above the limit may fit after all, in less time.
         while place > 0 and num_trials < _MOST_TRIALS:
             place -= 1
-            cheaper, num_trials = self._run(self.choices[place]), num_trials + 1
+            cheaper, num_trials = self._run(self.schedules[place]), num_trials + 1
             if not cheaper.fits(limit_bytes):
                 break
             best = cheaper
         return best
 
-    def _run(self, choice: CheckpointSchedule) -> RecomputationPlan:
-        groups = [[Recomputed(name) for name in names] for names in choice.segments]
+    def _run(self, schedule: CheckpointSchedule) -> RecomputationPlan:
+        groups = [[Recomputed(name) for name in names] for names in schedule.segments]
         breakdown, peak_bytes = self._counted(groups) if groups else (self.plain, self.plain_peak_bytes)
         return RecomputationPlan(
-            groups, breakdown, peak_bytes, self.plain_peak_bytes, choice.seconds, self.step_seconds
+            groups, breakdown, peak_bytes, self.plain_peak_bytes, schedule.seconds, self.step_seconds
         )
-
-
-def counted(step: FakeStep, groups: Groups, workspace: OpWorkspace | None = None) -> MemoryLedger:
-    """Count a step with checkpoints in its model.
-
-    Args:
-        step: the step.
-        groups: what is recomputed together.
-        workspace: what operators hold while they run, if that is to count.
-
-    Returns:
-        The ledger that watched it.
-    """
-    with step.watched(workspace) as ledger:
-        remove = insert_checkpoints(step.model, groups)
-        try:
-            step.run()
-        finally:
-            remove()
-    return ledger
-
-
-def predicted_peak_bytes(ledger: MemoryLedger, groups: Groups) -> int:
-    """What the allocator will have seen of a step.
-
-    Args:
-        ledger: watched the step, with workspace.
-        groups: what is recomputed in it.
-
-    Returns:
-        The bytes: tensors, workspace of operators, and, on the CPU, states of random numbers, which each call
-        that is recomputed may keep, and which are compared and set.
-    """
-    held = max(ledger.predicted_peak_bytes, ledger.breakdown(per_module=False, timeline=False).peak_bytes)
-    if not groups or ledger.device.type != "cpu":
-        return held
-    return held + (sum(map(len, groups)) + _STATES_AT_ONCE) * torch.get_rng_state().nbytes
-
-
-def call_seconds() -> float:
-    """What recomputing a call takes beside its operators: measured on a module that does next to nothing."""
-    module, batch = nn.Identity(), torch.zeros(1, requires_grad=True)
-
-    def fastest() -> float:
-        spent = []
-        for _ in range(_CALLS_TO_TIME):
-            start = time.perf_counter()
-            module(batch * batch).sum().backward()
-            spent.append(time.perf_counter() - start)
-        return min(spent)
-
-    plain = fastest()
-    remove = insert_checkpoints(nn.ModuleList([module]), [[Recomputed("0")]])
-    try:
-        return max(0.0, fastest() - plain)
-    finally:
-        remove()
-
-
-_CURES = {
-    Category.PARAMETERS: "weights (fewer bits or sparse weights make them smaller)",
-    Category.GRADIENTS: "gradients (likewise)",
-    Category.OPTIMIZER_STATE: "optimizer state (an optimizer with less state, or with state in 8 bits)",
-    Category.ACTIVATIONS: "activations of what is running (microbatches: `Microbatching`)",
-    Category.TEMPORARY: "temporary tensors (microbatches: `Microbatching`)",
-    Category.INPUTS: "the batch (a smaller one)",
-    Category.BUFFERS: "buffers",
-    Category.BUCKETS: "buckets of DDP (gradients may lie in them: gradient_as_bucket_view=True)",
-}
-
-
-def _out_of_reach(limit_bytes: int, floor: RecomputationPlan) -> BudgetOutOfReach:
-    held = sorted(
-        ((num, _CURES.get(category, category.value)) for category, num in floor.breakdown.at_peak.items()),
-        key=lambda row: -row[0],
-    )
-    held.append((floor.peak_bytes - floor.breakdown.peak_bytes, "workspace of operators"))
-    rows = ", ".join(f"{format_bytes(num)} of {what}" for num, what in held if num > 0)
-    return BudgetOutOfReach(
-        f"`MemoryBudget(limit)` must be at least {format_bytes(floor.peak_bytes)} for this model and batch, "
-        f"the lowest peak that recomputing reaches, but got {format_bytes(limit_bytes)}. At that peak there "
-        f"are {rows}. Raise the limit, or make one of these smaller."
-    )

@@ -21,13 +21,9 @@ from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.tracing.inplace_writes import CopyOnWrite, returns_views, written_tensors
 from lightning_memtrain.tracing.step.fake_operator_rules import FAKE_RULES, with_known_masks
 from lightning_memtrain.tracing.step.random_dependence import RandomDependence
-from lightning_memtrain.tracing.step.recorded_values import (
-    RecordedValues,
-    TensorForm,
-    is_distribution_check,
-    needs_data,
-)
+from lightning_memtrain.tracing.step.recorded_values import RecordedValues, TensorForm, needs_data
 from lightning_memtrain.tracing.step.typical_values import TypicalValues
+from lightning_memtrain.tracing.step.user_code import is_distribution_check
 
 # A tensor that is made from nothing may be asked for its values if it is small, such as positions and masks.
 _MOST_KNOWN_BYTES = 2**24
@@ -36,23 +32,25 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lets a step run in which some tensors are twins that hold no data; a ledger goes around it.
+    """Lets a step run in which some tensors are fake and hold no data; a ledger goes around it.
 
-    What depends on a twin holds no data either. Everything else is computed, so that a program may ask for
+    What depends on one holds no data either. Everything else is computed, so that a program may ask for
     it: what is in the batch, lengths, masks, counters. Tensors that were there before are not changed: what
     an operator writes to is copied first, and given back by :meth:`restore_written`.
 
     Args:
-        fake: makes the tensors without data.
-        twins: of tensors that are neither read nor written, by ``id``, what is used for them.
-        answers: what a step with data answered, for questions that nothing else answers.
+        fake_mode: makes the tensors without data.
+        fakes: of tensors that are neither read nor written, by ``id``, what is used for them.
+        recorded: what a step with data answered, for questions that nothing else answers.
     """
 
-    def __init__(self, fake: FakeTensorMode, twins: Mapping[int, Tensor], answers: RecordedValues) -> None:
+    def __init__(
+        self, fake_mode: FakeTensorMode, fakes: Mapping[int, Tensor], recorded: RecordedValues
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._fake = fake
-        self._twins = twins
-        self._recorded_values = answers
+        self._fake_mode = fake_mode
+        self._fakes = fakes
+        self._recorded = recorded
         self._typical = TypicalValues()
         self._copy_on_write = CopyOnWrite()
         self._random_dependence = RandomDependence()
@@ -94,7 +92,7 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Returns:
             Whether it is a tensor that holds what it would hold in a real step.
         """
-        if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or id(value) in self._twins:
+        if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or id(value) in self._fakes:
             return False
         if not self._stale or value.layout is not torch.strided or type(value) not in _PLAIN:
             return True
@@ -103,7 +101,7 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # ------------------------------------------------------------------ three ways to run an operator
 
     def _made_from_nothing(self, func: Any, args: Any, kwargs: Any) -> Any:
-        with self._fake:
+        with self._fake_mode:
             made = func(*args, **kwargs)
         if isinstance(made, FakeTensor) and made.nbytes > _MOST_KNOWN_BYTES:
             return made
@@ -112,7 +110,7 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _really(self, func: Any, args: Any, kwargs: Any) -> Any:
         self._copy_on_write.before(func, args, kwargs)
         if needs_data(func):
-            self._recorded_values.pass_by(str(func))
+            self._recorded.skip(str(func))
         result = func(*args, **kwargs)
         self._copy_on_write.after(func, result)
         self._random_dependence.follow(func, args, result)
@@ -155,10 +153,10 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif args[0].dtype is torch.bool and is_distribution_check():
             typical = True
         if typical is not None:
-            self._recorded_values.pass_by(str(func))
+            self._recorded.skip(str(func))
             return typical
-        answer = self._recorded_values.next(str(func))
-        with self._fake:
+        answer = self._recorded.replay(str(func))
+        with self._fake_mode:
             return tree_map(lambda value: value.make() if isinstance(value, TensorForm) else value, answer)
 
     # ------------------------------------------------------------------ tensors
@@ -167,15 +165,15 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A tensor that holds no data in the place of a real one."""
         if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
             return value
-        twin = self._twins.get(id(value))
-        if twin is not None:
-            return twin
+        fake = self._fakes.get(id(value))
+        if fake is not None:
+            return fake
         if value.layout is torch.strided and type(value) in _PLAIN:
-            with self._fake:
+            with self._fake_mode:
                 return torch.empty_strided(
                     value.size(), value.stride(), dtype=value.dtype, device=value.device
                 )
-        return self._fake.fake_tensor_converter.from_real_tensor(self._fake, value)
+        return self._fake_mode.fake_tensor_converter.from_real_tensor(self._fake_mode, value)
 
     def _note_stale(self, tensor: Tensor) -> None:
         if isinstance(tensor, FakeTensor) or tensor.layout is not torch.strided or type(tensor) not in _PLAIN:
@@ -189,12 +187,12 @@ class RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets a real step run that is none: notes what its data answers, and gives back what it wrote to.
 
     Args:
-        answers: where to note them.
+        recorded: where to note them.
     """
 
-    def __init__(self, answers: RecordedValues) -> None:
+    def __init__(self, recorded: RecordedValues) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._recorded_values = answers
+        self._recorded = recorded
         self._copy_on_write = CopyOnWrite()
 
     @classmethod
@@ -212,11 +210,11 @@ class RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         self._copy_on_write.after(func, result)
         if needs_data(func):
-            self._recorded_values.add(str(func), tree_map(_recorded, result))
+            self._recorded.record(str(func), tree_map(_without_values, result))
         return result
 
 
-def _recorded(value: Any) -> Any:
+def _without_values(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     if value.is_floating_point() or value.is_complex() or value.nbytes > _MOST_KNOWN_BYTES:

@@ -1,4 +1,4 @@
-"""Runs a training step on twins of its tensors: real shapes, dtypes and devices, no data and no memory."""
+"""Runs a training step on fake tensors: real shapes, dtypes and devices, no data and no memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -18,12 +18,10 @@ from torch.optim import Optimizer
 from lightning_memtrain.coordination import dry_run
 from lightning_memtrain.core.random_state import seeded
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.communication import gradients_lie_in_buckets
-from lightning_memtrain.ledger.storages import tensors_in
-from lightning_memtrain.ledger.training_state import state_bytes
 from lightning_memtrain.ledger.workspace import OpWorkspace
-from lightning_memtrain.optimizer_steps.parameter_steps import needs_closure
 from lightning_memtrain.tracing.step.fake_mode import FakeStepMode, RecordingMode
+from lightning_memtrain.tracing.step.fake_optimizers import ClosureStep, FakeOptimizers
+from lightning_memtrain.tracing.step.fake_parameters import FakeParameters
 from lightning_memtrain.tracing.step.recorded_values import RecordedValues, UnknownValueError
 from lightning_memtrain.tracing.step.silenced_logging import logging_silenced
 from lightning_memtrain.tracing.step.value_methods import FakeValueMethods, RecordingMethods
@@ -32,18 +30,16 @@ from lightning_memtrain.tracing.user_state.capture import UserState
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 Watch = TypeVar("Watch", bound=AbstractContextManager[Any])
-ClosureStep = Callable[[Optimizer, Callable[[], Any]], Any]
-"""Steps an optimizer, which calls the closure once or several times."""
 
 
 class FakeStep:
     """A training step in which weights, gradients and optimizer state hold no data, nor does what they make.
 
     It runs the user's own code, as it is and where it is: wherever a parameter is held (modules, lists,
-    closures, globals, optimizers), its twin takes its place meanwhile. What does not depend on parameters is
-    computed as always, so a program may ask for it. Afterwards everything is as before: attributes and what
-    they contain, objects, hooks, counters of optimizers, random numbers of torch, NumPy and Python, and
-    tensors that were written to. What is logged is dropped.
+    closures, globals, optimizers), a fake tensor takes its place meanwhile. What does not depend on
+    parameters is computed as always, so a program may ask for it. Afterwards everything is as before:
+    attributes and what they contain, objects, hooks, counters of optimizers, random numbers of torch, NumPy
+    and Python, and tensors that were written to. What is logged is dropped.
 
     Args:
         model: the module that is trained.
@@ -80,29 +76,34 @@ class FakeStep:
         self._is_first = is_first
         self._may_keep_graph = may_keep_graph
         self._closure_step = closure_step
-        self._in_buckets = gradients_lie_in_buckets(model)
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._recorded_values = RecordedValues()
         self._unknown: list[UnknownValueError] = []
-        self._twins: dict[int, Tensor] = {}
-        self._parameters: list[tuple[Tensor, Tensor]] = []
         with dry_run():  # nobody who watches steps is to see what is made here
             self._state = UserState(model, step, self._arguments, self._optimizers, *also)
-            self._make_twins()
+            self._parameters = FakeParameters(self._fake_mode, model, self._optimizers, self._state.tensors)
         self.depends_on_random_numbers = False
         """Whether another draw of random numbers may lead to another step, as where layers are left out."""
         self._seed: int | None = None
         self.has_backward = False
         """Whether the last run had a loss to go back from."""
-        self.uncounted: dict[str, str] = {}
-        """Names of optimizers whose bytes are not all known, since they cannot step without data, and why."""
-        self.state_bytes = 0
-        """What the optimizers hold, as far as it is known."""
-        self._optimizer_state: list[dict[Any, Any]] = [{} for _ in self._optimizers]
-        self._make_optimizer_state()
         self.gradient_bytes = 0
         """Of the gradients that are there in forward."""
         self._in_forward: set[int] = set()
+        self._fake_optimizers = FakeOptimizers(self._optimizers, closure_step)
+        with self._in_place():
+            self._parameters.set_all_gradients()
+            self._fake_optimizers.make_state()
+
+    @property
+    def uncounted(self) -> dict[str, str]:
+        """Names of optimizers whose bytes are not all known, since they cannot step without data, and why."""
+        return self._fake_optimizers.uncounted
+
+    @property
+    def state_bytes(self) -> int:
+        """What the optimizers hold, as far as it is known."""
+        return self._fake_optimizers.state_bytes
 
     @contextmanager
     def watched(self, workspace: OpWorkspace | None = None) -> Iterator[MemoryLedger]:
@@ -132,7 +133,7 @@ class FakeStep:
             return
         self._forward_and_backward()
         if self.has_backward:
-            self._note_uncounted(self._step_optimizers())
+            self._fake_optimizers.step()
 
     def _forward_and_backward(self) -> Tensor | None:
         try:
@@ -153,7 +154,7 @@ class FakeStep:
         loss.backward()  # type: ignore[no-untyped-call]
         self.has_backward = True
         if self._is_first:
-            self._in_forward = {id(twin) for _, twin in self._parameters if twin.grad is not None}
+            self._in_forward = self._parameters.with_gradient
         return loss.detach()
 
     def _run_within_step(self, optimizer: Optimizer, closure_step: ClosureStep) -> None:
@@ -173,7 +174,7 @@ class FakeStep:
         except Exception as error:
             if own:
                 raise own[0] from None
-            self._note_uncounted([(optimizer, _reason(error))])
+            self._fake_optimizers.note_uncounted(optimizer, error)
 
     def prepare(self, watch: Callable[[], Watch]) -> Watch:
         """Run the step once: to see whether it can, what it asks for, and which gradients the next one finds.
@@ -229,17 +230,16 @@ class FakeStep:
 
     @contextmanager
     def _in_place(self) -> Iterator[ExitStack]:
-        """Twins in the place of their tensors, in modes that run operators on them."""
+        """Fake tensors in the place of real ones, in modes that run operators on them."""
         self._recorded_values.rewind()
-        mode = FakeStepMode(self._fake, self._twins, self._recorded_values)
+        mode = FakeStepMode(self._fake_mode, self._parameters.by_id, self._recorded_values)
         with ExitStack() as undo:
             self._enter_quietly(undo)
-            undo.callback(self._forget_gradients)
-            self._state.replace(self._twins)
-            for optimizer in self._optimizers:
-                _without_step_hooks(optimizer)
+            undo.callback(self._parameters.forget_gradients)
+            self._state.replace(self._parameters.by_id)
+            self._fake_optimizers.remove_step_hooks()
             undo.callback(mode.restore_written)
-            undo.callback(torch.clear_autocast_cache)  # it holds casts of the twins
+            undo.callback(torch.clear_autocast_cache)  # it holds casts of the fake tensors
             drawn = seeded(self._seed)
             undo.callback(lambda: self._note_random_dependence(mode.depends_on_random_numbers or drawn()))
             undo.enter_context(mode)
@@ -268,12 +268,9 @@ class FakeStep:
 
     def _set_up(self) -> None:
         """Optimizer state and gradients, as the step finds them."""
-        for optimizer, made in zip(self._optimizers, self._optimizer_state, strict=True):
-            optimizer.state.update({key: _copied(value) for key, value in made.items()})
-        for parameter, twin in self._parameters:
-            has_gradient = parameter.grad is not None or id(twin) in self._in_forward
-            twin.grad = self._gradient_of(twin) if has_gradient else None
-        self.gradient_bytes = sum(t.grad.nbytes for _, t in self._parameters if t.grad is not None)
+        self._fake_optimizers.set_state()
+        self._parameters.set_gradients(self._in_forward)
+        self.gradient_bytes = self._parameters.gradient_bytes
 
     def _enter_quietly(self, undo: ExitStack) -> None:
         undo.enter_context(dry_run())
@@ -287,107 +284,7 @@ class FakeStep:
         undo.enter_context(contextlib.redirect_stdout(io.StringIO()))
         undo.enter_context(torch.compiler.set_stance("force_eager"))
 
-    def _make_twins(self) -> None:
-        of_optimizers = [
-            p for optimizer in self._optimizers for g in optimizer.param_groups for p in g["params"]
-        ]
-        within_reach = (t for t in self._state.tensors if t.is_leaf and (t.requires_grad or _is_parameter(t)))
-        for parameter in (*self.model.parameters(), *of_optimizers, *within_reach):
-            if id(parameter) not in self._twins:
-                twin = nn.Parameter(self._without_data(parameter), requires_grad=parameter.requires_grad)
-                self._twins[id(parameter)] = twin
-                self._parameters.append((parameter, twin))
-                if self._in_buckets and twin.requires_grad:
-                    twin.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                        self._into_bucket
-                    )
-        for optimizer in self._optimizers:
-            for tensor in tensors_in([*optimizer.state.values()]):
-                if tensor.numel() > 1:  # a number of steps may be asked for
-                    self._twins.setdefault(id(tensor), self._without_data(tensor))
-
-    def _without_data(self, tensor: Tensor) -> Tensor:
-        return self._fake.from_tensor(tensor.detach(), static_shapes=True)
-
-    def _gradient_of(self, twin: Tensor) -> Tensor:
-        # What lies in a bucket, which the ledger counts, has the twin's own storage here: none beside.
-        return twin.data if self._in_buckets else self._empty_like(twin)
-
-    def _into_bucket(self, twin: Tensor) -> None:
-        twin.grad = twin.data
-
-    def _empty_like(self, tensor: Tensor) -> Tensor:
-        with self._fake:
-            return torch.empty_like(tensor)
-
     def _zero_grad(self) -> None:
         if not self._optimizers:
-            self._forget_gradients()
-        for optimizer in self._optimizers:
-            optimizer.zero_grad()
-
-    def _forget_gradients(self) -> None:
-        for _, twin in self._parameters:
-            twin.grad = None
-
-    # ------------------------------------------------------------------ optimizers
-
-    def _make_optimizer_state(self) -> None:
-        """Optimizers make it in their first step, and every step after that one holds it."""
-        with self._in_place():
-            stateless = [optimizer for optimizer in self._optimizers if not optimizer.state]
-            for _, twin in self._parameters:
-                twin.grad = self._gradient_of(twin) if twin.requires_grad else None
-            # What calls the model holds its own state beside what the model does.
-            self._note_uncounted(
-                (optimizer, reason)
-                for optimizer, reason in self._step_optimizers()
-                if optimizer in stateless or needs_closure(optimizer)
-            )
-            self.state_bytes = state_bytes(self._optimizers)
-            self._optimizer_state = [
-                {key: _copied(value) for key, value in optimizer.state.items()}
-                for optimizer in self._optimizers
-            ]
-
-    def _step_optimizers(self) -> list[tuple[Optimizer, str]]:
-        """Let those step that can, without closure, and return the others, with what they said."""
-        others: list[tuple[Optimizer, str]] = []
-        for optimizer in self._optimizers:
-            try:
-                if self._closure_step is not None:
-                    self._closure_step(optimizer, _nothing)
-                else:
-                    optimizer.step()
-            except Exception as error:  # wants data, a closure, or another precision
-                others.append((optimizer, _reason(error)))
-        return others
-
-    def _note_uncounted(self, others: Iterable[tuple[Optimizer, str]]) -> None:
-        for optimizer, reason in others:
-            self.uncounted[type(optimizer).__name__] = reason
-
-
-def _nothing() -> None:
-    return None
-
-
-def _reason(error: Exception) -> str:
-    # Not the error itself: its traceback would keep what the real step's frames hold.
-    kind = "" if isinstance(error, UnknownValueError) else f"{type(error).__name__}: "
-    return f"{kind}{error}".splitlines()[0]
-
-
-def _is_parameter(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)
-
-
-def _copied(state: Any) -> Any:
-    return dict(state) if isinstance(state, dict) else state
-
-
-def _without_step_hooks(optimizer: Optimizer) -> None:
-    """Leave the step of the optimizer's class: schedulers wrap it, and profilers hook it."""
-    optimizer.__dict__.pop("step", None)
-    for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks):
-        hooks.clear()
+            self._parameters.forget_gradients()
+        self._fake_optimizers.zero_grad()

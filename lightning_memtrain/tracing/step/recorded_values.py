@@ -1,41 +1,16 @@
-"""What a program asks of a tensor whose values nobody knows, and the answers that it usually gets."""
+"""What only data can tell, recorded in a step with data and replayed in one without."""
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
-from types import FrameType, TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_LIBRARIES = (
-    "torch",
-    "lightning",
-    "pytorch_lightning",
-    "lightning_fabric",
-    "torchmetrics",
-    "lightning_memtrain",
-)
-_DISTRIBUTIONS = "torch.distributions"
-
-
-class CodeLocation(NamedTuple):
-    """A place in a program.
-
-    Args:
-        file: path of the file.
-        line: number of the line.
-    """
-
-    file: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+from lightning_memtrain.tracing.step.user_code import CodeLocation, user_location
 
 
 @dataclass(frozen=True)
@@ -71,14 +46,14 @@ class UnknownValueError(RuntimeError):
 
     Args:
         what: the operator, or the method, that asks.
-        site: the line of the user's code; ``None`` if there is none on the stack.
+        location: the line of the user's code; ``None`` if there is none on the stack.
     """
 
-    def __init__(self, what: str, site: CodeLocation | None) -> None:
-        where = f" at {site}" if site is not None else ""
+    def __init__(self, what: str, location: CodeLocation | None) -> None:
+        where = f" at {location}" if location is not None else ""
         super().__init__(f"it asks for the value of a tensor ({what}){where}")
         self.what = what
-        self.site = site
+        self.location = location
 
 
 class RecordedValues:
@@ -91,7 +66,7 @@ class RecordedValues:
         self._given: defaultdict[Any, list[Any]] = defaultdict(list)
         self._num_asked: defaultdict[Any, int] = defaultdict(int)
 
-    def add(self, what: str, answer: Any) -> None:
+    def record(self, what: str, answer: Any) -> None:
         """Note what data answered, where it was asked now.
 
         Args:
@@ -104,7 +79,7 @@ class RecordedValues:
         """Begin again with the first answers."""
         self._num_asked.clear()
 
-    def next(self, what: str) -> Any:
+    def replay(self, what: str) -> Any:
         """The answer to the question that is asked now.
 
         Args:
@@ -116,59 +91,13 @@ class RecordedValues:
         Raises:
             UnknownValueError: if nothing was answered there.
         """
-        site = user_location()
-        given, place = self._given.get((what, site)), self._num_asked[what, site]
-        self._num_asked[what, site] += 1
+        location = user_location()
+        given, place = self._given.get((what, location)), self._num_asked[what, location]
+        self._num_asked[what, location] += 1
         if not given:
-            raise UnknownValueError(what, site)
+            raise UnknownValueError(what, location)
         return given[min(place, len(given) - 1)]
 
-    def pass_by(self, what: str) -> None:
+    def skip(self, what: str) -> None:
         """Count a question whose answer is known anyway."""
         self._num_asked[what, user_location()] += 1
-
-
-def user_location() -> CodeLocation | None:
-    """The innermost line on the stack that is the user's, or of a library on top of torch."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if not _is_library(frame):
-            return CodeLocation(frame.f_code.co_filename, frame.f_lineno)
-        frame = frame.f_back
-    return None
-
-
-def location_of(error: BaseException) -> CodeLocation | None:
-    """The innermost line of the user's code that an error came through.
-
-    Args:
-        error: any.
-
-    Returns:
-        The line, ``None`` if all are torch's, Lightning's or ours.
-    """
-    found = None
-    entry: TracebackType | None = error.__traceback__
-    while entry is not None:
-        if not _is_library(entry.tb_frame):
-            found = CodeLocation(entry.tb_frame.f_code.co_filename, entry.tb_lineno)
-        entry = entry.tb_next
-    return found
-
-
-def _is_library(frame: FrameType) -> bool:
-    name = frame.f_globals.get("__name__") or ""
-    return name.partition(".")[0] in _LIBRARIES or name.startswith("contextlib")
-
-
-def is_distribution_check() -> bool:
-    """Whether the question is one of `torch.distributions`, which ask if what they are given is valid."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_globals.get("__name__") or ""
-        if name.startswith(_DISTRIBUTIONS):
-            return True
-        if not name.startswith(("torch", "lightning_memtrain")):
-            return False
-        frame = frame.f_back
-    return False

@@ -21,13 +21,13 @@ class FakeValueMethods(TorchFunctionMode):
     """Answers these methods for tensors without data from what a step with data answered.
 
     Args:
-        answers: of that step.
+        recorded: of that step.
         knows: whether a tensor's values are known.
     """
 
-    def __init__(self, answers: RecordedValues, knows: Callable[[Any], bool]) -> None:
+    def __init__(self, recorded: RecordedValues, knows: Callable[[Any], bool]) -> None:
         super().__init__()
-        self._recorded_values = answers
+        self._recorded = recorded
         self._knows = knows
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -35,11 +35,11 @@ class FakeValueMethods(TorchFunctionMode):
         name = _TO_ARRAYS.get(func)
         if name is not None:
             if not self._knows(args[0]):
-                return copy.deepcopy(self._recorded_values.next(name))
-            self._recorded_values.pass_by(name)
+                return copy.deepcopy(self._recorded.replay(name))
+            self._recorded.skip(name)
         elif func is Tensor.tolist:  # of a tensor with data: others ask for number after number
             for _ in range(args[0].numel()):
-                self._recorded_values.pass_by(_NUMBER)
+                self._recorded.skip(_NUMBER)
         elif func is Tensor.__format__ and not self._knows(args[0]) and args[0].dim() == 0:
             return format(args[0].item(), *args[1:])
         elif func in _FROM_VALUES:
@@ -51,19 +51,19 @@ class RecordingMethods(TorchFunctionMode):
     """Notes what they give in a step with data.
 
     Args:
-        answers: where to note it.
+        recorded: where to note it.
     """
 
-    def __init__(self, answers: RecordedValues) -> None:
+    def __init__(self, recorded: RecordedValues) -> None:
         super().__init__()
-        self._recorded_values = answers
+        self._recorded = recorded
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _FROM_VALUES:
             args = _with_numbers(args, self._note)
         result = func(*args, **(kwargs or {}))
         if func in _TO_ARRAYS:
-            self._recorded_values.add(_TO_ARRAYS[func], copy.deepcopy(result))
+            self._recorded.record(_TO_ARRAYS[func], copy.deepcopy(result))
         elif func is Tensor.tolist:
             self._note(result)
         return result
@@ -73,7 +73,7 @@ class RecordingMethods(TorchFunctionMode):
             if isinstance(number, list):
                 self._note(number)
             else:
-                self._recorded_values.add(_NUMBER, number)
+                self._recorded.record(_NUMBER, number)
 
 
 def _with_numbers(args: tuple[Any, ...], note: Callable[[Any], Any] = id) -> tuple[Any, ...]:

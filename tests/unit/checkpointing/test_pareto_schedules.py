@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_memtrain.checkpointing.selection import pareto_schedules as choice_module
+from lightning_memtrain.checkpointing.selection import pareto_schedules
 from lightning_memtrain.checkpointing.selection.pareto_schedules import fitting, knee, pareto
 from lightning_memtrain.checkpointing.selection.step_chain import ChainStage, CheckpointSchedule, simulate
 
@@ -417,8 +417,8 @@ def test_a_module_called_several_times_within_one_block_is_decided_on_there():
 def test_what_is_thinned_stays_real_and_keeps_its_ends(monkeypatch: pytest.MonkeyPatch):
     chain = traced(48, 0)
     exact = pareto(chain)
-    monkeypatch.setattr(choice_module, "_MOST_PAIRS", 0)
-    monkeypatch.setattr(choice_module, "_LEAST_WIDTH", 50)
+    monkeypatch.setattr(pareto_schedules, "_MOST_PAIRS", 0)
+    monkeypatch.setattr(pareto_schedules, "_LEAST_WIDTH", 50)
     thinned = pareto(chain)
     assert len(thinned) <= 51 < len(exact)
     assert thinned[0] == exact[0]

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_memtrain import MemoryLedger
 from lightning_memtrain.checkpointing.insertion import insert_checkpoints
-from lightning_memtrain.checkpointing.selection import step_curve as choose
-from lightning_memtrain.checkpointing.selection.step_curve import StepCurve, call_seconds
+from lightning_memtrain.checkpointing.selection import step_curve
+from lightning_memtrain.checkpointing.selection.counted_step import call_seconds
+from lightning_memtrain.checkpointing.selection.step_curve import StepCurve
 from lightning_memtrain.core import MIB
 from lightning_memtrain.ledger.op_times import OpTimes
 from lightning_memtrain.ledger.storages import tensors_in
@@ -34,7 +35,7 @@ class SecondsByFlops(OpTimes):
 
 @pytest.fixture(autouse=True)
 def _calls_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "call_seconds", lambda: 0.0)
+    monkeypatch.setattr(step_curve, "call_seconds", lambda: 0.0)
 
 
 def wide_resnet(
@@ -66,7 +67,7 @@ def real_peak(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[T
 def test_what_is_predicted_is_what_a_real_step_holds_to_the_byte() -> None:
     model, optimizer, batch = wide_resnet("cpu", batch_size=4)
     curve = curve_of(model, optimizer, batch)
-    limit = (curve.choices[0].peak_bytes + curve.choices[-1].peak_bytes) // 2
+    limit = (curve.schedules[0].peak_bytes + curve.schedules[-1].peak_bytes) // 2
     for chosen in (curve.knee(), curve.fitting(limit)):
         remove = insert_checkpoints(model, chosen.groups)
         assert real_peak(model, optimizer, batch) == chosen.breakdown.peak_bytes
@@ -157,7 +158,7 @@ def test_a_chain_of_cheap_layers_is_recomputed_in_segments() -> None:
         batch = torch.randn(256, 64)
     step = FakeStep(model, lambda x: model(x).square().mean(), (batch,), [])
     curve = StepCurve(step, SecondsByFlops("cpu"))
-    lowest = curve.fitting(curve.choices[-1].peak_bytes)
+    lowest = curve.fitting(curve.schedules[-1].peak_bytes)
     held = lowest.breakdown.peak_bytes - curve.plain.at_peak.model_bytes
     # 36 layer outputs without, of which Chen's segments leave 14, beside the batch and a gradient.
     assert held < 16 * batch.nbytes
