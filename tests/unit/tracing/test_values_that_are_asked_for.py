@@ -149,8 +149,8 @@ def test_what_only_data_can_tell_is_asked_of_a_real_forward(then: Callable[[Tens
     with fake.watched(), pytest.raises(UnknownValueError) as caught:
         fake.run()
     line = inspect.getsourcelines(then)[1]
-    assert caught.value.site is not None
-    assert (caught.value.site.file, caught.value.site.line) == (__file__, line)
+    assert caught.value.location is not None
+    assert (caught.value.location.file, caught.value.location.line) == (__file__, line)
     fake.record_values()
     with fake.watched():
         fake.run()
