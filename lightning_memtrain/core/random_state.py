@@ -1,4 +1,8 @@
-"""Random numbers of torch, Python and NumPy: how far they have come, and the way back."""
+"""Random numbers of torch, Python and NumPy: how far they have come, and the way back.
+
+Three ways to use it: :func:`global_random_states` within a run, :func:`torch_random_kept` around a block that
+draws for itself, and :func:`random_state_dict` for what is saved and loaded in another process.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import pickle
 import random
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -18,7 +22,7 @@ _HOSTS = ("cpu", "meta")
 
 
 def device_type_of(tensors: Sequence[Tensor]) -> str | None:
-    """The kind of device that computes beside the CPU; ``None`` for none."""
+    """The kind of device that tensors of any shape and dtype are on; ``None`` if that is the CPU alone."""
     return next((x.device.type for x in tensors if x.device.type not in _HOSTS), None)
 
 
@@ -26,7 +30,7 @@ def global_random_states(tensors: Sequence[Tensor], with_numpy: bool = True) -> 
     """The states of the generators that everybody shares, as they are now.
 
     Args:
-        tensors: those whose devices count, beside the CPU.
+        tensors: those whose devices count, beside the CPU; of any shape and dtype.
         with_numpy: whether random numbers of NumPy count, too, if it is imported.
 
     Returns:
@@ -47,7 +51,7 @@ class RandomState(ABC):
 
     @abstractmethod
     def restore(self) -> None:
-        """Go back to it; may be called several times."""
+        """Go back to the noted state; may be called several times."""
 
     @abstractmethod
     def restored(self) -> AbstractContextManager[None]:
@@ -59,7 +63,7 @@ class TorchRandom(RandomState):
 
     Args:
         device_type: the kind of device beside the CPU, if there is one.
-        tensors: on those devices; held until :meth:`has_moved` was asked.
+        tensors: on those devices, of any shape and dtype; held until :meth:`has_moved` was asked.
     """
 
     def __init__(self, device_type: str | None, tensors: Sequence[Tensor]) -> None:
@@ -84,7 +88,7 @@ class TorchRandom(RandomState):
             return indices != self._indices or not all(torch.equal(one, two) for one, two in pairs)
 
     def restore(self) -> None:
-        """Go back to it; may be called several times."""
+        """Go back to the noted state; may be called several times."""
         torch.set_rng_state(self._on_cpu)
         if self._device_type is not None:
             set_device_states(self._indices, self._states, device_type=self._device_type)
@@ -115,7 +119,7 @@ class PythonRandom(RandomState):
         return bool(self._get() != self._state)
 
     def restore(self) -> None:
-        """Go back to it; may be called several times."""
+        """Go back to the noted state; may be called several times."""
         self._set(self._state)
 
     @contextmanager
@@ -138,6 +142,73 @@ class NumpyRandom(PythonRandom):
 
     def _set(self, state: Any) -> None:
         sys.modules["numpy"].random.set_state(pickle.loads(state))
+
+
+def torch_random_kept(device: torch.device) -> AbstractContextManager[None]:
+    """A context after which torch's random numbers go on as if nothing had been drawn in it.
+
+    Args:
+        device: where they are drawn; the CPU's are kept in any case.
+
+    Returns:
+        The context.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> with torch_random_kept(torch.device("cpu")):
+        ...     drawn = torch.rand(3)
+        >>> torch.equal(torch.rand(3), drawn)
+        True
+    """
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+
+def random_state_dict() -> dict[str, Any]:
+    """The state of the generators that everybody shares, in plain values that a checkpoint can hold.
+
+    Returns:
+        ``"python"``, ``"torch"`` (of the CPU, a tensor of bytes), ``"numpy"`` if it is imported, and
+        ``"cuda"`` (of the current device, a tensor of bytes) if CUDA is in use.
+        ``torch.load(weights_only=True)`` reads it.
+
+    Example:
+        >>> state = random_state_dict()
+        >>> drawn = random.random(), torch.rand(1)
+        >>> load_random_state_dict(state)
+        >>> (random.random(), torch.rand(1)) == drawn
+        True
+    """
+    version, numbers, gauss = random.getstate()
+    state: dict[str, Any] = {"python": [version, list(numbers), gauss], "torch": torch.get_rng_state()}
+    if "numpy" in sys.modules:
+        state["numpy"] = _plain(sys.modules["numpy"].random.get_state(legacy=False))
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def load_random_state_dict(state_dict: Mapping[str, Any]) -> None:
+    """Go on with random numbers from a state that :func:`random_state_dict` gave, as far as it goes.
+
+    Args:
+        state_dict: the state; what it does not have, or this process has no library or device for, stays.
+    """
+    version, numbers, gauss = state_dict["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(state_dict["torch"])
+    if "numpy" in state_dict and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(state_dict["numpy"])
+    if "cuda" in state_dict and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state_dict["cuda"])
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's arrays as lists: checkpoints are read without its classes."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def seeded(seed: int | None) -> Callable[[], bool]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lightning_memtrain.ledger.workspace import OpCall, kept_random_state, op_call
+from lightning_memtrain.core.random_state import torch_random_kept
+from lightning_memtrain.ledger.workspace import OpCall, op_call
 
 _aten = torch.ops.aten
 Knows = Callable[[Any], bool]
@@ -77,7 +78,7 @@ def _mkldnn_rnn_layer(func: Any, args: Any, kwargs: Any, given: Any, knows: Know
         return output, hidden, cell, scratch
     call = op_call(func, args, kwargs)
     if call not in _scratch_bytes:
-        with _disable_current_modes(), kept_random_state(torch.device("cpu")):
+        with _disable_current_modes(), torch_random_kept(torch.device("cpu")):
             made_up, _ = call.thaw(torch.device("cpu"))
             _scratch_bytes[call] = func(*made_up)[3].numel()
     return output, hidden, cell, scratch.new_empty(_scratch_bytes[call])

@@ -178,7 +178,9 @@ def test_the_default_policy_warns_once_and_trains_as_without() -> None:
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_a_limit_that_cannot_be_told_is_refused_by_the_users_own_line() -> None:
-    with pytest.raises(MisconfigurationException, match=r"ended at .*test_automatic_selection.py:\d+ with ") as caught:
+    with pytest.raises(
+        MisconfigurationException, match=r"ended at .*test_automatic_selection.py:\d+ with "
+    ) as caught:
         fit(Opaque, mt.ActivationCheckpointing(mt.MemoryBudget("1MiB")))
     assert str(caught.value).startswith("`MemoryBudget(limit='1MiB')` runs `training_step` without data")
     assert str(caught.value).endswith("e.g. ActivationCheckpointing('full').")
