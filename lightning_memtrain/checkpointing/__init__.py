@@ -1,5 +1,6 @@
 """Recompute activations in backward instead of keeping them: what to recompute, and how to do it exactly."""
 
+from lightning_memtrain.checkpointing import experimental as experimental
 from lightning_memtrain.checkpointing.activation_checkpointing import ActivationCheckpointing
 from lightning_memtrain.checkpointing.insertion import insert_checkpoints
 from lightning_memtrain.checkpointing.memory_budget import MemoryBudget

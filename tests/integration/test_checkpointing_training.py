@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import StochasticWeightAveraging
@@ -21,6 +22,7 @@ from lightning_memtrain import (
     Modules,
     Nested,
     SelectiveOps,
+    Sqrt,
 )
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 
@@ -298,6 +300,28 @@ def test_both_ways_to_write_a_size_are_understood() -> None:
 @pytest.mark.parametrize("limit", ["4GiB", "800 MB", 123, "device"])
 def test_a_limit_alone_is_a_memory_budget(limit: int | str) -> None:
     assert ActivationCheckpointing(limit).policy == MemoryBudget(limit)
+
+
+@pytest.mark.filterwarnings(
+    r"ignore:\s*(By default|instantiate_classes|.*deprecated)[\s\S]*:DeprecationWarning"
+)  # as LightningCLI
+@pytest.mark.parametrize(
+    ("value", "policy"),
+    [
+        ("4GiB", MemoryBudget("4GiB")),
+        ("4294967296", MemoryBudget(2**32)),
+        ("device", MemoryBudget("device")),
+        ("sqrt", Sqrt()),
+        ("[encoder, '*.mlp']", Modules(["encoder", "*.mlp"])),
+        ("{class_path: lightning_memtrain.Every, init_args: {k: 2}}", Every(2)),
+    ],
+)
+def test_plain_values_stand_for_policies_in_yaml(value: str, policy: Any) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Callback, "callback")
+    name = "lightning_memtrain.ActivationCheckpointing"
+    given = parser.parse_string(f"callback: {{class_path: {name}, init_args: {{policy: {value}}}}}")
+    assert parser.instantiate_classes(given).callback.policy == policy
 
 
 def test_it_steps_aside_for_fsdps_own_policy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,9 @@
-"""What takes the place of a module's forward while it is checkpointed."""
+"""What takes the place of a module's forward while it is checkpointed.
+
+Not ``torch.utils.checkpoint``: that one protects the state of torch's generators and autocast. Whether a call
+has other state to protect (random numbers of Python or NumPy, attributes, buffers, objects) is known once it
+has run, and then torch has nothing to go back to; what it would save in time is in docs/checkpointing.md.
+"""
 
 from __future__ import annotations
 

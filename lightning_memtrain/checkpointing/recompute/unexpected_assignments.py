@@ -43,7 +43,7 @@ class UnexpectedAssignments:
             known: attributes that earlier calls assigned.
 
         Returns:
-            What each slot held before.
+            What each attribute held before.
         """
         before: dict[ModuleAttribute, Any] = {}
         for module, attributes, submodules, sizes in self._found:
@@ -56,7 +56,7 @@ class UnexpectedAssignments:
                 for kind, size in zip(_REGISTERED, sizes, strict=True):
                     for name in [*getattr(module, kind)][size:]:
                         before[ModuleAttribute(module, kind, name)] = ABSENT
-        return {slot: value for slot, value in before.items() if slot not in known}
+        return {attribute: value for attribute, value in before.items() if attribute not in known}
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:

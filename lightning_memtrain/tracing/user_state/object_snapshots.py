@@ -22,7 +22,7 @@ class Snapshot(Protocol):
     """What something held when it was captured."""
 
     def restore(self) -> None:
-        """Put it back; may be called several times."""
+        """Put back what was held; may be called several times."""
 
 
 class DictSnapshot:
@@ -39,7 +39,7 @@ class DictSnapshot:
         self.contents: dict[Any, Any] = dict.copy(target)
 
     def restore(self) -> None:
-        """Put it back; may be called several times."""
+        """Put back what was held; may be called several times."""
         target, contents = self.target, self.contents
         if self._is_unchanged():
             return
@@ -79,7 +79,7 @@ class OrderedDictSnapshot:
         self.contents = [*OrderedDict.values(target)]
 
     def restore(self) -> None:
-        """Put it back; may be called several times."""
+        """Put back what was held; may be called several times."""
         target = self.target
         if (
             dict.__len__(target) == len(self.keys)
@@ -100,7 +100,7 @@ class EmptySnapshots:
         self.ordered: list[OrderedDict[Any, Any]] = []
 
     def restore(self) -> None:
-        """Put it back; may be called several times."""
+        """Put back what was held; may be called several times."""
         for target in self.dicts:
             if dict.__len__(target):
                 dict.clear(target)
@@ -123,7 +123,7 @@ class ListSnapshot:
         self.contents: list[Any] = list.copy(target)
 
     def restore(self) -> None:
-        """Put it back; may be called several times."""
+        """Put back what was held; may be called several times."""
         target, contents = self.target, self.contents
         if list.__len__(target) != len(contents) or not all(map(is_, list.__iter__(target), contents)):
             list.__setitem__(target, slice(None), contents)
@@ -143,7 +143,7 @@ class DequeSnapshot:
         self.contents: list[Any] = [*deque.__iter__(target)]
 
     def restore(self) -> None:
-        """Put it back; may be called several times."""
+        """Put back what was held; may be called several times."""
         target, contents = self.target, self.contents
         if deque.__len__(target) != len(contents) or not all(map(is_, deque.__iter__(target), contents)):
             deque.clear(target)
@@ -165,7 +165,7 @@ class SetSnapshot:
         self._items = set().union(target)  # takes the hashes over
 
     def restore(self) -> None:
-        """Put it back; may be called several times."""
+        """Put back what was held; may be called several times."""
         target = self.target
         if set.__len__(target) != len(self.contents) or not all(
             map(is_, set.__iter__(target), self.contents)
@@ -191,7 +191,7 @@ class CellSnapshot:
             self.contents = [ABSENT]
 
     def restore(self) -> None:
-        """Put it back; may be called several times."""
+        """Put back what was held; may be called several times."""
         (value,) = self.contents
         if value is not ABSENT:
             self.target.cell_contents = value
@@ -214,7 +214,7 @@ class FunctionSnapshot:
         self._defaults = target.__defaults__, target.__kwdefaults__
 
     def restore(self) -> None:
-        """Put it back; may be called several times."""
+        """Put back what was held; may be called several times."""
         positional, by_name = self._defaults
         if self.target.__defaults__ is not positional:
             self.target.__defaults__ = positional
@@ -236,7 +236,7 @@ class NamespaceSnapshot:
         self.contents: dict[str, Any] = {}
 
     def restore(self) -> None:
-        """Put it back; may be called several times."""
+        """Put back what was held; may be called several times."""
         target = self.target
         for name, value in self.contents.items():
             now = target.get(name, ABSENT)
@@ -271,7 +271,7 @@ class SlotsSnapshot:
             return ABSENT
 
     def restore(self) -> None:
-        """Put it back; may be called several times."""
+        """Put back what was held; may be called several times."""
         for slot, value in zip(self.slots, self.contents, strict=True):
             if self._get(slot) is value:
                 continue
@@ -298,7 +298,7 @@ class ClassSnapshot:
         return dict(own_of(self.target))
 
     def restore(self) -> None:
-        """Put it back; may be called several times."""
+        """Put back what was held; may be called several times."""
         now = self._now()
         for name in now.keys() - self.contents.keys():
             if not _is_special(name):
@@ -324,7 +324,7 @@ class InstanceSnapshots:
         self._captured.append((target, type(target), attributes, accessor))
 
     def restore(self) -> None:
-        """Put it back; may be called several times."""
+        """Put back what was held; may be called several times."""
         for target, cls, attributes, accessor in self._captured:
             if type(target) is not cls:
                 with suppress(Exception):

@@ -42,7 +42,7 @@ class OpaqueSnapshot:
         self.held = held
 
     def restore(self) -> None:
-        """Put it back; may be called several times."""
+        """Put back what was held; may be called several times."""
         self._put(self._state)
 
 
@@ -70,7 +70,7 @@ class WeakSnapshot:
         return [*type(self._target).items(self._target)]
 
     def restore(self) -> None:
-        """Put it back; may be called several times."""
+        """Put back what was held; may be called several times."""
         now = [one for item in self._now() for one in item]
         if len(now) == len(self.held) and all(map(is_, now, self.held)):
             return

@@ -71,7 +71,7 @@ class TensorSnapshot:
         return 0 if self.copied is None else sum(storage.nbytes() for storage in storages_of(self.copied))
 
     def restore(self) -> None:
-        """Put it back; may be called several times."""
+        """Put back what was held; may be called several times."""
         target = self.target
         if self._is_leaf and not target.is_leaf:
             with suppress(Exception):
