@@ -25,8 +25,11 @@ class offloaded_activations(saved_tensors_hooks):
     has the next one fetched ahead. A tensor that is saved several times is copied once.
 
     Args:
-        min_bytes: smaller tensors stay where they are, since each copy takes a fixed time. Parameters and
-            views of them stay as well.
+        min_bytes: smaller tensors, of any shape and dtype, stay where they are, since each copy takes a fixed
+            time; bytes, or a size such as ``"1MiB"``. Parameters and views of them stay as well.
+
+    Raises:
+        ValueError: if ``min_bytes`` is no size.
 
     Example:
         >>> weight = torch.ones(4, 4, requires_grad=True)
@@ -35,8 +38,8 @@ class offloaded_activations(saved_tensors_hooks):
         >>> loss.backward()
     """
 
-    def __init__(self, min_bytes: int = MIB) -> None:
-        self._min_bytes = min_bytes
+    def __init__(self, min_bytes: int | str = MIB) -> None:
+        self._min_bytes = parse_bytes(min_bytes, argument="offloaded_activations(min_bytes)")
         self._streams: dict[torch.device, Any] = {}
         self._copies: list[weakref.ref[_HostCopy]] = []
         self._by_source: weakref.WeakValueDictionary[tuple[Any, ...], _HostCopy] = (

@@ -25,7 +25,7 @@ class AmbientState:
     """Random numbers, autocast and the choice of kernels at the beginning of a call.
 
     Args:
-        tensors: what the call works on, whose devices count.
+        tensors: what the call works on, of any shape and dtype; their devices count.
         with_numpy: whether random numbers of NumPy count, too.
     """
 

@@ -86,7 +86,8 @@ class CopyBeforeWriteMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Copies tensors right before they are written to.
 
     Args:
-        tensors: which; without any, everything runs as under a watch, and nothing else happens.
+        tensors: which, of any shape and dtype; without any, everything runs as under a watch, and nothing
+            else happens.
         before_each: called before every operator.
     """
 

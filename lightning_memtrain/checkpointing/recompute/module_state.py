@@ -124,7 +124,7 @@ class ModuleState:
         """Note what the call wrote to.
 
         Args:
-            before: copies of what it wrote to, as it was before.
+            before: copies of what it wrote to, as it was before, in the same shapes and dtypes.
             tensors: what attributes and objects hold.
             changed: attributes within which it changed something.
         """

@@ -113,7 +113,7 @@ class RecomputableCall:
             flat: its arguments.
             structure: how they belong together.
             from_segment: by place, what earlier calls of the segment make again.
-            before: by place, what it wrote to, as it was before.
+            before: by place, what it wrote to, as it was before, in the same shape and dtype.
             copier: copies the arguments that are objects, and those that its modules hold.
         """
         self._structure = structure
@@ -139,13 +139,13 @@ class RecomputableCall:
         self._saved_by = _SaveForBackward.apply(_dummy(), *saved).grad_fn if saved else None  # type: ignore[no-untyped-call]
 
     def run_again(self, find_output: Callable[[OutputId], Tensor]) -> list[Any]:
-        """Run the call again.
+        """Run the call again, with the state that it found the first time.
 
         Args:
             find_output: gives what earlier calls made.
 
         Returns:
-            Its outputs, flat.
+            Its outputs, flat, with the shapes and dtypes of forward.
 
         Raises:
             RuntimeError: if the result would not be the same.

@@ -40,7 +40,8 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         fake_mode: makes the tensors without data.
-        fakes: of tensors that are neither read nor written, by ``id``, what is used for them.
+        fakes: of tensors that are neither read nor written, by ``id``, what is used for them: of the same
+            shapes and dtypes.
         recorded: what a step with data answered, for questions that nothing else answers.
     """
 

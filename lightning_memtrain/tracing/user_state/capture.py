@@ -70,7 +70,7 @@ class UserState:
         """Keep the values of a tensor within reach, too, which have not changed so far.
 
         Args:
-            tensor: one of :attr:`tensors`; any other is passed over.
+            tensor: one of :attr:`tensors`, of any shape and dtype; any other is passed over.
         """
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             for snapshot in self._tensor_snapshots:
@@ -111,7 +111,7 @@ class UserState:
         """Put other tensors in the place of some, wherever these are held, until :meth:`restore`.
 
         Args:
-            others: what to put in the place of a tensor, by its ``id``.
+            others: what to put in the place of a tensor, by its ``id``; of any shape and dtype.
         """
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             replace_tensors(self._snapshots, others)

@@ -32,7 +32,7 @@ def replace_tensors(snapshots: Iterable[Snapshot], others: Mapping[int, Tensor])
 
     Args:
         snapshots: of what is within reach.
-        others: what to put in the place of a tensor, by its ``id``.
+        others: what to put in the place of a tensor, by its ``id``; of any shape and dtype.
     """
 
     def swap(value: Any) -> Any:

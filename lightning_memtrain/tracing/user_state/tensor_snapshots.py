@@ -22,7 +22,7 @@ class TensorSnapshot:
     """A tensor as it was: its memory, its gradient and hooks, whether it wants a gradient.
 
     Args:
-        target: the tensor.
+        target: the tensor, of any shape and dtype.
     """
 
     __slots__ = (

@@ -32,7 +32,7 @@ def small_net() -> nn.Module:
     )
 
 
-def gradients(model: nn.Module, batch: torch.Tensor, min_bytes: int | None) -> list[torch.Tensor]:
+def gradients(model: nn.Module, batch: torch.Tensor, min_bytes: int | str | None) -> list[torch.Tensor]:
     torch.manual_seed(1)
     if min_bytes is None:
         model(batch).square().sum().backward()
@@ -144,3 +144,11 @@ def test_its_record() -> None:
     callback = OffloadActivations("2MiB")
     assert callback.exact
     assert str(callback.technique_record()) == "OffloadActivations(min_bytes=2097152)"
+
+
+def test_the_size_of_the_context_is_written_as_everywhere() -> None:
+    batch = torch.randn(4, 3, 10, 10)
+    pairs = zip(gradients(small_net(), batch, None), gradients(small_net(), batch, "1 KiB"), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    with pytest.raises(ValueError, match=r"`offloaded_activations\(min_bytes\)` must be a number of bytes"):
+        offloaded_activations(True)

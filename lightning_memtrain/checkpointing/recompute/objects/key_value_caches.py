@@ -18,7 +18,7 @@ class OmittedTensor:
     """Stands for a tensor that is not kept: its form is known, its values are not.
 
     Args:
-        tensor: what it stands for.
+        tensor: what it stands for, of any shape and dtype.
         name: path of the module that it is not kept for.
     """
 

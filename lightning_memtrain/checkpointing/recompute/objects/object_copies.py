@@ -58,7 +58,7 @@ class ObjectCopier:
     Args:
         objects: what each object held.
         roots: where they are needed, each with what was there.
-        before: by number, tensors that the call has written to, as they were.
+        before: by number, tensors that the call has written to, as they were, in the same shapes and dtypes.
     """
 
     def __init__(
