@@ -14,6 +14,8 @@ from lightning_memtrain.checkpointing.policies import (
     SelectiveOps,
     Sqrt,
 )
+from lightning_memtrain.checkpointing.selection.plan_recomputation import plan_recomputation
+from lightning_memtrain.checkpointing.selection.recomputation_plan import RecomputationPlan
 
 __all__ = [
     "ActivationCheckpointing",
@@ -22,9 +24,11 @@ __all__ = [
     "MemoryBudget",
     "Modules",
     "Nested",
+    "RecomputationPlan",
     "RecomputationPolicy",
     "Recomputed",
     "SelectiveOps",
     "Sqrt",
     "insert_checkpoints",
+    "plan_recomputation",
 ]

@@ -89,5 +89,5 @@ class MemoryBudget(RecomputationPolicy):
         raise NotImplementedError(
             "`MemoryBudget` is chosen from a training step, so it cannot say what to recompute in a model "
             f"alone. Give it to the callback, `ActivationCheckpointing({self!r})`; for `insert_checkpoints` "
-            "use another policy, e.g. `Full()`, or name modules."
+            "use `plan_recomputation(model, step, arguments).groups`, or another policy, e.g. `Full()`."
         )

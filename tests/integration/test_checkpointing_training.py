@@ -286,7 +286,8 @@ def test_a_budget_without_a_step_names_the_callback() -> None:
     assert str(caught.value) == (
         "`MemoryBudget` is chosen from a training step, so it cannot say what to recompute in a model alone. "
         "Give it to the callback, `ActivationCheckpointing(MemoryBudget(limit='4GiB'))`; for "
-        "`insert_checkpoints` use another policy, e.g. `Full()`, or name modules."
+        "`insert_checkpoints` use `plan_recomputation(model, step, arguments).groups`, or another policy, "
+        "e.g. `Full()`."
     )
 
 
