@@ -39,7 +39,7 @@ def _is_cache(cls: type) -> bool:
     return any(one.__name__ == "Cache" and one.__module__.startswith("transformers.") for one in cls.__mro__)
 
 
-def _parts_of(cls: type) -> tuple[ContentAdapter, ...]:
+def _adapters_of(cls: type) -> tuple[ContentAdapter, ...]:
     """How objects of a class hold others.
 
     Args:
@@ -75,5 +75,5 @@ def _parts_of(cls: type) -> tuple[ContentAdapter, ...]:
 
 is_cache: Callable[[type], bool] = functools.cache(_is_cache)
 """Whether a class is one of the key-value caches of `transformers`."""
-adapters_of: Callable[[type], tuple[ContentAdapter, ...]] = functools.cache(_parts_of)
+adapters_of: Callable[[type], tuple[ContentAdapter, ...]] = functools.cache(_adapters_of)
 """How objects of a class hold others: in nothing for numbers, tensors, modules, functions, and the like."""
