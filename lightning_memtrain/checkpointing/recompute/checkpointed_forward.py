@@ -7,12 +7,13 @@ has run, and then torch has nothing to go back to; what it would save in time is
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec
 
 from lightning_memtrain.checkpointing.recompute.ambient_state import AmbientState
 from lightning_memtrain.checkpointing.recompute.call_traits import CallTraits
@@ -25,12 +26,56 @@ from lightning_memtrain.checkpointing.recompute.objects.object_copies import Obj
 from lightning_memtrain.checkpointing.recompute.objects.reachable_objects import ReachableObjects, is_mutable
 from lightning_memtrain.checkpointing.recompute.recomputable_call import (
     CallTarget,
+    OutputId,
     RecomputableCall,
     describe_key,
     flatten,
 )
 from lightning_memtrain.checkpointing.recompute.recompute_group import RecomputeGroup
+from lightning_memtrain.checkpointing.recompute.segment import Segment, SegmentPart
 from lightning_memtrain.core.compiled_modules import is_compiled
+
+
+class _Arguments(NamedTuple):
+    """What a call was given: its values, how they belong together, and which its segment makes again."""
+
+    flat: list[Any]
+    structure: TreeSpec
+    from_segment: dict[int, OutputId]
+
+
+class _BegunCall(NamedTuple):
+    """A call about to run, and all that was noted before it.
+
+    Args:
+        call: runs again in backward.
+        segment: what it goes on with.
+        part: the part of the segment that it belongs to.
+        arguments: what it was given.
+        modes: of its modules.
+        traits: what is known of calls in these modes.
+        is_known: whether that covers all that this call finds.
+        ambient_state: what it finds around it.
+        state: what it finds in its modules.
+        objects: what it finds in Python objects.
+        writes: copies what it writes to.
+        context: to run it in.
+        holds: whether to hold what it saves until it has ended.
+    """
+
+    call: RecomputableCall
+    segment: Segment
+    part: SegmentPart
+    arguments: _Arguments
+    modes: tuple[bool, ...]
+    traits: CallTraits
+    is_known: bool
+    ambient_state: AmbientState
+    state: ModuleState
+    objects: ReachableObjects
+    writes: CopiesBeforeWrites
+    context: AbstractContextManager[Any]
+    holds: bool
 
 
 class CheckpointedForward:
@@ -96,6 +141,27 @@ class CheckpointedForward:
         """Run the module's own forward, keeping what it takes to run it again."""
         if self._is_removed or not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
+        begun = self._begin(args, kwargs)
+        part, num_before = begun.part, len(begun.part)
+        drops = part.dropping_saved_tensors(self.name, begun.state.statistics, holds=begun.holds)
+        try:
+            with drops, begun.writes, begun.context:
+                output = self.original(*args, **kwargs)
+        except BaseException:
+            part.forget_since(num_before)
+            raise
+        self.has_effect |= len(part) > num_before
+        traits = self._learn(begun)
+        if traits is None:  # it cannot run again as it did, but the next call will know
+            part.forget_since(num_before)
+            return output
+        self._refuse_shared_memory(begun.writes.sharing_memory())
+        part.drop_since(num_before)
+        self._keep(begun, traits, flatten(output)[0])
+        return output
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _BegunCall:
+        """Note all that the call finds."""
         flat, structure = flatten((args, kwargs))
         tensors = {place: value for place, value in enumerate(flat) if isinstance(value, Tensor)}
         self.fills_cache |= self.module.training and any(is_cache(type(value)) for value in flat)
@@ -119,35 +185,54 @@ class CheckpointedForward:
             given, None if is_watched else traits.written, None if is_known else objects.look_for_changes
         )
         ambient_state = AmbientState([tensor for _, tensor in given], traits.draws_from_numpy)
-        own, again = self._group.contexts() if self._group.contexts is not None else (nullcontext(),) * 2
+        context, again = self._group.contexts() if self._group.contexts is not None else (nullcontext(),) * 2
         target = CallTarget(self.name, self.module, self.original, self.position, self.path)
         call = RecomputableCall(len(segment.calls), target, ambient_state, state, again, is_watched)
-
         # What is saved is held until the call has ended if it may be needed so long: by a backward in the
         # forward, or by autograd if the call turns out not to be one that can run again.
         holds = traits.runs_own_backward or traits.writes_to_attributes or state.has_own_tensors
         part = segment.part(self.path)
-        num_before = len(part)
-        try:
-            with part.dropping_saved_tensors(self.name, state.statistics, holds=holds), writes, own:
-                output = self.original(*args, **kwargs)
-        except BaseException:
-            part.forget_since(num_before)
-            raise
-        self.has_effect |= len(part) > num_before
-        ambient_state.call_ended()
+        arguments = _Arguments(flat, structure, from_segment)
+        return _BegunCall(
+            call,
+            segment,
+            part,
+            arguments,
+            modes,
+            traits,
+            is_known,
+            ambient_state,
+            state,
+            objects,
+            writes,
+            context,
+            holds,
+        )
+
+    def _learn(self, begun: _BegunCall) -> CallTraits | None:
+        """Learn what the call has changed.
+
+        Args:
+            begun: the call, which has ended.
+
+        Returns:
+            What is known of such calls now; ``None`` if this one cannot run again.
+        """
+        traits, state, writes, objects = begun.traits, begun.state, begun.writes, begun.objects
+        begun.ambient_state.call_ended()
         given_other_data = [one for one in state.given_other_data() if one not in traits.given_other_data]
         assigned = state.assigned()
-        if (writes.missed or given_other_data) and not holds:
+        cannot_run_again = bool(writes.missed or given_other_data)
+        if cannot_run_again and not begun.holds:
             raise self._late(writes.missed, given_other_data)
         if traits.is_new:
             traits = traits._replace(
                 is_new=False,
-                draws_from_numpy=ambient_state.draws_from_numpy,
-                runs_own_backward=part.runs_own_backward,
+                draws_from_numpy=begun.ambient_state.draws_from_numpy,
+                runs_own_backward=begun.part.runs_own_backward,
             )
-        if assigned or writes.missed or given_other_data or not is_known:
-            traits = self._traits[modes] = traits._replace(
+        if assigned or cannot_run_again or not begun.is_known:
+            traits = self._traits[begun.modes] = traits._replace(
                 written=traits.written.union(writes.before, writes.missed),
                 seen=traits.seen.union(objects.looked_at),
                 changed_for_a_while=traits.changed_for_a_while.union(objects.changed_for_a_while),
@@ -155,20 +240,18 @@ class CheckpointedForward:
                 given_other_data=traits.given_other_data.union(given_other_data),
                 writes_after_save=traits.writes_after_save or writes.writes_after_save,
             )
-        if writes.missed or given_other_data:  # it cannot run again as it did, but the next call will know
-            part.forget_since(num_before)
-            return output
-        self._refuse_shared_memory(writes.sharing_memory())
-        part.drop_since(num_before)
+        return None if cannot_run_again else traits
+
+    def _keep(self, begun: _BegunCall, traits: CallTraits, outputs: Sequence[Any]) -> None:
+        """Keep what it takes to run the call again, and let the next one go on with its segment."""
+        call, objects, writes = begun.call, begun.objects, begun.writes
         call.runs_to_its_end = traits.writes_after_save
-        copier = ObjectCopier(
-            objects, objects.roots_changed(writes.copies, traits.changed_for_a_while), writes.copies
-        )
-        state.call_ended(writes.before, objects.tensors, copier.roots)
-        call.keep_arguments(flat, structure, from_segment, writes.before, copier)
-        segment.add(call, flatten(output)[0])
-        self._group.give_back(segment)
-        return output
+        changed = objects.roots_changed(writes.copies, traits.changed_for_a_while)
+        copier = ObjectCopier(objects, changed, writes.copies)
+        begun.state.call_ended(writes.before, objects.tensors, copier.roots)
+        call.keep_arguments(*begun.arguments, writes.before, copier)
+        begun.segment.add(call, outputs)
+        self._group.give_back(begun.segment)
 
     def _late(self, written: list[Any], given_other_data: list[Any]) -> RuntimeError:
         keys, how = (written, "in place") if written else (given_other_data, "by giving it other data")
