@@ -60,8 +60,8 @@ class AutomaticSelection:
         self._workspace = None if self._limit_bytes is None else OpWorkspace(device)
         self._remove: Checkpoints | None = None
         self._groups: Groups = []
-        self._chosen: RecomputationPlan | None = None
-        self._chosen_for: StepConditions | None = None
+        self._plan: RecomputationPlan | None = None
+        self._planned_for: StepConditions | None = None
         self._fitting = FittingShapes()
         self._warned_of: set[str] = set()
         self._gave_up = False
@@ -82,13 +82,13 @@ class AutomaticSelection:
         """
         if self._gave_up:
             return
-        now = self._circumstances((args, kwargs))
+        now = self._conditions((args, kwargs))
         why = ""
-        if self._chosen_for is not None:
-            why = now.beyond(self._chosen_for, exactly=self._limit_bytes is not None)
+        if self._planned_for is not None:
+            why = now.beyond(self._planned_for, exactly=self._limit_bytes is not None)
             if not why and self._has_room_for(now):
                 return
-            now = now.joined(self._chosen_for)
+            now = now.joined(self._planned_for)
         groups = self._groups
         self.close()
         try:
@@ -116,7 +116,7 @@ class AutomaticSelection:
 
     def _choose(self, fake: FakeStep, now: StepConditions, why: str, groups: Groups) -> None:
         limit_bytes = self._limit_bytes
-        if limit_bytes is not None and self._chosen is not None and not why:  # only the batch is another
+        if limit_bytes is not None and self._plan is not None and not why:  # only the batch is another
             fake.prepare(nullcontext)
             ledger = count_step(fake, groups, self._workspace)
             if predicted_peak_bytes(ledger, groups) <= limit_bytes:
@@ -128,19 +128,19 @@ class AutomaticSelection:
         if not fake.has_backward:  # such as a batch that is left out: it tells nothing of the others
             self._insert(groups)
             return
-        chosen = curve.knee() if limit_bytes is None else curve.fitting(limit_bytes)
+        plan = curve.knee() if limit_bytes is None else curve.fitting(limit_bytes)
         self._warn_of_uncounted(fake)
         self._fitting = FittingShapes()
         self._fitting.add(now.shapes)
-        self._chosen, self._chosen_for = chosen, now.at_least(fake.state_bytes, fake.gradient_bytes)
-        self._insert(chosen.groups)
-        self._say(f"step {self._trainer.global_step}{why}: {chosen}")
+        self._plan, self._planned_for = plan, now.at_least(fake.state_bytes, fake.gradient_bytes)
+        self._insert(plan.groups)
+        self._say(f"step {self._trainer.global_step}{why}: {plan}")
 
     def _insert(self, groups: Groups) -> None:
         self._remove = insert_checkpoints(self._model, groups)
         self._groups, self.num_modules = groups, sum(len(group) for group in groups)
 
-    def _circumstances(self, arguments: Any) -> StepConditions:
+    def _conditions(self, arguments: Any) -> StepConditions:
         tensors = tensors_within(arguments)
         return StepConditions(
             shapes=tuple(tuple(tensor.shape) for tensor in tensors),
@@ -155,10 +155,10 @@ class AutomaticSelection:
         """Whether a batch cannot break the limit, whatever the model does with it."""
         if self._limit_bytes is None or self._fitting.contains(now.shapes):
             return True
-        assert self._chosen is not None
-        held = self._chosen.breakdown.at_peak
+        assert self._plan is not None
+        held = self._plan.breakdown.at_peak
         steady = sum(num for category, num in held.items() if category in _STEADY)
-        growing = self._chosen.peak_bytes - steady
+        growing = self._plan.peak_bytes - steady
         return steady + growing * self._fitting.growth(now.shapes) <= self._limit_bytes
 
     def _fake(self, step: Callable[..., Any], args: Any, kwargs: Any, zeroes: bool) -> FakeStep:

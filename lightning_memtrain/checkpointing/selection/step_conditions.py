@@ -34,26 +34,26 @@ class StepConditions:
     trained: frozenset[int]
     parameter_bytes: int
 
-    def beyond(self, chosen_for: StepConditions, *, exactly: bool) -> str:
+    def beyond(self, planned_for: StepConditions, *, exactly: bool) -> str:
         """What there is more of now but for the batch's shape, for people; nothing if there is not.
 
         Args:
-            chosen_for: the step, or steps, that was chosen for.
+            planned_for: the step, or steps, that was chosen for.
             exactly: whether a byte more counts, as under a limit, or only what is notably larger.
 
         Returns:
             E.g. ``", with more optimizer state"``.
         """
         least = 1.0 if exactly else _NOTABLY_LARGER
-        if not exactly and self.batch_bytes > least * chosen_for.batch_bytes:
+        if not exactly and self.batch_bytes > least * planned_for.batch_bytes:
             return ", for a larger batch"
-        if self.gradient_bytes > least * chosen_for.gradient_bytes:
+        if self.gradient_bytes > least * planned_for.gradient_bytes:
             return ", with gradients that are there in forward"
-        if self.state_bytes > least * chosen_for.state_bytes:
+        if self.state_bytes > least * planned_for.state_bytes:
             return ", with more optimizer state"
-        if self.trained - chosen_for.trained:
+        if self.trained - planned_for.trained:
             return ", with more parameters that are trained"
-        if self.parameter_bytes > least * chosen_for.parameter_bytes:
+        if self.parameter_bytes > least * planned_for.parameter_bytes:
             return ", with more parameters"
         return ""
 

@@ -68,7 +68,7 @@ class StepProfile:
                 previous = None  # something runs between, so they are not recomputed together
             # Up to the backward of the call behind it, where no gap stands for what is between.
             stages.append(
-                self._unit(
+                self._stage(
                     one, previous, (one.backward_start, backward_at if previous else one.backward_end), depth
                 )
             )
@@ -76,7 +76,7 @@ class StepProfile:
         stages.append(self._gap((forward_at, forward[1]), (backward[0], backward_at)))
         return tuple(stages)
 
-    def _unit(
+    def _stage(
         self, call: ProfiledCall, previous: ProfiledCall | None, backward: tuple[int, int], depth: int
     ) -> ChainStage:
         last_op = self._last_op_needed(call)
