@@ -31,8 +31,8 @@ from typing import Any
 
 from benchmarks.checkpoint_optima import Slots, Stage, integer_optimum, least_slots
 from benchmarks.results_file import write_results
-from lightning_memtrain.checkpointing.choice import fitting, pareto
-from lightning_memtrain.checkpointing.items import Choice, Item, simulate
+from lightning_memtrain.checkpointing.selection.pareto_schedules import fitting, pareto
+from lightning_memtrain.checkpointing.selection.step_chain import ChainStage, CheckpointSchedule, simulate
 
 KINDS = ("random", "transformer", "wide resnet")
 STEP_OVER_FORWARD = 3
@@ -63,7 +63,7 @@ def make_stages(kind: str, num: int, seed: int, unit: float) -> list[Stage]:
     return stages
 
 
-def items_of(stages: Sequence[Stage]) -> list[Item]:
+def items_of(stages: Sequence[Stage]) -> list[ChainStage]:
     """The profile of the chain's step; its input is not counted, and the last stage, the loss, is a gap."""
     items, live, inputs = [], 0, 0
     for i, stage in enumerate(stages):
@@ -71,7 +71,7 @@ def items_of(stages: Sequence[Stage]) -> list[Item]:
         gradient = 0 if is_loss else stage.output
         live += stage.saved
         items.append(
-            Item(
+            ChainStage(
                 name=None if is_loss else f"{i}",
                 forward_peak_bytes=live + stage.forward_temporary,
                 backward_peak_bytes=live + gradient + inputs + stage.backward_temporary,
@@ -87,9 +87,9 @@ def items_of(stages: Sequence[Stage]) -> list[Item]:
     return items
 
 
-def single(items: Sequence[Item]) -> list[Item]:
+def single(items: Sequence[ChainStage]) -> list[ChainStage]:
     """The chain with a gap between any two items, so that each can be recomputed only by itself."""
-    return [part for item in items for part in (item, Item(None, 0, 0))]
+    return [part for item in items for part in (item, ChainStage(None, 0, 0))]
 
 
 # ------------------------------------------------------------------ every choice
@@ -136,13 +136,13 @@ def exhaustive_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def added(curve: Sequence[Choice], limit_bytes: float) -> float:
+def added(curve: Sequence[CheckpointSchedule], limit_bytes: float) -> float:
     choice = fitting(curve, math.floor(limit_bytes))
     assert choice is not None
     return choice.seconds
 
 
-def shares(gaps: Sequence[float], items: Sequence[Item]) -> dict[str, float]:
+def shares(gaps: Sequence[float], items: Sequence[ChainStage]) -> dict[str, float]:
     step = STEP_OVER_FORWARD * sum(item.seconds for item in items)
     return {
         "median_gap": float(f"{statistics.median(gaps) / step:.2e}"),

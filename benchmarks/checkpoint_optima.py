@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from lightning_memtrain.checkpointing.items import Choice, Item, simulate
+from lightning_memtrain.checkpointing.selection.step_chain import ChainStage, CheckpointSchedule, simulate
 
 UNREACHABLE = 2**30  # in seconds
 
@@ -34,8 +34,8 @@ class Stage:
 
 
 def integer_optimum(
-    items: Sequence[Item], longest: int, limit_bytes: int, seconds: float
-) -> tuple[Choice | None, float]:
+    items: Sequence[ChainStage], longest: int, limit_bytes: int, seconds: float
+) -> tuple[CheckpointSchedule | None, float]:
     """The fastest choice within a limit, and no less than how many seconds any has.
 
     One variable per segment. Segments do not overlap; what is freed before an item or a segment must cover

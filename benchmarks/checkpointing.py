@@ -3,9 +3,9 @@
     python -m benchmarks.checkpointing [--only wrn vit bert depth] [--repeats 5] [--threads 2]
 
 Peaks are the ledger's, of a step whose optimizer has its state. Operations are counted by torch's formulas,
-predicted time is what `Budget` adds up from operators that were timed alone, and measured time is the median
-over turns of the step's wall time over that of the plain step in the same turn; the rows take turns in an
-order that changes, in a heap that gives nothing back to the system (see `ledger_overhead`).
+predicted time is what `MemoryBudget` adds up from operators that were timed alone, and measured time is
+the median over turns of the step's wall time over that of the plain step in the same turn; the rows take
+turns in an order that changes, in a heap that gives nothing back to the system (see `ledger_overhead`).
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from benchmarks.models import Step, bert_step, checkpoint_blocks, mlp_step, vit_
 from benchmarks.results_file import write_results
 from lightning_memtrain import MemoryLedger
 from lightning_memtrain.checkpointing import Every, Full, Nested, SelectiveOps, Sqrt, insert_checkpoints
-from lightning_memtrain.checkpointing.choose import Chosen, StepCurve
-from lightning_memtrain.checkpointing.policies import CheckpointPolicy
+from lightning_memtrain.checkpointing.policies import RecomputationPolicy
+from lightning_memtrain.checkpointing.selection.recomputation_plan import RecomputationPlan
+from lightning_memtrain.checkpointing.selection.step_curve import StepCurve
 from lightning_memtrain.core import MIB, Category
 from lightning_memtrain.ledger.op_times import OpTimes
-from lightning_memtrain.tracing.fake_step import FakeStep
+from lightning_memtrain.tracing.step.fake_step import FakeStep
 
 Prepare = Callable[[nn.Module], Any]
 
@@ -65,11 +66,11 @@ class Row:
     """
 
     prepare: Prepare
-    chosen: Chosen | None = None
+    chosen: RecomputationPlan | None = None
     bar: tuple[float, float] | None = None
 
 
-def by_policy(policy: CheckpointPolicy) -> Row:
+def by_policy(policy: RecomputationPolicy) -> Row:
     return Row(lambda model: insert_checkpoints(model, policy.groups(model), policy.contexts))
 
 
@@ -79,7 +80,7 @@ def curve_of(step: Step, times: OpTimes) -> StepCurve:
 
     start = time.perf_counter()
     curve = StepCurve(FakeStep(step.model, loss, step.inputs, [step.optimizer]), times)
-    print(f"  {len(curve.choices)} choices found in {time.perf_counter() - start:.1f} s")
+    print(f"  {len(curve.schedules)} schedules found in {time.perf_counter() - start:.1f} s")
     return curve
 
 
@@ -181,10 +182,10 @@ def wide_resnet(repeats: int) -> dict[str, Any]:
         "Sqrt()": by_policy(Sqrt()),
         "Nested()": by_policy(Nested()),
         "SelectiveOps()": by_policy(SelectiveOps()),
-        "Budget('200MiB')": by_budget(curve, 200, 1.095),
-        "Budget('156.5MiB')": by_budget(curve, 156.5, 1.132),
-        "Budget('137.4MiB')": by_budget(curve, 137.4, 1.165),
-        "Budget()": by_budget(curve, None),
+        "MemoryBudget('200MiB')": by_budget(curve, 200, 1.095),
+        "MemoryBudget('156.5MiB')": by_budget(curve, 156.5, 1.132),
+        "MemoryBudget('137.4MiB')": by_budget(curve, 137.4, 1.165),
+        "MemoryBudget()": by_budget(curve, None),
     }
     results = measured(wide_resnet_step, rows, repeats)
     draw_curve(curve, results)
@@ -194,12 +195,12 @@ def wide_resnet(repeats: int) -> dict[str, Any]:
 def draw_curve(curve: StepCurve, results: dict[str, dict[str, Any]]) -> None:
     """The curve that budgets are chosen from, and what was measured."""
     measured_at = {name: (row["time_over_plain"], row["ledger_mib"]) for name, row in results.items()}
-    limits = [name for name in measured_at if name.startswith("Budget(")]
+    limits = [name for name in measured_at if name.startswith("MemoryBudget(")]
     series = {
-        "Budget(limit), predicted": [
-            (1 + choice.seconds / curve.step_seconds, choice.peak_bytes / MIB) for choice in curve.choices
+        "MemoryBudget(limit), predicted": [
+            (1 + one.seconds / curve.step_seconds, one.peak_bytes / MIB) for one in curve.schedules
         ],
-        "Budget(limit)": sorted([measured_at["plain"], *(measured_at[name] for name in limits)]),
+        "MemoryBudget(limit)": sorted([measured_at["plain"], *(measured_at[name] for name in limits)]),
     }
     series |= {name: [point] for name, point in measured_at.items() if name not in ("plain", *limits)}
     save_chart("checkpointing_curve", series, "time of a step over the plain one", "peak, MiB")
@@ -221,8 +222,8 @@ def transformer(
     rows = {"plain": Row(lambda model: None), **peers, "Full()": by_policy(Full())}
     for name, peer in peers.items():
         peak = _peak_mib(make, peer)
-        rows[f"Budget at the peak of {name}"] = by_budget(curve, peak)
-    rows["Budget()"] = by_budget(curve, None)
+        rows[f"MemoryBudget at the peak of {name}"] = by_budget(curve, peak)
+    rows["MemoryBudget()"] = by_budget(curve, None)
     return measured(make, rows, repeats)
 
 

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_memtrain.checkpointing.forward import CheckpointedForward, Contexts, Group
-from lightning_memtrain.checkpointing.own_checkpoints import checkpointed_by
+from lightning_memtrain.checkpointing.existing_checkpoints import checkpointed_by
 from lightning_memtrain.checkpointing.policies import Recomputed
-from lightning_memtrain.checkpointing.state import unshards_itself
-from lightning_memtrain.checkpointing.units import described, scripted_by
+from lightning_memtrain.checkpointing.recompute.checkpointed_forward import CheckpointedForward
+from lightning_memtrain.checkpointing.recompute.parameter_data import unshards_itself
+from lightning_memtrain.checkpointing.recompute.recompute_group import Contexts, RecomputeGroup
+from lightning_memtrain.checkpointing.repeated_blocks import describe_modules, scripted_module
 from lightning_memtrain.core import NoEffectWarning
+from lightning_memtrain.core.compiled_modules import is_compiled
 
 
 def insert_checkpoints(
@@ -48,7 +50,7 @@ def insert_checkpoints(
     modules = dict(model.named_modules(remove_duplicate=False))
     seen: dict[int, str] = {}
     for name in (one.name for group in groups for one in group):
-        refused = _refusal(model, name, modules)
+        refused = _insertion_error(model, name, modules)
         if refused is not None:
             raise refused
         if id(modules[name]) in seen:
@@ -59,11 +61,11 @@ def insert_checkpoints(
         seen[id(modules[name])] = name
     installed: list[CheckpointedForward] = []
     for group in groups:
-        shared = Group(contexts)
+        shared = RecomputeGroup(contexts)
         for position, (name, path) in enumerate((one.name, one.path) for one in group):
             module = modules[name]
             if unshards_itself(module):  # its parameters are whole in its own forward and backward only
-                shared, position, path = Group(contexts), 0, ()
+                shared, position, path = RecomputeGroup(contexts), 0, ()
             if "_fsdp_wrapped_module" in module._modules:  # which communicates in a forward of its own
                 module = module._modules["_fsdp_wrapped_module"]
             forward = CheckpointedForward(module, name, shared, position, path)
@@ -72,7 +74,7 @@ def insert_checkpoints(
     return Checkpoints(installed)
 
 
-def choosable(model: nn.Module) -> frozenset[str]:
+def insertable_modules(model: nn.Module) -> frozenset[str]:
     """The modules that checkpoints can be put into.
 
     Args:
@@ -83,7 +85,7 @@ def choosable(model: nn.Module) -> frozenset[str]:
         with what is in that.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    return frozenset(name for name in modules if _refusal(model, name, modules) is None)
+    return frozenset(name for name in modules if _insertion_error(model, name, modules) is None)
 
 
 class Checkpoints:
@@ -130,7 +132,7 @@ class Checkpoints:
         )
 
 
-def refusal(model: nn.Module, name: str) -> MisconfigurationException | None:
+def insertion_error(model: nn.Module, name: str) -> MisconfigurationException | None:
     """Why a module of a model cannot be recomputed.
 
     Args:
@@ -140,16 +142,18 @@ def refusal(model: nn.Module, name: str) -> MisconfigurationException | None:
     Returns:
         The error that :func:`insert_checkpoints` raises for it; ``None`` if it can be.
     """
-    return _refusal(model, name, dict(model.named_modules(remove_duplicate=False)))
+    return _insertion_error(model, name, dict(model.named_modules(remove_duplicate=False)))
 
 
-def _refusal(model: nn.Module, name: str, modules: dict[str, nn.Module]) -> MisconfigurationException | None:
+def _insertion_error(
+    model: nn.Module, name: str, modules: dict[str, nn.Module]
+) -> MisconfigurationException | None:
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=3)
         hint = f"Did you mean {' or '.join(repr(one) for one in near)}?" if near else "Name one of these."
         return MisconfigurationException(
             f"`insert_checkpoints(groups)` must name modules of the model, but got {name!r}. The model has "
-            f"{described(model)}. {hint}"
+            f"{describe_modules(model)}. {hint}"
         )
     module = modules[name]
     if isinstance(module.__dict__.get("forward"), CheckpointedForward) or isinstance(
@@ -159,13 +163,13 @@ def _refusal(model: nn.Module, name: str, modules: dict[str, nn.Module]) -> Misc
             f"`ActivationCheckpointing` must be given once, but {name!r} is checkpointed already. Remove one "
             "of them."
         )
-    if any(_is_compiled(modules[path]) for path in _paths_to(name)):
+    if any(is_compiled(modules[path]) for path in _paths_to(name)):
         return MisconfigurationException(
             f"`ActivationCheckpointing` cannot change {name!r}, which is part of a compiled module. "
             "Compile the blocks one by one instead of the module around them, or choose the compiled "
             "module as a whole."
         )
-    script = scripted_by(model, name)
+    script = scripted_module(model, name)
     if script is not None:
         return MisconfigurationException(
             f"`ActivationCheckpointing` cannot recompute {name!r}, since {script!r} is TorchScript, which "
@@ -186,12 +190,3 @@ def _refusal(model: nn.Module, name: str, modules: dict[str, nn.Module]) -> Misc
 def _paths_to(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:length]) for length in range(len(parts)) if length > 0 or name]
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    # In turn: `torch.compile(module)`, `module.compile()`, and a compiled module that Lightning took over.
-    return (
-        "_orig_mod" in module._modules
-        or module._compiled_call_impl is not None
-        or getattr(module, "_compiler_ctx", None) is not None
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,10 +17,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from lightning_memtrain.checkpointing.forward import Contexts
-from lightning_memtrain.checkpointing.units import described, repeated_blocks
-from lightning_memtrain.core import parse_bytes
-from lightning_memtrain.core.device_memory import free_device_bytes
+from lightning_memtrain.checkpointing.recompute.recompute_group import Contexts
+from lightning_memtrain.checkpointing.repeated_blocks import describe_modules, repeated_blocks
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ Groups = list[list[Recomputed]]
 """Modules that are recomputed together, in the order of the model."""
 
 
-class CheckpointPolicy(ABC):
+class RecomputationPolicy(ABC):
     """Says which modules of a model to recompute."""
 
     @abstractmethod
@@ -65,7 +63,7 @@ class CheckpointPolicy(ABC):
 
 
 @dataclass(frozen=True)
-class Full(CheckpointPolicy):
+class Full(RecomputationPolicy):
     """Recomputes every repeated block by itself.
 
     Example:
@@ -80,7 +78,7 @@ class Full(CheckpointPolicy):
 
 
 @dataclass(frozen=True)
-class Every(CheckpointPolicy):
+class Every(RecomputationPolicy):
     """Recomputes every ``k``-th repeated block, beginning with the first.
 
     Args:
@@ -101,7 +99,7 @@ class Every(CheckpointPolicy):
 
 
 @dataclass(frozen=True)
-class Sqrt(CheckpointPolicy):
+class Sqrt(RecomputationPolicy):
     r"""Recomputes repeated blocks in about :math:`\sqrt n` segments of :math:`\sqrt n` blocks.
 
     Only the input of each segment is kept, so for a chain of :math:`n` equal blocks the activations are
@@ -120,7 +118,7 @@ class Sqrt(CheckpointPolicy):
 
 
 @dataclass(frozen=True)
-class Nested(CheckpointPolicy):
+class Nested(RecomputationPolicy):
     r"""Recomputes repeated blocks recursively: halves of halves, down to single blocks.
 
     When backward reaches a part, it is run again to keep the inputs of its own parts only. For a chain of
@@ -154,7 +152,7 @@ class Nested(CheckpointPolicy):
 
 
 @dataclass(frozen=True)
-class Modules(CheckpointPolicy):
+class Modules(RecomputationPolicy):
     """Recomputes the modules that are named, each by itself.
 
     Args:
@@ -201,7 +199,7 @@ class Modules(CheckpointPolicy):
         hint = f"Did you mean {' or '.join(repr(one) for one in near)}?" if near else "Name one of these."
         return MisconfigurationException(
             f"`Modules(names_or_types)` must name modules of the model, but got {word!r}, which matches none "
-            f"of them. The model has {described(model)}. {hint}"
+            f"of them. The model has {describe_modules(model)}. {hint}"
         )
 
 
@@ -218,7 +216,7 @@ _COSTLY_OPS = (
 
 
 @dataclass(frozen=True)
-class SelectiveOps(CheckpointPolicy):
+class SelectiveOps(RecomputationPolicy):
     """Recomputes every repeated block but for its costly operators, whose outputs are kept.
 
     Cheap operators (activation functions, normalisation, dropout) hold as much memory as matrix products and
@@ -270,92 +268,13 @@ class SelectiveOps(CheckpointPolicy):
         return overloads
 
 
-_DEVICE = "device"
-
-
-@dataclass(frozen=True)
-class Budget(CheckpointPolicy):
-    """Recomputes what brings the step within a limit in the least time, found by running it without data.
-
-    The first call of ``training_step`` runs once with weights, gradients and optimizer state that hold no
-    data, nor does what they make, so nothing to speak of is allocated. That shows for every module call which
-    bytes it holds at the peak, and every operator is timed on the device, alone. What is recomputed, alone or
-    together with what follows, is then chosen by dynamic programming, and the choice is run in the same way
-    in turn. It is made again before a step that would need more: larger batches, thawed parameters, another
-    optimizer.
-
-    Args:
-        limit: most bytes that the step may hold, e.g. ``"4GiB"``, ``"800MB"`` or a number of bytes; weights,
-            gradients, optimizer state and workspace of operators among them. ``"device"`` for what the device
-            has free. ``None`` for the knee of the curve: the least product of peak and time, so nothing that
-            hardly lowers the peak.
-
-    Raises:
-        MisconfigurationException: if ``limit`` is no size; at the first step, if it cannot be reached.
-    """
-
-    limit: int | str | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.limit, float):
-            raise MisconfigurationException(
-                "`Budget(limit)` must be a number of bytes or a size such as '4GiB', but got "
-                f"limit={self.limit!r}. A ratio is no size: write what the step may take."
-            )
-        _ = self.limit_bytes
-
-    @property
-    def limit_bytes(self) -> int | None:
-        """The limit in bytes; ``None`` if there is none, or the device is to tell."""
-        if self.limit is None or self.limit == _DEVICE:
-            return None
-        try:
-            return parse_bytes(self.limit, argument="Budget(limit)")
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
-
-    @property
-    def has_limit(self) -> bool:
-        """Whether there is a limit to keep."""
-        return self.limit is not None
-
-    def limit_bytes_on(self, device: torch.device) -> int | None:
-        """The limit on a device.
-
-        Args:
-            device: where the step runs.
-
-        Returns:
-            The bytes; ``None`` for no limit.
-
-        Raises:
-            MisconfigurationException: if the device is to tell, and does not.
-        """
-        if self.limit != _DEVICE:
-            return self.limit_bytes
-        free_bytes = free_device_bytes(device)
-        if free_bytes is None:
-            raise MisconfigurationException(
-                f"`Budget(limit)` must be a size on {device.type}, which does not tell what it has free, but "
-                "got limit='device'. Write what the step may take, e.g. Budget('4GiB')."
-            )
-        return free_bytes
-
-    def groups(self, model: nn.Module) -> Groups:
-        """Not known before the first step."""
-        raise NotImplementedError(
-            "`Budget` is chosen from a training step, so it cannot say what to recompute in a model alone. "
-            f"Give it to the callback, `ActivationCheckpointing({self!r})`; for `insert_checkpoints` use "
-            "another policy, e.g. `Full()`, or name modules."
-        )
-
-
 def _blocks(model: nn.Module, policy: str) -> list[str]:
     names = [name for chain in repeated_blocks(model) for name, _ in chain]
     if not names:
         raise MisconfigurationException(
             f"`ActivationCheckpointing(policy={policy!r})` needs repeated blocks, but the model has none: it "
-            f"has {described(model)}. Name modules, e.g. policy=Modules(['encoder']), or use policy='auto'."
+            f"has {describe_modules(model)}. Name modules, e.g. policy=Modules(['encoder']), or use "
+            "policy='auto'."
         )
     return names
 
@@ -377,12 +296,3 @@ def _check_count(argument: str, name: str, value: Any, least: int) -> None:
             f"`{argument}` must be a whole number of at least {least}, but got {name}={value!r}. Use e.g. "
             f"{least + 1}."
         )
-
-
-SHORT_NAMES: dict[str, Callable[[], CheckpointPolicy]] = {
-    "auto": Budget,
-    "full": Full,
-    "nested": Nested,
-    "selective": SelectiveOps,
-    "sqrt": Sqrt,
-}

@@ -142,7 +142,7 @@ def fit(folder: Path, package: Any, *techniques: Any) -> tuple[Any, Trainer]:
 
 
 MORE = {
-    "ActivationCheckpointing, limited": lambda: mt.ActivationCheckpointing(mt.Budget("1MiB")),
+    "ActivationCheckpointing, limited": lambda: mt.ActivationCheckpointing(mt.MemoryBudget("1MiB")),
     "Microbatching, auto": lambda: mt.Microbatching(microbatch_size="auto", limit="1GiB"),
 }
 ALL = {

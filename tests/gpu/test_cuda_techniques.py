@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_memtrain.checkpointing import Full, Nested, Sqrt, insert_checkpoints
-from lightning_memtrain.checkpointing.offload import offloaded_activations
+from lightning_memtrain.checkpointing.experimental.activation_offloading import offloaded_activations
 
 DEVICE = torch.device("cuda")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memtrain.checkpointing import Recomputed, insert_checkpoints
-from lightning_memtrain.checkpointing.call import Call
+from lightning_memtrain.checkpointing.recompute.recomputable_call import RecomputableCall
 from lightning_memtrain.ledger.storages import tensors_in
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -32,17 +32,17 @@ def recompute(model: nn.Module, *names: str) -> Callable[[], None]:
 def recomputations() -> Iterator[list[str]]:
     """Names of the modules that are recomputed meanwhile, in order."""
     names: list[str] = []
-    run = Call.run
+    run_again = RecomputableCall.run_again
 
-    def counted(self: Call, made: Any) -> list[Any]:
-        names.append(self.unit.name)
-        return run(self, made)
+    def counted(self: RecomputableCall, find_output: Any) -> list[Any]:
+        names.append(self.target.name)
+        return run_again(self, find_output)
 
-    Call.run = counted
+    RecomputableCall.run_again = counted
     try:
         yield names
     finally:
-        Call.run = run
+        RecomputableCall.run_again = run_again
 
 
 def trained(

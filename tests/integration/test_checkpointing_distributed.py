@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from lightning_memtrain import ActivationCheckpointing, Budget, Microbatching, NoEffectWarning
+from lightning_memtrain import ActivationCheckpointing, MemoryBudget, Microbatching, NoEffectWarning
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import found_by_two_ranks
 
@@ -95,7 +95,7 @@ CASES = {
     "ddp": Case(),
     "ddp, segments": Case("sqrt"),
     "ddp, nested": Case("nested"),
-    "ddp, chosen": Case(Budget(600_000), model=Long),
+    "ddp, chosen": Case(MemoryBudget(600_000), model=Long),
     "unused parameters": Case(strategy=lambda: DDPStrategy(find_unused_parameters=True), model=WithUnused),
     "static graph": Case(strategy=lambda: DDPStrategy(static_graph=True)),
     "bucket views, accumulated": Case(
@@ -103,7 +103,7 @@ CASES = {
     ),
     "microbatches": Case(others=lambda: [Microbatching(num_microbatches=3)]),
     "microbatches, chosen": Case(
-        Budget(220_000), model=Long, others=lambda: [Microbatching(num_microbatches=3)]
+        MemoryBudget(220_000), model=Long, others=lambda: [Microbatching(num_microbatches=3)]
     ),
     "fsdp2": Case(strategy=_fsdp2, model=Sharded),
     "fsdp2, segments": Case("sqrt", strategy=_fsdp2, model=Sharded),
@@ -150,7 +150,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_both_ranks_train_as_without_recomputing(name: str, found: list[dict[str, Any]]) -> None:
     for result in found:
         assert isinstance(result[name], int), result[name]
-        if isinstance(CASES[name].policy, Budget):  # how many is up to how long each takes
+        if isinstance(CASES[name].policy, MemoryBudget):  # how many is up to how long each takes
             assert result[name] > 0
         else:
             assert result[name] == 4
@@ -164,6 +164,6 @@ def test_a_budget_is_refused_where_parameters_are_sharded() -> None:
     with pytest.raises(
         MisconfigurationException, match=r"needs whole parameters .* but got ModelParallelStrategy"
     ):
-        ActivationCheckpointing(Budget("1GiB")).setup(Trainer(), Net(), "fit")  # type: ignore[arg-type]
+        ActivationCheckpointing(MemoryBudget("1GiB")).setup(Trainer(), Net(), "fit")  # type: ignore[arg-type]
     with pytest.warns(NoEffectWarning, match=r"recomputes nothing: it needs whole parameters"):
         ActivationCheckpointing("auto").setup(Trainer(), Net(), "fit")  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import StochasticWeightAveraging
@@ -15,12 +16,13 @@ from torch.utils.data import DataLoader
 
 from lightning_memtrain import (
     ActivationCheckpointing,
-    Budget,
     Every,
+    MemoryBudget,
     MemoryProfiler,
     Modules,
     Nested,
     SelectiveOps,
+    Sqrt,
 )
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 
@@ -243,20 +245,20 @@ def test_a_model_without_blocks_is_told_what_it_has(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda: ActivationCheckpointing("ful"), r"but got policy='ful'\. Did you mean 'full'\?"),
+        (lambda: ActivationCheckpointing("encoder"), r"For a module write policy=\['encoder'\]\."),
         (
-            lambda: ActivationCheckpointing("4GiB"),
-            r"policy='4GiB'\. For a limit write policy=Budget\('4GiB'\)",
-        ),
-        (lambda: ActivationCheckpointing("encoder"), r"For a module write policy=Modules\(\['encoder'\]\)"),
-        (
-            lambda: ActivationCheckpointing(3),
-            r"must be a policy, its short name, or a list of modules.*policy=3",
+            lambda: ActivationCheckpointing(True),  # type: ignore[arg-type]
+            r"must be a policy, its short name, a size, or a list of modules.*policy=True",
         ),
         (
-            lambda: Budget(0.5),
-            r"`Budget\(limit\)` must be a number of bytes.*limit=0\.5\. A ratio is no size",
+            lambda: ActivationCheckpointing(0.5),  # type: ignore[arg-type]
+            r"must be a policy, its short name, a size, or a list of modules.*policy=0\.5",
         ),
-        (lambda: Budget("4 gigs"), r"`Budget\(limit\)` must be a number of bytes.*got '4 gigs'"),
+        (
+            lambda: MemoryBudget(0.5),
+            r"`MemoryBudget\(limit\)` must be a number of bytes.*limit=0\.5\. A ratio is no size",
+        ),
+        (lambda: MemoryBudget("4 gigs"), r"`MemoryBudget\(limit\)` must be a number of bytes.*got '4 gigs'"),
         (
             lambda: Every(0),
             r"`Every\(k\)` must be a whole number of at least 1, but got k=0\. Use e\.g\. 2\.",
@@ -280,19 +282,47 @@ def test_what_is_refused_when_it_is_made(make: Any, message: str) -> None:
 
 def test_a_budget_without_a_step_names_the_callback() -> None:
     with pytest.raises(NotImplementedError) as caught:
-        Budget("4GiB").groups(nn.Linear(2, 2))
+        MemoryBudget("4GiB").groups(nn.Linear(2, 2))
     assert str(caught.value) == (
-        "`Budget` is chosen from a training step, so it cannot say what to recompute in a model alone. Give "
-        "it to the callback, `ActivationCheckpointing(Budget(limit='4GiB'))`; for `insert_checkpoints` use "
-        "another policy, e.g. `Full()`, or name modules."
+        "`MemoryBudget` is chosen from a training step, so it cannot say what to recompute in a model alone. "
+        "Give it to the callback, `ActivationCheckpointing(MemoryBudget(limit='4GiB'))`; for "
+        "`insert_checkpoints` use `plan_recomputation(model, step, arguments).groups`, or another policy, "
+        "e.g. `Full()`."
     )
 
 
 def test_both_ways_to_write_a_size_are_understood() -> None:
-    assert Budget("4GB").limit_bytes == 4 * 1000**3
-    assert Budget("4GiB").limit_bytes == 4 * 1024**3
-    assert Budget(123).limit_bytes == 123
-    assert Budget().limit_bytes is None
+    assert MemoryBudget("4GB").limit_bytes == 4 * 1000**3
+    assert MemoryBudget("4GiB").limit_bytes == 4 * 1024**3
+    assert MemoryBudget(123).limit_bytes == 123
+    assert MemoryBudget().limit_bytes is None
+
+
+@pytest.mark.parametrize("limit", ["4GiB", "800 MB", 123, "device"])
+def test_a_limit_alone_is_a_memory_budget(limit: int | str) -> None:
+    assert ActivationCheckpointing(limit).policy == MemoryBudget(limit)
+
+
+@pytest.mark.filterwarnings(
+    r"ignore:\s*(By default|instantiate_classes|.*deprecated)[\s\S]*:DeprecationWarning"
+)  # as LightningCLI
+@pytest.mark.parametrize(
+    ("value", "policy"),
+    [
+        ("4GiB", MemoryBudget("4GiB")),
+        ("4294967296", MemoryBudget(2**32)),
+        ("device", MemoryBudget("device")),
+        ("sqrt", Sqrt()),
+        ("[encoder, '*.mlp']", Modules(["encoder", "*.mlp"])),
+        ("{class_path: lightning_memtrain.Every, init_args: {k: 2}}", Every(2)),
+    ],
+)
+def test_plain_values_stand_for_policies_in_yaml(value: str, policy: Any) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Callback, "callback")
+    name = "lightning_memtrain.ActivationCheckpointing"
+    given = parser.parse_string(f"callback: {{class_path: {name}, init_args: {{policy: {value}}}}}")
+    assert parser.instantiate_classes(given).callback.policy == policy
 
 
 def test_it_steps_aside_for_fsdps_own_policy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.utils.data import DataLoader
 
-from lightning_memtrain import ActivationCheckpointing, Budget, MemoryProfiler, OptimizerInBackward
+from lightning_memtrain import ActivationCheckpointing, MemoryBudget, MemoryProfiler, OptimizerInBackward
 from lightning_memtrain.ledger import MemoryLedger
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import found_by_two_ranks
@@ -74,7 +74,7 @@ def _check(name: str, folder: Path, rank: int) -> dict[str, Any]:
         options = FORMS["bucket views" if "views" in name else "plain"]
         plain = _fit(folder, **options)["ledger_peak"]
         limit = plain - 3 * ACTIVATION_BYTES
-        budget = ActivationCheckpointing(Budget(limit))
+        budget = ActivationCheckpointing(MemoryBudget(limit))
         held = _fit(folder, budget, **options)
         return {"plain": plain, "limit": limit, **held, "says": budget.technique_record().events}
     if name == "without trainer":

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_memtrain import ActivationCheckpointing, Budget, Category, MemoryProfiler
+from lightning_memtrain import ActivationCheckpointing, Category, MemoryBudget, MemoryProfiler
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
@@ -104,7 +104,7 @@ def test_a_choice_by_a_step_without_data_adds_nothing_to_the_step_that_makes_it(
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.blocks(x)
 
-    choice = ActivationCheckpointing(Budget("1GiB"))
+    choice = ActivationCheckpointing(MemoryBudget("1GiB"))
     seen = []
 
     class Each(MemoryProfiler):

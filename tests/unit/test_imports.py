@@ -155,7 +155,9 @@ def test_every_public_name_exists_and_is_documented(subpackage: str) -> None:
         value = getattr(module, name)
         if isinstance(value, type) or callable(value):
             assert value.__doc__, f"{subpackage}.{name} has no docstring"
-            assert not value.__doc__.startswith(f"{name}("), f"{subpackage}.{name}: generated"
+            assert not value.__doc__.startswith(f"{name}("), (
+                f"{subpackage}.{name} only has a generated docstring"
+            )
 
 
 def test_subpackages_list_their_names_once_and_sorted() -> None:

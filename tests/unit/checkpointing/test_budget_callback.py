@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lightning_memtrain import ActivationCheckpointing, Budget, MemoryProfiler, Microbatching
+from lightning_memtrain import (
+    ActivationCheckpointing,
+    EarlyZeroGrad,
+    MemoryBudget,
+    MemoryProfiler,
+    Microbatching,
+)
 from lightning_memtrain.core import KIB
-from lightning_memtrain.tracing.fake_step import FakeStep
+from lightning_memtrain.tracing.step.fake_step import FakeStep
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
@@ -84,7 +90,7 @@ def assert_equal(one: DeepModel, other: DeepModel) -> None:
     assert one.num_steps == other.num_steps
 
 
-@pytest.mark.parametrize("policy", ["auto", Budget(), Budget("1300KiB")])
+@pytest.mark.parametrize("policy", ["auto", MemoryBudget(), MemoryBudget("1300KiB")])
 def test_a_run_with_a_budget_is_the_run_without(policy: Any, tmp_path: Path) -> None:
     plain, plain_trainer = fit(tmp_path)
     callback = ActivationCheckpointing(policy)
@@ -101,13 +107,13 @@ def test_the_limit_is_kept_and_the_report_says_what_was_chosen(tmp_path: Path) -
     plain_bytes = plain_profiler.report.stages["fit"].ledger_peak_bytes
     limit = plain_bytes * 3 // 4
     profiler = MemoryProfiler(every_n_steps=1, report_dir=tmp_path / "limited")
-    fit(tmp_path, profiler, ActivationCheckpointing(Budget(limit)))
+    fit(tmp_path, profiler, ActivationCheckpointing(MemoryBudget(limit)))
     report = profiler.report
     assert report.stages["fit"].ledger_peak_bytes <= limit < plain_bytes
     assert report.stages["fit"].recomputed_max_bytes > 0
     (record,) = report.techniques
     assert record.name == "ActivationCheckpointing"
-    assert record.settings["policy"] == f"Budget(limit={limit})"
+    assert record.settings["policy"] == f"MemoryBudget(limit={limit})"
     assert record.settings["num_modules"] > 0
     assert all(event.startswith("step ") and "recomputed: peak " in event for event in record.events)
 
@@ -115,7 +121,7 @@ def test_the_limit_is_kept_and_the_report_says_what_was_chosen(tmp_path: Path) -
 @pytest.mark.parametrize("batchnorm", ["pooled", "chunk", "synchronized"])
 def test_microbatches_are_the_same_with_a_choice(batchnorm: Any, tmp_path: Path) -> None:
     plain, _ = fit(tmp_path, Microbatching(num_microbatches=2, batchnorm=batchnorm))
-    callback = ActivationCheckpointing(Budget("1100KiB"))
+    callback = ActivationCheckpointing(MemoryBudget("1100KiB"))
     model, _ = fit(tmp_path, Microbatching(num_microbatches=2, batchnorm=batchnorm), callback)
     assert callback.technique_record().settings["num_modules"] > 0
     for (name, tensor), twin in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
@@ -165,7 +171,7 @@ class Writing(DeepModel):
 
 def test_a_step_that_asks_for_a_value_gets_that_of_a_step_with_data(tmp_path: Path) -> None:
     plain, _ = fit(tmp_path, model=Writing)
-    callback = ActivationCheckpointing(Budget("1300KiB"))
+    callback = ActivationCheckpointing(MemoryBudget("1300KiB"))
     model, _ = fit(tmp_path, callback, model=Writing)
     assert callback.technique_record().settings["num_modules"] > 0
     assert model.losses == plain.losses
@@ -208,9 +214,9 @@ def test_a_budget_is_refused_under_manual_optimization(kind: type[ByHand], tmp_p
     model = kind()
     before = [parameter.clone() for parameter in model.parameters()]
     with pytest.raises(MisconfigurationException) as caught:
-        fit(tmp_path, ActivationCheckpointing(Budget("1300KiB")), model=model)
+        fit(tmp_path, ActivationCheckpointing(MemoryBudget("1300KiB")), model=model)
     assert str(caught.value) == (
-        "`ActivationCheckpointing(policy=Budget(limit='1300KiB'))` needs a LightningModule with "
+        "`ActivationCheckpointing(policy=MemoryBudget(limit='1300KiB'))` needs a LightningModule with "
         "automatic_optimization=True, since it runs `training_step` once without data, but got "
         "automatic_optimization=False, whose `training_step` steps optimizers and schedulers itself. Say "
         "what to recompute, e.g. policy='full'."
@@ -222,8 +228,8 @@ def test_a_budget_is_refused_under_manual_optimization(kind: type[ByHand], tmp_p
 
 def test_a_limit_out_of_reach_ends_the_run_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = DeepModel()
-    with pytest.raises(MisconfigurationException, match=r"`Budget\(limit\)` must be at least "):
-        fit(tmp_path, ActivationCheckpointing(Budget(100 * KIB)), model=model)
+    with pytest.raises(MisconfigurationException, match=r"`MemoryBudget\(limit\)` must be at least "):
+        fit(tmp_path, ActivationCheckpointing(MemoryBudget(100 * KIB)), model=model)
     assert "training_step" not in model.__dict__
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
@@ -246,7 +252,7 @@ class OnFeatures(DeepModel):
 
 def test_features_in_inference_mode_are_seen(tmp_path: Path) -> None:
     plain, _ = fit(tmp_path, model=OnFeatures)
-    callback = ActivationCheckpointing(Budget("1300KiB"))
+    callback = ActivationCheckpointing(MemoryBudget("1300KiB"))
     model, _ = fit(tmp_path, callback, model=OnFeatures)
     assert callback.technique_record().settings["num_modules"] > 0
     assert_equal(plain, model)
@@ -284,7 +290,7 @@ def test_an_optimizer_with_attributes_of_its_own_and_a_scheduler(tmp_path: Path)
         return model
 
     for one, other in zip(
-        run().parameters(), run(ActivationCheckpointing(Budget("1TiB"))).parameters(), strict=True
+        run().parameters(), run(ActivationCheckpointing(MemoryBudget("1TiB"))).parameters(), strict=True
     ):
         assert torch.equal(one, other)
 
@@ -328,7 +334,7 @@ class WithAsking(WithoutGradients):
 
 def _events(folder: Path, kind: type[DeepModel], **options: Any) -> tuple[list[str], int]:
     profiler = MemoryProfiler(every_n_steps=1, report_dir=folder / "report")
-    callback = ActivationCheckpointing(Budget("1500KiB"))
+    callback = ActivationCheckpointing(MemoryBudget("1500KiB"))
     fit(folder, profiler, callback, model=kind, **options)
     return list(callback.technique_record().events), profiler.report.stages["fit"].ledger_peak_bytes
 
@@ -339,8 +345,8 @@ def test_an_optimizer_that_asks_for_values_is_named_and_counted_once_it_stepped(
     (message,) = [str(one.message) for one in caught if "cannot run the step of" in str(one.message)]
     line = inspect.getsourcelines(Asking.step)[1] + 4
     assert message == (
-        "`ActivationCheckpointing(policy=Budget(limit='1500KiB'))` cannot run the step of Asking without "
-        "data (it asks for the value of a tensor (aten._local_scalar_dense.default) at "
+        "`ActivationCheckpointing(policy=MemoryBudget(limit='1500KiB'))` cannot run the step of Asking "
+        "without data (it asks for the value of a tensor (aten._local_scalar_dense.default) at "
         f"{__file__}:{line}), so its bytes are not in the limit: its state is once it has stepped, what its "
         "step holds beside is not. Set a limit that leaves room for that."
     )
@@ -370,7 +376,7 @@ def _peaks(callback: ActivationCheckpointing) -> list[str]:
 
 
 def test_a_second_trainer_begins_anew(tmp_path: Path) -> None:
-    fresh, used = (ActivationCheckpointing(Budget("1300KiB")) for _ in range(2))
+    fresh, used = (ActivationCheckpointing(MemoryBudget("1300KiB")) for _ in range(2))
     fit(tmp_path, fresh)
     # The gradients of the step before are not there in forward, unlike in the next run.
     fit(tmp_path, used, Microbatching(num_microbatches=1))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_memtrain import ActivationCheckpointing, MemoryProfiler, NoEffectWarning
-from lightning_memtrain.checkpointing.caches import caching_model
+from lightning_memtrain.checkpointing.recompute.objects.key_value_caches import caching_model
 
 SIZES = {
     "vocab_size": 30,

@@ -13,7 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from lightning_memtrain.checkpointing import Full, Recomputed, insert_checkpoints
-from lightning_memtrain.checkpointing.caches import LeftOut
+from lightning_memtrain.checkpointing.recompute.objects.key_value_caches import OmittedTensor
 from tests.helpers.recomputed import assert_exact, recompute
 
 Batch = dict[str, Tensor]
@@ -292,7 +292,7 @@ def test_a_layer_that_reads_from_another_one_is_refused(reads: Callable[[Any], A
 
 
 def test_what_is_left_out_has_a_form() -> None:
-    one = LeftOut(torch.zeros(2, 3, dtype=torch.float16), "layer")
+    one = OmittedTensor(torch.zeros(2, 3, dtype=torch.float16), "layer")
     assert (one.shape, one.size(1), one.size(), one.dim(), one.numel()) == ((2, 3), 3, (2, 3), 2, 6)
     assert (one.dtype, one.device) == (torch.float16, torch.device("cpu"))
     assert not hasattr(one, "_private")

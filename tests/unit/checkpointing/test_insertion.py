@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from lightning_memtrain import NoEffectWarning
 from lightning_memtrain.checkpointing import Full, Modules, insert_checkpoints
-from lightning_memtrain.checkpointing.units import described, repeated_blocks
+from lightning_memtrain.checkpointing.repeated_blocks import describe_modules, repeated_blocks
 from tests.helpers.recomputed import assert_identical, recomputations, recompute, trained
 
 
@@ -114,9 +114,9 @@ def test_a_module_with_two_names_goes_by_either() -> None:
 
 
 def test_models_are_described_by_their_most_frequent_classes() -> None:
-    assert described(nn.Sequential(_block(), _block())) == "2 Sequential, 2 Linear, 2 Tanh"
-    assert described(nn.Sequential(_block(), _block()), most=1) == "2 Sequential and 2 other classes"
-    assert described(nn.Linear(2, 2)) == "no modules"
+    assert describe_modules(nn.Sequential(_block(), _block())) == "2 Sequential, 2 Linear, 2 Tanh"
+    assert describe_modules(nn.Sequential(_block(), _block()), most=1) == "2 Sequential and 2 other classes"
+    assert describe_modules(nn.Linear(2, 2)) == "no modules"
 
 
 def test_a_name_that_the_model_lacks_is_refused() -> None:

@@ -13,7 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from lightning_memtrain.checkpointing import Full, Nested, SelectiveOps, Sqrt, insert_checkpoints
-from lightning_memtrain.checkpointing.units import repeated_blocks
+from lightning_memtrain.checkpointing.repeated_blocks import repeated_blocks
 from tests.helpers.recomputed import assert_identical, recomputations, trained
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_memtrain.checkpointing import Recomputed, insert_checkpoints
-from lightning_memtrain.checkpointing.holding import parts_of
+from lightning_memtrain.checkpointing.recompute.objects.adapter_lookup import adapters_of
 from tests.helpers.recomputed import assert_exact, assert_identical, recompute
 
 
@@ -449,11 +449,11 @@ OPAQUE += [torch.Size([1]), np.float32(1), torch.optim.SGD([torch.ones(1)], 0.1)
 
 @pytest.mark.parametrize("value", OPAQUE)
 def test_what_is_not_looked_into(value: Any) -> None:
-    assert parts_of(type(value)) == ()
+    assert adapters_of(type(value)) == ()
 
 
 def test_objects_that_end_with_something_stay_themselves() -> None:
-    assert parts_of(_Closes) == ()
+    assert adapters_of(_Closes) == ()
 
 
 def test_global_random_numbers_are_those_of_the_call() -> None:

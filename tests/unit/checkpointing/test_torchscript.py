@@ -10,8 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_memtrain.checkpointing import Recomputed, insert_checkpoints
-from lightning_memtrain.checkpointing.insertion import refusal
-from lightning_memtrain.checkpointing.own_checkpoints import OwnCheckpoints
+from lightning_memtrain.checkpointing.existing_checkpoints import ExistingCheckpoints
+from lightning_memtrain.checkpointing.insertion import insertion_error
 from tests.helpers.recomputed import assert_identical, recomputations, recompute, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -72,9 +72,9 @@ def test_torchscript_is_refused_in_and_around_a_block_and_as_one(make: Callable[
             "its state out of reach. Use the module as it was before `torch.jit.script` or `torch.jit.trace` "
             "(functions may be scripted), or leave this module out."
         )
-        assert str(refusal(model, name)) == str(caught.value)
-    assert refusal(model, "1.1") is None
-    with OwnCheckpoints(model) as own:
+        assert str(insertion_error(model, name)) == str(caught.value)
+    assert insertion_error(model, "1.1") is None
+    with ExistingCheckpoints(model) as own:
         model(torch.ones(5, 6)).sum().backward()
     assert own.names == frozenset()
     recompute(model, "1.1")

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_memtrain import Microbatching, SparseTraining
-from lightning_memtrain.tracing import UserState, boundaries
+from lightning_memtrain.tracing import UserState
+from lightning_memtrain.tracing.user_state import boundaries
 
 
 @pytest.mark.parametrize("name", ["collections.abc", "torch.nn", "wandb.sdk", "builtins", "", None, 3])

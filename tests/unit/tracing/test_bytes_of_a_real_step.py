@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.tracing.fake_step import FakeStep
+from lightning_memtrain.tracing.step.fake_step import FakeStep
 
 ROWS, STEPS, WIDTH = 4, 6, 16
 CLASS_WEIGHTS = torch.linspace(0.5, 1.5, WIDTH)
@@ -143,8 +143,8 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("has_state", [False, True])
-def test_optimizers_step_with_and_without_state(name: str, has_state: bool) -> None:
+@pytest.mark.parametrize("has_opaque_state", [False, True])
+def test_optimizers_step_with_and_without_state(name: str, has_opaque_state: bool) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)), torch.randn(ROWS, WIDTH)
 
@@ -154,7 +154,7 @@ def test_optimizers_step_with_and_without_state(name: str, has_state: bool) -> N
     other = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1))
     real = by_hand(nn.Sequential(other, Mean()), OPTIMIZERS[name](other.parameters()), x)
     optimizer = OPTIMIZERS[name](model.parameters())
-    if has_state:
+    if has_opaque_state:
         loss(x).backward()
         optimizer.step()
         optimizer.zero_grad()

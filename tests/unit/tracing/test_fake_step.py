@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from lightning_memtrain.tracing.fake_step import FakeStep
+from lightning_memtrain.tracing.step.fake_step import FakeStep
 
 WIDTH = 4
 

@@ -283,7 +283,7 @@ def test_copies_are_freed_with_the_state_and_not_when_the_collector_likes() -> N
     gc.disable()
     try:
         state = UserState(module, copies=everything)
-        copied += [weakref.ref(note.copied) for note in state._tensor_notes]
+        copied += [weakref.ref(snapshot.copied) for snapshot in state._tensor_snapshots]
         assert all(copy() is not None for copy in copied)
         del state
         assert [copy() for copy in copied] == [None, None]

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lightning_memtrain.tracing import UserState
-from lightning_memtrain.tracing.states import MOST_ARRAY_BYTES
+from lightning_memtrain.tracing.user_state.opaque_snapshots import MOST_ARRAY_BYTES
 
 
 class Meter:
@@ -466,7 +466,7 @@ def test_generators_and_caches_of_functions_are_left_as_they_are() -> None:
 
 def test_another_generator_of_numpy_is_set_back() -> None:
     numpy = pytest.importorskip("numpy")
-    usual = numpy.random.get_bit_generator()
+    typical = numpy.random.get_bit_generator()
     numpy.random.set_bit_generator(numpy.random.PCG64(1))
     try:
         state = UserState()
@@ -474,4 +474,4 @@ def test_another_generator_of_numpy_is_set_back() -> None:
         state.restore()
         assert numpy.random.rand() == first
     finally:
-        numpy.random.set_bit_generator(usual)
+        numpy.random.set_bit_generator(typical)

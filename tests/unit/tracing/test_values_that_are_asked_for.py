@@ -1,4 +1,4 @@
-"""What a step without data answers when a program asks: what it knows, what is usual, and what data said."""
+"""What a step without data answers when a program asks: what it knows, what is usual, what data said."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.tracing.fake_step import FakeStep
-from lightning_memtrain.tracing.questions import AsksForValue
+from lightning_memtrain.tracing.step.fake_step import FakeStep
+from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
 
 ROWS, WIDTH = 6, 4
 
@@ -146,12 +146,12 @@ UNKNOWN: list[Callable[[Tensor, Batch], Any]] = [
 def test_what_only_data_can_tell_is_asked_of_a_real_forward(then: Callable[[Tensor, Batch], Any]) -> None:
     model, seen, one = Net(then), SimpleQueue[Any](), batch()
     fake = FakeStep(model, lambda b: (model(b), seen.put(model.seen))[0], (one,))
-    with fake.watched(), pytest.raises(AsksForValue) as caught:
+    with fake.watched(), pytest.raises(UnknownValueError) as caught:
         fake.run()
     line = inspect.getsourcelines(then)[1]
-    assert caught.value.site is not None
-    assert (caught.value.site.file, caught.value.site.line) == (__file__, line)
-    fake.ask_data()
+    assert caught.value.location is not None
+    assert (caught.value.location.file, caught.value.location.line) == (__file__, line)
+    fake.record_values()
     with fake.watched():
         fake.run()
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_a_real_forward_leaves_no_trace_and_keeps_nothing_for_backward() -> None
     before = x.clone(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fake = FakeStep(model, model, (x,))
     with MemoryLedger(model, inputs=x) as ledger:
-        fake.ask_data()
+        fake.record_values()
     assert torch.equal(x, before[0])
     assert all(torch.equal(tensor, before[1][name]) for name, tensor in model.state_dict().items())
     assert model.calls == []
@@ -221,9 +221,9 @@ def test_a_loss_that_is_a_metric_is_found() -> None:
 
     model = Model()
     fake = FakeStep(model, lambda x: model.loss(model.layer(x)), (torch.randn(ROWS, WIDTH),))
-    with fake.watched(), pytest.raises(AsksForValue):
+    with fake.watched(), pytest.raises(UnknownValueError):
         fake.run()
-    fake.ask_data()
+    fake.record_values()
     with fake.watched() as ledger:
         fake.run()
         assert model.layer.weight.grad is not None
@@ -246,7 +246,7 @@ def test_a_forward_that_differentiates_by_itself_keeps_a_graph_only_where_it_may
 
     model, x = Penalised(), torch.randn(ROWS, WIDTH)
     with pytest.raises(RuntimeError, match="does not require grad"):
-        FakeStep(model, model, (x,)).ask_data()
+        FakeStep(model, model, (x,)).record_values()
     fake = FakeStep(model, model, (x,), may_keep_graph=True)
     fake.prepare(nullcontext)
     assert fake.has_backward

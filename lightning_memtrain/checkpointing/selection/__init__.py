@@ -1,0 +1,1 @@
+"""Which modules to recompute, chosen from a step that is run without data."""

@@ -1,0 +1,68 @@
+"""The choice for a loop of plain torch, as one function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_memtrain.checkpointing.memory_budget import MemoryBudget
+from lightning_memtrain.checkpointing.selection.recomputation_plan import RecomputationPlan
+from lightning_memtrain.checkpointing.selection.step_curve import StepCurve
+from lightning_memtrain.ledger.op_times import OpTimes
+from lightning_memtrain.ledger.workspace import OpWorkspace
+from lightning_memtrain.tracing.step.fake_step import FakeStep
+
+
+def plan_recomputation(
+    model: nn.Module,
+    step: Callable[..., Any],
+    arguments: Sequence[Any],
+    optimizers: Sequence[Optimizer] = (),
+    *,
+    limit: int | str | None = None,
+) -> RecomputationPlan:
+    """Plan what to recompute in a training step, by running it once without data.
+
+    The step runs with weights, gradients and optimizer state that hold no data, and leaves no trace: see
+    :class:`MemoryBudget`, which does the same for a ``Trainer`` before each step that would need more.
+
+    Args:
+        model: the module that is trained.
+        step: computes the loss, or a dictionary with it under ``"loss"``, from ``arguments``; backward and
+            the optimizers' steps follow it by themselves.
+        arguments: what ``step`` is called with, such as a batch of tensors of any shape and dtype.
+        optimizers: those that step afterwards; their state counts.
+        limit: most bytes that the step may hold, see :class:`MemoryBudget`; ``None`` for the knee of the
+            curve of memory against time.
+
+    Returns:
+        The plan; pass its ``groups`` to :func:`insert_checkpoints`.
+
+    Raises:
+        MisconfigurationException: if ``limit`` is no size or cannot be reached, or the step has no loss
+            with a gradient.
+
+    Example:
+        >>> layers = (nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Tanh()) for _ in range(4))
+        >>> model = nn.Sequential(*layers)
+        >>> step = lambda batch: model(batch).square().mean()
+        >>> plan = plan_recomputation(model, step, [torch.ones(64, 32)], limit="1GiB")
+        >>> plan.groups, plan.fits(2**30)
+        ([], True)
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    limit_bytes = MemoryBudget(limit).limit_bytes_on(device)
+    fake = FakeStep(model, step, arguments, optimizers)
+    workspace = None if limit_bytes is None else OpWorkspace(device)
+    curve = StepCurve(fake, OpTimes(device), workspace)
+    if not fake.has_backward:
+        raise MisconfigurationException(
+            "`plan_recomputation(step)` must return a loss that has a gradient, or a dictionary with one "
+            "under 'loss', but it returned none. Let it return the tensor that `backward()` is called on."
+        )
+    return curve.knee() if limit_bytes is None else curve.fitting(limit_bytes)

@@ -1,0 +1,31 @@
+"""Which hooks for saved tensors are in force, around whatever is running."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Before torch 2.8 there is no such function.
+_top_hooks: Callable[[bool], Any] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda tracing: None
+)
+
+
+def innermost_pack_hook() -> Any:
+    """The hook that is called with what autograd saves next.
+
+    Returns:
+        The first of the two hooks that the innermost ``torch.autograd.graph.saved_tensors_hooks`` was given;
+        ``None`` where none is in force, and before torch 2.8, which does not tell.
+
+    Example:
+        >>> pack = lambda tensor: tensor
+        >>> with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+        ...     hook = innermost_pack_hook()
+        >>> hook in (pack, None), innermost_pack_hook() is None
+        (True, True)
+    """
+    hooks = _top_hooks(True)
+    return hooks[0] if hooks is not None else None

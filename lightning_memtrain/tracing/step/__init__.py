@@ -1,0 +1,1 @@
+"""One training step on fake tensors: the user's own code, run without data."""

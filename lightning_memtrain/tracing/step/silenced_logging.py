@@ -1,0 +1,72 @@
+"""What a step reports to others, dropped while it is not a real one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import nn
+from torchmetrics import Metric
+
+from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
+
+_REPORTS = ("log", "log_dict", "print")
+
+
+@contextmanager
+def logging_silenced(model: nn.Module) -> Iterator[list[UnknownValueError]]:
+    """Run a step whose `self.log` does nothing, whose loggers log nothing, and that calls no callback.
+
+    Metrics run, since they may be losses, too; one that asks for values returns zero.
+
+    Args:
+        model: the module that is trained.
+
+    Yields:
+        The questions that metrics could not answer, so far.
+    """
+    unknown: list[UnknownValueError] = []
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+
+    def put(place: dict[str, Any], name: str, value: Any) -> None:
+        undo.append((place, name, place.get(name, undo)))
+        place[name] = value
+
+    # Of either package that Lightning comes in.
+    if any(kind.__name__ == "LightningModule" for kind in type(model).__mro__):
+        for name in _REPORTS:
+            put(model.__dict__, name, _nothing)
+        trainer = getattr(model, "_trainer", None)
+        if trainer is not None:
+            put(trainer.__dict__, "_loggers", [DummyLogger() for _ in trainer.loggers])
+            put(trainer.__dict__, "callbacks", [])
+    for module in model.modules():
+        if isinstance(module, Metric):
+            for name in ("forward", "update", "compute"):
+                put(module.__dict__, name, _zero_where_unknown(getattr(module, name), unknown))
+    try:
+        yield unknown
+    finally:
+        for place, name, value in reversed(undo):
+            if value is undo:
+                place.pop(name, None)
+            else:
+                place[name] = value
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _zero_where_unknown(method: Any, unknown: list[UnknownValueError]) -> Any:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except UnknownValueError as error:
+            unknown.append(error)
+            return torch.zeros(())
+
+    return called
