@@ -29,10 +29,10 @@ from benchmarks.models import _LanguageModel
 from benchmarks.results_file import write_results
 from lightning_memtrain import ActivationCodec, MemoryLedger
 from lightning_memtrain.core import MIB
-from lightning_memtrain.precision import activation_quantiser
-from lightning_memtrain.precision.activation_kernels import Kernels
-from lightning_memtrain.precision.activation_layout import memory_order
-from lightning_memtrain.precision.activation_quantiser import Groups
+from lightning_memtrain.precision.activations import group_quantization as activation_quantiser
+from lightning_memtrain.precision.activations.group_quantization import Groups
+from lightning_memtrain.precision.activations.memory_order import memory_order
+from lightning_memtrain.precision.activations.quantization_kernels import Kernels
 from lightning_memtrain.recipes.cifar10_wrn28_2.model import WideResNet
 
 NUM_TIMED = 4 * MIB

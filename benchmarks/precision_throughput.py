@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.results_file import write_results
-from lightning_memtrain.precision.activation_kernels import Kernels
-from lightning_memtrain.precision.activation_layout import memory_order
-from lightning_memtrain.precision.rounding import stochastic_round
+from lightning_memtrain.precision.activations.memory_order import memory_order
+from lightning_memtrain.precision.activations.quantization_kernels import Kernels
+from lightning_memtrain.precision.optimizers.stochastic_rounding import stochastic_round
 
 NUMEL = 4 * 2**20
 GROUP = {8: 256, 4: 64}

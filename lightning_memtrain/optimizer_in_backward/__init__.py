@@ -1,6 +1,6 @@
 """Optimizer in backward: a parameter is stepped, and its gradient freed, as soon as that is complete."""
 
-from lightning_memtrain.optimizer_in_backward.accumulation import Accumulation, AdamA, ExactMomentum
-from lightning_memtrain.optimizer_in_backward.callback import OptimizerInBackward
+from lightning_memtrain.optimizer_in_backward.gradient_accumulation import Accumulation, AdamA, ExactMomentum
+from lightning_memtrain.optimizer_in_backward.optimizer_in_backward import OptimizerInBackward
 
 __all__ = ["Accumulation", "AdamA", "ExactMomentum", "OptimizerInBackward"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_memtrain.optimizer_steps.contents import holdings, optimizers_in
+from lightning_memtrain.optimizer_steps.optimizer_contents import holdings, optimizers_in
 
 # Larger tensors are told to have changed by their version, and cannot be put back.
 _SMALL_NUMEL = 1024

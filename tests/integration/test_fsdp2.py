@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lightning_memtrain import ActivationCodec, SGD8bit
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.precision.sharded import refuse_sharded
+from lightning_memtrain.precision.optimizers.sharded_parameters import refuse_sharded
 from tests.helpers.two_ranks import found_by_two_ranks
 
 pytestmark = pytest.mark.slow

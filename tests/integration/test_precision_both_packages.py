@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_memtrain import LowPrecision, ScalerConfig
-from lightning_memtrain.precision.rounding import RoundingNoise
-from lightning_memtrain.precision.settings import Settings
-from lightning_memtrain.precision.true_half import true_half
+from lightning_memtrain.precision.half_precision import true_half
+from lightning_memtrain.precision.optimizers.stochastic_rounding import RoundingNoise
+from lightning_memtrain.precision.precision_settings import Settings
 
 old: Any = pytest.importorskip("pytorch_lightning")
 PACKAGES = {"lightning": new, "pytorch_lightning": old}

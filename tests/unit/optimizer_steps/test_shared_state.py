@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_memtrain.optimizer_steps.contents import holdings, optimizers_in
+from lightning_memtrain.optimizer_steps.optimizer_contents import holdings, optimizers_in
 from lightning_memtrain.optimizer_steps.shared_state import SharedState
 
 

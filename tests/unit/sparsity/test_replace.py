@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_memtrain import SGD8bit, sparsify_
-from lightning_memtrain.precision import blockwise
+from lightning_memtrain.precision.optimizers import blockwise_quantization as blockwise
 from lightning_memtrain.sparsity import SparseWeight
 
 MEAN, ZERO = "mean", "zero"
