@@ -1,8 +1,8 @@
-r"""How gradients of several backwards are taken up without keeping them.
+r"""How gradients of several backwards are accumulated without keeping them.
 
-A window is what one optimizer step is made of: all microbatches of a batch, or of ``accumulate_grad_batches``
-batches. At the first gradient of a parameter in a window its state decays; every gradient is added to the
-state; at the end of the window the parameter moves.
+An accumulation is what one optimizer step is made of: all microbatches of a batch, or of
+``accumulate_grad_batches`` batches. At the first gradient of a parameter its state decays; every gradient is
+added to the state; at the end the parameter moves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 
 class Accumulation:
-    """Takes up gradients into the state of an optimizer, parameter by parameter.
+    """Accumulates gradients in the state of an optimizer, parameter by parameter.
 
     Choose :class:`ExactMomentum` for SGD and :class:`AdamA` for Adam.
     """
@@ -35,21 +35,21 @@ class Accumulation:
         """
         raise NotImplementedError
 
-    def open(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
-        """Begin the window of a parameter, just before its first gradient is accumulated.
+    def begin(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
+        """Begin to accumulate for a parameter, just before its first gradient arrives.
 
         Args:
-            parameter: without gradient.
+            parameter: without gradient, of any shape.
             state: of this parameter in the optimizer.
             group: the parameter's group.
 
         Returns:
-            Whether there was state before; handed back to :meth:`close`.
+            Whether there was state before; handed back to :meth:`step`.
         """
         raise NotImplementedError
 
     def resume(self, parameter: Tensor, state: dict[str, Any]) -> None:
-        """Go on in a window that a checkpoint has interrupted.
+        """Go on with an accumulation that a checkpoint has interrupted.
 
         Args:
             parameter: without gradient.
@@ -57,23 +57,23 @@ class Accumulation:
         """
 
     def add(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Take up the gradient of one backward, which has been accumulated in ``parameter.grad``.
+        """Accumulate the gradient of one backward, which is in ``parameter.grad``.
 
         Args:
-            parameter: with its gradient.
+            parameter: of any shape, with its gradient.
             state: of this parameter in the optimizer.
             group: the parameter's group.
         """
         raise NotImplementedError
 
-    def close(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], had_state: bool) -> None:
-        """Move the parameter by the state, at the end of its window.
+    def step(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], had_state: bool) -> None:
+        """Move the parameter by the state, when all gradients are accumulated.
 
         Args:
             parameter: left without gradient.
             state: of this parameter in the optimizer.
             group: the parameter's group.
-            had_state: of :meth:`open`.
+            had_state: of :meth:`begin`.
         """
         raise NotImplementedError
 
@@ -119,7 +119,7 @@ class ExactMomentum(Accumulation):
                     "Use nesterov=False"
                 )
             elif group["dampening"] == 1:
-                reason = "dampening=1, which takes up no gradient. Use a smaller one"
+                reason = "dampening=1, by which no gradient counts. Use a smaller one"
             elif group["maximize"] or group["differentiable"]:
                 reason = "maximize or differentiable. Minimize the negative loss"
             if reason is not None:
@@ -128,7 +128,7 @@ class ExactMomentum(Accumulation):
                     f"{reason}, or train without accumulation."
                 )
 
-    def open(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
+    def begin(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
         """Let the momentum, which decays, be the gradient."""
         buffer = state.get("momentum_buffer")
         if buffer is None:
@@ -141,7 +141,7 @@ class ExactMomentum(Accumulation):
         parameter.grad = state.get("momentum_buffer")
 
     def add(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Autograd has done it."""
+        """Note the gradient as the momentum; autograd has added to it."""
         assert parameter.grad is not None
         if parameter.grad.is_sparse:
             raise MisconfigurationException(
@@ -150,7 +150,7 @@ class ExactMomentum(Accumulation):
             )
         state["momentum_buffer"] = parameter.grad
 
-    def close(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], had_state: bool) -> None:
+    def step(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], had_state: bool) -> None:
         """Add the weight decay, and step along the momentum."""
         parameter.grad, buffer = None, state["momentum_buffer"]
         if group["weight_decay"]:
@@ -161,7 +161,7 @@ class ExactMomentum(Accumulation):
 
 
 class AdamA(Accumulation):
-    r"""Adam that takes up each microbatch's gradient into its moments: another optimizer than Adam.
+    r"""Adam that adds each microbatch's gradient to its moments: another optimizer than Adam.
 
     .. math:: m_t = \beta_1 m_{t-1} + (1 - \beta_1) \sum_i g_i, \qquad
         v_t = \beta_2 v_{t-1} + (1 - \beta_2) \sum_i g_i^2
@@ -199,7 +199,7 @@ class AdamA(Accumulation):
                     f"{reason}. Leave it out; for weight decay use torch.optim.AdamW."
                 )
 
-    def open(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
+    def begin(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
         """Let the moments decay."""
         if had_state := "exp_avg" in state:
             state["exp_avg"].mul_(float(group["betas"][0]))
@@ -223,8 +223,8 @@ class AdamA(Accumulation):
         state["exp_avg"].add_(gradient, alpha=1 - beta1)
         state["exp_avg_sq"].addcmul_(gradient, gradient, value=1 - beta2)
 
-    def close(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], had_state: bool) -> None:
-        """Adam's step along the moments."""
+    def step(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], had_state: bool) -> None:
+        """Step along the moments, as Adam does."""
         state["step"] += 1
         num_steps, lr = float(state["step"]), float(group["lr"])
         beta1, beta2 = map(float, group["betas"])
@@ -252,13 +252,13 @@ def _refuse_half(group: dict[str, Any], name: str) -> None:
 
 
 def _cure(optimizer: Optimizer) -> str:
-    choice = choice_for(optimizer)
+    choice = suggested_accumulation(optimizer)
     if choice is not None:
         return f"Use accumulation={choice}."
     return "Leave out `accumulate_grad_batches` and `Microbatching`, or train without `OptimizerInBackward`."
 
 
-def choice_for(optimizer: Optimizer) -> str | None:
+def suggested_accumulation(optimizer: Optimizer) -> str | None:
     """What to write for accumulation with an optimizer.
 
     Args:

@@ -11,9 +11,12 @@ from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
 from lightning_memtrain.compat.lightning_names import namesake, overrides
-from lightning_memtrain.optimizer_in_backward import private_apis as _compat
-from lightning_memtrain.optimizer_in_backward.gradient_accumulation import Accumulation, choice_for
-from lightning_memtrain.optimizer_steps.parameter_steps import SupportsParameterStep, needs_closure
+from lightning_memtrain.optimizer_in_backward import private_apis
+from lightning_memtrain.optimizer_in_backward.gradient_accumulation import (
+    Accumulation,
+    suggested_accumulation,
+)
+from lightning_memtrain.optimizer_steps import SupportsParameterStep, why_no_partial_steps
 
 _STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy"}
 # Subclasses of these that leave less to us.
@@ -21,7 +24,7 @@ _FOREIGN_STRATEGIES = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrat
 _SEES_ALL_GRADIENTS = ("on_after_backward", "on_before_optimizer_step")
 
 
-def refuse_model(model: LightningModule, *, two_pass: bool, hooks_without_gradients: bool) -> None:
+def validate_model(model: LightningModule, *, two_pass: bool, hooks_without_gradients: bool) -> None:
     """Refuse models that have a hand in what happens between backward and step.
 
     Args:
@@ -55,10 +58,10 @@ def refuse_model(model: LightningModule, *, two_pass: bool, hooks_without_gradie
         )
     for name in () if hooks_without_gradients else _SEES_ALL_GRADIENTS:
         if overrides(model, name):
-            raise _hook_refused(name, "a model")
+            raise _hook_error(name, "a model")
 
 
-def refuse_callbacks(trainer: Trainer, *, hooks_without_gradients: bool) -> None:
+def validate_callbacks(trainer: Trainer, *, hooks_without_gradients: bool) -> None:
     """Refuse callbacks that need what is not there.
 
     Args:
@@ -81,10 +84,10 @@ def refuse_callbacks(trainer: Trainer, *, hooks_without_gradients: bool) -> None
             continue
         for name in _SEES_ALL_GRADIENTS:
             if overrides(callback, name):
-                raise _hook_refused(name, type(callback).__name__)
+                raise _hook_error(name, type(callback).__name__)
 
 
-def refuse_run(
+def validate_run(
     trainer: Trainer, optimizers: list[Optimizer], accumulation: Accumulation | None, clip_by_norm: str | None
 ) -> None:
     """Refuse strategies, precisions, optimizers and settings of the trainer.
@@ -92,7 +95,7 @@ def refuse_run(
     Args:
         trainer: the trainer that is about to fit; its strategy is set up.
         optimizers: the run's.
-        accumulation: how gradients are taken up.
+        accumulation: how gradients are accumulated.
         clip_by_norm: how gradients are clipped by norm.
 
     Raises:
@@ -104,17 +107,17 @@ def refuse_run(
             f"{len(optimizers)}. Use one with several parameter groups."
         )
     optimizer = optimizers[0]
-    if needs_closure(optimizer):
+    if reason := why_no_partial_steps(optimizer):
         raise MisconfigurationException(
             "`OptimizerInBackward` needs an optimizer that steps without evaluating the model, but got "
-            f"{type(optimizer).__name__}, which calls a closure. Use another optimizer."
+            f"{type(optimizer).__name__}: {reason}. Use another optimizer."
         )
-    _refuse_strategy(trainer, accumulation)
-    _refuse_precision(trainer)
+    _validate_strategy(trainer, accumulation)
+    _validate_precision(trainer)
     if accumulation is not None:
         accumulation.check(optimizer)
     elif trainer.accumulate_grad_batches > 1:
-        raise accumulation_refused(optimizer, f"accumulate_grad_batches={trainer.accumulate_grad_batches}")
+        raise accumulation_error(optimizer, f"accumulate_grad_batches={trainer.accumulate_grad_batches}")
     clips = bool(trainer.gradient_clip_val)
     if clips and accumulation is not None:
         raise MisconfigurationException(
@@ -132,8 +135,8 @@ def refuse_run(
         )
 
 
-def accumulation_refused(optimizer: Optimizer, got: str) -> MisconfigurationException:
-    """The error for gradients of several backwards where none was chosen to take them up.
+def accumulation_error(optimizer: Optimizer, got: str) -> MisconfigurationException:
+    """The error for gradients of several backwards where nothing was chosen that accumulates them.
 
     Args:
         optimizer: the run's.
@@ -142,7 +145,7 @@ def accumulation_refused(optimizer: Optimizer, got: str) -> MisconfigurationExce
     Returns:
         The error.
     """
-    choice = choice_for(optimizer)
+    choice = suggested_accumulation(optimizer)
     cure = "Leave out one of them" if choice is None else f"Choose `OptimizerInBackward({choice})`"
     return MisconfigurationException(
         f"`OptimizerInBackward` frees each gradient at once, so {type(optimizer).__name__} cannot accumulate "
@@ -150,7 +153,7 @@ def accumulation_refused(optimizer: Optimizer, got: str) -> MisconfigurationExce
     )
 
 
-def _hook_refused(name: str, owner: str) -> MisconfigurationException:
+def _hook_error(name: str, owner: str) -> MisconfigurationException:
     return MisconfigurationException(
         f"`OptimizerInBackward` has freed all gradients when `{name}` is called, but got {owner} that "
         "overrides it. Look at gradients in `Tensor.register_hook` of each parameter; "
@@ -158,7 +161,7 @@ def _hook_refused(name: str, owner: str) -> MisconfigurationException:
     )
 
 
-def refuse_comm_hook(strategy: Strategy) -> None:
+def validate_no_comm_hook(strategy: Strategy) -> None:
     """Refuse a hook that gets whole buckets of gradients; it may be put on DDP's wrapper at any time.
 
     Args:
@@ -167,7 +170,7 @@ def refuse_comm_hook(strategy: Strategy) -> None:
     Raises:
         MisconfigurationException: if there is one.
     """
-    if _compat.has_comm_hook(strategy):
+    if private_apis.has_comm_hook(strategy):
         raise MisconfigurationException(
             "`OptimizerInBackward` averages gradients over ranks one by one, but got a communication hook "
             "(DDPStrategy(ddp_comm_hook=...) or register_comm_hook), which works on buckets of gradients. "
@@ -175,7 +178,7 @@ def refuse_comm_hook(strategy: Strategy) -> None:
         )
 
 
-def _refuse_strategy(trainer: Trainer, accumulation: Accumulation | None) -> None:
+def _validate_strategy(trainer: Trainer, accumulation: Accumulation | None) -> None:
     strategy = trainer.strategy
     names = {kind.__name__ for kind in type(strategy).__mro__}
     if not names & _STRATEGIES or names & _FOREIGN_STRATEGIES:
@@ -185,9 +188,9 @@ def _refuse_strategy(trainer: Trainer, accumulation: Accumulation | None) -> Non
         )
     if trainer.world_size == 1:
         return
-    refuse_comm_hook(strategy)
+    validate_no_comm_hook(strategy)
     reason = None
-    options = _compat.ddp_options(strategy)
+    options = private_apis.ddp_options(strategy)
     for option in ("find_unused_parameters", "static_graph"):
         if options.get(option):
             reason = f"{option}=True: all parameters must get a gradient on every rank. Leave it out"
@@ -202,7 +205,7 @@ def _refuse_strategy(trainer: Trainer, accumulation: Accumulation | None) -> Non
         )
 
 
-def _refuse_precision(trainer: Trainer) -> None:
+def _validate_precision(trainer: Trainer) -> None:
     plugin: Any = trainer.precision_plugin
     if getattr(plugin, "scaler", None) is not None:
         raise MisconfigurationException(

@@ -16,18 +16,18 @@ from torch.optim import Optimizer
 from lightning_memtrain.compat.lightning_names import refuse_mix
 from lightning_memtrain.coordination import backward_is_partial
 from lightning_memtrain.core import NoEffectWarning, TechniqueRecord, format_bytes
-from lightning_memtrain.optimizer_in_backward import private_apis as _compat
+from lightning_memtrain.optimizer_in_backward import private_apis
 from lightning_memtrain.optimizer_in_backward.backward_steps import BackwardSteps
 from lightning_memtrain.optimizer_in_backward.gradient_accumulation import Accumulation
 from lightning_memtrain.optimizer_in_backward.gradient_averages import GradientAverages
 from lightning_memtrain.optimizer_in_backward.in_backward_validation import (
-    accumulation_refused,
-    refuse_callbacks,
-    refuse_comm_hook,
-    refuse_model,
-    refuse_run,
+    accumulation_error,
+    validate_callbacks,
+    validate_model,
+    validate_no_comm_hook,
+    validate_run,
 )
-from lightning_memtrain.optimizer_in_backward.two_pass_memory import Peaks, TwoPassesWatch
+from lightning_memtrain.optimizer_in_backward.two_pass_memory import TwoPassMemory, TwoPassPeaks
 from lightning_memtrain.optimizer_steps import SupportsParameterStep, step_parameter
 
 
@@ -43,8 +43,8 @@ class OptimizerInBackward(Callback):
     see ``accumulation``.
 
     Args:
-        accumulation: takes up gradients of several backwards: :class:`ExactMomentum` for SGD with momentum,
-            :class:`AdamA` for Adam and AdamW. Without it, accumulation is refused.
+        accumulation: accumulates gradients of several backwards: :class:`ExactMomentum` for SGD with
+            momentum, :class:`AdamA` for Adam and AdamW. Without it, accumulation is refused.
         clip_by_norm: ``"two_pass"``: for ``Trainer(gradient_clip_val=...)`` by norm, run backward twice over
             one graph: the first measures the norm, the second steps. Exact. The first keeps all activations,
             also recomputed ones. Without it, clipping by norm is refused. Clipping by value needs nothing.
@@ -99,10 +99,10 @@ class OptimizerInBackward(Callback):
         self._steps: BackwardSteps | None = None
         self._averages: GradientAverages | None = None
         self._max_norm: float | None = None
-        self._watch: TwoPassesWatch | None = None
-        self._peaks: Peaks | None = None
+        self._watch: TwoPassMemory | None = None
+        self._peaks: TwoPassPeaks | None = None
         self._has_stepped = False
-        self._window: dict[int, bool] = {}
+        self._accumulating: dict[int, bool] = {}
         self._events: tuple[str, ...] = ()
         self._undo: Callable[[], None] | None = None
 
@@ -111,15 +111,15 @@ class OptimizerInBackward(Callback):
         if stage != "fit":
             return
         refuse_mix("OptimizerInBackward", trainer)
-        self._events, self._window = (), {}  # a checkpoint is restored after this
+        self._events, self._accumulating = (), {}  # a checkpoint is restored after this
         options = {"hooks_without_gradients": self._hooks_without_gradients}
-        refuse_model(pl_module, two_pass=self._clip_by_norm is not None, **options)
-        refuse_callbacks(trainer, **options)
+        validate_model(pl_module, two_pass=self._clip_by_norm is not None, **options)
+        validate_callbacks(trainer, **options)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what else cannot work, now that optimizer and precision are made; nothing has run yet."""
         optimizers: list[Any] = trainer.optimizers
-        refuse_run(trainer, optimizers, self._accumulation, self._clip_by_norm)
+        validate_run(trainer, optimizers, self._accumulation, self._clip_by_norm)
         optimizer: Optimizer = optimizers[0]
         model = trainer.strategy.model
         self._averages = None
@@ -127,7 +127,7 @@ class OptimizerInBackward(Callback):
             parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
             self._averages = GradientAverages(model, parameters)
         plugin = trainer.precision_plugin
-        self._undo = _compat.skip_clipping(plugin)
+        self._undo = private_apis.skip_clipping(plugin)
         clip_value = float(trainer.gradient_clip_val or 0)
         by_value = trainer.gradient_clip_algorithm == "value"
         self._max_norm = clip_value if clip_value > 0 and not by_value else None
@@ -141,21 +141,21 @@ class OptimizerInBackward(Callback):
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on within a window, now that the state of the optimizer is restored."""
+        """Go on with an accumulation, now that the state of the optimizer is restored."""
         if self._averages is not None:
-            refuse_comm_hook(trainer.strategy)  # that somebody's `on_fit_start` has put on the wrapper
-        if self._steps is not None and self._window:
-            self._steps.resume_window(self._window)
-        self._window = {}
+            validate_no_comm_hook(trainer.strategy)  # that somebody's `on_fit_start` has put on the wrapper
+        if self._steps is not None and self._accumulating:
+            self._steps.resume_accumulating(self._accumulating)
+        self._accumulating = {}
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keep DistributedDataParallel from communicating gradients by itself."""
-        if self._averages is not None and self._steps is not None and not self._steps.window():
+        if self._averages is not None and self._steps is not None and not self._steps.accumulating():
             self._averages.begin_batch()
         if self._max_norm is not None and self._peaks is None and self._has_stepped:
-            self._watch = TwoPassesWatch(pl_module, trainer.optimizers, batch)
+            self._watch = TwoPassMemory(pl_module, trainer.optimizers, batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -180,10 +180,10 @@ class OptimizerInBackward(Callback):
         if self._steps is None:
             return
         amid_batch = backward_is_partial()
-        last = not amid_batch and not _compat.accumulates(trainer)
+        last = not amid_batch and not private_apis.accumulates(trainer)
         if not last and self._accumulation is None:
             optimizers: list[Any] = trainer.optimizers
-            raise accumulation_refused(
+            raise accumulation_error(
                 optimizers[0], "microbatches" if amid_batch else "accumulate_grad_batches above 1"
             )
         self._steps.begin(loss, last=last)
@@ -204,7 +204,7 @@ class OptimizerInBackward(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Step what got its last gradient in an earlier backward of the window."""
+        """Step what got its last gradient in an earlier backward of the accumulation."""
         if self._steps is not None:
             self._steps.finish()
 
@@ -222,7 +222,7 @@ class OptimizerInBackward(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Refuse to save what the other ranks hold a part of."""
-        if self._averages is not None and self._steps is not None and self._steps.window():
+        if self._averages is not None and self._steps is not None and self._steps.accumulating():
             raise MisconfigurationException(
                 "`OptimizerInBackward` with several ranks must be saved when no gradients are being "
                 f"accumulated, but got a checkpoint amid accumulate_grad_batches="
@@ -246,17 +246,17 @@ class OptimizerInBackward(Callback):
             self._averages.close()
         if self._steps is not None:
             self._steps.abandon()
-            self._events = self._said()
+            self._events = self._events_so_far()
         self._steps = self._averages = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in a window each parameter is; nothing between windows."""
-        window = self._steps.window() if self._steps is not None else {}
-        return {"window": window} if window else {}
+        """Which parameters are accumulating gradients; nothing between accumulations."""
+        accumulating = self._steps.accumulating() if self._steps is not None else {}
+        return {"accumulating": accumulating} if accumulating else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint was written."""
-        self._window = dict(state_dict.get("window", {}))
+        self._accumulating = dict(state_dict.get("accumulating", {}))
 
     @property
     def exact(self) -> bool:
@@ -269,10 +269,10 @@ class OptimizerInBackward(Callback):
             "accumulation": None if self._accumulation is None else type(self._accumulation).__name__,
             "clip_by_norm": self._clip_by_norm,
         }
-        events = self._events if self._steps is None else self._said()
+        events = self._events if self._steps is None else self._events_so_far()
         return TechniqueRecord("OptimizerInBackward", settings, events)
 
-    def _said(self) -> tuple[str, ...]:
+    def _events_so_far(self) -> tuple[str, ...]:
         if self._steps is None or not self._steps.num_stepped:
             return ()
         said = f"{self._steps.num_stepped} steps of single parameters during backward"

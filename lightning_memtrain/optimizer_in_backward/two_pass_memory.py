@@ -15,7 +15,7 @@ from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.records import StorageRecord, held_at_peak
 
 
-class Peaks(NamedTuple):
+class TwoPassPeaks(NamedTuple):
     """The highest moment of a step.
 
     Args:
@@ -27,7 +27,7 @@ class Peaks(NamedTuple):
     plain_bytes: int
 
 
-class TwoPassesWatch:
+class TwoPassMemory:
     """Watches a step whose first backward measures, and whose second one steps.
 
     Args:
@@ -39,14 +39,14 @@ class TwoPassesWatch:
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], batch: Any) -> None:
         parameters = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
         self._gradient_bytes = sum(p.nbytes for p in parameters)
-        self._marks: list[int] = []
+        self._ticks: list[int] = []
         self._first = self._second = self._end = 0
         self._handles = [p.register_post_accumulate_grad_hook(self._note) for p in parameters]  # type: ignore[no-untyped-call]
         self._ledger = MemoryLedger(model, optimizers, batch).__enter__()
 
     def _note(self, parameter: Tensor) -> None:
         if not dry_run_depth():
-            self._marks.append(self._ledger.tick)
+            self._ticks.append(self._ledger.tick)
 
     def first_begins(self) -> None:
         """The forward is over."""
@@ -63,7 +63,7 @@ class TwoPassesWatch:
         if not dry_run_depth():
             self._end = self._ledger.tick
 
-    def close(self) -> Peaks | None:
+    def close(self) -> TwoPassPeaks | None:
         """Stop watching.
 
         Returns:
@@ -72,14 +72,14 @@ class TwoPassesWatch:
         self._ledger.__exit__(None, None, None)
         for handle in self._handles:
             handle.remove()
-        num_first = bisect_left(self._marks, self._second)
-        first, second = self._marks[:num_first], self._marks[num_first:]
+        num_first = bisect_left(self._ticks, self._second)
+        first, second = self._ticks[:num_first], self._ticks[num_first:]
         if not self._end or len(first) != len(second):
             return None
         records = self._ledger.records
         plain = as_one_pass(records, [self._first, *first], [self._second, *second])
         forward_bytes = held_at_peak(records, 0, self._first).total_bytes
-        return Peaks(
+        return TwoPassPeaks(
             held_at_peak(records, 0, self._end).total_bytes,
             # Plain Lightning keeps the gradients of the step before through the forward.
             max(

@@ -1,4 +1,4 @@
-"""What an optimizer holds, in any nesting of containers, objects and other optimizers."""
+"""What an optimizer contains, in any nesting of containers, objects and other optimizers."""
 
 from __future__ import annotations
 
@@ -24,77 +24,77 @@ _OPAQUE_PACKAGES = {*PACKAGES, "threading"}
 _CONTAINERS = (list, tuple, deque, set, frozenset)
 
 
-class Holding(NamedTuple):
+class Container(NamedTuple):
     """A container or object that an optimizer reaches.
 
     Args:
-        place: where, as one would write it after ``optimizer.``; empty for the optimizer itself.
-        holder: a dictionary, list, tuple, deque or set; an object stands for itself.
-        items: what it holds, by key, place or name of the attribute.
+        path: where it is, as one would write it after ``optimizer.``; empty for the optimizer itself.
+        value: the dictionary, list, tuple, deque, set or object.
+        items: what it contains, by key, index or name of the attribute.
     """
 
-    place: str
-    holder: Any
+    path: str
+    value: Any
     items: tuple[tuple[Any, Any], ...]
 
-    def place_of(self, key: Any) -> str:
+    def path_of(self, key: Any) -> str:
         """Where one of the items is."""
-        if isinstance(self.holder, (MutableMapping, *_CONTAINERS)):
-            return f"{self.place}[{key!r}]"
-        return f"{self.place}.{key}" if self.place else str(key)
+        if isinstance(self.value, (MutableMapping, *_CONTAINERS)):
+            return f"{self.path}[{key!r}]"
+        return f"{self.path}.{key}" if self.path else str(key)
 
 
-def holdings(optimizer: Optimizer) -> Iterator[Holding]:
-    """All that an optimizer reaches, each once, the nearest first.
+def containers_in(optimizer: Optimizer) -> Iterator[Container]:
+    """All containers and objects that an optimizer reaches, each once, the nearest first.
 
-    The state of single parameters, which is what a dictionary holds under a parameter, is left out. Of a
+    The state of single parameters, which is what a dictionary has under a parameter, is left out. Of a
     model only layers and their parameters are looked at.
 
     Args:
         optimizer: any.
 
     Yields:
-        Containers and objects with what they hold.
+        Containers and objects with what they contain.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1))
         >>> optimizer = torch.optim.SGD([weight], lr=0.5)
         >>> optimizer.history = {"losses": [1.0, 2.0]}
-        >>> [holding.place for holding in holdings(optimizer) if "history" in holding.place]
+        >>> [container.path for container in containers_in(optimizer) if "history" in container.path]
         ['history', "history['losses']"]
     """
     waiting: deque[tuple[str, Any]] = deque([("", optimizer)])
     seen: dict[int, Any] = {}  # kept alive, so that no number is given twice
     while waiting:
-        place, holder = waiting.popleft()
-        if id(holder) in seen:
+        path, value = waiting.popleft()
+        if id(value) in seen:
             continue
-        seen[id(holder)] = holder
-        items = _items(holder)
+        seen[id(value)] = value
+        items = _items(value)
         if items is None:
             continue
-        found = Holding(place, holder, items)
+        found = Container(path, value, items)
         yield found
-        waiting.extend((found.place_of(key), value) for key, value in items if not _is_simple(value))
+        waiting.extend((found.path_of(key), item) for key, item in items if not _is_simple(item))
 
 
 def _is_simple(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, complex, str, bytes, Tensor, *_OPAQUE))
 
 
-def _items(holder: Any) -> tuple[tuple[Any, Any], ...] | None:
-    """What to look at in a holder; ``None`` for what holds nothing."""
-    if isinstance(holder, MutableMapping):
-        return tuple((key, value) for key, value in holder.items() if not isinstance(key, Tensor))
-    if isinstance(holder, _CONTAINERS):
-        return tuple(enumerate(holder))
-    if isinstance(holder, nn.Module):
-        return ("_parameters", holder._parameters), ("_modules", holder._modules)
-    if type(holder).__module__.partition(".")[0] in _OPAQUE_PACKAGES:
+def _items(value: Any) -> tuple[tuple[Any, Any], ...] | None:
+    """What to look at in a container or object; ``None`` for what contains nothing."""
+    if isinstance(value, MutableMapping):
+        return tuple((key, item) for key, item in value.items() if not isinstance(key, Tensor))
+    if isinstance(value, _CONTAINERS):
+        return tuple(enumerate(value))
+    if isinstance(value, nn.Module):
+        return ("_parameters", value._parameters), ("_modules", value._modules)
+    if type(value).__module__.partition(".")[0] in _OPAQUE_PACKAGES:
         return None
-    names = [name for kind in type(holder).__mro__ for name in _slots(kind)]
-    slots = [(name, getattr(holder, name)) for name in names if hasattr(holder, name)]
-    attributes = getattr(holder, "__dict__", None)
+    names = [name for kind in type(value).__mro__ for name in _slots(kind)]
+    slots = [(name, getattr(value, name)) for name in names if hasattr(value, name)]
+    attributes = getattr(value, "__dict__", None)
     if attributes is None:
         return tuple(slots) if slots else None
     return (*slots, *attributes.items())
@@ -115,4 +115,6 @@ def optimizers_in(optimizer: Optimizer) -> list[Optimizer]:
     Returns:
         The optimizer first.
     """
-    return [holding.holder for holding in holdings(optimizer) if isinstance(holding.holder, Optimizer)]
+    return [
+        container.value for container in containers_in(optimizer) if isinstance(container.value, Optimizer)
+    ]

@@ -22,7 +22,7 @@ from lightning_memtrain.compat.lightning_names import in_both, namesake
 from lightning_memtrain.optimizer_steps.closures import EvaluatedClosure, EvaluatesModelError, takes_closure
 from lightning_memtrain.optimizer_steps.parameter_steps import step_parameter
 from lightning_memtrain.precision.batch_casting import cast_batch
-from lightning_memtrain.precision.low_precision_validation import evaluates_model
+from lightning_memtrain.precision.low_precision_validation import evaluates_model_error
 from lightning_memtrain.precision.optimizers.bucketed_step import BucketedStep
 from lightning_memtrain.precision.optimizers.grad_scaler import HalfGradScaler, ScalerConfig
 from lightning_memtrain.precision.optimizers.stochastic_rounding import RoundingNoise
@@ -139,10 +139,10 @@ class TrueHalf(_Base):
                 self._bucketed(optimizer)
         return model, optimizers, lr_schedulers
 
-    def widen_loaded_state(self) -> None:
+    def upcast_loaded_state(self) -> None:
         """Expect state of a run whose steps were in half precision: it becomes float32 when it is loaded."""
         for step in self._steps.values():
-            step.widen_loaded_state()
+            step.upcast_loaded_state()
 
     def teardown(self) -> None:
         """Take all hooks off the optimizers."""
@@ -216,7 +216,7 @@ class TrueHalf(_Base):
         try:
             return optimizer.step(**kwargs)
         except EvaluatesModelError as error:
-            raise evaluates_model(optimizer, self._settings, str(error)) from error
+            raise evaluates_model_error(optimizer, self._settings, str(error)) from error
 
     def step_parameter(self, optimizer: Optimizer, parameter: Tensor) -> None:
         """Step one parameter as :meth:`optimizer_step` would."""

@@ -22,9 +22,9 @@ from lightning_memtrain.precision.activations.activation_codec import Activation
 from lightning_memtrain.precision.activations.packed_training_steps import PackedTraining
 from lightning_memtrain.precision.half_precision import TrueHalf, true_half
 from lightning_memtrain.precision.low_precision_validation import (
-    refuse_optimizer,
-    refuse_settings,
-    refuse_strategy,
+    validate_optimizer,
+    validate_settings,
+    validate_strategy,
 )
 from lightning_memtrain.precision.optimizers.grad_scaler import CappedGradScaler, HalfGradScaler, ScalerConfig
 from lightning_memtrain.precision.optimizers.stochastic_rounding import RoundingNoise
@@ -98,7 +98,7 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
         self._settings = Settings(
             compute, weight_rounding, keep_fp32, scaler, activations, cast_targets, seed, bucket_numel, leave
         )
-        refuse_settings(self._settings)
+        validate_settings(self._settings)
         self.precision = compute
         self._noise = RoundingNoise(seed)
         self._mode = self._mode_for(None)
@@ -119,7 +119,7 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
         """Cast the model in place, after a last look at the strategy."""
         if isinstance(module, in_both(LightningModule)) and module._trainer is not None:
             refuse_mix("LowPrecision", module.trainer)
-            refuse_strategy(module.trainer.strategy)
+            validate_strategy(module.trainer.strategy)
             self._module = ref(module)  # `connect` may get it inside of DDP
         if package_of(module) not in (package_of(self._mode), None):
             self._mode = self._mode_for(module)
@@ -131,7 +131,7 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
         """Refuse optimizers that cannot work, and prepare the others."""
         self._fits = bool(optimizers)
         for optimizer in optimizers:
-            refuse_optimizer(optimizer, self._settings)
+            validate_optimizer(optimizer, self._settings)
         if self._settings.compute in ("bf16-mixed", "16-mixed"):
             device = next((p.device.type for p in model.parameters()), "cpu")
             # Anew for each fit, with a scaler whose scale is not what another fit ended with.
@@ -261,7 +261,7 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
             else:
                 missing.append("the noise for stochastic rounding")
                 if isinstance(self._mode, TrueHalf):
-                    self._mode.widen_loaded_state()
+                    self._mode.upcast_loaded_state()
         if self._packed is not None:
             # Only noise is lost, and only if there is any, so this is not worth a warning.
             self._packed.load_state_dict(state.get("activations", {"num_packed": 0}))

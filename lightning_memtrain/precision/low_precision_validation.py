@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lightning_memtrain.optimizer_steps.closures import needs_closure
-from lightning_memtrain.precision.activations.activation_codec import check_codec, is_int
+from lightning_memtrain.precision.activations.activation_codec import is_int, validate_codec
 from lightning_memtrain.precision.optimizers.grad_scaler import ScalerConfig
 from lightning_memtrain.precision.precision_settings import Compute, Leave, Settings, WeightRounding
 from lightning_memtrain.precision.weights.model_conversion import NORM
@@ -27,7 +27,7 @@ _FOREIGN_STRATEGIES = {
 }
 
 
-def refuse_settings(settings: Settings) -> None:
+def validate_settings(settings: Settings) -> None:
     """Refuse arguments that are out of their range or contradict each other.
 
     Args:
@@ -51,7 +51,7 @@ def refuse_settings(settings: Settings) -> None:
             f"scaler={settings.scaler!r}. Write e.g. ScalerConfig(init=1024.0)."
         )
     if settings.activations is not None:
-        check_codec("LowPrecision(activations)", settings.activations)
+        validate_codec("LowPrecision(activations)", settings.activations)
     if not isinstance(settings.cast_targets, bool):
         raise MisconfigurationException(
             "`LowPrecision(cast_targets)` must be True or False, but got "
@@ -105,7 +105,7 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         )
 
 
-def refuse_strategy(strategy: Any) -> None:
+def validate_strategy(strategy: Any) -> None:
     """Refuse strategies that cast or step by themselves.
 
     Args:
@@ -123,7 +123,7 @@ def refuse_strategy(strategy: Any) -> None:
             )
 
 
-def refuse_optimizer(optimizer: Optimizer, settings: Settings) -> None:
+def validate_optimizer(optimizer: Optimizer, settings: Settings) -> None:
     """Refuse optimizers whose arithmetic fails in the chosen precision.
 
     Args:
@@ -134,7 +134,7 @@ def refuse_optimizer(optimizer: Optimizer, settings: Settings) -> None:
         MisconfigurationException: naming the optimizer.
     """
     if settings.compute.startswith("16") and needs_closure(optimizer):
-        raise evaluates_model(optimizer, settings, "it calls a closure")
+        raise evaluates_model_error(optimizer, settings, "it calls a closure")
     if settings.compute != "16-true" or settings.rounds_stochastically or not _is_native(optimizer):
         return
     for group in optimizer.param_groups:
@@ -155,7 +155,7 @@ def refuse_optimizer(optimizer: Optimizer, settings: Settings) -> None:
         )
 
 
-def evaluates_model(optimizer: Optimizer, settings: Settings, how: str) -> MisconfigurationException:
+def evaluates_model_error(optimizer: Optimizer, settings: Settings, how: str) -> MisconfigurationException:
     """The error for an optimizer that evaluates the model during a step that may be left out.
 
     Args:

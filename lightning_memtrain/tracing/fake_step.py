@@ -21,7 +21,7 @@ from lightning_memtrain.ledger.communication import gradients_lie_in_buckets
 from lightning_memtrain.ledger.storages import tensors_in
 from lightning_memtrain.ledger.training_state import state_bytes
 from lightning_memtrain.ledger.workspace import OpWorkspace
-from lightning_memtrain.optimizer_steps.parameter_steps import needs_closure
+from lightning_memtrain.optimizer_steps.closures import needs_closure
 from lightning_memtrain.tracing.methods import RecordingMethods, TwinMethods
 from lightning_memtrain.tracing.questions import Answers, AsksForValue
 from lightning_memtrain.tracing.random_state import seeded

@@ -117,7 +117,7 @@ class ActivationCodec:
         return ActivationPacking(model, kernels, self.min_numel, noise_seed)
 
 
-def check_codec(argument: str, codec: object) -> None:
+def validate_codec(argument: str, codec: object) -> None:
     """Refuse what is no codec.
 
     Args:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_memtrain.compat.lightning_names import refuse_mix
 from lightning_memtrain.core import TechniqueRecord
-from lightning_memtrain.precision.activations.activation_codec import ActivationCodec, check_codec
+from lightning_memtrain.precision.activations.activation_codec import ActivationCodec, validate_codec
 from lightning_memtrain.precision.activations.packed_training_steps import PackedTraining
 
 
@@ -44,7 +44,7 @@ class CompressedActivations(Callback):
     def __init__(self, codec: ActivationCodec | None = None) -> None:
         super().__init__()
         codec = ActivationCodec() if codec is None else codec
-        check_codec("CompressedActivations(codec)", codec)
+        validate_codec("CompressedActivations(codec)", codec)
         self._training = PackedTraining(codec, "`CompressedActivations`")
         self._trainer: ref[Trainer] | None = None
 

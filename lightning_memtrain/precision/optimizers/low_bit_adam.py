@@ -10,7 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_memtrain.precision.optimizers.sharded_parameters import refuse_sharded
+from lightning_memtrain.precision.optimizers.sharded_parameters import validate_unsharded
 
 
 def adam8bit(
@@ -101,7 +101,7 @@ def adamw4bit(
 
 
 def _whole(name: str, optimizer: Optimizer) -> Optimizer:
-    refuse_sharded(name, (p for group in optimizer.param_groups for p in group["params"]))
+    validate_unsharded(name, (p for group in optimizer.param_groups for p in group["params"]))
     return optimizer
 
 

@@ -17,8 +17,8 @@ from lightning_memtrain.precision.optimizers.blockwise_quantization import (
     encode,
     num_blocks,
 )
-from lightning_memtrain.precision.optimizers.sharded_parameters import refuse_sharded
-from lightning_memtrain.precision.optimizers.state_dtypes import reattach_state
+from lightning_memtrain.precision.optimizers.sharded_parameters import validate_unsharded
+from lightning_memtrain.precision.optimizers.state_dtypes import restore_state_dtypes
 
 # Numbers that are decoded at a time: 16384, for which a step holds less than half a MiB.
 _PIECE_NUMEL = 64 * BLOCK_NUMEL
@@ -99,7 +99,7 @@ class SGD8bit(Optimizer):
             param_group: ``params``, and what is another for them than by default.
         """
         super().add_param_group(param_group)
-        refuse_sharded("SGD8bit", self.param_groups[-1]["params"])
+        validate_unsharded("SGD8bit", self.param_groups[-1]["params"])
 
     @contextmanager
     def rounding_by(self, round_: Callable[[Tensor, torch.dtype], None]) -> Iterator[None]:
@@ -195,7 +195,7 @@ class SGD8bit(Optimizer):
             state_dict: of ``state_dict``.
         """
         super().load_state_dict(state_dict)
-        reattach_state(self, state_dict)
+        restore_state_dtypes(self, state_dict)
 
 
 def _direction(weights: Tensor, gradients: Tensor, group: dict[str, Any]) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def refuse_sharded(name: str, parameters: Iterable[Tensor]) -> None:
+def validate_unsharded(name: str, parameters: Iterable[Tensor]) -> None:
     """Refuse parameters that are distributed tensors, as those of FSDP2 are.
 
     One scale per 256 numbers has no place in the shards of a weight: saved whole, or loaded by another number

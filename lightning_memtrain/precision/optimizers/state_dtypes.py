@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_memtrain.optimizer_steps.optimizer_contents import holdings, optimizers_in
+from lightning_memtrain.optimizer_steps.optimizer_contents import containers_in, optimizers_in
+from lightning_memtrain.precision.half_dtypes import HALF_DTYPES
 
-#: Dtypes of weights whose state is to be float32.
-HALF = (torch.bfloat16, torch.float16)
 #: What optimizers lack that wrap another one and do without the constructor of their class.
 LOAD_HOOKS = "_optimizer_load_state_dict_post_hooks"
 
@@ -49,7 +47,7 @@ def keep_state_dtypes(optimizer: Optimizer) -> Callable[[], None]:
 
     def after(loaded: Optimizer) -> None:
         if loading:
-            reattach_state(loaded, loading.pop())
+            restore_state_dtypes(loaded, loading.pop())
 
     handles = (
         optimizer.register_load_state_dict_pre_hook(before),
@@ -63,7 +61,7 @@ def keep_state_dtypes(optimizer: Optimizer) -> Callable[[], None]:
     return undo
 
 
-def reattach_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+def restore_state_dtypes(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Put state tensors back that loading has cast to another dtype.
 
     Args:
@@ -87,27 +85,7 @@ def _uncast(loaded: Any, saved: Any) -> Any:
     return loaded
 
 
-def state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
-    """All tensors of an optimizer's state, those in nested containers among them.
-
-    Args:
-        optimizer: any.
-
-    Yields:
-        Each tensor.
-    """
-    todo: list[Any] = list(optimizer.state.values())
-    while todo:
-        value = todo.pop()
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, Mapping):
-            todo += value.values()
-        elif isinstance(value, (list, tuple)):
-            todo += value
-
-
-def widen_state(optimizer: Optimizer) -> None:
+def upcast_state(optimizer: Optimizer) -> None:
     """Make state in half precision the float32 that it would have been, had the parameters been float32.
 
     Args:
@@ -118,28 +96,28 @@ def widen_state(optimizer: Optimizer) -> None:
     for inner in optimizers_in(optimizer):
         for parameter, state in inner.state.items():
             if isinstance(parameter, Tensor):
-                inner.state[parameter] = _widened(state)
+                inner.state[parameter] = _upcast(state)
     storages = {
         p.untyped_storage()._cdata
         for inner in optimizers_in(optimizer)
         for group in inner.param_groups
         for p in group["params"]
     }
-    for holding in list(holdings(optimizer)):
-        for key, value in holding.items:
-            if not isinstance(value, Tensor) or value.dtype not in HALF:
+    for container in list(containers_in(optimizer)):
+        for key, value in container.items:
+            if not isinstance(value, Tensor) or value.dtype not in HALF_DTYPES:
                 continue
-            if isinstance(holding.holder, (list, dict)) and value.untyped_storage()._cdata not in storages:
-                holding.holder[key] = value.float()
+            if isinstance(container.value, (list, dict)) and value.untyped_storage()._cdata not in storages:
+                container.value[key] = value.float()
 
 
-def _widened(value: Any) -> Any:
+def _upcast(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.float() if value.dtype in HALF else value
+        return value.float() if value.dtype in HALF_DTYPES else value
     if isinstance(value, dict):
-        return {key: _widened(inner) for key, inner in value.items()}
+        return {key: _upcast(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_widened(inner) for inner in value)
+        return type(value)(_upcast(inner) for inner in value)
     return value
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_memtrain.precision.optimizers.state_dtypes import HALF
+from lightning_memtrain.precision.half_dtypes import HALF_DTYPES
 from lightning_memtrain.precision.precision_settings import Settings, written_names
 from lightning_memtrain.precision.weights.model_conversion import NORM, BufferPlace
 
@@ -188,7 +188,7 @@ def _was_half(tensor: Tensor) -> bool:
     """Whether a tensor was computed in half precision at first, and cast then."""
     for node in _nodes_before(tensor):
         variable = _parameter_of(node)
-        if variable is not None and variable.dtype in HALF:
+        if variable is not None and variable.dtype in HALF_DTYPES:
             return True
         if _casts(node) and any(_parameter_of(inner) is None for inner, _ in node.next_functions):
             return True

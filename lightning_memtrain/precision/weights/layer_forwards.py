@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_memtrain.precision.optimizers.state_dtypes import HALF
+from lightning_memtrain.precision.half_dtypes import HALF_DTYPES
 
 BATCH_NORMS = (nn.modules.batchnorm._NormBase,)
 LAYER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -90,14 +90,14 @@ def _in_fp32(layer: nn.Module, *args: Any, unasked: torch.dtype, **kwargs: Any) 
     widened = tree_map(lambda x: x.float() if _is_half(x) else x, (args, kwargs))
     outputs = type(layer).forward(layer, *widened[0], **widened[1])
     asked = unasked if asked is None else asked
-    return _narrowed(outputs, asked) if asked in HALF else outputs
+    return _narrowed(outputs, asked) if asked in HALF_DTYPES else outputs
 
 
 def answers_as_asked(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Compute as ever; what became float32 by a buffer in float32 becomes what was asked in."""
     asked = _asked_in(args, kwargs)
     outputs = type(layer).forward(layer, *args, **kwargs)
-    return _narrowed(outputs, asked) if asked in HALF else outputs
+    return _narrowed(outputs, asked) if asked in HALF_DTYPES else outputs
 
 
 def _asked_in(*inputs: Any) -> torch.dtype | None:
@@ -106,7 +106,7 @@ def _asked_in(*inputs: Any) -> torch.dtype | None:
 
 
 def _is_half(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in HALF
+    return isinstance(value, Tensor) and value.dtype in HALF_DTYPES
 
 
 def _narrowed(outputs: Any, dtype: torch.dtype) -> Any:

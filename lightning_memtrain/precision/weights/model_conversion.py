@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from lightning_memtrain.compat.lightning_names import in_both
 from lightning_memtrain.core import NoEffectWarning
-from lightning_memtrain.precision.optimizers.state_dtypes import HALF
+from lightning_memtrain.precision.half_dtypes import HALF_DTYPES
 from lightning_memtrain.precision.precision_settings import written_names
 from lightning_memtrain.precision.weights.buffer_usage import BufferUse, holds_whole_numbers
 from lightning_memtrain.precision.weights.layer_forwards import (
@@ -149,10 +149,10 @@ def restore_module_(module: nn.Module) -> None:
         if id(layer) in metrics:
             continue
         for parameter in layer._parameters.values():
-            if parameter is not None and parameter.dtype in HALF:
+            if parameter is not None and parameter.dtype in HALF_DTYPES:
                 _cast_(parameter, torch.float32)
         for name, buffer in layer._buffers.items():
-            if buffer is not None and buffer.dtype in HALF:
+            if buffer is not None and buffer.dtype in HALF_DTYPES:
                 layer._buffers[name] = buffer.float()
         if isinstance(layer, in_both(_DeviceDtypeModuleMixin)):
             layer._dtype = torch.float32
@@ -215,7 +215,9 @@ class _Buffers:
 
 def _warn_of_averages(module: nn.Module, averaged: list[nn.Module], keep_fp32: Sequence[str]) -> None:
     names = {id(layer): name for name, layer in module.named_modules()}
-    in_half = [names[id(layer)] for layer in averaged if any(p.dtype in HALF for p in layer.parameters())]
+    in_half = [
+        names[id(layer)] for layer in averaged if any(p.dtype in HALF_DTYPES for p in layer.parameters())
+    ]
     if in_half:
         warnings.warn(
             f"`LowPrecision` casts {', '.join(map(repr, in_half))} to half precision, where most of what the "

@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_memtrain import Category, MemoryLedger
 from lightning_memtrain.checkpointing import Nested, Recomputed, insert_checkpoints
-from lightning_memtrain.optimizer_in_backward import AdamA, ExactMomentum
-from lightning_memtrain.optimizer_in_backward import backward_steps as engine
+from lightning_memtrain.optimizer_in_backward import AdamA, ExactMomentum, pending_steps
 from lightning_memtrain.optimizer_in_backward.backward_steps import BackwardSteps
 from lightning_memtrain.optimizer_steps import step_parameter
 from lightning_memtrain.optimizer_steps.parameter_steps import step_parameters
@@ -324,7 +323,7 @@ def test_small_parameters_are_stepped_together_and_as_in_plain_torch(
         stepped.append(len(parameters))
         step_parameters(optimizer, parameters)
 
-    monkeypatch.setattr(engine, "step_parameters", count)
+    monkeypatch.setattr(pending_steps, "step_parameters", count)
     _, steps = assert_trains_as_plain(many_small(100), make)
     assert sum(stepped) == steps.num_stepped == 4 * 200
     # A 32nd of all gradients is 900 bytes: three layers, and one parameter more. The very first is stepped

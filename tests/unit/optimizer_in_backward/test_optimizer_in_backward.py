@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_memtrain import LowPrecision, Microbatching, NoEffectWarning
 from lightning_memtrain.optimizer_in_backward import AdamA, ExactMomentum, OptimizerInBackward
-from lightning_memtrain.optimizer_in_backward.in_backward_validation import refuse_run
+from lightning_memtrain.optimizer_in_backward.in_backward_validation import validate_run
 from tests.helpers.trainers import LIGHTNING_WARNINGS, assert_torch_is_as_found, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
@@ -156,7 +156,7 @@ REFUSED: dict[str, tuple[Any, Any, list[Any], dict[str, Any], str]] = {
         {"gradient_clip_val": 1.0},
         r"ExactMomentum\(\)\)` cannot clip",
     ),
-    "LBFGS": (lambda: Net(torch.optim.LBFGS), in_backward, [], {}, "LBFGS, which calls a closure"),
+    "LBFGS": (lambda: Net(torch.optim.LBFGS), in_backward, [], {}, "LBFGS: it calls a closure"),
     "loss scaler": (
         Net,
         in_backward,
@@ -216,13 +216,13 @@ def test_strategies_that_shard_or_step_by_themselves_are_refused(make_strategy: 
         MisconfigurationException,
         match=rf"got {make_strategy.__name__}, which shards or steps by itself. Train with ddp or on one",
     ):
-        refuse_run(trainer, [momentum([torch.nn.Parameter(torch.ones(1))])], None, None)
+        validate_run(trainer, [momentum([torch.nn.Parameter(torch.ones(1))])], None, None)
 
 
 def test_several_optimizers_are_refused(tmp_path: Path) -> None:
     optimizer = momentum([torch.nn.Parameter(torch.ones(1))])
     with pytest.raises(MisconfigurationException, match="returned 2"):
-        refuse_run(quiet_trainer(tmp_path), [optimizer, optimizer], None, None)
+        validate_run(quiet_trainer(tmp_path), [optimizer, optimizer], None, None)
 
 
 @pytest.mark.parametrize(

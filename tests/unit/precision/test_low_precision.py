@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import (
 
 from lightning_memtrain.core import NoEffectWarning, is_technique
 from lightning_memtrain.precision import ActivationCodec, CompressedActivations, LowPrecision, ScalerConfig
-from lightning_memtrain.precision.low_precision_validation import refuse_strategy
+from lightning_memtrain.precision.low_precision_validation import validate_strategy
 from tests.helpers.boring_models import BoringModel, ManualModel
 from tests.helpers.trainers import LIGHTNING_WARNINGS, assert_torch_is_as_found, quiet_trainer
 
@@ -225,7 +225,7 @@ def test_the_float32_step_needs_no_eps(tmp_path: Path) -> None:
 def test_strategies_that_cast_by_themselves_are_refused(kind: Any, cure: str) -> None:
     strategy = kind.__new__(kind)
     with pytest.raises(MisconfigurationException, match=rf"got {kind.__name__}. {cure}.* with ddp or on one"):
-        refuse_strategy(strategy)
+        validate_strategy(strategy)
 
 
 def test_model_parallel_is_refused_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

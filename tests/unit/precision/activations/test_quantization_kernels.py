@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lightning_memtrain as mt
-from lightning_memtrain.precision.activations import quantization_kernels as activation_kernels
+from lightning_memtrain.precision.activations import quantization_kernels
 from lightning_memtrain.precision.activations.memory_order import (
     MemoryOrder,
     empty_like_layout,
@@ -49,7 +49,7 @@ def round_trip(tensor: Tensor, kernels: Kernels) -> Tensor:
 def test_shape_strides_and_numbers_come_back(
     name: str, bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activation_kernels, "PIECE_CPU", 100)  # many pieces, also of small tensors
+    monkeypatch.setattr(quantization_kernels, "PIECE_CPU", 100)  # many pieces, also of small tensors
     numbers = torch.randint(0, 2**bits, (6, 4, 7, 9), generator=torch.Generator().manual_seed(0))
     numbers.view(-1)[::4], numbers.view(-1)[1::4] = 0, 2**bits - 1
     tensor = LAYOUTS[name](numbers.to(dtype))
@@ -151,9 +151,9 @@ def test_a_compiler_that_fails_is_given_up_with_one_notice(monkeypatch: pytest.M
     def fail(*_: Any) -> None:
         raise ValueError("no such header\nand much more")
 
-    monkeypatch.setattr(activation_kernels, "rank_zero_info", notices.append)
-    monkeypatch.setattr(activation_kernels, "has_compiler", lambda device: True)
-    monkeypatch.setattr(activation_kernels, "_compile", lambda bits: (fail, fail))
+    monkeypatch.setattr(quantization_kernels, "rank_zero_info", notices.append)
+    monkeypatch.setattr(quantization_kernels, "has_compiler", lambda device: True)
+    monkeypatch.setattr(quantization_kernels, "_compile", lambda bits: (fail, fail))
     kernels = Kernels(8, 8, compiled=True)
     tensor = torch.arange(256.0)
     torch.testing.assert_close(round_trip(tensor, kernels), tensor, rtol=0, atol=0.02)
@@ -168,9 +168,9 @@ def test_without_a_compiler_eager_operations_are_used_with_one_notice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     notices: list[str] = []
-    monkeypatch.setattr(activation_kernels, "rank_zero_info", notices.append)
-    monkeypatch.setattr(activation_kernels, "has_compiler", lambda device: False)
-    monkeypatch.setattr(activation_kernels, "WORTH_COMPILING", 300)
+    monkeypatch.setattr(quantization_kernels, "rank_zero_info", notices.append)
+    monkeypatch.setattr(quantization_kernels, "has_compiler", lambda device: False)
+    monkeypatch.setattr(quantization_kernels, "WORTH_COMPILING", 300)
     kernels = Kernels(8, 8, compiled=None)
     for _ in range(4):
         round_trip(torch.arange(256.0), kernels)
@@ -178,5 +178,5 @@ def test_without_a_compiler_eager_operations_are_used_with_one_notice(
 
 
 def test_nothing_is_compiled_before_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_kernels, "_compile", lambda bits: pytest.fail("compiled"))
+    monkeypatch.setattr(quantization_kernels, "_compile", lambda bits: pytest.fail("compiled"))
     round_trip(torch.arange(256.0), Kernels(8, 8, compiled=None))

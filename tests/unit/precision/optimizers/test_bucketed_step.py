@@ -449,7 +449,7 @@ def test_state_that_cannot_be_taken_back_is_refused_by_name() -> None:
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(
         MisconfigurationException,
-        match=r"keeps its state by parameter.*got Averages, whose step changes average. Let all weights be "
+        match=r"keeps its state by parameter.*got Averages: its step changes average. Let all weights be "
         r"one bucket.*LowPrecision\(bucket_numel=10\*\*12\)",
     ):
         BucketedStep(Averages(model.parameters()), RoundingNoise(0), LAYER).step()
@@ -473,7 +473,7 @@ def test_state_of_parameters_that_cannot_be_copied_matters_only_if_it_has_to_be_
         if allowed:
             stepping.step()
         else:
-            with pytest.raises(MisconfigurationException, match="got Counting, whose step changes"):
+            with pytest.raises(MisconfigurationException, match="got Counting: its step changes"):
                 stepping.step()
 
 
@@ -493,7 +493,7 @@ def test_what_begins_to_count_later_is_refused_by_name() -> None:
     stepping.step()
     assert stepping.events == ()
     optimizer.late = True
-    with pytest.raises(MisconfigurationException, match=r"got Late, whose step changes param_groups\[0\]\["):
+    with pytest.raises(MisconfigurationException, match=r"got Late: its step changes param_groups\[0\]\["):
         stepping.step()
 
 
@@ -679,6 +679,6 @@ def test_one_parameter_at_a_time_is_refused_where_steps_are_counted_in_groups() 
     with pytest.raises(
         MisconfigurationException,
         match=r"beside `OptimizerInBackward` needs an optimizer that keeps its state by parameter.*got "
-        r"Counts, whose step changes param_groups\[0\]\['k'\]. Train without `OptimizerInBackward`",
+        r"Counts: its step changes param_groups\[0\]\['k'\]. Train without `OptimizerInBackward`",
     ):
         stepping.step_parameter(model[0].weight)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_memtrain.precision.optimizers.bucketed_step import BucketedStep
 from lightning_memtrain.precision.optimizers.low_bit_adam import adam8bit, adamw4bit, adamw8bit
-from lightning_memtrain.precision.optimizers.state_dtypes import state_tensors
 from lightning_memtrain.precision.optimizers.stochastic_rounding import RoundingNoise
+from tests.helpers.optimizer_state import state_tensors
 
 needs_bnb = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 needs_ao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")

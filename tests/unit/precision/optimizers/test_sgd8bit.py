@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_memtrain import Category, MemoryLedger
 from lightning_memtrain.optimizer_steps.shared_state import SharedState
 from lightning_memtrain.precision.optimizers.sgd8bit import SGD8bit
-from lightning_memtrain.precision.optimizers.state_dtypes import state_tensors
+from tests.helpers.optimizer_state import state_tensors
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.9},
