@@ -26,10 +26,11 @@ from lightning_memtrain.precision.low_precision_validation import evaluates_mode
 from lightning_memtrain.precision.optimizers.bucketed_step import BucketedStep
 from lightning_memtrain.precision.optimizers.grad_scaler import HalfGradScaler, ScalerConfig
 from lightning_memtrain.precision.optimizers.stochastic_rounding import RoundingNoise
-from lightning_memtrain.precision.precision_settings import Settings
+from lightning_memtrain.precision.precision_settings import PrecisionSettings
 from lightning_memtrain.precision.weights.buffer_watch import BufferWatch
-from lightning_memtrain.precision.weights.half_precision_errors import layers_named_in_errors
-from lightning_memtrain.precision.weights.model_conversion import BufferPlace, convert_module_
+from lightning_memtrain.precision.weights.converted_buffers import NamedBuffer
+from lightning_memtrain.precision.weights.half_precision_errors import name_layers_in_errors
+from lightning_memtrain.precision.weights.model_conversion import convert_to_low_precision_
 
 # From here on, gradients that are added up in bfloat16 are off by about 1 %.
 _MANY_BACKWARDS = 64
@@ -41,7 +42,9 @@ else:
     _Base = object
 
 
-def true_half(settings: Settings, noise: RoundingNoise, like: object = None) -> TrueHalf:
+def half_precision_training(
+    settings: PrecisionSettings, noise: RoundingNoise, like: object = None
+) -> HalfPrecisionTraining:
     """What does the work for trainers of one of the packages that Lightning goes by.
 
     Args:
@@ -52,28 +55,30 @@ def true_half(settings: Settings, noise: RoundingNoise, like: object = None) -> 
     Returns:
         A ``Precision`` of the package, whose methods look for modules of the same.
     """
-    kind: type[TrueHalf] = type("TrueHalf", (TrueHalf, namesake(Precision, like)), {})
+    kind: type[HalfPrecisionTraining] = type(
+        "HalfPrecisionTraining", (HalfPrecisionTraining, namesake(Precision, like)), {}
+    )
     return kind(settings, noise)
 
 
-class TrueHalf(_Base):
+class HalfPrecisionTraining(_Base):
     """Lightning's half precision with a loss scaler, layers kept in float32, and steps in float32.
 
-    To be derived from together with the ``Precision`` of a package, see :func:`true_half`.
+    To be derived from together with the ``Precision`` of a package, see :func:`half_precision_training`.
 
     Args:
         settings: of the plugin.
         noise: for stochastic rounding.
     """
 
-    def __init__(self, settings: Settings, noise: RoundingNoise) -> None:
-        self.precision = settings.compute
+    def __init__(self, settings: PrecisionSettings, noise: RoundingNoise) -> None:
+        self.precision = settings.precision
         self.scaler: HalfGradScaler | None = None
         self._settings = settings
         self._noise = noise
         self._steps: dict[Optimizer, BucketedStep] = {}
         self._model: weakref.ref[nn.Module] | None = None
-        self._kept_buffers: list[BufferPlace] = []
+        self._kept_buffers: list[NamedBuffer] = []
         self._watch: BufferWatch | None = None
         self._num_backwards = 0
         self._steps_now = False
@@ -81,10 +86,10 @@ class TrueHalf(_Base):
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Cast the weights in place."""
-        buffers = convert_module_(module, self._settings.dtype, self._settings.keep_fp32)
+        buffers = convert_to_low_precision_(module, self._settings.dtype, self._settings.keep_in_fp32)
         self._model = weakref.ref(module)
         self._kept_buffers = buffers.kept
-        self._watch = BufferWatch(buffers.unclear, self._settings)
+        self._watch = BufferWatch(buffers.unclear, self._settings.keep_in_fp32)
         return module
 
     def convert_input(self, data: Any) -> Any:
@@ -96,7 +101,7 @@ class TrueHalf(_Base):
 
         Those would lose the digits that a checkpoint, which is loaded before the conversion, has of them.
         """
-        if self._settings.keep_fp32:
+        if self._settings.keep_in_fp32:
             return nullcontext()
         return _DtypeContextManager(self._settings.dtype)
 
@@ -111,7 +116,9 @@ class TrueHalf(_Base):
         names = (
             nullcontext()
             if model is None
-            else layers_named_in_errors(model, self._settings, self._kept_buffers)
+            else name_layers_in_errors(
+                model, self._settings.keep_in_fp32, self._settings.cast_targets, self._kept_buffers
+            )
         )
         with names, _DtypeContextManager(self._settings.dtype):
             yield
@@ -119,7 +126,7 @@ class TrueHalf(_Base):
     @contextmanager
     def train_step_context(self) -> Generator[None, None, None]:
         """Look whether a training step changes a buffer that half precision may spoil."""
-        watch = nullcontext() if self._watch is None else self._watch.step()
+        watch = nullcontext() if self._watch is None else self._watch.watch_step()
         with watch, self.forward_context():
             yield
 
@@ -129,7 +136,7 @@ class TrueHalf(_Base):
         """Prepare the scaler and the steps, once the model is on its device."""
         device = next((p.device.type for p in model.parameters()), "cpu")
         # Anew for each fit: the scale another ended with may be of no use. Evaluation leaves it be.
-        if self._settings.compute == "16-true" and optimizers:
+        if self._settings.precision == "16-true" and optimizers:
             self.scaler = HalfGradScaler(device, self._settings.scaler or ScalerConfig())
         self.teardown()
         self._events = ()
@@ -159,9 +166,9 @@ class TrueHalf(_Base):
     def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
         """Scale the loss, in float32: in float16 a loss above 2 times 32768 would be infinite."""
         self._num_backwards += 1
-        if self._num_backwards == _MANY_BACKWARDS + 1 and self._settings.compute == "bf16-true":
+        if self._num_backwards == _MANY_BACKWARDS + 1 and self._settings.precision == "bf16-true":
             warnings.warn(
-                "`LowPrecision(compute='bf16-true')` adds up gradients in bfloat16, whose error grows with "
+                "`LowPrecision(precision='bf16-true')` adds up gradients in bfloat16, whose error grows with "
                 f"their number, but one step is made of more than {_MANY_BACKWARDS} backward passes: about "
                 "1 % of the gradient. Accumulate fewer batches, use larger microbatches, or use '16-true', "
                 "whose error is an eighth.",
@@ -170,9 +177,10 @@ class TrueHalf(_Base):
         if self.scaler is not None:
             if self.scaler.awaits_step:
                 raise RuntimeError(
-                    "`LowPrecision(compute='16-true')` needs `clip_gradients`, which takes the scale of the "
-                    "loss off the gradients, to be followed by that optimizer's step, but got a backward, "
-                    "whose gradients are scaled. Clip after the last backward before `optimizer.step()`."
+                    "`LowPrecision(precision='16-true')` needs `clip_gradients`, which takes the scale of "
+                    "the loss off the gradients, to be followed by that optimizer's step, but got a "
+                    "backward, whose gradients are scaled. Clip after the last backward before "
+                    "`optimizer.step()`."
                 )
             tensor = self.scaler.scale(tensor.float())
         return super().pre_backward(tensor, module)
@@ -202,7 +210,7 @@ class TrueHalf(_Base):
         else:
             step = partial(self._step_evaluated, optimizer, result, kwargs)
         if scaler is not None:
-            scaler.step_by(optimizer, step)
+            scaler.step_if_finite(optimizer, step)
             scaler.update()
         elif self.scaler is None:
             step()

@@ -19,8 +19,8 @@ from lightning_memtrain.compat.lightning_names import KnownToBoth, in_both, name
 from lightning_memtrain.core import TechniqueRecord
 from lightning_memtrain.optimizer_steps.parameter_steps import step_parameter
 from lightning_memtrain.precision.activations.activation_codec import ActivationCodec
-from lightning_memtrain.precision.activations.packed_training_steps import PackedTraining
-from lightning_memtrain.precision.half_precision import TrueHalf, true_half
+from lightning_memtrain.precision.activations.packed_training_steps import PackedTrainingSteps
+from lightning_memtrain.precision.half_precision import HalfPrecisionTraining, half_precision_training
 from lightning_memtrain.precision.low_precision_validation import (
     validate_optimizer,
     validate_settings,
@@ -28,8 +28,14 @@ from lightning_memtrain.precision.low_precision_validation import (
 )
 from lightning_memtrain.precision.optimizers.grad_scaler import CappedGradScaler, HalfGradScaler, ScalerConfig
 from lightning_memtrain.precision.optimizers.stochastic_rounding import RoundingNoise
-from lightning_memtrain.precision.precision_settings import Compute, Leave, Settings, WeightRounding
-from lightning_memtrain.precision.weights.model_conversion import NORM, restore_module_
+from lightning_memtrain.precision.precision_settings import (
+    Leave,
+    PrecisionName,
+    PrecisionSettings,
+    WeightRounding,
+)
+from lightning_memtrain.precision.weights.kept_layers import NORM
+from lightning_memtrain.precision.weights.model_conversion import restore_float32_
 
 # Lightning keys a plugin's state by the name of its class, and drops it when that is another one.
 _CHECKPOINT_KEY = "lightning_memtrain.precision"
@@ -48,10 +54,10 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
     Lightning's plugin of that name.
 
     Args:
-        compute: the precision, in Lightning's words.
+        precision: of weights and activations, in Lightning's words.
         weight_rounding: how weights in half precision are written: ``"stochastic"``, or ``"nearest"``: by the
             optimizer itself, in the precision of the weights, as Lightning does it.
-        keep_fp32: layers whose weights stay in float32: ``"norm"`` for all normalisations, and names of
+        keep_in_fp32: layers whose weights stay in float32: ``"norm"`` for all normalisations, and names of
             layers, in which ``*`` stands for any text.
         scaler: how the loss is scaled in float16; a :class:`ScalerConfig` with its defaults unless given,
             for ``"16-mixed"`` torch's defaults.
@@ -84,9 +90,9 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
 
     def __init__(
         self,
-        compute: Compute = "bf16-true",
+        precision: PrecisionName = "bf16-true",
         weight_rounding: WeightRounding = "stochastic",
-        keep_fp32: Sequence[str] = (NORM,),
+        keep_in_fp32: Sequence[str] = (NORM,),
         scaler: ScalerConfig | None = None,
         activations: ActivationCodec | None = None,
         cast_targets: bool = False,
@@ -95,15 +101,23 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
         leave: Leave = "half",
     ) -> None:
         super().__init__()
-        self._settings = Settings(
-            compute, weight_rounding, keep_fp32, scaler, activations, cast_targets, seed, bucket_numel, leave
+        self._settings = PrecisionSettings(
+            precision,
+            weight_rounding,
+            keep_in_fp32,
+            scaler,
+            activations,
+            cast_targets,
+            seed,
+            bucket_numel,
+            leave,
         )
         validate_settings(self._settings)
-        self.precision = compute
+        self.precision = precision
         self._noise = RoundingNoise(seed)
         self._mode = self._mode_for(None)
         self._packed = (
-            None if activations is None else PackedTraining(activations, "`LowPrecision(activations)`")
+            None if activations is None else PackedTrainingSteps(activations, "`LowPrecision(activations)`")
         )
         self._module: ref[LightningModule] | None = None
         self._trainer: ref[Trainer] | None = None
@@ -112,7 +126,7 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
     def _mode_for(self, like: object) -> Precision:
         """What does the work; that of mixed precision is made once the device is known."""
         if self._settings.halves_weights:
-            return true_half(self._settings, self._noise, like)
+            return half_precision_training(self._settings, self._noise, like)
         return namesake(Precision, like)()
 
     def convert_module(self, module: nn.Module) -> nn.Module:
@@ -132,13 +146,13 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
         self._fits = bool(optimizers)
         for optimizer in optimizers:
             validate_optimizer(optimizer, self._settings)
-        if self._settings.compute in ("bf16-mixed", "16-mixed"):
+        if self._settings.precision in ("bf16-mixed", "16-mixed"):
             device = next((p.device.type for p in model.parameters()), "cpu")
             # Anew for each fit, with a scaler whose scale is not what another fit ended with.
             mode: Any = self._mode
             if optimizers or not isinstance(mode, in_both(MixedPrecision)) or mode.device != device:
                 self._mode = namesake(MixedPrecision, self._mode)(
-                    self._settings.compute,
+                    self._settings.precision,
                     device,
                     None
                     if self._settings.scaler is None
@@ -168,7 +182,7 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
         self._mode.teardown()
         module = None if self._module is None else self._module()
         if module is not None and self._settings.leave == "float32":
-            restore_module_(module)
+            restore_float32_(module)
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         """Where weights are made."""
@@ -207,7 +221,7 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
 
         See :class:`~lightning_memtrain.optimizer_steps.SupportsParameterStep`.
         """
-        if isinstance(self._mode, TrueHalf):
+        if isinstance(self._mode, HalfPrecisionTraining):
             self._mode.step_parameter(optimizer, parameter)
         else:
             step_parameter(optimizer, parameter)
@@ -223,7 +237,7 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the scale of the loss and the state of the noise, under a key of our own."""
-        state: dict[str, Any] = {"version": _VERSION, "compute": self._settings.compute}
+        state: dict[str, Any] = {"version": _VERSION, "precision": self._settings.precision}
         if self.scaler is not None:
             state["scaler"] = self.scaler.state_dict()
         if self._settings.rounds_stochastically:
@@ -260,38 +274,38 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
                 self._noise.load_state_dict(state["noise"])
             else:
                 missing.append("the noise for stochastic rounding")
-                if isinstance(self._mode, TrueHalf):
+                if isinstance(self._mode, HalfPrecisionTraining):
                     self._mode.upcast_loaded_state()
         if self._packed is not None:
             # Only noise is lost, and only if there is any, so this is not worth a warning.
             self._packed.load_state_dict(state.get("activations", {"num_packed": 0}))
         if missing:
             warnings.warn(
-                f"The checkpoint was written without `LowPrecision(compute={self._settings.compute!r})`, so "
-                f"{' and '.join(missing)} start afresh. Resume with the plugin and the precision that it was "
-                "written with, or go on if the change is intended.",
+                f"The checkpoint was written without `LowPrecision(precision={self._settings.precision!r})`, "
+                f"so {' and '.join(missing)} start afresh. Resume with the plugin and the precision that it "
+                "was written with, or go on if the change is intended.",
                 stacklevel=2,
             )
 
     @property
     def exact(self) -> bool:
         """Whether results are those of float32."""
-        return self._settings.compute == "32-true" and self._packed is None
+        return self._settings.precision == "32-true" and self._packed is None
 
     def technique_record(self) -> TechniqueRecord:
-        """Settings in force, and how many steps were left out."""
+        """PrecisionSettings in force, and how many steps were left out."""
         settings = self._settings
-        shown: dict[str, Any] = {"compute": settings.compute}
+        shown: dict[str, Any] = {"precision": settings.precision}
         if settings.halves_weights:
             shown |= {
                 "weight_rounding": settings.weight_rounding,
-                "keep_fp32": ", ".join(settings.keep_fp32) or None,
+                "keep_in_fp32": ", ".join(settings.keep_in_fp32) or None,
             }
         if settings.leave != "half":
             shown["leave"] = settings.leave
         skipped = self.scaler.num_skipped if isinstance(self.scaler, HalfGradScaler) else 0
         events: tuple[str, ...] = (f"{skipped} steps left out for infinite gradients",) if skipped else ()
-        if isinstance(self._mode, TrueHalf):
+        if isinstance(self._mode, HalfPrecisionTraining):
             events += self._mode.events
         if self._packed is not None:
             shown |= {f"activations_{name}": value for name, value in self._packed.settings.items()}

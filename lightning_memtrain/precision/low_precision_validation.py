@@ -12,8 +12,13 @@ from torch.optim import Optimizer
 from lightning_memtrain.optimizer_steps.closures import needs_closure
 from lightning_memtrain.precision.activations.activation_codec import is_int, validate_codec
 from lightning_memtrain.precision.optimizers.grad_scaler import ScalerConfig
-from lightning_memtrain.precision.precision_settings import Compute, Leave, Settings, WeightRounding
-from lightning_memtrain.precision.weights.model_conversion import NORM
+from lightning_memtrain.precision.precision_settings import (
+    Leave,
+    PrecisionName,
+    PrecisionSettings,
+    WeightRounding,
+)
+from lightning_memtrain.precision.weights.kept_layers import NORM
 
 # The smallest positive number of float16 is 6e-8; half of it is rounded to 0.
 _SMALLEST_EPS = 2.0**-25
@@ -27,7 +32,7 @@ _FOREIGN_STRATEGIES = {
 }
 
 
-def validate_settings(settings: Settings) -> None:
+def validate_settings(settings: PrecisionSettings) -> None:
     """Refuse arguments that are out of their range or contradict each other.
 
     Args:
@@ -36,19 +41,19 @@ def validate_settings(settings: Settings) -> None:
     Raises:
         MisconfigurationException: naming the argument.
     """
-    _check_choice("compute", settings.compute, get_args(Compute))
+    _check_choice("precision", settings.precision, get_args(PrecisionName))
     _check_choice("weight_rounding", settings.weight_rounding, get_args(WeightRounding))
     _check_choice("leave", settings.leave, get_args(Leave))
-    names = settings.keep_fp32
+    names = settings.keep_in_fp32
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise MisconfigurationException(
-            "`LowPrecision(keep_fp32)` must be a tuple of names of layers, but got "
-            f'keep_fp32={names!r}. Write it as a tuple, e.g. ("norm", "head").'
+            "`LowPrecision(keep_in_fp32)` must be a tuple of names of layers, but got "
+            f'keep_in_fp32={names!r}. Write it as a tuple, e.g. ("norm", "head").'
         )
     if settings.scaler is not None and not isinstance(settings.scaler, ScalerConfig):
         raise MisconfigurationException(
             "`LowPrecision(scaler)` must be a ScalerConfig or None, but got "
-            f"scaler={settings.scaler!r}. Write e.g. ScalerConfig(init=1024.0)."
+            f"scaler={settings.scaler!r}. Write e.g. ScalerConfig(init_scale=1024.0)."
         )
     if settings.activations is not None:
         validate_codec("LowPrecision(activations)", settings.activations)
@@ -61,10 +66,10 @@ def validate_settings(settings: Settings) -> None:
         raise MisconfigurationException(
             f"`LowPrecision(seed)` must be an integer, but got seed={settings.seed!r}. Leave it out for 0."
         )
-    if settings.scaler is not None and not settings.compute.startswith("16"):
+    if settings.scaler is not None and not settings.precision.startswith("16"):
         raise MisconfigurationException(
-            "`LowPrecision(scaler)` needs compute='16-true' or '16-mixed', the formats with small exponents, "
-            f"but got compute={settings.compute!r}. Leave out the scaler."
+            "`LowPrecision(scaler)` needs precision='16-true' or '16-mixed', the formats with small "
+            f"exponents, but got precision={settings.precision!r}. Leave out the scaler."
         )
     numel = settings.bucket_numel
     if numel is not None and (not is_int(numel) or numel < 1):
@@ -75,24 +80,24 @@ def validate_settings(settings: Settings) -> None:
     _refuse_without_effect(settings)
 
 
-def _refuse_without_effect(settings: Settings) -> None:
-    compute = f"compute={settings.compute!r}"
+def _refuse_without_effect(settings: PrecisionSettings) -> None:
+    precision = f"precision={settings.precision!r}"
     if not settings.halves_weights:
         for name, unused in (
-            ("keep_fp32", tuple(settings.keep_fp32) != (NORM,)),
+            ("keep_in_fp32", tuple(settings.keep_in_fp32) != (NORM,)),
             ("cast_targets", settings.cast_targets),
             ("leave", settings.leave != "half"),
         ):
             if unused:
                 raise MisconfigurationException(
-                    f"`LowPrecision({name})` needs compute='bf16-true' or '16-true', where weights and "
-                    f"batches are cast, but got {name}={getattr(settings, name)!r} and {compute}. "
+                    f"`LowPrecision({name})` needs precision='bf16-true' or '16-true', where weights and "
+                    f"batches are cast, but got {name}={getattr(settings, name)!r} and {precision}. "
                     "Leave it out."
                 )
     if settings.bucket_numel is not None and not settings.rounds_stochastically:
         raise MisconfigurationException(
             "`LowPrecision(bucket_numel)` needs weights that are rounded stochastically, since only these "
-            f"are stepped by the bucket, but got bucket_numel={settings.bucket_numel}, {compute} and "
+            f"are stepped by the bucket, but got bucket_numel={settings.bucket_numel}, {precision} and "
             f"weight_rounding={settings.weight_rounding!r}. Leave it out."
         )
 
@@ -123,7 +128,7 @@ def validate_strategy(strategy: Any) -> None:
             )
 
 
-def validate_optimizer(optimizer: Optimizer, settings: Settings) -> None:
+def validate_optimizer(optimizer: Optimizer, settings: PrecisionSettings) -> None:
     """Refuse optimizers whose arithmetic fails in the chosen precision.
 
     Args:
@@ -133,9 +138,9 @@ def validate_optimizer(optimizer: Optimizer, settings: Settings) -> None:
     Raises:
         MisconfigurationException: naming the optimizer.
     """
-    if settings.compute.startswith("16") and needs_closure(optimizer):
+    if settings.precision.startswith("16") and needs_closure(optimizer):
         raise evaluates_model_error(optimizer, settings, "it calls a closure")
-    if settings.compute != "16-true" or settings.rounds_stochastically or not _is_native(optimizer):
+    if settings.precision != "16-true" or settings.rounds_stochastically or not _is_native(optimizer):
         return
     for group in optimizer.param_groups:
         eps = group.get("eps")
@@ -143,19 +148,21 @@ def validate_optimizer(optimizer: Optimizer, settings: Settings) -> None:
             continue
         if eps <= _SMALLEST_EPS:
             raise MisconfigurationException(
-                "`LowPrecision(compute='16-true', weight_rounding='nearest')` lets the optimizer compute in "
-                f"float16, where eps={eps:g} of {type(optimizer).__name__} becomes 0 and weights become NaN. "
-                "Use weight_rounding='stochastic', whose steps are computed in float32, or eps=1e-4."
+                "`LowPrecision(precision='16-true', weight_rounding='nearest')` lets the optimizer compute "
+                f"in float16, where eps={eps:g} of {type(optimizer).__name__} becomes 0 and weights become "
+                "NaN. Use weight_rounding='stochastic', whose steps are computed in float32, or eps=1e-4."
             )
         warnings.warn(
-            "`LowPrecision(compute='16-true', weight_rounding='nearest')` lets the optimizer compute in "
+            "`LowPrecision(precision='16-true', weight_rounding='nearest')` lets the optimizer compute in "
             f"float16, where eps={eps:g} of {type(optimizer).__name__} is too small to keep its steps from "
             "becoming very large. Use weight_rounding='stochastic', or eps=1e-4.",
             stacklevel=2,
         )
 
 
-def evaluates_model_error(optimizer: Optimizer, settings: Settings, how: str) -> MisconfigurationException:
+def evaluates_model_error(
+    optimizer: Optimizer, settings: PrecisionSettings, how: str
+) -> MisconfigurationException:
     """The error for an optimizer that evaluates the model during a step that may be left out.
 
     Args:
@@ -167,10 +174,10 @@ def evaluates_model_error(optimizer: Optimizer, settings: Settings, how: str) ->
         The error, to be raised.
     """
     return MisconfigurationException(
-        f"`LowPrecision(compute={settings.compute!r})` needs an optimizer that steps without evaluating "
+        f"`LowPrecision(precision={settings.precision!r})` needs an optimizer that steps without evaluating "
         f"the model, since steps with infinite gradients are left out, but got {type(optimizer).__name__}: "
-        f"{how}. Use another optimizer, or LowPrecision(compute='bf16-mixed') or "
-        "LowPrecision(compute='32-true')."
+        f"{how}. Use another optimizer, or LowPrecision(precision='bf16-mixed') or "
+        "LowPrecision(precision='32-true')."
     )
 
 

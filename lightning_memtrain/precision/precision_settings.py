@@ -11,19 +11,19 @@ import torch
 from lightning_memtrain.precision.activations.activation_codec import ActivationCodec
 from lightning_memtrain.precision.optimizers.grad_scaler import ScalerConfig
 
-Compute = Literal["bf16-true", "16-true", "bf16-mixed", "16-mixed", "32-true"]
+PrecisionName = Literal["bf16-true", "16-true", "bf16-mixed", "16-mixed", "32-true"]
 WeightRounding = Literal["stochastic", "nearest"]
 Leave = Literal["half", "float32"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class PrecisionSettings:
     """The arguments of the plugin.
 
     Args:
-        compute: precision of the computation, and of the weights where it is ``"true"``.
+        precision: of the computation, and of the weights where it is ``"true"``.
         weight_rounding: how weights in half precision are written.
-        keep_fp32: layers in float32.
+        keep_in_fp32: layers in float32.
         scaler: scaling of the loss in float16.
         activations: how activations are kept.
         cast_targets: whether targets are cast.
@@ -32,9 +32,9 @@ class Settings:
         leave: what the weights are after a run.
     """
 
-    compute: Compute
+    precision: PrecisionName
     weight_rounding: WeightRounding
-    keep_fp32: Sequence[str]
+    keep_in_fp32: Sequence[str]
     scaler: ScalerConfig | None
     activations: ActivationCodec | None
     cast_targets: bool
@@ -45,27 +45,14 @@ class Settings:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of weights in half precision."""
-        return torch.bfloat16 if self.compute == "bf16-true" else torch.float16
+        return torch.bfloat16 if self.precision == "bf16-true" else torch.float16
 
     @property
     def halves_weights(self) -> bool:
         """Whether weights are kept in half precision."""
-        return self.compute in ("bf16-true", "16-true")
+        return self.precision in ("bf16-true", "16-true")
 
     @property
     def rounds_stochastically(self) -> bool:
         """Whether there are weights to be rounded stochastically."""
         return self.halves_weights and self.weight_rounding == "stochastic"
-
-
-def written_names(names: Sequence[str]) -> str:
-    """A tuple of names as one would write it.
-
-    Args:
-        names: e.g. those of layers.
-
-    Returns:
-        E.g. ``("norm",)``.
-    """
-    quoted = ", ".join(f'"{name}"' for name in names)
-    return f"({quoted},)" if len(names) == 1 else f"({quoted})"

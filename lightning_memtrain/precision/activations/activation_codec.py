@@ -9,10 +9,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_memtrain.precision.activations.activation_packing import ActivationPacking
-from lightning_memtrain.precision.activations.quantization_kernels import Kernels
+from lightning_memtrain.precision.activations.quantization_kernels import QuantizationKernels
 
 #: Numbers per group where none is given. Fewer bits need smaller groups, whose numbers are closer together.
-DEFAULT_GROUP = {8: 256, 4: 64, 2: 64}
+DEFAULT_GROUP_SIZE = {8: 256, 4: 64, 2: 64}
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class ActivationCodec:
 
     Args:
         bits: per number.
-        group: consecutive numbers that share smallest number and step (6 bytes), a multiple of 8 of at least
-            8; ``None``: 256 for 8 bits, 64 otherwise.
-        min_numel: tensors with fewer elements are stored as they are; at least ``group``.
+        group_size: consecutive numbers that share smallest number and step (6 bytes), a multiple of 8 of at
+            least 8; ``None``: 256 for 8 bits, 64 otherwise.
+        min_numel: tensors with fewer elements are stored as they are; at least ``group_size``.
         stochastic: round up or down at random, with the exact number as mean. A single gradient is then less
             exact, but its mean over steps more so. The noise is private: other random numbers do not change.
         seed: of the noise, in ``[0, 2**32)``.
-        compiled: quantise by functions of ``torch.compile``, which give the same codes in less time;
+        compiled: quantize by functions of ``torch.compile``, which give the same codes in less time;
             ``None``: where there is a compiler and so much was packed that compiling (some seconds) pays.
 
     Raises:
@@ -58,27 +58,29 @@ class ActivationCodec:
     """
 
     bits: Literal[8, 4, 2] = 8
-    group: int | None = None
+    group_size: int | None = None
     min_numel: int = 4096
     stochastic: bool = False
     seed: int = 0
     compiled: bool | None = None
 
     def __post_init__(self) -> None:
-        if not is_int(self.bits) or self.bits not in DEFAULT_GROUP:
+        if not is_int(self.bits) or self.bits not in DEFAULT_GROUP_SIZE:
             raise MisconfigurationException(
                 f"`ActivationCodec(bits)` must be 8, 4 or 2, but got bits={self.bits!r}. "
                 "Use 8, which hardly changes gradients, and 4 where memory is short."
             )
-        if self.group is not None and (not is_int(self.group) or self.group < 8 or self.group % 8):
+        if self.group_size is not None and (
+            not is_int(self.group_size) or self.group_size < 8 or self.group_size % 8
+        ):
             raise MisconfigurationException(
-                f"`ActivationCodec(group)` must be a multiple of 8 and at least 8, but got "
-                f"group={self.group!r}. Leave it out for {DEFAULT_GROUP[self.bits]}."
+                f"`ActivationCodec(group_size)` must be a multiple of 8 and at least 8, but got "
+                f"group_size={self.group_size!r}. Leave it out for {DEFAULT_GROUP_SIZE[self.bits]}."
             )
-        if not is_int(self.min_numel) or self.min_numel < self.numbers_per_group:
+        if not is_int(self.min_numel) or self.min_numel < self.resolved_group_size:
             raise MisconfigurationException(
                 f"`ActivationCodec(min_numel)` must be at least the size of a group "
-                f"({self.numbers_per_group}), since groups are filled up, but got "
+                f"({self.resolved_group_size}), since groups are filled up, but got "
                 f"min_numel={self.min_numel!r}. Leave it out for 4096."
             )
         if not is_int(self.seed) or not 0 <= self.seed < 2**32:
@@ -95,9 +97,9 @@ class ActivationCodec:
                 )
 
     @property
-    def numbers_per_group(self) -> int:
-        """``group``, or what stands for ``None``."""
-        return DEFAULT_GROUP[self.bits] if self.group is None else self.group
+    def resolved_group_size(self) -> int:
+        """``group_size``, or what stands for ``None``."""
+        return DEFAULT_GROUP_SIZE[self.bits] if self.group_size is None else self.group_size
 
     def packing(self, model: nn.Module, rank: int = 0) -> ActivationPacking:
         """A context for forward passes of a model; what they save is packed.
@@ -112,7 +114,7 @@ class ActivationCodec:
         Returns:
             A context that can be entered once per step. It holds the state of the noise.
         """
-        kernels = Kernels(self.bits, self.numbers_per_group, self.compiled)
+        kernels = QuantizationKernels(self.bits, self.resolved_group_size, self.compiled)
         noise_seed = self.seed * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB if self.stochastic else None
         return ActivationPacking(model, kernels, self.min_numel, noise_seed)
 

@@ -17,10 +17,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lightning_memtrain.ledger.objects import tensors_within
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH, KeptTensor, hooks_in_force
 from lightning_memtrain.ledger.storages import PLAIN_TENSORS
-from lightning_memtrain.precision.activations.group_quantization import Groups
+from lightning_memtrain.precision.activations.group_quantization import QuantizedGroups
 from lightning_memtrain.precision.activations.memory_order import MemoryOrder, empty_like_layout, memory_order
-from lightning_memtrain.precision.activations.parameter_matcher import ParameterTest
-from lightning_memtrain.precision.activations.quantization_kernels import Kernels
+from lightning_memtrain.precision.activations.parameter_matcher import ParameterMatcher
+from lightning_memtrain.precision.activations.quantization_kernels import QuantizationKernels
 
 #: Dtypes that are packed. Whoever computes in float64 asks for all of its digits.
 PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,7 +33,7 @@ class PackedBytes:
     """What was packed while a context was entered.
 
     Args:
-        num_tensors: tensors that were quantised, each counted once however often it was saved.
+        num_tensors: tensors that were quantized, each counted once however often it was saved.
         saved_bytes: their bytes before.
         stored_bytes: their bytes since.
     """
@@ -48,7 +48,7 @@ class _Payload:
 
     __slots__ = ("__weakref__", "groups", "order")
 
-    def __init__(self, groups: Groups, order: MemoryOrder) -> None:
+    def __init__(self, groups: QuantizedGroups, order: MemoryOrder) -> None:
         self.groups = groups
         self.order = order
 
@@ -71,19 +71,21 @@ class ActivationPacking:
 
     Args:
         model: its parameters and buffers are not packed.
-        kernels: quantise.
+        kernels: quantize.
         min_numel: tensors with fewer elements are stored as they are.
         noise_seed: of stochastic rounding; ``None`` to round to the nearest.
     """
 
-    def __init__(self, model: nn.Module, kernels: Kernels, min_numel: int, noise_seed: int | None) -> None:
+    def __init__(
+        self, model: nn.Module, kernels: QuantizationKernels, min_numel: int, noise_seed: int | None
+    ) -> None:
         self._model = model
         self._kernels = kernels
         self._min_numel = min_numel
         self._noise_seed = noise_seed
         self._num_packed = 0
         self._generators: dict[torch.device, torch.Generator] = {}
-        self._is_parameter: ParameterTest | None = None
+        self._is_parameter: ParameterMatcher | None = None
         self._spared: set[int] = set()
         self._known: dict[Any, tuple[ref[_Payload], StorageWeakRef]] = {}
         self._undo = ExitStack()
@@ -98,7 +100,7 @@ class ActivationPacking:
         except RuntimeError as error:
             _refuse_torch_func(error)
             raise
-        self._is_parameter = ParameterTest(self._model)
+        self._is_parameter = ParameterMatcher(self._model)
         self.last = PackedBytes()
         return self
 
@@ -109,7 +111,7 @@ class ActivationPacking:
         self._spared.clear()
         _refuse_torch_func(error)
 
-    def spare(self, tree: Any) -> None:
+    def exclude(self, tree: Any) -> None:
         """Do not pack these when the context is next entered, since somebody keeps them in any case.
 
         Args:
@@ -158,7 +160,7 @@ class ActivationPacking:
         found = self._known.get(key)
         payload = found[0]() if found is not None else None
         if payload is None:
-            groups = self._kernels.quantise(tensor.detach(), order, self._generator(tensor.device))
+            groups = self._kernels.quantize(tensor.detach(), order, self._generator(tensor.device))
             payload = _Payload(groups, order)
             self._known[key] = (ref(payload), StorageWeakRef(storage))  # type: ignore[no-untyped-call]
             self._num_packed += 1
@@ -177,7 +179,7 @@ class ActivationPacking:
             return packed.given_back()
         tensor = empty_like_layout(packed.shape, packed.strides, packed.dtype, packed.device)
         order = packed.payload.order._replace(offset=0)
-        self._kernels.dequantise(packed.payload.groups, tensor, order)
+        self._kernels.dequantize(packed.payload.groups, tensor, order)
         return tensor
 
     def _generator(self, device: torch.device) -> torch.Generator | None:

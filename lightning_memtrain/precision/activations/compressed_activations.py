@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_memtrain.compat.lightning_names import refuse_mix
 from lightning_memtrain.core import TechniqueRecord
 from lightning_memtrain.precision.activations.activation_codec import ActivationCodec, validate_codec
-from lightning_memtrain.precision.activations.packed_training_steps import PackedTraining
+from lightning_memtrain.precision.activations.packed_training_steps import PackedTrainingSteps
 
 
 class CompressedActivations(Callback):
@@ -31,7 +31,7 @@ class CompressedActivations(Callback):
     Example:
         >>> import lightning as L
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> callback = CompressedActivations(ActivationCodec(bits=4, group=8, min_numel=8))
+        >>> callback = CompressedActivations(ActivationCodec(bits=4, group_size=8, min_numel=8))
         >>> trainer = L.Trainer(
         ...     max_steps=2, callbacks=[callback], accelerator="cpu", logger=False,
         ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -45,7 +45,7 @@ class CompressedActivations(Callback):
         super().__init__()
         codec = ActivationCodec() if codec is None else codec
         validate_codec("CompressedActivations(codec)", codec)
-        self._training = PackedTraining(codec, "`CompressedActivations`")
+        self._training = PackedTrainingSteps(codec, "`CompressedActivations`")
         self._trainer: ref[Trainer] | None = None
 
     @property

@@ -31,11 +31,11 @@ _LARGEST_STEP = 2.0**120
 _NUM_SPECIAL = 3
 
 
-class Groups(NamedTuple):
-    """Quantised numbers.
+class QuantizedGroups(NamedTuple):
+    """Quantized numbers.
 
     Args:
-        codes: of shape ``(num_groups, group * bits / 8)``, uint8; each byte holds ``8 / bits`` codes.
+        codes: of shape ``(num_groups, group_size * bits / 8)``, uint8; each byte holds ``8 / bits`` codes.
         base: smallest number per group, float32.
         step: difference between neighbouring codes per group, bfloat16; negative where a group has
             infinities or NaN.
@@ -46,11 +46,11 @@ class Groups(NamedTuple):
     step: Tensor
 
 
-def quantise(values: Tensor, bits: int, noise: Tensor | None = None) -> Groups:
-    """Quantise groups of numbers.
+def quantize(values: Tensor, bits: int, noise: Tensor | None = None) -> QuantizedGroups:
+    """Quantize groups of numbers.
 
     Args:
-        values: of shape ``(num_groups, group)``; float32, bfloat16 or float16.
+        values: of shape ``(num_groups, group_size)``; float32, bfloat16 or float16.
         bits: 8, 4 or 2.
         noise: of the shape of ``values``, uniform in ``[0, 1)``: codes are then rounded up or down at
             random, with the exact number as their mean (but for the smallest in a group that begins at 0).
@@ -59,18 +59,18 @@ def quantise(values: Tensor, bits: int, noise: Tensor | None = None) -> Groups:
         Codes and what they mean.
 
     Example:
-        >>> quantise(torch.tensor([[0.0, 0.01, 1.0, 3.0]]), bits=2).codes  # the codes 0, 1, 1, 3
+        >>> quantize(torch.tensor([[0.0, 0.01, 1.0, 3.0]]), bits=2).codes  # the codes 0, 1, 1, 3
         tensor([[212]], dtype=torch.uint8)
     """
     x = values.float()
     low, high = x.aminmax(dim=1, keepdim=True)
     if _on_cpu(values) and bool((high - low).isfinite().all()):
-        return _quantise_finite(x, low, high, bits, noise, values.dtype)
-    return quantise_any(values, bits, noise)
+        return _quantize_finite(x, low, high, bits, noise, values.dtype)
+    return quantize_any(values, bits, noise)
 
 
-def quantise_any(values: Tensor, bits: int, noise: Tensor | None = None) -> Groups:
-    """As :func:`quantise`, in operations that do not depend on the numbers, as a compiler needs them."""
+def quantize_any(values: Tensor, bits: int, noise: Tensor | None = None) -> QuantizedGroups:
+    """As :func:`quantize`, in operations that do not depend on the numbers, as a compiler needs them."""
     levels = 2**bits - 1
     x = values.float()
     finite = x.isfinite()
@@ -87,16 +87,16 @@ def quantise_any(values: Tensor, bits: int, noise: Tensor | None = None) -> Grou
     codes = torch.where(finite, codes, torch.where(x > 0, float(levels), float(levels - 1)))
     codes = torch.where(x.isnan(), float(levels - 2), codes)
     signed = torch.where(special, -step, step)
-    return Groups(pack_bits(codes.to(torch.uint8), bits), low, signed.to(torch.bfloat16))
+    return QuantizedGroups(pack_bits(codes.to(torch.uint8), bits), low, signed.to(torch.bfloat16))
 
 
-def _quantise_finite(
+def _quantize_finite(
     x: Tensor, low: Tensor, high: Tensor, bits: int, noise: Tensor | None, dtype: torch.dtype
-) -> Groups:
+) -> QuantizedGroups:
     levels = 2**bits - 1
     step = _step((high - low) / levels, dtype)
     codes = _codes(x, low, step, noise).clamp_(max=levels)
-    return Groups(pack_bits(codes.to(torch.uint8), bits), low, step.to(torch.bfloat16))
+    return QuantizedGroups(pack_bits(codes.to(torch.uint8), bits), low, step.to(torch.bfloat16))
 
 
 def _step(step: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,30 +113,30 @@ def _codes(x: Tensor, low: Tensor, step: Tensor, noise: Tensor | None) -> Tensor
     return codes.maximum((x > 0).logical_and_(low == 0))
 
 
-def dequantise(groups: Groups, bits: int, dtype: torch.dtype) -> Tensor:
+def dequantize(groups: QuantizedGroups, bits: int, dtype: torch.dtype) -> Tensor:
     """The numbers that codes stand for.
 
     Args:
-        groups: of :func:`quantise`.
+        groups: of :func:`quantize`.
         bits: 8, 4 or 2.
         dtype: of the result.
 
     Returns:
-        Of shape ``(num_groups, group)``.
+        Of shape ``(num_groups, group_size)``.
 
     Example:
-        >>> groups = quantise(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), bits=2)
-        >>> dequantise(groups, bits=2, dtype=torch.float32)
+        >>> groups = quantize(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), bits=2)
+        >>> dequantize(groups, bits=2, dtype=torch.float32)
         tensor([[0., 1., 2., 3.]])
     """
     if _on_cpu(groups.step) and not bool((groups.step < 0).any()):
         values = unpack_bits(groups.codes, bits).float().mul_(groups.step.float()).add_(groups.base)
         return _within(values, dtype)
-    return dequantise_any(groups, bits, dtype)
+    return dequantize_any(groups, bits, dtype)
 
 
-def dequantise_any(groups: Groups, bits: int, dtype: torch.dtype) -> Tensor:
-    """As :func:`dequantise`, in operations that do not depend on the numbers, as a compiler needs them."""
+def dequantize_any(groups: QuantizedGroups, bits: int, dtype: torch.dtype) -> Tensor:
+    """As :func:`dequantize`, in operations that do not depend on the numbers, as a compiler needs them."""
     levels = 2**bits - 1
     codes = unpack_bits(groups.codes, bits)
     step = groups.step.float()

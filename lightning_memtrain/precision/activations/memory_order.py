@@ -82,19 +82,19 @@ def empty_like_layout(
     return torch.empty_strided(once, strides, dtype=dtype, device=device).as_strided(shape, strides)
 
 
-def row_pieces(sizes: tuple[int, ...], group: int, most: int) -> Iterator[tuple[int, int]]:
+def row_pieces(sizes: tuple[int, ...], group_size: int, most: int) -> Iterator[tuple[int, int]]:
     """Split the first axis so that pieces are whole groups of elements, but for the last.
 
     Args:
         sizes: of a :class:`MemoryOrder`.
-        group: elements per group.
+        group_size: elements per group.
         most: elements per piece, unless a single step of whole groups has more.
 
     Yields:
         First and last (exclusive) index along the first axis.
     """
     per_row = math.prod(sizes[1:])
-    rows_per_step = group // math.gcd(group, per_row)
+    rows_per_step = group_size // math.gcd(group_size, per_row)
     step = rows_per_step * max(1, most // (rows_per_step * per_row))
     for start in range(0, sizes[0], step):
         yield start, min(start + step, sizes[0])

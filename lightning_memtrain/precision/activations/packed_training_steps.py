@@ -14,7 +14,7 @@ from lightning_memtrain.precision.activations.activation_codec import Activation
 from lightning_memtrain.precision.activations.activation_packing import ActivationPacking, PackedBytes
 
 
-class PackedTraining:
+class PackedTrainingSteps:
     """Packs what training steps save.
 
     It goes around ``training_step``, not around all that Lightning's ``train_step_context`` is around, since
@@ -51,7 +51,7 @@ class PackedTraining:
         packing.load_state_dict(self._state)
 
         def around(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            packing.spare((args, kwargs))
+            packing.exclude((args, kwargs))
             with packing:
                 result = step(*args, **kwargs)
             self._num_steps += 1
@@ -97,7 +97,7 @@ class PackedTraining:
         codec = self.codec
         settings: dict[str, Setting] = {
             "bits": codec.bits,
-            "group": codec.numbers_per_group,
+            "group_size": codec.resolved_group_size,
             "min_numel": codec.min_numel,
             "stochastic": codec.stochastic,
         }

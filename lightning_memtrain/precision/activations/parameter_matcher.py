@@ -1,4 +1,4 @@
-"""Which saved tensors are parameters in another guise: these are never quantised."""
+"""Which saved tensors are parameters in another guise: these are never quantized."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SAME_NUMBERS = frozenset(
 _LONGEST_CHAIN = 16
 
 
-class ParameterTest:
+class ParameterMatcher:
     """Recognises a model's parameters and buffers, their views, and the copies that autocast makes of them.
 
     Parameters that FSDP gathers are among them, and those of other models.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_NUMEL = 256
+BLOCK_SIZE = 256
 _LARGEST_CODE = 127
 
 
@@ -24,10 +24,10 @@ def num_blocks(numel: int) -> int:
     Returns:
         The number of scales.
     """
-    return -(-numel // BLOCK_NUMEL)
+    return -(-numel // BLOCK_SIZE)
 
 
-def encode(values: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_blockwise(values: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of numbers.
 
     Args:
@@ -38,7 +38,7 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
         number gets an undefined scale, so that this is not hidden.
 
     Example:
-        >>> codes, scales = encode(torch.tensor([0.0, 0.5, -1.27]))
+        >>> codes, scales = quantize_blockwise(torch.tensor([0.0, 0.5, -1.27]))
         >>> codes.tolist(), round(scales.item(), 4)
         ([0, 50, -127], 0.01)
     """
@@ -53,23 +53,23 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
     return codes.flatten()[: values.numel()], scales.flatten()
 
 
-def decode(codes: Tensor, scales: Tensor) -> Tensor:
+def dequantize_blockwise(codes: Tensor, scales: Tensor) -> Tensor:
     """The numbers that codes and scales stand for.
 
     Args:
-        codes: of :func:`encode`.
-        scales: of :func:`encode`.
+        codes: of :func:`quantize_blockwise`.
+        scales: of :func:`quantize_blockwise`.
 
     Returns:
         float32, of one axis.
 
     Example:
-        >>> decode(torch.tensor([0, 50, -127], dtype=torch.int8), torch.tensor([0.01])).tolist()
+        >>> dequantize_blockwise(torch.tensor([0, 50, -127], dtype=torch.int8), torch.tensor([0.01])).tolist()
         [0.0, 0.5, -1.2699999809265137]
     """
     return (_blocks(codes.float()) * scales.unsqueeze(1)).flatten()[: codes.numel()]
 
 
 def _blocks(values: Tensor) -> Tensor:
-    missing = num_blocks(values.numel()) * BLOCK_NUMEL - values.numel()
-    return (F.pad(values, (0, missing)) if missing else values).view(-1, BLOCK_NUMEL)
+    missing = num_blocks(values.numel()) * BLOCK_SIZE - values.numel()
+    return (F.pad(values, (0, missing)) if missing else values).view(-1, BLOCK_SIZE)

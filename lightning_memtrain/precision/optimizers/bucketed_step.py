@@ -316,7 +316,8 @@ def _evaluates(optimizer: Optimizer, how: str) -> MisconfigurationException:
     return MisconfigurationException(
         "`LowPrecision(weight_rounding='stochastic')` needs an optimizer that steps without evaluating "
         f"the model, but got {type(optimizer).__name__}: {how}. Use another optimizer, or "
-        "LowPrecision(compute='bf16-mixed') or LowPrecision(compute='32-true'), where weights are float32."
+        "LowPrecision(precision='bf16-mixed') or LowPrecision(precision='32-true'), where weights are "
+        "float32."
     )
 
 

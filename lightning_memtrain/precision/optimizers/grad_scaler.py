@@ -22,7 +22,7 @@ class ScalerConfig:
     """How the loss is scaled in float16, so that small gradients do not become zero.
 
     Args:
-        init: scale at first; a power of two loses nothing.
+        init_scale: at first; a power of two loses nothing.
         growth_interval: steps without infinite gradients after which the scale doubles.
         max_scale: the scale grows no further. A loss in float16 allows 32768 at most, since its own gradient
             is the scale; ``None`` for no limit.
@@ -31,18 +31,18 @@ class ScalerConfig:
         MisconfigurationException: if a number is out of its range.
 
     Example:
-        >>> ScalerConfig(init=2.0**10, growth_interval=500)
-        ScalerConfig(init=1024.0, growth_interval=500, max_scale=32768.0)
+        >>> ScalerConfig(init_scale=2.0**10, growth_interval=500)
+        ScalerConfig(init_scale=1024.0, growth_interval=500, max_scale=32768.0)
     """
 
-    init: float = 2.0**15
+    init_scale: float = 2.0**15
     growth_interval: int = 2000
     max_scale: float | None = 2.0**15
 
     def __post_init__(self) -> None:
-        if not self.init > 0:
+        if not self.init_scale > 0:
             raise MisconfigurationException(
-                f"`ScalerConfig(init)` must be greater than 0, but got init={self.init}. "
+                f"`ScalerConfig(init_scale)` must be greater than 0, but got init_scale={self.init_scale}. "
                 "Use a power of two, e.g. 2.0**15."
             )
         if self.growth_interval < 1:
@@ -50,10 +50,10 @@ class ScalerConfig:
                 "`ScalerConfig(growth_interval)` must be a number of steps of at least 1, but got "
                 f"growth_interval={self.growth_interval}. Use e.g. 2000."
             )
-        if self.max_scale is not None and not self.max_scale >= self.init:
+        if self.max_scale is not None and not self.max_scale >= self.init_scale:
             raise MisconfigurationException(
-                f"`ScalerConfig(max_scale)` must be at least init={self.init}, but got "
-                f"max_scale={self.max_scale}. Lower init, or raise max_scale; None is no limit."
+                f"`ScalerConfig(max_scale)` must be at least init_scale={self.init_scale}, but got "
+                f"max_scale={self.max_scale}. Lower init_scale, or raise max_scale; None is no limit."
             )
 
 
@@ -66,7 +66,7 @@ class CappedGradScaler(GradScaler):
     """
 
     def __init__(self, device: str, config: ScalerConfig) -> None:
-        super().__init__(device, init_scale=config.init, growth_interval=config.growth_interval)
+        super().__init__(device, init_scale=config.init_scale, growth_interval=config.growth_interval)
         self._max_scale = config.max_scale
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
@@ -133,7 +133,7 @@ class HalfGradScaler(CappedGradScaler):
         states = self._per_optimizer_states
         return {key: state for key, state in states.items() if state["stage"] is OptState.UNSCALED}
 
-    def step_by(self, optimizer: Optimizer, step: Callable[[], Any]) -> None:
+    def step_if_finite(self, optimizer: Optimizer, step: Callable[[], Any]) -> None:
         """Step unless a gradient is infinite; ``unscale_`` comes first, ``update`` afterwards.
 
         Args:
@@ -158,6 +158,6 @@ class HalfGradScaler(CappedGradScaler):
                 f"Gradients were infinite or not a number in {_MOST_SKIPPED} steps in a row, while the loss "
                 f"scale fell from {first:g} to {last:g}: the reason is the loss or a layer, not the scale. "
                 "Look at the loss for NaN, keep the layer that overflows in float32 with "
-                "LowPrecision(keep_fp32=...), or use compute='bf16-true'. The scales of these steps: "
+                "LowPrecision(keep_in_fp32=...), or use precision='bf16-true'. The scales of these steps: "
                 f"{', '.join(f'{scale:g}' for scale in self._scales_in_a_row)}."
             )

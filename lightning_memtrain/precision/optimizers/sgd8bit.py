@@ -12,25 +12,25 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_memtrain.precision.optimizers.blockwise_quantization import (
-    BLOCK_NUMEL,
-    decode,
-    encode,
+    BLOCK_SIZE,
+    dequantize_blockwise,
     num_blocks,
+    quantize_blockwise,
 )
 from lightning_memtrain.precision.optimizers.sharded_parameters import validate_unsharded
 from lightning_memtrain.precision.optimizers.state_dtypes import restore_state_dtypes
 
-# Numbers that are decoded at a time: 16384, for which a step holds less than half a MiB.
-_PIECE_NUMEL = 64 * BLOCK_NUMEL
+# Numbers that are dequantized at a time: 16384, for which a step holds less than half a MiB.
+_PIECE_NUMEL = 64 * BLOCK_SIZE
 
 
 class SGD8bit(Optimizer):
     """``torch.optim.SGD`` with momentum in 8 bits: 1.016 bytes per parameter instead of 4.
 
-    Momentum is kept as int8 codes with one float32 scale per 256 numbers. A step decodes a piece of it, goes
-    on as ``torch.optim.SGD`` does, in float32, and encodes it again; the update itself uses the momentum
-    before it is encoded, so that one step's rounding shows in the next steps only. Without momentum, float32
-    weights become those of ``torch.optim.SGD``, to the bit; those of another dtype up to rounding, since
+    Momentum is kept as int8 codes with one float32 scale per 256 numbers. A step dequantizes a piece, goes on
+    as ``torch.optim.SGD`` does, in float32, and quantizes it again; the update itself uses the momentum
+    before it is quantized, so that one step's rounding shows in the next steps only. Without momentum,
+    float32 weights become those of ``torch.optim.SGD``, to the bit; those of another dtype up to rounding, since
     directions are float32 for them, too.
 
     Its step needs float32 for a piece of 16384 numbers only, whatever the size of the parameters; weights and
@@ -161,7 +161,7 @@ class SGD8bit(Optimizer):
             direction = _direction(stepped, gradients[piece], group)
             if group["momentum"]:
                 codes = state["momentum_codes"].view(-1)[piece]
-                scales = state["momentum_scales"][start // BLOCK_NUMEL :][: num_blocks(codes.numel())]
+                scales = state["momentum_scales"][start // BLOCK_SIZE :][: num_blocks(codes.numel())]
                 momentum = _momentum(direction, codes, scales, group, first)
                 direction = (
                     direction.add_(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
@@ -184,9 +184,9 @@ class SGD8bit(Optimizer):
         state = self.state.get(parameter)
         if not state:
             return
-        momentum = decode(state["momentum_codes"], state["momentum_scales"])
+        momentum = dequantize_blockwise(state["momentum_codes"], state["momentum_scales"])
         momentum = torch.cat([momentum, momentum.new_zeros(1)])[source]
-        state["momentum_codes"], state["momentum_scales"] = encode(momentum)
+        state["momentum_codes"], state["momentum_scales"] = quantize_blockwise(momentum)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load state, with its dtypes as they were saved.
@@ -213,9 +213,9 @@ def _momentum(direction: Tensor, codes: Tensor, scales: Tensor, group: dict[str,
     if first:
         momentum = direction.clone()
     else:
-        momentum = decode(codes, scales).mul_(group["momentum"])
+        momentum = dequantize_blockwise(codes, scales).mul_(group["momentum"])
         momentum.add_(direction, alpha=1 - group["dampening"])
-    for target, new in zip((codes, scales), encode(momentum), strict=True):
+    for target, new in zip((codes, scales), quantize_blockwise(momentum), strict=True):
         target.copy_(new)
     return momentum
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -14,16 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_memtrain.precision.half_dtypes import HALF_DTYPES
-from lightning_memtrain.precision.precision_settings import Settings, written_names
-from lightning_memtrain.precision.weights.model_conversion import NORM, BufferPlace
+from lightning_memtrain.precision.weights.autograd_history import parameters_before, was_half
+from lightning_memtrain.precision.weights.converted_buffers import NamedBuffer
+from lightning_memtrain.precision.weights.kept_layers import NORM, format_names
 
 _HALF = re.compile(r"\b(b?float16|half)\b", re.IGNORECASE)
 # Not in lower case alone: "only supported for half, float and double".
 _FLOAT32 = re.compile(r"\b(Float|float32)\b|\(float\)|: float\b|\bfloat !=|!= float\b")
 _KINDS = (RuntimeError, NotImplementedError, ValueError)
-# Nodes of a graph that are looked at for where a tensor comes from.
-_MOST_NODES = 256
 _TARGETS = (
     "the last item of a tuple or list, and what is named y, target or label, is taken for a target, which is "
     "not cast"
@@ -31,14 +28,18 @@ _TARGETS = (
 
 
 @contextmanager
-def layers_named_in_errors(
-    model: nn.Module, settings: Settings, kept_buffers: Sequence[BufferPlace] = ()
+def name_layers_in_errors(
+    model: nn.Module,
+    keep_in_fp32: Sequence[str],
+    cast_targets: bool,
+    kept_buffers: Sequence[NamedBuffer] = (),
 ) -> Iterator[None]:
     """Add to an error that speaks of half precision which layer of a model it came from, and what to do.
 
     Args:
         model: whose layers have names.
-        settings: of the plugin.
+        keep_in_fp32: names of layers that are kept in float32.
+        cast_targets: whether targets are cast, too.
         kept_buffers: stay in float32 in layers that do not.
 
     Raises:
@@ -55,19 +56,19 @@ def layers_named_in_errors(
             raise
         if _FLOAT32.search(str(error)):
             text = f"{found.described} computes in half precision, but got float32: {error}\n"
-            cure = _Cause(found, model, settings, kept_buffers).cure()
+            cure = _Cause(found, model, keep_in_fp32, cast_targets, kept_buffers).cure()
         else:
             text, cure = f"{found.described} cannot compute in half precision: {error}\n", ""
             if found.name:
-                keep = written_names((*settings.keep_fp32, found.name))
-                cure = f"Keep it in float32 by `LowPrecision(keep_fp32={keep})`"
+                keep = format_names((*keep_in_fp32, found.name))
+                cure = f"Keep it in float32 by `LowPrecision(keep_in_fp32={keep})`"
             else:
-                cure = "Put what failed into a layer of its own and name that in `LowPrecision(keep_fp32)`"
+                cure = "Put what failed into a layer of its own and name that in `LowPrecision(keep_in_fp32)`"
             cure += ", or cast what it computes with by `.float()`."
         raise type(error)(text + cure) from error
 
 
-class _Place(NamedTuple):
+class _ErrorSite(NamedTuple):
     """Where an error came from: a layer, its name, the frame in it, and the frames of the model around it."""
 
     name: str
@@ -85,9 +86,9 @@ def _described(name: str, layer: nn.Module) -> str:
     return f"layer {name!r} ({type(layer).__name__})" if name else type(layer).__name__
 
 
-def _innermost_layer(traceback: TracebackType | None, model: nn.Module) -> _Place | None:
+def _innermost_layer(traceback: TracebackType | None, model: nn.Module) -> _ErrorSite | None:
     names = {id(layer): name for name, layer in model.named_modules()}
-    found: _Place | None = None
+    found: _ErrorSite | None = None
     outer: list[FrameType] = []
     while traceback is not None:
         frame = traceback.tb_frame
@@ -95,7 +96,7 @@ def _innermost_layer(traceback: TracebackType | None, model: nn.Module) -> _Plac
         # By whatever name the first argument goes.
         candidate = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if isinstance(candidate, nn.Module) and id(candidate) in names:
-            found = _Place(names[id(candidate)], candidate, frame, outer)
+            found = _ErrorSite(names[id(candidate)], candidate, frame, outer)
             if candidate is model:
                 outer.append(frame)
         traceback = traceback.tb_next
@@ -106,23 +107,29 @@ class _Cause:
     """Why a layer got float32.
 
     Args:
-        place: where the error came from.
+        site: where the error came from.
         model: whose layer it is.
-        settings: of the plugin.
+        keep_in_fp32: names of layers that are kept in float32.
+        cast_targets: whether targets are cast, too.
         kept_buffers: stay in float32 in layers that do not.
     """
 
     def __init__(
-        self, place: _Place, model: nn.Module, settings: Settings, kept_buffers: Sequence[BufferPlace]
+        self,
+        site: _ErrorSite,
+        model: nn.Module,
+        keep_in_fp32: Sequence[str],
+        cast_targets: bool,
+        kept_buffers: Sequence[NamedBuffer],
     ) -> None:
         self._model = model
-        self._kept_buffers = [found.place for found in kept_buffers]
-        self._settings = settings
+        self._kept_buffers = [found.full_name for found in kept_buffers]
+        self._keep_in_fp32 = keep_in_fp32
         own = {id(p) for p in (*model.parameters(), *model.buffers())}
-        self._got = [t for t in _float32_in(place.frame.f_locals) if id(t) not in own]
+        self._got = [t for t in _float32_in(site.frame.f_locals) if id(t) not in own]
         # What the steps of the model were called with: the batch, of which all is cast but for targets.
-        arguments = [frame.f_locals.get(name) for frame in place.outer for name in _arguments_of(frame)]
-        self._targets = [] if settings.cast_targets else list(_float32_in(arguments))
+        arguments = [frame.f_locals.get(name) for frame in site.outer for name in _arguments_of(frame)]
+        self._targets = [] if cast_targets else list(_float32_in(arguments))
 
     def cure(self) -> str:
         """What to do."""
@@ -131,7 +138,7 @@ class _Cause:
             return _of_the_batch("It got")
         for tensor in self._got:
             layer = self._kept_layer_before(tensor)
-            if layer is not None and _was_half(tensor):
+            if layer is not None and was_half(tensor):
                 return self._leave_out(*layer)
             if layer is not None and self._targets:
                 return _of_the_batch(f"It got what {_described(*layer)} made of")
@@ -145,7 +152,7 @@ class _Cause:
             cure += (
                 " If it is made with a buffer that stays in float32, since it counts, averages or holds "
                 f"whole numbers ({', '.join(map(repr, self._kept_buffers[:4]))}), keep the layer of that as "
-                "a whole in float32 by `LowPrecision(keep_fp32)`, or cast the buffer where it is used."
+                "a whole in float32 by `LowPrecision(keep_in_fp32)`, or cast the buffer where it is used."
             )
         return cure
 
@@ -154,14 +161,14 @@ class _Cause:
         names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
         rest = [
             pattern
-            for pattern in self._settings.keep_fp32
+            for pattern in self._keep_in_fp32
             if pattern != NORM and not any(fnmatch.fnmatch(name, pattern) for name in names)
         ]
         return (
             f"It got what {_described(name, layer)} made, which "
-            f"`LowPrecision(keep_fp32={written_names(self._settings.keep_fp32)})` keeps in float32, and "
+            f"`LowPrecision(keep_in_fp32={format_names(self._keep_in_fp32)})` keeps in float32, and "
             "which was given float32: some models cast what they give a layer to the dtype of its weights. "
-            f"Let these be in half precision, too, by `LowPrecision(keep_fp32={written_names(rest)})`."
+            f"Let these be in half precision, too, by `LowPrecision(keep_in_fp32={format_names(rest)})`."
         )
 
     def _kept_layer_before(self, tensor: Tensor) -> tuple[str, nn.Module] | None:
@@ -171,7 +178,7 @@ class _Cause:
             for name, layer in self._model.named_modules()
             for parameter in layer._parameters.values()
         }
-        for parameter in _parameters_before(tensor):
+        for parameter in parameters_before(tensor):
             if parameter.dtype == torch.float32 and id(parameter) in owners:
                 return owners[id(parameter)]
         return None
@@ -182,46 +189,6 @@ def _of_the_batch(how: str) -> str:
         f"{how} a part of the batch that was left in float32: {_TARGETS}. If this is an input, cast it, too, "
         "by `LowPrecision(cast_targets=True)`."
     )
-
-
-def _was_half(tensor: Tensor) -> bool:
-    """Whether a tensor was computed in half precision at first, and cast then."""
-    for node in _nodes_before(tensor):
-        variable = _parameter_of(node)
-        if variable is not None and variable.dtype in HALF_DTYPES:
-            return True
-        if _casts(node) and any(_parameter_of(inner) is None for inner, _ in node.next_functions):
-            return True
-    return False
-
-
-def _parameters_before(tensor: Tensor) -> Iterator[Tensor]:
-    """Parameters that a tensor was computed with since it was last cast, the nearest first."""
-    for node in _nodes_before(tensor, through_casts=False):
-        variable = _parameter_of(node)
-        if variable is not None:
-            yield variable
-
-
-def _nodes_before(tensor: Tensor, through_casts: bool = True) -> Iterator[Any]:
-    waiting = deque([tensor.grad_fn])
-    for _ in range(_MOST_NODES):
-        node: Any = waiting.popleft() if waiting else None
-        if node is None:
-            return
-        yield node
-        if through_casts or not _casts(node):
-            waiting.extend(inner for inner, _ in node.next_functions if inner is not None)
-
-
-def _casts(node: Any) -> bool:
-    return str(node.name()).startswith("ToCopyBackward")
-
-
-def _parameter_of(node: Any) -> Tensor | None:
-    """Of a node that accumulates into ``.grad``."""
-    found: Tensor | None = getattr(node, "variable", None)
-    return found
 
 
 def _float32_in(values: Any) -> Iterator[Tensor]:

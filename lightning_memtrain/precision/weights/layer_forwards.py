@@ -31,20 +31,20 @@ def replace_forwards(module: nn.Module, forwards: Mapping[nn.Module, Forward | N
         if isinstance(layer, torch.jit.ScriptModule):
             continue
         wanted, found = forwards.get(layer), vars(layer).get("forward")
-        if found is not None and not isinstance(found, ForwardOf):
+        if found is not None and not isinstance(found, LayerForward):
             continue
         if wanted is None and found is not None:
             del layer.forward
         elif wanted is not None and (found is None or not found.is_like(wanted)):
-            layer.forward = ForwardOf(layer, wanted)
+            layer.forward = LayerForward(layer, wanted)
 
 
-def forward_of_kept(layer: nn.Module, dtype: torch.dtype) -> Forward | None:
+def float32_forward(layer: nn.Module, dtype: torch.dtype) -> Forward | None:
     """How a layer that is kept in float32 computes.
 
     Args:
         layer: the layer.
-        dtype: in which it answers where it is not asked in any.
+        dtype: in which it answers if it gets no floating-point number.
 
     Returns:
         ``None`` if its own forward will do.
@@ -55,10 +55,10 @@ def forward_of_kept(layer: nn.Module, dtype: torch.dtype) -> Forward | None:
     for kind, replacement in _CASTING_FORWARDS.items():
         if own is kind.forward:
             return replacement
-    return partial(_in_fp32, unasked=dtype)
+    return partial(_forward_in_float32, default_dtype=dtype)
 
 
-class ForwardOf:
+class LayerForward:
     """A forward of one layer; its copies are of the copied layer.
 
     A bound method would be unpickled by its name, which the layer's class does not have.
@@ -84,23 +84,33 @@ class ForwardOf:
         return pair[0] is pair[1]
 
 
-def _in_fp32(layer: nn.Module, *args: Any, unasked: torch.dtype, **kwargs: Any) -> Any:
-    """Compute in float32; answer in the dtype that was asked in."""
-    asked = _asked_in(args, kwargs)
-    widened = tree_map(lambda x: x.float() if _is_half(x) else x, (args, kwargs))
-    outputs = type(layer).forward(layer, *widened[0], **widened[1])
-    asked = unasked if asked is None else asked
-    return _narrowed(outputs, asked) if asked in HALF_DTYPES else outputs
+def _forward_in_float32(layer: nn.Module, *args: Any, default_dtype: torch.dtype, **kwargs: Any) -> Any:
+    """Compute in float32; answer in the dtype of the inputs."""
+    input_dtype = _input_dtype(args, kwargs)
+    upcast = tree_map(lambda x: x.float() if _is_half(x) else x, (args, kwargs))
+    outputs = type(layer).forward(layer, *upcast[0], **upcast[1])
+    input_dtype = default_dtype if input_dtype is None else input_dtype
+    return _cast(outputs, input_dtype) if input_dtype in HALF_DTYPES else outputs
 
 
-def answers_as_asked(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Compute as ever; what became float32 by a buffer in float32 becomes what was asked in."""
-    asked = _asked_in(args, kwargs)
+def forward_in_input_dtype(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Compute as ever; what became float32 by a buffer in float32 is cast to the dtype of the inputs.
+
+    Args:
+        layer: one with buffers in float32.
+        *args: of its forward; tensors of any shapes and dtypes.
+        **kwargs: of its forward.
+
+    Returns:
+        What the layer answers, floating-point tensors in the dtype of the first such input if that is a half
+        precision.
+    """
+    input_dtype = _input_dtype(args, kwargs)
     outputs = type(layer).forward(layer, *args, **kwargs)
-    return _narrowed(outputs, asked) if asked in HALF_DTYPES else outputs
+    return _cast(outputs, input_dtype) if input_dtype in HALF_DTYPES else outputs
 
 
-def _asked_in(*inputs: Any) -> torch.dtype | None:
+def _input_dtype(*inputs: Any) -> torch.dtype | None:
     dtypes = (x.dtype for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.is_floating_point())
     return next(dtypes, None)
 
@@ -109,7 +119,7 @@ def _is_half(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in HALF_DTYPES
 
 
-def _narrowed(outputs: Any, dtype: torch.dtype) -> Any:
+def _cast(outputs: Any, dtype: torch.dtype) -> Any:
     return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, outputs)
 
 

@@ -32,26 +32,32 @@ pytestmark = [pytest.mark.filterwarnings(text) for text in (*LIGHTNING_WARNINGS,
     ("arguments", "message"),
     [
         (
-            {"compute": "bf16"},
-            r"`LowPrecision\(compute\)` must be one of 'bf16-true', '16-true', 'bf16-mixed', '16-mixed', "
-            r"'32-true', but got compute='bf16'. Use one of them.",
+            {"precision": "bf16"},
+            r"`LowPrecision\(precision\)` must be one of 'bf16-true', '16-true', 'bf16-mixed', '16-mixed', "
+            r"'32-true', but got precision='bf16'. Use one of them.",
         ),
         (
             {"weight_rounding": "up"},
             r"`LowPrecision\(weight_rounding\)` must be one of 'stochastic', 'nearest', but got .*'up'",
         ),
-        ({"keep_fp32": "norm"}, r"must be a tuple of names of layers, but got keep_fp32='norm'. Write it as"),
+        (
+            {"keep_in_fp32": "norm"},
+            r"must be a tuple of names of layers, but got keep_in_fp32='norm'. Write it as",
+        ),
         (
             {"scaler": ScalerConfig()},
-            r"needs compute='16-true' or '16-mixed'.*got compute='bf16-true'. Leave out",
+            r"needs precision='16-true' or '16-mixed'.*got precision='bf16-true'. Leave out",
         ),
         (
             {"bucket_numel": 0},
             r"must be a number of weights of at least 1, but got bucket_numel=0. Leave it out",
         ),
-        ({"keep_fp32": None}, r"must be a tuple of names of layers, but got keep_fp32=None. Write it as a"),
         (
-            {"compute": "16-true", "scaler": 1024.0},
+            {"keep_in_fp32": None},
+            r"must be a tuple of names of layers, but got keep_in_fp32=None. Write it as a",
+        ),
+        (
+            {"precision": "16-true", "scaler": 1024.0},
             r"`LowPrecision\(scaler\)` must be a ScalerConfig or None, but got scaler=1024.0. Write e.g.",
         ),
         (
@@ -61,29 +67,34 @@ pytestmark = [pytest.mark.filterwarnings(text) for text in (*LIGHTNING_WARNINGS,
         ({"cast_targets": "no"}, r"must be True or False, but got cast_targets='no'. Use one of them."),
         ({"seed": 0.5}, r"`LowPrecision\(seed\)` must be an integer, but got seed=0.5. Leave it out for 0."),
         (
-            {"compute": "bf16-mixed", "keep_fp32": ("norm", "head")},
-            r"keep_fp32\)` needs compute='bf16-true' or '16-true'.*got keep_fp32=\('norm', 'head'\) and "
-            r"compute='bf16-mixed'. Leave it out.",
+            {"precision": "bf16-mixed", "keep_in_fp32": ("norm", "head")},
+            r"keep_in_fp32\)` needs precision='bf16-true' or '16-true'.*got keep_in_fp32=\('norm', 'head'\) "
+            r"and precision='bf16-mixed'. Leave it out.",
         ),
-        ({"compute": "32-true", "keep_fp32": ()}, r"got keep_fp32=\(\) and compute='32-true'. Leave it out."),
         (
-            {"compute": "16-mixed", "cast_targets": True},
-            r"cast_targets\)` needs compute=.*got cast_targets=True and compute='16-mixed'. Leave it out.",
+            {"precision": "32-true", "keep_in_fp32": ()},
+            r"got keep_in_fp32=\(\) and precision='32-true'. Leave it out.",
+        ),
+        (
+            {"precision": "16-mixed", "cast_targets": True},
+            r"cast_targets\)` needs precision=.*got cast_targets=True and "
+            r"precision='16-mixed'. Leave it out.",
         ),
         (
             {"weight_rounding": "nearest", "bucket_numel": 5},
             r"bucket_numel\)` needs weights that are rounded stochastically.*got bucket_numel=5, "
-            r"compute='bf16-true' and weight_rounding='nearest'. Leave it out.",
+            r"precision='bf16-true' and weight_rounding='nearest'. Leave it out.",
         ),
         (
             {"leave": "float16"},
             r"`LowPrecision\(leave\)` must be one of 'half', 'float32', but got leave='float16'. Use one of",
         ),
         (
-            {"compute": "bf16-mixed", "leave": "float32"},
-            r"`LowPrecision\(leave\)` needs compute=.*got leave='float32' and compute='bf16-mixed'. Leave",
+            {"precision": "bf16-mixed", "leave": "float32"},
+            r"`LowPrecision\(leave\)` needs precision=.*got leave='float32' and "
+            r"precision='bf16-mixed'. Leave",
         ),
-        ({"compute": "32-true", "bucket_numel": 5}, r"got bucket_numel=5, compute='32-true' and weight"),
+        ({"precision": "32-true", "bucket_numel": 5}, r"got bucket_numel=5, precision='32-true' and weight"),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
@@ -97,13 +108,13 @@ def model_with(optimizer: Any, **settings: Any) -> BoringModel:
     return model
 
 
-@pytest.mark.parametrize("compute", ["16-true", "bf16-true", "16-mixed"])
-def test_lbfgs_is_refused_before_anything_runs(compute: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true", "16-mixed"])
+def test_lbfgs_is_refused_before_anything_runs(precision: str, tmp_path: Path) -> None:
     model = model_with(torch.optim.LBFGS)
     with pytest.raises(
-        MisconfigurationException, match=r"steps without evaluating.*LBFGS.*compute='32-true'"
+        MisconfigurationException, match=r"steps without evaluating.*LBFGS.*precision='32-true'"
     ):
-        quiet_trainer(tmp_path, plugins=[LowPrecision(compute)]).fit(model)
+        quiet_trainer(tmp_path, plugins=[LowPrecision(precision)]).fit(model)
 
 
 class Sharpness(torch.optim.SGD):
@@ -126,7 +137,7 @@ class Disguised(torch.optim.SGD):
         return super().step()
 
 
-NEAREST = {"compute": "16-true", "weight_rounding": "nearest"}
+NEAREST = {"precision": "16-true", "weight_rounding": "nearest"}
 
 
 @pytest.mark.parametrize(
@@ -134,10 +145,10 @@ NEAREST = {"compute": "16-true", "weight_rounding": "nearest"}
     [
         *(
             (Sharpness, settings)
-            for settings in ({}, {"compute": "16-true"}, NEAREST, {"compute": "16-mixed"})
+            for settings in ({}, {"precision": "16-true"}, NEAREST, {"precision": "16-mixed"})
         ),
         # Not under mixed precision: torch's scaler, which steps there, hands over no closure.
-        *((Disguised, s) for s in ({}, {"compute": "16-true"}, NEAREST)),
+        *((Disguised, s) for s in ({}, {"precision": "16-true"}, NEAREST)),
     ],
     ids=str,
 )
@@ -146,12 +157,12 @@ def test_sharpness_aware_minimization_is_refused_by_name(
 ) -> None:
     with pytest.raises(
         MisconfigurationException,
-        match=rf"steps without evaluating the model.*but got {optimizer.__name__}: .*compute='32-true'",
+        match=rf"steps without evaluating the model.*but got {optimizer.__name__}: .*precision='32-true'",
     ):
         quiet_trainer(tmp_path, plugins=[LowPrecision(**settings)]).fit(model_with(optimizer, lr=0.1))
 
 
-@pytest.mark.parametrize("settings", [{"weight_rounding": "nearest"}, {"compute": "bf16-mixed"}], ids=str)
+@pytest.mark.parametrize("settings", [{"weight_rounding": "nearest"}, {"precision": "bf16-mixed"}], ids=str)
 def test_optimizers_that_evaluate_work_where_they_step_the_weights_themselves(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -171,10 +182,10 @@ class ByLoss(torch.optim.SGD):
         return super().step()
 
 
-@pytest.mark.parametrize("settings", [{}, {"compute": "16-true"}, NEAREST], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"precision": "16-true"}, NEAREST], ids=str)
 def test_optimizers_that_ask_for_the_loss_get_it(settings: dict[str, Any], tmp_path: Path) -> None:
-    if "compute" in settings:
-        settings = {**settings, "scaler": ScalerConfig(init=8.0)}
+    if "precision" in settings:
+        settings = {**settings, "scaler": ScalerConfig(init_scale=8.0)}
     model = model_with(ByLoss, lr=0.1)
     losses: list[float] = []
     evaluate = model.loss
@@ -242,19 +253,19 @@ def test_lightning_refuses_a_second_precision(tmp_path: Path) -> None:
 
 
 def test_tools_see_its_arguments() -> None:
-    assert list(inspect.signature(LowPrecision).parameters)[:2] == ["compute", "weight_rounding"]
+    assert list(inspect.signature(LowPrecision).parameters)[:2] == ["precision", "weight_rounding"]
 
 
 def test_it_is_a_technique() -> None:
-    plugin = LowPrecision("16-true", keep_fp32=("norm", "head"))
+    plugin = LowPrecision("16-true", keep_in_fp32=("norm", "head"))
     assert is_technique(plugin)
     assert not plugin.exact
     assert str(plugin.technique_record()) == (
-        "LowPrecision(compute='16-true', weight_rounding='stochastic', keep_fp32='norm, head')"
+        "LowPrecision(precision='16-true', weight_rounding='stochastic', keep_in_fp32='norm, head')"
     )
     assert LowPrecision("32-true").exact
     assert LowPrecision(leave="float32").technique_record().settings["leave"] == "float32"
-    assert str(LowPrecision("bf16-mixed").technique_record()) == "LowPrecision(compute='bf16-mixed')"
+    assert str(LowPrecision("bf16-mixed").technique_record()) == "LowPrecision(precision='bf16-mixed')"
 
 
 class Renamed(LowPrecision):
@@ -275,7 +286,7 @@ def resume(plugin: Any, path: Path, folder: Path) -> None:
 
 
 def test_state_survives_a_rename_of_the_class(tmp_path: Path) -> None:
-    config = ScalerConfig(init=64.0, growth_interval=2)
+    config = ScalerConfig(init_scale=64.0, growth_interval=2)
     path = fit_and_save(LowPrecision("16-true", scaler=config, seed=7), tmp_path)
     saved = torch.load(path, weights_only=True)["lightning_memtrain.precision"]
     assert saved["scaler"]["scale"] == 128.0
@@ -291,7 +302,8 @@ def test_a_checkpoint_without_its_state_warns(tmp_path: Path) -> None:
     path = fit_and_save(None, tmp_path)
     with pytest.warns(
         UserWarning,
-        match=r"written without `LowPrecision\(compute='16-true'\)`, so the scale of the loss and the noise",
+        match=r"written without `LowPrecision\(precision='16-true'\)`, so the scale of the loss "
+        r"and the noise",
     ):
         resume(LowPrecision("16-true"), path, tmp_path)
 
@@ -315,13 +327,13 @@ def test_evaluation_needs_no_state_and_no_optimizer(tmp_path: Path) -> None:
     assert model.body.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("compute", ["bf16-true", "32-true"])
-def test_activations_are_packed_as_by_the_callback(compute: Any, tmp_path: Path) -> None:
-    codec = ActivationCodec(bits=8, group=8, min_numel=8, compiled=False)
+@pytest.mark.parametrize("precision", ["bf16-true", "32-true"])
+def test_activations_are_packed_as_by_the_callback(precision: Any, tmp_path: Path) -> None:
+    codec = ActivationCodec(bits=8, group_size=8, min_numel=8, compiled=False)
     models, records = [], []
     for plugin, callback in (
-        (LowPrecision(compute, activations=codec), None),
-        (LowPrecision(compute), CompressedActivations(codec)),
+        (LowPrecision(precision, activations=codec), None),
+        (LowPrecision(precision), CompressedActivations(codec)),
     ):
         torch.manual_seed(0)
         model = BoringModel(num_batches=3)
@@ -339,7 +351,7 @@ def test_activations_are_packed_as_by_the_callback(compute: Any, tmp_path: Path)
 
 
 def test_noise_of_activations_goes_on_after_an_interruption(tmp_path: Path) -> None:
-    codec = ActivationCodec(bits=4, group=8, min_numel=8, stochastic=True, compiled=False)
+    codec = ActivationCodec(bits=4, group_size=8, min_numel=8, stochastic=True, compiled=False)
 
     def run(folder: Path, max_epochs: int, ckpt_path: str | None = None) -> BoringModel:
         torch.manual_seed(0)
@@ -362,7 +374,7 @@ def test_noise_of_activations_goes_on_after_an_interruption(tmp_path: Path) -> N
 
 
 def packs(**settings: Any) -> ActivationCodec:
-    return ActivationCodec(bits=4, group=8, min_numel=8, stochastic=True, compiled=False, **settings)
+    return ActivationCodec(bits=4, group_size=8, min_numel=8, stochastic=True, compiled=False, **settings)
 
 
 @pytest.mark.parametrize("used_as", ["plugin", "callback"])
@@ -397,7 +409,7 @@ def test_a_warning_if_no_activation_is_large_enough(tmp_path: Path) -> None:
 
 
 def test_both_ways_to_pack_are_refused(tmp_path: Path) -> None:
-    codec = ActivationCodec(group=8, min_numel=8)
+    codec = ActivationCodec(group_size=8, min_numel=8)
     trainer = quiet_trainer(tmp_path, CompressedActivations(codec), plugins=[LowPrecision(activations=codec)])
     with pytest.raises(RuntimeError, match="Leave one of them out: the precision plugin and"):
         trainer.fit(BoringModel())
@@ -446,7 +458,7 @@ def test_gradients_that_are_clipped_by_hand_are_not_scaled(
     algorithm: str, order: str, tmp_path: Path
 ) -> None:
     found = []
-    for plugin in (LowPrecision("32-true"), LowPrecision("16-true", scaler=ScalerConfig(init=1024.0))):
+    for plugin in (LowPrecision("32-true"), LowPrecision("16-true", scaler=ScalerConfig(init_scale=1024.0))):
         torch.manual_seed(0)
         model = Clipping(algorithm, order)
         quiet_trainer(tmp_path, plugins=[plugin], limit_val_batches=0).fit(model)
@@ -480,7 +492,7 @@ def test_an_operator_that_is_missing_in_half_precision(tmp_path: Path) -> None:
     with pytest.raises(
         RuntimeError,
         match=r"Layer 'inverse' \(Inverse\) cannot compute in half precision: .*BFloat16.*\n"
-        r'Keep it in float32 by `LowPrecision\(keep_fp32=\("norm", "inverse"\)\)`, or cast',
+        r'Keep it in float32 by `LowPrecision\(keep_in_fp32=\("norm", "inverse"\)\)`, or cast',
     ):
         quiet_trainer(tmp_path, plugins=[LowPrecision()]).fit(model)
 

@@ -103,7 +103,7 @@ def test_stored_bytes_and_peak_of_a_step(bits: int, most_stored_mib: float, most
     model = WideResNet(depth=16, widen_factor=2)
     batch = torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))
     packing = eager(bits).packing(model)
-    packing.spare(batch)
+    packing.exclude(batch)
     with mt.MemoryLedger(model, inputs=batch) as ledger:
         with packing:
             loss = F.cross_entropy(model(batch[0]), batch[1])
@@ -130,7 +130,7 @@ def test_counts_by_hand() -> None:
 def test_what_somebody_else_keeps_can_be_spared_for_one_entry(batch: type) -> None:
     model, x = mlp(), torch.randn(64, 128)
     packing = eager().packing(model)
-    packing.spare(batch(images=[x]))
+    packing.exclude(batch(images=[x]))
     with packing:
         model(x)
     assert packing.last.num_tensors == 3
@@ -443,16 +443,16 @@ def test_on_meta_tensors_bytes_are_counted_without_memory() -> None:
     [
         ({"bits": 3}, "`ActivationCodec(bits)` must be 8, 4 or 2, but got bits=3. Use 8"),
         (
-            {"group": 12},
-            "`ActivationCodec(group)` must be a multiple of 8 and at least 8, but got group=12.",
+            {"group_size": 12},
+            "`ActivationCodec(group_size)` must be a multiple of 8 and at least 8, but got group_size=12.",
         ),
-        ({"group": 0}, "but got group=0. Leave it out for 256."),
-        ({"group": 16.0}, "but got group=16.0."),
+        ({"group_size": 0}, "but got group_size=0. Leave it out for 256."),
+        ({"group_size": 16.0}, "but got group_size=16.0."),
         (
             {"min_numel": 255},
             "`ActivationCodec(min_numel)` must be at least the size of a group (256), since",
         ),
-        ({"min_numel": True, "group": 8}, "but got min_numel=True. Leave it out for 4096."),
+        ({"min_numel": True, "group_size": 8}, "but got min_numel=True. Leave it out for 4096."),
         ({"seed": -1}, "`ActivationCodec(seed)` must be an integer in [0, 2**32), but got seed=-1. Leave"),
         ({"bits": 8.0}, "must be 8, 4 or 2, but got bits=8.0."),
         ({"stochastic": "no"}, "(stochastic)` must be True or False, but got stochastic='no'. Use one"),
@@ -468,7 +468,7 @@ def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None
 def test_a_codec_is_a_value() -> None:
     assert ActivationCodec(bits=4) == ActivationCodec(bits=4)
     assert len({ActivationCodec(), ActivationCodec(bits=8)}) == 1
-    assert [ActivationCodec(bits=bits).numbers_per_group for bits in (8, 4, 2)] == [256, 64, 64]
+    assert [ActivationCodec(bits=bits).resolved_group_size for bits in (8, 4, 2)] == [256, 64, 64]
 
 
 class Recurrent(nn.Module):

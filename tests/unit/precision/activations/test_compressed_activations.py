@@ -17,7 +17,7 @@ from lightning_memtrain.core.technique import is_technique
 from tests.helpers.boring_models import BoringModel, ManualModel
 from tests.helpers.trainers import assert_torch_is_as_found, quiet_trainer
 
-TINY = ActivationCodec(bits=8, group=8, min_numel=8, compiled=False)
+TINY = ActivationCodec(bits=8, group_size=8, min_numel=8, compiled=False)
 
 
 class Watcher(Callback):
@@ -101,13 +101,13 @@ def test_what_it_says_of_itself(tmp_path: Path) -> None:
     assert callback.technique_record().events == ()
     quiet_trainer(tmp_path, callback).fit(BoringModel(num_batches=2))
     record = callback.technique_record()
-    assert str(record) == "CompressedActivations(bits=8, group=8, min_numel=8, stochastic=False)"
+    assert str(record) == "CompressedActivations(bits=8, group_size=8, min_numel=8, stochastic=False)"
     # ReLU's result of 4 rows of 8 numbers; the batch is kept by the trainer in any case, the rest is small.
     assert record.events == ("kept 1 tensors of 128 B in 56 B (largest training step)",)
     seeded = CompressedActivations(ActivationCodec(bits=4, stochastic=True, seed=3))
     assert seeded.technique_record().settings == {
         "bits": 4,
-        "group": 64,
+        "group_size": 64,
         "min_numel": 4096,
         "stochastic": True,
         "seed": 3,
@@ -147,7 +147,7 @@ def test_twice_is_refused_by_lightning(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
-    codec = ActivationCodec(bits=4, group=8, min_numel=8, stochastic=True, compiled=False)
+    codec = ActivationCodec(bits=4, group_size=8, min_numel=8, stochastic=True, compiled=False)
 
     def run(folder: Path, max_epochs: int, ckpt_path: str | None = None) -> BoringModel:
         torch.manual_seed(0)

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_memtrain.precision.activations.group_quantization import (
-    dequantise,
-    dequantise_any,
+    dequantize,
+    dequantize_any,
     pack_bits,
-    quantise,
-    quantise_any,
+    quantize,
+    quantize_any,
     unpack_bits,
 )
 
@@ -26,7 +26,7 @@ groups_of_numbers = st.lists(st.lists(numbers, min_size=8, max_size=8), min_size
 
 
 def decoded(values: Tensor, num_bits: int, noise: Tensor | None = None) -> Tensor:
-    return dequantise(quantise(values, num_bits, noise), num_bits, values.dtype)
+    return dequantize(quantize(values, num_bits, noise), num_bits, values.dtype)
 
 
 def largest_step(values: Tensor, num_bits: int) -> Tensor:
@@ -129,10 +129,10 @@ def test_both_forms_give_the_same_codes(
 ) -> None:
     values = torch.tensor(rows).to(dtype)
     noise = torch.rand(values.shape, generator=torch.Generator().manual_seed(0)) if has_noise else None
-    one, other = quantise(values, num_bits, noise), quantise_any(values, num_bits, noise)
+    one, other = quantize(values, num_bits, noise), quantize_any(values, num_bits, noise)
     for part, other_part in zip(one, other, strict=True):
         assert torch.equal(part, other_part)
-    assert torch.equal(dequantise(one, num_bits, dtype), dequantise_any(one, num_bits, dtype))
+    assert torch.equal(dequantize(one, num_bits, dtype), dequantize_any(one, num_bits, dtype))
 
 
 @pytest.mark.parametrize("num_bits", BITS)

@@ -19,7 +19,7 @@ from lightning_memtrain.precision.activations.memory_order import (
     memory_order,
     row_pieces,
 )
-from lightning_memtrain.precision.activations.quantization_kernels import Kernels, has_compiler
+from lightning_memtrain.precision.activations.quantization_kernels import QuantizationKernels, has_compiler
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
@@ -34,12 +34,12 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def round_trip(tensor: Tensor, kernels: Kernels) -> Tensor:
+def round_trip(tensor: Tensor, kernels: QuantizationKernels) -> Tensor:
     order = memory_order(tensor)
     assert order is not None
-    groups = kernels.quantise(tensor, order, None)
+    groups = kernels.quantize(tensor, order, None)
     back = empty_like_layout(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-    kernels.dequantise(groups, back, order._replace(offset=0))
+    kernels.dequantize(groups, back, order._replace(offset=0))
     return back
 
 
@@ -53,7 +53,7 @@ def test_shape_strides_and_numbers_come_back(
     numbers = torch.randint(0, 2**bits, (6, 4, 7, 9), generator=torch.Generator().manual_seed(0))
     numbers.view(-1)[::4], numbers.view(-1)[1::4] = 0, 2**bits - 1
     tensor = LAYOUTS[name](numbers.to(dtype))
-    back = round_trip(tensor, Kernels(bits, 8, compiled=False))
+    back = round_trip(tensor, QuantizationKernels(bits, 8, compiled=False))
     assert (back.shape, back.stride(), back.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
     assert float((back - tensor).abs().max()) <= 0.51
     if name in ("contiguous", "transposed"):  # every group has its 0 and its largest code
@@ -95,16 +95,16 @@ def test_views_of_the_same_elements_have_the_same_order() -> None:
 def test_what_is_needed_beside_tensor_and_codes_is_a_small_part_of_it(bits: int, num_elements: int) -> None:
     tensor = torch.randn(num_elements, generator=torch.Generator().manual_seed(0))
     model = torch.nn.Linear(1, 1)
-    kernels = Kernels(bits, 64, compiled=False)
+    kernels = QuantizationKernels(bits, 64, compiled=False)
     order = memory_order(tensor)
     assert order is not None
     with mt.MemoryLedger(model, inputs=tensor) as ledger:
-        groups = kernels.quantise(tensor, order, None)
+        groups = kernels.quantize(tensor, order, None)
         stored = sum(part.nbytes for part in groups)
     assert ledger.breakdown().ledger_peak_bytes - 8 - tensor.nbytes - stored < tensor.nbytes / 8
     back = torch.empty_like(tensor)
     with mt.MemoryLedger(model, inputs=(back, groups)) as ledger:
-        kernels.dequantise(groups, back, order)
+        kernels.dequantize(groups, back, order)
     assert ledger.breakdown().ledger_peak_bytes - 8 - tensor.nbytes - stored < tensor.nbytes / 8
 
 
@@ -117,7 +117,10 @@ needs_compiler = pytest.mark.skipif(not has_compiler(torch.device("cpu")), reaso
 @pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed:UserWarning")
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_compiled_codes_are_the_eager_ones(bits: int) -> None:
-    compiled, eager = Kernels(bits, 64, compiled=True), Kernels(bits, 64, compiled=False)
+    compiled, eager = (
+        QuantizationKernels(bits, 64, compiled=True),
+        QuantizationKernels(bits, 64, compiled=False),
+    )
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for size in (64 * 100, 64 * 321 + 7):
@@ -130,17 +133,17 @@ def test_compiled_codes_are_the_eager_ones(bits: int) -> None:
             for seed in (None, 3):
                 noise = [None if seed is None else torch.Generator().manual_seed(seed) for _ in range(2)]
                 one, other = (
-                    compiled.quantise(tensor, order, noise[0]),
-                    eager.quantise(tensor, order, noise[1]),
+                    compiled.quantize(tensor, order, noise[0]),
+                    eager.quantize(tensor, order, noise[1]),
                 )
                 for part, other_part in zip(one, other, strict=True):
                     assert torch.equal(part, other_part)
             assert compiled._functions is not None
-            if size % 64 == 0:  # on the CPU only eager operations dequantise
+            if size % 64 == 0:  # on the CPU only eager operations dequantize
                 backs = [torch.empty_like(tensor) for _ in range(2)]
                 with torch.no_grad():
                     compiled._functions[1](one, backs[0].view(-1, 64))
-                eager.dequantise(one, backs[1], order)
+                eager.dequantize(one, backs[1], order)
                 torch.testing.assert_close(*backs, rtol=0, atol=0, equal_nan=True)
     assert compiled._compiled is True  # nothing made it give up
 
@@ -154,12 +157,12 @@ def test_a_compiler_that_fails_is_given_up_with_one_notice(monkeypatch: pytest.M
     monkeypatch.setattr(quantization_kernels, "rank_zero_info", notices.append)
     monkeypatch.setattr(quantization_kernels, "has_compiler", lambda device: True)
     monkeypatch.setattr(quantization_kernels, "_compile", lambda bits: (fail, fail))
-    kernels = Kernels(8, 8, compiled=True)
+    kernels = QuantizationKernels(8, 8, compiled=True)
     tensor = torch.arange(256.0)
     torch.testing.assert_close(round_trip(tensor, kernels), tensor, rtol=0, atol=0.02)
     round_trip(tensor, kernels)
     assert notices == [
-        "ActivationCodec: the quantiser could not be compiled (ValueError: no such header); eager operations "
+        "ActivationCodec: the quantizer could not be compiled (ValueError: no such header); eager operations "
         "with the same result, several times slower, are used."
     ]
 
@@ -171,12 +174,12 @@ def test_without_a_compiler_eager_operations_are_used_with_one_notice(
     monkeypatch.setattr(quantization_kernels, "rank_zero_info", notices.append)
     monkeypatch.setattr(quantization_kernels, "has_compiler", lambda device: False)
     monkeypatch.setattr(quantization_kernels, "WORTH_COMPILING", 300)
-    kernels = Kernels(8, 8, compiled=None)
+    kernels = QuantizationKernels(8, 8, compiled=None)
     for _ in range(4):
         round_trip(torch.arange(256.0), kernels)
-    assert notices == ["ActivationCodec: quantising by eager operations, since there is no compiler for cpu."]
+    assert notices == ["ActivationCodec: quantizing by eager operations, since there is no compiler for cpu."]
 
 
 def test_nothing_is_compiled_before_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization_kernels, "_compile", lambda bits: pytest.fail("compiled"))
-    round_trip(torch.arange(256.0), Kernels(8, 8, compiled=None))
+    round_trip(torch.arange(256.0), QuantizationKernels(8, 8, compiled=None))

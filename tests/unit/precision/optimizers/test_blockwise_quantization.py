@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_memtrain.precision.optimizers.blockwise_quantization import (
-    BLOCK_NUMEL,
-    decode,
-    encode,
+    BLOCK_SIZE,
+    dequantize_blockwise,
     num_blocks,
+    quantize_blockwise,
 )
 
 
@@ -23,31 +23,31 @@ from lightning_memtrain.precision.optimizers.blockwise_quantization import (
 )
 def test_the_error_is_at_most_half_a_scale(numel: int, exponent: int, seed: int) -> None:
     values = torch.randn(numel, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
-    codes, scales = encode(values)
+    codes, scales = quantize_blockwise(values)
     assert (codes.shape, codes.dtype) == (values.shape, torch.int8)
     assert (scales.shape, scales.dtype) == ((num_blocks(numel),), torch.float32)
-    bound = scales.repeat_interleave(BLOCK_NUMEL)[:numel] * 0.5001
-    assert ((decode(codes, scales) - values).abs() <= bound).all()
+    bound = scales.repeat_interleave(BLOCK_SIZE)[:numel] * 0.5001
+    assert ((dequantize_blockwise(codes, scales) - values).abs() <= bound).all()
 
 
 def test_zeros_and_the_largest_number_of_a_block_are_exact() -> None:
-    values = torch.zeros(2 * BLOCK_NUMEL)
+    values = torch.zeros(2 * BLOCK_SIZE)
     values[7], values[8] = -1.27, 1.27
-    codes, scales = encode(values)
+    codes, scales = quantize_blockwise(values)
     assert (codes[7], codes[8]) == (-127, 127)
-    assert torch.equal(decode(codes, scales)[9:], torch.zeros(2 * BLOCK_NUMEL - 9))
+    assert torch.equal(dequantize_blockwise(codes, scales)[9:], torch.zeros(2 * BLOCK_SIZE - 9))
     assert scales[1] == 0
 
 
 def test_numbers_too_small_to_be_divided_by() -> None:
-    codes, scales = encode(torch.tensor([1e-45, -1e-45, 0.0]))
-    assert decode(codes, scales).isfinite().all()
+    codes, scales = quantize_blockwise(torch.tensor([1e-45, -1e-45, 0.0]))
+    assert dequantize_blockwise(codes, scales).isfinite().all()
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_block_that_is_not_finite_stays_undefined_and_others_are_not_touched(value: float) -> None:
-    values = torch.ones(2 * BLOCK_NUMEL)
+    values = torch.ones(2 * BLOCK_SIZE)
     values[3] = value
-    decoded = decode(*encode(values))
-    assert decoded[:BLOCK_NUMEL].isnan().all()
-    assert torch.allclose(decoded[BLOCK_NUMEL:], torch.ones(BLOCK_NUMEL))
+    decoded = dequantize_blockwise(*quantize_blockwise(values))
+    assert decoded[:BLOCK_SIZE].isnan().all()
+    assert torch.allclose(decoded[BLOCK_SIZE:], torch.ones(BLOCK_SIZE))

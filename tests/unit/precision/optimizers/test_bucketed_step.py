@@ -457,7 +457,7 @@ def test_state_that_cannot_be_taken_back_is_refused_by_name() -> None:
 
 
 class NoCopies(torch.Tensor):
-    """As some quantised state."""
+    """As some quantized state."""
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise NotImplementedError
@@ -512,7 +512,7 @@ def test_optimizers_that_need_a_closure_are_refused() -> None:
         with pytest.raises(
             MisconfigurationException,
             match=rf"without evaluating the model, but got {optimizer.__name__}: it calls a closure.*"
-            r"compute='bf16-mixed'\) or LowPrecision\(compute='32-true'",
+            r"precision='bf16-mixed'\) or LowPrecision\(precision='32-true'",
         ):
             BucketedStep(optimizer(layers().parameters(), lr=0.1), RoundingNoise(0))
 

@@ -19,14 +19,14 @@ def step(scaler: HalfGradScaler, weight: nn.Parameter, gradient: float) -> bool:
     scaler.scale(torch.ones(()))
     weight.grad = torch.full_like(weight, gradient)
     scaler.unscale_(optimizer)
-    scaler.step_by(optimizer, lambda: done.append(True))
+    scaler.step_if_finite(optimizer, lambda: done.append(True))
     scaler.update()
     return bool(done)
 
 
 def test_gradients_in_float16_are_unscaled_and_infinite_ones_skipped() -> None:
     weight = nn.Parameter(torch.ones(3, dtype=torch.float16))
-    scaler = HalfGradScaler("cpu", ScalerConfig(init=1024.0, growth_interval=2, max_scale=2048.0))
+    scaler = HalfGradScaler("cpu", ScalerConfig(init_scale=1024.0, growth_interval=2, max_scale=2048.0))
     assert step(scaler, weight, 512.0)
     assert weight.grad.tolist() == [0.5] * 3
     assert not step(scaler, weight, float("inf"))
@@ -56,8 +56,9 @@ def test_a_run_whose_every_step_is_skipped_ends() -> None:
     ("arguments", "message"),
     [
         (
-            {"init": 0.0},
-            r"`ScalerConfig\(init\)` must be greater than 0, but got init=0.0. Use a power of two",
+            {"init_scale": 0.0},
+            r"`ScalerConfig\(init_scale\)` must be greater than 0, but got init_scale=0.0. "
+            r"Use a power of two",
         ),
         (
             {"growth_interval": 0},
@@ -65,7 +66,7 @@ def test_a_run_whose_every_step_is_skipped_ends() -> None:
         ),
         (
             {"max_scale": 2.0},
-            r"max_scale\)` must be at least init=32768.0, but got max_scale=2.0. Lower init",
+            r"max_scale\)` must be at least init_scale=32768.0, but got max_scale=2.0. Lower init_scale",
         ),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_memtrain.precision.weights.buffer_usage import BufferUse, holds_whole_numbers
+from lightning_memtrain.precision.weights.buffer_usage import BufferUsage, holds_whole_numbers
 
 
 def ema_inplace(average: Tensor, new: Tensor, decay: float) -> None:
@@ -79,15 +79,15 @@ class Model(Parent):
 @pytest.mark.parametrize("name", Model.names)
 def test_what_code_does_with_a_buffer(name: str) -> None:
     model = Model()
-    use = BufferUse(model)
-    assert use.accumulates(model, name) is (not name.startswith("n"))
-    assert use.overwrites(model, name) is (name.startswith("n_") and name != "n_setup")
+    usage = BufferUsage(model)
+    assert usage.accumulates(model, name) is (not name.startswith("n"))
+    assert usage.overwrites(model, name) is (name.startswith("n_") and name != "n_setup")
 
 
 def test_operators_that_want_one_dtype() -> None:
     model = Model()
-    use = BufferUse(model)
-    strict = {name for name in Model.names if use.accumulates_strictly(model, name)}
+    usage = BufferUsage(model)
+    strict = {name for name in Model.names if usage.accumulates_strictly(model, name)}
     assert strict == {"helped", "aliased", "out", "where", "running_mean"}
 
 
@@ -112,17 +112,17 @@ class Owner(nn.Module):
 
 def test_buffers_that_other_modules_write() -> None:
     owner = Owner()
-    use = BufferUse(owner)
-    assert use.accumulates(owner.meter, "seen")
-    assert not use.accumulates(owner.other, "seen")
-    assert use.accumulates(owner.meters[0], "kept")
+    usage = BufferUsage(owner)
+    assert usage.accumulates(owner.meter, "seen")
+    assert not usage.accumulates(owner.other, "seen")
+    assert usage.accumulates(owner.meters[0], "kept")
 
 
 def test_without_text_nothing_is_known() -> None:
     names: dict[str, Any] = {"Meter": Meter}
     exec("class Made(Meter):\n    def forward(self, x):\n        self.seen += 1\n        return x", names)
     made = names["Made"]()
-    assert not BufferUse(made).accumulates(made, "seen")
+    assert not BufferUsage(made).accumulates(made, "seen")
 
 
 @pytest.mark.parametrize(

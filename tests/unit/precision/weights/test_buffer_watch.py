@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_memtrain.precision import LowPrecision
 from lightning_memtrain.precision.weights.buffer_watch import BufferWatch
-from lightning_memtrain.precision.weights.model_conversion import convert_module_
+from lightning_memtrain.precision.weights.model_conversion import convert_to_low_precision_
 
 
 class Hidden(nn.Module):
@@ -26,13 +25,12 @@ class Hidden(nn.Module):
         return self.layer(x)
 
 
-def watch(model: nn.Module, keep_fp32: tuple[str, ...] = ("norm",)) -> BufferWatch:
-    plugin = LowPrecision(keep_fp32=keep_fp32)
-    return BufferWatch(convert_module_(model, torch.bfloat16, keep_fp32).unclear, plugin._settings)
+def watch(model: nn.Module, keep_in_fp32: tuple[str, ...] = ("norm",)) -> BufferWatch:
+    return BufferWatch(convert_to_low_precision_(model, torch.bfloat16, keep_in_fp32).unclear, keep_in_fp32)
 
 
 def step(watching: BufferWatch, *layers: nn.Module) -> None:
-    with watching.step():
+    with watching.watch_step():
         for layer in layers:
             layer(torch.ones(1, 3).bfloat16())
 
@@ -43,7 +41,7 @@ def test_a_buffer_that_changes_is_named_once() -> None:
     with pytest.warns(
         UserWarning,
         match=r"keeps the buffers '0.seen' in half precision, and training changes them.*"
-        r"keep their layers in float32 by `LowPrecision\(keep_fp32=\(\"norm\", \"0\"\)\)`",
+        r"keep their layers in float32 by `LowPrecision\(keep_in_fp32=\(\"norm\", \"0\"\)\)`",
     ):
         step(watching, model[0])
     with warnings.catch_warnings():
@@ -62,7 +60,7 @@ def test_a_buffer_of_the_model_itself() -> None:
 def test_a_buffer_that_is_another_one() -> None:
     model = nn.Sequential(Hidden())
     watching = watch(model)
-    with pytest.warns(UserWarning, match=r"keeps the buffers '0.mask'"), watching.step():
+    with pytest.warns(UserWarning, match=r"keeps the buffers '0.mask'"), watching.watch_step():
         setattr(model[0], "ma" + "sk", torch.zeros(3, 3).bfloat16())
 
 
@@ -72,7 +70,7 @@ def test_a_buffer_that_is_moved_written_with_the_same_numbers_or_late_is_not_nam
     watching = watch(model)
     model.to(memory_format=torch.channels_last)._apply(torch.clone)  # as to a device, before the first step
     for _ in range(8):
-        with watching.step(), torch.no_grad():
+        with watching.watch_step(), torch.no_grad():
             for buffer in model.buffers():
                 buffer.copy_(buffer.clone())
     step(watching, model)

@@ -11,11 +11,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_memtrain.precision import LowPrecision
 from lightning_memtrain.precision.batch_casting import cast_batch
-from lightning_memtrain.precision.precision_settings import Settings
-from lightning_memtrain.precision.weights.half_precision_errors import layers_named_in_errors
-from lightning_memtrain.precision.weights.model_conversion import convert_module_
+from lightning_memtrain.precision.weights.half_precision_errors import name_layers_in_errors
+from lightning_memtrain.precision.weights.model_conversion import convert_to_low_precision_
 
 IS_TARGET = r"is taken for a target, which is not cast.*`LowPrecision\(cast_targets=True\)`"
 
@@ -33,12 +31,11 @@ class Model(LightningModule):
 
 
 def step(
-    model: Model, batch: Any, keep_fp32: tuple[str, ...] = ("norm",), cast_targets: bool = False
+    model: Model, batch: Any, keep_in_fp32: tuple[str, ...] = ("norm",), cast_targets: bool = False
 ) -> None:
     """A training step as the plugin runs it."""
-    settings = Settings("bf16-true", "stochastic", keep_fp32, None, None, cast_targets, 0, None)
-    buffers = convert_module_(model, torch.bfloat16, keep_fp32)
-    with layers_named_in_errors(model, settings, buffers.kept):
+    buffers = convert_to_low_precision_(model, torch.bfloat16, keep_in_fp32)
+    with name_layers_in_errors(model, keep_in_fp32, cast_targets, buffers.kept):
         model.training_step(cast_batch(batch, torch.bfloat16, cast_targets), 0)
 
 
@@ -106,8 +103,8 @@ def test_a_layer_whose_dtype_the_model_follows() -> None:
             RuntimeError,
             match=r"Layer 'net.1.mixer' \(Linear\) computes in half precision, but got float32: .*\nIt got "
             r"what layer 'net.1.norm' \(RMSNorm\) made, which "
-            r"`LowPrecision\(keep_fp32=\(\"norm\", \"head\*\"\)\)` keeps in float32.*by "
-            r"`LowPrecision\(keep_fp32=\(\"head\*\",\)\)`\.$",
+            r"`LowPrecision\(keep_in_fp32=\(\"norm\", \"head\*\"\)\)` keeps in float32.*by "
+            r"`LowPrecision\(keep_in_fp32=\(\"head\*\",\)\)`\.$",
         ),
         pytest.warns(UserWarning, match="names 'head"),
     ):
@@ -118,7 +115,8 @@ def test_a_layer_whose_dtype_the_model_follows() -> None:
 def test_a_layer_whose_dtype_the_model_follows_after_kept_ones_only() -> None:
     model = Model(lambda m, b: m.net(b), nn.Embedding(3, 4), CastsToItsNorm())
     with pytest.raises(
-        RuntimeError, match=r"It got what layer 'net.1.norm' \(RMSNorm\) made.*keep_fp32=\(\"net.0\",\)\)`\.$"
+        RuntimeError,
+        match=r"It got what layer 'net.1.norm' \(RMSNorm\) made.*keep_in_fp32=\(\"net.0\",\)\)`\.$",
     ):
         step(model, torch.tensor([1, 2]), ("norm", "net.0"))
     step(model, torch.tensor([1, 2]), ("net.0",))
@@ -160,7 +158,7 @@ def test_the_advice_names_all_layers_so_far_and_leads_out() -> None:
                 torch.ones(2, 4),
                 tuple(keep),
             )
-        (advised,) = re.findall(r"LowPrecision\(keep_fp32=\((.*?)\)\)", str(caught.value))
+        (advised,) = re.findall(r"LowPrecision\(keep_in_fp32=\((.*?)\)\)", str(caught.value))
         assert advised == ", ".join(f'"{known}"' for known in (*keep, name))
         keep = advised.replace('"', "").split(", ")
     step(Model(lambda m, b: m.net(b), nn.Linear(4, 4), Inverse(), Inverse()), torch.ones(2, 4), tuple(keep))
@@ -179,5 +177,5 @@ def test_an_error_outside_of_any_layer_stays() -> None:
 
 
 def raise_in(model: nn.Module) -> None:
-    with layers_named_in_errors(nn.Linear(2, 2), LowPrecision()._settings):
+    with name_layers_in_errors(nn.Linear(2, 2), ("norm",), False):
         raise RuntimeError("boom in bfloat16")

@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_memtrain import NoEffectWarning
 from lightning_memtrain.precision.batch_casting import cast_batch
-from lightning_memtrain.precision.weights.model_conversion import convert_module_, restore_module_
+from lightning_memtrain.precision.weights.model_conversion import convert_to_low_precision_, restore_float32_
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -38,7 +38,7 @@ def test_the_same_parameters_in_place() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
     model[2].weight = model[0].weight
     parameters = list(model.parameters())
-    convert_module_(model, torch.bfloat16)
+    convert_to_low_precision_(model, torch.bfloat16)
     assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
     assert model[2].weight is model[0].weight
     assert model[0].weight.dtype == model[2].bias.dtype == torch.bfloat16
@@ -66,7 +66,7 @@ def test_norms_take_and_give_half_precision_and_learn_in_float32(
 ) -> None:
     torch.manual_seed(0)
     converted = copy.deepcopy(norm)
-    convert_module_(converted, dtype)
+    convert_to_low_precision_(converted, dtype)
     copied = copy.deepcopy(converted)
     inputs = torch.randn(shape)
     outputs = converted(inputs.to(dtype).requires_grad_())
@@ -83,7 +83,7 @@ def test_norms_take_and_give_half_precision_and_learn_in_float32(
 
 def test_activations_of_a_kept_layer_norm_stay_in_half_precision() -> None:
     norm = nn.LayerNorm(6)
-    convert_module_(norm, torch.bfloat16)
+    convert_to_low_precision_(norm, torch.bfloat16)
     saved: list[torch.Tensor] = []
     inputs = torch.randn(500, 6).bfloat16().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -93,7 +93,7 @@ def test_activations_of_a_kept_layer_norm_stay_in_half_precision() -> None:
 
 def test_layers_kept_by_name_compute_in_float32_and_answer_in_half() -> None:
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))})
-    convert_module_(model, torch.float16, keep_fp32=("norm", "he*"))
+    convert_to_low_precision_(model, torch.float16, keep_in_fp32=("norm", "he*"))
     assert model["body"].weight.dtype == torch.float16
     assert model["head"][0].weight.dtype == torch.float32
     large = torch.full((1, 4), 60000.0).half()
@@ -104,7 +104,7 @@ def test_layers_kept_by_name_compute_in_float32_and_answer_in_half() -> None:
 
 def test_nothing_is_kept_if_nothing_is_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    convert_module_(model, torch.bfloat16, keep_fp32=())
+    convert_to_low_precision_(model, torch.bfloat16, keep_in_fp32=())
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(torch.ones(1, 4).bfloat16()).dtype == torch.bfloat16
 
@@ -113,14 +113,14 @@ def test_a_name_that_matches_nothing() -> None:
     with pytest.warns(
         NoEffectWarning, match=r"names 'haed', but the model has no layer of that name.*Use names"
     ):
-        convert_module_(nn.Linear(4, 4), torch.bfloat16, keep_fp32=("haed",))
+        convert_to_low_precision_(nn.Linear(4, 4), torch.bfloat16, keep_in_fp32=("haed",))
 
 
 def test_converting_twice_changes_nothing() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), ForeignRMSNorm())
-    convert_module_(model, torch.bfloat16)
+    convert_to_low_precision_(model, torch.bfloat16)
     forward, state = model[1].forward, copy.deepcopy(model.state_dict())
-    convert_module_(model, torch.bfloat16)
+    convert_to_low_precision_(model, torch.bfloat16)
     assert model[1].forward is forward
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -128,7 +128,7 @@ def test_converting_twice_changes_nothing() -> None:
 def test_a_converted_model_can_be_pickled_and_computes_with_its_own_weights() -> None:
     norms = nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.RMSNorm(6), ForeignRMSNorm()
     model = nn.Sequential(*norms, nn.Linear(6, 6))
-    convert_module_(model, torch.bfloat16, keep_fp32=("norm", "4"))
+    convert_to_low_precision_(model, torch.bfloat16, keep_in_fp32=("norm", "4"))
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -146,12 +146,12 @@ def test_a_converted_model_can_be_pickled_and_computes_with_its_own_weights() ->
 
 def test_a_kept_embedding_answers_in_half_precision() -> None:
     model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4))
-    convert_module_(model, torch.bfloat16, keep_fp32=("norm", "0"))
+    convert_to_low_precision_(model, torch.bfloat16, keep_in_fp32=("norm", "0"))
     assert [layer.weight.dtype for layer in model] == [torch.float32, torch.bfloat16]
     assert model[0](torch.tensor([1])).dtype == torch.bfloat16
     model(torch.tensor([1])).sum().backward()
     assert model[0].weight.grad.dtype == torch.float32
-    convert_module_(model, torch.float16, keep_fp32=("norm", "0"))
+    convert_to_low_precision_(model, torch.float16, keep_in_fp32=("norm", "0"))
     assert model[0](torch.tensor([1])).dtype == torch.float16
 
 
@@ -160,7 +160,7 @@ def test_a_layer_with_the_weights_of_a_kept_one_is_kept_too() -> None:
         {"embedding": nn.Embedding(10, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 10)}
     )
     model["head"].weight = model["embedding"].weight
-    convert_module_(model, torch.bfloat16, keep_fp32=("embedding",))
+    convert_to_low_precision_(model, torch.bfloat16, keep_in_fp32=("embedding",))
     dtypes = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False)}
     assert {name for name, dtype in dtypes.items() if dtype == torch.bfloat16} == {"body.weight", "body.bias"}
     assert model["head"].weight is model["embedding"].weight
@@ -218,9 +218,9 @@ class Large(nn.Module):
 def test_buffers_that_count_or_average_stay_in_float32(dtype: torch.dtype) -> None:
     model = nn.ModuleDict({"whole": Statistics(), "norm": Normed(), "large": Large(), "named": Large()})
     reference = copy.deepcopy(model)
-    buffers = convert_module_(model, dtype, keep_fp32=("named",))
-    assert [found.place for found in buffers.kept] == ["large.mean"]
-    assert [found.place for found in buffers.unclear] == ["large.strict", "large.table"]
+    buffers = convert_to_low_precision_(model, dtype, keep_in_fp32=("named",))
+    assert [found.full_name for found in buffers.kept] == ["large.mean"]
+    assert [found.full_name for found in buffers.unclear] == ["large.strict", "large.table"]
     dtypes = {name: value.dtype for name, value in model.state_dict().items()}
     in_half = {name for name, found in dtypes.items() if found == dtype}
     assert {name for name in in_half if ".layer." not in name} == {"large.strict", "large.table"}
@@ -260,12 +260,12 @@ def test_weights_that_the_code_of_the_model_averages_are_named(recwarn: pytest.W
     with pytest.warns(
         UserWarning,
         match=r"casts 'teacher' to half precision, where most of what .* is lost. Keep them in "
-        r"float32 by `LowPrecision\(keep_fp32=\(\"norm\", \"teacher\"\)\)`",
+        r"float32 by `LowPrecision\(keep_in_fp32=\(\"norm\", \"teacher\"\)\)`",
     ):
-        convert_module_(model, torch.bfloat16)
+        convert_to_low_precision_(model, torch.bfloat16)
     recwarn.clear()
     model = MeanTeacher()
-    convert_module_(model, torch.bfloat16, ("norm", "teacher"))
+    convert_to_low_precision_(model, torch.bfloat16, ("norm", "teacher"))
     assert len(recwarn) == 0
     before = model.teacher.weight.clone()
     for _ in range(20):
@@ -278,17 +278,17 @@ def test_whole_numbers_that_half_precision_lacks_stay_in_float32() -> None:
     layer = nn.Linear(4, 4)
     layer.register_buffer("positions", torch.arange(300.0))
     layer.register_buffer("small", torch.arange(200.0))
-    buffers = convert_module_(nn.Sequential(layer), torch.bfloat16)
+    buffers = convert_to_low_precision_(nn.Sequential(layer), torch.bfloat16)
     assert torch.equal(layer.positions, torch.arange(300.0))
     assert layer.small.dtype == torch.bfloat16
-    assert [found.place for found in buffers.kept] == ["0.positions"]
+    assert [found.full_name for found in buffers.kept] == ["0.positions"]
 
 
 def test_layers_that_are_no_longer_kept_compute_by_their_own_forward() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    convert_module_(model, torch.bfloat16, keep_fp32=("norm", "0"))
+    convert_to_low_precision_(model, torch.bfloat16, keep_in_fp32=("norm", "0"))
     assert "forward" in vars(model[0])
-    convert_module_(model, torch.bfloat16)
+    convert_to_low_precision_(model, torch.bfloat16)
     assert "forward" not in vars(model[0])
     assert model[0].weight.dtype == torch.bfloat16
 
@@ -296,9 +296,9 @@ def test_layers_that_are_no_longer_kept_compute_by_their_own_forward() -> None:
 def test_a_forward_that_somebody_else_has_given_a_layer_stays() -> None:
     model = nn.Sequential(nn.LayerNorm(4))
     model[0].forward = lambda x: x
-    convert_module_(model, torch.bfloat16)
+    convert_to_low_precision_(model, torch.bfloat16)
     assert model(torch.ones(1, 4))[0, 0] == 1
-    restore_module_(model)
+    restore_float32_(model)
     assert "forward" in vars(model[0])
 
 
@@ -310,18 +310,18 @@ def test_torchscript_is_cast_and_cannot_be_named() -> None:
 
     half = torch.ones(2, 4).bfloat16()
     converted = model()
-    buffers = convert_module_(converted, torch.bfloat16, ("mine",))
+    buffers = convert_to_low_precision_(converted, torch.bfloat16, ("mine",))
     assert converted["script"](half).dtype == converted["mine"](half).dtype == torch.bfloat16
     assert next(converted["script"].parameters()).dtype == torch.bfloat16
     assert next(converted["mine"].parameters()).dtype == torch.float32
-    assert [found.place for found in buffers.unclear] == ["script.1.running_mean", "script.1.running_var"]
-    restore_module_(converted)
+    assert [found.full_name for found in buffers.unclear] == ["script.1.running_mean", "script.1.running_var"]
+    restore_float32_(converted)
     assert {p.dtype for p in converted.parameters()} == {torch.float32}
     with pytest.raises(
         MisconfigurationException,
         match=r"got 'scr\*', which is the TorchScript module 'script'. Put it into a module of your own",
     ):
-        convert_module_(model(), torch.bfloat16, ("scr*",))
+        convert_to_low_precision_(model(), torch.bfloat16, ("scr*",))
 
 
 def test_a_restored_model_is_one_in_float32_with_the_same_numbers() -> None:
@@ -334,9 +334,9 @@ def test_a_restored_model_is_one_in_float32_with_the_same_numbers() -> None:
 
     model = Model()
     parameters = list(model.parameters())
-    convert_module_(model, torch.bfloat16)
+    convert_to_low_precision_(model, torch.bfloat16)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    restore_module_(model)
+    restore_float32_(model)
     assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
     for name, value in model.state_dict().items():
         assert value.dtype == (torch.float32 if value.is_floating_point() else torch.int64)
@@ -344,7 +344,7 @@ def test_a_restored_model_is_one_in_float32_with_the_same_numbers() -> None:
     assert model.dtype == torch.float32
     assert not any("forward" in vars(layer) for layer in model.modules())
     # And back again, without another rounding.
-    convert_module_(model, torch.bfloat16)
+    convert_to_low_precision_(model, torch.bfloat16)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
@@ -359,7 +359,7 @@ def test_modules_know_their_dtype_and_metrics_are_left_alone() -> None:
             self.register_buffer("phases", torch.ones(2, dtype=torch.complex64))
 
     model = Model()
-    convert_module_(model, torch.bfloat16)
+    convert_to_low_precision_(model, torch.bfloat16)
     assert model.dtype == model.table.dtype == torch.bfloat16
     assert model.metric.thresholds.dtype == torch.float32
     assert model.phases.dtype == torch.complex64
