@@ -52,7 +52,7 @@ class Accumulation:
         """Go on with an accumulation that a checkpoint has interrupted.
 
         Args:
-            parameter: without gradient.
+            parameter: of any shape, without gradient.
             state: of this parameter in the optimizer.
         """
 
@@ -70,7 +70,7 @@ class Accumulation:
         """Move the parameter by the state, when all gradients are accumulated.
 
         Args:
-            parameter: left without gradient.
+            parameter: of any shape; left without gradient.
             state: of this parameter in the optimizer.
             group: the parameter's group.
             had_state: of :meth:`begin`.

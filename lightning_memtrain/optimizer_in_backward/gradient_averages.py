@@ -45,7 +45,7 @@ class GradientAverages:
         """Note that a gradient is complete on this rank.
 
         Args:
-            parameter: with its gradient.
+            parameter: of any shape and dtype, with its gradient, which is dense.
 
         Yields:
             Parameters whose gradient is now the average.

@@ -67,7 +67,7 @@ class PendingSteps:
         """Step a parameter as soon as it pays.
 
         Args:
-            parameter: one of those of :meth:`begin`, with its gradient.
+            parameter: one of those of :meth:`begin`, of any shape and dtype, with its gradient.
         """
         self._parameters.append(parameter)
         self._num_bytes += self._bytes_of[id(parameter)]

@@ -33,7 +33,7 @@ class AccumulationHooks:
         """Put the hook on parameters that require gradients; they are leaves, and have it not yet.
 
         Args:
-            parameters: which.
+            parameters: of any shapes and floating-point dtypes.
         """
         hook = self._hook
         for parameter in parameters:

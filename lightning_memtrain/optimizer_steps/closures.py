@@ -41,7 +41,7 @@ class EvaluatedClosure:
         (0.25, 0.5)
         >>> closure()
         Traceback (most recent call last):
-        lightning_memtrain...EvaluatesModelError: its closure is called again within a step
+        lightning_memtrain.optimizer_steps.closures.EvaluatesModelError: its closure is called again within a step
     """
 
     def __init__(self, result: Any, parameters: Iterable[Tensor]) -> None:

@@ -30,7 +30,7 @@ class SupportsParameterStep(Protocol):
 
         Args:
             optimizer: one of the run's.
-            parameter: one of the optimizer's.
+            parameter: one of the optimizer's, of any shape and floating-point dtype.
         """
 
 

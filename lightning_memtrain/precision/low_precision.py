@@ -34,7 +34,7 @@ from lightning_memtrain.precision.precision_settings import (
     PrecisionSettings,
     WeightRounding,
 )
-from lightning_memtrain.precision.weights.kept_layers import NORM
+from lightning_memtrain.precision.weights.kept_layers import NORM, Selector, selector_name
 from lightning_memtrain.precision.weights.model_conversion import restore_float32_
 
 # Lightning keys a plugin's state by the name of its class, and drops it when that is another one.
@@ -57,8 +57,8 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
         precision: of weights and activations, in Lightning's words.
         weight_rounding: how weights in half precision are written: ``"stochastic"``, or ``"nearest"``: by the
             optimizer itself, in the precision of the weights, as Lightning does it.
-        keep_in_fp32: layers whose weights stay in float32: ``"norm"`` for all normalisations, and names of
-            layers, in which ``*`` stands for any text.
+        keep_in_fp32: layers whose weights stay in float32: ``"norm"`` for all normalisations, names of
+            layers, in which ``*`` stands for any text, names of classes, and classes.
         scaler: how the loss is scaled in float16; a :class:`ScalerConfig` with its defaults unless given,
             for ``"16-mixed"`` torch's defaults.
         activations: keep what backward needs in few bits, as :class:`CompressedActivations` does.
@@ -92,7 +92,7 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
         self,
         precision: PrecisionName = "bf16-true",
         weight_rounding: WeightRounding = "stochastic",
-        keep_in_fp32: Sequence[str] = (NORM,),
+        keep_in_fp32: Sequence[Selector] = (NORM,),
         scaler: ScalerConfig | None = None,
         activations: ActivationCodec | None = None,
         cast_targets: bool = False,
@@ -299,7 +299,7 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
         if settings.halves_weights:
             shown |= {
                 "weight_rounding": settings.weight_rounding,
-                "keep_in_fp32": ", ".join(settings.keep_in_fp32) or None,
+                "keep_in_fp32": ", ".join(map(selector_name, settings.keep_in_fp32)) or None,
             }
         if settings.leave != "half":
             shown["leave"] = settings.leave

@@ -45,7 +45,7 @@ def validate_settings(settings: PrecisionSettings) -> None:
     _check_choice("weight_rounding", settings.weight_rounding, get_args(WeightRounding))
     _check_choice("leave", settings.leave, get_args(Leave))
     names = settings.keep_in_fp32
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, (str, type)) for name in names):
         raise MisconfigurationException(
             "`LowPrecision(keep_in_fp32)` must be a tuple of names of layers, but got "
             f'keep_in_fp32={names!r}. Write it as a tuple, e.g. ("norm", "head").'

@@ -10,6 +10,7 @@ import torch
 
 from lightning_memtrain.precision.activations.activation_codec import ActivationCodec
 from lightning_memtrain.precision.optimizers.grad_scaler import ScalerConfig
+from lightning_memtrain.precision.weights.kept_layers import Selector
 
 PrecisionName = Literal["bf16-true", "16-true", "bf16-mixed", "16-mixed", "32-true"]
 WeightRounding = Literal["stochastic", "nearest"]
@@ -34,7 +35,7 @@ class PrecisionSettings:
 
     precision: PrecisionName
     weight_rounding: WeightRounding
-    keep_in_fp32: Sequence[str]
+    keep_in_fp32: Sequence[Selector]
     scaler: ScalerConfig | None
     activations: ActivationCodec | None
     cast_targets: bool

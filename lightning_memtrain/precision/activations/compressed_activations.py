@@ -50,7 +50,7 @@ class CompressedActivations(Callback):
 
     @property
     def codec(self) -> ActivationCodec:
-        """How it packs."""
+        """How activations are packed."""
         return self._training.codec
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -86,7 +86,7 @@ class CompressedActivations(Callback):
 
     @property
     def exact(self) -> bool:
-        """Gradients are rounded."""
+        """Whether gradients are exact, which rounded activations never give."""
         return False
 
     def technique_record(self) -> TechniqueRecord:

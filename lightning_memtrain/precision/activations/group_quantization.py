@@ -70,7 +70,16 @@ def quantize(values: Tensor, bits: int, noise: Tensor | None = None) -> Quantize
 
 
 def quantize_any(values: Tensor, bits: int, noise: Tensor | None = None) -> QuantizedGroups:
-    """As :func:`quantize`, in operations that do not depend on the numbers, as a compiler needs them."""
+    """Quantize as :func:`quantize`, by operations that do not depend on the numbers, as a compiler needs them.
+
+    Args:
+        values: of shape ``(num_groups, group_size)``; float32, bfloat16 or float16.
+        bits: 8, 4 or 2.
+        noise: of the shape of ``values``, float32, see :func:`quantize`.
+
+    Returns:
+        Codes and what they mean.
+    """
     levels = 2**bits - 1
     x = values.float()
     finite = x.isfinite()
@@ -136,7 +145,16 @@ def dequantize(groups: QuantizedGroups, bits: int, dtype: torch.dtype) -> Tensor
 
 
 def dequantize_any(groups: QuantizedGroups, bits: int, dtype: torch.dtype) -> Tensor:
-    """As :func:`dequantize`, in operations that do not depend on the numbers, as a compiler needs them."""
+    """Dequantize as :func:`dequantize`, by operations that do not depend on the numbers.
+
+    Args:
+        groups: of :func:`quantize`.
+        bits: 8, 4 or 2.
+        dtype: of the result.
+
+    Returns:
+        Of shape ``(num_groups, group_size)``.
+    """
     levels = 2**bits - 1
     codes = unpack_bits(groups.codes, bits)
     step = groups.step.float()
@@ -153,7 +171,15 @@ def _within(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Put ``8 / bits`` codes into each byte: the first part of a row, then the second above it, and so on."""
+    """Put ``8 / bits`` codes into each byte: the first part of a row, then the second above it, and so on.
+
+    Args:
+        codes: of shape ``(num_groups, group_size)``, uint8, each less than ``2**bits``.
+        bits: 8, 4 or 2.
+
+    Returns:
+        Of shape ``(num_groups, group_size * bits / 8)``, uint8.
+    """
     if bits == 8:
         return codes
     parts = codes.chunk(8 // bits, dim=1)
@@ -164,7 +190,15 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of :func:`pack_bits`."""
+    """Take codes out of bytes, the inverse of :func:`pack_bits`.
+
+    Args:
+        packed: of shape ``(num_groups, group_size * bits / 8)``, uint8.
+        bits: 8, 4 or 2.
+
+    Returns:
+        Of shape ``(num_groups, group_size)``, uint8.
+    """
     if bits == 8:
         return packed
     mask = 2**bits - 1

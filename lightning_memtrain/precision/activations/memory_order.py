@@ -32,7 +32,7 @@ class MemoryOrder(NamedTuple):
         return math.prod(self.sizes)
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The elements of a tensor of this layout."""
+        """The elements of a tensor of this order, of any dtype, in as few axes as possible."""
         return tensor.as_strided(self.sizes, self.strides, self.offset)
 
 

@@ -60,7 +60,7 @@ class QuantizationKernels:
         """Quantize the elements of a tensor.
 
         Args:
-            tensor: float32, bfloat16 or float16.
+            tensor: float32, bfloat16 or float16, of any shape and strides.
             order: its memory order.
             generator: of noise for stochastic rounding.
 
@@ -91,7 +91,7 @@ class QuantizationKernels:
 
         Args:
             groups: codes in memory order.
-            into: the tensor to be written.
+            into: the tensor to be written: float32, bfloat16 or float16, of any shape and strides.
             order: its memory order.
         """
         rows, first = order.view(into), 0

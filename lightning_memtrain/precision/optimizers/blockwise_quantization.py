@@ -57,8 +57,8 @@ def dequantize_blockwise(codes: Tensor, scales: Tensor) -> Tensor:
     """The numbers that codes and scales stand for.
 
     Args:
-        codes: of :func:`quantize_blockwise`.
-        scales: of :func:`quantize_blockwise`.
+        codes: of :func:`quantize_blockwise`: int8, of one axis.
+        scales: of :func:`quantize_blockwise`: float32, of one axis, one per block.
 
     Returns:
         float32, of one axis.

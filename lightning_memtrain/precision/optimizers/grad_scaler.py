@@ -73,7 +73,7 @@ class CappedGradScaler(GradScaler):
         """Change the scale by what the last steps found.
 
         Args:
-            new_scale: set it to this instead.
+            new_scale: set it to this instead; a tensor is float32, of one number.
         """
         super().update(new_scale)
         if self._max_scale is not None and self._scale is not None:
@@ -121,7 +121,7 @@ class HalfGradScaler(CappedGradScaler):
         Other optimizers' gradients that are unscaled already stay so; they count when these step.
 
         Args:
-            new_scale: set it to this instead.
+            new_scale: set it to this instead; a tensor is float32, of one number.
         """
         unscaled = self._unscaled()
         for key in unscaled:

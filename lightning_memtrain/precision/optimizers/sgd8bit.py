@@ -30,8 +30,8 @@ class SGD8bit(Optimizer):
     Momentum is kept as int8 codes with one float32 scale per 256 numbers. A step dequantizes a piece, goes on
     as ``torch.optim.SGD`` does, in float32, and quantizes it again; the update itself uses the momentum
     before it is quantized, so that one step's rounding shows in the next steps only. Without momentum,
-    float32 weights become those of ``torch.optim.SGD``, to the bit; those of another dtype up to rounding, since
-    directions are float32 for them, too.
+    float32 weights become those of ``torch.optim.SGD``, to the bit; those of another dtype up to rounding,
+    since directions are float32 for them, too.
 
     Its step needs float32 for a piece of 16384 numbers only, whatever the size of the parameters; weights and
     gradients that are not contiguous, such as those of ``channels_last`` convolutions, are copied whole. With
@@ -106,7 +106,7 @@ class SGD8bit(Optimizer):
         """In this context weights in half precision are computed in float32 and rounded by a function.
 
         Args:
-            round_: makes float32 numbers, in place, ones that a dtype has.
+            round_: makes float32 numbers, of any shape, ones that a dtype has, in place.
         """
         self._round = round_
         try:
@@ -116,7 +116,7 @@ class SGD8bit(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step.
+        """Step all parameters that have a gradient.
 
         Args:
             closure: evaluates the model and returns the loss.
@@ -179,7 +179,7 @@ class SGD8bit(Optimizer):
 
         Args:
             parameter: of one axis, contiguous.
-            source: int64, one per entry to be: the number of the entry that it was, or -1 for momentum 0.
+            source: int64, of one axis, one per entry to be: the number of the entry that it was, or -1 for momentum 0.
         """
         state = self.state.get(parameter)
         if not state:

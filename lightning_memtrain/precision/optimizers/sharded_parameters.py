@@ -16,7 +16,7 @@ def validate_unsharded(name: str, parameters: Iterable[Tensor]) -> None:
 
     Args:
         name: of the optimizer.
-        parameters: all of them.
+        parameters: all of them, of any shapes and dtypes.
 
     Raises:
         TypeError: if one of them is sharded.

@@ -30,6 +30,7 @@ def keep_state_dtypes(optimizer: Optimizer) -> Callable[[], None]:
         A function that takes it back.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
         >>> optimizer = torch.optim.SGD([weight], momentum=0.9)
         >>> optimizer.state[weight]["momentum_buffer"] = torch.tensor([1 / 3, 2 / 3])

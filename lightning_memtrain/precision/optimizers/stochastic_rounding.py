@@ -50,10 +50,10 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Genera
 
 @torch.no_grad()
 def stochastic_round_(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """The same in place: ``values`` stay float32 but become numbers that ``dtype`` has, if they are finite.
+    """Round as :func:`stochastic_round`, in place: to numbers that ``dtype`` has, which stay float32.
 
     Args:
-        values: float32, dense; overwritten.
+        values: float32, of any shape, dense; overwritten.
         dtype: see :func:`stochastic_round`.
         generator: see :func:`stochastic_round`.
 

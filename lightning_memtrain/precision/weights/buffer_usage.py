@@ -101,7 +101,7 @@ def holds_whole_numbers(buffer: Tensor, dtype: torch.dtype) -> bool:
     """Whether a buffer holds whole numbers, some of which a dtype does not have.
 
     Args:
-        buffer: of floating-point numbers.
+        buffer: of any shape, of floating-point numbers.
         dtype: a half precision.
 
     Returns:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_memtrain.precision.weights.converted_buffers import NamedBuffer
-from lightning_memtrain.precision.weights.kept_layers import format_names
+from lightning_memtrain.precision.weights.kept_layers import Selector, format_selectors
 
 # Training steps in which a buffer that changes at all has changed.
 _NUM_STEPS = 8
@@ -31,10 +31,10 @@ class BufferWatch:
 
     Args:
         buffers: that were cast to half precision.
-        keep_in_fp32: names of layers that are kept in float32 already.
+        keep_in_fp32: which layers are kept in float32 already.
     """
 
-    def __init__(self, buffers: Iterable[NamedBuffer], keep_in_fp32: Sequence[str]) -> None:
+    def __init__(self, buffers: Iterable[NamedBuffer], keep_in_fp32: Sequence[Selector]) -> None:
         self._keep_in_fp32 = keep_in_fp32
         self._steps_left = _NUM_STEPS
         self._watched = {found.full_name: (ref(found.layer), found.name) for found in buffers}
@@ -73,7 +73,7 @@ class BufferWatch:
             layers = [name.rpartition(".")[0] for name in changed]
             cure = "put them into a layer of their own, and name it in `LowPrecision(keep_in_fp32)`"
             if all(layers):
-                keep = format_names((*self._keep_in_fp32, *dict.fromkeys(layers)))
+                keep = format_selectors((*self._keep_in_fp32, *dict.fromkeys(layers)))
                 cure = f"keep their layers in float32 by `LowPrecision(keep_in_fp32={keep})`"
             warnings.warn(
                 f"`LowPrecision` keeps the buffers {', '.join(map(repr, changed))} in half precision, and "

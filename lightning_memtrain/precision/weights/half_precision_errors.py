@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_memtrain.precision.weights.autograd_history import parameters_before, was_half
 from lightning_memtrain.precision.weights.converted_buffers import NamedBuffer
-from lightning_memtrain.precision.weights.kept_layers import NORM, format_names
+from lightning_memtrain.precision.weights.kept_layers import NORM, Selector, format_selectors, selects
 
 _HALF = re.compile(r"\b(b?float16|half)\b", re.IGNORECASE)
 # Not in lower case alone: "only supported for half, float and double".
@@ -30,7 +29,7 @@ _TARGETS = (
 @contextmanager
 def name_layers_in_errors(
     model: nn.Module,
-    keep_in_fp32: Sequence[str],
+    keep_in_fp32: Sequence[Selector],
     cast_targets: bool,
     kept_buffers: Sequence[NamedBuffer] = (),
 ) -> Iterator[None]:
@@ -38,7 +37,7 @@ def name_layers_in_errors(
 
     Args:
         model: whose layers have names.
-        keep_in_fp32: names of layers that are kept in float32.
+        keep_in_fp32: which layers are kept in float32.
         cast_targets: whether targets are cast, too.
         kept_buffers: stay in float32 in layers that do not.
 
@@ -60,7 +59,7 @@ def name_layers_in_errors(
         else:
             text, cure = f"{found.described} cannot compute in half precision: {error}\n", ""
             if found.name:
-                keep = format_names((*keep_in_fp32, found.name))
+                keep = format_selectors((*keep_in_fp32, found.name))
                 cure = f"Keep it in float32 by `LowPrecision(keep_in_fp32={keep})`"
             else:
                 cure = "Put what failed into a layer of its own and name that in `LowPrecision(keep_in_fp32)`"
@@ -109,7 +108,7 @@ class _Cause:
     Args:
         site: where the error came from.
         model: whose layer it is.
-        keep_in_fp32: names of layers that are kept in float32.
+        keep_in_fp32: which layers are kept in float32.
         cast_targets: whether targets are cast, too.
         kept_buffers: stay in float32 in layers that do not.
     """
@@ -118,7 +117,7 @@ class _Cause:
         self,
         site: _ErrorSite,
         model: nn.Module,
-        keep_in_fp32: Sequence[str],
+        keep_in_fp32: Sequence[Selector],
         cast_targets: bool,
         kept_buffers: Sequence[NamedBuffer],
     ) -> None:
@@ -132,7 +131,7 @@ class _Cause:
         self._targets = [] if cast_targets else list(_float32_in(arguments))
 
     def cure(self) -> str:
-        """What to do."""
+        """What to do about it, in sentences."""
         storages = {t.untyped_storage()._cdata for t in self._targets}
         if any(t.untyped_storage()._cdata in storages for t in self._got):
             return _of_the_batch("It got")
@@ -157,18 +156,21 @@ class _Cause:
         return cure
 
     def _leave_out(self, name: str, layer: nn.Module) -> str:
-        parts = name.split(".")
-        names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        around = {
+            inner: module
+            for inner, module in self._model.named_modules()
+            if f"{name}.".startswith(f"{inner}.")
+        }
         rest = [
-            pattern
-            for pattern in self._keep_in_fp32
-            if pattern != NORM and not any(fnmatch.fnmatch(name, pattern) for name in names)
+            selector
+            for selector in self._keep_in_fp32
+            if selector != NORM and not any(selects(selector, *pair) for pair in around.items())
         ]
         return (
             f"It got what {_described(name, layer)} made, which "
-            f"`LowPrecision(keep_in_fp32={format_names(self._keep_in_fp32)})` keeps in float32, and "
+            f"`LowPrecision(keep_in_fp32={format_selectors(self._keep_in_fp32)})` keeps in float32, and "
             "which was given float32: some models cast what they give a layer to the dtype of its weights. "
-            f"Let these be in half precision, too, by `LowPrecision(keep_in_fp32={format_names(rest)})`."
+            f"Let these be in half precision, too, by `LowPrecision(keep_in_fp32={format_selectors(rest)})`."
         )
 
     def _kept_layer_before(self, tensor: Tensor) -> tuple[str, nn.Module] | None:

@@ -15,7 +15,8 @@ from lightning_memtrain.precision.half_dtypes import HALF_DTYPES
 from lightning_memtrain.precision.weights.converted_buffers import BufferPlan, ConvertedBuffers, NamedBuffer
 from lightning_memtrain.precision.weights.kept_layers import (
     NORM,
-    format_names,
+    Selector,
+    format_selectors,
     ids_inside,
     kept_layers,
     with_tied,
@@ -29,7 +30,7 @@ from lightning_memtrain.precision.weights.layer_forwards import (
 
 
 def convert_to_low_precision_(
-    module: nn.Module, dtype: torch.dtype = torch.bfloat16, keep_in_fp32: Sequence[str] = (NORM,)
+    module: nn.Module, dtype: torch.dtype = torch.bfloat16, keep_in_fp32: Sequence[Selector] = (NORM,)
 ) -> ConvertedBuffers:
     """Cast floating-point parameters and buffers in place, and keep those of some layers in float32.
 
@@ -49,18 +50,18 @@ def convert_to_low_precision_(
     Args:
         module: the model; its parameters and buffers are of any shapes and dtypes.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
-        keep_in_fp32: ``"norm"`` for all normalisations, and names of layers, in which ``*`` stands for any
-            text.
+        keep_in_fp32: ``"norm"`` for all normalisations, names of layers, in which ``*`` stands for any text,
+            names of classes, and classes.
 
     Returns:
         What became of its buffers.
 
     Raises:
         TypeError: if ``dtype`` is no half precision, or ``keep_in_fp32`` no sequence of names.
-        MisconfigurationException: if a name is that of a TorchScript module, whose forward is what it is.
+        MisconfigurationException: if a name matches no layer, or a TorchScript module, whose forward is what
+            it is.
 
     Warns:
-        NoEffectWarning: if a name matches no layer.
         UserWarning: if the code of the model averages weights that are cast, as those of a mean teacher.
 
     Example:
@@ -147,7 +148,7 @@ def _cast_(parameter: nn.Parameter, dtype: torch.dtype) -> None:
             parameter.grad = None
 
 
-def _warn_of_averages(module: nn.Module, averaged: list[nn.Module], keep_in_fp32: Sequence[str]) -> None:
+def _warn_of_averages(module: nn.Module, averaged: list[nn.Module], keep_in_fp32: Sequence[Selector]) -> None:
     names = {id(layer): name for name, layer in module.named_modules()}
     in_half = [
         names[id(layer)] for layer in averaged if any(p.dtype in HALF_DTYPES for p in layer.parameters())
@@ -156,8 +157,8 @@ def _warn_of_averages(module: nn.Module, averaged: list[nn.Module], keep_in_fp32
         warnings.warn(
             f"`LowPrecision` casts {', '.join(map(repr, in_half))} to half precision, where most of what the "
             "code of the model adds to these weights to average them is lost. Keep them in float32 by "
-            f"`LowPrecision(keep_in_fp32={format_names((*keep_in_fp32, *in_half))})`, and cast what `lerp_` "
-            "and its like get by `.float()`.",
+            f"`LowPrecision(keep_in_fp32={format_selectors((*keep_in_fp32, *in_half))})`, and cast what "
+            "`lerp_` and its like get by `.float()`.",
             stacklevel=2,
         )
 

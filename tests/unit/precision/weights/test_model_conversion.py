@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_memtrain import NoEffectWarning
 from lightning_memtrain.precision.batch_casting import cast_batch
 from lightning_memtrain.precision.weights.model_conversion import convert_to_low_precision_, restore_float32_
 
@@ -109,11 +108,45 @@ def test_nothing_is_kept_if_nothing_is_named() -> None:
     assert model(torch.ones(1, 4).bfloat16()).dtype == torch.bfloat16
 
 
-def test_a_name_that_matches_nothing() -> None:
-    with pytest.warns(
-        NoEffectWarning, match=r"names 'haed', but the model has no layer of that name.*Use names"
+@pytest.mark.parametrize(
+    ("wanted", "hint"),
+    [("haed", r"'haed', which matches none. Did you mean 'head'\?"), ("Linera", r"Did you mean 'Linear'\?")],
+)
+def test_a_name_that_matches_nothing(wanted: str, hint: str) -> None:
+    model = nn.ModuleDict({"head": nn.Linear(4, 4)})
+    with pytest.raises(MisconfigurationException, match=rf"keep_in_fp32\)` must name layers.*{hint}"):
+        convert_to_low_precision_(model, torch.bfloat16, keep_in_fp32=(wanted,))
+    with pytest.raises(
+        MisconfigurationException, match=r"got 'Conv2d', which matches none. Use names of `mod"
     ):
-        convert_to_low_precision_(nn.Linear(4, 4), torch.bfloat16, keep_in_fp32=("haed",))
+        convert_to_low_precision_(model, torch.bfloat16, keep_in_fp32=(nn.Conv2d,))
+    assert model["head"].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("wanted", ["1", "1*", "Embedding", nn.Embedding, "*edding*"])
+def test_layers_are_chosen_by_name_by_class_and_by_the_name_of_the_class(wanted: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4), nn.Linear(4, 4))
+    if wanted == "*edding*":  # in names of classes nothing stands for any text
+        with pytest.raises(MisconfigurationException, match="matches none"):
+            convert_to_low_precision_(model, torch.float16, keep_in_fp32=(wanted,))
+        return
+    convert_to_low_precision_(model, torch.float16, keep_in_fp32=(wanted,))
+    assert [layer.weight.dtype for layer in model] == [torch.float16, torch.float32, torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            {"dtype": torch.float64},
+            r"`convert_to_low_precision_\(dtype\)` must be.*got dtype=torch.float64. Use",
+        ),
+        ({"keep_in_fp32": "norm"}, r"must be a tuple of names of layers, but got keep_in_fp32='norm'. Write"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        convert_to_low_precision_(nn.Linear(4, 4), **arguments)
 
 
 def test_converting_twice_changes_nothing() -> None:
