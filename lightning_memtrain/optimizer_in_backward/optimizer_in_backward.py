@@ -93,6 +93,11 @@ class OptimizerInBackward(Callback):
                 "`OptimizerInBackward(clip_by_norm)` must be 'two_pass' or None, but got "
                 f"clip_by_norm={clip_by_norm!r}. Use one of them."
             )
+        if not isinstance(hooks_without_gradients, bool):
+            raise MisconfigurationException(
+                "`OptimizerInBackward(hooks_without_gradients)` must be True or False, but got "
+                f"hooks_without_gradients={hooks_without_gradients!r}. Use one of them."
+            )
         self._accumulation = accumulation
         self._clip_by_norm = clip_by_norm
         self._hooks_without_gradients = hooks_without_gradients

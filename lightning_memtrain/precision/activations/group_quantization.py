@@ -70,7 +70,7 @@ def quantize(values: Tensor, bits: int, noise: Tensor | None = None) -> Quantize
 
 
 def quantize_any(values: Tensor, bits: int, noise: Tensor | None = None) -> QuantizedGroups:
-    """Quantize as :func:`quantize`, by operations that do not depend on the numbers, as a compiler needs them.
+    """Quantize as :func:`quantize`, by operations that do not depend on the numbers, which a compiler needs.
 
     Args:
         values: of shape ``(num_groups, group_size)``; float32, bfloat16 or float16.

@@ -40,10 +40,15 @@ class ScalerConfig:
     max_scale: float | None = 2.0**15
 
     def __post_init__(self) -> None:
-        if not self.init_scale > 0:
+        if isinstance(self.init_scale, bool) or not self.init_scale > 0:
             raise MisconfigurationException(
                 f"`ScalerConfig(init_scale)` must be greater than 0, but got init_scale={self.init_scale}. "
                 "Use a power of two, e.g. 2.0**15."
+            )
+        if isinstance(self.growth_interval, bool) or not isinstance(self.growth_interval, int):
+            raise MisconfigurationException(
+                "`ScalerConfig(growth_interval)` must be a whole number of steps, but got "
+                f"growth_interval={self.growth_interval!r}. Use e.g. 2000."
             )
         if self.growth_interval < 1:
             raise MisconfigurationException(

@@ -179,7 +179,8 @@ class SGD8bit(Optimizer):
 
         Args:
             parameter: of one axis, contiguous.
-            source: int64, of one axis, one per entry to be: the number of the entry that it was, or -1 for momentum 0.
+            source: int64, of one axis, one per entry to be: the number of the entry that it was, or -1 for
+                momentum 0.
         """
         state = self.state.get(parameter)
         if not state:

@@ -233,6 +233,7 @@ def test_several_optimizers_are_refused(tmp_path: Path) -> None:
             r"must be ExactMomentum\(\), AdamA\(\) or None, but got accumulation='adama'",
         ),
         ({"clip_by_norm": True}, "must be 'two_pass' or None, but got clip_by_norm=True"),
+        ({"hooks_without_gradients": 1}, "must be True or False, but got hooks_without_gradients=1. Use one"),
     ],
 )
 def test_arguments_out_of_their_range_are_refused(options: dict[str, Any], message: str) -> None:
