@@ -1,4 +1,4 @@
-"""Compressed activations: bytes stored, error of gradients, peak, and time of the quantiser.
+"""Compressed activations: bytes stored, error of gradients, peak, and time of the quantizer.
 
     python -m benchmarks.activation_codec [--repeats 9] [--threads 1]
 
@@ -6,7 +6,7 @@ WideResNet-16-2 on 32 random images and a 4-layer transformer of width 128 on 16
 initialisation. The error is the distance from the exact gradient relative to it, all parameters as one
 vector. The peak is the ledger's, of forward and backward. Naive codes round small positive numbers to zero,
 which shows what that costs where there are ReLUs. `nothing stored` has the peak that no number of bits gets
-below: its gradients mean nothing. The quantiser is timed on 4 Mi normally distributed
+below: its gradients mean nothing. The quantizer is timed on 4 Mi normally distributed
 numbers, medians over repetitions, beside a copy of the same tensor; on the CPU only packing is compiled.
 Steps are forward and backward, medians of ratios over turns.
 """
@@ -29,10 +29,10 @@ from benchmarks.models import _LanguageModel
 from benchmarks.results_file import write_results
 from lightning_memtrain import ActivationCodec, MemoryLedger
 from lightning_memtrain.core import MIB
-from lightning_memtrain.precision import activation_quantiser
-from lightning_memtrain.precision.activation_kernels import Kernels
-from lightning_memtrain.precision.activation_layout import memory_order
-from lightning_memtrain.precision.activation_quantiser import Groups
+from lightning_memtrain.precision.activations import group_quantization
+from lightning_memtrain.precision.activations.group_quantization import QuantizedGroups
+from lightning_memtrain.precision.activations.memory_order import memory_order
+from lightning_memtrain.precision.activations.quantization_kernels import QuantizationKernels
 from lightning_memtrain.recipes.cifar10_wrn28_2.model import WideResNet
 
 NUM_TIMED = 4 * MIB
@@ -64,7 +64,7 @@ def step(make: Callable[[], Any], codec: ActivationCodec | None) -> dict[str, An
         if packing is None:
             loss = loss_of(model)
         else:
-            packing.spare(batch)
+            packing.exclude(batch)
             with packing:
                 loss = loss_of(model)
         loss.backward()
@@ -89,13 +89,13 @@ def gradients() -> dict[str, Any]:
         rows: dict[str, Any] = {"plain": plain}
         for bits in (8, 4, 2):
             codec = ActivationCodec(bits=bits, compiled=False)  # type: ignore[arg-type]
-            with mock.patch.object(activation_quantiser, "_codes", _naive_codes):
+            with mock.patch.object(group_quantization, "_codes", _naive_codes):
                 naive = step(make, codec).pop("gradient")
             row = step(make, codec)
             row["gradient_error"] = error(row.pop("gradient"), exact)
             row["gradient_error_naive"] = error(naive, exact)
             rows[f"{bits} bits"] = row
-        with mock.patch.multiple(Kernels, quantise=_nothing, dequantise=_nothing_back):
+        with mock.patch.multiple(QuantizationKernels, quantize=_nothing, dequantize=_nothing_back):
             rows["nothing stored"] = {"peak_mib": step(make, ActivationCodec(compiled=False))["peak_mib"]}
         results[name] = rows
         for key, row in rows.items():
@@ -107,8 +107,8 @@ def error(gradient: Tensor, exact: Tensor) -> float:
     return float(f"{float((gradient - exact).norm() / exact.norm()):.3g}")
 
 
-def _nothing(*_: Any) -> Groups:
-    return Groups(*(torch.empty(1) for _ in Groups._fields))  # 12 bytes for each tensor
+def _nothing(*_: Any) -> QuantizedGroups:
+    return QuantizedGroups(*(torch.empty(1) for _ in QuantizedGroups._fields))  # 12 bytes for each tensor
 
 
 def _nothing_back(*_: Any) -> None: ...
@@ -126,14 +126,14 @@ def times(repeats: int) -> dict[str, Any]:
     rows: dict[str, Any] = {"copy": {"ms": median_ms(lambda: back.copy_(tensor), repeats)}}
     for bits in (8, 4, 2):
         for compiled in (False, True):
-            kernels = Kernels(bits, 256 if bits == 8 else 64, compiled)
+            kernels = QuantizationKernels(bits, 256 if bits == 8 else 64, compiled)
             begin = time.perf_counter()
-            groups = kernels.quantise(tensor, order, None)
-            kernels.dequantise(groups, back, order)
+            groups = kernels.quantize(tensor, order, None)
+            kernels.dequantize(groups, back, order)
             first = time.perf_counter() - begin
             row: dict[str, Any] = {
-                "pack_ms": median_ms(lambda k=kernels: k.quantise(tensor, order, None), repeats),
-                "unpack_ms": median_ms(lambda k=kernels, g=groups: k.dequantise(g, back, order), repeats),
+                "pack_ms": median_ms(lambda k=kernels: k.quantize(tensor, order, None), repeats),
+                "unpack_ms": median_ms(lambda k=kernels, g=groups: k.dequantize(g, back, order), repeats),
             }
             if compiled:
                 row["first_call_s"] = round(first, 1)

@@ -36,7 +36,7 @@ from lightning_memtrain import (
 )
 from lightning_memtrain.core import MIB
 from lightning_memtrain.optimizer_in_backward import Accumulation
-from lightning_memtrain.optimizer_in_backward.engine import BackwardSteps
+from lightning_memtrain.optimizer_in_backward.backward_steps import BackwardSteps
 from lightning_memtrain.optimizer_steps import step_parameter
 
 NUM_STEPS, BATCH_SIZE, NUM_MICROBATCHES = 6, 8, 4

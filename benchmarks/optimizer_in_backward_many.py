@@ -27,7 +27,7 @@ from benchmarks.lightning_steps import fit
 from benchmarks.models import Step
 from benchmarks.results_file import write_results
 from lightning_memtrain import OptimizerInBackward
-from lightning_memtrain.optimizer_in_backward.engine import BackwardSteps
+from lightning_memtrain.optimizer_in_backward.backward_steps import BackwardSteps
 from lightning_memtrain.optimizer_steps import step_parameter
 
 NUMBERS = (100, 500, 1000, 5000)

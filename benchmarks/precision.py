@@ -31,8 +31,8 @@ from benchmarks.results_file import write_results
 from lightning_memtrain import Category, MemoryLedger
 from lightning_memtrain.core import MIB
 from lightning_memtrain.precision import SGD8bit, adamw4bit, adamw8bit
-from lightning_memtrain.precision.rounding import RoundingNoise
-from lightning_memtrain.precision.stepping import BucketedStep
+from lightning_memtrain.precision.optimizers.bucketed_step import BucketedStep
+from lightning_memtrain.precision.optimizers.stochastic_rounding import RoundingNoise
 
 SEEDS = range(3)
 WIDTH, DEPTH = 1024, 4

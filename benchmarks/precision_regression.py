@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_memtrain.precision.rounding import RoundingNoise
-from lightning_memtrain.precision.stepping import BucketedStep
+from lightning_memtrain.precision.optimizers.bucketed_step import BucketedStep
+from lightning_memtrain.precision.optimizers.stochastic_rounding import RoundingNoise
 
 INPUTS, WIDTH, BATCH_SIZE = 16, 64, 64
 NOISE = 0.1

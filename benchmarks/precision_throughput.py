@@ -1,4 +1,4 @@
-"""Quantising and stochastic rounding beside bitsandbytes and torchao, on the same tensor.
+"""Quantizing and stochastic rounding beside bitsandbytes and torchao, on the same tensor.
 
     python -m benchmarks.precision_throughput [--repeats 9] [--threads 1]
 
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.results_file import write_results
-from lightning_memtrain.precision.activation_kernels import Kernels
-from lightning_memtrain.precision.activation_layout import memory_order
-from lightning_memtrain.precision.rounding import stochastic_round
+from lightning_memtrain.precision.activations.memory_order import memory_order
+from lightning_memtrain.precision.activations.quantization_kernels import QuantizationKernels
+from lightning_memtrain.precision.optimizers.stochastic_rounding import stochastic_round
 
 NUMEL = 4 * 2**20
 GROUP = {8: 256, 4: 64}
@@ -40,16 +40,16 @@ def codecs(x: Tensor, bits: int) -> dict[str, tuple[Call, Callable[[Any], Call]]
     assert order is not None
     found: dict[str, tuple[Call, Callable[[Any], Call]]] = {}
     for name, compiled in {"ours, compiled": True, "ours, eager": False}.items():
-        kernels = Kernels(bits, group, compiled)
+        kernels = QuantizationKernels(bits, group, compiled)
 
-        def unpacking(groups: Any, kernels: Kernels = kernels) -> Call:
+        def unpacking(groups: Any, kernels: QuantizationKernels = kernels) -> Call:
             def unpack() -> Tensor:
-                kernels.dequantise(groups, back, order)
+                kernels.dequantize(groups, back, order)
                 return back
 
             return unpack
 
-        found[name] = (lambda k=kernels: k.quantise(x, order, None)), unpacking
+        found[name] = (lambda k=kernels: k.quantize(x, order, None)), unpacking
     if find_spec("bitsandbytes"):
         from bitsandbytes import functional as bnb
 
@@ -69,11 +69,11 @@ def codecs(x: Tensor, bits: int) -> dict[str, tuple[Call, Callable[[Any], Call]]
         code = torch.tensor(
             ao.create_dynamic_map(True, *((7, 8) if bits == 8 else (3, 4))), dtype=torch.float32
         )
-        quantise = ao.quantize_8bit_with_qmap if bits == 8 else ao.quantize_4bit_with_qmap
+        quantize = ao.quantize_8bit_with_qmap if bits == 8 else ao.quantize_4bit_with_qmap
 
         def pack() -> tuple[Tensor, Tensor]:
             scaled, scale = ao.scale_tensor(x, group)
-            return quantise(scaled, code), scale
+            return quantize(scaled, code), scale
 
         def unpacking_ao(packed: Any, function: Any = ao.dequant_with_qmap) -> Call:
             return lambda: function(packed[0], code, packed[1])

@@ -86,14 +86,17 @@ def transformer_rows() -> dict[str, tuple[MakeOptimizer, Row]]:
     eight_bits, four_bits = ActivationCodec(bits=8, compiled=False), ActivationCodec(bits=4, compiled=False)
     adam = partial(adamw8bit, lr=1e-4)
     full_adam = partial(torch.optim.AdamW, lr=1e-4)
-    bf16: Row = {"precision": {"compute": "bf16-true"}}
-    packed: Row = {"precision": {"compute": "bf16-true", "activations": four_bits}}
+    bf16: Row = {"precision": {"precision": "bf16-true"}}
+    packed: Row = {"precision": {"precision": "bf16-true", "activations": four_bits}}
     microbatched: Row = packed | {"callbacks": lambda: [Microbatching(num_microbatches=4)]}
     return {
         "float32": (full_adam, {}),
         "bfloat16, stochastic rounding": (full_adam, bf16),
         "+ Adam in 8 bits": (adam, bf16),
-        "+ activations in 8 bits": (adam, {"precision": {"compute": "bf16-true", "activations": eight_bits}}),
+        "+ activations in 8 bits": (
+            adam,
+            {"precision": {"precision": "bf16-true", "activations": eight_bits}},
+        ),
         "activations in 4 bits instead": (adam, packed),
         "+ 4 microbatches": (adam, microbatched),
         "+ checkpointing": (
@@ -107,7 +110,7 @@ def transformer_rows() -> dict[str, tuple[MakeOptimizer, Row]]:
 def wide_resnet_rows() -> dict[str, tuple[MakeOptimizer, Row]]:
     settings: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
     sgd, sgd8bit = partial(torch.optim.SGD, **settings), partial(SGD8bit, **settings)
-    bf16 = {"compute": "bf16-true"}
+    bf16 = {"precision": "bf16-true"}
 
     def stack(*sparse: Callable[[], Any]) -> Callable[[], list[Any]]:
         return lambda: [

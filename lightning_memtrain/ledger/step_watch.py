@@ -88,8 +88,8 @@ class StepWatch:
         }
         owners = {id(parameter): _owner(name) for name, parameter in trained.items()}
         hooks = AccumulationHooks(functools.partial(self._after_accumulation, owners))
-        undo.callback(hooks.take_off)
-        hooks.put_on(trained.values())
+        undo.callback(hooks.remove)
+        hooks.register(trained.values())
         for optimizer in self._optimizers:
             undo.callback(optimizer.register_step_post_hook(self._after_optimizer_step).remove)
         undo.enter_context(self.modules)

@@ -29,11 +29,11 @@ class AccumulationHooks:
         self._dicts: list[OrderedDict[int, Any]] = []
         self._handles: list[RemovableHandle] = []
 
-    def put_on(self, parameters: Iterable[Tensor]) -> None:
+    def register(self, parameters: Iterable[Tensor]) -> None:
         """Put the hook on parameters that require gradients; they are leaves, and have it not yet.
 
         Args:
-            parameters: which.
+            parameters: of any shapes and floating-point dtypes.
         """
         hook = self._hook
         for parameter in parameters:
@@ -47,7 +47,7 @@ class AccumulationHooks:
             hooks[_KEY] = hook
             self._dicts.append(hooks)
 
-    def take_off(self) -> None:
+    def remove(self) -> None:
         """Leave parameters as they were found, with the hooks that others have put on meanwhile."""
         for handle in self._handles:
             handle.remove()

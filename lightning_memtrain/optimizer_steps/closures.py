@@ -39,9 +39,11 @@ class EvaluatedClosure:
         >>> closure = EvaluatedClosure(0.25, [weight])
         >>> torch.optim.SGD([weight], lr=0.5).step(closure), weight.item()
         (0.25, 0.5)
-        >>> closure()
-        Traceback (most recent call last):
-        lightning_memtrain...EvaluatesModelError: its closure is called again within a step
+        >>> try:
+        ...     closure()
+        ... except EvaluatesModelError as error:
+        ...     print(error)
+        its closure is called again within a step
     """
 
     def __init__(self, result: Any, parameters: Iterable[Tensor]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -12,27 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_memtrain.optimizer_steps.closures import (
-    EvaluatedClosure,
-    EvaluatesModelError,
-    needs_closure,
-    takes_closure,
-)
-from lightning_memtrain.optimizer_steps.shared_state import SharedState
-
-__all__ = [
-    "SupportsParameterStep",
-    "changed_shared_state",
-    "needs_closure",
-    "own_step",
-    "shared_state",
-    "step_parameter",
-    "step_parameters",
-]
+from lightning_memtrain.optimizer_steps.closures import EvaluatedClosure, EvaluatesModelError, takes_closure
+from lightning_memtrain.optimizer_steps.partial_steps import why_no_partial_steps
+from lightning_memtrain.optimizer_steps.step_hooks import unhooked_step
 
 # Their classes treat each parameter by itself, and know it by its identity.
 _ONLY_LOOK_AT_GROUPS = ("torch.optim.", "torchao.optim.", "lightning_memtrain.")
-_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 @runtime_checkable
@@ -46,7 +30,7 @@ class SupportsParameterStep(Protocol):
 
         Args:
             optimizer: one of the run's.
-            parameter: one of the optimizer's.
+            parameter: one of the optimizer's, of any shape and floating-point dtype.
         """
 
 
@@ -55,10 +39,10 @@ def step_parameter(optimizer: Optimizer, parameter: Tensor) -> None:
 
     Args:
         optimizer: any that treats each parameter by itself.
-        parameter: one of its parameters; its gradient stays.
+        parameter: one of its parameters, of any shape and floating-point dtype; its gradient stays.
 
     Raises:
-        MisconfigurationException: if the optimizer evaluates the model again during its step.
+        MisconfigurationException: if the optimizer evaluates the model during its step.
 
     Example:
         >>> first, second = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
@@ -73,33 +57,39 @@ def step_parameter(optimizer: Optimizer, parameter: Tensor) -> None:
 
 @torch.no_grad()
 def step_parameters(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
-    """As :func:`step_parameter`, for several at once.
+    """Step some parameters by the optimizer's own code, as :func:`step_parameter` steps one.
 
     Takes time by the number of parameters that are stepped, if the optimizer is of torch, torchao or this
     library; others find all their parameters, and look at each.
 
     Args:
         optimizer: any that treats each parameter by itself.
-        parameters: some of its parameters; their gradients stay.
+        parameters: some of its parameters, of any shapes and floating-point dtypes; their gradients stay.
 
     Raises:
-        MisconfigurationException: if the optimizer evaluates the model again during its step.
+        MisconfigurationException: if the optimizer evaluates the model during its step.
     """
+    if reason := why_no_partial_steps(optimizer):
+        raise _refused(optimizer, reason)
     known = type(optimizer).__module__.startswith(_ONLY_LOOK_AT_GROUPS)
     try:
         narrowed = _only_in_groups if known else _only_with_gradients
-        with narrowed(optimizer, parameters), own_step(optimizer) as step:
+        with narrowed(optimizer, parameters), unhooked_step(optimizer) as step:
             if known or not takes_closure(optimizer):
                 step(optimizer)
             else:
                 step(optimizer, closure=EvaluatedClosure(None, list(parameters)))
     except EvaluatesModelError as error:
-        from lightning.fabric.utilities.exceptions import MisconfigurationException
+        raise _refused(optimizer, str(error)) from error
 
-        raise MisconfigurationException(
-            "Parameters can be stepped one by one only by an optimizer that steps without evaluating the "
-            f"model, but got {type(optimizer).__name__}: {error}. Use another optimizer."
-        ) from error
+
+def _refused(optimizer: Optimizer, reason: str) -> Exception:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    return MisconfigurationException(
+        "Parameters can be stepped one by one only by an optimizer that steps without evaluating the model, "
+        f"but got {type(optimizer).__name__}: {reason}. Use another optimizer."
+    )
 
 
 @contextmanager
@@ -159,53 +149,3 @@ def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
         }
         number, _ = _places[optimizer][id(parameter)]
     return groups[number]
-
-
-@contextmanager
-def own_step(optimizer: Optimizer) -> Iterator[Callable[..., Any]]:
-    """The code of an optimizer's step, without what others have put around it.
-
-    Args:
-        optimizer: any; in the block it has no step hooks.
-
-    Yields:
-        The ``step`` of its class, to be called with the optimizer.
-    """
-    # Optimizers that wrap another one and do without the constructor of their class have no hooks.
-    hooks = {name: vars(optimizer)[name] for name in _HOOKS if name in vars(optimizer)}
-    step: Any = type(optimizer).step
-    step = step.__wrapped__ if getattr(step, "hooked", False) else step
-    # A step that calls that of a parent class would come upon the hooks again.
-    vars(optimizer).update((name, OrderedDict()) for name in hooks)
-    try:
-        yield step
-    finally:
-        vars(optimizer).update(hooks)
-
-
-def shared_state(optimizer: Optimizer) -> SharedState:
-    """What an optimizer keeps besides the state of its parameters.
-
-    Args:
-        optimizer: any.
-
-    Returns:
-        What there is now. A step in parts differs from a whole one where a step changes it.
-    """
-    return SharedState(optimizer)
-
-
-def changed_shared_state(before: SharedState, optimizer: Optimizer) -> list[str]:
-    """Where an optimizer has changed what it keeps across parameters.
-
-    This is the test of all techniques for whether an optimizer may be stepped in parts.
-
-    Args:
-        before: of :func:`shared_state`.
-        optimizer: the same optimizer, later.
-
-    Returns:
-        The places, sorted.
-    """
-    assert before.optimizer is optimizer
-    return before.changed()

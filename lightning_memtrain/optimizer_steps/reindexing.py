@@ -24,6 +24,6 @@ class SupportsReindexing(Protocol):
 
         Args:
             parameter: of one axis; without state, nothing is to be done.
-            source: int64, one per entry to be: the number of the entry that it was, or -1 if it is new and
-                starts as the optimizer wants it.
+            source: int64, of one axis, one per entry to be: the number of the entry that it was, or -1 if it
+                is new and starts as the optimizer wants it.
         """

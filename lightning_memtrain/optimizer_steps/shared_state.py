@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_memtrain.optimizer_steps.contents import holdings, optimizers_in
+from lightning_memtrain.optimizer_steps.optimizer_contents import containers_in, optimizers_in
 
 # Larger tensors are told to have changed by their version, and cannot be put back.
 _SMALL_NUMEL = 1024
@@ -45,8 +45,13 @@ class SharedState:
         self.optimizer = optimizer
         self.known = type(optimizer).__module__.startswith(_KNOWN)
         """Whether it is one of a library's that keeps nothing across parameters, and is not searched."""
-        self._found = _found_in(optimizer) if not self.known else {}
-        self._copies = [(h.holder, h.items) for h in holdings(optimizer)] if not self.known else []
+        self._found: dict[str, Any] = {}
+        self._copies: list[tuple[Any, tuple[tuple[Any, Any], ...]]] = []
+        self._tensors: list[tuple[Tensor, Tensor]] = []
+        if self.known:
+            return
+        self._found = _found_in(optimizer)
+        self._copies = [(container.value, container.items) for container in containers_in(optimizer)]
         parameters = _parameters_of(optimizer)
         self._tensors = [
             (value, value.detach().clone())
@@ -76,8 +81,8 @@ class SharedState:
         Returns:
             Whether all is as it was: large tensors, and objects that do not show what they hold, stay.
         """
-        for holder, items in self._copies:
-            _put_back(holder, items)
+        for container, items in self._copies:
+            _put_back(container, items)
         for tensor, copy in self._tensors:
             if not torch.equal(tensor, copy):
                 tensor.copy_(copy)
@@ -91,9 +96,9 @@ def _found_in(optimizer: Optimizer) -> dict[str, Any]:
     """Each value that can be compared, by its place."""
     parameters = _parameters_of(optimizer)
     return {
-        holding.place_of(key): _comparable(value)
-        for holding in holdings(optimizer)
-        for key, value in _in_stable_order(holding.holder, holding.items)
+        container.path_of(key): _comparable(value)
+        for container in containers_in(optimizer)
+        for key, value in _in_stable_order(container.value, container.items)
         if id(value) not in parameters and not isinstance(value, nn.Parameter)
     }
 
@@ -108,8 +113,8 @@ def _parameters_of(optimizer: Optimizer) -> set[int]:
     }
 
 
-def _in_stable_order(holder: Any, items: tuple[tuple[Any, Any], ...]) -> tuple[tuple[Any, Any], ...]:
-    if isinstance(holder, (set, frozenset)):
+def _in_stable_order(container: Any, items: tuple[tuple[Any, Any], ...]) -> tuple[tuple[Any, Any], ...]:
+    if isinstance(container, (set, frozenset)):
         return tuple(enumerate(sorted((value for _, value in items), key=repr)))
     return items
 
@@ -139,22 +144,22 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-def _put_back(holder: Any, items: tuple[tuple[Any, Any], ...]) -> None:
+def _put_back(container: Any, items: tuple[tuple[Any, Any], ...]) -> None:
     values = [value for _, value in items]
-    if isinstance(holder, MutableMapping):
+    if isinstance(container, MutableMapping):
         kept = dict(items)
-        for key in [key for key in holder if not isinstance(key, Tensor) and key not in kept]:
-            del holder[key]
-        holder.update(kept)
-    elif isinstance(holder, list):
-        holder[:] = values
-    elif isinstance(holder, (deque, set)):
-        holder.clear()
-        holder.extend(values) if isinstance(holder, deque) else holder.update(values)
-    elif not isinstance(holder, (tuple, frozenset, nn.Module)):
+        for key in [key for key in container if not isinstance(key, Tensor) and key not in kept]:
+            del container[key]
+        container.update(kept)
+    elif isinstance(container, list):
+        container[:] = values
+    elif isinstance(container, (deque, set)):
+        container.clear()
+        container.extend(values) if isinstance(container, deque) else container.update(values)
+    elif not isinstance(container, (tuple, frozenset, nn.Module)):
         names = dict(items)
-        for name in [name for name in getattr(holder, "__dict__", ()) if name not in names]:
-            delattr(holder, name)
+        for name in [name for name in getattr(container, "__dict__", ()) if name not in names]:
+            delattr(container, name)
         for name, value in items:
-            if getattr(holder, name, _NONE) is not value:
-                object.__setattr__(holder, name, value)
+            if getattr(container, name, _NONE) is not value:
+                object.__setattr__(container, name, value)

@@ -31,7 +31,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "ActivationCheckpointing": lambda: mt.ActivationCheckpointing("full"),
     "ActivationCheckpointing, auto": mt.ActivationCheckpointing,
     "OffloadActivations": lambda: mt.OffloadActivations(min_bytes=1),
-    "CompressedActivations": lambda: mt.CompressedActivations(mt.ActivationCodec(group=8, min_numel=8)),
+    "CompressedActivations": lambda: mt.CompressedActivations(mt.ActivationCodec(group_size=8, min_numel=8)),
     "LowPrecision": lambda: mt.LowPrecision("bf16-true"),
     "OptimizerInBackward": lambda: mt.OptimizerInBackward(clip_by_norm="two_pass"),
     "SparseTraining": lambda: mt.SparseTraining(mt.RigL(0.5, drop=0.5), mt.UpdateEvery(2, stop=1.0)),

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lightning_memtrain import ActivationCodec, SGD8bit
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.precision.sharded import refuse_sharded
+from lightning_memtrain.precision.optimizers.sharded_parameters import validate_unsharded
 from tests.helpers.two_ranks import found_by_two_ranks
 
 pytestmark = pytest.mark.slow
@@ -107,7 +107,7 @@ def _packed_half() -> Any:
 
 def _refused() -> Any:
     messages = []
-    for make in (lambda p: SGD8bit(p, lr=0.1), lambda p: refuse_sharded("adam8bit", p)):
+    for make in (lambda p: SGD8bit(p, lr=0.1), lambda p: validate_unsharded("adam8bit", p)):
         try:
             make(_net().parameters())
         except TypeError as error:

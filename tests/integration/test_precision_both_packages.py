@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_memtrain import LowPrecision, ScalerConfig
-from lightning_memtrain.precision.rounding import RoundingNoise
-from lightning_memtrain.precision.settings import Settings
-from lightning_memtrain.precision.true_half import true_half
+from lightning_memtrain.precision.half_precision import half_precision_training
+from lightning_memtrain.precision.optimizers.stochastic_rounding import RoundingNoise
+from lightning_memtrain.precision.precision_settings import PrecisionSettings
 
 old: Any = pytest.importorskip("pytorch_lightning")
 PACKAGES = {"lightning": new, "pytorch_lightning": old}
@@ -70,16 +70,22 @@ def fit(package: Any, folder: Path, plugin: Any, **options: Any) -> tuple[Any, A
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "bf16-true": ({"compute": "bf16-true"}, {}),
-    "clipped by norm": ({"compute": "bf16-true"}, {"gradient_clip_val": 0.01}),
+    "bf16-true": ({"precision": "bf16-true"}, {}),
+    "clipped by norm": ({"precision": "bf16-true"}, {"gradient_clip_val": 0.01}),
     "clipped by value": (
-        {"compute": "bf16-true"},
+        {"precision": "bf16-true"},
         {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"},
     ),
-    "nearest": ({"compute": "bf16-true", "weight_rounding": "nearest"}, {"gradient_clip_val": 0.01}),
-    "16-true": ({"compute": "16-true", "scaler": ScalerConfig(init=64.0)}, {"gradient_clip_val": 0.01}),
-    "16-mixed": ({"compute": "16-mixed", "scaler": ScalerConfig(init=64.0)}, {"gradient_clip_val": 0.01}),
-    "32-true": ({"compute": "32-true"}, {"gradient_clip_val": 0.01}),
+    "nearest": ({"precision": "bf16-true", "weight_rounding": "nearest"}, {"gradient_clip_val": 0.01}),
+    "16-true": (
+        {"precision": "16-true", "scaler": ScalerConfig(init_scale=64.0)},
+        {"gradient_clip_val": 0.01},
+    ),
+    "16-mixed": (
+        {"precision": "16-mixed", "scaler": ScalerConfig(init_scale=64.0)},
+        {"gradient_clip_val": 0.01},
+    ),
+    "32-true": ({"precision": "32-true"}, {"gradient_clip_val": 0.01}),
 }
 
 
@@ -100,8 +106,8 @@ def test_a_run_is_the_same_under_both_names(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("package", PACKAGES.values(), ids=PACKAGES)
 def test_the_plugin_is_of_the_package_of_its_trainer(package: Any) -> None:
     assert isinstance(LowPrecision(), package.plugins.precision.Precision)
-    settings = Settings("bf16-true", "stochastic", (), None, None, False, 0, None)
-    mode = true_half(settings, RoundingNoise(0), like=model(package))
+    settings = PrecisionSettings("bf16-true", "stochastic", (), None, None, False, 0, None)
+    mode = half_precision_training(settings, RoundingNoise(0), like=model(package))
     assert isinstance(mode, package.plugins.precision.Precision)
     others = {"lightning", "pytorch_lightning"} - {package.__name__.partition(".")[0]}
     assert not {kind.__module__.partition(".")[0] for kind in type(mode).__mro__} & others

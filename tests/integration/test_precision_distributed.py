@@ -53,13 +53,13 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
 
 
 def check(name: str, folder: Path, rank: int) -> dict[str, Any]:
-    compute, options, microbatched = CASES[name]
+    precision, options, microbatched = CASES[name]
     torch.manual_seed(0)
     model = Net()
     plugin = LowPrecision(
-        compute,  # type: ignore[arg-type]
-        scaler=ScalerConfig(init=1024.0) if compute == "16-true" else None,
-        bucket_numel=None if compute == "32-true" else 40,
+        precision,  # type: ignore[arg-type]
+        scaler=ScalerConfig(init_scale=1024.0) if precision == "16-true" else None,
+        bucket_numel=None if precision == "32-true" else 40,
     )
     callbacks = [Microbatching(num_microbatches=3)] if microbatched else []
     trainer = quiet_trainer(

@@ -100,20 +100,20 @@ def test_at_its_identity_setting_it_is_lightning_to_the_bit(
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("compute", ["bf16-mixed", "16-mixed"])
-def test_mixed_precision_is_lightnings_to_the_bit(name: str, compute: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_is_lightnings_to_the_bit(name: str, precision: Any, tmp_path: Path) -> None:
     case, runs = CASES[name], []
-    for plugin in (MixedPrecision(compute, "cpu"), LowPrecision(compute)):
+    for plugin in (MixedPrecision(precision, "cpu"), LowPrecision(precision)):
         options = case.trainer | {"plugins": [plugin]}
         runs.append(train(Regression, batches(), tmp_path, *case.callbacks(), **options))
     assert_same_run(*runs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "SGD8bit"])
-@pytest.mark.parametrize("compute", ["bf16-true", "16-true"])
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 @pytest.mark.parametrize("name", CASES)
 def test_half_precision_trains_as_float32_does(
-    name: str, compute: Any, optimizer: str, tmp_path: Path
+    name: str, precision: Any, optimizer: str, tmp_path: Path
 ) -> None:
     case = CASES[name]
 
@@ -121,7 +121,7 @@ def test_half_precision_trains_as_float32_does(
         options = case.trainer | {"plugins": list(plugins), "max_epochs": 4}
         return train(lambda: Regression(optimizer), batches(), tmp_path, *case.callbacks(), **options)
 
-    full, half = run(), run(LowPrecision(compute))
+    full, half = run(), run(LowPrecision(precision))
     assert half.observed.global_steps == full.observed.global_steps
     rates = [[g["lr"] for g in r.trainer.optimizers[0].param_groups] for r in (full, half)]
     assert rates[0] == rates[1]
@@ -136,9 +136,9 @@ def test_half_precision_trains_as_float32_does(
     assert norms[1].item() == pytest.approx(norms[0].item(), rel=0.05)
 
 
-@pytest.mark.parametrize("compute", ["bf16-true", "16-true"])
-def test_microbatches_give_the_gradient_of_the_batch_up_to_rounding(compute: Any, tmp_path: Path) -> None:
-    options = {"plugins": [LowPrecision(compute)], "max_steps": 1}
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_microbatches_give_the_gradient_of_the_batch_up_to_rounding(precision: Any, tmp_path: Path) -> None:
+    options = {"plugins": [LowPrecision(precision)], "max_steps": 1}
     whole = train(NoNoise, batches(), tmp_path, **options)
     split = train(NoNoise, batches(), tmp_path, Microbatching(num_microbatches=4), **options)
     for one, other in zip(whole.observed.gradients[0], split.observed.gradients[0], strict=True):
@@ -146,11 +146,11 @@ def test_microbatches_give_the_gradient_of_the_batch_up_to_rounding(compute: Any
 
 
 @pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("compute", ["bf16-true", "16-true", "16-mixed"])
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "16-mixed"])
 def test_saved_mid_run_and_resumed_is_uninterrupted_to_the_bit(
-    compute: Any, early: bool, tmp_path: Path
+    precision: Any, early: bool, tmp_path: Path
 ) -> None:
-    scaler = None if compute == "bf16-true" else ScalerConfig(init=8.0, growth_interval=4)
+    scaler = None if precision == "bf16-true" else ScalerConfig(init_scale=8.0, growth_interval=4)
     data = DataLoader(batches(), batch_size=None)
 
     class SaveAt(Callback):
@@ -166,8 +166,8 @@ def test_saved_mid_run_and_resumed_is_uninterrupted_to_the_bit(
 
     def run(seed: int, **fit: Any) -> tuple[Any, ...]:
         torch.manual_seed(seed)
-        model, plugin = Regression(), LowPrecision(compute, scaler=scaler, seed=seed)
-        callbacks = [SaveAt(), Microbatching(num_microbatches=1)] if early else [SaveAt()]
+        model, plugin = Regression(), LowPrecision(precision, scaler=scaler, seed=seed)
+        callbacks = [SaveAt(), EarlyZeroGrad()] if early else [SaveAt()]
         trainer = quiet_trainer(tmp_path, *callbacks, max_epochs=2, plugins=[plugin], gradient_clip_val=0.5)
         trainer.fit(model, data, **fit)
         state = trainer.optimizers[0].state_dict()["state"]
@@ -180,7 +180,7 @@ def test_saved_mid_run_and_resumed_is_uninterrupted_to_the_bit(
     resumed = run(seed=99, ckpt_path=tmp_path / "mid.ckpt")
     assert all(torch.equal(*pair) for pair in zip(tensors, resumed[0], strict=True))
     assert scale == resumed[1]
-    assert compute == "16-mixed" or noise == resumed[2]
+    assert precision == "16-mixed" or noise == resumed[2]
     assert scale is None or scale["scale"] > 8.0
 
 
@@ -243,11 +243,11 @@ class Skips(Regression):
         return None if batch_idx % 2 else super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("compute", ["bf16-true", "16-true", "16-mixed"])
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "16-mixed"])
 @pytest.mark.filterwarnings("ignore:.*returned `None`")
-def test_batches_without_a_loss(compute: Any, tmp_path: Path) -> None:
-    scaler = None if compute == "bf16-true" else ScalerConfig(init=8.0)
-    run = train(Skips, batches(), tmp_path, plugins=[LowPrecision(compute, scaler=scaler)], max_epochs=1)
+def test_batches_without_a_loss(precision: Any, tmp_path: Path) -> None:
+    scaler = None if precision == "bf16-true" else ScalerConfig(init_scale=8.0)
+    run = train(Skips, batches(), tmp_path, plugins=[LowPrecision(precision, scaler=scaler)], max_epochs=1)
     assert run.trainer.global_step == 8
     steps = {int(state["step"]) for state in run.trainer.optimizers[0].state.values()}
     assert steps == {4}
@@ -281,7 +281,7 @@ class Undefined(Regression):
 
 
 def test_a_run_whose_every_step_is_left_out_ends_and_the_plugin_can_train_again(tmp_path: Path) -> None:
-    plugin = LowPrecision("16-true", scaler=ScalerConfig(init=1024.0))
+    plugin = LowPrecision("16-true", scaler=ScalerConfig(init_scale=1024.0))
     data = DataLoader(batches(50), batch_size=None)
     model = Undefined()
     trainer = quiet_trainer(tmp_path, plugins=[plugin])
@@ -319,9 +319,9 @@ class Adversarial(Regression):
         return torch.optim.Adam(first, lr=1e-2), torch.optim.SGD(last, lr=0.1, momentum=0.9)
 
 
-@pytest.mark.parametrize("compute", ["16-true", "16-mixed"])
-def test_each_fit_begins_with_a_scale_of_its_own(compute: Any, tmp_path: Path) -> None:
-    plugin = LowPrecision(compute, scaler=ScalerConfig(init=8.0, growth_interval=8))
+@pytest.mark.parametrize("precision", ["16-true", "16-mixed"])
+def test_each_fit_begins_with_a_scale_of_its_own(precision: Any, tmp_path: Path) -> None:
+    plugin = LowPrecision(precision, scaler=ScalerConfig(init_scale=8.0, growth_interval=8))
     for _ in range(2):
         trainer = quiet_trainer(tmp_path, plugins=[plugin])
         trainer.fit(Regression(), DataLoader(batches(), batch_size=None))
@@ -329,10 +329,10 @@ def test_each_fit_begins_with_a_scale_of_its_own(compute: Any, tmp_path: Path) -
         assert plugin.scaler.get_scale() == 16.0  # after 8 steps
 
 
-@pytest.mark.parametrize("compute", ["bf16-true", "16-true"])
-def test_manual_optimization(compute: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_manual_optimization(precision: Any, tmp_path: Path) -> None:
     errors = []
-    for plugins in (None, [LowPrecision(compute)]):
+    for plugins in (None, [LowPrecision(precision)]):
         run = train(Adversarial, batches(), tmp_path, plugins=plugins, max_epochs=4)
         assert run.trainer.global_step == 2 * 8 * 4
         x, y = batches()[0]
@@ -373,7 +373,7 @@ class Counts(Regression):
 
 def test_counts_and_averages_are_those_of_float32(tmp_path: Path) -> None:
     full, half = Counts(), Counts()
-    for model, plugins in ((full, None), (half, [LowPrecision(keep_fp32=("norm", "embedding"))])):
+    for model, plugins in ((full, None), (half, [LowPrecision(keep_in_fp32=("norm", "embedding"))])):
         trainer = quiet_trainer(tmp_path, plugins=plugins)
         trainer.fit(model, DataLoader(batches(300), batch_size=None))
     assert half.seen.item() == full.seen.item() == 300
@@ -426,20 +426,20 @@ def test_a_change_of_a_buffer_that_no_text_tells_of_is_warned_of_in_training_onl
     assert len([w for w in caught if "keeps the buffers" in str(w.message)]) == 1
 
 
-@pytest.mark.parametrize("compute", ["bf16-true", "16-true"])
-def test_a_model_that_is_left_in_float32_is_one_for_its_own_project(compute: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_a_model_that_is_left_in_float32_is_one_for_its_own_project(precision: Any, tmp_path: Path) -> None:
     models = []
     for leave in ("half", "float32"):
         torch.manual_seed(0)
         model = Counts()
-        plugin = LowPrecision(compute, leave=leave)  # type: ignore[arg-type]
+        plugin = LowPrecision(precision, leave=leave)  # type: ignore[arg-type]
         trainer = quiet_trainer(tmp_path, plugins=[plugin], max_epochs=1)
         trainer.fit(model, DataLoader(batches(), batch_size=None))
         trainer.fit_loop.max_epochs = 2  # goes on as if it had been left as it was
         trainer.fit(model, DataLoader(batches(), batch_size=None))
         models.append(model)
     half, full = models
-    half_dtype = torch.bfloat16 if compute == "bf16-true" else torch.float16
+    half_dtype = torch.bfloat16 if precision == "bf16-true" else torch.float16
     assert {p.dtype for p in half.parameters()} == {half_dtype, torch.float32}
     assert {p.dtype for p in full.parameters()} == {torch.float32} == {b.dtype for b in full.buffers()}
     for name, value in half.state_dict().items():

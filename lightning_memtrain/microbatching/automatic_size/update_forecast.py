@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_memtrain.compat.lightning_packages import overrides
 from lightning_memtrain.coordination import dry_run
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.optimizer_steps.parameter_steps import needs_closure, own_step
+from lightning_memtrain.optimizer_steps.closures import needs_closure
+from lightning_memtrain.optimizer_steps.step_hooks import unhooked_step
 from lightning_memtrain.tracing import UserState
 
 # The second step may make more state than the first, and one that is not torch's own still later ones.
@@ -105,7 +106,7 @@ def _forecast(
         for _ in range(max(map(_num_steps, optimizers))):
             for twin in twins:
                 before(twin)
-                with own_step(twin) as step:
+                with unhooked_step(twin) as step:
                     step(twin)
             signatures.append(update_signature(twins))
     counted = ledger.breakdown(per_module=False, timeline=False)

@@ -92,8 +92,8 @@ def test_a_list_that_the_recipe_does_not_set_is_extended():
             r"the recipe's `config.yaml` and variant `one` both set `MemoryProfiler` in `trainer\.callbacks`",
         ),
         (
-            {"trainer": {"plugins": the("LowPrecision", compute="bf16-true")}},
-            {"trainer": {"plugins+": [the("LowPrecision", compute="16-true")]}},
+            {"trainer": {"plugins": the("LowPrecision", precision="bf16-true")}},
+            {"trainer": {"plugins+": [the("LowPrecision", precision="16-true")]}},
             r"variant `one` and variant `other` both set `LowPrecision` in `trainer\.plugins`",
         ),
         (

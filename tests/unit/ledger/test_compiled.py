@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_memtrain import Category, MemoryBreakdown, MemoryLedger, device_truth
 from lightning_memtrain.ledger import compiled
 from lightning_memtrain.ledger.compiled import COMPILER_WATCH, ModesHidden
-from lightning_memtrain.precision.activation_kernels import has_compiler
+from lightning_memtrain.precision.activations.quantization_kernels import has_compiler
 from tests.helpers.compiling import TORCH_COMPILE_WARNINGS, Counting
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in TORCH_COMPILE_WARNINGS]

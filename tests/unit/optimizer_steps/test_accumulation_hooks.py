@@ -19,9 +19,9 @@ def test_it_is_called_until_it_is_taken_off_as_often_as_one_likes() -> None:
     hooks = AccumulationHooks(seen.append)
     accumulate(first, second)
     for number in (1, 2):
-        hooks.put_on([first, second])
+        hooks.register([first, second])
         accumulate(first, second)
-        hooks.take_off()
+        hooks.remove()
         accumulate(first, second)
         assert len(seen) == 2 * number
     assert {id(one) for one in seen} == {id(first), id(second)}
@@ -33,10 +33,10 @@ def test_two_of_them_and_others_can_be_taken_off_in_any_order(order: list[int]) 
     calls: list[int] = []
     first = AccumulationHooks(lambda _: calls.append(0))
     second = AccumulationHooks(lambda _: calls.append(1))
-    first.put_on([parameter])
+    first.register([parameter])
     handle = parameter.register_post_accumulate_grad_hook(lambda _: calls.append(2))
-    second.put_on([parameter])
-    undo = [first.take_off, second.take_off, handle.remove]
+    second.register([parameter])
+    undo = [first.remove, second.remove, handle.remove]
     left = [0, 2, 1]  # in the order of putting them on
     for which in order:
         calls.clear()

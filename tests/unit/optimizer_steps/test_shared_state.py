@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_memtrain.optimizer_steps.contents import holdings, optimizers_in
+from lightning_memtrain.optimizer_steps.optimizer_contents import containers_in, optimizers_in
 from lightning_memtrain.optimizer_steps.shared_state import SharedState
 
 
@@ -118,7 +118,7 @@ def test_code_models_and_programs_around_an_optimizer_are_not_searched() -> None
     one.model.count = 1
     one.model(torch.ones(3, 2))
     assert before.changed() == []
-    assert [h.place for h in holdings(one) if "data" in h.place] == []
+    assert [c.path for c in containers_in(one) if "data" in c.path] == []
 
 
 @pytest.mark.parametrize("module", ["torch.optim.adam", "torchao.optim.adam", "bitsandbytes.optim.adam"])

@@ -294,7 +294,7 @@ def test_a_step_that_is_left_out_does_not_count(tmp_path: Path, monkeypatch: pyt
             # The loss of the step that an update was to follow.
             return self.loss(batch) * (torch.inf if self.trainer.global_step == 1 else 1.0)
 
-    plugin = mt.LowPrecision("16-true", scaler=mt.ScalerConfig(init=2.0))
+    plugin = mt.LowPrecision("16-true", scaler=mt.ScalerConfig(init_scale=2.0))
     callback = mt.SparseTraining(mt.RigL(0.75, drop=0.5), EVERY_TWO)
     model, trainer = fit(tmp_path, callback, Overflows(), plugins=[plugin], max_steps=6, max_epochs=-1)
     assert trainer.global_step == 6

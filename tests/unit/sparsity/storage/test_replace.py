@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_memtrain import SGD8bit, sparsify_
-from lightning_memtrain.precision import blockwise
+from lightning_memtrain.precision.optimizers import blockwise_quantization as blockwise
 from lightning_memtrain.sparsity import SparseWeight
 
 MEAN, ZERO = "mean", "zero"
@@ -142,7 +142,7 @@ def test_momentum_in_8_bits_goes_with_its_entries() -> None:
     layer(torch.randn(4, 100)).pow(2).sum().backward()
     optimizer.step()
     state = optimizer.state[weight.values]
-    before = blockwise.decode(state["momentum_codes"], state["momentum_scales"])
+    before = blockwise.dequantize_blockwise(state["momentum_codes"], state["momentum_scales"])
     kept = torch.rand(1000) > 0.3
     grown = torch.tensor([3, 7777, 9999])
     survivors = weight.positions()[kept]
@@ -150,7 +150,7 @@ def test_momentum_in_8_bits_goes_with_its_entries() -> None:
     codes, scales = state["momentum_codes"], state["momentum_scales"]
     assert (codes.shape, codes.dtype) == (weight.values.shape, torch.int8)
     assert scales.shape == (blockwise.num_blocks(weight.nnz),)
-    after = blockwise.decode(codes, scales)
+    after = blockwise.dequantize_blockwise(codes, scales)
     places = torch.searchsorted(weight.positions(), survivors)
     step = before.abs().max() / 127
     assert (after[places] - before[kept]).abs().max() <= step / 2 * 1.001

@@ -1,0 +1,1 @@
+"""Steps on weights in half precision, with loss scaling, and optimizers whose state has few bits."""

@@ -1,0 +1,168 @@
+"""Loss scaling for weights and gradients that are float16 themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.amp.grad_scaler import OptState
+from torch.optim import Optimizer
+
+# Halved as often, any sensible scale is far below 1.
+_MOST_SKIPPED = 40
+
+
+@dataclass(frozen=True)
+class ScalerConfig:
+    """How the loss is scaled in float16, so that small gradients do not become zero.
+
+    Args:
+        init_scale: at first; a power of two loses nothing.
+        growth_interval: steps without infinite gradients after which the scale doubles.
+        max_scale: the scale grows no further. A loss in float16 allows 32768 at most, since its own gradient
+            is the scale; ``None`` for no limit.
+
+    Raises:
+        MisconfigurationException: if a number is out of its range.
+
+    Example:
+        >>> ScalerConfig(init_scale=2.0**10, growth_interval=500)
+        ScalerConfig(init_scale=1024.0, growth_interval=500, max_scale=32768.0)
+    """
+
+    init_scale: float = 2.0**15
+    growth_interval: int = 2000
+    max_scale: float | None = 2.0**15
+
+    def __post_init__(self) -> None:
+        if isinstance(self.init_scale, bool) or not self.init_scale > 0:
+            raise MisconfigurationException(
+                f"`ScalerConfig(init_scale)` must be greater than 0, but got init_scale={self.init_scale}. "
+                "Use a power of two, e.g. 2.0**15."
+            )
+        if isinstance(self.growth_interval, bool) or not isinstance(self.growth_interval, int):
+            raise MisconfigurationException(
+                "`ScalerConfig(growth_interval)` must be a whole number of steps, but got "
+                f"growth_interval={self.growth_interval!r}. Use e.g. 2000."
+            )
+        if self.growth_interval < 1:
+            raise MisconfigurationException(
+                "`ScalerConfig(growth_interval)` must be a number of steps of at least 1, but got "
+                f"growth_interval={self.growth_interval}. Use e.g. 2000."
+            )
+        if self.max_scale is not None and not self.max_scale >= self.init_scale:
+            raise MisconfigurationException(
+                f"`ScalerConfig(max_scale)` must be at least init_scale={self.init_scale}, but got "
+                f"max_scale={self.max_scale}. Lower init_scale, or raise max_scale; None is no limit."
+            )
+
+
+class CappedGradScaler(GradScaler):
+    """torch's loss scaler with a scale that has an upper limit.
+
+    Args:
+        device: type of the device, e.g. ``"cuda"``.
+        config: scale and growth.
+    """
+
+    def __init__(self, device: str, config: ScalerConfig) -> None:
+        super().__init__(device, init_scale=config.init_scale, growth_interval=config.growth_interval)
+        self._max_scale = config.max_scale
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Change the scale by what the last steps found.
+
+        Args:
+            new_scale: set it to this instead; a tensor is float32, of one number.
+        """
+        super().update(new_scale)
+        if self._max_scale is not None and self._scale is not None:
+            self._scale.clamp_(max=self._max_scale)
+
+
+class HalfGradScaler(CappedGradScaler):
+    """A loss scaler for gradients that are float16 themselves.
+
+    ``torch.amp.GradScaler`` refuses these, since under autocast they would be a mistake. Scale, growth, and
+    the skipping of steps with infinite gradients are its own.
+
+    Args:
+        device: type of the device, e.g. ``"cuda"``.
+        config: scale and growth.
+    """
+
+    def __init__(self, device: str, config: ScalerConfig) -> None:
+        super().__init__(device, config)
+        self.num_skipped = 0
+        self._scales_in_a_row: list[float] = []
+
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16=True)
+
+    def unscale_once_(self, optimizer: Optimizer) -> None:
+        """Unscale gradients, unless that was done since the optimizer's last step.
+
+        Args:
+            optimizer: whose gradients are meant.
+        """
+        if self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+            self.unscale_(optimizer)
+
+    @property
+    def awaits_step(self) -> bool:
+        """Whether there are unscaled gradients that no step has used."""
+        return bool(self._unscaled())
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Change the scale by what the last steps found.
+
+        Other optimizers' gradients that are unscaled already stay so; they count when these step.
+
+        Args:
+            new_scale: set it to this instead; a tensor is float32, of one number.
+        """
+        unscaled = self._unscaled()
+        for key in unscaled:
+            del self._per_optimizer_states[key]
+        super().update(new_scale)
+        self._per_optimizer_states.update(unscaled)
+
+    def _unscaled(self) -> dict[int, dict[str, Any]]:
+        states = self._per_optimizer_states
+        return {key: state for key, state in states.items() if state["stage"] is OptState.UNSCALED}
+
+    def step_if_finite(self, optimizer: Optimizer, step: Callable[[], Any]) -> None:
+        """Step unless a gradient is infinite; ``unscale_`` comes first, ``update`` afterwards.
+
+        Args:
+            optimizer: whose gradients decide.
+            step: does the step.
+
+        Raises:
+            FloatingPointError: if this left out as many steps in a row as no scale can explain.
+        """
+        state = self._per_optimizer_states[id(optimizer)]
+        found = any(found_inf.item() for found_inf in state["found_inf_per_device"].values())
+        state["stage"] = OptState.STEPPED
+        if not found:
+            self._scales_in_a_row.clear()
+            step()
+            return
+        self.num_skipped += 1
+        self._scales_in_a_row.append(self.get_scale())
+        if len(self._scales_in_a_row) >= _MOST_SKIPPED:
+            first, last = self._scales_in_a_row[0], self._scales_in_a_row[-1]
+            raise FloatingPointError(
+                f"Gradients were infinite or not a number in {_MOST_SKIPPED} steps in a row, while the loss "
+                f"scale fell from {first:g} to {last:g}: the reason is the loss or a layer, not the scale. "
+                "Look at the loss for NaN, keep the layer that overflows in float32 with "
+                "LowPrecision(keep_in_fp32=...), or use precision='bf16-true'. The scales of these steps: "
+                f"{', '.join(f'{scale:g}' for scale in self._scales_in_a_row)}."
+            )
