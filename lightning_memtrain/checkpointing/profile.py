@@ -18,7 +18,7 @@ from lightning_memtrain.checkpointing.own_checkpoints import is_backward
 from lightning_memtrain.checkpointing.writes import version_of
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.op_times import OpTimes
-from lightning_memtrain.ledger.operators import OperatorWatch
+from lightning_memtrain.ledger.operators import OperatorTraits, OperatorWatch
 from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
 from lightning_memtrain.ledger.storages import tensors_in
@@ -102,7 +102,7 @@ class StepWatch:
                 self._undo.callback(after.remove)
         SAVED_TENSOR_WATCH.add(self._on_saved)
         self._undo.callback(SAVED_TENSOR_WATCH.remove, self._on_saved)
-        self._operators.begin(self._on_operator, lambda func, results: None)
+        self._operators.begin(self._on_operator, lambda operator, results: None)
         self._undo.callback(self._operators.end)
         return self
 
@@ -157,10 +157,10 @@ class StepWatch:
     def _on_saved(self, tensor: Tensor) -> None:
         self.saves.append((self._ledger.records_of(tensor), len(self.op_calls)))
 
-    def _on_operator(self, func: Any, args: Any, kwargs: Any) -> None:
+    def _on_operator(self, operator: OperatorTraits, args: Any, kwargs: Any) -> None:
         if not is_backward():
             if self.forward_end == 0:
-                self.op_calls.append(op_call(func, args, kwargs))
+                self.op_calls.append(op_call(operator.func, args, kwargs))
             return
         tick = self._ledger.tick
         self.forward_end = self.forward_end or tick

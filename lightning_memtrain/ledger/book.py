@@ -13,7 +13,6 @@ from lightning_memtrain.ledger.operators import skip_in_dynamo
 from lightning_memtrain.ledger.records import (
     FROM_THE_START,
     NEVER,
-    Event,
     StorageRecord,
     StorageReference,
     Survivor,
@@ -26,6 +25,10 @@ TRAINING_STATE = (
     *(Category.PARAMETERS, Category.BUFFERS, Category.GRADIENTS, Category.OPTIMIZER_STATE),
     *(Category.GATHERED_WEIGHTS, Category.UNSHARDED_GRADIENTS, Category.BUCKETS),
 )
+
+# Asked for around every operator; looking an attribute up takes as long as the rest of the question.
+_STRIDED = torch.strided
+_TEMPORARY = Category.TEMPORARY
 
 
 class StorageBook:
@@ -41,7 +44,8 @@ class StorageBook:
         self.counts_fakes = False
         """Whether fake tensors, which have sizes but no bytes, are counted as if they had."""
         self.records: list[StorageRecord] = []
-        self.events: list[Event] = []
+        self.events: list[tuple[int, str]] = []
+        """Ticks and names; as tuples they cost the garbage collector nothing."""
         self.live: dict[int, StorageReference] = {}
         self.tick = FROM_THE_START
         self.asides: list[tuple[int, int]] = []
@@ -51,7 +55,7 @@ class StorageBook:
         self.late_bytes = 0
         """What was live from the start but was first seen later, also what is freed by now."""
         self.is_open = True
-        self._estimate = estimate
+        self.estimate = estimate
         # References are kept for long, by survivors, and do not keep the book.
         self._tell_freed = functools.partial(_tell_freed, weakref.ref(self))
 
@@ -92,36 +96,23 @@ class StorageBook:
 
     def mark(self, name: str) -> None:
         """Write down a named moment."""
-        self.events.append(Event(self.tick, name))
+        self.events.append((self.tick, name))
 
     def record_of(self, storage: torch.UntypedStorage) -> StorageRecord | None:
         """The record of a live storage, or ``None`` if it is not in the book."""
         reference = self.live.get(storage._cdata)
         return reference.record if reference is not None else None
 
-    def knows(self, tensor: torch.Tensor) -> bool:
-        """Whether a plain tensor's storage is in the book with its present size; of others, ``False``.
+    def entry_of(self, tensor: torch.Tensor) -> StorageReference | None:
+        """Where a plain tensor's storage is in the book with its present size; of others, ``None``.
 
         Asked of every argument of every operator, so it looks at nothing else.
         """
-        if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided:
-            return False
+        if type(tensor) not in PLAIN_TENSORS or tensor.layout is not _STRIDED:
+            return None
         storage = tensor.untyped_storage()
-        reference = self.live.get(storage._cdata)
-        return reference is not None and reference.record.num_bytes == storage.nbytes()
-
-    def is_classified(self, tensor: torch.Tensor, category: Category) -> bool:
-        """Whether all of :meth:`classify` is done; of others than plain tensors, ``False``."""
-        if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided:
-            return False
-        storage = tensor.untyped_storage()
-        reference = self.live.get(storage._cdata)
-        if reference is None:
-            return False
-        record = reference.record
-        return (
-            record.category is category and record.owner is not None and record.num_bytes == storage.nbytes()
-        )
+        entry = self.live.get(storage._cdata)
+        return entry if entry is not None and entry.record.num_bytes == storage.nbytes() else None
 
     def note_new(self, tensor: torch.Tensor, producer: str) -> Sequence[StorageRecord]:
         """Write down the storages of an operator's result that are new, made by the module ``producer``.
@@ -133,12 +124,12 @@ class StorageBook:
         Returns:
             The records of the new storages.
         """
-        if type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided:  # saves a list for most
+        if type(tensor) in PLAIN_TENSORS and tensor.layout is _STRIDED:  # nearly always, so without a list
             storage = tensor.untyped_storage()
             if self._known(storage) is not None or tensor.device != self.device:
                 return ()
             self.tick += 1
-            return (self._write(storage, self.tick, Category.TEMPORARY, producer),)
+            return (self._write(storage, self.tick, _TEMPORARY, producer),)
         new: list[StorageRecord] = []
         for storage in self._storages_of(tensor):
             if self._known(storage) is None:
@@ -157,6 +148,9 @@ class StorageBook:
         Returns:
             The records of its storages, new or not.
         """
+        entry = self.entry_of(tensor)
+        if entry is not None:
+            return (entry.record,)
         if tensor.device != self.device:
             return ()
         return [
@@ -169,16 +163,24 @@ class StorageBook:
 
         A temporary was on its way to this use since it was made. Anything else was used otherwise until now.
         """
-        if self.is_classified(tensor, category) or tensor.device != self.device:
-            return
-        for storage in self._storages_of(tensor):
-            record = self._known(storage) or self._write(storage, FROM_THE_START, category, "")
-            if record.category not in TRAINING_STATE:
-                if record.category is not Category.TEMPORARY:
-                    record = self._continue(storage)
-                record.category = category
-            if record.owner is None:
-                record.owner = owner
+        entry = self.entry_of(tensor)
+        if entry is not None:
+            self._classify(entry, category, owner)
+        elif tensor.device == self.device:
+            for storage in self._storages_of(tensor):
+                if self._known(storage) is None:
+                    self._write(storage, FROM_THE_START, category, "")
+                self._classify(self.live[storage._cdata], category, owner)
+
+    def _classify(self, entry: StorageReference, category: Category, owner: str | None) -> None:
+        record = entry.record
+        if record.category is _TEMPORARY:
+            record.category = category
+        elif record.category is not category and record.category not in TRAINING_STATE:
+            record = self._continue(entry)
+            record.category = category
+        if record.owner is None:
+            record.owner = owner
 
     def note_unknown(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
         """Write down a storage that shows up by being resized, unless it is in the book.
@@ -198,19 +200,20 @@ class StorageBook:
             producer: path of the module that resized it, if it is known. What it puts into a storage that was
                 empty is made there, and no input any more.
         """
-        if storage._cdata not in self.live:
+        entry = self.live.get(storage._cdata)
+        if entry is None:
             return
-        record = self._continue(storage)
+        record = self._continue(entry)
         if record.num_bytes == 0 and producer is not None and record.category is Category.INPUTS:
             record.category, record.producer = Category.TEMPORARY, producer
-        if self._estimate is not None:
-            self._estimate.free(record.num_bytes)
-            self._estimate.allocate(storage.nbytes())
+        if self.estimate is not None:
+            self.estimate.free(record.num_bytes)
+            self.estimate.allocate(storage.nbytes())
         self.live_bytes += storage.nbytes() - record.num_bytes
         record.num_bytes = storage.nbytes()
 
     def _storages_of(self, tensor: torch.Tensor) -> Sequence[torch.UntypedStorage]:
-        if type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided:  # saves a call for most tensors
+        if type(tensor) in PLAIN_TENSORS and tensor.layout is _STRIDED:  # saves a call for most tensors
             return (tensor.untyped_storage(),)
         storages = storages_of(tensor)
         if self.counts_fakes:
@@ -220,19 +223,18 @@ class StorageBook:
 
     def _known(self, storage: torch.UntypedStorage) -> StorageRecord | None:
         """The record of a live storage, with its present size."""
-        reference = self.live.get(storage._cdata)
-        if reference is None:
+        entry = self.live.get(storage._cdata)
+        if entry is None:
             return None
-        if reference.record.num_bytes != storage.nbytes():
+        if entry.record.num_bytes != storage.nbytes():
             self.resize(storage)
-        return reference.record
+        return entry.record
 
-    def _continue(self, storage: torch.UntypedStorage) -> StorageRecord:
+    def _continue(self, entry: StorageReference) -> StorageRecord:
         """Close the record of a storage in the book and open its next one, to be changed."""
-        reference = self.live[storage._cdata]
-        reference.record = reference.record.continued(self._advance())
-        self.records.append(reference.record)
-        return reference.record
+        entry.record = entry.record.continued(self._advance())
+        self.records.append(entry.record)
+        return entry.record
 
     def _write(
         self,
@@ -242,31 +244,20 @@ class StorageBook:
         producer: str,
         num_bytes: int | None = None,
     ) -> StorageRecord:
-        record = StorageRecord(storage.nbytes() if num_bytes is None else num_bytes, born, category, producer)
+        if num_bytes is None:
+            num_bytes = storage.nbytes()
+        record = StorageRecord(num_bytes, born, category, producer)
         self.records.append(record)
-        self.live_bytes += record.num_bytes
+        self.live_bytes += num_bytes
         if born == FROM_THE_START:
-            self.late_bytes += record.num_bytes
+            self.late_bytes += num_bytes
         reference = StorageReference(storage, self._tell_freed)
         reference.key = key = storage._cdata
         reference.record = record
         self.live[key] = reference
-        if self._estimate is not None:
-            self._estimate.allocate(record.num_bytes, late=born == FROM_THE_START)
+        if self.estimate is not None:
+            self.estimate.allocate(num_bytes, late=born == FROM_THE_START)
         return record
-
-    def on_freed(self, key: int) -> None:
-        """Write down that a storage was freed, unless the book is closed."""
-        if not self.is_open:
-            return
-        reference = self.live.pop(key, None)
-        if reference is not None:
-            self.tick += 1
-            record = reference.record
-            record.died = self.tick
-            self.live_bytes -= record.num_bytes
-            if self._estimate is not None:
-                self._estimate.free(record.num_bytes)
 
     def _advance(self) -> int:
         self.tick += 1
@@ -275,8 +266,15 @@ class StorageBook:
 
 def _tell_freed(weak_book: weakref.ref[StorageBook], reference: StorageReference) -> None:
     book = weak_book()
-    if book is not None:
-        book.on_freed(reference.key)
+    if book is None or not book.is_open:
+        return
+    if book.live.pop(reference.key, None) is None:
+        return
+    record = reference.record
+    book.tick = record.died = book.tick + 1
+    book.live_bytes -= record.num_bytes
+    if book.estimate is not None:
+        book.estimate.free(record.num_bytes)
 
 
 skip_in_dynamo(_tell_freed)

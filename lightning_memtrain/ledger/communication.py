@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -73,16 +73,16 @@ class _Met(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return args[0]
 
 
-def unsharded_gradients(model: nn.Module) -> Iterator[Tensor]:
+def unsharded_gradients(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     """Gradients of whole weights that FSDP2 has not reduced yet, since it was told to wait.
 
     Args:
-        model: any.
+        modules: any.
 
     Yields:
         Each of them.
     """
-    for module in model.modules():
+    for module in modules:
         for parameter in fsdp_parameters(module):
             for gradient in (
                 getattr(parameter, "unsharded_accumulated_grad", None),
@@ -101,7 +101,7 @@ def fsdp_parameters(module: nn.Module) -> list[Any]:
     Returns:
         Torch's own records of them; none for a module that FSDP2 has not been applied to.
     """
-    if not hasattr(module, "_get_fsdp_state"):
+    if not hasattr(type(module), "_get_fsdp_state"):  # of an instance that lacks it this takes far longer
         return []
     state = module._get_fsdp_state()  # type: ignore[operator]
     groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]

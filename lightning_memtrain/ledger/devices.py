@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lightning_memtrain.ledger.submodules import named_submodules
+
 
 def parameter_devices(model: nn.Module) -> dict[torch.device, str]:
     """The devices on which a model's parameters are, each with the name of the first one there.
@@ -16,8 +18,10 @@ def parameter_devices(model: nn.Module) -> dict[torch.device, str]:
         Names by device, in the order of the model.
     """
     devices: dict[torch.device, str] = {}
-    for name, parameter in model.named_parameters():
-        devices.setdefault(parameter.device, name)
+    for path, module in named_submodules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                devices.setdefault(parameter.device, f"{path}.{name}" if path else name)
     return devices
 
 

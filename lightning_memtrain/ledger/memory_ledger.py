@@ -20,7 +20,7 @@ from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
 from lightning_memtrain.ledger.devices import parameter_device
 from lightning_memtrain.ledger.limit import AllocationLimit
 from lightning_memtrain.ledger.objects import tensors_within
-from lightning_memtrain.ledger.records import StorageRecord, Survivor, analyse, held_at_peak
+from lightning_memtrain.ledger.records import Event, StorageRecord, Survivor, analyse, held_at_peak
 from lightning_memtrain.ledger.step_watch import StepWatch
 from lightning_memtrain.ledger.workspace import OpWorkspace, PeakEstimate
 
@@ -163,7 +163,7 @@ class MemoryLedger:
         """
         return analyse(
             [*self._book.records],  # another thread may ask while there are more and more
-            [*self._book.events],
+            [Event(tick, name) for tick, name in [*self._book.events]],
             device=str(self.device),
             module_types=self._watch.modules.type_names,
             grown=[one.record for one in self._book.live_entries() if self._outlived(one.record)],

@@ -7,7 +7,7 @@ import sys
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ NOT_IN_BACKWARD = -1
 _FRAMES_AT_A_TIME = 100
 _recursion_limit = threading.Lock()
 
-_current_graph_task = torch._C._current_graph_task_id
+current_graph_task = torch._C._current_graph_task_id
 _current_node = torch._C._current_autograd_node
 _next_node_number = torch._C._autograd._get_sequence_nr
 
@@ -59,41 +59,45 @@ class ModuleWatch:
 
     Autograd numbers the nodes of a forward pass in the order of their making. The numbers that were handed
     out while a module ran tell, in backward, whose node is at work; so no backward hook is needed, which
-    would change the graph.
+    would change the graph. Compiled modules are followed as a whole, and scripted ones not at all.
 
     Args:
-        model: the model; its submodules are watched, compiled ones as a whole and scripted ones not at all.
         mark: called with ``"forward <path>"`` when a module's forward begins.
         in_force: tells whether a call is one of those to be followed.
     """
 
-    def __init__(self, model: nn.Module, mark: Callable[[str], None], in_force: Callable[[], bool]) -> None:
-        self._model = model
+    def __init__(self, mark: Callable[[str], None], in_force: Callable[[], bool]) -> None:
         self._mark = mark
         self._in_force = in_force
         self._hooks = _Hooks()
         self._calls: list[_FollowedCall] = []
         self._stack: list[str] = []
-        self._forward_moment = Moment(False, False, "")
+        self._forward_moment: Moment | None = None  # if it was asked for since the last change
         self._last_number, self._last_moment = -1, Moment(True, False, "")
         self._first_nodes: list[int] = [-1]
         self._modules_of_nodes: list[str] = [""]
         self._depth_at_backward: dict[int, int] = {}
         self._num_frames = 0
-        self.type_names = {name: type(module).__name__ for name, module in model.named_modules()}
+        self.type_names: dict[str, str] = {}
 
-    def __enter__(self) -> ModuleWatch:
+    def begin(self, modules: Sequence[tuple[str, nn.Module]]) -> None:
+        """Follow modules until :meth:`end`.
+
+        Args:
+            modules: of the model, as :func:`~.submodules.named_submodules` lists them.
+        """
+        self.type_names = {name: type(module).__name__ for name, module in modules}
         self._make_room()
-        leave = self._leave
-        for name, module in _watchable(self._model):
-            enter = functools.partial(self._enter, name)
+        enter_any, leave = self._enter, self._leave  # each look makes another object
+        for name, module in _watchable(modules):
+            enter = functools.partial(enter_any, name)
             if module._compiled_call_impl is None:
                 self._hooks.add(module, enter, leave)
             else:
                 self._calls.append(_FollowedCall(module, enter, leave))
-        return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def end(self) -> None:
+        """Follow nothing any more."""
         self._hooks.remove()
         for call in self._calls:
             call.remove()
@@ -109,18 +113,25 @@ class ModuleWatch:
         """Put the hooks on again."""
         self._hooks.show()
 
-    def in_backward(self) -> bool:
-        """Whether a backward is going on."""
-        return _current_graph_task() != NOT_IN_BACKWARD
+    def is_still(self, moment: Moment | None) -> bool:
+        """Whether backward is at the node at which :meth:`now` was last asked, and gave ``moment``.
+
+        A recomputation within that node is not asked for, which makes this the cheapest of questions.
+        """
+        node = _current_node()
+        return moment is self._last_moment and node is not None and node._sequence_nr() == self._last_number
 
     def now(self) -> Moment:
         """What is running now."""
-        task = _current_graph_task()
+        task = current_graph_task()
         if task == NOT_IN_BACKWARD:
-            return self._forward_moment  # asked after every operator, so it is kept ready
+            moment = self._forward_moment  # asked after every operator, so it is kept
+            if moment is None:
+                moment = self._forward_moment = Moment(False, False, self._stack[-1] if self._stack else "")
+            return moment
         depth = len(self._stack)
         if depth and depth > self._depth_at_backward.setdefault(task, depth):
-            return Moment(True, True, self._forward_moment.module)
+            return Moment(True, True, self._stack[-1])
         # A checkpointed function may call no module; then only checkpoint's own hooks tell.
         hooks = _top_saved_tensors_hooks(True)
         recomputing = hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
@@ -129,9 +140,10 @@ class ModuleWatch:
         last = self._last_moment
         if number == self._last_number and recomputing == last.recomputing:
             return last  # a node runs several operators
-        if number == _ACCUMULATES_GRADIENT:
-            return _MOMENTS_OUTSIDE[recomputing]
         self._last_number = number
+        if number == _ACCUMULATES_GRADIENT:
+            self._last_moment = _MOMENTS_OUTSIDE[recomputing]
+            return self._last_moment
         module = self._modules_of_nodes[bisect_right(self._first_nodes, number) - 1]
         if module != last.module or recomputing != last.recomputing:  # a module makes several nodes
             self._last_moment = Moment(True, recomputing, module)
@@ -145,7 +157,7 @@ class ModuleWatch:
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or not self._in_force():
             return
-        task = _current_graph_task()
+        task = current_graph_task()
         if task != NOT_IN_BACKWARD:
             self._note_depth(task)  # of a backward that begins with this module's recomputation
         self._stack.append(name)
@@ -160,14 +172,14 @@ class ModuleWatch:
         stack = self._stack
         if stack:
             stack.pop()
-        self._note_change(stack[-1] if stack else "", _current_graph_task())
+        self._note_change(stack[-1] if stack else "", current_graph_task())
 
     def _make_room(self) -> None:
         _raise_recursion_limit(_FRAMES_AT_A_TIME)
         self._num_frames += _FRAMES_AT_A_TIME
 
     def _note_change(self, module: str, task: int) -> None:
-        self._forward_moment = Moment(False, False, module)
+        self._forward_moment = None
         # Recomputed nodes are never run by backward, and another thread may number them from zero.
         if task == NOT_IN_BACKWARD:
             self._first_nodes.append(_next_node_number())
@@ -187,11 +199,15 @@ class _Hooks:
     """
 
     def __init__(self) -> None:
-        self._all: list[tuple[nn.Module, Callable[..., None], Callable[..., None]]] = []
+        self._modules: list[nn.Module] = []
+        self._enters: list[Callable[..., None]] = []
+        self._leaves: list[Callable[..., None]] = []
         self._number = RemovableHandle(OrderedDict()).id
 
     def add(self, module: nn.Module, enter: Callable[..., None], leave: Callable[..., None]) -> None:
-        self._all.append((module, enter, leave))
+        self._modules.append(module)
+        self._enters.append(enter)
+        self._leaves.append(leave)
         self._put(module, enter, leave)
 
     def _put(self, module: nn.Module, enter: Callable[..., None], leave: Callable[..., None]) -> None:
@@ -202,18 +218,20 @@ class _Hooks:
 
     def hide(self) -> None:
         number = self._number
-        for module, *_ in self._all:
+        for module in self._modules:
             module._forward_pre_hooks.pop(number, None)
             module._forward_hooks.pop(number, None)
             module._forward_hooks_always_called.pop(number, None)
 
     def show(self) -> None:
-        for hooks in self._all:
-            self._put(*hooks)
+        for module, enter, leave in zip(self._modules, self._enters, self._leaves, strict=True):
+            self._put(module, enter, leave)
 
     def remove(self) -> None:
         self.hide()
-        self._all.clear()
+        self._modules.clear()
+        self._enters.clear()
+        self._leaves.clear()
 
 
 class _FollowedCall:
@@ -243,12 +261,12 @@ class _FollowedCall:
             above = above._call
 
 
-def _watchable(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _watchable(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any]]:
     """Submodules that are followed, by path: of compiled ones nothing that is inside."""
     # Importing dynamo takes seconds, and where nobody has, nothing is compiled.
     dynamo = sys.modules.get("torch._dynamo")
     opaque: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in modules:
         if any(name.startswith(prefix) for prefix in opaque):
             continue
         compiled = module._compiled_call_impl is not None or (

@@ -32,25 +32,46 @@ def skip_in_dynamo(*functions: Callable[..., Any]) -> bool:
     return True
 
 
+class OperatorTraits(NamedTuple):
+    """What is known of an operator beforehand.
+
+    Args:
+        func: the operator.
+        call: what runs it.
+        returns_arguments: whether it gives back storages of its arguments only, with the sizes that they had.
+        makes_views: whether it does that, and writes to none of them either.
+        role: what its arguments and results are used for, unless they are training state, if it is there to
+            move them between processes; ``None`` for nearly all.
+    """
+
+    func: Any
+    call: Callable[..., Any]
+    returns_arguments: bool
+    makes_views: bool
+    role: Category | None
+
+
 class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Shows every operator below autograd, with its arguments and results."""
 
-    _before: Callable[[Any, Any, Any], None]
-    _after: Callable[[Any, Any], None]
+    _before: Callable[[OperatorTraits, Any, Any], None]
+    _after: Callable[[OperatorTraits, Any], None]
     _passing: Callable[[], None] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if types and any(issubclass(one, OnDemandTensor) for one in types):
-            return NotImplemented  # the operators that make its numbers come here instead
-        kwargs = kwargs or {}
+        for kind in types:
+            if kind is not torch.nn.Parameter and issubclass(kind, OnDemandTensor):
+                return NotImplemented  # the operators that make its numbers come here instead
+        traits = _KNOWN.get(id(func)) or traits_of(func)
+        _, call, returns_arguments, makes_views, _ = traits
         passing = self._passing
-        if passing is not None and (_KNOWN.get(id(func)) or traits_of(func)).makes_views:
-            results = func(*args, **kwargs)
+        if not makes_views or passing is None:
+            self._before(traits, args, kwargs or {})
+        results = call(*args, **kwargs) if kwargs else call(*args)
+        if returns_arguments and passing is not None:
             passing()
-            return results
-        self._before(func, args, kwargs)
-        results = func(*args, **kwargs)
-        self._after(func, results)
+        else:
+            self._after(traits, results)
         return results
 
     @classmethod
@@ -66,8 +87,8 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def begin(
         self,
-        before: Callable[[Any, Any, Any], None],
-        after: Callable[[Any, Any], None],
+        before: Callable[[OperatorTraits, Any, Any], None],
+        after: Callable[[OperatorTraits, Any], None],
         passing: Callable[[], None] | None = None,
     ) -> None:
         """Begin to watch.
@@ -75,8 +96,9 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Args:
             before: called with operator, arguments and keyword arguments.
             after: called with operator and results.
-            passing: called instead, after operators that only make views of their arguments, which are more
-                than half of all; whoever uses the view shows the same storage.
+            passing: called instead of ``after`` where an operator makes nothing, and instead of both where it
+                only makes views of its arguments, which more than half of all do; whoever uses the view
+                shows the same storage.
         """
         self._before, self._after, self._passing = before, after, passing
         _push_mode(self)
@@ -107,23 +129,6 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         del self._before, self._after  # they belong to the owner of this mode, and would keep it
 
 
-class OperatorTraits(NamedTuple):
-    """What is known of an operator beforehand.
-
-    Args:
-        func: the operator.
-        returns_arguments: whether it gives back storages of its arguments only, with the sizes that they had.
-        makes_views: whether it does that, and writes to none of them either.
-        role: what its arguments and results are used for, unless they are training state, if it is there to
-            move them between processes; ``None`` for nearly all.
-    """
-
-    func: Any
-    returns_arguments: bool
-    makes_views: bool
-    role: Category | None
-
-
 # What the operators that FSDP2 has of its own read and write, beside shards.
 _OF_FSDP = {
     "all_gather_copy_in": Category.GATHERED_WEIGHTS,
@@ -150,7 +155,7 @@ def traits_of(func: Any) -> OperatorTraits:
 def _look_at(func: Any) -> OperatorTraits:
     schema: Any = getattr(func, "_schema", None)
     if schema is None:
-        return OperatorTraits(func, False, False, None)
+        return OperatorTraits(func, func, False, False, None)
     arguments_only = (
         not any(part in schema.name for part in ("resize", "set_", "lift"))
         and "out" not in schema.overload_name
@@ -158,4 +163,7 @@ def _look_at(func: Any) -> OperatorTraits:
     )
     views = arguments_only and bool(schema.returns) and not schema.is_mutable
     namespace, _, name = schema.name.partition("::")
-    return OperatorTraits(func, arguments_only, views, _OF_FSDP.get(name) if namespace == "fsdp" else None)
+    role = _OF_FSDP.get(name) if namespace == "fsdp" else None
+    # An operator called is a function of Python around this one, which shows in steps of small operators.
+    call = func._op if type(func) is torch._ops.OpOverload else func
+    return OperatorTraits(func, call, arguments_only, views, role)

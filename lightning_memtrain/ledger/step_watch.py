@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,11 +20,12 @@ from lightning_memtrain.ledger.book import StorageBook
 from lightning_memtrain.ledger.communication import ddp_around, fsdp_parameters
 from lightning_memtrain.ledger.compiled import COMPILER_WATCH, MODES_HIDDEN, CompilerListener
 from lightning_memtrain.ledger.limit import AllocationLimit
-from lightning_memtrain.ledger.modules import ModuleWatch, Moment
-from lightning_memtrain.ledger.operators import OperatorWatch, skip_in_dynamo, traits_of
+from lightning_memtrain.ledger.modules import NOT_IN_BACKWARD, ModuleWatch, Moment, current_graph_task
+from lightning_memtrain.ledger.operators import OperatorTraits, OperatorWatch, skip_in_dynamo
 from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord
 from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
-from lightning_memtrain.ledger.storages import RESIZE_WATCH, tensors_in
+from lightning_memtrain.ledger.storages import PLAIN_TENSORS, RESIZE_WATCH, tensors_in
+from lightning_memtrain.ledger.submodules import named_submodules
 from lightning_memtrain.ledger.training_state import classify_buckets, classify_training_state
 from lightning_memtrain.ledger.workspace import PeakEstimate
 from lightning_memtrain.optimizer_steps.accumulation_hooks import AccumulationHooks
@@ -60,7 +61,7 @@ class StepWatch:
         self._is_sharded = False  # by FSDP2
         self.operators = OperatorWatch()  # type: ignore[no-untyped-call]
         """Where operators are seen."""
-        self.modules = ModuleWatch(model, _Forwards(model, book), self.operators.in_force)
+        self.modules = ModuleWatch(_Forwards(model, book), self.operators.in_force)
         """Which module is at work."""
         self._num_scanned = 0
         self._recomputed: list[StorageRecord] = []
@@ -76,23 +77,27 @@ class StepWatch:
             inputs: of the batch, as far as they are tensors.
             undo: gets what ends it, also if a later line fails.
         """
-        self._book.counts_fakes = dry_run_depth() > 0 or _any_fake((*self._model.parameters(), *inputs))
-        self._is_sharded = any(fsdp_parameters(module) for module in self._model.modules())
-        self._scan_training_state()
+        modules = named_submodules(self._model)
+        owners: dict[int, tuple[torch.Tensor, str]] = {}
+        for path, module in modules:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    owners.setdefault(id(parameter), (parameter, path))
+        parameters = [parameter for parameter, _ in owners.values()]
+        self._book.counts_fakes = dry_run_depth() > 0 or _any_fake((*parameters, *inputs))
+        self._is_sharded = any(fsdp_parameters(module) for _, module in modules)
+        self._scan_training_state(modules)
         for tensor in inputs:
             self._book.note_from_the_start(tensor, Category.INPUTS)
-        trained = {
-            name: parameter
-            for name, parameter in self._model.named_parameters()
-            if parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter)
-        }
-        owners = {id(parameter): _owner(name) for name, parameter in trained.items()}
-        hooks = AccumulationHooks(functools.partial(self._after_accumulation, owners))
+        trained = [one for one in parameters if one.requires_grad and one.is_leaf and not is_lazy(one)]
+        paths = {id(parameter): owners[id(parameter)][1] for parameter in trained}
+        hooks = AccumulationHooks(functools.partial(self._after_accumulation, paths))
         undo.callback(hooks.take_off)
-        hooks.put_on(trained.values())
+        hooks.put_on(trained)
         for optimizer in self._optimizers:
             undo.callback(optimizer.register_step_post_hook(self._after_optimizer_step).remove)
-        undo.enter_context(self.modules)
+        undo.callback(self.modules.end)
+        self.modules.begin(modules)
         SAVED_TENSOR_WATCH.add(self._on_saved)
         undo.callback(SAVED_TENSOR_WATCH.remove, self._on_saved)
         RESIZE_WATCH.add(self._on_resize)
@@ -113,7 +118,7 @@ class StepWatch:
         if MODES_HIDDEN.needed:
             MODES_HIDDEN.add(listener)
             undo.callback(MODES_HIDDEN.remove, listener)
-        self.operators.begin(self._on_arguments, self._on_results, self._on_views)
+        self.operators.begin(self._on_arguments, self._on_results, self._on_nothing_made)
         undo.callback(self.operators.end)
 
     def end(self) -> None:
@@ -139,37 +144,38 @@ class StepWatch:
     # The next two run around every operator. They look first at what is nearly always the case: arguments
     # that are tensors and in the book, and a result that is one tensor or an argument.
 
-    def _on_arguments(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        if func is _LIFT_FRESH:
+    def _on_arguments(self, operator: OperatorTraits, args: Any, kwargs: Any) -> None:
+        if operator.func is _LIFT_FRESH:
             return  # `torch.tensor(...)` makes its storage out of sight and shows it here first
-        knows = self._book.knows
+        entry_of = self._book.entry_of
         for argument in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(argument, torch.Tensor):
-                if not knows(argument):
+                if entry_of(argument) is None:
                     self._note_argument(argument)
             elif isinstance(argument, (list, tuple)):
                 for tensor in tensors_in(argument):
-                    self._note_argument(tensor)
-        role = traits_of(func).role
-        if role is not None:
-            self._classify((args, kwargs), role)
+                    if entry_of(tensor) is None:
+                        self._note_argument(tensor)
+        if operator.role is not None:
+            self._classify((args, kwargs), operator.role)
         if self._estimate is not None:
-            self._estimate.before(func, args, kwargs)
+            self._estimate.before(operator.func, args, kwargs)
         if self._limit is not None:
             late_bytes = self._book.late_bytes - self._late_before
-            self._limit.before(func, args, kwargs, self._book.live_bytes, late_bytes)
+            self._limit.before(operator.func, args, kwargs, self._book.live_bytes, late_bytes)
 
-    def _on_views(self) -> None:
-        if self._backward_module is not None or self.modules.in_backward():
-            self._follow_backward(self.modules.now())
+    def _on_nothing_made(self) -> None:
+        if current_graph_task() == NOT_IN_BACKWARD:
+            if self._backward_module is None:
+                return
+        elif self.modules.is_still(self._last_followed):
+            return
+        self._follow_backward(self.modules.now())
 
-    def _on_results(self, func: Any, results: Any) -> None:
+    def _on_results(self, operator: OperatorTraits | None, results: Any) -> None:
         now = self.modules.now()
         if now.in_backward or self._backward_module is not None:
             self._follow_backward(now)
-        traits = traits_of(func)
-        if traits.returns_arguments:
-            return
         made: Sequence[StorageRecord]
         if isinstance(results, torch.Tensor):
             made = self._book.note_new(results, now.module)
@@ -180,8 +186,8 @@ class StepWatch:
         if now.recomputing:
             self._recomputed.extend(made)
             self._last_followed = None
-        if traits.role is not None:
-            self._classify(results, traits.role)
+        if operator is not None and operator.role is not None:
+            self._classify(results, operator.role)
         if self._limit is not None:
             self._limit.after(sum(record.num_bytes for record in made))
 
@@ -223,8 +229,9 @@ class StepWatch:
             self._book.resize(storage)
 
     def _after_accumulation(self, owners: Mapping[int, str], parameter: torch.Tensor) -> None:
-        if parameter.grad is not None and self.operators.in_force():
-            self._book.classify(parameter.grad, Category.GRADIENTS, owners[id(parameter)])
+        gradient = parameter.grad
+        if gradient is not None and self.operators.in_force():
+            self._book.classify(gradient, Category.GRADIENTS, owners[id(parameter)])
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.operators.in_force():
@@ -275,8 +282,10 @@ class StepWatch:
             self._backward_module = now.module
             self._book.mark(f"backward {now.module}".rstrip())
 
-    def _scan_training_state(self) -> None:
-        classify_training_state(self._book, self._model, self._optimizers)
+    def _scan_training_state(self, modules: Sequence[tuple[str, nn.Module]] | None = None) -> None:
+        # A step may put modules into the model, so a list of them is not kept for long.
+        modules = modules or named_submodules(self._model)
+        classify_training_state(self._book, self._model, self._optimizers, modules)
         self._num_scanned = len(self._book.records)
 
 
@@ -307,8 +316,6 @@ skip_in_dynamo(StepWatch._after_accumulation, StepWatch._after_optimizer_step)
 
 def _any_fake(tensors: Iterable[torch.Tensor]) -> bool:
     fakes = sys.modules.get("torch._subclasses.fake_tensor")  # where nobody has imported it, there are none
-    return fakes is not None and any(fakes.is_fake(tensor) for tensor in tensors)
-
-
-def _owner(name: str) -> str:
-    return name.rpartition(".")[0]
+    return fakes is not None and any(
+        type(tensor) not in PLAIN_TENSORS and fakes.is_fake(tensor) for tensor in tensors
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,33 +15,38 @@ from lightning_memtrain.ledger.objects import tensors_within
 from lightning_memtrain.ledger.storages import tensors_in
 
 
-def classify_training_state(book: StorageBook, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+def classify_training_state(
+    book: StorageBook,
+    model: nn.Module,
+    optimizers: Iterable[Optimizer],
+    modules: Sequence[tuple[str, nn.Module]],
+) -> None:
     """Find parameters, buffers, gradients and optimizer state again; any of them may be a new storage.
 
     Args:
         book: knows the storages.
         model: the module that is trained.
         optimizers: its optimizers.
+        modules: of the model, as :func:`~.submodules.named_submodules` lists them.
     """
     classify_buckets(book, model)  # before gradients, which may lie in them
-    for gradient in unsharded_gradients(model):
+    for gradient in unsharded_gradients(module for _, module in modules):
         book.classify(gradient, Category.UNSHARDED_GRADIENTS, None)
-    owners: dict[Any, str] = {}
-    modules = list(model.named_modules())
+    owners: dict[int, str] = {}
     for owner, module in modules:
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(parameter, owner)
+                owners.setdefault(id(parameter), owner)
                 book.classify(parameter, Category.PARAMETERS, owner)
-                if parameter.grad is not None:
-                    book.classify(parameter.grad, Category.GRADIENTS, owner)
+                if (grad := parameter.grad) is not None:
+                    book.classify(grad, Category.GRADIENTS, owner)
     for owner, module in modules:
         for buffer in module._buffers.values():
             if buffer is not None:
                 book.classify(buffer, Category.BUFFERS, owner)
     for optimizer in optimizers:
         for key, state in optimizer.state.items():
-            owner = owners.get(key, "")
+            owner = owners.get(id(key), "")
             for value in state.values() if isinstance(state, dict) else (state,):
                 for tensor in (value,) if isinstance(value, torch.Tensor) else tensors_within(value):
                     book.classify(tensor, Category.OPTIMIZER_STATE, owner)
