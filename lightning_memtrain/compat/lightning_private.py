@@ -72,6 +72,12 @@ class TrainerAttribute(NamedTuple):
     def holder(self, trainer: Any) -> Any:
         """What has the attribute.
 
+        Args:
+            trainer: any trainer.
+
+        Returns:
+            The trainer itself, or what it holds.
+
         Raises:
             MissingNameError: if there is no such thing.
         """
@@ -89,6 +95,12 @@ class TrainerAttribute(NamedTuple):
 
     def of(self, trainer: Any) -> Any:
         """The attribute.
+
+        Args:
+            trainer: any trainer.
+
+        Returns:
+            Its value; a method is bound.
 
         Raises:
             MissingNameError: if it is not there, or is called with other arguments.

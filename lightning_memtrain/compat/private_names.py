@@ -31,6 +31,9 @@ class PrivateName(NamedTuple):
     def look_up(self) -> Any:
         """Find it.
 
+        Returns:
+            What has that name.
+
         Raises:
             MissingNameError: if it is not there.
 
@@ -59,6 +62,9 @@ class PrivateAttribute(NamedTuple):
 
     def look_up(self) -> Callable[[Any], Any]:
         """Make a function that takes an instance and returns the attribute.
+
+        Returns:
+            A function of an instance.
 
         Raises:
             MissingNameError: if instances do not have it.
@@ -98,6 +104,9 @@ class NewerName(NamedTuple):
 
     def look_up(self) -> Any:
         """Find it, or what stands in for it.
+
+        Returns:
+            What has that name, or :attr:`without`.
 
         Raises:
             MissingNameError: if this release should have it, and has not.
