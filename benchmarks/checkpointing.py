@@ -34,7 +34,7 @@ from lightning_memtrain.checkpointing import Every, Full, Nested, SelectiveOps, 
 from lightning_memtrain.checkpointing.choose import Chosen, StepCurve
 from lightning_memtrain.checkpointing.policies import CheckpointPolicy
 from lightning_memtrain.core import MIB, Category
-from lightning_memtrain.ledger.op_times import OpTimes
+from lightning_memtrain.ledger.operators.op_times import OpTimes
 from lightning_memtrain.tracing.fake_step import FakeStep
 
 Prepare = Callable[[nn.Module], Any]

@@ -22,10 +22,10 @@ from lightning_memtrain.checkpointing.circumstances import Circumstances, KnownS
 from lightning_memtrain.checkpointing.insertion import Checkpoints, insert_checkpoints
 from lightning_memtrain.checkpointing.policies import Budget, Groups
 from lightning_memtrain.core import Category, NoEffectWarning, is_out_of_memory
-from lightning_memtrain.ledger.objects import tensors_within
-from lightning_memtrain.ledger.op_times import OpTimes
+from lightning_memtrain.ledger.operators.op_times import OpTimes
+from lightning_memtrain.ledger.operators.workspace import OpWorkspace
+from lightning_memtrain.ledger.tensors.tensor_search import tensors_within
 from lightning_memtrain.ledger.training_state import state_bytes
-from lightning_memtrain.ledger.workspace import OpWorkspace
 from lightning_memtrain.tracing.fake_step import FakeStep
 from lightning_memtrain.tracing.questions import site_of
 

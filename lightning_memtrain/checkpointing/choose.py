@@ -17,8 +17,8 @@ from lightning_memtrain.checkpointing.policies import Groups, Recomputed
 from lightning_memtrain.checkpointing.profile import StepProfile, StepWatch
 from lightning_memtrain.core import Category, MemoryBreakdown, OutOfReach, format_bytes
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.op_times import OpTimes
-from lightning_memtrain.ledger.workspace import OpWorkspace
+from lightning_memtrain.ledger.operators.op_times import OpTimes
+from lightning_memtrain.ledger.operators.workspace import OpWorkspace
 from lightning_memtrain.tracing.fake_step import FakeStep
 
 # Backward takes about twice as long as forward: two matrix products for each one.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_memtrain.ledger.operators import OperatorTraits, OperatorWatch
+from lightning_memtrain.ledger.observers.dispatch_mode import OperatorMode, OperatorTraits
 
 _OURS = __name__.partition(".")[0]
 
@@ -84,7 +84,7 @@ class OwnCheckpoints:
         self._first_nodes = [-1]
         self._names_of_nodes = [""]
         self._undo = ExitStack()
-        self._operators = OperatorWatch()  # type: ignore[no-untyped-call]
+        self._operators = OperatorMode()  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> OwnCheckpoints:
         for name, module in self._model.named_modules():

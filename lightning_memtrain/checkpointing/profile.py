@@ -17,12 +17,12 @@ from lightning_memtrain.checkpointing.items import Item
 from lightning_memtrain.checkpointing.own_checkpoints import is_backward
 from lightning_memtrain.checkpointing.writes import version_of
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.op_times import OpTimes
-from lightning_memtrain.ledger.operators import OperatorTraits, OperatorWatch
-from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord
-from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
-from lightning_memtrain.ledger.storages import tensors_in
-from lightning_memtrain.ledger.workspace import OpCall, op_call
+from lightning_memtrain.ledger.observers.dispatch_mode import OperatorMode, OperatorTraits
+from lightning_memtrain.ledger.observers.saved_tensors import SAVED_TENSOR_HOOKS
+from lightning_memtrain.ledger.operators.op_times import OpTimes
+from lightning_memtrain.ledger.operators.workspace import OpCall, op_call
+from lightning_memtrain.ledger.storage_records import TRANSIENT, StorageRecord
+from lightning_memtrain.ledger.tensors.storages import tensors_in
 
 _ACCUMULATES_GRADIENT = 2**64 - 1
 # Modules that hold less than this part of the peak are not looked into.
@@ -89,7 +89,7 @@ class StepWatch:
         self._first_nodes = [-1]
         self._calls_of_nodes = [self.root]
         self._undo = ExitStack()
-        self._operators = OperatorWatch()  # type: ignore[no-untyped-call]
+        self._operators = OperatorMode()  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> StepWatch:
         self.root.start = self._ledger.tick
@@ -100,8 +100,8 @@ class StepWatch:
                 after = module.register_forward_hook(self._leave, always_call=True)
                 self._undo.callback(before.remove)
                 self._undo.callback(after.remove)
-        SAVED_TENSOR_WATCH.add(self._on_saved)
-        self._undo.callback(SAVED_TENSOR_WATCH.remove, self._on_saved)
+        SAVED_TENSOR_HOOKS.add(self._on_saved)
+        self._undo.callback(SAVED_TENSOR_HOOKS.remove, self._on_saved)
         self._operators.begin(self._on_operator, lambda operator, results: None)
         self._undo.callback(self._operators.end)
         return self

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_memtrain.ledger.storages import storages_of, tensors_in
+from lightning_memtrain.ledger.tensors.storages import storages_of, tensors_in
 
 
 def version_of(tensor: Tensor) -> int:

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_memtrain.coordination import aside
 from lightning_memtrain.core import does_not_fit, is_out_of_memory, release_memory, without_frames
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.storages import tensors_in
+from lightning_memtrain.ledger.tensors.storages import tensors_in
 from lightning_memtrain.microbatching import _compat, parallel, sizing
 from lightning_memtrain.microbatching.circumstances import Circumstances, Found, trained_parameters
 from lightning_memtrain.microbatching.probe import largest_fitting

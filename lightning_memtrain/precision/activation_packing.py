@@ -14,9 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_memtrain.ledger.objects import tensors_within
-from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH, KeptTensor, hooks_in_force
-from lightning_memtrain.ledger.storages import PLAIN_TENSORS
+from lightning_memtrain.ledger.observers.saved_tensors import (
+    SAVED_TENSOR_HOOKS,
+    VersionCheckedTensor,
+    hooks_in_force,
+)
+from lightning_memtrain.ledger.tensors.storages import PLAIN_TENSORS
+from lightning_memtrain.ledger.tensors.tensor_search import tensors_within
 from lightning_memtrain.precision.activation_kernels import Kernels
 from lightning_memtrain.precision.activation_layout import MemoryOrder, empty_like_layout, memory_order
 from lightning_memtrain.precision.activation_parameters import ParameterTest
@@ -128,7 +132,7 @@ class ActivationPacking:
 
     # ------------------------------------------------------------------ hooks
 
-    def _pack(self, tensor: Tensor) -> KeptTensor | _Packed:
+    def _pack(self, tensor: Tensor) -> VersionCheckedTensor | _Packed:
         # In backward only what is recomputed is saved, which is used at once.
         if torch._C._current_graph_task_id() == _NOT_IN_BACKWARD and self._is_to_be_packed(tensor):
             order = memory_order(tensor)
@@ -136,8 +140,8 @@ class ActivationPacking:
                 payload = self._payload(tensor, order)
                 shape, strides = tuple(tensor.shape), tensor.stride()
                 return _Packed(payload, shape, strides, tensor.dtype, tensor.device)
-        SAVED_TENSOR_WATCH.tell(tensor)
-        return KeptTensor.of(tensor)
+        SAVED_TENSOR_HOOKS.tell(tensor)
+        return VersionCheckedTensor.pack(tensor)
 
     def _is_to_be_packed(self, tensor: Tensor) -> bool:
         return (
@@ -168,13 +172,13 @@ class ActivationPacking:
                 self.last.stored_bytes + sum(part.nbytes for part in groups),
             )
             for part in groups:
-                SAVED_TENSOR_WATCH.tell(part)
+                SAVED_TENSOR_HOOKS.tell(part)
         return payload
 
     @torch.no_grad()
-    def _unpack(self, packed: KeptTensor | _Packed) -> Tensor:
-        if isinstance(packed, KeptTensor):
-            return packed.given_back()
+    def _unpack(self, packed: VersionCheckedTensor | _Packed) -> Tensor:
+        if isinstance(packed, VersionCheckedTensor):
+            return packed.unpack()
         tensor = empty_like_layout(packed.shape, packed.strides, packed.dtype, packed.device)
         order = packed.payload.order._replace(offset=0)
         self._kernels.dequantise(packed.payload.groups, tensor, order)

@@ -13,8 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_memtrain.core import ReportWarning, TechniqueRecord, is_technique
 from lightning_memtrain.ledger import parameter_devices
-from lightning_memtrain.ledger.objects import tensors_within
-from lightning_memtrain.ledger.storages import storages_of
+from lightning_memtrain.ledger.tensors.storages import storages_of
+from lightning_memtrain.ledger.tensors.tensor_search import tensors_within
 
 
 def profiled_device(model: torch.nn.Module) -> torch.device:

@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 
 from lightning_memtrain.coordination import dry_run
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.communication import gradients_lie_in_buckets
-from lightning_memtrain.ledger.storages import tensors_in
+from lightning_memtrain.ledger.operators.workspace import OpWorkspace
+from lightning_memtrain.ledger.tensors.distributed_tensors import gradients_lie_in_buckets
+from lightning_memtrain.ledger.tensors.storages import tensors_in
 from lightning_memtrain.ledger.training_state import state_bytes
-from lightning_memtrain.ledger.workspace import OpWorkspace
 from lightning_memtrain.optimizer_steps.parameter_steps import needs_closure
 from lightning_memtrain.tracing.methods import RecordingMethods, TwinMethods
 from lightning_memtrain.tracing.questions import Answers, AsksForValue

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lightning_memtrain.ledger.workspace import OpCall, kept_random_state, op_call
+from lightning_memtrain.ledger.operators.workspace import OpCall, kept_random_state, op_call
 
 _aten = torch.ops.aten
 Knows = Callable[[Any], bool]
@@ -78,7 +78,7 @@ def _mkldnn_rnn_layer(func: Any, args: Any, kwargs: Any, given: Any, knows: Know
     call = op_call(func, args, kwargs)
     if call not in _scratch_bytes:
         with _disable_current_modes(), kept_random_state(torch.device("cpu")):
-            made_up, _ = call.thaw(torch.device("cpu"))
+            made_up, _ = call.make_arguments(torch.device("cpu"))
             _scratch_bytes[call] = func(*made_up)[3].numel()
     return output, hidden, cell, scratch.new_empty(_scratch_bytes[call])
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from lightning_memtrain.ledger.storages import tensors_in
+from lightning_memtrain.ledger.tensors.storages import tensors_in
 from lightning_memtrain.tracing.chance import Chance
 from lightning_memtrain.tracing.known_shapes import SPECIAL, with_known_masks
 from lightning_memtrain.tracing.questions import Answers, Recorded, asked_by_distributions, asks

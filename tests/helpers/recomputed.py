@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_memtrain.checkpointing import Recomputed, insert_checkpoints
 from lightning_memtrain.checkpointing.call import Call
-from lightning_memtrain.ledger.storages import tensors_in
+from lightning_memtrain.ledger.tensors.storages import tensors_in
 
 Loss = Callable[[nn.Module, Any], Tensor]
 

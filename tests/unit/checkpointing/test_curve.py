@@ -14,9 +14,9 @@ from lightning_memtrain.checkpointing import choose
 from lightning_memtrain.checkpointing.choose import StepCurve, call_seconds
 from lightning_memtrain.checkpointing.insertion import insert_checkpoints
 from lightning_memtrain.core import MIB
-from lightning_memtrain.ledger.op_times import OpTimes
-from lightning_memtrain.ledger.storages import tensors_in
-from lightning_memtrain.ledger.workspace import OpCall
+from lightning_memtrain.ledger.operators.op_times import OpTimes
+from lightning_memtrain.ledger.operators.workspace import OpCall
+from lightning_memtrain.ledger.tensors.storages import tensors_in
 from lightning_memtrain.recipes.cifar10_wrn28_2.model import WideResNet
 from lightning_memtrain.tracing.fake_step import FakeStep
 
