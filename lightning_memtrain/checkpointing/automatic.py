@@ -24,7 +24,7 @@ from lightning_memtrain.checkpointing.policies import Budget, Groups
 from lightning_memtrain.core import Category, NoEffectWarning, is_out_of_memory
 from lightning_memtrain.ledger.operators.op_times import OpTimes
 from lightning_memtrain.ledger.operators.workspace import OpWorkspace
-from lightning_memtrain.ledger.tensors.tensor_search import tensors_within
+from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.ledger.training_state import state_bytes
 from lightning_memtrain.tracing.fake_step import FakeStep
 from lightning_memtrain.tracing.questions import site_of
@@ -140,7 +140,7 @@ class AutomaticChoice:
         self._groups, self.num_modules = groups, sum(len(group) for group in groups)
 
     def _circumstances(self, arguments: Any) -> Circumstances:
-        tensors = tensors_within(arguments)
+        tensors = find_tensors(arguments)
         return Circumstances(
             shapes=tuple(tuple(tensor.shape) for tensor in tensors),
             batch_bytes=sum(tensor.nbytes for tensor in tensors),

@@ -28,7 +28,7 @@ from lightning_memtrain.ledger.storage_records import (
     held_at_peak,
 )
 from lightning_memtrain.ledger.storage_tracker import TRAINING_STATE, StorageTracker
-from lightning_memtrain.ledger.tensors.tensor_search import tensors_within
+from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 
 
 class MemoryLedger:
@@ -106,7 +106,7 @@ class MemoryLedger:
         self._entered = True
         self._thread = threading.get_ident()
         with ExitStack() as undo:  # undoes what was done so far if a later line fails
-            inputs, self._inputs = tensors_within(self._inputs), None  # the ledger must not keep the batch
+            inputs, self._inputs = find_tensors(self._inputs), None  # the ledger must not keep the batch
             self._watch.begin(inputs, undo)
             self._undo = undo.pop_all()
         return self

@@ -12,7 +12,7 @@ from lightning_memtrain.core import Category
 from lightning_memtrain.ledger.storage_tracker import StorageTracker
 from lightning_memtrain.ledger.tensors.distributed_tensors import ddp_around, ddp_buckets, unsharded_gradients
 from lightning_memtrain.ledger.tensors.storages import tensors_in
-from lightning_memtrain.ledger.tensors.tensor_search import tensors_within
+from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 
 
 def classify_training_state(
@@ -48,7 +48,7 @@ def classify_training_state(
         for key, state in optimizer.state.items():
             owner = owners.get(id(key), "")
             for value in state.values() if isinstance(state, dict) else (state,):
-                for tensor in (value,) if isinstance(value, torch.Tensor) else tensors_within(value):
+                for tensor in (value,) if isinstance(value, torch.Tensor) else find_tensors(value):
                     tracker.classify(tensor, Category.OPTIMIZER_STATE, owner)
 
 

@@ -20,7 +20,7 @@ from lightning_memtrain.ledger.observers.saved_tensors import (
     hooks_in_force,
 )
 from lightning_memtrain.ledger.tensors.storages import PLAIN_TENSORS
-from lightning_memtrain.ledger.tensors.tensor_search import tensors_within
+from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.precision.activation_kernels import Kernels
 from lightning_memtrain.precision.activation_layout import MemoryOrder, empty_like_layout, memory_order
 from lightning_memtrain.precision.activation_parameters import ParameterTest
@@ -119,7 +119,7 @@ class ActivationPacking:
         Args:
             tree: whatever holds them, such as the batch.
         """
-        tensors = [t for t in tensors_within(tree) if type(t) in PLAIN_TENSORS and t.layout is torch.strided]
+        tensors = [t for t in find_tensors(tree) if type(t) in PLAIN_TENSORS and t.layout is torch.strided]
         self._spared = {t.untyped_storage()._cdata for t in tensors}
 
     def state_dict(self) -> dict[str, int]:

@@ -21,7 +21,7 @@ _NO_TREES = (int, float, str, type(None))
 def tensors_in(tree: Any) -> list[torch.Tensor]:
     """All tensors in arguments or results of an operator, which are asked of every one.
 
-    For what users make, such as batches, there is :func:`.objects.tensors_within`.
+    For what users make, such as batches, there is :func:`.objects.find_tensors`.
 
     Args:
         tree: lists, tuples, sets, mappings (and look-alikes) and dataclasses in any nesting; anything else

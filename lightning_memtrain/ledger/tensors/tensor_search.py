@@ -31,7 +31,7 @@ _NO_PARTS = (
 _COLLECTIONS = (list, tuple, set, frozenset, deque)
 
 
-def tensors_within(thing: Any) -> list[torch.Tensor]:
+def find_tensors(thing: Any) -> list[torch.Tensor]:
     """All tensors that an object holds, whatever its class; slower than :func:`.storages.tensors_in`.
 
     Items of collections and mappings are followed, and what is stored in attributes, ``__slots__`` among
@@ -48,7 +48,7 @@ def tensors_within(thing: Any) -> list[torch.Tensor]:
         >>> class Graph:
         ...     def __init__(self, x):
         ...         self.nodes, self.whole = {"x": x}, self
-        >>> [tensor.shape for tensor in tensors_within([Graph(torch.ones(2)), Graph(torch.ones(3))])]
+        >>> [tensor.shape for tensor in find_tensors([Graph(torch.ones(2)), Graph(torch.ones(3))])]
         [torch.Size([2]), torch.Size([3])]
     """
     found: list[torch.Tensor] = []

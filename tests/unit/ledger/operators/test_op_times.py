@@ -7,7 +7,7 @@ import torch
 
 from lightning_memtrain.core import MIB
 from lightning_memtrain.ledger.device_allocator import allocator_statistics
-from lightning_memtrain.ledger.observers.dispatch_mode import op_times
+from lightning_memtrain.ledger.operators import op_times
 from lightning_memtrain.ledger.operators.op_times import OpTimes
 from lightning_memtrain.ledger.operators.workspace import op_call
 

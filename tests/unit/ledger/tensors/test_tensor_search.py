@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_memtrain import Category, MemoryLedger
 from lightning_memtrain.ledger.tensors.storages import tensors_in
-from lightning_memtrain.ledger.tensors.tensor_search import tensors_within
+from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 
 ONE, TWO, THREE = torch.ones(1), torch.ones(2), torch.ones(3)
 
@@ -127,7 +127,7 @@ def objects_in_an_array() -> np.ndarray:
     ids=lambda value: type(value).__name__,
 )
 def test_what_is_within(thing: Any, expected: Any) -> None:
-    found = tensors_within(thing)
+    found = find_tensors(thing)
     if isinstance(expected, int):
         assert len(found) == expected
     else:
@@ -137,7 +137,7 @@ def test_what_is_within(thing: Any, expected: Any) -> None:
 def test_a_dataclass_with_arguments_that_are_no_fields_and_fields_that_are_not_set() -> None:
     batch = Molecules([ONE, TWO])
     assert batch.atoms.shape == (3,)
-    assert {id(tensor) for tensor in tensors_within(batch)} == {id(batch.atoms), id(THREE)}
+    assert {id(tensor) for tensor in find_tensors(batch)} == {id(batch.atoms), id(THREE)}
     assert {id(tensor) for tensor in tensors_in([batch])} == {id(batch.atoms), id(THREE)}
 
 
@@ -151,7 +151,7 @@ Cached.total = property(lambda self: 1 / 0)  # type: ignore[assignment]
 
 
 def test_a_dataclass_with_a_property_that_raises() -> None:
-    for found in (tensors_within(Cached(ONE)), tensors_in([Cached(ONE)])):
+    for found in (find_tensors(Cached(ONE)), tensors_in([Cached(ONE)])):
         assert [id(tensor) for tensor in found] == [id(ONE)]
 
 
@@ -159,25 +159,25 @@ def test_attrs_classes_of_both_kinds() -> None:
     attrs = pytest.importorskip("attrs")
     for slots in (True, False):
         made = attrs.make_class("Made", ["x", "rest"], slots=slots)
-        assert {id(tensor) for tensor in tensors_within(made(ONE, [TWO]))} == {id(ONE), id(TWO)}
+        assert {id(tensor) for tensor in find_tensors(made(ONE, [TWO]))} == {id(ONE), id(TWO)}
 
 
 def test_the_batches_of_tokenisers() -> None:
     transformers = pytest.importorskip("transformers")
     batch = transformers.BatchEncoding({"input_ids": ONE, "attention_mask": TWO})
-    assert [id(tensor) for tensor in tensors_within(batch)] == [id(ONE), id(TWO)]
+    assert [id(tensor) for tensor in find_tensors(batch)] == [id(ONE), id(TWO)]
 
 
 def test_nesting_of_any_depth_and_cycles_of_any_kind() -> None:
     deep: Any = ONE
     for _ in range(10 * sys.getrecursionlimit()):
         deep = [deep]
-    assert [id(tensor) for tensor in tensors_within(deep)] == [id(ONE)]
+    assert [id(tensor) for tensor in find_tensors(deep)] == [id(ONE)]
     one: list[Any] = [ONE]
     two: dict[str, Any] = {"one": one, "x": TWO}
     one.append(two)
     two["itself"] = two
-    assert [id(tensor) for tensor in tensors_within(one)] == [id(ONE), id(TWO)]
+    assert [id(tensor) for tensor in find_tensors(one)] == [id(ONE), id(TWO)]
 
 
 class Unequal:
@@ -193,7 +193,7 @@ class Unequal:
 
 
 def test_nothing_is_compared_or_hashed() -> None:
-    assert [id(tensor) for tensor in tensors_within([Unequal(ONE), Unequal(TWO)])] == [id(ONE), id(TWO)]
+    assert [id(tensor) for tensor in find_tensors([Unequal(ONE), Unequal(TWO)])] == [id(ONE), id(TWO)]
 
 
 @pytest.mark.parametrize(
