@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
 from bisect import bisect_right
@@ -62,14 +61,16 @@ class ModuleTracker:
     would change the graph. Compiled modules are followed as a whole, and scripted ones not at all.
 
     Args:
-        mark: called with ``"forward <path>"`` when a module's forward begins.
+        annotate: called with ``"forward <path>"`` when a module's forward begins.
         in_force: tells whether a call is one of those to be followed.
     """
 
-    def __init__(self, mark: Callable[[str], None], in_force: Callable[[], bool]) -> None:
-        self._annotate = mark
+    def __init__(self, annotate: Callable[[str], None], in_force: Callable[[], bool]) -> None:
+        self._annotate = annotate
         self._in_force = in_force
         self._hooks = _Hooks()
+        # By identity, since hooks are given nothing but the module; those that have hooks are kept meanwhile.
+        self._names: dict[int, str] = {}
         self._calls: list[_FollowedCall] = []
         self._stack: list[str] = []
         self._forward_moment: RunningModule | None = None  # if it was asked for since the last change
@@ -88,13 +89,14 @@ class ModuleTracker:
         """
         self.type_names = {name: type(module).__name__ for name, module in modules}
         self._make_room()
-        enter_any, leave = self._enter, self._leave  # each look makes another object
+        hooked = []
         for name, module in _watchable(modules):
-            enter = functools.partial(enter_any, name)
+            self._names[id(module)] = name
             if module._compiled_call_impl is None:
-                self._hooks.add(module, enter, leave)
+                hooked.append(module)
             else:
-                self._calls.append(_FollowedCall(module, enter, leave))
+                self._calls.append(_FollowedCall(module, self._enter, self._leave))
+        self._hooks.put_on(hooked, self._enter, self._leave)
 
     def end(self) -> None:
         """Take all hooks off; what was followed so far stays known."""
@@ -102,6 +104,7 @@ class ModuleTracker:
         for call in self._calls:
             call.remove()
         self._calls.clear()
+        self._names.clear()
         _raise_recursion_limit(-self._num_frames)
         self._num_frames = 0
 
@@ -156,8 +159,9 @@ class ModuleTracker:
         # inside of a module's forward.
         self._depth_at_backward.setdefault(task, len(self._stack))
 
-    def _enter(self, name: str, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or not self._in_force():
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        name = self._names.get(id(module))  # none of a copy of a module, which has copies of its hooks
+        if name is None or torch.compiler.is_compiling() or not self._in_force():
             return
         task = current_graph_task()
         if task != NOT_IN_BACKWARD:
@@ -169,7 +173,7 @@ class ModuleTracker:
         self._annotate(f"forward {name}")
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not self._in_force():
+        if id(module) not in self._names or torch.compiler.is_compiling() or not self._in_force():
             return
         stack = self._stack
         if stack:
@@ -202,21 +206,22 @@ class _Hooks:
 
     def __init__(self) -> None:
         self._modules: list[nn.Module] = []
-        self._enters: list[Callable[..., None]] = []
-        self._leaves: list[Callable[..., None]] = []
+        self._enter: Any = None
+        self._leave: Any = None
         self._number = RemovableHandle(OrderedDict()).id
 
-    def add(self, module: nn.Module, enter: Callable[..., None], leave: Callable[..., None]) -> None:
-        self._modules.append(module)
-        self._enters.append(enter)
-        self._leaves.append(leave)
-        self._put(module, enter, leave)
+    def put_on(
+        self, modules: list[nn.Module], enter: Callable[..., None], leave: Callable[..., None]
+    ) -> None:
+        self._modules, self._enter, self._leave = modules, enter, leave
+        self.show()
 
-    def _put(self, module: nn.Module, enter: Callable[..., None], leave: Callable[..., None]) -> None:
-        number = self._number
-        module._forward_pre_hooks[number] = enter
-        module._forward_hooks[number] = leave
-        module._forward_hooks_always_called[number] = True
+    def show(self) -> None:
+        number, enter, leave = self._number, self._enter, self._leave
+        for module in self._modules:
+            module._forward_pre_hooks[number] = enter
+            module._forward_hooks[number] = leave
+            module._forward_hooks_always_called[number] = True
 
     def hide(self) -> None:
         number = self._number
@@ -225,15 +230,9 @@ class _Hooks:
             module._forward_hooks.pop(number, None)
             module._forward_hooks_always_called.pop(number, None)
 
-    def show(self) -> None:
-        for module, enter, leave in zip(self._modules, self._enters, self._leaves, strict=True):
-            self._put(module, enter, leave)
-
     def remove(self) -> None:
         self.hide()
-        self._modules.clear()
-        self._enters.clear()
-        self._leaves.clear()
+        self._modules, self._enter, self._leave = [], None, None  # the hooks refer to who put them on
 
 
 class _FollowedCall:

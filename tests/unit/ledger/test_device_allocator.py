@@ -75,16 +75,15 @@ class FakeAllocator:
 
 
 def test_accelerator_peak_is_reset_and_read(monkeypatch):
-    allocator = FakeAllocator()
-    monkeypatch.setattr(torch, "cuda", allocator)
+    fake = FakeAllocator()
+    monkeypatch.setattr(torch, "cuda", fake)
     allocator = allocator_statistics(torch.device("cuda", 0))
     assert isinstance(allocator, AcceleratorStatistics)
-    allocator.peak = 9999  # from before
+    fake.peak = 9999  # from before
     allocator.start()
-    allocator.peak, allocator.retries = 612, 3
-    assert allocator.stop(start_bytes=5) == AllocatorReading(
-        612, 512, reserved_bytes=4096, num_alloc_retries=1
-    )
+    fake.peak, fake.retries = 612, 3
+    reading = allocator.stop(start_bytes=5)
+    assert reading == AllocatorReading(612, 512, reserved_bytes=4096, num_alloc_retries=1)
 
 
 @pytest.mark.parametrize(("current", "known"), [("mps", True), ("cuda", False)])
