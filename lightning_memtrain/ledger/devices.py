@@ -20,8 +20,8 @@ def parameter_devices(model: nn.Module) -> dict[torch.device, str]:
     devices: dict[torch.device, str] = {}
     for path, module in named_submodules(model):
         for name, parameter in module._parameters.items():
-            if parameter is not None:
-                devices.setdefault(parameter.device, f"{path}.{name}" if path else name)
+            if parameter is not None and parameter.device not in devices:
+                devices[parameter.device] = f"{path}.{name}" if path else name
     return devices
 
 
