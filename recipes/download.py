@@ -1,32 +1,25 @@
-"""Finding data, getting it over a bad line, and unpacking it without trusting it: what the recipes share."""
+"""Finding data, or downloading it with pooch and unpacking it: what the recipes share.
+
+pooch starts again after a break; ``curl -C -`` goes on, and what it brought into the folder is used.
+Unpacking is our own: pooch's ``Untar`` checks no names before Python 3.12, and stops half-way if killed.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
-import http.client
-import itertools
+import gzip
 import os
 import shutil
 import tarfile
-import tempfile
-import urllib.error
-import urllib.request
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from filelock import FileLock
 
 DATA_DIR_VARIABLE = "MEMTRAIN_DATA_DIR"
 CHUNK_BYTES = 2**20
 TIMEOUT_SECONDS = 30
-
-# Called with the bytes that have arrived and, where the server says it, the bytes of the whole file.
-Report = Callable[[int, int | None], None]
-
-
-class ChecksumError(ValueError):
-    """A complete download is not the file that was expected."""
+NUM_RETRIES = 2
 
 
 def data_places(data_dir: str | os.PathLike[str] | None) -> list[Path]:
@@ -47,20 +40,22 @@ def find_or_download(
     places: Sequence[Path],
     find: Callable[[Path], Path | None],
     url: str | None,
-    fetch: Callable[[str, Path], None],
+    fetch: Callable[[str, Path], Path],
     *,
     cure: str,
 ) -> Path:
     """Find data in one of several places, or download it into the first.
 
-    Several runs may start at once on an empty machine; the first one downloads for all.
+    Several runs may start at once on an empty machine; the first one downloads for all. The data appears in
+    one step, when all of it is there.
 
     Args:
         name: of the data, for the message.
         places: where to look, in this order.
         find: the folder that holds the data, if a place is or holds it; else ``None``.
         url: where it can be downloaded; ``None`` for no download.
-        fetch: downloads from a URL into a place.
+        fetch: downloads from a URL into an empty folder inside of the first place, and returns the folder in
+            there that holds the data.
         cure: what a user can do, for the message.
 
     Returns:
@@ -76,10 +71,18 @@ def find_or_download(
     reason = "a download was not asked for"
     folder = found()
     if folder is None and url is not None:
+        scratch = places[0] / f".{name}.download"
         try:
-            with locked(places[0] / f".{name}.lock"):
+            places[0].mkdir(parents=True, exist_ok=True)
+            with FileLock(places[0] / f".{name}.lock"):
                 if found() is None:
-                    fetch(url, places[0])
+                    # A process that was killed may have left it.
+                    shutil.rmtree(scratch, ignore_errors=True)
+                    try:
+                        fetched = fetch(url, scratch)
+                        os.replace(fetched, places[0] / fetched.name)
+                    finally:
+                        shutil.rmtree(scratch, ignore_errors=True)
             folder = found()
         except (OSError, ValueError) as error:
             reason = f"the download from {url} failed ({error})"
@@ -92,177 +95,74 @@ def find_or_download(
     return folder
 
 
-def download(url: str, path: Path, *, sha256: str | None) -> None:
-    """Download a file; go on where an earlier, broken download of it stopped.
+def download(url: str, scratch: Path, *, sha256: str | None) -> Path:
+    """Download a file, unless someone has put it beside the scratch folder already.
 
-    The bytes gather in ``<path>.part``, which becomes ``path`` in one step once its checksum is right. A
-    connection that breaks is opened again for as long as every attempt brings something. If a file that
-    was put together from several attempts has the wrong checksum, it is downloaded once more from the start.
+    A connection that breaks, or a file with another checksum, is tried again from the start, ``NUM_RETRIES``
+    times. What is not the whole file, or not the right one, is deleted.
 
     Args:
         url: where the file is.
-        path: where it shall be; its folder is made.
+        scratch: the folder that receives it; is made.
         sha256: the file's SHA-256 checksum, in hexadecimal digits; ``None`` if its authors publish none, for
             a caller who checks what is in it.
 
+    Returns:
+        The file: in ``scratch``, or in the folder around it.
+
     Raises:
-        OSError: if the server cannot be reached, refuses, or sends nothing more. What arrived is kept.
-        ChecksumError: if the complete file has another checksum. What arrived is deleted.
+        OSError: if the server cannot be reached or refuses, the connection breaks, or the disk is full.
+        ValueError: if the file has another checksum.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with _progress(f"Downloading {path.name}") as report:
-        in_one_piece = _fetch(url, part, report)
-        if sha256 is not None and not in_one_piece and _sha256(part) != sha256:
-            part.unlink()
-            _fetch(url, part, report)
-    if sha256 is not None and (found := _sha256(part)) != sha256:
-        part.unlink()
-        raise ChecksumError(
-            f"The file at {url} must have the SHA-256 checksum {sha256}, but what arrived has {found}. "
-            "It was deleted. Try again later, or get the file by other means."
-        )
-    os.replace(part, path)
+    import pooch
+
+    name = url.rsplit("/", 1)[-1]
+    by_hand = scratch.parent / name
+    if by_hand.is_file():
+        if sha256 is not None and (found := pooch.file_hash(str(by_hand))) != sha256:
+            raise ValueError(
+                f"`{by_hand}` must have the SHA-256 checksum {sha256}, but has {found}: delete it, or go on "
+                f"with it by `curl -C - -LO {url}`"
+            )
+        return by_hand
+    over_http = pooch.HTTPDownloader(progressbar=True, chunk_size=CHUNK_BYTES, timeout=TIMEOUT_SECONDS)
+    files = pooch.create(scratch, url, registry={name: sha256}, urls={name: url}, retry_if_failed=NUM_RETRIES)
+    return Path(files.fetch(name, downloader=over_http))
 
 
-def _fetch(url: str, part: Path, report: Report) -> bool:
-    """Complete ``part`` over as many connections as bring something; whether one from byte 0 was enough."""
-    for attempt in itertools.count():
-        start = part.stat().st_size if part.exists() else 0
-        reason: Exception = ConnectionError("the server closed the connection early")
-        try:
-            if _receive(url, part, start, report):
-                return attempt == 0 and start == 0
-        except urllib.error.HTTPError:
-            raise
-        except (OSError, http.client.HTTPException) as error:
-            reason = error
-        if not part.exists() or part.stat().st_size <= start:
-            raise reason if isinstance(reason, OSError) else ConnectionError(repr(reason)) from reason
-    raise AssertionError("unreachable")
-
-
-def _receive(url: str, part: Path, start: int, report: Report) -> bool:
-    """Append what one connection brings from byte ``start`` on; whether that was all the server has."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
-    except urllib.error.HTTPError as error:
-        if start and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return True  # nothing lies beyond `start`: the checksum says whether it is the file
-        raise
-    with response:
-        if start and response.status == http.HTTPStatus.PARTIAL_CONTENT:
-            if not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-                return _receive(url, part, 0, report)  # another range than was asked for
-        else:
-            start = 0  # the whole file, whatever was asked for
-        length = response.headers.get("Content-Length")
-        total = None if length is None else start + int(length)
-        with part.open("ab" if start else "wb") as file:
-            # read1 returns what is there, so that little is lost when the connection breaks.
-            while chunk := response.read1(CHUNK_BYTES):
-                file.write(chunk)
-                report(file.tell(), total)
-            return total is None or file.tell() == total
-
-
-def unpack(archive: Path, folder_name: str, into: Path) -> None:
-    """Unpack one folder of a tar archive, in one step: it is there completely or not at all.
+def unpack(archive: Path, folder_name: str, into: Path) -> Path:
+    """Unpack the files that lie directly in one folder of a tar archive, and nothing else of it.
 
     Args:
         archive: a tar archive, compressed or not, which need not be trusted.
         folder_name: the archive's top-level folder.
-        into: the folder that receives it.
+        into: the folder that receives it, which does not hold one of this name.
+
+    Returns:
+        The new folder.
 
     Raises:
         ValueError: if the archive is no tar archive, does not have the checksum that a compressed one ends
-            with, has no such folder, or has a member that is neither a file nor a folder or that lies outside
-            of ``folder_name``. Nothing of it remains.
+            with, or has no such file.
     """
-    into.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unpack-", dir=into) as scratch:
-        try:
-            with tarfile.open(archive) as tar:
-                for member in tar:
-                    _check_member(archive, member, folder_name)
-                    _write_member(tar, member, Path(scratch))
-                # Compressed files end with a checksum, which is only looked at when all was read.
-                while tar.fileobj is not None and tar.fileobj.read(CHUNK_BYTES):
-                    pass
-        except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-            raise ValueError(
-                f"`{archive}` could not be unpacked ({error}). Delete it and try again."
-            ) from error
-        unpacked = Path(scratch) / folder_name
-        if not unpacked.is_dir():
-            raise ValueError(
-                f"`{archive}` must hold a folder `{folder_name}`, but has none. Delete it and try again."
-            )
-        os.replace(unpacked, into / folder_name)
-
-
-def _check_member(archive: Path, member: tarfile.TarInfo, folder_name: str) -> None:
-    # Stricter than tarfile's "data" filter, and the same on Python versions that lack it: names stay below
-    # `folder_name` as written, and without links no name can lead elsewhere.
-    parts = PurePosixPath(member.name).parts
-    inside = parts[:1] == (folder_name,) and ".." not in parts and "\\" not in member.name
-    if not inside or not (member.isreg() or member.isdir()):
-        link = f" (a link to `{member.linkname}`)" if member.linkname else ""
-        raise ValueError(
-            f"`{archive}` must hold only files and folders below `{folder_name}`, "
-            f"but has `{member.name}`{link}. "
-            "Nothing was unpacked. Delete the archive and get it from a source you trust."
-        )
-
-
-def _write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, scratch: Path) -> None:
-    target = scratch / member.name
-    if member.isdir():
-        target.mkdir(parents=True, exist_ok=True)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    source = tar.extractfile(member)
-    assert source is not None  # it is a regular file
-    with source, target.open("xb") as file:
-        shutil.copyfileobj(source, file, CHUNK_BYTES)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time into the block, among those that name the same file.
-
-    Args:
-        path: an empty file that is made for the purpose and stays.
-
-    Yields:
-        Nothing.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _progress(title: str) -> Iterator[Report]:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        "{task.description}",
-        BarColumn(),
-        DownloadColumn(True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done_bytes, total_bytes: progress.update(task, completed=done_bytes, total=total_bytes)
+    folder = into / folder_name
+    folder.mkdir(parents=True)
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                where, _, name = member.name.rpartition("/")
+                # Only true files, and names of one part: none can lead elsewhere.
+                if where == folder_name and member.isreg() and name != ".." and "\\" not in name:
+                    source = tar.extractfile(member)
+                    assert source is not None  # it is a regular file
+                    with source, (folder / name).open("xb") as file:
+                        shutil.copyfileobj(source, file, CHUNK_BYTES)
+            # Compressed files end with a checksum, which is only looked at when all was read.
+            while tar.fileobj is not None and tar.fileobj.read(CHUNK_BYTES):
+                pass
+    except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as error:
+        reason = " ".join(str(error).split())  # tarfile's has a line for each kind of archive
+        raise ValueError(f"`{archive}` could not be unpacked: {reason}") from error
+    if not any(folder.iterdir()):
+        raise ValueError(f"`{archive}` must hold files in a folder `{folder_name}`, but has none")
+    return folder

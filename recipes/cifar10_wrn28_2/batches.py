@@ -1,9 +1,12 @@
-"""Reading CIFAR-10's batch files, which are pickles, without running what a pickle could run."""
+"""Reading CIFAR-10's batch files, which are pickles, without running what a pickle could run.
+
+The checksum of a downloaded archive is verified, but ``data_dir`` may hold files of anyone's, such as other
+images in the same form: so only what numpy needs for an array is looked up, as Python's manual advises.
+"""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +24,6 @@ class UnsafePickleError(ValueError):
     """A pickle asked for something that no CIFAR-10 batch file needs."""
 
 
-class _Dtype:
-    """Stands in for ``numpy.dtype`` while a pickle is read; only plain numbers are allowed."""
-
-    def __init__(self, code: str | bytes, *_: object) -> None:
-        self.numpy = np.dtype(code.decode("ascii") if isinstance(code, bytes) else code)
-        if self.numpy.kind not in "biuf":
-            raise ValueError(f"it holds an array of dtype {self.numpy}, not of numbers")
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        byte_order = state[1].decode("ascii") if isinstance(state[1], bytes) else state[1]
-        self.numpy = self.numpy.newbyteorder(byte_order)  # type: ignore[arg-type]
-
-
-class _Array:
-    """Stands in for ``numpy.ndarray`` and for the functions that make one.
-
-    numpy's own ``__setstate__`` trusts its input; this one takes raw bytes, a shape and a plain dtype.
-    """
-
-    def __init__(self, *_: object) -> None:
-        self.numpy: NDArray[Any] = np.empty(0)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _version, shape, dtype, fortran_order, raw = state
-        raw = raw.encode("latin1") if isinstance(raw, str) else raw
-        self.numpy = np.frombuffer(raw, dtype.numpy).reshape(shape, order="F" if fortran_order else "C")
-
-    @classmethod
-    def from_buffer(cls, raw: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
-        """What numpy calls for pickle protocol 5."""
-        array = cls()
-        array.__setstate__((1, shape, dtype, order == "F", raw))
-        return array
-
-
-def _scalar(dtype: _Dtype, raw: bytes | str) -> Any:
-    return np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else raw, dtype.numpy)[0]
-
-
 def _latin1_bytes(text: str, encoding: str) -> bytes:
     """How Python 3 writes bytes in protocol 2; other codecs are not needed."""
     if encoding != "latin1":
@@ -67,14 +31,18 @@ def _latin1_bytes(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-_ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy", "dtype"): _Dtype,
-    ("numpy", "ndarray"): _Array,
-    ("_codecs", "encode"): _latin1_bytes,
+# What numpy itself names where it pickles an array: in protocols 2 to 4, in protocol 5, and one number.
+_BY_NUMPY = {
+    "multiarray._reconstruct": np.empty(0).__reduce_ex__(4)[0],
+    "numeric._frombuffer": np.empty(0).__reduce_ex__(5)[0],
+    "multiarray.scalar": np.int64(0).__reduce__()[0],
+}
+_ALLOWED: dict[str, Any] = {
+    "numpy.dtype": np.dtype,
+    "numpy.ndarray": np.ndarray,
+    "_codecs.encode": _latin1_bytes,
     # numpy 2 renamed its `core`; files written before and after are both about.
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _Array.from_buffer for core in ("core", "_core")},
+    **{f"numpy.{core}.{name}": made for core in ("core", "_core") for name, made in _BY_NUMPY.items()},
 }
 
 
@@ -86,7 +54,7 @@ class _BatchUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _ALLOWED[module, name]
+            return _ALLOWED[f"{module}.{name}"]
         except KeyError:
             raise UnsafePickleError(
                 f"`{self._path}` asks Python for `{module}.{name}`, which no CIFAR-10 batch file needs, "
@@ -131,30 +99,23 @@ def read_batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 def _check_images(path: Path, data: object) -> NDArray[np.uint8]:
     expected = "an array of dtype uint8 and shape (images, 3072)"
-    if not isinstance(data, _Array):
+    if not isinstance(data, np.ndarray):
         raise _unexpected(path, "data", expected, type(data).__name__)
-    array = data.numpy
-    if (
-        array.dtype != np.uint8
-        or array.ndim != 2
-        or array.shape[1] != np.prod(IMAGE_SHAPE)
-        or len(array) == 0
-    ):
-        raise _unexpected(path, "data", expected, f"dtype {array.dtype} and shape {array.shape}")
-    return array
+    if data.dtype != np.uint8 or data.shape[1:] != (np.prod(IMAGE_SHAPE),) or len(data) == 0:
+        raise _unexpected(path, "data", expected, f"dtype {data.dtype} and shape {data.shape}")
+    return data
 
 
 def _check_labels(path: Path, labels: object, num_images: int) -> NDArray[np.int64]:
     expected = f"{num_images} whole numbers from 0 to {NUM_CLASSES - 1}, one per image"
-    array = labels.numpy if isinstance(labels, _Array) else labels
-    if not isinstance(array, (list, tuple, np.ndarray)):
-        raise _unexpected(path, "labels", expected, type(array).__name__)
-    if len(array) != num_images:
-        raise _unexpected(path, "labels", expected, f"{len(array)} labels")
-    for index, label in enumerate(array):
+    if not isinstance(labels, (list, tuple, np.ndarray)):
+        raise _unexpected(path, "labels", expected, type(labels).__name__)
+    if len(labels) != num_images:
+        raise _unexpected(path, "labels", expected, f"{len(labels)} labels")
+    for index, label in enumerate(labels):
         if not isinstance(label, (int, np.integer)) or not 0 <= label < NUM_CLASSES:
             raise _unexpected(path, "labels", expected, f"{label!r} for image {index}")
-    return np.asarray(array, dtype=np.int64)
+    return np.asarray(labels, dtype=np.int64)
 
 
 def _unexpected(path: Path, key: str, expected: str, got: str) -> ValueError:

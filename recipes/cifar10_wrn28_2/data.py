@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_memtrain.recipes.download import data_places, download, find_or_download, unpack
+from lightning_memtrain.recipes.resumable import ResumableLoader
 
 from .augment import CropAndFlip, generator_for
 from .batches import (
@@ -24,7 +25,7 @@ from .batches import (
     find_folder,
     read_batch,
 )
-from .loader import Batch, EpochSampler, ImageSet, ResumableLoader
+from .loader import Batch, ImageOrder, ImageSet
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
@@ -120,7 +121,7 @@ class ImageDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Augmented batches in a new order every epoch; this process's share of them."""
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler = EpochSampler(self._sets["train"], num_replicas=world_size, rank=rank, seed=self.seed)
+        sampler = ImageOrder(self._sets["train"], num_replicas=world_size, rank=rank, seed=self.seed)
         loader = self._loader(self._sets["train"], sampler, drop_last=True)
         assert isinstance(loader, ResumableLoader)
         if self._progress:
@@ -157,7 +158,7 @@ class ImageDataModule(pl.LightningDataModule):
         )
 
     def _loader(
-        self, image_set: ImageSet, sampler: EpochSampler | None = None, drop_last: bool = False
+        self, image_set: ImageSet, sampler: ImageOrder | None = None, drop_last: bool = False
     ) -> DataLoader[Batch]:
         if self.num_workers == 0:
             # Lightning guesses from the number of workers; benchmarks/cifar10_input_pipeline.py measures.
@@ -251,11 +252,8 @@ def obtain_cifar10(places: Sequence[Path], url: str | None, *, sha256: str) -> P
         FileNotFoundError: if the data is in none of the places and was not downloaded.
     """
 
-    def fetch(url: str, into: Path) -> None:
-        archive = into / url.rsplit("/", 1)[-1]
-        download(url, archive, sha256=sha256)
-        unpack(archive, FOLDER, into)
-        archive.unlink()
+    def fetch(url: str, scratch: Path) -> Path:
+        return unpack(download(url, scratch, sha256=sha256), FOLDER, scratch)
 
     cure = f"pass a `data_dir` that holds the folder `{FOLDER}`"
     return find_or_download("CIFAR-10", places, find_folder, url, fetch, cure=cure)

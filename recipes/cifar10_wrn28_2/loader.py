@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import Dataset
+
+from lightning_memtrain.recipes.resumable import EpochSampler
 
 from .augment import CropAndFlip, generator_for, normalize
 
@@ -69,59 +69,11 @@ class ImageSet(Dataset[Batch]):
         return normalize(images, self._mean, self._std), self.labels[rows]
 
 
-class EpochSampler(DistributedSampler[Any]):
-    """A new order in every epoch, shared out among the processes of a distributed run.
+class ImageOrder(EpochSampler):
+    """The images of an :class:`ImageSet` in a new order every epoch, as the indices that it takes."""
 
-    A ``DistributedSampler``, so Lightning calls ``set_epoch`` and puts no sampler of its own in its place,
-    whatever ``Trainer(use_distributed_sampler)`` says. Every process sees equally many images; the fewer than
-    ``num_replicas`` that are over are left out, others in each epoch.
-
-    Args:
-        dataset: its length counts.
-        num_replicas: number of processes.
-        rank: this process, in ``[0, num_replicas)``.
-        seed: of the order.
-    """
-
-    def __init__(self, dataset: ImageSet, *, num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=True)
-        self.skip_once = 0  # images that the next iteration leaves out, because a resumed run has seen them
-
-    def __iter__(self) -> Iterator[int]:
+    def order(self) -> list[int]:
+        """The indices of all images as they look in the epoch ``self.epoch``."""
         size = len(self.dataset)  # type: ignore[arg-type]
         order = torch.randperm(size, generator=generator_for(self.seed, "order", self.epoch))
-        mine = order[self.rank : self.num_samples * self.num_replicas : self.num_replicas]
-        first, self.skip_once = self.skip_once, 0
-        return iter((mine[first:] + self.epoch * size).tolist())
-
-
-class ResumableLoader(DataLoader[Batch]):
-    """A loader of whole batches that knows how far it has come in its epoch.
-
-    Lightning saves the state of a loader that has one, and gives it back before it resumes.
-    """
-
-    _delivered = 0
-    _resume_at = (0, 0)
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # A generator, of which only the first `next` runs anything: Lightning makes the iterator of a resumed
-        # epoch before it tells the sampler which epoch that is.
-        epoch, batches = self._resume_at
-        self._resume_at = (0, 0)
-        self._delivered = 0
-        # `Trainer(overfit_batches)` puts a sampler without epochs in the place of ours.
-        if isinstance(self.sampler, EpochSampler) and epoch == self.sampler.epoch:
-            self._delivered = batches
-            self.sampler.skip_once = batches * (self.batch_size or 1)
-        for batch in super().__iter__():
-            self._delivered += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Which epoch this is, and how many of its batches were delivered."""
-        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": self._delivered}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on after the batches that were delivered, if the epoch is still the same."""
-        self._resume_at = (state_dict["epoch"], state_dict["batches"])
+        return (order + self.epoch * size).tolist()

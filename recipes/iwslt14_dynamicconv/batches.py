@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+
+from lightning_memtrain.recipes.resumable import EpochSampler
 
 from .fairseq_bridge import Sample
 
@@ -80,7 +80,7 @@ def max_tokens_batches(order: Indices, lengths: Indices, max_tokens: int, multip
     return batches
 
 
-class EpochBatches(Sampler[list[int]]):
+class EpochBatches(EpochSampler):
     """Batches in a new order every epoch, the share of one process.
 
     Lightning tells the epoch to ``batch_sampler.sampler``, which is therefore this object itself.
@@ -95,80 +95,18 @@ class EpochBatches(Sampler[list[int]]):
     def __init__(
         self, batches: Sequence[Indices], *, seed: int | None, num_replicas: int = 1, rank: int = 0
     ) -> None:
-        self.batches = batches
-        self.seed = seed
-        self.num_replicas = num_replicas
-        self.rank = rank
-        self.epoch = 0
-        self.skip_once = 0  # batches that the next iteration leaves out, because a resumed run has seen them
+        super().__init__(batches, num_replicas=num_replicas, rank=rank, seed=seed or 0)
+        self._batches = batches
+        self._shuffled = seed is not None
         self.sampler = self
 
-    def set_epoch(self, epoch: int) -> None:
-        """Begin another epoch, counted from 0."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.batches) // self.num_replicas
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = list(range(len(self.batches)))
-        if self.seed is not None:
+    def order(self) -> list[list[int]]:
+        """The batches of the epoch ``self.epoch``."""
+        batches = [batch.tolist() for batch in self._batches]
+        if self._shuffled:
             # fairseq counts epochs from 1.
-            np.random.RandomState(self.seed + self.epoch + 1).shuffle(order)
-        mine = order[self.rank : len(self) * self.num_replicas : self.num_replicas]
-        first, self.skip_once = self.skip_once, 0
-        return iter([self.batches[i].tolist() for i in mine[first:]])
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A loader of :class:`EpochBatches` that knows how far it has come in its epoch.
-
-    Lightning saves the state of a loader that has one, and gives it back before it resumes.
-
-    Args:
-        dataset: its items are sentence pairs.
-        batches: which of them go together.
-        collate: makes a sample of items.
-        num_workers: processes that make samples; 0 makes them in the training process.
-    """
-
-    def __init__(
-        self,
-        dataset: Any,
-        batches: EpochBatches,
-        collate: Callable[[list[Any]], Sample],
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-        )
-        self._batches = batches
-        self._delivered = 0
-        self._resume_at = (0, 0)
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator, of which only the first `next` runs anything: Lightning makes the iterator of a resumed
-        # epoch before it tells the sampler which epoch that is.
-        epoch, batches = self._resume_at
-        self._resume_at = (0, 0)
-        self._delivered = 0
-        if epoch == self._batches.epoch:
-            self._delivered = self._batches.skip_once = batches
-        for batch in super().__iter__():
-            self._delivered += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Which epoch this is, and how many of its batches were delivered."""
-        return {"epoch": self._batches.epoch, "batches": self._delivered}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on after the batches that were delivered, if the epoch is still the same."""
-        self._resume_at = (state_dict["epoch"], state_dict["batches"])
+            np.random.RandomState(self.seed + self.epoch + 1).shuffle(batches)
+        return batches
 
 
 PADDING = 1  # the place of <pad> in every dictionary of fairseq

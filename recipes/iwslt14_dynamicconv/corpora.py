@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -41,11 +42,8 @@ def obtain_iwslt14(places: Sequence[Path], url: str | None) -> Path:
         FileNotFoundError: if it is in none of the places and was not downloaded.
     """
 
-    def fetch(url: str, into: Path) -> None:
-        archive = into / url.rsplit("/", 1)[-1]
-        download(url, archive, sha256=None)
-        unpack(archive, "de-en", into)
-        archive.unlink()
+    def fetch(url: str, scratch: Path) -> Path:
+        return unpack(download(url, scratch, sha256=None), "de-en", scratch)
 
     cure = (
         "pass a `data_dir` that holds the folder `de-en` of the official archive, or one with prepared text "
@@ -108,10 +106,13 @@ def obtain_multi30k(places: Sequence[Path], url: str | None) -> Path:
         FileNotFoundError: if they are in none of the places and were not downloaded.
     """
 
-    def fetch(url: str, into: Path) -> None:
+    def fetch(url: str, scratch: Path) -> Path:
+        folder = scratch / "multi30k"
+        folder.mkdir(parents=True)
         for name, sha256 in MULTI30K_SHA256.items():
-            if not (into / "multi30k" / name).is_file():
-                download(f"{url}/{name}", into / "multi30k" / name, sha256=sha256)
+            # Copied, since what pooch downloads can be read by its owner alone.
+            shutil.copyfile(download(f"{url}/{name}", scratch, sha256=sha256), folder / name)
+        return folder
 
     cure = (
         "pass a `data_dir` that holds `train.lc.norm.tok.de` and the other files of its repository's folder "

@@ -14,16 +14,17 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
-from lightning_memtrain.recipes.download import DATA_DIR_VARIABLE, data_places, locked
+from lightning_memtrain.recipes.download import DATA_DIR_VARIABLE, data_places
+from lightning_memtrain.recipes.resumable import ResumableLoader
 
 from . import corpora, text
 from . import fairseq_bridge as bridge
 from .batches import (
     EpochBatches,
     Indices,
-    ResumableLoader,
     max_tokens_batches,
     sorted_by_length,
 )
@@ -122,13 +123,13 @@ class TranslationDataModule(pl.LightningDataModule):
         if self._find() is not None:
             return
         # Several runs may start at once on an empty machine; the first one prepares for all.
-        with locked(self._places[0] / f".{self.folder_name}.lock"):
+        self._places[0].mkdir(parents=True, exist_ok=True)
+        with FileLock(self._places[0] / f".{self.folder_name}.lock"):
             if self._find() is None:
                 self._prepare(self.read_corpus(self._places, self._download))
 
     def _prepare(self, corpus: Corpus) -> None:
         into = self._places[0]
-        into.mkdir(parents=True, exist_ok=True)
         codes = text.learn_subwords(chain(*corpus["train"]), self.num_merges)
         subwords = text.Subwords(codes)
         num_lines = sum(2 * len(pairs.source) for pairs in corpus.values())
@@ -250,7 +251,13 @@ class TranslationDataModule(pl.LightningDataModule):
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         batches = EpochBatches(self._batches[split], seed=seed, num_replicas=world_size, rank=rank)
         dataset = self._datasets[split]
-        return ResumableLoader(dataset, batches, dataset.collater, self.num_workers)
+        return ResumableLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=dataset.collater,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
 
 
 def is_prepared(folder: Path) -> bool:

@@ -39,7 +39,7 @@ MODULES = sorted(
     [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in (ROOT / "lightning_memtrain").rglob("*.py")
-        if path.name != "__main__.py" and "recipes" not in path.parts
+        if path.name != "__main__.py" and "recipes" not in path.relative_to(ROOT).parts
     ]
     + [
         ".".join(("lightning_memtrain", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +89,26 @@ def test_partners_are_all_techniques() -> None:
     }
 
 
+# To start two processes takes longer than a partner does, and all partners take too long for one test.
+SHARES = [[*PARTNERS][i::3] for i in range(3)]
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank has after the fit, by partner."""
-    return found_by_two_ranks(trained, [*PARTNERS], tmp_path_factory.mktemp("auto_pairs"))
+def found_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
+    """What each rank has after the fit, by partner, for one of the shares; run when it is first asked for."""
+    return cache(
+        lambda share: found_by_two_ranks(trained, SHARES[share], tmp_path_factory.mktemp("auto_pairs"))
+    )
 
 
-@pytest.mark.parametrize("name", PARTNERS)
-def test_ranks_have_the_same_weights(name: str, found: list[dict[str, Any]]) -> None:
-    first, second = (rank[name] for rank in found)
+@pytest.mark.parametrize(
+    ("share", "name"),
+    [pytest.param(i, name, id=name) for i, share in enumerate(SHARES) for name in share],
+)
+def test_ranks_have_the_same_weights(
+    share: int, name: str, found_in: Callable[[int], list[dict[str, Any]]]
+) -> None:
+    first, second = (rank[name] for rank in found_in(share))
     if name in REFUSED:
         assert "needs that each batch is run once, but got Microbatching" in first
         assert first == second

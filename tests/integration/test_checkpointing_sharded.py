@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def _levels(net: nn.Module) -> list[list[Recomputed]]:
 
 
 Prepare = Callable[[nn.Module], nn.Module]
-CASES: dict[str, tuple[Prepare, Callable[[nn.Module], list[list[Recomputed]]]]] = {
+Groups = Callable[[nn.Module], list[list[Recomputed]]]
+CASES: dict[str, tuple[Prepare, Groups]] = {
     f"{prepare.__name__} {groups.__name__}": (prepare, groups)
     for prepare in (
         _around_blocks,
@@ -132,11 +134,11 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def _train(name: str, checkpointed: bool) -> tuple[list[Tensor], list[str]]:
-    prepare, make_groups = CASES[name]
+@cache  # without groups it is asked for by several cases
+def _train(prepare: Prepare, make_groups: Groups | None) -> tuple[list[Tensor], list[str]]:
     torch.manual_seed(0)
     net = prepare(_net())
-    if checkpointed:
+    if make_groups is not None:
         insert_checkpoints(net, make_groups(net))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     torch.manual_seed(1 if prepare is _parallel_tensors else dist.get_rank())
@@ -156,8 +158,10 @@ def _train(name: str, checkpointed: bool) -> tuple[list[Tensor], list[str]]:
 def _check(name: str, folder: Path, rank: int) -> list[str]:
     if not dist.is_initialized():
         dist.init_process_group("gloo", rank=rank, world_size=2)
-    plain, _ = _train(name, False)
-    with_checkpoints, recomputed = _train(name, True)
+    prepare, make_groups = CASES[name]
+    plain, none = _train(prepare, None)
+    with_checkpoints, recomputed = _train(prepare, make_groups)
+    assert none == []
     for one, other in zip(plain, with_checkpoints, strict=True):
         assert torch.equal(one, other)
     return recomputed

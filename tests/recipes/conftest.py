@@ -1,14 +1,20 @@
-"""Fixtures of the recipes' tests: CIFAR-10 in miniature, and fairseq in double precision."""
+"""Fixtures of the recipes' tests: CIFAR-10 in miniature, a server, and fairseq in double precision."""
 
 from __future__ import annotations
 
+import http.server
 import pickle
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pooch  # noqa: F401  its logger keeps the stderr of the moment: not one of a single test
 import pytest
 import torch
+
+from lightning_memtrain.recipes import download
 
 NUM_PER_FILE = 8
 FILES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
@@ -56,6 +62,59 @@ def mini_cifar10(tmp_path: Path) -> Path:
 def _no_data_but_the_tests_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MEMTRAIN_DATA_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(download, "NUM_RETRIES", 0)  # pooch waits between them
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves one content to every path, with the faults that a test asks for."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content = b""
+        self.num_broken = 0  # answers that break off, ...
+        self.breaks_after = 0  # ... after so many bytes
+        self.says_length = True
+        self.refuses = False
+        self.waits_for: threading.Event | None = None  # in the middle of an answer
+        self.asked_for: list[str] = []
+        self.url = f"http://127.0.0.1:{self.server_port}/data.tar.gz"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        server = self.server
+        server.asked_for.append(self.path)
+        if server.refuses:
+            self.send_error(403)
+            return
+        self.send_response(200)
+        if server.says_length:
+            self.send_header("Content-Length", str(len(server.content)))
+        self.end_headers()
+        first = server.breaks_after
+        self.wfile.write(server.content[:first])
+        if server.waits_for is not None:
+            server.waits_for.wait(30)
+        if len(server.asked_for) > server.num_broken:
+            self.wfile.write(server.content[first:])
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A server in a thread of this process."""
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield running
+        finally:
+            running.shutdown()
+            thread.join()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import hashlib
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -106,23 +107,26 @@ def archive(mini_cifar10: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_downloads_and_unpacks_into_the_first_place(archive: Path, tmp_path: Path) -> None:
-    sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+def test_downloads_and_unpacks_into_the_first_place(archive: Path, tmp_path: Path, server: Any) -> None:
+    server.content = archive.read_bytes()
+    sha256 = hashlib.sha256(server.content).hexdigest()
     places = [tmp_path / "first", tmp_path / "second"]
-    folder = obtain_cifar10(places, archive.as_uri(), sha256=sha256)
+    folder = obtain_cifar10(places, server.url, sha256=sha256)
     assert folder == tmp_path / "first" / "cifar-10-batches-py"
     assert len(list(folder.iterdir())) == 6
     left = {path.name for path in (tmp_path / "first").iterdir()}
     assert left == {"cifar-10-batches-py", ".CIFAR-10.lock"}
-    archive.unlink()
-    assert obtain_cifar10(places, archive.as_uri(), sha256=sha256) == folder  # found, not downloaded again
+    assert obtain_cifar10(places, server.url, sha256=sha256) == folder
+    assert len(server.asked_for) == 1  # found, not downloaded again
 
 
-def test_a_wrong_archive_is_named(archive: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"the download from .* failed \(.* must have the SHA-256 checksum 00"
-    ):
-        obtain_cifar10([tmp_path / "first"], archive.as_uri(), sha256="0" * 64)
+def test_a_wrong_archive_is_named(archive: Path, tmp_path: Path, server: Any) -> None:
+    server.content = archive.read_bytes()
+    sha256 = hashlib.sha256(server.content).hexdigest()
+    message = rf"the download from .* failed \(SHA256 hash of .* expected {'0' * 64} but got {sha256}\."
+    with pytest.raises(FileNotFoundError, match=message) as caught:
+        obtain_cifar10([tmp_path / "first"], server.url, sha256="0" * 64)
+    assert "\n" not in str(caught.value)
 
 
 def test_digits_are_images_like_those_of_cifar10() -> None:

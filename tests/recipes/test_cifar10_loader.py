@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_memtrain.recipes.cifar10_wrn28_2.augment import CropAndFlip, generator_for
 from lightning_memtrain.recipes.cifar10_wrn28_2.data import ImageDataModule, LabelledImages
-from lightning_memtrain.recipes.cifar10_wrn28_2.loader import EpochSampler, ImageSet, ResumableLoader
+from lightning_memtrain.recipes.cifar10_wrn28_2.loader import ImageOrder, ImageSet
+from lightning_memtrain.recipes.resumable import ResumableLoader
 
 
 def numbered_images(count: int) -> LabelledImages:
@@ -106,9 +107,9 @@ def test_a_run_resumed_between_two_epochs(tmp_path: Path) -> None:
 
 def test_a_resumed_run_with_worker_processes(tmp_path: Path) -> None:
     whole = fit(tmp_path / "whole", max_epochs=2).seen
-    first = fit(tmp_path / "parts", max_epochs=2, max_steps=7, num_workers=1).seen
+    first = fit(tmp_path / "parts", max_epochs=2, max_steps=7, num_workers=2).seen
     rest = fit(
-        tmp_path / "parts", max_epochs=2, resume=tmp_path / "parts" / "step=7.ckpt", num_workers=1
+        tmp_path / "parts", max_epochs=2, resume=tmp_path / "parts" / "step=7.ckpt", num_workers=2
     ).seen
     assert first + rest == whole
 
@@ -160,7 +161,7 @@ def test_images_are_normalised_and_labels_stay_with_them() -> None:
 @pytest.mark.parametrize(("count", "world_size"), [(40, 2), (41, 2), (47, 4), (40, 1)])
 def test_processes_share_an_epoch_evenly(count: int, world_size: int) -> None:
     samplers = [
-        EpochSampler(image_set(count), num_replicas=world_size, rank=rank) for rank in range(world_size)
+        ImageOrder(image_set(count), num_replicas=world_size, rank=rank) for rank in range(world_size)
     ]
     shares = []
     for sampler in samplers:
@@ -175,9 +176,7 @@ def test_processes_share_an_epoch_evenly(count: int, world_size: int) -> None:
 
 def test_the_state_of_a_loader_is_plain_numbers() -> None:
     images = image_set(12)
-    loader = ResumableLoader(
-        images, batch_size=4, sampler=EpochSampler(images), collate_fn=lambda batch: batch
-    )
+    loader = ResumableLoader(images, batch_size=4, sampler=ImageOrder(images), collate_fn=lambda batch: batch)
     iterator = iter(loader)
     assert loader.state_dict() == {"epoch": 0, "batches": 0}
     next(iterator)
