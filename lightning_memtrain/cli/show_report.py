@@ -22,7 +22,7 @@ def show_report(path: Path, *, open_page: bool = False) -> None:
     """
     from lightning_memtrain.report.memory_report import HTML_NAME, JSON_NAME, MemoryReport
     from lightning_memtrain.report.outputs.html import save_html
-    from lightning_memtrain.report.outputs.table import print_table
+    from lightning_memtrain.report.outputs.report_table import print_table
 
     # A run's folder, or the folder in it that `MemoryProfiler` writes to.
     inside = [path / JSON_NAME, path / "memory" / JSON_NAME]

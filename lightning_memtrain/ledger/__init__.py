@@ -5,8 +5,8 @@ from lightning_memtrain.ledger.device_allocator import (
     AllocatorStatistics,
     allocator_statistics,
 )
-from lightning_memtrain.ledger.devices import parameter_device, parameter_devices
 from lightning_memtrain.ledger.memory_ledger import MemoryLedger
+from lightning_memtrain.ledger.model_devices import parameter_device, parameter_devices
 from lightning_memtrain.ledger.operators.allocation_limit import (
     AllocationLimit,
     LimitReached,

@@ -16,7 +16,7 @@ from lightning_memtrain.core import (
     CategoryBytes,
     MemoryBreakdown,
 )
-from lightning_memtrain.ledger.devices import parameter_device
+from lightning_memtrain.ledger.model_devices import parameter_device
 from lightning_memtrain.ledger.operators.allocation_limit import AllocationLimit
 from lightning_memtrain.ledger.operators.workspace import OpWorkspace, PeakEstimator
 from lightning_memtrain.ledger.step_tracker import StepTracker

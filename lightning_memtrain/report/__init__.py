@@ -14,7 +14,7 @@ from lightning_memtrain.report.memory_report import (
 from lightning_memtrain.report.outputs.html import render_html, save_html
 from lightning_memtrain.report.outputs.loggers import define_metrics, log_report, log_scalars
 from lightning_memtrain.report.outputs.metric_names import breakdown_metrics
-from lightning_memtrain.report.outputs.table import print_table, render_table
+from lightning_memtrain.report.outputs.report_table import print_table, render_table
 from lightning_memtrain.report.profiler import MemoryProfiler
 
 __all__ = [

@@ -52,7 +52,7 @@ def render_snapshot_page(snapshot: CudaSnapshot) -> str:
     devices = [_device(summarize(device, snapshot.allocator_settings)) for device in snapshot.devices] or [
         '<section class="card"><p>It holds no memory of any device.</p></section>\n'
     ]
-    style = (files("lightning_memtrain.report") / "report.css").read_text(encoding="utf-8")
+    style = (files("lightning_memtrain.report.outputs") / "report.css").read_text(encoding="utf-8")
     return _PAGE.format(title=_text(snapshot.name), style=style, devices="".join(devices))
 
 

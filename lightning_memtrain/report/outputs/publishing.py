@@ -12,7 +12,7 @@ from lightning_memtrain.core import ReportWarning
 from lightning_memtrain.report.memory_report import HTML_NAME, JSON_NAME, MemoryReport
 from lightning_memtrain.report.outputs.html import save_html
 from lightning_memtrain.report.outputs.loggers import log_report
-from lightning_memtrain.report.outputs.table import print_table
+from lightning_memtrain.report.outputs.report_table import print_table
 from lightning_memtrain.report.row_limit import limit_rows
 from lightning_memtrain.report.trainer_state import stage_name
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from lightning_memtrain.core import MIB, CategoryBytes, Growth, ModuleMemory, TechniqueRecord
 from lightning_memtrain.report.memory_report import MemoryReport
-from lightning_memtrain.report.outputs.table import print_table, render_table
+from lightning_memtrain.report.outputs.report_table import print_table, render_table
 from tests.helpers.reports import deep_report, out_of_memory_report, tiny_report
 
 
