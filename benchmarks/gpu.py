@@ -51,7 +51,7 @@ from lightning_memtrain.cli.run_folder import RunFolder
 from lightning_memtrain.core import MIB
 from lightning_memtrain.recipes.cifar10_wrn28_2.data import CIFAR10DataModule
 from lightning_memtrain.recipes.cifar10_wrn28_2.module import WideResNetClassifier
-from lightning_memtrain.report.document import MemoryReport
+from lightning_memtrain.report.memory_report import MemoryReport
 
 TOLERANCE = 0.01
 ROWS = {

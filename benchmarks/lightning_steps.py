@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.models import Step
 from lightning_memtrain.core import MIB
-from lightning_memtrain.ledger import device_truth
-from lightning_memtrain.report.measurement import BatchMeasurement, Measured
+from lightning_memtrain.ledger import allocator_statistics
+from lightning_memtrain.report.batch_measurement import BatchMeasurement, MeasuredBatch
 
 Batch = tuple[Tensor, ...]
 
@@ -73,17 +73,17 @@ class Watch(pl.Callback):
         self._step, self._peak = step, peak
         self._number = -1
         self._open: BatchMeasurement | None = None
-        self.measured = Measured()
+        self.measured = MeasuredBatch()
         self.gradient: Tensor | None = None
 
     def batch_starts(self, number: int, batch: Any) -> None:
         """Begin to measure a batch of the step with this number; a step may have several."""
         if number != self._number:
-            self._number, self.measured = number, Measured()
+            self._number, self.measured = number, MeasuredBatch()
         if self._peak:
             device, optimizers = torch.device("cpu"), [self._step.optimizer]
-            truth = device_truth(device)
-            self._open = BatchMeasurement.with_ledger(truth, self._step.model, optimizers, batch, device)
+            allocator = allocator_statistics(device)
+            self._open = BatchMeasurement.with_ledger(allocator, self._step.model, optimizers, batch, device)
             self._open.start()
 
     def optimizer_steps(self) -> None:
@@ -114,13 +114,13 @@ def gradient_of(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
 
 
-def peak_of(measured: Measured) -> dict[str, Any]:
+def peak_of(measured: MeasuredBatch) -> dict[str, Any]:
     """The peaks of the ledger and of the allocator, in MiB, and what was held at the ledger's."""
-    breakdown, truth_bytes = measured.breakdown, measured.allocator_peak_bytes
+    breakdown, allocator_peak_bytes = measured.breakdown, measured.allocator_peak_bytes
     assert breakdown is not None
     held = {str(category): round(count / MIB, 2) for category, count in breakdown.at_peak.items() if count}
     return {
         "ledger_mib": round(breakdown.ledger_peak_bytes / MIB, 2),
-        "truth_mib": None if truth_bytes is None else round(truth_bytes / MIB, 2),
+        "truth_mib": None if allocator_peak_bytes is None else round(allocator_peak_bytes / MIB, 2),
         "at_peak_mib": held,
     }

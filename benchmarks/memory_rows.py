@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.models import Step, wide_resnet_step
 from benchmarks.results_file import write_results
-from lightning_memtrain import MemoryLedger, OpWorkspace, device_truth
+from lightning_memtrain import MemoryLedger, OpWorkspace, allocator_statistics
 from lightning_memtrain.core import MIB
 
 WIDE_RESNET_ROWS: dict[str, Callable[[str], Step]] = {
@@ -35,17 +35,17 @@ WIDE_RESNET_ROWS: dict[str, Callable[[str], Step]] = {
 
 def measure_row(make: Callable[[str], Step], device: torch.device) -> dict[str, Any]:
     """Predict one step's peak and lay it beside the allocator's."""
-    truth = device_truth(device)
-    assert truth is not None
+    allocator = allocator_statistics(device)
+    assert allocator is not None
     step = make(str(device))
     step()  # makes the optimizer's state and the libraries' persistent workspaces
     step()
     gc.collect()
     workspace = OpWorkspace(device)
     with MemoryLedger(step.model, step.optimizer, step.inputs, workspace=workspace) as ledger:
-        truth.start()
+        allocator.start()
         step()
-        reading = truth.stop(ledger.breakdown(timeline=False).start_bytes)
+        reading = allocator.stop(ledger.breakdown(timeline=False).start_bytes)
     assert reading is not None
     ledger_bytes, measured_ops_bytes = ledger.breakdown().ledger_peak_bytes, ledger.predicted_peak_bytes
     persistent_bytes = left_after_deleting(step, device)

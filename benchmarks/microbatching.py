@@ -37,7 +37,7 @@ from benchmarks.models import Step, wide_resnet_step
 from benchmarks.results_file import write_results
 from lightning_memtrain import MemoryLedger, Microbatching
 from lightning_memtrain.core import MIB
-from lightning_memtrain.report.measurement import Measured
+from lightning_memtrain.report.batch_measurement import MeasuredBatch
 
 BATCH_SIZE = 100
 PEAK_BARS_MIB = {100: None, 50: 202.4, 25: 110.2, 10: 54.9, 5: 36.7, 2: 25.9, 1: 22.2}
@@ -64,7 +64,7 @@ def memory_rows() -> dict[str, Any]:
     return rows
 
 
-def measured_in_lightning(microbatch_size: int) -> Measured:
+def measured_in_lightning(microbatch_size: int) -> MeasuredBatch:
     for _ in range(2):  # until there is a reading of the CPU's allocator, which may fail
         step = wide_resnet_step("cpu", BATCH_SIZE)
         watch = Watch(step, peak=True)

@@ -151,3 +151,13 @@ def _predict_unpadded(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: checkpoint(forward, *args, use_reentrant=False)
+
+
+def many_modules_step(device: str, num_modules: int = 5000, width: int = 8, batch_size: int = 4) -> Step:
+    """A model of thousands of small modules, Linear and GELU in turn, whose operators take microseconds."""
+    with torch.device(device):
+        pairs = (nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(num_modules // 3))
+        model = nn.Sequential(*pairs)
+        inputs = (torch.randn(batch_size, width),)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Step(model, optimizer, inputs, lambda model, batch: model(batch).square().mean())

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         TechniqueRecord,
         TimelineEvent,
     )
-    from lightning_memtrain.ledger import MemoryLedger, OpWorkspace, device_truth
+    from lightning_memtrain.ledger import MemoryLedger, OpWorkspace, allocator_statistics
     from lightning_memtrain.microbatching import (
         Microbatching,
         batchnorm_to_groupnorm,
@@ -137,7 +137,7 @@ _ROOMS = {
     "adamw4bit": "precision",
     "adamw8bit": "precision",
     "batchnorm_to_groupnorm": "microbatching",
-    "device_truth": "ledger",
+    "allocator_statistics": "ledger",
     "dense_state_dict": "sparsity",
     "densify_": "sparsity",
     "export_dense": "sparsity",
@@ -203,10 +203,10 @@ __all__ = [
     "adam8bit",
     "adamw4bit",
     "adamw8bit",
+    "allocator_statistics",
     "batchnorm_to_groupnorm",
     "dense_state_dict",
     "densify_",
-    "device_truth",
     "export_dense",
     "insert_checkpoints",
     "sparse_weights",

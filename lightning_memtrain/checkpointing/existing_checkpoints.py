@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_memtrain.ledger.operators import OperatorWatch
+from lightning_memtrain.ledger.observers.dispatch_mode import OperatorMode, OperatorTraits
 
 _OURS = __name__.partition(".")[0]
 
@@ -84,14 +84,14 @@ class ExistingCheckpoints:
         self._first_nodes = [-1]
         self._names_of_nodes = [""]
         self._undo = ExitStack()
-        self._operators = OperatorWatch()  # type: ignore[no-untyped-call]
+        self._operators = OperatorMode()  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> ExistingCheckpoints:
         for name, module in self._model.named_modules():
             if name and not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
                 self._undo.callback(module.register_forward_pre_hook(self._enter(name)).remove)
                 self._undo.callback(module.register_forward_hook(self._leave, always_call=True).remove)
-        self._operators.begin(self._on_operator, lambda func, results: None)
+        self._operators.begin(self._on_operator, lambda operator, results: None)
         self._undo.callback(self._operators.end)
         return self
 
@@ -129,7 +129,7 @@ class ExistingCheckpoints:
         self._first_nodes.append(torch._C._autograd._get_sequence_nr())
         self._names_of_nodes.append(self._stack[-1])
 
-    def _on_operator(self, func: Any, args: Any, kwargs: Any) -> None:
+    def _on_operator(self, operator: OperatorTraits, args: Any, kwargs: Any) -> None:
         # What runs in no module. Backward itself runs without grad mode, unless it is differentiated in turn.
         if not is_backward() or self._num_running_again or not torch.is_grad_enabled():
             return

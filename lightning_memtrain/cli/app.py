@@ -20,7 +20,7 @@ Ctrl-C or SIGTERM ends a run after its current step with a checkpoint and a repo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run the command ``memtrain`` with its arguments.
 
     Args:
         argv: arguments after the command's name; ``None`` for those of the process.
@@ -80,7 +80,7 @@ def _copy(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from lightning_memtrain.cli.report import show_report
+    from lightning_memtrain.cli.show_report import show_report
 
     show_report(args.path, open_page=args.open)
 
@@ -171,7 +171,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _CommandParser(_Parser):
-    """The whole command line."""
+    """The parser of the whole command line: knows all commands and their options."""
 
     def __init__(self) -> None:
         summary = "Train in less memory and see where every byte goes."

@@ -31,7 +31,7 @@ class RecipeCommand(Protocol):
         """Declare the options, beside the run's folder."""
 
     def run(self, folder: Path, options: argparse.Namespace) -> int:
-        """Do it.
+        """Do what the command is there for.
 
         Args:
             folder: of the run.
@@ -60,7 +60,7 @@ class Recipe:
 
     @property
     def config(self) -> Path:
-        """The whole recipe."""
+        """The file that describes the whole recipe."""
         return self.folder / CONFIG
 
     @property
@@ -69,7 +69,7 @@ class Recipe:
         return {path.stem: path for path in sorted((self.folder / "variants").glob("*.yaml"))}
 
     def variant(self, name: str) -> Path:
-        """The file of one variant.
+        """The file that one variant of the recipe lays over it.
 
         Args:
             name: one of :attr:`variants`.
@@ -97,7 +97,7 @@ class Recipe:
         return {name: (doc or "").split("\n")[0].rstrip(".") for name, doc in docs.items()}
 
     def command(self, name: str) -> RecipeCommand:
-        """Import a command.
+        """Import a command that the recipe brings along.
 
         Args:
             name: one of :attr:`commands`.
@@ -274,7 +274,7 @@ def installed() -> dict[str, Recipe]:
 
 
 def find(name_or_folder: str) -> Recipe:
-    """Look up a recipe.
+    """Look up a recipe by its name or its folder.
 
     Args:
         name_or_folder: the name of an installed recipe, or the path of a recipe's folder.

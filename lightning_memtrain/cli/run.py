@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_memtrain.cli import recipes
-from lightning_memtrain.cli.checkpoint_file import trust, trusted
 from lightning_memtrain.cli.errors import INTERRUPTED, CommandError
 from lightning_memtrain.cli.recipes import Recipe
 from lightning_memtrain.cli.run_folder import RunFolder, launched_by_first_process
-from lightning_memtrain.cli.variants import add_up
+from lightning_memtrain.cli.training.checkpoint_file import trust, trusted
+from lightning_memtrain.cli.variants import merge_variants
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 if TYPE_CHECKING:
-    from lightning_memtrain.cli.lightning_cli import RecipeCLI
+    from lightning_memtrain.cli.training.lightning_cli import RecipeCLI
 
 
 def run(
     recipe: Recipe, variants: Sequence[str], run_dir: Path | None, overrides: Sequence[str]
 ) -> tuple[int, RunFolder]:
-    """Train by a recipe.
+    """Train by a recipe, in a new folder of its own.
 
     Args:
         recipe: what to run.
@@ -45,7 +45,7 @@ def run(
     if is_users_own:
         recipe.make_importable()
 
-    from lightning_memtrain.cli.lightning_cli import RecipeCLI
+    from lightning_memtrain.cli.training.lightning_cli import RecipeCLI
 
     cli = RecipeCLI(folder, [*(f"--config={config}" for config in configs), *overrides])
     if is_users_own and not launched_by_first_process():
@@ -72,7 +72,7 @@ def resume(run_dir: Path, trusted_classes: Sequence[str], overrides: Sequence[st
     if kept is not None:
         kept.make_importable()
 
-    from lightning_memtrain.cli.lightning_cli import RecipeCLI
+    from lightning_memtrain.cli.training.lightning_cli import RecipeCLI
 
     cli = RecipeCLI(folder, [f"--config={folder.config}", *overrides], resumed=True)
     # Now that the code of the run is imported, which may say itself what checkpoints may hold.
@@ -89,7 +89,7 @@ def _together(recipe: Path, variants: Mapping[str, Path]) -> str:
     from jsonargparse import get_loader
 
     load = get_loader("yaml")  # its numbers are not all that YAML's own would take for numbers
-    overlay = add_up(
+    overlay = merge_variants(
         load(recipe.read_text(encoding="utf-8")),
         {name: load(path.read_text(encoding="utf-8")) or {} for name, path in variants.items()},
     )

@@ -23,7 +23,7 @@ _SINGLE: tuple[Key, ...] = (("trainer", "strategy"), ("trainer", "precision"))
 
 @dataclass(frozen=True)
 class Overlay:
-    """What several variants set together.
+    """What several variants set together, to be laid over a recipe.
 
     Args:
         config: a configuration of LightningCLI, for after the recipe's.
@@ -34,7 +34,7 @@ class Overlay:
     remarks: list[str]
 
 
-def add_up(recipe: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]]) -> Overlay:
+def merge_variants(recipe: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]]) -> Overlay:
     """Make one configuration of several variants.
 
     Lists of objects, such as ``trainer.callbacks``, add up: ``callbacks+`` extends the recipe's list,
@@ -55,7 +55,7 @@ def add_up(recipe: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]])
         >>> recipe = {"trainer": {"callbacks": ["MemoryProfiler"]}}
         >>> one = {"trainer": {"callbacks+": ["EarlyStopping"], "max_steps": 5}}
         >>> other = {"trainer": {"callbacks": ["Timer"], "max_steps": 6}}
-        >>> overlay = add_up(recipe, {"one": one, "other": other})
+        >>> overlay = merge_variants(recipe, {"one": one, "other": other})
         >>> overlay.config
         {'trainer': {'callbacks': ['Timer', 'EarlyStopping'], 'max_steps': 6}}
         >>> overlay.remarks

@@ -124,7 +124,7 @@ class MemoryBreakdown:
         modules: one row per module that held anything at the peak.
         timeline: bytes per category at every event, in order.
         growth: what outlived its step, largest first.
-        truth_bytes: the device allocator's own peak over the same time; ``None`` where it has none.
+        allocator_peak_bytes: the device allocator's own peak over the same time; ``None`` where it has none.
         reserved_bytes: most bytes that the allocator had taken from the device, its free blocks among them;
             ``None`` where it takes none ahead.
         num_alloc_retries: how often the allocator had to give its free blocks back to go on; ``None``
@@ -143,7 +143,7 @@ class MemoryBreakdown:
     modules: tuple[ModuleMemory, ...] = ()
     timeline: tuple[TimelineEvent, ...] = ()
     growth: tuple[Growth, ...] = ()
-    truth_bytes: int | None = None
+    allocator_peak_bytes: int | None = None
     reserved_bytes: int | None = None
     num_alloc_retries: int | None = None
 
@@ -167,31 +167,31 @@ class MemoryBreakdown:
         """All bytes that outlived their step."""
         return sum(row.num_bytes for row in self.growth)
 
-    def with_truth(
+    def with_allocator_peak(
         self,
-        truth_bytes: int | None,
+        allocator_peak_bytes: int | None,
         *,
         reserved_bytes: int | None = None,
         num_alloc_retries: int | None = None,
     ) -> MemoryBreakdown:
         """The same breakdown laid beside the device allocator's peak.
 
-        The workspace row becomes ``truth_bytes - ledger_peak_bytes``, so that the rows add up to the truth
-        exactly. It can be negative on an allocator that saw fewer bytes than the ledger.
+        The workspace row becomes ``allocator_peak_bytes - ledger_peak_bytes``, so that the rows add up to
+        the allocator's peak exactly. It can be negative on an allocator that saw fewer bytes than the ledger.
 
         Args:
-            truth_bytes: the allocator's peak over the same time, or ``None`` if unknown (workspace 0).
+            allocator_peak_bytes: its peak over the same time, or ``None`` if unknown (workspace 0).
             reserved_bytes: see :attr:`reserved_bytes`.
             num_alloc_retries: see :attr:`num_alloc_retries`.
 
         Returns:
             A new breakdown.
         """
-        workspace_bytes = 0 if truth_bytes is None else truth_bytes - self.ledger_peak_bytes
+        workspace_bytes = 0 if allocator_peak_bytes is None else allocator_peak_bytes - self.ledger_peak_bytes
         return replace(
             self,
             at_peak=self.at_peak.with_workspace(workspace_bytes),
-            truth_bytes=truth_bytes,
+            allocator_peak_bytes=allocator_peak_bytes,
             reserved_bytes=reserved_bytes,
             num_alloc_retries=num_alloc_retries,
         )

@@ -16,13 +16,19 @@ from lightning_memtrain.core import (
     CategoryBytes,
     MemoryBreakdown,
 )
-from lightning_memtrain.ledger.book import TRAINING_STATE, StorageBook
-from lightning_memtrain.ledger.devices import parameter_device
-from lightning_memtrain.ledger.limit import AllocationLimit
-from lightning_memtrain.ledger.objects import tensors_within
-from lightning_memtrain.ledger.records import StorageRecord, Survivor, analyse, held_at_peak
-from lightning_memtrain.ledger.step_watch import StepWatch
-from lightning_memtrain.ledger.workspace import OpWorkspace, PeakEstimate
+from lightning_memtrain.ledger.model_devices import parameter_device
+from lightning_memtrain.ledger.operators.allocation_limit import AllocationLimit
+from lightning_memtrain.ledger.operators.workspace import OpWorkspace, PeakEstimator
+from lightning_memtrain.ledger.step_tracker import StepTracker
+from lightning_memtrain.ledger.storage_records import (
+    Event,
+    StorageRecord,
+    Survivor,
+    build_breakdown,
+    held_at_peak,
+)
+from lightning_memtrain.ledger.storage_tracker import TRAINING_STATE, StorageTracker
+from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 
 
 class MemoryLedger:
@@ -81,9 +87,9 @@ class MemoryLedger:
         self._optimizers = tuple(optimizers) if isinstance(optimizers, Sequence) else (optimizers,)
         self._inputs = inputs
         self.device = torch.device(device) if device is not None else parameter_device(model)
-        self._estimate = PeakEstimate(workspace) if workspace is not None else None
-        self._book = StorageBook(self.device, self._estimate)
-        self._watch = StepWatch(model, self._optimizers, self._book, self._estimate, limit)
+        self._estimate = PeakEstimator(workspace) if workspace is not None else None
+        self._storages = StorageTracker(self.device, self._estimate)
+        self._watch = StepTracker(model, self._optimizers, self._storages, self._estimate, limit)
         self._undo = ExitStack()
         self._last_step_tick: int | None = None
         self._entered = False
@@ -100,7 +106,7 @@ class MemoryLedger:
         self._entered = True
         self._thread = threading.get_ident()
         with ExitStack() as undo:  # undoes what was done so far if a later line fails
-            inputs, self._inputs = tensors_within(self._inputs), None  # the ledger must not keep the batch
+            inputs, self._inputs = find_tensors(self._inputs), None  # the ledger must not keep the batch
             self._watch.begin(inputs, undo)
             self._undo = undo.pop_all()
         return self
@@ -113,14 +119,14 @@ class MemoryLedger:
             )
         self._undo.close()
         self._watch.end()
-        self._book.close()
+        self._storages.close()
 
     # ------------------------------------------------------------------ reading
 
     @property
     def current_bytes(self) -> int:
         """Bytes that are live now (or, after the block, were live at its end)."""
-        return self._book.live_bytes
+        return self._storages.live_bytes
 
     def bytes_at(self, tick: int) -> int:
         """Bytes that were live at a moment of :attr:`tick`, with those that were only seen later.
@@ -150,7 +156,7 @@ class MemoryLedger:
     def breakdown(
         self, *, per_module: bool = True, timeline: bool = True, with_asides: bool = True
     ) -> MemoryBreakdown:
-        """What was counted so far.
+        """What was counted so far, as bytes by category, by module and by moment.
 
         Args:
             per_module: whether to make the rows per module.
@@ -161,37 +167,37 @@ class MemoryLedger:
             A frozen breakdown; its growth rows hold what was made before the last :meth:`next_step` (or,
             without one, at any time), is still live and is no training state.
         """
-        return analyse(
-            [*self._book.records],  # another thread may ask while there are more and more
-            [*self._book.events],
+        return build_breakdown(
+            [*self._storages.records],  # another thread may ask while there are more and more
+            [Event(tick, name) for tick, name in [*self._storages.events]],
             device=str(self.device),
             module_types=self._watch.modules.type_names,
-            grown=[one.record for one in self._book.live_entries() if self._outlived(one.record)],
+            grown=[one.record for one in self._storages.live_entries() if self._outlived(one.record)],
             per_module=per_module,
             timeline=timeline,
-            asides=() if with_asides else self._book.asides,
+            asides=() if with_asides else self._storages.asides,
         )
 
     @property
     def tick(self) -> int:
         """The clock by which records count: it advances whenever a storage is made, freed or resized."""
-        return self._book.tick
+        return self._storages.tick
 
     @property
     def records(self) -> Sequence[StorageRecord]:
         """The life of every storage so far."""
-        return self._book.records
+        return self._storages.records
 
     def records_of(self, tensor: torch.Tensor) -> list[StorageRecord]:
         """The records of the storages behind a tensor, as far as they are counted.
 
         Args:
-            tensor: any tensor.
+            tensor: any tensor, of any shape, dtype and layout.
 
         Returns:
             One record per storage.
         """
-        return self._book.records_of(tensor)
+        return self._storages.records_of(tensor)
 
     def survivors(self) -> tuple[Survivor, ...]:
         """What is still live of all that was made in the block and is no training state.
@@ -199,15 +205,15 @@ class MemoryLedger:
         Returns:
             Weak handles that can be asked later whether the storage still exists.
         """
-        return self._book.survivors()
+        return self._storages.survivors()
 
-    def mark(self, name: str) -> None:
+    def annotate(self, name: str) -> None:
         """Put an event on the timeline.
 
         Args:
             name: what happens now, e.g. ``"optimizer step"``.
         """
-        self._book.mark(name)
+        self._storages.annotate(name)
 
     def limited(self, limit: AllocationLimit) -> AbstractContextManager[None]:
         """Ask a limit in this block, which may break it off.
@@ -230,12 +236,12 @@ class MemoryLedger:
         Returns:
             Bytes by category, as they are known by now.
         """
-        return held_at_peak(self._book.records, first, last)
+        return held_at_peak(self._storages.records, first, last)
 
     def next_step(self) -> None:
         """Say that a training step is over, when one ledger counts several: what outlives it is growth."""
-        self._last_step_tick = self._book.tick
-        self.mark("next step")
+        self._last_step_tick = self._storages.tick
+        self.annotate("next step")
 
     def _outlived(self, record: StorageRecord) -> bool:
         if record.existed_before or record.category in (*TRAINING_STATE, Category.INPUTS):

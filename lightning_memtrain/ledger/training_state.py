@@ -3,61 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_memtrain.core import Category
-from lightning_memtrain.ledger.book import StorageBook
-from lightning_memtrain.ledger.communication import ddp_around, ddp_buckets, unsharded_gradients
-from lightning_memtrain.ledger.objects import tensors_within
-from lightning_memtrain.ledger.storages import tensors_in
+from lightning_memtrain.ledger.storage_tracker import StorageTracker
+from lightning_memtrain.ledger.tensors.distributed_tensors import ddp_around, ddp_buckets, unsharded_gradients
+from lightning_memtrain.ledger.tensors.storages import tensors_in
+from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 
 
-def classify_training_state(book: StorageBook, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+def classify_training_state(
+    tracker: StorageTracker,
+    model: nn.Module,
+    optimizers: Iterable[Optimizer],
+    modules: Sequence[tuple[str, nn.Module]],
+) -> None:
     """Find parameters, buffers, gradients and optimizer state again; any of them may be a new storage.
 
     Args:
-        book: knows the storages.
+        tracker: knows the storages.
         model: the module that is trained.
         optimizers: its optimizers.
+        modules: of the model, as :func:`~.submodules.named_submodules` lists them.
     """
-    classify_buckets(book, model)  # before gradients, which may lie in them
-    for gradient in unsharded_gradients(model):
-        book.classify(gradient, Category.UNSHARDED_GRADIENTS, None)
-    owners: dict[Any, str] = {}
-    modules = list(model.named_modules())
+    classify_buckets(tracker, model)  # before gradients, which may lie in them
+    for gradient in unsharded_gradients(module for _, module in modules):
+        tracker.classify(gradient, Category.UNSHARDED_GRADIENTS, None)
+    owners: dict[int, str] = {}
     for owner, module in modules:
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(parameter, owner)
-                book.classify(parameter, Category.PARAMETERS, owner)
-                if parameter.grad is not None:
-                    book.classify(parameter.grad, Category.GRADIENTS, owner)
+                owners.setdefault(id(parameter), owner)
+                tracker.classify(parameter, Category.PARAMETERS, owner)
+                if (grad := parameter.grad) is not None:
+                    tracker.classify(grad, Category.GRADIENTS, owner)
     for owner, module in modules:
         for buffer in module._buffers.values():
             if buffer is not None:
-                book.classify(buffer, Category.BUFFERS, owner)
+                tracker.classify(buffer, Category.BUFFERS, owner)
     for optimizer in optimizers:
         for key, state in optimizer.state.items():
-            owner = owners.get(key, "")
+            owner = owners.get(id(key), "")
             for value in state.values() if isinstance(state, dict) else (state,):
-                for tensor in (value,) if isinstance(value, torch.Tensor) else tensors_within(value):
-                    book.classify(tensor, Category.OPTIMIZER_STATE, owner)
+                for tensor in (value,) if isinstance(value, torch.Tensor) else find_tensors(value):
+                    tracker.classify(tensor, Category.OPTIMIZER_STATE, owner)
 
 
-def classify_buckets(book: StorageBook, model: nn.Module) -> None:
+def classify_buckets(tracker: StorageTracker, model: nn.Module) -> None:
     """Find the buckets of DDP, which makes them anew in the forward after its first backward.
 
     Args:
-        book: knows the storages.
+        tracker: knows the storages.
         model: the module that is trained.
     """
     wrapper = ddp_around(model)
     for bucket in () if wrapper is None else ddp_buckets(wrapper):
-        book.classify(bucket, Category.BUCKETS, None)
+        tracker.classify(bucket, Category.BUCKETS, None)
 
 
 def state_bytes(optimizers: Sequence[Optimizer]) -> int:

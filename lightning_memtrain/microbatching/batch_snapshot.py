@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from lightning_memtrain.coordination import capture_all
 from lightning_memtrain.core import is_out_of_memory
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.storages import storages_of, tensors_in
+from lightning_memtrain.ledger.tensors.storages import storages_of, tensors_in
 from lightning_memtrain.tracing import UserState
 
 # Copied before every batch without asking whether anybody writes to them: counters, sums, and the like.

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_memtrain.coordination import dry_run_depth
 from lightning_memtrain.core import Category
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.records import StorageRecord, held_at_peak
+from lightning_memtrain.ledger.storage_records import StorageRecord, held_at_peak
 
 
 class TwoPassPeaks(NamedTuple):

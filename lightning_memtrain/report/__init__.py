@@ -1,27 +1,27 @@
 """See where the memory of a run went: the profiler callback, and its report in the terminal and elsewhere."""
 
 from lightning_memtrain.report.advice import largest_holders
-from lightning_memtrain.report.document import (
+from lightning_memtrain.report.environment import environment
+from lightning_memtrain.report.memory_report import (
     HTML_NAME,
     JSON_NAME,
     SCHEMA_VERSION,
-    Holder,
+    LargestHolder,
     MemoryReport,
     OutOfMemory,
     StepPeak,
 )
-from lightning_memtrain.report.environment import environment
-from lightning_memtrain.report.html import render_html, save_html
-from lightning_memtrain.report.loggers import define_metrics, log_report, log_scalars
-from lightning_memtrain.report.metrics import breakdown_metrics
+from lightning_memtrain.report.outputs.html import render_html, save_html
+from lightning_memtrain.report.outputs.loggers import define_metrics, log_report, log_scalars
+from lightning_memtrain.report.outputs.metric_names import breakdown_metrics
+from lightning_memtrain.report.outputs.report_table import print_table, render_table
 from lightning_memtrain.report.profiler import MemoryProfiler
-from lightning_memtrain.report.table import print_table, render_table
 
 __all__ = [
     "HTML_NAME",
     "JSON_NAME",
     "SCHEMA_VERSION",
-    "Holder",
+    "LargestHolder",
     "MemoryProfiler",
     "MemoryReport",
     "OutOfMemory",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_memtrain.core import Category, MemoryBreakdown, ModuleMemory
-from lightning_memtrain.report.document import Holder
+from lightning_memtrain.report.memory_report import LargestHolder
 
 _ADVICE = {
     Category.PARAMETERS: "store them in lower precision, or train them sparse",
@@ -32,7 +32,7 @@ _MODULE_ADVICE = (
 )
 
 
-def largest_holders(breakdown: MemoryBreakdown, count: int = 3) -> tuple[Holder, ...]:
+def largest_holders(breakdown: MemoryBreakdown, count: int = 3) -> tuple[LargestHolder, ...]:
     """Name what holds most memory at the peak, and what would help.
 
     Candidates are the categories, and the modules' activations one by one. A module's activations are a
@@ -61,10 +61,12 @@ def largest_holders(breakdown: MemoryBreakdown, count: int = 3) -> tuple[Holder,
             f"Ask for the number of holders to name."
         )
     holders = [
-        Holder(category.value.replace("_", " "), num_bytes, _ADVICE[category])
+        LargestHolder(category.value.replace("_", " "), num_bytes, _ADVICE[category])
         for category, num_bytes in breakdown.at_peak.items()
     ]
-    holders += [Holder(_module_name(row), row.produced_bytes, _MODULE_ADVICE) for row in breakdown.modules]
+    holders += [
+        LargestHolder(_module_name(row), row.produced_bytes, _MODULE_ADVICE) for row in breakdown.modules
+    ]
     # The sort is stable: of equals, the category comes before the one module that holds all of it.
     largest = sorted(holders, key=lambda holder: -holder.num_bytes)
     return tuple(holder for holder in largest[:count] if holder.num_bytes > 0)

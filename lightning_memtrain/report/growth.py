@@ -11,7 +11,7 @@ from lightning_memtrain.ledger import Survivor, sum_growth
 MIN_STEPS = 2
 
 
-class GrowthWatch:
+class GrowthDetector:
     """Follows the survivors of watched steps.
 
     A step's output, a logged value or the state of a metric lives until the next step replaces it. So a
@@ -28,7 +28,7 @@ class GrowthWatch:
 
     @property
     def has_suspects(self) -> bool:
-        """Whether anything awaits its verdict."""
+        """Whether anything has outlived its step that may yet be freed."""
         return bool(self._suspects)
 
     def end_step(
@@ -67,5 +67,5 @@ class GrowthWatch:
 
 
 def total_bytes(growth: Iterable[Growth]) -> int:
-    """Bytes of all rows together."""
+    """Bytes that all modules together left behind."""
     return sum(row.num_bytes for row in growth)

@@ -13,17 +13,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_memtrain.core import MIB, MemoryBreakdown, ReportWarning, is_out_of_memory
-from lightning_memtrain.ledger import DeviceTruth, device_truth
-from lightning_memtrain.ledger.truth import CpuTruth
-from lightning_memtrain.report.condense import refuse_rows
-from lightning_memtrain.report.delivery import deliver
-from lightning_memtrain.report.document import MemoryReport
+from lightning_memtrain.ledger import AllocatorStatistics, allocator_statistics
+from lightning_memtrain.ledger.device_allocator import CpuStatistics
+from lightning_memtrain.report.batch_measurement import BatchMeasurement
 from lightning_memtrain.report.growth import total_bytes
-from lightning_memtrain.report.loggers import define_metrics, log_scalars
-from lightning_memtrain.report.measurement import BatchMeasurement
-from lightning_memtrain.report.metrics import breakdown_metrics
-from lightning_memtrain.report.recording import RunRecord, StageRecord
-from lightning_memtrain.report.schedule import LedgerSchedule
+from lightning_memtrain.report.ledger_schedule import LedgerSchedule
+from lightning_memtrain.report.memory_report import MemoryReport
+from lightning_memtrain.report.outputs.loggers import define_metrics, log_scalars
+from lightning_memtrain.report.outputs.metric_names import breakdown_metrics
+from lightning_memtrain.report.outputs.publishing import publish_report
+from lightning_memtrain.report.row_limit import validate_max_rows
+from lightning_memtrain.report.run_recorder import RunRecorder, StageRecorder
 from lightning_memtrain.report.trainer_state import (
     evaluation_name,
     kept_storages,
@@ -78,7 +78,7 @@ class MemoryProfiler(Callback):
         max_rows: int | None = 1000,
     ) -> None:
         super().__init__()
-        self._max_rows = refuse_rows(max_rows)
+        self._max_rows = validate_max_rows(max_rows)
         self._schedule = LedgerSchedule(every_n_steps)
         self._per_module = per_module
         self._timeline = timeline
@@ -88,8 +88,8 @@ class MemoryProfiler(Callback):
         self._forget_run()
 
     def _forget_run(self) -> None:
-        self._run: RunRecord | None = None
-        self._truth: DeviceTruth | None = None
+        self._run: RunRecorder | None = None
+        self._allocator: AllocatorStatistics | None = None
         self._batch: BatchMeasurement | None = None
         self._model: weakref.ref[LightningModule] | None = None
         self._folder: Path | None = None
@@ -98,7 +98,7 @@ class MemoryProfiler(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # Sent to spawned processes and copied by tuners; what is being measured stays here.
         state = self.__dict__.copy()
-        state.update(_run=None, _truth=None, _batch=None, _model=None)
+        state.update(_run=None, _allocator=None, _batch=None, _model=None)
         return state
 
     @property
@@ -135,7 +135,7 @@ class MemoryProfiler(Callback):
         self._begin_run(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the ranks."""
+        """Compare the peaks of all ranks, while all of them are still there."""
         self._compare_ranks(trainer, 0)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -160,7 +160,7 @@ class MemoryProfiler(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin to measure a batch."""
+        """Begin to measure a training batch."""
         self._begin_batch(trainer, pl_module, "fit", batch)
 
     def on_train_batch_end(
@@ -181,14 +181,14 @@ class MemoryProfiler(Callback):
         self._drop_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
-        """Mark the timeline."""
-        self._mark("backward")
+        """Put the beginning of backward from the loss, a scalar, on the timeline."""
+        self._annotate("backward")
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Mark the timeline."""
-        self._mark("optimizer step")
+        """Put the beginning of an optimizer's step on the timeline."""
+        self._annotate("optimizer step")
 
     # ------------------------------------------------------------------ validation, test, prediction
 
@@ -217,7 +217,7 @@ class MemoryProfiler(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """End the measurement."""
+        """End the measurement of an evaluated batch."""
         self._end_step(trainer, pl_module, self._end_batch())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -237,15 +237,15 @@ class MemoryProfiler(Callback):
     @property
     def _reads_every_step(self) -> bool:
         # Reading an accelerator's counters costs nothing, unlike writing down the CPU's allocations.
-        return self._truth is not None and not isinstance(self._truth, CpuTruth)
+        return self._allocator is not None and not isinstance(self._allocator, CpuStatistics)
 
     def _begin_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         device = profiled_device(pl_module)
         if self._run is None or self._run.device != device:
-            self._run = RunRecord(device)
-        self._truth = device_truth(device)
-        if isinstance(self._truth, CpuTruth) and uses_torch_profiler(trainer):
-            self._truth = None  # only one profiler can record in a thread, and the user's goes first
+            self._run = RunRecorder(device)
+        self._allocator = allocator_statistics(device)
+        if isinstance(self._allocator, CpuStatistics) and uses_torch_profiler(trainer):
+            self._allocator = None  # only one profiler can record in a thread, and the user's goes first
 
     def _begin_batch(self, trainer: Trainer, pl_module: LightningModule, name: str, batch: Any) -> None:
         self._drop_batch()
@@ -257,16 +257,16 @@ class MemoryProfiler(Callback):
             step = stage.begin_step(number, self._schedule.watches(stage.num_steps))
         if step.watched:
             self._batch = BatchMeasurement.with_ledger(
-                self._truth, pl_module, trainer.optimizers, batch, self._run.device
+                self._allocator, pl_module, trainer.optimizers, batch, self._run.device
             )
         elif self._reads_every_step or self._schedule.watches(stage.num_steps):
             # The CPU's record of allocations knows the size of a block that is freed only if it saw the block
             # being made; most of what a step frees is from the step before, so it sees that one as well.
-            self._batch = BatchMeasurement(self._truth, None)
+            self._batch = BatchMeasurement(self._allocator, None)
         if self._batch is not None:
             self._batch.start()
 
-    def _end_batch(self) -> StageRecord | None:
+    def _end_batch(self) -> StageRecorder | None:
         """Add what was measured to the open step; the stage it belongs to, if any is profiled."""
         stage = self._run.current if self._run is not None else None
         if stage is None or stage.open_step is None:
@@ -281,7 +281,7 @@ class MemoryProfiler(Callback):
                 stage.open_step.measured += measured
         return stage
 
-    def _end_step(self, trainer: Trainer, pl_module: LightningModule, stage: StageRecord | None) -> None:
+    def _end_step(self, trainer: Trainer, pl_module: LightningModule, stage: StageRecorder | None) -> None:
         if stage is not None and self._run is not None:
             judging = stage.growth_watch.has_suspects
             self._run.end_step(stage, kept_storages(trainer, pl_module) if judging else ())
@@ -294,9 +294,9 @@ class MemoryProfiler(Callback):
             if self._run is not None and self._run.current is not None:
                 self._run.current.open_step = None
 
-    def _mark(self, name: str) -> None:
+    def _annotate(self, name: str) -> None:
         if self._batch is not None:
-            self._batch.mark(name)
+            self._batch.annotate(name)
 
     def _end_failing_step(self, exception: BaseException) -> None:
         try:
@@ -312,7 +312,7 @@ class MemoryProfiler(Callback):
 
     # ------------------------------------------------------------------ telling
 
-    def _publish(self, trainer: Trainer, stage: StageRecord, all_ranks: bool) -> None:
+    def _publish(self, trainer: Trainer, stage: StageRecorder, all_ranks: bool) -> None:
         """Log what was measured since the last time; ``all_ranks`` says that every rank is here."""
         measured = stage.take_unpublished()
         metrics: dict[str, float] = {}
@@ -356,4 +356,4 @@ class MemoryProfiler(Callback):
         # A test that failed before its first step has nothing to add to the report of the fit before.
         if report is not None and self._folder is not None and (name == "fit" or name in report.stages):
             self.report = report
-            deliver(report, trainer, self._folder, self._max_rows)
+            publish_report(report, trainer, self._folder, self._max_rows)

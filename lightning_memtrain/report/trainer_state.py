@@ -13,8 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_memtrain.core import ReportWarning, TechniqueRecord, is_technique
 from lightning_memtrain.ledger import parameter_devices
-from lightning_memtrain.ledger.objects import tensors_within
-from lightning_memtrain.ledger.storages import storages_of
+from lightning_memtrain.ledger.tensors.storages import storages_of
+from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 
 
 def profiled_device(model: torch.nn.Module) -> torch.device:
@@ -104,7 +104,7 @@ def kept_storages(trainer: Trainer, pl_module: LightningModule) -> set[int]:
         The ``_cdata`` of each storage.
     """
     values = (value for value in _kept_values(trainer, pl_module) if isinstance(value, torch.Tensor))
-    tensors = itertools.chain(values, tensors_within(getattr(trainer._results, "batch", None)))
+    tensors = itertools.chain(values, find_tensors(getattr(trainer._results, "batch", None)))
     return {storage._cdata for tensor in tensors for storage in storages_of(tensor)}
 
 

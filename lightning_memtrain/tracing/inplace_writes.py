@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memtrain.ledger.storages import storages_of, tensors_in
+from lightning_memtrain.ledger.tensors.storages import storages_of, tensors_in
 
 
 def version_of(tensor: Tensor) -> int:

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_memtrain import dense_state_dict
-from lightning_memtrain.cli.checkpoint_file import read_checkpoint
 from lightning_memtrain.cli.errors import CommandError
+from lightning_memtrain.cli.training.checkpoint_file import read_checkpoint
 
 from .module import VOCABULARY, TranslationModule
 

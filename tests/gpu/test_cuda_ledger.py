@@ -6,7 +6,7 @@ import unittest
 import torch
 from torch import nn
 
-from lightning_memtrain import Category, MemoryLedger, OpWorkspace, device_truth
+from lightning_memtrain import Category, MemoryLedger, OpWorkspace, allocator_statistics
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -39,14 +39,14 @@ class CudaLedgerTest(unittest.TestCase):
 
     def test_elementwise_ops_equal_the_allocator_exactly(self):
         model = nn.Linear(3, 5, device=self.device)
-        truth = device_truth(self.device)
+        allocator = allocator_statistics(self.device)
         allocated = torch.cuda.memory_allocated(self.device)
         with MemoryLedger(model) as ledger:
-            truth.start()
+            allocator.start()
             x = torch.zeros(1000, device=self.device)
             y = x + 1
             del x, y
-            reading = truth.stop()
+            reading = allocator.stop()
         self.assertEqual(reading.peak_bytes, allocated + 2 * rounded(4000))
         self.assertEqual(reading.over_start_bytes, 2 * rounded(4000))
         self.assertEqual(ledger.breakdown().ledger_peak_bytes, ledger.breakdown().start_bytes + 8000)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from lightning_memtrain.core import MIB, CategoryBytes, Growth, MemoryBreakdown, ModuleMemory, TimelineEvent
 from lightning_memtrain.report.advice import largest_holders
-from lightning_memtrain.report.document import MemoryReport, OutOfMemory, StepPeak
+from lightning_memtrain.report.memory_report import MemoryReport, OutOfMemory, StepPeak
 
 ENVIRONMENT = {
     "python": "3.11.7",
@@ -47,13 +47,13 @@ def tiny_breakdown() -> MemoryBreakdown:
         timeline=tuple(TimelineEvent(i, names[i], CategoryBytes(held[i])) for i in range(5)),
         growth=(Growth("head", MIB // 2, 3),),
     )
-    return breakdown.with_truth(breakdown.ledger_peak_bytes + 6 * MIB)
+    return breakdown.with_allocator_peak(breakdown.ledger_peak_bytes + 6 * MIB)
 
 
 def tiny_report() -> MemoryReport:
     """Everything a report can hold except an out-of-memory, with numbers that are easy to check by hand."""
     fit = tiny_breakdown()
-    validate = replace(fit, maxima=fit.at_peak, growth=(), timeline=()).with_truth(None)
+    validate = replace(fit, maxima=fit.at_peak, growth=(), timeline=()).with_allocator_peak(None)
     return MemoryReport(
         model="TinyModel",
         num_parameters=1_048_576,
@@ -141,7 +141,7 @@ def deep_report(num_blocks: int = 12, events_per_module: int = 1) -> MemoryRepor
         modules=modules,
         timeline=tuple(TimelineEvent(i, name, CategoryBytes(h)) for i, (name, h) in enumerate(events)),
     )
-    fit = fit.with_truth(fit.ledger_peak_bytes + 5 * MIB // 4)
+    fit = fit.with_allocator_peak(fit.ledger_peak_bytes + 5 * MIB // 4)
     steps = [StepPeak(i, "fit", fit.peak_bytes - (i * 7919 % 50) * MIB // 10, i % 50 < 1) for i in range(300)]
     return MemoryReport(
         model="WideResNet",

@@ -18,8 +18,8 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_memtrain.cli import main
-from lightning_memtrain.cli.checkpoint_io import WholeCheckpointIO
-from lightning_memtrain.cli.interrupt import StopOnInterrupt
+from lightning_memtrain.cli.training.atomic_checkpoint import AtomicCheckpointIO
+from lightning_memtrain.cli.training.interrupt import StopOnInterrupt
 from tests.helpers.cli import IGNORED, TINY
 
 pytestmark = pytest.mark.filterwarnings(*IGNORED)
@@ -210,7 +210,7 @@ class FullAt(Callback):
             trainer.strategy.checkpoint_io.__class__ = OnFullDisk
 
 
-class OnFullDisk(WholeCheckpointIO):
+class OnFullDisk(AtomicCheckpointIO):
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

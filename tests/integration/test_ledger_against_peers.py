@@ -10,7 +10,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.checkpoint import checkpoint
 
 from lightning_memtrain.core import MIB, Category
-from lightning_memtrain.ledger import MemoryLedger, OpWorkspace, device_truth
+from lightning_memtrain.ledger import MemoryLedger, OpWorkspace, allocator_statistics
 from lightning_memtrain.recipes.cifar10_wrn28_2.model import WideResNet
 
 CPU = torch.device("cpu")
@@ -27,16 +27,16 @@ def memtracker_peak_bytes(model, optimizer, inputs, step):
 
 
 def ledger_counts(model, optimizer, inputs, step, workspace=None):
-    """The breakdown with the allocator's truth (where there is one), and the ledger."""
-    truth = device_truth(next(iter(inputs)).device)
+    """The breakdown with the allocator's peak (where there is one), and the ledger."""
+    allocator = allocator_statistics(next(iter(inputs)).device)
     gc.collect()
     with MemoryLedger(model, optimizer, inputs, workspace=workspace) as ledger:
         start_bytes = ledger.current_bytes
-        if truth is not None:
-            truth.start()
+        if allocator is not None:
+            allocator.start()
         step(None)
-        reading = truth.stop(start_bytes) if truth is not None else None
-    return ledger.breakdown().with_truth(reading.peak_bytes if reading else None), ledger
+        reading = allocator.stop(start_bytes) if allocator is not None else None
+    return ledger.breakdown().with_allocator_peak(reading.peak_bytes if reading else None), ledger
 
 
 # ---------------------------------------------------------------------- WideResNet-28-2, the rows of the docs
@@ -89,17 +89,17 @@ def test_wide_resnet_rows(batch_size, microbatch_size, checkpointed, expected_mi
     measured, ledger = ledger_counts(*wide_resnet_step("cpu", *setup), workspace)
     assert round(measured.ledger_peak_bytes / MIB, 2) == expected_mib
     # The workspace row closes the gap to the allocator exactly; measured op by op, it predicts it.
-    assert measured.peak_bytes == measured.truth_bytes
+    assert measured.peak_bytes == measured.allocator_peak_bytes
     assert measured.at_peak[Category.WORKSPACE] >= 0
-    assert ledger.predicted_peak_bytes == pytest.approx(measured.truth_bytes, rel=1e-3)
+    assert ledger.predicted_peak_bytes == pytest.approx(measured.allocator_peak_bytes, rel=1e-3)
     assert not workspace.unmeasured
     assert measured.growth == ()
 
     traced, ledger = ledger_counts(*wide_resnet_step("meta", *setup), workspace)
-    assert traced.with_truth(None).at_peak == measured.with_truth(None).at_peak
+    assert traced.with_allocator_peak(None).at_peak == measured.with_allocator_peak(None).at_peak
     assert traced.maxima == measured.maxima
     assert traced.timeline == measured.timeline
-    assert ledger.predicted_peak_bytes == pytest.approx(measured.truth_bytes, rel=1e-3)
+    assert ledger.predicted_peak_bytes == pytest.approx(measured.allocator_peak_bytes, rel=1e-3)
 
     assert memtracker_peak_bytes(*wide_resnet_step("meta", *setup)) == measured.ledger_peak_bytes
 
@@ -206,5 +206,5 @@ def test_models_that_nobody_here_wrote(make, batch_size):
     assert measured.ledger_peak_bytes == memtracker_peak_bytes(model, optimizer, inputs, step)
     assert measured.end_bytes == measured.start_bytes
     assert measured.growth == ()
-    assert measured.ledger_peak_bytes <= measured.truth_bytes
-    assert ledger.predicted_peak_bytes == pytest.approx(measured.truth_bytes, rel=0.01)
+    assert measured.ledger_peak_bytes <= measured.allocator_peak_bytes
+    assert ledger.predicted_peak_bytes == pytest.approx(measured.allocator_peak_bytes, rel=0.01)

@@ -112,7 +112,7 @@ class Grows(BoringModel):
 @pytest.fixture
 def no_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak is the ledger's: steps of the same shape have the same, whatever happens between epochs."""
-    monkeypatch.setattr("lightning_memtrain.report.profiler.device_truth", lambda device: None)
+    monkeypatch.setattr("lightning_memtrain.report.profiler.allocator_statistics", lambda device: None)
 
 
 @pytest.mark.usefixtures("no_truth")

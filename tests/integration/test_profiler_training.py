@@ -72,7 +72,7 @@ def test_a_step_to_the_byte(tmp_path: Path):
     assert maxima[Category.ACTIVATIONS] == 4 * BATCH_SIZE * WIDTH + 4 * BATCH_SIZE
     assert maxima[Category.BUFFERS] == 0
     assert breakdown.start_bytes == 3 * PARAMETER_BYTES + INPUT_BYTES
-    assert breakdown.at_peak.total_bytes == breakdown.truth_bytes == breakdown.peak_bytes
+    assert breakdown.at_peak.total_bytes == breakdown.allocator_peak_bytes == breakdown.peak_bytes
     assert {row.name for row in breakdown.modules} >= {"body", "head"}
     assert sum(row.optimizer_state_bytes for row in breakdown.modules) == PARAMETER_BYTES
 
@@ -271,7 +271,7 @@ def test_torchs_own_profiler_goes_first(tmp_path: Path):
     trained = Quiet(num_batches=6)
     fit(trained, profiler, tmp_path, profiler=torch_profiler, limit_val_batches=0)
     assert _watched(profiler.report) == [0, 1, 2, 3, 4, 5]
-    assert profiler.breakdowns["fit"].truth_bytes is None
+    assert profiler.breakdowns["fit"].allocator_peak_bytes is None
     assert profiler.breakdowns["fit"].at_peak[Category.WORKSPACE] == 0
     assert_torch_is_as_found(trained)
 
@@ -472,16 +472,18 @@ class FakeCounters:
         self.num_starts += 1
 
     def stop(self, start_bytes: int = 0, end_bytes: int | None = None) -> Any:
-        from lightning_memtrain.ledger import TruthReading
+        from lightning_memtrain.ledger import AllocatorReading
 
         peak_bytes = 10_000 if self.num_starts == 4 else 5_000 + self.num_starts
-        return TruthReading(peak_bytes=peak_bytes, over_start_bytes=0)
+        return AllocatorReading(peak_bytes=peak_bytes, over_start_bytes=0)
 
 
 def test_counters_are_read_on_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from lightning.pytorch.loggers import CSVLogger
 
-    monkeypatch.setattr("lightning_memtrain.report.profiler.device_truth", lambda device: FakeCounters())
+    monkeypatch.setattr(
+        "lightning_memtrain.report.profiler.allocator_statistics", lambda device: FakeCounters()
+    )
     profiler = MemoryProfiler(every_n_steps=100)
     logger = CSVLogger(tmp_path, name="", version="")
     fit(Quiet(num_batches=10), profiler, tmp_path, logger=logger, log_every_n_steps=5, limit_val_batches=0)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from lightning_memtrain.core import MIB, Category
-from lightning_memtrain.report.document import MemoryReport
-from lightning_memtrain.report.html import render_html
-from lightning_memtrain.report.loggers import define_metrics, log_report
+from lightning_memtrain.report.memory_report import MemoryReport
+from lightning_memtrain.report.outputs.html import render_html
+from lightning_memtrain.report.outputs.loggers import define_metrics, log_report
 from tests.helpers.cli import TINY, memtrain
 from tests.helpers.reports import deep_report, tiny_report
 from tests.helpers.wandb_log import WandbLog, read_wandb_log

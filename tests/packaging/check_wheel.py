@@ -21,7 +21,7 @@ RECIPE = "cifar10_wrn28_2"
 IN_WHEEL = (
     "lightning_memtrain/__init__.py",
     "lightning_memtrain/py.typed",
-    "lightning_memtrain/report/report.html",
+    "lightning_memtrain/report/outputs/report.html",
     "lightning_memtrain/recipes/__init__.py",
     f"lightning_memtrain/recipes/{RECIPE}/__init__.py",
     f"lightning_memtrain/recipes/{RECIPE}/README.md",

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from lightning_memtrain.core import Category, MemoryBreakdown
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.records import Event, StorageRecord, analyse
+from lightning_memtrain.ledger.storage_records import Event, StorageRecord, build_breakdown
 
 CATEGORIES = [category for category in Category if category is not Category.WORKSPACE]
 # The batch, and what processes exchange.
@@ -38,7 +38,7 @@ def test_analysis_equals_a_naive_count(records, ticks):
         return sum(r.num_bytes for r in records if r.live_at(tick) and category in (None, r.category))
 
     events = [Event(tick, f"event {tick}") for tick in sorted(ticks)]
-    breakdown = analyse(records, events, device="cpu", module_types={"": "N", "a": "A", "a.b": "B"})
+    breakdown = build_breakdown(records, events, device="cpu", module_types={"": "N", "a": "A", "a.b": "B"})
     totals = [held(tick) for tick in range(24)]
     peak = totals.index(max(totals))
     assert breakdown.ledger_peak_bytes == max(totals)

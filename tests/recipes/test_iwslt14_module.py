@@ -21,7 +21,7 @@ from lightning_memtrain import (
     SparseTraining,
     UpdateEvery,
 )
-from lightning_memtrain.cli.random_state import RandomState
+from lightning_memtrain.cli.training.random_state_callback import RandomState
 from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
 from lightning_memtrain.recipes.iwslt14_dynamicconv import module
 from lightning_memtrain.recipes.iwslt14_dynamicconv.batches import num_target_tokens, split_sample

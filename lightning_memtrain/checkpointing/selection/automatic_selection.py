@@ -23,8 +23,9 @@ from lightning_memtrain.checkpointing.selection.step_conditions import (
 )
 from lightning_memtrain.checkpointing.selection.step_curve import StepCurve
 from lightning_memtrain.core import Category, NoEffectWarning, is_out_of_memory
-from lightning_memtrain.ledger.objects import tensors_within
-from lightning_memtrain.ledger.op_times import OpTimes
+from lightning_memtrain.ledger.operators.op_times import OpTimes
+from lightning_memtrain.ledger.operators.workspace import OpWorkspace
+from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.ledger.training_state import state_bytes
 from lightning_memtrain.ledger.workspace import OpWorkspace
 from lightning_memtrain.tracing.step.fake_step import FakeStep

@@ -164,18 +164,18 @@ class ChunkTrials:
 
         @contextmanager
         def watched() -> Iterator[None]:
-            truth = device_truth(self._device)
+            allocator = allocator_statistics(self._device)
             held_bytes = self._unseen_bytes
             first = self._ledger.tick
-            if truth is not None:
-                truth.start()
+            if allocator is not None:
+                allocator.start()
             reading = None
             try:
                 yield
             finally:
-                if truth is not None:
+                if allocator is not None:
                     ends = (self._ledger.bytes_at(first), self._ledger.current_bytes)
-                    reading = truth.stop(*(num_bytes + held_bytes for num_bytes in ends))
+                    reading = allocator.stop(*(num_bytes + held_bytes for num_bytes in ends))
             found.append((first, self._ledger.tick, None if reading is None else reading.peak_bytes))
 
         ran_out = False
@@ -217,15 +217,21 @@ class ChunkTrials:
         return ran_out
 
     def _note(
-        self, size: int, num_chunks: int, first: int, last: int, truth_bytes: int | None, kept_bytes: int
+        self,
+        size: int,
+        num_chunks: int,
+        first: int,
+        last: int,
+        allocator_peak_bytes: int | None,
+        kept_bytes: int,
     ) -> None:
         """Add up what a chunk that has just run would hold in a batch."""
         if self.forecast is None:
             self.forecast = self._forecast()
         held = self._ledger.held_between(first, last)
         ledger_bytes = held.total_bytes + self._unseen_bytes
-        if truth_bytes is not None:
-            beyond_bytes = max(0, truth_bytes - ledger_bytes)
+        if allocator_peak_bytes is not None:
+            beyond_bytes = max(0, allocator_peak_bytes - ledger_bytes)
             self._beyond_ledger[size] = min(beyond_bytes, self._beyond_ledger.get(size, beyond_bytes))
         beyond_bytes = self._beyond(size)
         others_bytes = (num_chunks - 1) * kept_bytes + self._sum_bytes * (num_chunks > 1)

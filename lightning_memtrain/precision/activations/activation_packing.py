@@ -117,7 +117,7 @@ class ActivationPacking:
         Args:
             tree: whatever holds them, such as the batch.
         """
-        tensors = [t for t in tensors_within(tree) if type(t) in PLAIN_TENSORS and t.layout is torch.strided]
+        tensors = [t for t in find_tensors(tree) if type(t) in PLAIN_TENSORS and t.layout is torch.strided]
         self._spared = {t.untyped_storage()._cdata for t in tensors}
 
     def state_dict(self) -> dict[str, int]:
@@ -130,7 +130,7 @@ class ActivationPacking:
 
     # ------------------------------------------------------------------ hooks
 
-    def _pack(self, tensor: Tensor) -> KeptTensor | _Packed:
+    def _pack(self, tensor: Tensor) -> VersionCheckedTensor | _Packed:
         # In backward only what is recomputed is saved, which is used at once.
         if torch._C._current_graph_task_id() == _NOT_IN_BACKWARD and self._is_to_be_packed(tensor):
             order = memory_order(tensor)
@@ -138,8 +138,8 @@ class ActivationPacking:
                 payload = self._payload(tensor, order)
                 shape, strides = tuple(tensor.shape), tensor.stride()
                 return _Packed(payload, shape, strides, tensor.dtype, tensor.device)
-        SAVED_TENSOR_WATCH.tell(tensor)
-        return KeptTensor.of(tensor)
+        SAVED_TENSOR_HOOKS.tell(tensor)
+        return VersionCheckedTensor.pack(tensor)
 
     def _is_to_be_packed(self, tensor: Tensor) -> bool:
         return (
@@ -170,13 +170,13 @@ class ActivationPacking:
                 self.last.stored_bytes + sum(part.nbytes for part in groups),
             )
             for part in groups:
-                SAVED_TENSOR_WATCH.tell(part)
+                SAVED_TENSOR_HOOKS.tell(part)
         return payload
 
     @torch.no_grad()
-    def _unpack(self, packed: KeptTensor | _Packed) -> Tensor:
-        if isinstance(packed, KeptTensor):
-            return packed.given_back()
+    def _unpack(self, packed: VersionCheckedTensor | _Packed) -> Tensor:
+        if isinstance(packed, VersionCheckedTensor):
+            return packed.unpack()
         tensor = empty_like_layout(packed.shape, packed.strides, packed.dtype, packed.device)
         order = packed.payload.order._replace(offset=0)
         self._kernels.dequantize(packed.payload.groups, tensor, order)

@@ -11,7 +11,7 @@ from lightning_memtrain.core import GIB, MIB, format_bytes
 from lightning_memtrain.report.cuda_snapshot import words
 from lightning_memtrain.report.cuda_snapshot.document import CudaSnapshot
 from lightning_memtrain.report.cuda_snapshot.summary import SnapshotSummary, summarize
-from lightning_memtrain.report.document import write_atomically
+from lightning_memtrain.report.memory_report import write_atomically
 
 _WIDTH, _HEIGHT, _LEFT, _TOP = 1000, 240, 70, 10
 # More points than a screen has columns are of no use.
@@ -52,7 +52,7 @@ def render_snapshot_page(snapshot: CudaSnapshot) -> str:
     devices = [_device(summarize(device, snapshot.allocator_settings)) for device in snapshot.devices] or [
         '<section class="card"><p>It holds no memory of any device.</p></section>\n'
     ]
-    style = (files("lightning_memtrain.report") / "report.css").read_text(encoding="utf-8")
+    style = (files("lightning_memtrain.report.outputs") / "report.css").read_text(encoding="utf-8")
     return _PAGE.format(title=_text(snapshot.name), style=style, devices="".join(devices))
 
 

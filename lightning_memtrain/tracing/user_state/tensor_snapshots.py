@@ -12,7 +12,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_memtrain.core import is_out_of_memory
-from lightning_memtrain.ledger.storages import storages_of
+from lightning_memtrain.ledger.tensors.storages import storages_of
 
 T = TypeVar("T")
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")

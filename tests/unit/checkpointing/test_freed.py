@@ -21,7 +21,7 @@ from lightning_memtrain.checkpointing import (
     Sqrt,
     insert_checkpoints,
 )
-from lightning_memtrain.ledger.storages import tensors_in
+from lightning_memtrain.ledger.tensors.storages import tensors_in
 
 
 class _Made(TorchDispatchMode):

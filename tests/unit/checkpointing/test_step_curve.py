@@ -15,9 +15,9 @@ from lightning_memtrain.checkpointing.selection import step_curve
 from lightning_memtrain.checkpointing.selection.counted_step import call_seconds
 from lightning_memtrain.checkpointing.selection.step_curve import StepCurve
 from lightning_memtrain.core import MIB
-from lightning_memtrain.ledger.op_times import OpTimes
-from lightning_memtrain.ledger.storages import tensors_in
-from lightning_memtrain.ledger.workspace import OpCall
+from lightning_memtrain.ledger.operators.op_times import OpTimes
+from lightning_memtrain.ledger.operators.workspace import OpCall
+from lightning_memtrain.ledger.tensors.storages import tensors_in
 from lightning_memtrain.recipes.cifar10_wrn28_2.model import WideResNet
 from lightning_memtrain.tracing.step.fake_step import FakeStep
 

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_memtrain.cli import main
 from lightning_memtrain.cli.errors import CommandError
-from lightning_memtrain.cli.variants import add_up
+from lightning_memtrain.cli.variants import merge_variants
 
 
 def the(name: str, **arguments: Any) -> dict[str, Any]:
@@ -65,14 +65,14 @@ def callbacks(*entries: Any, extend: bool = True) -> dict[str, Any]:
     ],
 )
 def test_lists_of_objects_add_up(one, other, expected):
-    overlay = add_up(RECIPE, {"one": one, "other": other})
+    overlay = merge_variants(RECIPE, {"one": one, "other": other})
     assert overlay.config["trainer"] == {"callbacks": expected}
     assert overlay.remarks == []
 
 
 def test_a_list_that_the_recipe_does_not_set_is_extended():
     # The default of the argument may hold something.
-    assert add_up(RECIPE, {"one": {"model": {"init_args": {"parts+": [1]}}}}).config == {
+    assert merge_variants(RECIPE, {"one": {"model": {"init_args": {"parts+": [1]}}}}).config == {
         "model": {"init_args": {"parts+": [1]}}
     }
 
@@ -111,18 +111,18 @@ def test_a_list_that_the_recipe_does_not_set_is_extended():
 )
 def test_what_cannot_be_added_up_is_refused(one, other, message):
     with pytest.raises(CommandError, match=message):
-        add_up(RECIPE, {"one": one, "other": other})
+        merge_variants(RECIPE, {"one": one, "other": other})
 
 
 def test_the_same_strategy_twice():
     both = {"trainer": {"strategy": {"class_path": "DDPStrategy"}}}
-    assert add_up(RECIPE, {"one": both, "other": both}).config == both
+    assert merge_variants(RECIPE, {"one": both, "other": both}).config == both
 
 
 def test_of_other_values_the_last_one_counts_and_says_so():
     one = {"trainer": {"max_steps": 4, "devices": 2}, "model": {"init_args": {"lr": None, "betas": [1, 2]}}}
     other = {"trainer": {"max_steps": 5, "devices": 2}, "model": {"init_args": {"lr": 0.1, "betas": [3, 4]}}}
-    overlay = add_up(RECIPE, {"one": one, "other": other})
+    overlay = merge_variants(RECIPE, {"one": one, "other": other})
     assert overlay.config == other
     assert overlay.remarks == [
         "`trainer.max_steps` is 5 by variant `other`; variant `one` has 4.",
@@ -134,11 +134,11 @@ def test_of_other_values_the_last_one_counts_and_says_so():
 def test_arguments_of_one_class_are_not_given_to_another():
     one = {"data": {"class_path": "a.Images", "init_args": {"size": 3}}}
     other = {"data": {"class_path": "a.Text", "init_args": {"words": 5}}}
-    overlay = add_up(RECIPE, {"one": one, "other": other})
+    overlay = merge_variants(RECIPE, {"one": one, "other": other})
     assert overlay.config == other
     assert overlay.remarks == ["`data` is `a.Text` by variant `other`; variant `one` has `a.Images`."]
     more = {"data": {"init_args": {"words": 6}}}
-    assert add_up(RECIPE, {"other": other, "more": more}).config == {
+    assert merge_variants(RECIPE, {"other": other, "more": more}).config == {
         "data": {"class_path": "a.Text", "init_args": {"words": 6}}
     }
 

@@ -1,0 +1,1 @@
+"""What surrounds the training of a recipe: LightningCLI, signals, checkpoints, ``metrics.csv``."""

@@ -1,0 +1,214 @@
+"""Bytes that an operator holds only while it runs: measured once per operator, shapes and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lightning_memtrain.ledger.device_allocator import allocator_statistics
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """All of a tensor that decides on what an operator allocates for it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def make(self, device: torch.device) -> torch.Tensor:
+        """A tensor of this form: ones, or zeros where a number may be an index."""
+        tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+        return tensor.fill_(1 if self.dtype.is_floating_point else 0)
+
+
+@dataclass(frozen=True)
+class _Items:
+    kind: type[list[Any]] | type[tuple[Any, ...]]
+    items: tuple[Hashable, ...]
+
+
+@dataclass(frozen=True)
+class _Unknown:
+    description: str
+
+
+_TARGET_DEVICE = object()
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """An operator with its arguments, tensors replaced by their form; equal calls need equal workspace."""
+
+    func: Callable[..., Any]
+    arguments: tuple[Hashable, ...]
+    keywords: tuple[tuple[str, Hashable], ...]
+
+    def make_arguments(self, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments to run the call with, made up on a device.
+
+        Args:
+            device: where tensors are made.
+
+        Returns:
+            Positional and keyword arguments.
+
+        Raises:
+            TypeError: if one cannot be made up.
+        """
+        kwargs = {name: _make_argument(argument, device) for name, argument in self.keywords}
+        return [_make_argument(argument, device) for argument in self.arguments], kwargs
+
+
+class OpWorkspace:
+    """A table of how many bytes an operator holds at most while it runs, its results included.
+
+    Each distinct call is run once, alone, on the target device with made-up data, and the device
+    allocator's peak is read. Random number generators are left as they were.
+
+    Args:
+        device: where to measure; a step traced on ``meta`` is predicted for this device.
+
+    Raises:
+        ValueError: if the device has no allocator figures.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        allocator = allocator_statistics(self.device)
+        if allocator is None:
+            raise ValueError(
+                "`OpWorkspace(device)` must be a device whose allocator reports its peak, but got "
+                f"{self.device}. Use the device on which the model will be trained, e.g. 'cpu' or 'cuda'."
+            )
+        self._allocator = allocator
+        self._peaks: dict[OpCall, int] = {}
+        self.unmeasured: dict[OpCall, str] = {}
+
+    @property
+    def granularity_bytes(self) -> int:
+        """The allocator rounds every block up to a multiple of this."""
+        return self._allocator.granularity_bytes
+
+    def peak_bytes(self, call: OpCall) -> int:
+        """Most bytes that one call holds beyond its arguments, results included.
+
+        A call that cannot be run alone (its result depends on the data, or made-up data is refused) counts
+        0 and is listed in :attr:`unmeasured` with the reason.
+        """
+        if call not in self._peaks:
+            self._peaks[call] = self._measure(call)
+        return self._peaks[call]
+
+    def _measure(self, call: OpCall) -> int:
+        # In a thread of its own: a profiler of this one may count what this one allocates.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            return thread.submit(self._measure_here, call).result()
+
+    def _measure_here(self, call: OpCall) -> int:
+        with _disable_current_modes(), kept_random_state(self.device), torch.no_grad():
+            try:
+                args, kwargs = call.make_arguments(self.device)
+                self._allocator.start()
+                try:
+                    call.func(*args, **kwargs)
+                finally:
+                    reading = self._allocator.stop()
+            except Exception as error:  # an operator may refuse made-up data in any way it likes
+                self.unmeasured[call] = f"{type(error).__name__}: {error}"
+                return 0
+        return reading.over_start_bytes if reading is not None else 0
+
+
+def op_call(func: Callable[..., Any], args: Any, kwargs: Any) -> OpCall:
+    """Describe a call by what decides on its allocations."""
+    keywords = tuple((name, _describe(value)) for name, value in sorted(kwargs.items()))
+    return OpCall(func, tuple(_describe(argument) for argument in args), keywords)
+
+
+class PeakEstimator:
+    """Finds the moment at which live storages and the workspace of the running operator are most.
+
+    Only the largest number of live bytes before each distinct call is kept: nothing else can be a peak.
+
+    Args:
+        workspace: the table to look workspaces up in.
+    """
+
+    def __init__(self, workspace: OpWorkspace) -> None:
+        self._workspace = workspace
+        self._live_bytes = 0
+        self._late_bytes = 0
+        self._peak_bytes = 0
+        self._most_before: dict[OpCall, int] = {}
+
+    def allocate(self, num_bytes: int, late: bool = False) -> None:
+        """Count a storage; a ``late`` one was live from the start, so during all that was noted before."""
+        # First rounded, then added: within a call, garbage may be collected, which changes the sum.
+        num_bytes = self._rounded(num_bytes)
+        self._live_bytes += num_bytes
+        if late:
+            self._late_bytes += num_bytes
+        self._peak_bytes = max(self._peak_bytes, self._live_bytes - self._late_bytes)
+
+    def free(self, num_bytes: int) -> None:
+        """Count a storage no more, since it was freed."""
+        num_bytes = self._rounded(num_bytes)
+        self._live_bytes -= num_bytes
+
+    def before(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Note how much is live when an operator begins."""
+        call = op_call(func, args, kwargs)
+        live_bytes = self._live_bytes - self._late_bytes
+        self._most_before[call] = max(self._most_before.get(call, live_bytes), live_bytes)
+
+    def peak_bytes(self) -> int:
+        """The peak, after measuring what was not measured before."""
+        before = self._most_before.items()
+        in_ops = max(
+            (live_bytes + self._workspace.peak_bytes(call) for call, live_bytes in before), default=0
+        )
+        return max(self._peak_bytes, in_ops) + self._late_bytes
+
+    def _rounded(self, num_bytes: int) -> int:
+        unit = self._workspace.granularity_bytes
+        return -(-num_bytes // unit) * unit
+
+
+def kept_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """A context after which random numbers go on as if nothing had been drawn in it."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+
+def _describe(tree: Any) -> Hashable:
+    if isinstance(tree, torch.Tensor):
+        if tree.layout is not torch.strided:
+            return _Unknown(f"a tensor of layout {tree.layout}")
+        return TensorSpec(tuple(tree.shape), tuple(tree.stride()), tree.dtype)
+    if isinstance(tree, list):
+        return _Items(list, tuple(_describe(item) for item in tree))
+    if isinstance(tree, tuple):
+        return _Items(tuple, tuple(_describe(item) for item in tree))
+    if isinstance(tree, torch.device):
+        return _TARGET_DEVICE
+    if isinstance(tree, torch.Generator):
+        return None
+    return tree if isinstance(tree, Hashable) else _Unknown(repr(tree))
+
+
+def _make_argument(frozen: Hashable, device: torch.device) -> Any:
+    if isinstance(frozen, TensorSpec):
+        return frozen.make(device)
+    if isinstance(frozen, _Items):
+        return frozen.kind(_make_argument(item, device) for item in frozen.items)
+    if isinstance(frozen, _Unknown):
+        raise TypeError(f"cannot make {frozen.description}")
+    return device if frozen is _TARGET_DEVICE else frozen

@@ -1,0 +1,108 @@
+"""Which tensors several processes exchange: DDP's buckets, and what FSDP2 gathers and reduces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def ddp_around(model: nn.Module) -> DistributedDataParallel | None:
+    """The wrapper that averages a model's gradients.
+
+    Args:
+        model: the wrapper itself, a module that its trainer has wrapped, or one whose forward it is running.
+
+    Returns:
+        The wrapper; ``None`` if there is none or it is not within reach.
+    """
+    trainer = getattr(model, "_trainer", None)
+    running = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    for found in (model, getattr(getattr(trainer, "strategy", None), "model", None), running):
+        if isinstance(found, DistributedDataParallel) and (found is model or found.module is model):
+            return found
+    return None
+
+
+def ddp_buckets(wrapper: DistributedDataParallel) -> list[Tensor]:
+    """The tensors in which DDP averages gradients; it holds them from its making to its end.
+
+    They are never shown in Python. Asked for zeros like them, DDP gives them to an operator, which is where
+    they can be met; nothing is allocated.
+
+    Args:
+        wrapper: any.
+
+    Returns:
+        Its buckets, but for those of sparse gradients, which are averaged as they are.
+    """
+    met = _Met()
+    with met, suppress(RuntimeError, AttributeError):  # a bucket for sparse gradients has no tensor
+        wrapper.reducer._get_zeros_like_grad_buckets()
+    return met.tensors
+
+
+def gradients_lie_in_buckets(model: nn.Module) -> bool:
+    """Whether gradients take no memory of their own once they are averaged.
+
+    Args:
+        model: as in :func:`ddp_around`.
+
+    Returns:
+        Whether they are views of DDP's buckets.
+    """
+    wrapper = ddp_around(model)
+    return wrapper is not None and bool(wrapper.gradient_as_bucket_view)
+
+
+class _Met(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Meets arguments of operators, and gives the first back."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tensors: list[Tensor] = []
+        """What was met."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.tensors.append(args[0])
+        return args[0]
+
+
+def unsharded_gradients(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Gradients of whole weights that FSDP2 has not reduced yet, since it was told to wait.
+
+    Args:
+        modules: any.
+
+    Yields:
+        Each of them.
+    """
+    for module in modules:
+        for parameter in fsdp_parameters(module):
+            for gradient in (
+                getattr(parameter, "unsharded_accumulated_grad", None),
+                getattr(getattr(parameter, "_unsharded_param", None), "grad", None),
+            ):
+                if isinstance(gradient, torch.Tensor):
+                    yield gradient
+
+
+def fsdp_parameters(module: nn.Module) -> list[Any]:
+    """What FSDP2 knows of the parameters that it gathers for one module.
+
+    Args:
+        module: any.
+
+    Returns:
+        Torch's own records of them; none for a module that FSDP2 has not been applied to.
+    """
+    if not hasattr(type(module), "_get_fsdp_state"):  # of an instance that lacks it this takes far longer
+        return []
+    state = module._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return [parameter for group in groups if group is not None for parameter in group.fsdp_params]

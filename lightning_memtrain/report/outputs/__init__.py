@@ -1,0 +1,1 @@
+"""Where a memory report goes: terminal, JSON and HTML files, loggers."""
