@@ -36,7 +36,7 @@ from lightning_memtrain.checkpointing.selection.recomputation_plan import Recomp
 from lightning_memtrain.checkpointing.selection.step_curve import StepCurve
 from lightning_memtrain.core import MIB, Category
 from lightning_memtrain.ledger.operators.op_times import OpTimes
-from lightning_memtrain.tracing.fake_step import FakeStep
+from lightning_memtrain.tracing.step.fake_step import FakeStep
 
 Prepare = Callable[[nn.Module], Any]
 

@@ -31,7 +31,6 @@ from lightning_memtrain import (
     DSR,
     ActivationCheckpointing,
     ActivationCodec,
-    DynamicSparseReparameterization,
     LowPrecision,
     Microbatching,
     Select,

@@ -18,7 +18,7 @@ from lightning_memtrain.checkpointing.policy_values import as_policy
 from lightning_memtrain.checkpointing.recompute.objects.key_value_caches import caching_model
 from lightning_memtrain.checkpointing.selection.automatic_selection import AutomaticSelection
 from lightning_memtrain.compat import wrap_training_step
-from lightning_memtrain.compat.lightning_names import in_both, refuse_mix
+from lightning_memtrain.compat.lightning_packages import in_both, refuse_mix
 from lightning_memtrain.core import NoEffectWarning, Setting, TechniqueRecord
 
 

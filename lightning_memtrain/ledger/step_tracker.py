@@ -98,8 +98,8 @@ class StepTracker:
         trained = [one for one in parameters if one.requires_grad and one.is_leaf and not is_lazy(one)]
         paths = {id(parameter): owners[id(parameter)][1] for parameter in trained}
         hooks = AccumulationHooks(functools.partial(self._after_accumulation, paths))
-        undo.callback(hooks.take_off)
-        hooks.put_on(trained)
+        undo.callback(hooks.remove)
+        hooks.register(trained)
         for optimizer in self._optimizers:
             undo.callback(optimizer.register_step_post_hook(self._after_optimizer_step).remove)
         undo.callback(self.modules.end)

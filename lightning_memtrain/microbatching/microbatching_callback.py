@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
-from lightning_memtrain.compat.lightning_names import refuse_mix
+from lightning_memtrain.compat.lightning_packages import refuse_mix
 from lightning_memtrain.core import TechniqueRecord, parse_bytes
 from lightning_memtrain.microbatching import training_loop
 from lightning_memtrain.microbatching.automatic_size.recovery import Recovery

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
-from lightning_memtrain.compat.lightning_names import in_both
+from lightning_memtrain.compat.lightning_packages import in_both
 
 
 def is_sharded(strategy: Any) -> bool:

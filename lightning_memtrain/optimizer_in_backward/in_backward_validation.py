@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
-from lightning_memtrain.compat.lightning_names import namesake, overrides
+from lightning_memtrain.compat.lightning_packages import namesake, overrides
 from lightning_memtrain.optimizer_in_backward import private_apis
 from lightning_memtrain.optimizer_in_backward.gradient_accumulation import (
     Accumulation,

@@ -46,7 +46,6 @@ PAIRS = [
 ]
 IDENTITIES: dict[str, Callable[[], Any]] = {
     "Microbatching": lambda: mt.Microbatching(num_microbatches=1),
-    "EarlyZeroGrad": mt.EarlyZeroGrad,
     "ActivationCheckpointing": lambda: mt.ActivationCheckpointing(mt.MemoryBudget("1TiB")),
     "OffloadActivations": lambda: mt.OffloadActivations(min_bytes="1TiB"),
     "CompressedActivations": lambda: mt.CompressedActivations(mt.ActivationCodec(min_numel=2**40)),

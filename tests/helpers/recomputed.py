@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memtrain.checkpointing import Recomputed, insert_checkpoints
-from lightning_memtrain.checkpointing.call import Call
+from lightning_memtrain.checkpointing.recompute.recomputable_call import RecomputableCall
 from lightning_memtrain.ledger.tensors.storages import tensors_in
 
 Loss = Callable[[nn.Module, Any], Tensor]

@@ -104,7 +104,7 @@ def test_entries_move_with_microbatches(tmp_path: Path) -> None:
     [
         ([mt.ActivationCheckpointing(mt.Modules(["net.0", "net.2"]))], []),
         ([mt.CompressedActivations(mt.ActivationCodec(group_size=8, min_numel=8))], []),
-        ([mt.EarlyZeroGrad()], [mt.LowPrecision("bf16-true")]),
+        ([mt.Microbatching(num_microbatches=1)], [mt.LowPrecision("bf16-true")]),
         ([], [mt.LowPrecision("16-true", scaler=mt.ScalerConfig(init_scale=2.0**10))]),
     ],
     ids=["checkpointed", "compressed", "bfloat16", "float16"],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_memtrain.ledger.storages import storages_of
+from lightning_memtrain.ledger.tensors.storages import storages_of
 from lightning_memtrain.tracing.inplace_writes import version_of, written_tensors
 
 

@@ -27,7 +27,6 @@ from lightning_memtrain.ledger.operators.op_times import OpTimes
 from lightning_memtrain.ledger.operators.workspace import OpWorkspace
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.ledger.training_state import state_bytes
-from lightning_memtrain.ledger.workspace import OpWorkspace
 from lightning_memtrain.tracing.step.fake_step import FakeStep
 from lightning_memtrain.tracing.step.user_code import location_of
 
@@ -142,7 +141,7 @@ class AutomaticSelection:
         self._groups, self.num_modules = groups, sum(len(group) for group in groups)
 
     def _conditions(self, arguments: Any) -> StepConditions:
-        tensors = tensors_within(arguments)
+        tensors = find_tensors(arguments)
         return StepConditions(
             shapes=tuple(tuple(tensor.shape) for tensor in tensors),
             batch_bytes=sum(tensor.nbytes for tensor in tensors),

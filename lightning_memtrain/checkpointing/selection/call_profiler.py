@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from lightning_memtrain.checkpointing.existing_checkpoints import is_backward
 from lightning_memtrain.checkpointing.insertion import insertable_modules
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.operators import OperatorWatch
-from lightning_memtrain.ledger.records import StorageRecord
-from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH
-from lightning_memtrain.ledger.storages import tensors_in
-from lightning_memtrain.ledger.workspace import OpCall, op_call
+from lightning_memtrain.ledger.observers.dispatch_mode import OperatorMode
+from lightning_memtrain.ledger.observers.saved_tensors import SAVED_TENSOR_HOOKS
+from lightning_memtrain.ledger.operators.workspace import OpCall, op_call
+from lightning_memtrain.ledger.storage_records import StorageRecord
+from lightning_memtrain.ledger.tensors.storages import tensors_in
 from lightning_memtrain.tracing.inplace_writes import version_of
 
 _ACCUMULATES_GRADIENT = 2**64 - 1
@@ -83,7 +83,7 @@ class CallProfiler:
         self._first_nodes = [-1]
         self._calls_of_nodes = [self.root]
         self._undo = ExitStack()
-        self._operators = OperatorWatch()  # type: ignore[no-untyped-call]
+        self._operators = OperatorMode()  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> CallProfiler:
         self.root.start = self._ledger.tick
@@ -94,8 +94,8 @@ class CallProfiler:
                 after = module.register_forward_hook(self._leave, always_call=True)
                 self._undo.callback(before.remove)
                 self._undo.callback(after.remove)
-        SAVED_TENSOR_WATCH.add(self._on_saved)
-        self._undo.callback(SAVED_TENSOR_WATCH.remove, self._on_saved)
+        SAVED_TENSOR_HOOKS.add(self._on_saved)
+        self._undo.callback(SAVED_TENSOR_HOOKS.remove, self._on_saved)
         self._operators.begin(self._on_operator, lambda func, results: None)
         self._undo.callback(self._operators.end)
         return self

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_memtrain.checkpointing.insertion import insert_checkpoints
 from lightning_memtrain.checkpointing.policies import Groups, Recomputed
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.workspace import OpWorkspace
+from lightning_memtrain.ledger.operators.workspace import OpWorkspace
 from lightning_memtrain.tracing.step.fake_step import FakeStep
 
 _CALLS_TO_TIME = 30

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from lightning_memtrain.checkpointing.memory_budget import MemoryBudget
 from lightning_memtrain.checkpointing.selection.recomputation_plan import RecomputationPlan
 from lightning_memtrain.checkpointing.selection.step_curve import StepCurve
-from lightning_memtrain.ledger.op_times import OpTimes
-from lightning_memtrain.ledger.workspace import OpWorkspace
+from lightning_memtrain.ledger.operators.op_times import OpTimes
+from lightning_memtrain.ledger.operators.workspace import OpWorkspace
 from lightning_memtrain.tracing.step.fake_step import FakeStep
 
 

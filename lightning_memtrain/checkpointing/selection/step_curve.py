@@ -15,8 +15,8 @@ from lightning_memtrain.checkpointing.selection.recomputation_plan import Recomp
 from lightning_memtrain.checkpointing.selection.step_chain import CheckpointSchedule
 from lightning_memtrain.checkpointing.selection.step_profile import StepProfile
 from lightning_memtrain.core import MemoryBreakdown
-from lightning_memtrain.ledger.op_times import OpTimes
-from lightning_memtrain.ledger.workspace import OpWorkspace
+from lightning_memtrain.ledger.operators.op_times import OpTimes
+from lightning_memtrain.ledger.operators.workspace import OpWorkspace
 from lightning_memtrain.tracing.step.fake_step import FakeStep
 
 # Backward takes about twice as long as forward: two matrix products for each one.

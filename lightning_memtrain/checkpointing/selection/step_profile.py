@@ -8,8 +8,8 @@ from itertools import accumulate
 
 from lightning_memtrain.checkpointing.selection.call_profiler import CallProfiler, ProfiledCall
 from lightning_memtrain.checkpointing.selection.step_chain import ChainStage
-from lightning_memtrain.ledger.op_times import OpTimes
-from lightning_memtrain.ledger.records import TRANSIENT, StorageRecord
+from lightning_memtrain.ledger.operators.op_times import OpTimes
+from lightning_memtrain.ledger.storage_records import TRANSIENT, StorageRecord
 
 # Modules that hold less than this part of the peak are not looked into.
 _LEAST_PART = 1 / 500

@@ -17,9 +17,9 @@ from lightning_memtrain.core import (
     release_memory,
     without_frames,
 )
-from lightning_memtrain.ledger import MemoryLedger, ResultBytes, device_truth
-from lightning_memtrain.ledger.communication import gradients_lie_in_buckets
-from lightning_memtrain.ledger.storages import storages_of, tensors_in
+from lightning_memtrain.ledger import MemoryLedger, ResultBytes, allocator_statistics
+from lightning_memtrain.ledger.tensors.distributed_tensors import gradients_lie_in_buckets
+from lightning_memtrain.ledger.tensors.storages import storages_of, tensors_in
 from lightning_memtrain.microbatching import training_loop
 from lightning_memtrain.microbatching.automatic_size.chunk_measurement import ChunkMeasurement
 from lightning_memtrain.microbatching.automatic_size.limit_errors import uneven_chunks_error

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_memtrain.coordination import aside
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.storages import tensors_in
+from lightning_memtrain.ledger.tensors.storages import tensors_in
 from lightning_memtrain.microbatching import rank_agreement
 from lightning_memtrain.microbatching.automatic_size import size_choice
 from lightning_memtrain.microbatching.automatic_size.chunk_trials import ChunkTrials

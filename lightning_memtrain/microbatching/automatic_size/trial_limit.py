@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_memtrain.ledger import AllocationLimit, ResultBytes
-from lightning_memtrain.ledger.storages import tensors_in
+from lightning_memtrain.ledger.tensors.storages import tensors_in
 
 
 class TrialLimit(AllocationLimit):

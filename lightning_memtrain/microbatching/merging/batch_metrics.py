@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torchmetrics import Metric
 
 from lightning_memtrain.coordination import dry_run_depth
-from lightning_memtrain.ledger.storages import tensors_in
+from lightning_memtrain.ledger.tensors.storages import tensors_in
 from lightning_memtrain.microbatching.merging import metric_states
 from lightning_memtrain.microbatching.merging.chunk_logs import ChunkLogs, Source
 from lightning_memtrain.microbatching.merging.metric_inputs import CannotJoin, InputJoiner

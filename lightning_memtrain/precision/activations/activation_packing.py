@@ -14,9 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_memtrain.ledger.objects import tensors_within
-from lightning_memtrain.ledger.saved_tensors import SAVED_TENSOR_WATCH, KeptTensor, hooks_in_force
-from lightning_memtrain.ledger.storages import PLAIN_TENSORS
+from lightning_memtrain.ledger.observers.saved_tensors import (
+    SAVED_TENSOR_HOOKS,
+    VersionCheckedTensor,
+    hooks_in_force,
+)
+from lightning_memtrain.ledger.tensors.storages import PLAIN_TENSORS
+from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.precision.activations.group_quantization import QuantizedGroups
 from lightning_memtrain.precision.activations.memory_order import MemoryOrder, empty_like_layout, memory_order
 from lightning_memtrain.precision.activations.parameter_matcher import ParameterMatcher

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from lightning_memtrain.compat.lightning_names import PACKAGES
+from lightning_memtrain.compat.lightning_packages import PACKAGES
 
 _ARITHMETIC = re.compile(r"add|sub|mul|div")
 # They want all that they get in one dtype.

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixi
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_memtrain.compat.lightning_names import in_both
+from lightning_memtrain.compat.lightning_packages import in_both
 from lightning_memtrain.precision.half_dtypes import HALF_DTYPES
 from lightning_memtrain.precision.weights.converted_buffers import BufferPlan, ConvertedBuffers, NamedBuffer
 from lightning_memtrain.precision.weights.kept_layers import (

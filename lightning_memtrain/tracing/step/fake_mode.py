@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from lightning_memtrain.ledger.storages import tensors_in
+from lightning_memtrain.ledger.tensors.storages import tensors_in
 from lightning_memtrain.tracing.inplace_writes import CopyOnWrite, returns_views, written_tensors
 from lightning_memtrain.tracing.step.fake_operator_rules import FAKE_RULES, with_known_masks
 from lightning_memtrain.tracing.step.random_dependence import RandomDependence

@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_memtrain.ledger.training_state import state_bytes
-from lightning_memtrain.optimizer_steps.parameter_steps import needs_closure
+from lightning_memtrain.optimizer_steps.closures import needs_closure
 from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
 
 ClosureStep = Callable[[Optimizer, Callable[[], Any]], Any]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
-from lightning_memtrain.ledger.communication import gradients_lie_in_buckets
-from lightning_memtrain.ledger.storages import tensors_in
+from lightning_memtrain.ledger.tensors.distributed_tensors import gradients_lie_in_buckets
+from lightning_memtrain.ledger.tensors.storages import tensors_in
 
 
 class FakeParameters:

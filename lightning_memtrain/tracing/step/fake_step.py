@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_memtrain.coordination import dry_run
 from lightning_memtrain.core.random_state import seeded
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.workspace import OpWorkspace
+from lightning_memtrain.ledger.operators.workspace import OpWorkspace
 from lightning_memtrain.tracing.step.fake_mode import FakeStepMode, RecordingMode
 from lightning_memtrain.tracing.step.fake_optimizers import ClosureStep, FakeOptimizers
 from lightning_memtrain.tracing.step.fake_parameters import FakeParameters

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memtrain.ledger.storages import tensors_in
+from lightning_memtrain.ledger.tensors.storages import tensors_in
 from lightning_memtrain.tracing.step.recorded_values import needs_data
 
 

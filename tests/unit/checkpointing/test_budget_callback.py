@@ -16,7 +16,6 @@ from torchmetrics import MeanMetric
 
 from lightning_memtrain import (
     ActivationCheckpointing,
-    EarlyZeroGrad,
     MemoryBudget,
     MemoryProfiler,
     Microbatching,

@@ -18,7 +18,7 @@ from lightning_memtrain import MemoryLedger
 from lightning_memtrain.checkpointing import Full, insert_checkpoints
 from lightning_memtrain.checkpointing.existing_checkpoints import ExistingCheckpoints, checkpointed_by
 from lightning_memtrain.checkpointing.selection.step_curve import StepCurve
-from lightning_memtrain.ledger.op_times import OpTimes
+from lightning_memtrain.ledger.operators.op_times import OpTimes
 from lightning_memtrain.tracing.step.fake_step import FakeStep
 from tests.helpers.recomputed import recompute
 

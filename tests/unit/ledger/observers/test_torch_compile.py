@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_memtrain import Category, MemoryBreakdown, MemoryLedger, allocator_statistics
 from lightning_memtrain.ledger.observers import torch_compile as compiled
 from lightning_memtrain.ledger.observers.torch_compile import COMPILER_HOOKS, ModeHider
-from lightning_memtrain.precision.activation_kernels import has_compiler
+from lightning_memtrain.precision.activations.quantization_kernels import has_compiler
 from tests.helpers.compiling import TORCH_COMPILE_WARNINGS, Counting
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in TORCH_COMPILE_WARNINGS]
