@@ -19,6 +19,7 @@ from lightning_memtrain.checkpointing.recompute.objects.key_value_caches import 
 from lightning_memtrain.checkpointing.selection.automatic_selection import AutomaticSelection
 from lightning_memtrain.compat import wrap_training_step
 from lightning_memtrain.compat.lightning_packages import in_both, refuse_mix
+from lightning_memtrain.compat.lightning_private import checkpoints_activations
 from lightning_memtrain.core import NoEffectWarning, Setting, TechniqueRecord
 
 
@@ -86,7 +87,7 @@ class ActivationCheckpointing(Callback):
         self._num_modules, self._events, self._has_looked = 0, [], False
         self._zeroes_after_forward, self._in_batch = True, False
         # Lightning's own policy of FSDP is in this attribute.
-        if getattr(trainer.strategy, "_activation_checkpointing_kwargs", None):
+        if checkpoints_activations(trainer.strategy):
             self._say("nothing is inserted, since FSDPStrategy(activation_checkpointing_policy=...) is set")
         elif isinstance(self.policy, MemoryBudget):
             if self._can_choose(trainer, pl_module):  # the module's own `setup` may have changed that

@@ -11,6 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_memtrain.compat.torch_private import (
+    current_autograd_node,
+    is_backward_running,
+    next_sequence_number,
+    sequence_number_of,
+)
 from lightning_memtrain.ledger.observers.dispatch_mode import OperatorMode, OperatorTraits
 
 _OURS = __name__.partition(".")[0]
@@ -126,7 +132,7 @@ class ExistingCheckpoints:
             self._note_change()
 
     def _note_change(self) -> None:
-        self._first_nodes.append(torch._C._autograd._get_sequence_nr())
+        self._first_nodes.append(next_sequence_number())
         self._names_of_nodes.append(self._stack[-1])
 
     def _on_operator(self, operator: OperatorTraits, args: Any, kwargs: Any) -> None:
@@ -135,15 +141,15 @@ class ExistingCheckpoints:
             return
         if not _is_in_a_checkpoint():
             return
-        node = torch._C._current_autograd_node()
+        node = current_autograd_node()
         if node is not None:
-            place = bisect_right(self._first_nodes, node._sequence_nr()) - 1
+            place = bisect_right(self._first_nodes, sequence_number_of(node)) - 1
             self._found.add(self._names_of_nodes[place])
 
 
 def is_backward() -> bool:
     """Whether backward is running."""
-    return torch._C._current_graph_task_id() != -1
+    return is_backward_running()
 
 
 def _is_within(name: str, outer: str) -> bool:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from lightning_memtrain.checkpointing.recompute.recompute_group import Contexts
 from lightning_memtrain.checkpointing.repeated_blocks import describe_modules, repeated_blocks
+from lightning_memtrain.compat.torch_private import OpOverload
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ class SelectiveOps(RecomputationPolicy):
             for part in name.removeprefix("torch.ops.").split("."):
                 target = getattr(target, part, None)
             target = getattr(target, "default", target)
-            if isinstance(target, torch._ops.OpOverload):
+            if isinstance(target, OpOverload):
                 overloads.append(target)
             elif self.ops:  # of the default ones, some torch versions lack some
                 raise MisconfigurationException(

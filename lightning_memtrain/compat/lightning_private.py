@@ -135,6 +135,9 @@ BACKWARD_FN = TrainerAttribute(f"{_OPTIMIZATION}._make_backward_fn", _MICROBATCH
 ZERO_GRAD_FN = TrainerAttribute(
     f"{_OPTIMIZATION}._make_zero_grad_fn", _MICROBATCHES, ("batch_idx", "optimizer")
 )
+OPTIMIZER_STEP = TrainerAttribute(
+    f"{_OPTIMIZATION}._optimizer_step", _MICROBATCHES, ("batch_idx", "train_step_and_backward_closure")
+)
 TRAINING_STEP = TrainerAttribute(f"{_OPTIMIZATION}._training_step", _MICROBATCHES, ("kwargs",))
 
 
@@ -147,7 +150,7 @@ def check_closures(trainer: Trainer) -> None:
     Raises:
         MissingNameError: naming what is missing or different.
     """
-    for attribute in (MAKE_CLOSURE, BACKWARD_FN, ZERO_GRAD_FN, TRAINING_STEP, RESULTS):
+    for attribute in (MAKE_CLOSURE, BACKWARD_FN, ZERO_GRAD_FN, TRAINING_STEP, OPTIMIZER_STEP, RESULTS):
         attribute.of(trainer)
 
 

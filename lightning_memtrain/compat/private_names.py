@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module, metadata
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple, NoReturn
 
 #: Releases that every test of this library has passed with.
@@ -83,6 +83,32 @@ class PrivateAttribute(NamedTuple):
         if not (hasattr(kind, self.name) or self.name in _set_when_made(kind)):
             refuse(f"{self.owner.replace(':', '.')}.{self.name}", self.used_for)
         return attrgetter(self.name)
+
+
+class PrivateMethod(NamedTuple):
+    """A method without arguments that instances of another library's class have.
+
+    Args:
+        owner: the class, e.g. ``"torch.autograd.graph:Node"``.
+        name: of the method.
+        used_for: what it is needed for, as the error says it: ``"is needed to ..."``.
+    """
+
+    owner: str
+    name: str
+    used_for: str
+
+    def look_up(self) -> Callable[[Any], Any]:
+        """Make a function that takes an instance and returns what the method returns.
+
+        Returns:
+            A function of an instance.
+
+        Raises:
+            MissingNameError: if instances do not have it.
+        """
+        PrivateName(self.owner, self.name, self.used_for).look_up()
+        return methodcaller(self.name)
 
 
 class NewerName(NamedTuple):

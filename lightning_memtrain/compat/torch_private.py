@@ -6,10 +6,20 @@ not have it. Whoever uses one that is missing is told which releases of torch ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning_memtrain.compat.private_names import NewerName, PrivateAttribute, PrivateName
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_memtrain.compat.private_names import (
+    NewerName,
+    PrivateAttribute,
+    PrivateMethod,
+    PrivateName,
+    refuse,
+)
 
 if TYPE_CHECKING:  # those that are inherited from, or told apart by their type
     from torch._C import DispatchKey
@@ -56,6 +66,10 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "TreeSpec",
+    "active_ddp_module",
+    "can_ask_for_cpu_events",
+    "fsdp_parameters",
+    "gradients_of_fsdp_parameter",
     "is_backward_running",
     "is_traceable_wrapper_subclass",
     "schema_of",
@@ -80,7 +94,7 @@ _DDP = "follow what DistributedDataParallel does"
 _FSDP = "find the weights that FSDP2 gathers"
 _HOOKS = "call an optimizer's hooks once a step"
 
-_NAMES: dict[str, PrivateName | PrivateAttribute | NewerName] = {
+_NAMES: dict[str, PrivateName | PrivateAttribute | PrivateMethod | NewerName] = {
     # Operators
     "TorchDispatchMode": PrivateName(_DISPATCH, "TorchDispatchMode", _WATCH),
     "is_traceable_wrapper_subclass": PrivateName(
@@ -93,8 +107,13 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | NewerName] = {
     "len_torch_dispatch_stack": PrivateName("torch._C", "_len_torch_dispatch_stack", _WATCH),
     "get_dispatch_stack_at": PrivateName("torch._C", "_get_dispatch_stack_at", _WATCH),
     "DisableTorchDispatch": PrivateName("torch._C", "_DisableTorchDispatch", "hide what runs from a ledger"),
+    "DisableTorchFunction": PrivateName("torch._C", "DisableTorchFunction", "read tensors of any class"),
+    "DisableTorchFunctionSubclass": PrivateName(
+        "torch._C", "DisableTorchFunctionSubclass", "compute with sparse weights"
+    ),
     "DispatchKey": PrivateName("torch._C", "DispatchKey", "compute with sparse weights"),
     "OpOverload": PrivateName("torch._ops", "OpOverload", "name operators"),
+    "function_of_operator": PrivateAttribute("torch._ops:OpOverload", "_op", _WATCH),
     "operator_schema": PrivateAttribute("torch._ops:OpOverload", "_schema", "see what operators write to"),
     # Tensors and their memory
     "storage_key": PrivateAttribute("torch:UntypedStorage", "_cdata", "tell storages apart"),
@@ -103,6 +122,7 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | NewerName] = {
     "make_wrapper_subclass": PrivateName(
         "torch:Tensor", "_make_wrapper_subclass", "show sparse weights as tensors of their dense shape"
     ),
+    "make_subclass": PrivateName("torch:Tensor", "_make_subclass", "see the activations that are kept"),
     "preserve_version_counter": PrivateName(
         "torch.autograd.grad_mode", "_unsafe_preserve_version_counter", "set tensors back without a trace"
     ),
@@ -118,6 +138,9 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | NewerName] = {
     "current_graph_task_id": PrivateName("torch._C", "_current_graph_task_id", _BACKWARD),
     "current_autograd_node": PrivateName("torch._C", "_current_autograd_node", _BACKWARD),
     "next_sequence_number": PrivateName(_AUTOGRAD, "_get_sequence_nr", "tell which module a gradient is of"),
+    "sequence_number_of": PrivateMethod(
+        "torch.autograd.graph:Node", "_sequence_nr", "tell which module a gradient is of"
+    ),
     "push_saved_tensors_hooks": PrivateName(
         _AUTOGRAD, "_push_saved_tensors_default_hooks", "see the activations that are kept"
     ),
@@ -143,6 +166,12 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | NewerName] = {
     "ConvTransposeNd": PrivateName("torch.nn.modules.conv", "_ConvTransposeNd", "find convolutions"),
     "check_input_dim": PrivateAttribute(
         "torch.nn:BatchNorm2d", "_check_input_dim", "refuse what batch normalisation refuses"
+    ),
+    "output_padding_of": PrivateAttribute(
+        "torch.nn.modules.conv:_ConvTransposeNd", "_output_padding", "compute sparse transposed convolutions"
+    ),
+    "padding_twice_of": PrivateAttribute(
+        "torch.nn.modules.conv:_ConvNd", "_reversed_padding_repeated_twice", "compute sparse convolutions"
     ),
     "forward_hooks": PrivateAttribute("torch.nn:Module", "_forward_hooks", "take hooks off in any order"),
     "forward_pre_hooks": PrivateAttribute(
@@ -178,6 +207,10 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | NewerName] = {
         "torch.distributed:Reducer", "_get_zeros_like_grad_buckets", _DDP
     ),
     # Compiled code
+    "eval_frame": NewerName(
+        "torch._C._dynamo", "eval_frame", "keep the compiler out of a function", since=(2, 6), without=None
+    ),
+    "dynamo_guards": PrivateName("torch._C._dynamo", "guards", _COMPILED),
     "disable_dynamo": PrivateName("torch", "_disable_dynamo", "keep the compiler out of a function"),
     # What the ledger counts by
     "profiler_enabled": PrivateName(_AUTOGRAD, "_profiler_enabled", _CPU_EVENTS),
@@ -205,6 +238,50 @@ def is_backward_running() -> bool:
 def schema_of(operator: Any) -> Any:
     """What an operator takes, returns and writes to; ``None`` for one that operators are handed to."""
     return _name("operator_schema")(operator) if hasattr(operator, "_schema") else None
+
+
+def can_ask_for_cpu_events() -> bool:
+    """Whether this torch tells what its CPU allocator does; without, a CPU has no truth beside the ledger."""
+    return hasattr(torch._C._autograd, "_enable_profiler_legacy")
+
+
+def active_ddp_module() -> Any:
+    """The ``DistributedDataParallel`` whose forward is running; ``None`` outside of one."""
+    return getattr(DistributedDataParallel, "_active_ddp_module", None)
+
+
+def fsdp_parameters(module: nn.Module) -> list[Any]:
+    """What FSDP2 knows of the parameters that it gathers for one module.
+
+    Args:
+        module: any.
+
+    Returns:
+        Torch's own records of them; none for a module that FSDP2 has not been applied to.
+    """
+    if not hasattr(type(module), "_get_fsdp_state"):  # of an instance that lacks it this takes far longer
+        return []
+    state = module._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    if groups == [None] and not hasattr(state, "_fsdp_param_group"):
+        refuse("torch.distributed.fsdp.FSDPState._fsdp_param_group", _FSDP)
+    return [parameter for group in groups if group is not None for parameter in group.fsdp_params]
+
+
+def gradients_of_fsdp_parameter(parameter: Any) -> Iterator[Tensor]:
+    """Gradients of a parameter of :func:`fsdp_parameters` that have not been reduced yet.
+
+    Args:
+        parameter: one of them.
+
+    Yields:
+        Tensors of the parameter's whole shape.
+    """
+    accumulated = getattr(parameter, "unsharded_accumulated_grad", None)
+    latest = getattr(getattr(parameter, "_unsharded_param", None), "grad", None)
+    for gradient in (accumulated, latest):
+        if isinstance(gradient, Tensor):
+            yield gradient
 
 
 def _name(name: str) -> Any:

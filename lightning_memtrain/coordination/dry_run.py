@@ -23,10 +23,10 @@ def dry_run() -> Iterator[None]:
         >>> dry_run_depth()
         0
     """
-    from torch.utils._python_dispatch import _disable_current_modes
+    from lightning_memtrain.compat.torch_private import disable_current_modes
 
     global _depth
-    with _disable_current_modes():
+    with disable_current_modes():
         _depth += 1
         try:
             yield

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_memtrain.compat.lightning_private import was_compiled
+
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module was compiled as a whole.
@@ -24,5 +26,5 @@ def is_compiled(module: nn.Module) -> bool:
     return (
         "_orig_mod" in module._modules  # `torch.compile(module)` keeps the module in this attribute
         or module._compiled_call_impl is not None  # `module.compile()`
-        or getattr(module, "_compiler_ctx", None) is not None  # taken over by Lightning
+        or was_compiled(module)  # taken over by Lightning
     )

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from lightning_memtrain.compat.torch_private import DisableTorchDispatch
+
 _HOSTS = ("cpu", "meta")
 
 
@@ -83,7 +85,7 @@ class TorchRandom(RandomState):
         on_cpu, indices, states = self._now()
         self._tensors = ()  # not to be kept
         # Comparing is no part of the program, so no dispatch mode need see it.
-        with torch._C._DisableTorchDispatch():
+        with DisableTorchDispatch():
             pairs = zip((on_cpu, *states), (self._on_cpu, *self._states), strict=True)
             return indices != self._indices or not all(torch.equal(one, two) for one, two in pairs)
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from lightning_memtrain.compat.torch_private import top_saved_tensors_hooks
 
 # Before torch 2.8 there is no such function.
-_top_hooks: Callable[[bool], Any] = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda tracing: None
-)
+_top_hooks: Callable[[bool], Any] = top_saved_tensors_hooks
 
 
 def innermost_pack_hook() -> Any:

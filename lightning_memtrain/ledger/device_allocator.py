@@ -8,6 +8,13 @@ from typing import Any
 
 import torch
 
+from lightning_memtrain.compat.torch_private import (
+    can_ask_for_cpu_events,
+    disable_profiler_legacy,
+    enable_profiler_legacy,
+    profiler_enabled,
+)
+
 
 @dataclass(frozen=True)
 class AllocatorReading:
@@ -116,15 +123,19 @@ class CpuStatistics(AllocatorStatistics):
 
     def start(self) -> None:
         """Begin to record; does nothing while another profiler records in this thread."""
-        if torch._C._autograd._profiler_enabled():
+        if profiler_enabled():
             return
-        from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
+        from lightning_memtrain.compat.torch_private import (
+            ExperimentalProfilerConfig,
+            ProfilerConfig,
+            ProfilerState,
+        )
 
         shapes, memory, stack, flops, modules = False, True, False, False, False
         config = ProfilerConfig(
-            ProfilerState.CPU, shapes, memory, stack, flops, modules, _ExperimentalConfig()
+            ProfilerState.CPU, shapes, memory, stack, flops, modules, ExperimentalProfilerConfig()
         )
-        torch._C._autograd._enable_profiler_legacy(config)
+        enable_profiler_legacy(config)
         self._running = True
 
     def stop(self, start_bytes: int = 0, end_bytes: int | None = None) -> AllocatorReading | None:
@@ -141,7 +152,7 @@ class CpuStatistics(AllocatorStatistics):
             return None
         self._running = False
         held = peak = 0
-        events: Any = torch._C._autograd._disable_profiler_legacy()
+        events: Any = disable_profiler_legacy()
         for thread in events:
             for event in thread:
                 if event.kind() == "memory_alloc":
@@ -163,7 +174,7 @@ def allocator_statistics(device: torch.device) -> AllocatorStatistics | None:
         A reader, or ``None`` for a device without any (``meta``, or an accelerator that keeps no peak).
     """
     if device.type == "cpu":
-        return CpuStatistics() if hasattr(torch._C._autograd, "_enable_profiler_legacy") else None
+        return CpuStatistics() if can_ask_for_cpu_events() else None
     return AcceleratorStatistics(device) if _memory_api(device) is not None else None
 
 

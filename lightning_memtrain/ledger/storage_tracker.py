@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from lightning_memtrain.compat.torch_private import storage_key
 from lightning_memtrain.core import Category
 from lightning_memtrain.ledger.observers.dispatch_mode import skip_in_dynamo
 from lightning_memtrain.ledger.operators.workspace import PeakEstimator
@@ -100,7 +101,7 @@ class StorageTracker:
 
     def record_of(self, storage: torch.UntypedStorage) -> StorageRecord | None:
         """The record of a live storage, or ``None`` if it is not tracked."""
-        reference = self.live.get(storage._cdata)
+        reference = self.live.get(storage_key(storage))
         return reference.record if reference is not None else None
 
     def entry_of(self, tensor: torch.Tensor) -> StorageReference | None:
@@ -111,7 +112,7 @@ class StorageTracker:
         if type(tensor) not in PLAIN_TENSORS or tensor.layout is not _STRIDED:
             return None
         storage = tensor.untyped_storage()
-        entry = self.live.get(storage._cdata)
+        entry = self.live.get(storage_key(storage))
         return entry if entry is not None and entry.record.num_bytes == storage.nbytes() else None
 
     def track_new(self, tensor: torch.Tensor, producer: str) -> Sequence[StorageRecord]:
@@ -171,7 +172,7 @@ class StorageTracker:
             for storage in self._storages_of(tensor):
                 if self._known(storage) is None:
                     self._write(storage, FROM_THE_START, category, "")
-                self._classify(self.live[storage._cdata], category, owner)
+                self._classify(self.live[storage_key(storage)], category, owner)
 
     def _classify(self, entry: StorageReference, category: Category, owner: str | None) -> None:
         record = entry.record
@@ -190,7 +191,7 @@ class StorageTracker:
             storage: any storage; it was there before the first event.
             num_bytes: its size until now.
         """
-        if storage._cdata not in self.live and storage.device == self.device:
+        if storage_key(storage) not in self.live and storage.device == self.device:
             self._write(storage, FROM_THE_START, Category.INPUTS, "", num_bytes)
 
     def resize(self, storage: torch.UntypedStorage, producer: str | None = None) -> None:
@@ -201,7 +202,7 @@ class StorageTracker:
             producer: path of the module that resized it, if it is known. What it puts into a storage that was
                 empty is made there, and no input any more.
         """
-        entry = self.live.get(storage._cdata)
+        entry = self.live.get(storage_key(storage))
         if entry is None:
             return
         record = self._continue(entry)
@@ -224,7 +225,7 @@ class StorageTracker:
 
     def _known(self, storage: torch.UntypedStorage) -> StorageRecord | None:
         """The record of a live storage, with its present size."""
-        entry = self.live.get(storage._cdata)
+        entry = self.live.get(storage_key(storage))
         if entry is None:
             return None
         if entry.record.num_bytes != storage.nbytes():
@@ -253,7 +254,7 @@ class StorageTracker:
         if born == FROM_THE_START:
             self.late_bytes += num_bytes
         reference = StorageReference(storage, self._tell_freed)
-        reference.key = key = storage._cdata
+        reference.key = key = storage_key(storage)
         reference.record = record
         self.live[key] = reference
         if self.estimate is not None:

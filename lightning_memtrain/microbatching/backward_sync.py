@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_memtrain.compat.torch_private import sync_ddp_buffers
 from lightning_memtrain.coordination import sync_gradients
 
 
@@ -58,7 +59,7 @@ def broadcast_buffers(model: Any) -> None:
     if not isinstance(model, DistributedDataParallel):
         return
     if model.will_sync_module_buffers():  # type: ignore[no-untyped-call]
-        model._sync_buffers()  # type: ignore[no-untyped-call]
+        sync_ddp_buffers(model)()
         model.require_forward_param_sync = False
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from lightning_memtrain.compat.torch_private import storage_key, version_counter
 from lightning_memtrain.coordination import capture_all
 from lightning_memtrain.core import is_out_of_memory
 from lightning_memtrain.ledger import MemoryLedger
@@ -99,9 +100,9 @@ class BatchSnapshot:
         for tensor in self._state.uncopied:
             if id(tensor) in left_out:
                 continue
-            version = -1 if tensor.is_inference() else tensor._version
+            version = -1 if tensor.is_inference() else version_counter(tensor)
             for storage in storages_of(tensor):
-                self._uncopied.setdefault(storage._cdata, []).append((tensor, version))
+                self._uncopied.setdefault(storage_key(storage), []).append((tensor, version))
 
     def _copies(self, model: nn.Module, spared: set[int]) -> Callable[[Tensor], bool]:
         metrics = [module for module in model.modules() if isinstance(module, Metric)]
@@ -166,7 +167,7 @@ class BatchSnapshot:
 
     def _bytes_of(self, tensors: Iterable[Tensor]) -> int:
         storages = {
-            storage._cdata: storage.nbytes()
+            storage_key(storage): storage.nbytes()
             for tensor in tensors
             if tensor.device.type == self._device.type
             for storage in storages_of(tensor)
@@ -180,7 +181,7 @@ class BatchSnapshot:
             tensor: of any shape, dtype and layout.
         """
         for storage in storages_of(tensor):
-            for kept, _ in self._uncopied.pop(storage._cdata, ()):
+            for kept, _ in self._uncopied.pop(storage_key(storage), ()):
                 self._state.copy(kept)
                 self._note_written(kept)
 
@@ -195,7 +196,7 @@ class BatchSnapshot:
             (key, tensor)
             for key, kept in self._uncopied.items()
             for tensor, version in kept
-            if version >= 0 and tensor._version != version
+            if version >= 0 and version_counter(tensor) != version
         ]
         for key, tensor in lost:
             self._uncopied.pop(key, None)

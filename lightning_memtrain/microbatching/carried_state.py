@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 
+from lightning_memtrain.compat.torch_private import version_counter
 from lightning_memtrain.core import is_out_of_memory
 from lightning_memtrain.microbatching.splitting.chunks import Chunk
 
@@ -199,7 +200,7 @@ def _tensors_among(items: Any) -> Iterator[Tensor]:
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if tensor.is_inference() else version_counter(tensor)
 
 
 def _tensors_in(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

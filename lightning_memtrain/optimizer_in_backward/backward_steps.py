@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_memtrain.compat.torch_private import current_graph_task_id
 from lightning_memtrain.coordination import dry_run_depth
-from lightning_memtrain.optimizer_in_backward import private_apis
 from lightning_memtrain.optimizer_in_backward.gradient_accumulation import (
     Accumulation,
     suggested_accumulation,
@@ -239,7 +239,7 @@ class BackwardSteps:
             yield from group["params"]
 
     def _note_outermost(self, gradient: Tensor) -> None:
-        self._outermost = private_apis.backward_id()
+        self._outermost = current_graph_task_id()
 
     def _before_hook(self, parameter: Tensor) -> Any:
         @torch.no_grad()
@@ -260,7 +260,7 @@ class BackwardSteps:
             with torch.no_grad():
                 self._on_accumulated(parameter)
             return
-        if private_apis.backward_id() != self._outermost:
+        if current_graph_task_id() != self._outermost:
             # A backward inside of the backward, e.g. that of a reentrant checkpoint: another one may bring
             # more of this gradient, and the weight may be needed for a recomputation before.
             self._refuse_late(parameter)
@@ -271,7 +271,7 @@ class BackwardSteps:
 
     def _fast_hook(self) -> Callable[[Tensor], None]:
         """As :meth:`_on_accumulated`, where nothing but a step is to be done: it runs for every parameter."""
-        step, running, completed = self._on_complete, private_apis.backward_id, self._completed
+        step, running, completed = self._on_complete, current_graph_task_id, self._completed
         pending = self._pending
 
         def on_accumulated(parameter: Tensor) -> None:

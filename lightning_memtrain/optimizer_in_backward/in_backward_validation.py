@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
 from lightning_memtrain.compat.lightning_packages import namesake, overrides
-from lightning_memtrain.optimizer_in_backward import private_apis
+from lightning_memtrain.compat.lightning_private import ddp_options, has_comm_hook
 from lightning_memtrain.optimizer_in_backward.gradient_accumulation import (
     Accumulation,
     suggested_accumulation,
@@ -170,7 +170,7 @@ def validate_no_comm_hook(strategy: Strategy) -> None:
     Raises:
         MisconfigurationException: if there is one.
     """
-    if private_apis.has_comm_hook(strategy):
+    if has_comm_hook(strategy):
         raise MisconfigurationException(
             "`OptimizerInBackward` averages gradients over ranks one by one, but got a communication hook "
             "(DDPStrategy(ddp_comm_hook=...) or register_comm_hook), which works on buckets of gradients. "
@@ -190,7 +190,7 @@ def _validate_strategy(trainer: Trainer, accumulation: Accumulation | None) -> N
         return
     validate_no_comm_hook(strategy)
     reason = None
-    options = private_apis.ddp_options(strategy)
+    options = ddp_options(strategy)
     for option in ("find_unused_parameters", "static_graph"):
         if options.get(option):
             reason = f"{option}=True: all parameters must get a gradient on every rank. Leave it out"

@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_memtrain.compat.lightning_packages import refuse_mix
+from lightning_memtrain.compat.lightning_private import should_accumulate
 from lightning_memtrain.coordination import backward_is_partial
 from lightning_memtrain.core import NoEffectWarning, TechniqueRecord, format_bytes
-from lightning_memtrain.optimizer_in_backward import private_apis
 from lightning_memtrain.optimizer_in_backward.backward_steps import BackwardSteps
 from lightning_memtrain.optimizer_in_backward.gradient_accumulation import Accumulation
 from lightning_memtrain.optimizer_in_backward.gradient_averages import GradientAverages
@@ -132,7 +132,7 @@ class OptimizerInBackward(Callback):
             parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
             self._averages = GradientAverages(model, parameters)
         plugin = trainer.precision_plugin
-        self._undo = private_apis.skip_clipping(plugin)
+        self._undo = _skip_clipping(plugin)
         clip_value = float(trainer.gradient_clip_val or 0)
         by_value = trainer.gradient_clip_algorithm == "value"
         self._max_norm = clip_value if clip_value > 0 and not by_value else None
@@ -185,7 +185,7 @@ class OptimizerInBackward(Callback):
         if self._steps is None:
             return
         amid_batch = backward_is_partial()
-        last = not amid_batch and not private_apis.accumulates(trainer)
+        last = not amid_batch and not should_accumulate(trainer)
         if not last and self._accumulation is None:
             optimizers: list[Any] = trainer.optimizers
             raise accumulation_error(
@@ -283,3 +283,24 @@ class OptimizerInBackward(Callback):
         said = f"{self._steps.num_stepped} steps of single parameters during backward"
         deferred = self._steps.num_deferred
         return (said, f"{deferred} of them waited for its end") if deferred else (said,)
+
+
+def _skip_clipping(plugin: Any) -> Callable[[], None]:
+    """Keep a precision plugin from clipping gradients that are gone: torch fails on none.
+
+    Args:
+        plugin: the trainer's.
+
+    Returns:
+        A function that takes it back.
+    """
+
+    def clipped_already(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    plugin.clip_gradients = clipped_already
+
+    def undo() -> None:
+        vars(plugin).pop("clip_gradients", None)
+
+    return undo

@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from lightning_memtrain.compat.torch_private import version_counter
+
 _CLOSURE = "closure"
 
 
@@ -49,14 +51,14 @@ class EvaluatedClosure:
     def __init__(self, result: Any, parameters: Iterable[Tensor]) -> None:
         self._result = result
         self._called = False
-        self._as_evaluated = [(p, p._version, p.grad, _version(p.grad)) for p in parameters]
+        self._as_evaluated = [(p, version_counter(p), p.grad, _version(p.grad)) for p in parameters]
 
     def __call__(self) -> Any:
         """What the evaluation returned."""
         if self._called:
             raise EvaluatesModelError("its closure is called again within a step")
         for parameter, version, gradient, gradient_version in self._as_evaluated:
-            if parameter._version != version:
+            if version_counter(parameter) != version:
                 raise EvaluatesModelError("its closure is called after weights have changed")
             if parameter.grad is not gradient or _version(gradient) != gradient_version:
                 raise EvaluatesModelError("its closure is called after gradients have changed")
@@ -65,7 +67,7 @@ class EvaluatedClosure:
 
 
 def _version(gradient: Tensor | None) -> int:
-    return -1 if gradient is None else gradient._version
+    return -1 if gradient is None else version_counter(gradient)
 
 
 def takes_closure(optimizer: Optimizer) -> bool:

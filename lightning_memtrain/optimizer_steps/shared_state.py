@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_memtrain.compat.torch_private import version_counter
 from lightning_memtrain.optimizer_steps.optimizer_contents import containers_in, optimizers_in
 
 # Larger tensors are told to have changed by their version, and cannot be put back.
@@ -126,7 +127,7 @@ def _comparable(value: Any) -> Any:
         # Not `id`: restoring gives the same numbers, not always the same object.
         if _is_small(value):
             return str(value.dtype), tuple(value.shape), str(value.detach().reshape(-1).tolist())
-        return id(value), value._version
+        return id(value), version_counter(value)
     if hasattr(value, "tobytes") and hasattr(value, "shape"):  # an array of NumPy's
         return value.shape, value.tobytes()
     if isinstance(value, (MutableMapping, list, tuple, deque, set, frozenset)) or hasattr(value, "__dict__"):

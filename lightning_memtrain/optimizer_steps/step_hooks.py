@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim import optimizer as _torch_optimizer
+
+from lightning_memtrain.compat.torch_private import global_optimizer_post_hooks, global_optimizer_pre_hooks
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
@@ -50,11 +51,11 @@ def hooks_run_once(optimizer: Optimizer, kwargs: dict[str, Any]) -> Iterator[Cal
     # Optimizers that wrap another one and do without the constructor of their class have no hooks.
     own_hooks = [getattr(optimizer, name, {}) for name in _HOOKS]
     arguments: tuple[Any, Any] = ((optimizer,), kwargs)
-    for before in (*_torch_optimizer._global_optimizer_pre_hooks.values(), *own_hooks[0].values()):
+    for before in (*global_optimizer_pre_hooks.values(), *own_hooks[0].values()):
         arguments = before(optimizer, *arguments) or arguments
     with unhooked_step(optimizer) as step:
         yield partial(step, *arguments[0], **arguments[1])
-    for after in (*own_hooks[1].values(), *_torch_optimizer._global_optimizer_post_hooks.values()):
+    for after in (*own_hooks[1].values(), *global_optimizer_post_hooks.values()):
         after(optimizer, *arguments)
     if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         optimizer._opt_called = True  # type: ignore[attr-defined]

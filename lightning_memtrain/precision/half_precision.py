@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_memtrain.compat.lightning_packages import in_both, namesake
+from lightning_memtrain.compat.lightning_private import DtypeContextManager
 from lightning_memtrain.optimizer_steps.closures import EvaluatedClosure, EvaluatesModelError, takes_closure
 from lightning_memtrain.optimizer_steps.parameter_steps import step_parameter
 from lightning_memtrain.precision.batch_casting import cast_batch
@@ -103,7 +103,7 @@ class HalfPrecisionTraining(_Base):
         """
         if self._settings.keep_in_fp32:
             return nullcontext()
-        return _DtypeContextManager(self._settings.dtype)
+        return DtypeContextManager(self._settings.dtype)
 
     def module_init_context(self) -> AbstractContextManager[Any]:
         """See :meth:`tensor_init_context`."""
@@ -120,7 +120,7 @@ class HalfPrecisionTraining(_Base):
                 model, self._settings.keep_in_fp32, self._settings.cast_targets, self._kept_buffers
             )
         )
-        with names, _DtypeContextManager(self._settings.dtype):
+        with names, DtypeContextManager(self._settings.dtype):
             yield
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 
+from lightning_memtrain.compat.torch_private import storage_key
 from lightning_memtrain.core import Growth
 from lightning_memtrain.ledger import Survivor, sum_growth
 
@@ -48,7 +49,7 @@ class GrowthDetector:
         for step, suspect in self._suspects:
             storage = suspect.reference()
             if storage is not None:
-                (undecided if storage._cdata in spared else self._outlived).append((step, suspect))
+                (undecided if storage_key(storage) in spared else self._outlived).append((step, suspect))
         self._suspects = [*undecided, *((self._num_steps, survivor) for survivor in survivors)]
         self._num_steps += 1
 

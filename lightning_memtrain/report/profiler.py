@@ -12,6 +12,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lightning_memtrain.compat.lightning_private import (
+    batches_that_stepped,
+    should_accumulate,
+    should_update_logs,
+)
 from lightning_memtrain.core import MIB, MemoryBreakdown, ReportWarning, is_out_of_memory
 from lightning_memtrain.ledger import AllocatorStatistics, allocator_statistics
 from lightning_memtrain.ledger.device_allocator import CpuStatistics
@@ -168,12 +173,12 @@ class MemoryProfiler(Callback):
     ) -> None:
         """End the measurement, and the step unless gradients are still to be accumulated."""
         stage = self._end_batch()
-        if stage is None or trainer.fit_loop._should_accumulate():
+        if stage is None or should_accumulate(trainer):
             return
         self._end_step(trainer, pl_module, stage)
         # A watched step is always logged; the others at the trainer's pace, the highest since the last time.
         watched = stage.since_published.breakdown is not None
-        if watched or (self._reads_every_step and trainer._logger_connector.should_update_logs):
+        if watched or (self._reads_every_step and should_update_logs(trainer)):
             self._publish(trainer, stage, all_ranks=watched)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -253,7 +258,7 @@ class MemoryProfiler(Callback):
         stage = self._run.enter_stage(name)
         step = stage.open_step
         if step is None:
-            number = trainer.fit_loop.epoch_loop._batches_that_stepped if name == "fit" else stage.num_steps
+            number = batches_that_stepped(trainer) if name == "fit" else stage.num_steps
             step = stage.begin_step(number, self._schedule.watches(stage.num_steps))
         if step.watched:
             self._batch = BatchMeasurement.with_ledger(

@@ -11,6 +11,7 @@ import torch
 import torchmetrics
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_memtrain.compat.torch_private import storage_key
 from lightning_memtrain.core import ReportWarning, TechniqueRecord, is_technique
 from lightning_memtrain.ledger import parameter_devices
 from lightning_memtrain.ledger.tensors.storages import storages_of
@@ -105,7 +106,7 @@ def kept_storages(trainer: Trainer, pl_module: LightningModule) -> set[int]:
     """
     values = (value for value in _kept_values(trainer, pl_module) if isinstance(value, torch.Tensor))
     tensors = itertools.chain(values, find_tensors(getattr(trainer._results, "batch", None)))
-    return {storage._cdata for tensor in tensors for storage in storages_of(tensor)}
+    return {storage_key(storage) for tensor in tensors for storage in storages_of(tensor)}
 
 
 def _kept_values(trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from lightning_memtrain.compat.torch_private import set_params_and_buffers_to_ignore_for_model
 from lightning_memtrain.sparsity import sharding
 from lightning_memtrain.sparsity.storage.candidate_search import Candidates
 from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
@@ -45,7 +45,7 @@ def hide_from_ddp(model: nn.Module, weights: Mapping[str, SparseWeight]) -> Call
         for weight in weights.values()
         for name in ("values", "sparsity_pattern")
     ]
-    ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore: Any = set_params_and_buffers_to_ignore_for_model
     ignore(model, [*(before or ()), *hidden])
 
     def undo() -> None:

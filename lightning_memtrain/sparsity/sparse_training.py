@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_memtrain.compat.lightning_packages import refuse_mix
+from lightning_memtrain.compat.lightning_private import batches_that_stepped
 from lightning_memtrain.coordination import on_gradient_sync
 from lightning_memtrain.core import TechniqueRecord
 from lightning_memtrain.sparsity import distributed, sharding
@@ -292,7 +293,7 @@ class SparseTraining(Callback):
         self._statistics.record_positions(self._weights)
         metrics = self._statistics.metrics(self._weights, moved, self._updater.state)
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(metrics, step=batches_that_stepped(trainer))
 
     def _followers(self, trainer: Trainer, model: LightningModule) -> dict[str, list[SparseWeight]]:
         """Layers that are never stepped, such as a teacher's, by the layer whose copies they are."""

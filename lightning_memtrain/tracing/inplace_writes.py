@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memtrain.compat.torch_private import schema_of, storage_key, version_counter
 from lightning_memtrain.ledger.tensors.storages import storages_of, tensors_in
 
 
@@ -23,7 +24,7 @@ def version_of(tensor: Tensor) -> int:
         Its version, 0 if it has none.
     """
     try:
-        return tensor._version
+        return version_counter(tensor)
     except RuntimeError:
         return 0
 
@@ -38,7 +39,7 @@ def written_arguments(func: Callable[..., Any]) -> tuple[tuple[int, str], ...]:
     Returns:
         A pair for each of them.
     """
-    schema = getattr(func, "_schema", None)
+    schema = schema_of(func)
     return tuple(
         (position, argument.name)
         for position, argument in enumerate(schema.arguments if schema is not None else ())
@@ -76,7 +77,7 @@ def returns_views(func: Callable[..., Any]) -> bool:
     Returns:
         Whether what it returns shares memory with an argument that it does not write to.
     """
-    returns = getattr(getattr(func, "_schema", None), "returns", ())
+    returns = getattr(schema_of(func), "returns", ())
     aliases = [value.alias_info for value in returns]
     return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
 
@@ -98,7 +99,7 @@ class CopyOnWrite:
         """
         for tensor in written_tensors(func, args, kwargs):
             for storage in storages_of(tensor):
-                key = storage._cdata
+                key = storage_key(storage)
                 if key not in self._own and key not in self._before:
                     self._before[key] = storage, storage.clone()  # type: ignore[no-untyped-call]
 
@@ -109,11 +110,11 @@ class CopyOnWrite:
             func: an operator that has run.
             result: what it returned.
         """
-        if any(value.alias_info is not None for value in func._schema.returns):  # type: ignore[attr-defined]
+        if any(value.alias_info is not None for value in schema_of(func).returns):
             return
         for tensor in tensors_in(result):
             for storage in storages_of(tensor):
-                key = storage._cdata
+                key = storage_key(storage)
                 if key not in self._before:
                     self._own[key] = weakref.ref(storage, partial(self._forget, key))
 

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_memtrain.compat import wrap_training_step
 from lightning_memtrain.compat.lightning_packages import refuse_mix
+from lightning_memtrain.compat.torch_private import storage_key, version_counter, view_base
 from lightning_memtrain.core import MIB, NoEffectWarning, OnDemandTensor, TechniqueRecord, parse_bytes
 
 
@@ -49,13 +50,13 @@ class offloaded_activations(saved_tensors_hooks):
 
     def _pack(self, tensor: Tensor) -> Tensor | _HostCopy:
         # Linear layers save a view of their weight.
-        is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+        is_weight = isinstance(tensor, nn.Parameter) or isinstance(view_base(tensor), nn.Parameter)
         stays = is_weight or tensor.layout is not torch.strided or isinstance(tensor, OnDemandTensor)
         if stays or tensor.nbytes < self._min_bytes or tensor.device.type == "meta":
             return tensor
         # The version tells a tensor from what was written over it.
-        form = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
-        source = (tensor.untyped_storage()._cdata, *form)
+        form = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, version_counter(tensor))
+        source = (storage_key(tensor.untyped_storage()), *form)
         copy = self._by_source.get(source)
         if copy is None or not copy.is_of(tensor):
             copy = _HostCopy(tensor, self._stream(tensor.device), len(self._copies))

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec
 
 from lightning_memtrain.checkpointing.recompute.ambient_state import AmbientState
 from lightning_memtrain.checkpointing.recompute.call_traits import CallTraits
@@ -33,6 +32,7 @@ from lightning_memtrain.checkpointing.recompute.recomputable_call import (
 )
 from lightning_memtrain.checkpointing.recompute.recompute_group import RecomputeGroup
 from lightning_memtrain.checkpointing.recompute.segment import Segment, SegmentPart
+from lightning_memtrain.compat.torch_private import TreeSpec, disable_dynamo
 from lightning_memtrain.core.compiled_modules import is_compiled
 
 
@@ -136,7 +136,7 @@ class CheckpointedForward:
             return self._replaced(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward, keeping what it takes to run it again."""
         if self._is_removed or not torch.is_grad_enabled():

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_memtrain.compat.torch_private import TorchDispatchMode, storage_key
 from lightning_memtrain.ledger.tensors.storages import storages_of
 from lightning_memtrain.tracing.inplace_writes import version_of, written_tensors
 
@@ -75,7 +75,7 @@ class CopiesBeforeWrites:
         owners: dict[int, set[int]] = {}
         for _, tensor in written:
             for storage in storages_of(tensor):
-                owners.setdefault(storage._cdata, set()).add(id(tensor))
+                owners.setdefault(storage_key(storage), set()).add(id(tensor))
         several = {one for together in owners.values() if len(together) > 1 for one in together}
         arguments = {id(tensor) for key, tensor in written if isinstance(key, int)}
         several |= {id(tensor) for key, tensor in written if not isinstance(key, int)} & arguments
@@ -103,7 +103,7 @@ class CopyBeforeWriteMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._watched: dict[int, list[Tensor]] = {}
         for tensor in tensors:
             for storage in storages_of(tensor):
-                self._watched.setdefault(storage._cdata, []).append(tensor)
+                self._watched.setdefault(storage_key(storage), []).append(tensor)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -117,7 +117,7 @@ class CopyBeforeWriteMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.writes_after_save |= func is torch.ops.aten.rrelu_with_noise.default  # alone in this
         for tensor in written_tensors(func, args, kwargs) if self._watched else ():
             for storage in storages_of(tensor):  # a write through any view of it counts
-                for watched in self._watched.pop(storage._cdata, ()):
+                for watched in self._watched.pop(storage_key(storage), ()):
                     if id(watched) not in self.copies:
                         self.copies[id(watched)] = watched.detach().clone()
         return func(*args, **kwargs)

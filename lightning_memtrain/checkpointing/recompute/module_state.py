@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_memtrain.checkpointing.recompute.module_attributes import (
     ABSENT,
@@ -18,6 +17,7 @@ from lightning_memtrain.checkpointing.recompute.module_attributes import (
 from lightning_memtrain.checkpointing.recompute.objects.object_copies import TensorCopies
 from lightning_memtrain.checkpointing.recompute.parameter_data import ParameterData, sharded_within
 from lightning_memtrain.checkpointing.recompute.unexpected_assignments import UnexpectedAssignments
+from lightning_memtrain.compat.torch_private import DisableTorchDispatch, NormBase, forward_pre_hooks
 from lightning_memtrain.tracing.inplace_writes import version_of
 
 
@@ -78,7 +78,7 @@ class ModuleState:
             )
             for name, buffer in one._buffers.items():
                 self._held.append(_HeldAttribute(ModuleAttribute(one, "_buffers", name), buffer))
-                self._held[-1].is_statistic = isinstance(one, _NormBase) and one.training
+                self._held[-1].is_statistic = isinstance(one, NormBase) and one.training
             for name, parameter in one._parameters.items():
                 # Where it is sharded, hooks put it in and out.
                 held = _HeldAttribute(
@@ -90,7 +90,7 @@ class ModuleState:
                     if parameter is not None and held.attribute in given_other_data:
                         held.data = parameter.data
         noted = dict.fromkeys(assigned)
-        if modules[0]._forward_pre_hooks:  # they run before its forward, and assign attributes, too
+        if forward_pre_hooks(modules[0]):  # they run before its forward, and assign attributes, too
             noted |= attributes_of(modules[:1])
         self._held += [_HeldAttribute(attribute, attribute.value) for attribute in noted]
         self._noted = noted
@@ -194,7 +194,7 @@ class ModuleState:
         given_other_data = [held for held in restored if held.data is not None]
         gradients = [held.value.grad for held in given_other_data]
         there = [ParameterData.of(parameter) for parameter in parameters]
-        with torch._C._DisableTorchDispatch():  # it is no part of the program
+        with DisableTorchDispatch():  # it is no part of the program
             data = [parameter.data for parameter in parameters]
         try:
             for held in given_other_data:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lightning_memtrain.compat.torch_private import storage_key
+
 
 class ParameterData(NamedTuple):
     """Which data a parameter has: where in which storage, which may be empty for a while, as under FSDP."""
@@ -28,7 +30,7 @@ class ParameterData(NamedTuple):
         """Whether a parameter has this data."""
         return bool(
             # As long as it is held, no other one has its number.
-            self.storage._cdata == parameter.untyped_storage()._cdata
+            storage_key(self.storage) == storage_key(parameter.untyped_storage())
             and self.offset == parameter.storage_offset()
             and self.dtype is parameter.dtype
         )

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_memtrain.checkpointing.recompute.ambient_state import AmbientState
 from lightning_memtrain.checkpointing.recompute.copies_before_writes import CopyBeforeWriteMode
@@ -21,6 +20,7 @@ from lightning_memtrain.checkpointing.recompute.objects.object_copies import (
     writable_copy,
 )
 from lightning_memtrain.checkpointing.recompute.objects.reachable_objects import ObjectPath
+from lightning_memtrain.compat.torch_private import TreeSpec, tree_flatten, tree_unflatten
 
 OutputId = tuple[int, int]
 """A tensor by the call of the segment that made it, and its place among the call's outputs."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from lightning_memtrain.compat.torch_private import disable_dynamo
 from lightning_memtrain.tracing.inplace_writes import version_of
 
 
@@ -58,7 +58,7 @@ class PackedTensor:
         if not self._stays:
             self._tensor = None
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def unpack(self) -> Tensor:
         """The tensor, with the shape and dtype in which it was saved.
 
@@ -108,7 +108,7 @@ class Recomputation:
         return saved_tensors_hooks(self._recomputation_hook, as_it_is)
 
     # The ledger knows a recomputation by this name, which torch's own has, too.
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def _recomputation_hook(self, tensor: Tensor) -> Tensor:
         self._stop_if_complete()  # the module may have caught the first exception
         if self._place == len(self._metadata) or self._metadata[self._place] != metadata_of(tensor):

@@ -18,6 +18,7 @@ from lightning_memtrain.checkpointing.recompute.recomputed_tensors import (
     as_it_is,
     metadata_of,
 )
+from lightning_memtrain.compat.torch_private import disable_dynamo
 from lightning_memtrain.tracing.inplace_writes import version_of
 
 
@@ -84,7 +85,7 @@ class SegmentPart:
                 "own, which it did not in its first call. Leave this module out."
             )
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def _pack(self, tensor: Tensor) -> PackedTensor:
         stays = id(tensor) in self._owned
         packed = PackedTensor(self, stays)

@@ -8,11 +8,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_memtrain.checkpointing.existing_checkpoints import is_backward
 from lightning_memtrain.checkpointing.insertion import insertable_modules
+from lightning_memtrain.compat.torch_private import (
+    current_autograd_node,
+    next_sequence_number,
+    sequence_number_of,
+)
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.observers.dispatch_mode import OperatorMode
 from lightning_memtrain.ledger.observers.saved_tensors import SAVED_TENSOR_HOOKS
@@ -143,7 +147,7 @@ class CallProfiler:
         return self._ledger.tick, len(self.saves), len(self.op_calls)
 
     def _note_change(self) -> None:
-        self._first_nodes.append(torch._C._autograd._get_sequence_nr())
+        self._first_nodes.append(next_sequence_number())
         innermost = self._stack[-1]
         assert innermost is not None
         self._calls_of_nodes.append(innermost)
@@ -158,8 +162,8 @@ class CallProfiler:
             return
         tick = self._ledger.tick
         self.forward_end = self.forward_end or tick
-        node = torch._C._current_autograd_node()
-        number = node._sequence_nr() if node is not None else _ACCUMULATES_GRADIENT
+        node = current_autograd_node()
+        number = sequence_number_of(node) if node is not None else _ACCUMULATES_GRADIENT
         if number == _ACCUMULATES_GRADIENT:
             return
         call: ProfiledCall | None = self._calls_of_nodes[bisect_right(self._first_nodes, number) - 1]

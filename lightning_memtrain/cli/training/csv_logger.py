@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from lightning_memtrain.compat.lightning_private import FabricExperimentWriter
 
 
 class RunCSVLogger(CSVLogger):
@@ -24,7 +25,7 @@ class RunCSVLogger(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> _ExperimentWriter:
+    def experiment(self) -> FabricExperimentWriter:
         """The writer of ``metrics.csv``, made when it is first asked for."""
         if self._experiment is None:
             self._experiment = _Continued(log_dir=self.log_dir)

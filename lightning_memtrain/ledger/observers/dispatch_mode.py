@@ -6,23 +6,30 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
 
+from lightning_memtrain.compat.torch_private import (
+    OpOverload,
+    TorchDispatchMode,
+    eval_frame,
+    function_of_operator,
+    get_current_dispatch_mode_stack,
+    get_dispatch_stack_at,
+    len_torch_dispatch_stack,
+    pop_mode,
+    push_mode,
+    schema_of,
+)
 from lightning_memtrain.core import Category, OnDemandTensor
 
-_len_dispatch_stack = torch._C._len_torch_dispatch_stack
-_dispatch_mode_at = torch._C._get_dispatch_stack_at
+_len_dispatch_stack = len_torch_dispatch_stack
+_dispatch_mode_at = get_dispatch_stack_at
 
 
 def skip_in_dynamo(*functions: Callable[..., Any]) -> bool:
     """Have ``torch.compile`` leave functions and all that they call alone; ``False`` where torch cannot."""
+    if eval_frame is None:
+        return False
     try:
-        eval_frame = torch._C._dynamo.eval_frame
         skip = eval_frame._FrameAction.SKIP
         for function in functions:
             strategy = eval_frame._FrameExecStrategy(skip, skip)
@@ -101,7 +108,7 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 shows the same storage.
         """
         self._before, self._after, self._passing = before, after, passing
-        _push_mode(self)
+        push_mode(self)
 
     def in_force(self) -> bool:
         """Whether it is here, now and in this thread that operators are shown.
@@ -113,18 +120,18 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         depth = _len_dispatch_stack()
         if depth and _dispatch_mode_at(depth - 1) is self:  # asked often, and nearly always so
             return True
-        return depth > 1 and self in _get_current_dispatch_mode_stack()
+        return depth > 1 and self in get_current_dispatch_mode_stack()
 
     def end(self) -> None:
         """Stop watching, wherever on the stack: two ledgers may be left in the order of their entering."""
         above: list[TorchDispatchMode] = []
-        while _get_current_dispatch_mode_stack():
-            top = _pop_mode()
+        while get_current_dispatch_mode_stack():
+            top = pop_mode()
             if top is self:
                 break
             above.append(top)
         for other in reversed(above):
-            _push_mode(other)
+            push_mode(other)
         self._passing = None
         del self._before, self._after  # they belong to the owner of this mode, and would keep it
 
@@ -153,7 +160,7 @@ def traits_of(func: Any) -> OperatorTraits:
 
 
 def _look_at(func: Any) -> OperatorTraits:
-    schema: Any = getattr(func, "_schema", None)
+    schema: Any = schema_of(func)
     if schema is None:
         return OperatorTraits(func, func, False, False, None)
     arguments_only = (
@@ -165,5 +172,5 @@ def _look_at(func: Any) -> OperatorTraits:
     namespace, _, name = schema.name.partition("::")
     role = _OF_FSDP.get(name) if namespace == "fsdp" else None
     # An operator called is a function of Python around this one, which shows in steps of small operators.
-    call = func._op if type(func) is torch._ops.OpOverload else func
+    call = function_of_operator(func) if type(func) is OpOverload else func
     return OperatorTraits(func, call, arguments_only, views, role)

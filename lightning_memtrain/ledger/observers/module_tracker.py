@@ -13,6 +13,16 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_memtrain.compat.torch_private import (
+    current_autograd_node,
+    current_graph_task_id,
+    forward_hooks,
+    forward_hooks_always_called,
+    forward_pre_hooks,
+    next_sequence_number,
+    sequence_number_of,
+    top_saved_tensors_hooks,
+)
 from lightning_memtrain.ledger.observers.dispatch_mode import skip_in_dynamo
 
 NOT_IN_BACKWARD = -1
@@ -23,14 +33,12 @@ NOT_IN_BACKWARD = -1
 _FRAMES_AT_A_TIME = 100
 _recursion_limit = threading.Lock()
 
-current_graph_task = torch._C._current_graph_task_id
-_current_node = torch._C._current_autograd_node
-_next_node_number = torch._C._autograd._get_sequence_nr
+current_graph_task = current_graph_task_id
+_current_node = current_autograd_node
+_next_node_number = next_sequence_number
 
 # Before torch 2.8 there is no such function, and only the recomputation of modules is recognised.
-_top_saved_tensors_hooks = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda tracing: None
-)
+_top_saved_tensors_hooks = top_saved_tensors_hooks
 
 # The number of autograd's nodes that accumulate gradients, which belong to no module.
 _ACCUMULATES_GRADIENT = 2**64 - 1
@@ -122,7 +130,9 @@ class ModuleTracker:
         A recomputation within that node is not asked for, which makes this the cheapest of questions.
         """
         node = _current_node()
-        return moment is self._last_moment and node is not None and node._sequence_nr() == self._last_number
+        return (
+            moment is self._last_moment and node is not None and sequence_number_of(node) == self._last_number
+        )
 
     def now(self) -> RunningModule:
         """Which module is running now, and whether in forward, backward or recomputation."""
@@ -141,7 +151,7 @@ class ModuleTracker:
         hooks = _top_saved_tensors_hooks(True)
         recomputing = hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
         node = _current_node()
-        number = node._sequence_nr() if node is not None else _ACCUMULATES_GRADIENT
+        number = sequence_number_of(node) if node is not None else _ACCUMULATES_GRADIENT
         last = self._last_moment
         if number == self._last_number and recomputing == last.recomputing:
             return last  # a node runs several operators
@@ -219,16 +229,16 @@ class _Hooks:
     def show(self) -> None:
         number, enter, leave = self._number, self._enter, self._leave
         for module in self._modules:
-            module._forward_pre_hooks[number] = enter
-            module._forward_hooks[number] = leave
-            module._forward_hooks_always_called[number] = True
+            forward_pre_hooks(module)[number] = enter
+            forward_hooks(module)[number] = leave
+            forward_hooks_always_called(module)[number] = True
 
     def hide(self) -> None:
         number = self._number
         for module in self._modules:
-            module._forward_pre_hooks.pop(number, None)
-            module._forward_hooks.pop(number, None)
-            module._forward_hooks_always_called.pop(number, None)
+            forward_pre_hooks(module).pop(number, None)
+            forward_hooks(module).pop(number, None)
+            forward_hooks_always_called(module).pop(number, None)
 
     def remove(self) -> None:
         self.hide()

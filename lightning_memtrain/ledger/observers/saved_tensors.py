@@ -13,6 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lightning_memtrain.compat.torch_private import (
+    make_subclass,
+    pop_saved_tensors_hooks,
+    push_saved_tensors_hooks,
+    top_saved_tensors_hooks,
+    version_counter,
+)
 from lightning_memtrain.ledger.observers.dispatch_mode import skip_in_dynamo
 from lightning_memtrain.ledger.tensors.storages import PLAIN_TENSORS, tensors_in
 
@@ -22,7 +29,7 @@ HookPair = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
 def hooks_in_force() -> HookPair | None:
     """The innermost pair of saved-tensor hooks; ``None`` also before torch 2.8, which does not tell."""
-    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    ask = top_saved_tensors_hooks
     pair: HookPair | None = None if ask is None else ask(True)
     return pair
 
@@ -41,7 +48,7 @@ class VersionCheckedTensor(NamedTuple):
     @classmethod
     def pack(cls, tensor: torch.Tensor) -> VersionCheckedTensor:
         """What a pack hook should return that keeps ``tensor``, of any shape and dtype, as it is."""
-        return cls(tensor if tensor.is_leaf else _alias(tensor), tensor._version)
+        return cls(tensor if tensor.is_leaf else _alias(tensor), version_counter(tensor))
 
     def unpack(self) -> torch.Tensor:
         """The tensor, if it is still what it was.
@@ -53,10 +60,10 @@ class VersionCheckedTensor(NamedTuple):
             RuntimeError: if it was changed in place since it was saved.
         """
         tensor, version = self
-        if tensor._version != version:
+        if version_counter(tensor) != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace "
-                f"operation: [{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; "
+                f"operation: [{tensor.type()} {list(tensor.shape)}] is at version {version_counter(tensor)}; "
                 f"expected version {version} instead. Hint: enable anomaly detection to find the operation "
                 "that failed to compute its gradient, with torch.autograd.set_detect_anomaly(True)."
             )
@@ -79,7 +86,7 @@ class SavedTensorHooks:
         if pair is None:
             pair = self._here.pair = _WatchingPair(hooks_in_force())
             self._pairs.append(pair)
-            torch._C._autograd._push_saved_tensors_default_hooks(pair.pack, pair.unpack)
+            push_saved_tensors_hooks(pair.pack, pair.unpack)
         pair.callbacks = (*pair.callbacks, callback)
 
     def remove(self, callback: _SavedCallback) -> None:
@@ -89,7 +96,7 @@ class SavedTensorHooks:
         callbacks.remove(callback)
         pair.callbacks = tuple(callbacks)
         if not pair.callbacks:
-            torch._C._autograd._pop_saved_tensors_default_hooks()
+            pop_saved_tensors_hooks()
             self._pairs.remove(pair)
             del self._here.pair
 
@@ -122,7 +129,7 @@ class _WatchingPair:
         if self._around is None:
             for callback in self.callbacks:
                 callback(tensor)
-            return VersionCheckedTensor(tensor if tensor.is_leaf else _alias(tensor), tensor._version)
+            return VersionCheckedTensor(tensor if tensor.is_leaf else _alias(tensor), version_counter(tensor))
         packed = self._around[0](tensor)
         for kept in tensors_in(packed):
             self.tell(kept)
@@ -135,7 +142,8 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
     if type(tensor) not in PLAIN_TENSORS:
         return tensor.detach()
     # This detaches out of sight of every mode, faster than `detach` with the modes disabled.
-    return torch.Tensor._make_subclass(torch.Tensor, tensor)
+    alias: torch.Tensor = make_subclass(torch.Tensor, tensor)
+    return alias
 
 
 skip_in_dynamo(_WatchingPair.pack, VersionCheckedTensor.unpack)

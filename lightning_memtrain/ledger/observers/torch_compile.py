@@ -17,13 +17,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
 
+from lightning_memtrain.compat.torch_private import (
+    TorchDispatchMode,
+    dynamo_guards,
+    get_current_dispatch_mode_stack,
+    pop_mode,
+    push_mode,
+)
 from lightning_memtrain.ledger.observers.dispatch_mode import OperatorMode
 
 
@@ -189,7 +190,7 @@ class ModeHider:
     """
 
     #: Whether this torch needs it.
-    needed = not hasattr(torch._C._dynamo.guards, "set_is_in_mode_without_ignore_compile_internals")
+    needed = not hasattr(dynamo_guards, "set_is_in_mode_without_ignore_compile_internals")
 
     def __init__(self) -> None:
         self._listeners: list[CompilerListener] = []
@@ -233,18 +234,18 @@ class ModeHider:
     def _hide(self) -> None:
         hidden: list[TorchDispatchMode] = []
         others: list[TorchDispatchMode] = []
-        while _get_current_dispatch_mode_stack():
-            mode = _pop_mode()
+        while get_current_dispatch_mode_stack():
+            mode = pop_mode()
             (hidden if isinstance(mode, OperatorMode) else others).append(mode)
         for mode in reversed(others):
-            _push_mode(mode)
+            push_mode(mode)
         self._here.hidden = [*getattr(self._here, "hidden", ()), *reversed(hidden)]
         for listener in tuple(self._listeners):
             listener.before_compilation()
 
     def _show(self) -> None:
         for mode in getattr(self._here, "hidden", ()):
-            _push_mode(mode)
+            push_mode(mode)
         self._here.hidden = []
         for listener in tuple(self._listeners):
             listener.after_compilation()

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_memtrain.compat.torch_private import FakeTensorMode, disable_current_modes, storage_key
 from lightning_memtrain.core import OutOfReach, format_bytes
 from lightning_memtrain.ledger.observers.dispatch_mode import traits_of
 from lightning_memtrain.ledger.operators.workspace import OpCall, op_call
@@ -88,7 +87,7 @@ class ResultBytes:
 
     def _run_without_data(self, call: OpCall) -> int | None:
         try:
-            with _disable_current_modes(), torch.no_grad(), FakeTensorMode():
+            with disable_current_modes(), torch.no_grad(), FakeTensorMode():
                 args, kwargs = call.make_arguments(self._device)
                 before = _storage_bytes((args, kwargs))
                 after = _storage_bytes((args, kwargs, call.func(*args, **kwargs)))
@@ -146,4 +145,4 @@ def _storage_bytes(tree: Any) -> dict[int, int]:
     storages: Iterable[torch.UntypedStorage] = (
         storage for tensor in tensors_in(tree) for storage in storages_of(tensor)
     )
-    return {storage._cdata: storage.nbytes() for storage in storages}
+    return {storage_key(storage): storage.nbytes() for storage in storages}

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_memtrain.compat.torch_private import disable_current_modes
 from lightning_memtrain.ledger.operators.workspace import OpCall, kept_random_state
 
 _ENOUGH_SECONDS = 0.02
@@ -50,7 +50,7 @@ class OpTimes:
 
     def _measure(self, call: OpCall) -> float:
         fastest = float("inf")
-        with _disable_current_modes(), kept_random_state(self.device), torch.no_grad():
+        with disable_current_modes(), kept_random_state(self.device), torch.no_grad():
             try:
                 spent = 0.0
                 for run in range(_MOST_RUNS):

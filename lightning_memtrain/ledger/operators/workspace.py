@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_memtrain.compat.torch_private import disable_current_modes
 from lightning_memtrain.ledger.device_allocator import allocator_statistics
 
 
@@ -112,7 +112,7 @@ class OpWorkspace:
             return thread.submit(self._measure_here, call).result()
 
     def _measure_here(self, call: OpCall) -> int:
-        with _disable_current_modes(), kept_random_state(self.device), torch.no_grad():
+        with disable_current_modes(), kept_random_state(self.device), torch.no_grad():
             try:
                 args, kwargs = call.make_arguments(self.device)
                 self._allocator.start()

@@ -6,10 +6,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_memtrain.compat.lightning_private import trainer_of
+from lightning_memtrain.compat.torch_private import (
+    TorchDispatchMode,
+    active_ddp_module,
+    fsdp_parameters,
+    gradients_of_fsdp_parameter,
+    zeros_like_grad_buckets,
+)
 
 
 def ddp_around(model: nn.Module) -> DistributedDataParallel | None:
@@ -21,8 +28,8 @@ def ddp_around(model: nn.Module) -> DistributedDataParallel | None:
     Returns:
         The wrapper; ``None`` if there is none or it is not within reach.
     """
-    trainer = getattr(model, "_trainer", None)
-    running = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    trainer = trainer_of(model)
+    running = active_ddp_module()
     for found in (model, getattr(getattr(trainer, "strategy", None), "model", None), running):
         if isinstance(found, DistributedDataParallel) and (found is model or found.module is model):
             return found
@@ -43,7 +50,7 @@ def ddp_buckets(wrapper: DistributedDataParallel) -> list[Tensor]:
     """
     met = _Met()
     with met, suppress(RuntimeError, AttributeError):  # a bucket for sparse gradients has no tensor
-        wrapper.reducer._get_zeros_like_grad_buckets()
+        zeros_like_grad_buckets(wrapper.reducer)()
     return met.tensors
 
 
@@ -84,25 +91,4 @@ def unsharded_gradients(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     """
     for module in modules:
         for parameter in fsdp_parameters(module):
-            for gradient in (
-                getattr(parameter, "unsharded_accumulated_grad", None),
-                getattr(getattr(parameter, "_unsharded_param", None), "grad", None),
-            ):
-                if isinstance(gradient, torch.Tensor):
-                    yield gradient
-
-
-def fsdp_parameters(module: nn.Module) -> list[Any]:
-    """What FSDP2 knows of the parameters that it gathers for one module.
-
-    Args:
-        module: any.
-
-    Returns:
-        Torch's own records of them; none for a module that FSDP2 has not been applied to.
-    """
-    if not hasattr(type(module), "_get_fsdp_state"):  # of an instance that lacks it this takes far longer
-        return []
-    state = module._get_fsdp_state()  # type: ignore[operator]
-    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-    return [parameter for group in groups if group is not None for parameter in group.fsdp_params]
+            yield from gradients_of_fsdp_parameter(parameter)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_memtrain.compat.torch_private import is_traceable_wrapper_subclass
 from lightning_memtrain.core import OnDemandTensor
 
 #: Types whose instances hold their bytes in one storage, unless their layout says otherwise.

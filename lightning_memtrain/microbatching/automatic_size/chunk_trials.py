@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lightning_memtrain.compat.torch_private import storage_key
 from lightning_memtrain.coordination import annotate
 from lightning_memtrain.core import (
     Category,
@@ -320,5 +321,5 @@ class ChunkTrials:
 
 def _gradient_bytes(model: torch.nn.Module) -> int:
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    storages = {storage._cdata: storage for gradient in gradients for storage in storages_of(gradient)}
+    storages = {storage_key(storage): storage for gradient in gradients for storage in storages_of(gradient)}
     return sum(storage.nbytes() for storage in storages.values())

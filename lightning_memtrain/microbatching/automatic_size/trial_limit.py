@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_memtrain.compat.torch_private import schema_of
 from lightning_memtrain.ledger import AllocationLimit, ResultBytes
 from lightning_memtrain.ledger.tensors.storages import tensors_in
 
@@ -31,7 +32,7 @@ class TrialLimit(AllocationLimit):
     ) -> None:
         """As in the base class."""
         super().before(func, args, kwargs, live_bytes, late_bytes)
-        schema = getattr(func, "_schema", None)
+        schema = schema_of(func)
         if schema is None or not schema.is_mutable:
             return
         for place, argument in enumerate(schema.arguments):

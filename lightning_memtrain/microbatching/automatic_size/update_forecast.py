@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.optim import Optimizer
-from torch.optim.optimizer import _default_to_fused_or_foreach
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_memtrain.compat.lightning_packages import overrides
+from lightning_memtrain.compat.torch_private import (
+    DataDependentOutputException,
+    FakeTensorMode,
+    TorchDispatchMode,
+    default_to_fused_or_foreach,
+)
 from lightning_memtrain.coordination import dry_run
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.optimizer_steps.closures import needs_closure
@@ -158,7 +161,7 @@ def _twin(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
         # Which way is the default depends on the device and on the type of the tensors, which is another now.
         if "foreach" in own and own["foreach"] is None and not own.get("fused"):
             with_gradient = [p for p in own["params"] if p.grad is not None or p.requires_grad]
-            group["foreach"] = _default_to_fused_or_foreach(with_gradient, differentiable=False)[1]
+            group["foreach"] = default_to_fused_or_foreach(with_gradient, differentiable=False)[1]
     return twin
 
 

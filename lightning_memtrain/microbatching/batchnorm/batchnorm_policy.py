@@ -8,8 +8,8 @@ from typing import Any, Literal, TypeVar, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_memtrain.compat.torch_private import BatchNorm
 from lightning_memtrain.microbatching.batchnorm.pooled_batchnorm import PooledBatchNorm
 from lightning_memtrain.microbatching.batchnorm.synchronized_batchnorm import SynchronizedBatchNorm
 from lightning_memtrain.microbatching.splitting.argument_checks import check_choice, check_count
@@ -153,5 +153,5 @@ def check_batchnorm(owner: str, mode: Any, num_sweeps: Any) -> None:
         )
 
 
-def _layers(model: nn.Module) -> list[_BatchNorm]:
-    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+def _layers(model: nn.Module) -> list[BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, BatchNorm)]

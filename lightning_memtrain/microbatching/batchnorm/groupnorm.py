@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from lightning_memtrain.compat.torch_private import BatchNorm
 from lightning_memtrain.core import NoEffectWarning
 
 
@@ -56,7 +56,7 @@ def batchnorm_to_groupnorm(model: nn.Module, num_groups: int = 32) -> nn.Module:
     replacements: dict[nn.Module, nn.Module] = {
         module: _group_norm(name, module, num_groups)
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
+        if isinstance(module, BatchNorm)
     }
     if not replacements:
         warnings.warn(
@@ -73,7 +73,7 @@ def batchnorm_to_groupnorm(model: nn.Module, num_groups: int = 32) -> nn.Module:
     return replacements.get(model, model)
 
 
-def _group_norm(name: str, layer: _BatchNorm, num_groups: int) -> nn.GroupNorm:
+def _group_norm(name: str, layer: BatchNorm, num_groups: int) -> nn.GroupNorm:
     if isinstance(layer, LazyModuleMixin):
         raise ValueError(
             "`batchnorm_to_groupnorm(model)` must know the channels of every layer, but got the lazy layer "

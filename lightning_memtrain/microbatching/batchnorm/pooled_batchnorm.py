@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from lightning_memtrain.compat.torch_private import BatchNorm, is_backward_running
 from lightning_memtrain.coordination import dry_run_depth
 from lightning_memtrain.microbatching.batchnorm.pooled_statistics import (
     Statistics,
@@ -68,7 +68,7 @@ class PooledBatchNorm:
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [
-            _Layer(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)
+            _Layer(name, module) for name, module in model.named_modules() if isinstance(module, BatchNorm)
         ]
         # The layers that the batch at hand concerns; None between batches.
         self._active: list[_Layer] | None = None
@@ -157,7 +157,7 @@ class _Layer:
     costs is one copy of the buffers, however many chunks there are.
     """
 
-    def __init__(self, name: str, module: _BatchNorm) -> None:
+    def __init__(self, name: str, module: BatchNorm) -> None:
         self.name = name
         self.module = module
         # Pooled so far, by the index of the call in its chunk; of the first call only the count is here.
@@ -257,7 +257,7 @@ class _Layer:
                     (Statistics(count, mean.clone(), variance.clone()), running_backward(output))
                 )
             return
-        in_backward = torch._C._current_graph_task_id() != -1
+        in_backward = is_backward_running()
         if self.module.training and count and not in_backward:
             index, self._num_calls = self._num_calls, self._num_calls + 1
             seen = Statistics(count, mean, variance)

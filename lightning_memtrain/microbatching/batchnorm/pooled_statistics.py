@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_memtrain.compat.torch_private import BatchNorm, is_backward_running
 
 
 class Statistics(NamedTuple):
@@ -59,7 +60,7 @@ def pooling_dtype(like: Tensor) -> torch.dtype:
     return torch.float32 if like.device.type == "mps" else torch.float64
 
 
-def num_replicas(module: _BatchNorm) -> int:
+def num_replicas(module: BatchNorm) -> int:
     """Ranks whose values are in the layer's statistics."""
     if not isinstance(module, nn.SyncBatchNorm):
         return 1
@@ -81,7 +82,7 @@ def running_backward(like: Tensor) -> Tensor:
     Returns:
         A bool tensor without axes, on the CPU.
     """
-    return torch.tensor(torch._C._current_graph_task_id() != -1)
+    return torch.tensor(is_backward_running())
 
 
 @running_backward.register_fake

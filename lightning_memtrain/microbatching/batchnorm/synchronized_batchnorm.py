@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_memtrain.compat.torch_private import BatchNorm, check_input_dim, is_backward_running
 from lightning_memtrain.coordination import dry_run_depth
 from lightning_memtrain.microbatching.batchnorm.given_statistics import GradientSums, NormaliseByGiven
 
@@ -81,8 +81,8 @@ class SynchronizedBatchNorm:
                     "`SynchronizedBatchNorm(model)` must not be compiled, because a compiled graph keeps the "
                     f"forward of its layers, but got the compiled module {name!r}. Leave `torch.compile` out."
                 )
-            if isinstance(module, _BatchNorm):
-                if type(module).forward is not _BatchNorm.forward:
+            if isinstance(module, BatchNorm):
+                if type(module).forward is not BatchNorm.forward:
                     raise ValueError(
                         "`SynchronizedBatchNorm(model)` must have torch's own batch norm layers, but got "
                         f"{type(module).__name__} at {name!r}, whose forward would be bypassed. "
@@ -172,7 +172,7 @@ class _Statistics(NamedTuple):
 class _Layer:
     """One batch norm layer during one batch."""
 
-    def __init__(self, name: str, module: _BatchNorm) -> None:
+    def __init__(self, name: str, module: BatchNorm) -> None:
         self.name = name
         self.module = module
         self.reset()
@@ -214,7 +214,7 @@ class _Layer:
         module = self.module
         if dry_run_depth():
             return type(module).forward(module, input)
-        module._check_input_dim(input)  # type: ignore[no-untyped-call]
+        check_input_dim(module)(input)
         index = self._next_call()
         mean, variance, _ = self._statistics[index]
         output: Tensor = NormaliseByGiven.apply(  # type: ignore[no-untyped-call]
@@ -230,7 +230,7 @@ class _Layer:
         return output
 
     def _next_call(self) -> int:
-        if torch._C._current_graph_task_id() != -1:  # activation checkpointing runs the call again
+        if is_backward_running():  # activation checkpointing runs the call again
             if len(self._statistics) > 1:
                 raise RuntimeError(
                     "`SynchronizedBatchNorm(model)` must call a layer once where activation checkpointing "

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torchmetrics import Metric
 
+from lightning_memtrain.compat.torch_private import tree_leaves, tree_map_only
+from lightning_memtrain.compat.torchmetrics_private import check_metrics
 from lightning_memtrain.coordination import dry_run_depth
 from lightning_memtrain.ledger.tensors.storages import tensors_in
 from lightning_memtrain.microbatching.merging import metric_states
@@ -48,6 +49,7 @@ class BatchMetrics:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_metrics()
         self._model = model
         self._before: list[tuple[Metric, dict[str, Any]]] = []
         self._merged: list[tuple[Metric, Metric]] = []

@@ -14,6 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lightning_memtrain.compat.torch_private import (
+    is_backward_running,
+    storage_key,
+    version_counter,
+)
 from lightning_memtrain.ledger.observers.saved_tensors import (
     SAVED_TENSOR_HOOKS,
     VersionCheckedTensor,
@@ -122,7 +127,7 @@ class ActivationPacking:
             tree: whatever holds them, such as the batch.
         """
         tensors = [t for t in find_tensors(tree) if type(t) in PLAIN_TENSORS and t.layout is torch.strided]
-        self._spared = {t.untyped_storage()._cdata for t in tensors}
+        self._spared = {storage_key(t.untyped_storage()) for t in tensors}
 
     def state_dict(self) -> dict[str, int]:
         """Where the noise is: the next tensor draws what it would have drawn without an interruption."""
@@ -136,7 +141,7 @@ class ActivationPacking:
 
     def _pack(self, tensor: Tensor) -> VersionCheckedTensor | _Packed:
         # In backward only what is recomputed is saved, which is used at once.
-        if torch._C._current_graph_task_id() == _NOT_IN_BACKWARD and self._is_to_be_packed(tensor):
+        if not is_backward_running() and self._is_to_be_packed(tensor):
             order = memory_order(tensor)
             if order is not None and order.numel >= self._min_numel:
                 payload = self._payload(tensor, order)
@@ -151,7 +156,7 @@ class ActivationPacking:
             and tensor.numel() >= self._min_numel
             and type(tensor) in PLAIN_TENSORS
             and tensor.layout is torch.strided
-            and tensor.untyped_storage()._cdata not in self._spared
+            and storage_key(tensor.untyped_storage()) not in self._spared
             and self._is_parameter is not None
             and not self._is_parameter(tensor)
         )
@@ -160,7 +165,7 @@ class ActivationPacking:
     def _payload(self, tensor: Tensor, order: MemoryOrder) -> _Payload:
         storage = tensor.untyped_storage()
         # Addresses of freed storages are used again, but not while there is a weak reference to the old one.
-        key = (storage._cdata, order, tensor.dtype, tensor._version)
+        key = (storage_key(storage), order, tensor.dtype, version_counter(tensor))
         found = self._known.get(key)
         payload = found[0]() if found is not None else None
         if payload is None:
@@ -219,7 +224,7 @@ def _refuse_place(entered: bool) -> None:
             "`ActivationCodec.packing` must be entered once at a time, but got a second one inside of the "
             "first. Leave one of them out: the precision plugin and `CompressedActivations` each enter one."
         )
-    recomputing = torch._C._current_graph_task_id() != _NOT_IN_BACKWARD
+    recomputing = is_backward_running()
     checkpointed = hooks is not None and "checkpoint" in (getattr(hooks[0], "__module__", None) or "")
     if recomputing or checkpointed:
         raise RuntimeError(

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_memtrain.compat.torch_private import storage_key, view_base
+
 #: Nodes of autograd whose result is their argument, but for shape and dtype.
 _SAME_NUMBERS = frozenset(
     {
@@ -49,7 +51,7 @@ class ParameterMatcher:
     def __init__(self, model: nn.Module) -> None:
         tensors = [*model.parameters(), *model.buffers()]
         # Should a parameter be replaced and an activation get its address, that is merely stored as it is.
-        self._storages = {t.untyped_storage()._cdata for t in tensors if _has_storage(t)}
+        self._storages = {storage_key(t.untyped_storage()) for t in tensors if _has_storage(t)}
         # Autocast's copies of frozen parameters and of buffers have no history that leads back to them.
         self._frozen_shapes = {
             _unordered(t) for t in tensors if not t.requires_grad and t.is_floating_point() and t.dim() > 1
@@ -57,11 +59,11 @@ class ParameterMatcher:
 
     def __call__(self, tensor: Tensor) -> bool:
         """Whether a tensor holds a parameter's numbers."""
-        if isinstance(tensor, nn.Parameter) or tensor.untyped_storage()._cdata in self._storages:
+        if isinstance(tensor, nn.Parameter) or storage_key(tensor.untyped_storage()) in self._storages:
             return True
         # FSDP gathers weights into parameters of its own, which are made when they are first needed and are
         # gathered anew for backward: to pack them would cost memory.
-        if isinstance(tensor._base, nn.Parameter):
+        if isinstance(view_base(tensor), nn.Parameter):
             return True
         if not tensor.requires_grad:
             halved = tensor.dtype in (torch.bfloat16, torch.float16)
@@ -76,7 +78,7 @@ class ParameterMatcher:
             if variable is not None:
                 gathered = isinstance(variable, nn.Parameter)
                 return gathered or (
-                    _has_storage(variable) and variable.untyped_storage()._cdata in self._storages
+                    _has_storage(variable) and storage_key(variable.untyped_storage()) in self._storages
                 )
             if node.name().rstrip("0123456789").removesuffix("Backward") not in _SAME_NUMBERS:
                 return False

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from lightning_memtrain.compat.torch_private import get_current_dispatch_mode_stack
 from lightning_memtrain.precision.activations.group_quantization import (
     QuantizedGroups,
     dequantize,
@@ -141,7 +141,7 @@ class QuantizationKernels:
             return None  # where it gains nothing
         if self._compiled is None and self._num_quantized < WORTH_COMPILING:
             return None
-        if _get_current_dispatch_mode_stack() or torch.compiler.is_compiling():
+        if get_current_dispatch_mode_stack() or torch.compiler.is_compiling():
             return None
         if self._functions is None:
             if not has_compiler(device):

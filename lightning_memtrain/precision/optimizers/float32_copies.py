@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_memtrain.compat.torch_private import foreach_copy_, storage_key
+
 #: Makes float32 numbers, in place, ones that a half precision has.
 Round = Callable[[Tensor, torch.dtype], None]
 #: Parameters in half precision with their float32 copies.
@@ -79,7 +81,7 @@ class Float32Copies:
             for run in _contiguous_runs(copies):
                 for piece in torch.split(run, piece_numel):
                     round_(piece, dtype)
-            torch._foreach_copy_([parameter for parameter, _ in of_dtype], copies)
+            foreach_copy_([parameter for parameter, _ in of_dtype], copies)
 
     @staticmethod
     def release(copies: Iterable[nn.Parameter]) -> None:
@@ -103,7 +105,9 @@ def _contiguous_runs(copies: Sequence[Tensor]) -> Iterator[Tensor]:
     for copy in copies:
         own, first = copy.data, int(copy.data.storage_offset())
         follows = (
-            run is not None and own.untyped_storage()._cdata == run.untyped_storage()._cdata and first == end
+            run is not None
+            and storage_key(own.untyped_storage()) == storage_key(run.untyped_storage())
+            and first == end
         )
         if not follows:
             if run is not None:
@@ -119,7 +123,7 @@ def _contiguous_copies(parameters: Sequence[Tensor]) -> list[Tensor]:
     numels = [parameter.numel() for parameter in parameters]
     memory = parameters[0].new_empty(sum(numels), dtype=torch.float32)
     copies = [_shaped_as(*pair) for pair in zip(parameters, torch.split(memory, numels), strict=True)]
-    torch._foreach_copy_(copies, list(parameters))
+    foreach_copy_(copies, list(parameters))
     return copies
 
 

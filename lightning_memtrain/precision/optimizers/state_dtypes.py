@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_memtrain.compat.torch_private import storage_key
 from lightning_memtrain.optimizer_steps.optimizer_contents import containers_in, optimizers_in
 from lightning_memtrain.precision.half_dtypes import HALF_DTYPES
 
@@ -99,7 +100,7 @@ def upcast_state(optimizer: Optimizer) -> None:
             if isinstance(parameter, Tensor):
                 inner.state[parameter] = _upcast(state)
     storages = {
-        p.untyped_storage()._cdata
+        storage_key(p.untyped_storage())
         for inner in optimizers_in(optimizer)
         for group in inner.param_groups
         for p in group["params"]
@@ -108,7 +109,10 @@ def upcast_state(optimizer: Optimizer) -> None:
         for key, value in container.items:
             if not isinstance(value, Tensor) or value.dtype not in HALF_DTYPES:
                 continue
-            if isinstance(container.value, (list, dict)) and value.untyped_storage()._cdata not in storages:
+            if (
+                isinstance(container.value, (list, dict))
+                and storage_key(value.untyped_storage()) not in storages
+            ):
                 container.value[key] = value.float()
 
 

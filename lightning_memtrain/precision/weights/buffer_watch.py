@@ -11,6 +11,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from lightning_memtrain.compat.torch_private import version_counter
 from lightning_memtrain.precision.weights.converted_buffers import NamedBuffer
 from lightning_memtrain.precision.weights.kept_layers import Selector, format_selectors
 
@@ -62,7 +63,7 @@ class BufferWatch:
 
     def _has_changed(self, name: str) -> bool:
         buffer, before = self._buffer(name), self._states[name]
-        if buffer is None or (id(buffer), buffer._version) == (before.identity, before.version):
+        if buffer is None or (id(buffer), version_counter(buffer)) == (before.identity, before.version):
             return False
         # Perhaps by the same numbers: DistributedDataParallel sends buffers to all ranks.
         self._states[name] = _state_of(buffer)
@@ -89,4 +90,4 @@ def _state_of(buffer: Tensor | None) -> _State:
     values = torch.nan_to_num(buffer.detach().reshape(-1).float())
     # Weighted by their index, so that numbers that change places show.
     weights = torch.linspace(1, 2, values.numel(), device=values.device)
-    return _State(id(buffer), buffer._version, float((values * weights).sum()))
+    return _State(id(buffer), version_counter(buffer), float((values * weights).sum()))

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from lightning_memtrain.compat.torch_private import storage_key, tree_leaves
 from lightning_memtrain.precision.weights.autograd_history import parameters_before, was_half
 from lightning_memtrain.precision.weights.converted_buffers import NamedBuffer
 from lightning_memtrain.precision.weights.kept_layers import NORM, Selector, format_selectors, selects
@@ -132,8 +132,8 @@ class _Cause:
 
     def cure(self) -> str:
         """What to do about it, in sentences."""
-        storages = {t.untyped_storage()._cdata for t in self._targets}
-        if any(t.untyped_storage()._cdata in storages for t in self._got):
+        storages = {storage_key(t.untyped_storage()) for t in self._targets}
+        if any(storage_key(t.untyped_storage()) in storages for t in self._got):
             return _of_the_batch("It got")
         for tensor in self._got:
             layer = self._kept_layer_before(tensor)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_memtrain.compat.torch_private import NormBase, tree_leaves, tree_map
 from lightning_memtrain.precision.half_dtypes import HALF_DTYPES
 
-BATCH_NORMS = (nn.modules.batchnorm._NormBase,)
+BATCH_NORMS = (NormBase,)
 LAYER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 #: Computes in place of a layer's own forward, which it gets as the first argument.

@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from torch import nn
 from torchmetrics import Metric
 
 from lightning_memtrain.compat.lightning_packages import in_both
+from lightning_memtrain.compat.lightning_private import DeviceDtypeModuleMixin
 from lightning_memtrain.precision.half_dtypes import HALF_DTYPES
 from lightning_memtrain.precision.weights.converted_buffers import BufferPlan, ConvertedBuffers, NamedBuffer
 from lightning_memtrain.precision.weights.kept_layers import (
@@ -106,7 +106,7 @@ def convert_to_low_precision_(
                 elif in_half and name in plan.unclear.get(layer, ()):
                     converted.unclear.append(found)
                 layer._buffers[name] = buffer.to(dtype if in_half else torch.float32)
-        if isinstance(layer, in_both(_DeviceDtypeModuleMixin)):
+        if isinstance(layer, in_both(DeviceDtypeModuleMixin)):
             layer._dtype = dtype
     _warn_of_averages(module, [layer for layer in plan.averaged if id(layer) not in inside], keep_in_fp32)
     forwards: dict[nn.Module, Forward | None] = {
@@ -136,7 +136,7 @@ def restore_float32_(module: nn.Module) -> None:
         for name, buffer in layer._buffers.items():
             if buffer is not None and buffer.dtype in HALF_DTYPES:
                 layer._buffers[name] = buffer.float()
-        if isinstance(layer, in_both(_DeviceDtypeModuleMixin)):
+        if isinstance(layer, in_both(DeviceDtypeModuleMixin)):
             layer._dtype = torch.float32
     replace_forwards(module, {})
 

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 from lightning.fabric.utilities import rank_zero_only
 
+from lightning_memtrain.compat.lightning_private import batches_that_stepped
 from lightning_memtrain.core import MIB, Category, MemoryBreakdown, ModuleMemory, ReportWarning, format_bytes
 from lightning_memtrain.report.memory_report import HTML_NAME, JSON_NAME, MemoryReport
 from lightning_memtrain.report.outputs.html import render_html
@@ -62,7 +63,7 @@ def log_scalars(trainer: Trainer, metrics: Mapping[str, float]) -> None:
         trainer: the running trainer.
         metrics: values by key.
     """
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    step = batches_that_stepped(trainer)
     for logger in trainer.loggers:
         with _training_goes_on(logger):
             logger.log_metrics(dict(metrics), step=step)

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from lightning_memtrain.compat.lightning_private import was_compiled
 from lightning_memtrain.core import NoEffectWarning
 from lightning_memtrain.sparsity import sharding
 from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
@@ -90,7 +91,7 @@ def warn_of_recompiling(model: LightningModule, method: SparseMethod) -> None:
     config = getattr(sys.modules.get("torch._dynamo"), "config", None)
     if not method.changes_nnz or not getattr(config, "force_parameter_static_shapes", False):
         return
-    if getattr(model, "_compiler_ctx", None) is not None or any(_is_compiled(one) for one in model.modules()):
+    if was_compiled(model) or any(_is_compiled(one) for one in model.modules()):
         warnings.warn(
             f"{type(method).__name__} changes the number of weights of compiled layers, each of which is "
             "compiled again then, until torch.compile gives up after "

@@ -17,8 +17,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_memtrain.compat.torch_private import is_traceable_wrapper_subclass
 from lightning_memtrain.sparsity.selection.weight_locations import WeightLocation
 from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
 

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_memtrain.compat.torch_private import ConvNd
 from lightning_memtrain.sparsity.methods.distributions import check_sparsity
 from lightning_memtrain.sparsity.selection.layer_copies import LayerCopies, find_layer_copies
 from lightning_memtrain.sparsity.selection.weight_locations import (
@@ -203,7 +204,7 @@ def _is_of_type(module: nn.Module, kind: str | type[nn.Module]) -> bool:
 def _is_depthwise(location: WeightLocation) -> bool:
     module = location.module
     return (
-        isinstance(module, nn.modules.conv._ConvNd)
+        isinstance(module, ConvNd)
         and module.groups > 1
         and not is_lazy(location.parameter)
         and location.parameter.shape[1] == 1

@@ -6,6 +6,7 @@ from typing import NamedTuple, cast
 
 from torch import nn
 
+from lightning_memtrain.compat.torch_private import ConvNd
 from lightning_memtrain.sparsity.methods.distributions import StackedShape
 from lightning_memtrain.sparsity.storage.layers.sparse_parameters import can_be_sparse
 
@@ -65,4 +66,4 @@ def is_linear_or_convolution(module: nn.Module) -> bool:
     Returns:
         ``True`` for subclasses, too.
     """
-    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+    return isinstance(module, (nn.Linear, ConvNd))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_memtrain.compat.torch_private import is_traceable_wrapper_subclass
 from lightning_memtrain.sparsity.storage.layers.sparse_layer import SparseLayer
 from lightning_memtrain.sparsity.storage.layers.sparse_parameters import SPARSE_SUFFIX, SparseParameter
 from lightning_memtrain.sparsity.storage.optimizer_state import Reindexing, check_reindexable, prepare_state

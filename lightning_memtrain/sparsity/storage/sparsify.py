@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_memtrain.compat.torch_private import is_traceable_wrapper_subclass
 from lightning_memtrain.core import parse_bytes
 from lightning_memtrain.sparsity.storage.layers.layer_types import SPARSE_TYPES
 from lightning_memtrain.sparsity.storage.layers.sparse_layer import SparseLayer

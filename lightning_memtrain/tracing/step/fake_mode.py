@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
+
+from lightning_memtrain.compat.torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    TorchDispatchMode,
+    storage_key,
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-
 from lightning_memtrain.ledger.tensors.storages import tensors_in
 from lightning_memtrain.tracing.inplace_writes import CopyOnWrite, returns_views, written_tensors
 from lightning_memtrain.tracing.step.fake_operator_rules import FAKE_RULES, with_known_masks
@@ -97,7 +100,7 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return False
         if not self._stale or value.layout is not torch.strided or type(value) not in _PLAIN:
             return True
-        return value.untyped_storage()._cdata not in self._stale
+        return storage_key(value.untyped_storage()) not in self._stale
 
     # ------------------------------------------------------------------ three ways to run an operator
 
@@ -180,7 +183,7 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(tensor, FakeTensor) or tensor.layout is not torch.strided or type(tensor) not in _PLAIN:
             return
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         self._stale[key] = weakref.ref(storage, lambda _: self._stale.pop(key, None))
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_memtrain.compat.torch_private import disable_current_modes
 from lightning_memtrain.core.random_state import torch_random_kept
 from lightning_memtrain.ledger.operators.workspace import OpCall, op_call
 
@@ -78,7 +78,7 @@ def _mkldnn_rnn_layer(func: Any, args: Any, kwargs: Any, given: Any, knows: Know
         return output, hidden, cell, scratch
     call = op_call(func, args, kwargs)
     if call not in _scratch_bytes:
-        with _disable_current_modes(), torch_random_kept(torch.device("cpu")):
+        with disable_current_modes(), torch_random_kept(torch.device("cpu")):
             made_up, _ = call.make_arguments(torch.device("cpu"))
             _scratch_bytes[call] = func(*made_up)[3].numel()
     return output, hidden, cell, scratch.new_empty(_scratch_bytes[call])

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_memtrain.compat.torch_private import optimizer_step_post_hooks, optimizer_step_pre_hooks
 from lightning_memtrain.ledger.training_state import state_bytes
 from lightning_memtrain.optimizer_steps.closures import needs_closure
 from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
@@ -36,7 +37,7 @@ class FakeOptimizers:
         """Leave the steps of the optimizers' classes: schedulers wrap them, and profilers hook them."""
         for optimizer in self._optimizers:
             optimizer.__dict__.pop("step", None)
-            for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks):
+            for hooks in (optimizer_step_pre_hooks(optimizer), optimizer_step_post_hooks(optimizer)):
                 hooks.clear()
 
     def make_state(self) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
+from lightning_memtrain.compat.torch_private import FakeTensorMode
 from lightning_memtrain.ledger.tensors.distributed_tensors import gradients_lie_in_buckets
 from lightning_memtrain.ledger.tensors.storages import tensors_in
 

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
+from lightning_memtrain.compat.torch_private import FakeTensorMode
 from lightning_memtrain.coordination import dry_run
 from lightning_memtrain.core.random_state import seeded
 from lightning_memtrain.ledger import MemoryLedger

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torchmetrics import Metric
 
+from lightning_memtrain.compat.lightning_private import trainer_of
 from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
 
 _REPORTS = ("log", "log_dict", "print")
@@ -39,7 +40,7 @@ def logging_silenced(model: nn.Module) -> Iterator[list[UnknownValueError]]:
     if any(kind.__name__ == "LightningModule" for kind in type(model).__mro__):
         for name in _REPORTS:
             put(model.__dict__, name, _nothing)
-        trainer = getattr(model, "_trainer", None)
+        trainer = trainer_of(model)
         if trainer is not None:
             put(trainer.__dict__, "_loggers", [DummyLogger() for _ in trainer.loggers])
             put(trainer.__dict__, "callbacks", [])

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_memtrain.compat.torch_private import DisableTorchFunction, disable_current_modes
 from lightning_memtrain.core import is_out_of_memory
 from lightning_memtrain.core.random_state import global_random_states
 from lightning_memtrain.tracing.user_state.object_traversal import ObjectTraversal
@@ -49,7 +49,7 @@ class UserState:
     def __init__(
         self, *roots: Any, copies: Callable[[Tensor], bool] | None = None, leave: Collection[Any] = ()
     ) -> None:
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
+        with disable_current_modes(), DisableTorchFunction():
             traversal = ObjectTraversal(roots, leave)
             self._snapshots, self._tensor_snapshots = traversal.snapshots, traversal.tensors
             self.tensors: tuple[Tensor, ...] = tuple(snapshot.target for snapshot in self._tensor_snapshots)
@@ -72,7 +72,7 @@ class UserState:
         Args:
             tensor: one of :attr:`tensors`, of any shape and dtype; any other is passed over.
         """
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
+        with disable_current_modes(), DisableTorchFunction():
             for snapshot in self._tensor_snapshots:
                 if snapshot.target is tensor and snapshot.copied is None:
                     snapshot.copy()
@@ -113,12 +113,12 @@ class UserState:
         Args:
             others: what to put in the place of a tensor, by its ``id``; of any shape and dtype.
         """
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
+        with disable_current_modes(), DisableTorchFunction():
             replace_tensors(self._snapshots, others)
 
     def restore(self) -> None:
         """Set everything back; may be called several times, and needs hardly any memory."""
-        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        with disable_current_modes(), DisableTorchFunction(), torch.no_grad():
             for snapshot in (*self._snapshots, *self._tensor_snapshots, *self._random):
                 try:
                     snapshot.restore()

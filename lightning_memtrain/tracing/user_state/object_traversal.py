@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_memtrain.compat.torch_private import is_traceable_wrapper_subclass
 from lightning_memtrain.tracing.user_state.boundaries import (
     PLAIN,
     is_foreign,

@@ -8,9 +8,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_memtrain.compat.torch_private import (
+    is_traceable_wrapper_subclass,
+    preserve_version_counter,
+    storage_key,
+)
 from lightning_memtrain.core import is_out_of_memory
 from lightning_memtrain.ledger.tensors.storages import storages_of
 
@@ -33,7 +36,7 @@ class TensorSnapshot:
     def __init__(self, target: Tensor) -> None:
         self.target = target
         self.copied: Tensor | None = None
-        self._version: _unsafe_preserve_version_counter | None = None
+        self._version: preserve_version_counter | None = None
         self._bytes = 0
         self._is_leaf = target.is_leaf
         self._needs_grad = target.requires_grad
@@ -63,7 +66,7 @@ class TensorSnapshot:
             return
         self._bytes = _or_none(lambda: target.untyped_storage().nbytes()) or 0
         # Notes the version now; to leave it is to go back to that. Inference tensors have none.
-        self._version = _or_none(lambda: _unsafe_preserve_version_counter(target))
+        self._version = _or_none(lambda: preserve_version_counter(target))
 
     @property
     def copied_bytes(self) -> int:
@@ -134,7 +137,7 @@ def _is_same_memory(one: Tensor, other: Tensor) -> bool:
     return (
         one.stride() == other.stride()
         and one.storage_offset() == other.storage_offset()
-        and one.untyped_storage()._cdata == other.untyped_storage()._cdata
+        and storage_key(one.untyped_storage()) == storage_key(other.untyped_storage())
     )
 
 

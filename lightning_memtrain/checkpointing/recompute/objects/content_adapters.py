@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memtrain.compat.torch_private import DisableTorchDispatch
+
 # What is larger is data, in which no object is looked for.
 _MOST_ITEMS = 1000
 _MOST_ARRAY_BYTES = 2**20
@@ -284,7 +286,7 @@ class GeneratorAdapter(_NumbersAdapter):
         """Whether it has drawn nothing since."""
         if not isinstance(contents, Tensor):
             return super().is_unchanged(value, contents)
-        with torch._C._DisableTorchDispatch():  # it is no part of the program
+        with DisableTorchDispatch():  # it is no part of the program
             return torch.equal(self.read(value), contents)
 
     @staticmethod

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from lightning_memtrain.compat.torch_private import disable_dynamo
 from lightning_memtrain.sparsity.storage.candidate_search import CandidateSearch
 from lightning_memtrain.sparsity.storage.patterns import Span, decode
 
@@ -53,7 +54,7 @@ def scatter_to_dense(values: Tensor, positions: Tensor, numel: int) -> Tensor:
     return values.new_zeros(numel).index_add_(0, positions, values)
 
 
-@torch._disable_dynamo  # type: ignore[attr-defined]
+@disable_dynamo
 def run_uncompiled(function: Callable[..., Any], *arguments: Any) -> Tensor:
     """Run what looks for candidates, which a compiled backward cannot.
 

@@ -10,10 +10,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C import DispatchKey
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_memtrain.compat.torch_private import (
+    DisableTorchFunctionSubclass,
+    DispatchKey,
+    disable_current_modes,
+    disable_dynamo,
+    is_backward_running,
+    make_wrapper_subclass,
+    schema_of,
+    tree_leaves,
+    tree_map_only,
+    version_counter,
+)
 from lightning_memtrain.core import OnDemandTensor
 from lightning_memtrain.sparsity.storage.layers.autograd_functions import scatter_to_dense
 from lightning_memtrain.sparsity.storage.patterns import Span, decode
@@ -120,7 +129,7 @@ class DenseWeight(OnDemandTensor):
         options: dict[str, Any] = {"dtype": values.dtype if like is None else like.dtype}
         if like is not None:
             options |= {"strides": like.stride(), "storage_offset": like.storage_offset()}
-        made: DenseWeight = Tensor._make_wrapper_subclass(cls, size, device=values.device, **options)
+        made: DenseWeight = make_wrapper_subclass(cls, size, device=values.device, **options)
         made._stored, made._views, made._values_version = stored, views, _version(values)
         made._is_parameter, made._make_part, made._plain_copy = False, None, None
         return made
@@ -165,7 +174,7 @@ class DenseWeight(OnDemandTensor):
     # ------------------------------------------------------------------ what operators see
 
     @classmethod
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
@@ -174,7 +183,7 @@ class DenseWeight(OnDemandTensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs, records_gradients = kwargs or {}, torch.is_grad_enabled()
-        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        with DisableTorchFunctionSubclass(), torch.no_grad():
             if func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd):
                 return func.decompose(*args, **kwargs)  # in inference mode, nobody has done so before
             first = args[0] if args and isinstance(args[0], DenseWeight) else None
@@ -190,7 +199,7 @@ class DenseWeight(OnDemandTensor):
             made._values_version = self._values_version
             return made
 
-        with _disable_current_modes():
+        with disable_current_modes():
             root = torch.empty(self._stored.shape, dtype=self._stored.values.dtype, device="meta")
             shown = func(self._apply_views(root), *args, **kwargs)
         if isinstance(shown, Tensor):
@@ -206,7 +215,7 @@ class DenseWeight(OnDemandTensor):
         return self._stored.values.detach().new_empty(1, dtype=self.dtype).expand(self.shape)
 
     def _refuse_stale(self) -> None:
-        in_backward = torch._C._current_graph_task_id() != _NOT_IN_BACKWARD
+        in_backward = is_backward_running()
         if in_backward and self._values_version != _version(self._stored.values):
             raise RuntimeError(
                 "One of the variables needed for gradient computation, the weight of a sparse layer of shape "
@@ -217,7 +226,7 @@ class DenseWeight(OnDemandTensor):
     # ------------------------------------------------------------------ what goes past operators
 
     @classmethod
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @disable_dynamo
     def __torch_function__(
         cls,
         func: Callable[..., Any],
@@ -227,7 +236,7 @@ class DenseWeight(OnDemandTensor):
     ) -> Any:
         kwargs = kwargs or {}
         weight = args[0] if args and isinstance(args[0], DenseWeight) else None
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             if weight is not None and func in _NEED_BYTES:
                 weight._plain_copy = weight.clone()
                 return func(weight._plain_copy, *args[1:], **kwargs)
@@ -249,7 +258,7 @@ class DenseWeight(OnDemandTensor):
 
     def _plain(self) -> Tensor:
         """What it would be in a dense layer: a parameter, or a tensor with a history."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             if self._is_parameter:
                 return nn.Parameter(self.detach().clone(), self.requires_grad)
             return self.clone()
@@ -293,7 +302,7 @@ def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     """Arguments that an operator writes into, by number and name."""
     return tuple(
         (number, argument.name)
-        for number, argument in enumerate(func._schema.arguments)
+        for number, argument in enumerate(schema_of(func).arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )
 
@@ -312,7 +321,7 @@ def _refuse_change(func: Any, changed: Sequence[DenseWeight], records_gradients:
 
 
 def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+    return None if tensor.is_inference() else version_counter(tensor)
 
 
 # ---------------------------------------------------------------------- attributes of parameters

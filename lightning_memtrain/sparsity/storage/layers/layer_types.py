@@ -9,6 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lightning_memtrain.compat.torch_private import (
+    ConvNd,
+    ConvTransposeNd,
+    output_padding_of,
+    padding_twice_of,
+)
 from lightning_memtrain.sparsity.storage.layers.autograd_functions import (
     ConvolutionGeometry,
     SparseConvolutionFunction,
@@ -54,7 +60,7 @@ class SparseLinear(SparseLayer, nn.Linear):
         return product if input.dim() > 1 else product.squeeze(0)
 
 
-class _SparseConvolution(SparseLayer, nn.modules.conv._ConvNd):
+class _SparseConvolution(SparseLayer, ConvNd):
     """What sparse convolutions have in common."""
 
     @property
@@ -78,7 +84,7 @@ class _SparseConvolution(SparseLayer, nn.modules.conv._ConvNd):
         """
         padding = self.padding
         if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            input = F.pad(input, padding_twice_of(self), mode=self.padding_mode)
             padding = (0,) * len(self.kernel_size)
         elif padding == "valid":
             padding = (0,) * len(self.kernel_size)
@@ -114,7 +120,7 @@ class _SparseConvolution(SparseLayer, nn.modules.conv._ConvNd):
         return result if is_batch else result.squeeze(0)
 
 
-class _SparseTransposedConvolution(_SparseConvolution, nn.modules.conv._ConvTransposeNd):
+class _SparseTransposedConvolution(_SparseConvolution, ConvTransposeNd):
     """What sparse transposed convolutions have in common."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -127,14 +133,14 @@ class _SparseTransposedConvolution(_SparseConvolution, nn.modules.conv._ConvTran
         Returns:
             Of shape ``(batch, out_channels, ...)`` or ``(out_channels, ...)``.
         """
-        output_padding = self._output_padding(
+        output_padding = output_padding_of(self)(
             input,
             output_size,
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.kernel_size,  # type: ignore[arg-type]
+            self.stride,
+            self.padding,
+            self.kernel_size,
             len(self.kernel_size),
-            self.dilation,  # type: ignore[arg-type]
+            self.dilation,
         )
         return self._convolved(input, self.padding, output_padding)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_memtrain.compat.torch_private import ConvNd
 from lightning_memtrain.sparsity.storage.layers.sparse_layer import SparseLayer, dense_in_checkpoint
 from lightning_memtrain.sparsity.storage.patterns import Span, Storage
 
@@ -34,7 +35,7 @@ def can_be_sparse(module: nn.Module, attribute: str) -> bool:
         expert, of modules that are no convolutions.
     """
     parameter = module._parameters.get(attribute)
-    if parameter is None or isinstance(module, nn.modules.conv._ConvNd):
+    if parameter is None or isinstance(module, ConvNd):
         return False
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return fnmatchcase(attribute, "weight_*")
