@@ -32,7 +32,7 @@ from lightning_memtrain.ledger.operators.workspace import PeakEstimator
 from lightning_memtrain.ledger.storage_records import TRANSIENT, StorageRecord
 from lightning_memtrain.ledger.storage_tracker import StorageTracker
 from lightning_memtrain.ledger.submodules import named_submodules
-from lightning_memtrain.ledger.tensors.distributed_tensors import ddp_around, fsdp_parameters
+from lightning_memtrain.ledger.tensors.distributed_tensors import ddp_around
 from lightning_memtrain.ledger.tensors.storages import PLAIN_TENSORS, tensors_in
 from lightning_memtrain.ledger.training_state import classify_buckets, classify_training_state
 from lightning_memtrain.optimizer_steps.accumulation_hooks import AccumulationHooks
