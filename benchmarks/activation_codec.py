@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from benchmarks.ledger_overhead import keep_the_heap
 from benchmarks.models import _LanguageModel
 from benchmarks.results_file import write_results
-from lightning_memtrain import ActivationCodec, MemoryLedger
+from lightning_memtrain import MemoryLedger
 from lightning_memtrain.core import MIB
+from lightning_memtrain.precision import ActivationCodec
 from lightning_memtrain.precision.activations import group_quantization
 from lightning_memtrain.precision.activations.group_quantization import QuantizedGroups
 from lightning_memtrain.precision.activations.memory_order import memory_order

@@ -38,20 +38,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.memory_rows import WIDE_RESNET_ROWS, measure_row
 from benchmarks.models import transformer_step
 from benchmarks.results_file import write_results
-from lightning_memtrain import (
-    DSR,
-    MemoryProfiler,
-    RigL,
-    SparseTraining,
-    StaticSparse,
-    UpdatePiecewise,
-)
+from lightning_memtrain import MemoryProfiler, SparseTraining
 from lightning_memtrain.cli import main as memtrain
 from lightning_memtrain.cli.run_folder import RunFolder
 from lightning_memtrain.core import MIB
 from lightning_memtrain.recipes.cifar10_wrn28_2.data import CIFAR10DataModule
 from lightning_memtrain.recipes.cifar10_wrn28_2.module import WideResNetClassifier
 from lightning_memtrain.report.memory_report import MemoryReport
+from lightning_memtrain.sparsity import DSR, RigL, StaticSparse, UpdatePiecewise
 
 TOLERANCE = 0.01
 ROWS = {

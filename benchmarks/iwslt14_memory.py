@@ -62,7 +62,7 @@ RECIPE = {
     "decoder_glu": False,
 }
 # Embeddings, the convolutions' kernels and the output projection stay dense.
-LINEAR = mt.Select(dense=("*.weight_linear", "*.output_projection"))
+LINEAR = mt.sparsity.Select(dense=("*.weight_linear", "*.output_projection"))
 # Sentences, longest source and longest target of each batch that is measured.
 BATCHES = {"typical": (120, 32, 31), "fullest": (400, 10, 10)}
 
@@ -159,8 +159,8 @@ def rows() -> dict[str, tuple[dict[str, Any], list[pl.Callback], dict[str, Any]]
     """Arguments of the module, callbacks and arguments of the Trainer, by row."""
     whole: dict[str, Any] = {"loss_chunk": None}
     full = mt.ActivationCheckpointing
-    bits8 = {"optimizer": mt.adamw8bit, "loss_chunk": 128}
-    bits4 = {"optimizer": mt.adamw4bit, "loss_chunk": 128}
+    bits8 = {"optimizer": mt.precision.adamw8bit, "loss_chunk": 128}
+    bits4 = {"optimizer": mt.precision.adamw4bit, "loss_chunk": 128}
     rows = {"optimizer_rows": 1024}
     return {
         "baseline: float32, Adam, as fairseq": (whole, [], {}),
@@ -189,7 +189,7 @@ def rows() -> dict[str, tuple[dict[str, Any], list[pl.Callback], dict[str, Any]]
             [
                 microbatching(16),
                 full("full"),
-                mt.SparseTraining(mt.DSR(0.8), layers=LINEAR),
+                mt.SparseTraining(mt.sparsity.DSR(0.8), layers=LINEAR),
             ],
             half(),
         ),

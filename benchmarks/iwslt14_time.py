@@ -53,7 +53,7 @@ def variants() -> dict[str, tuple[dict[str, Any], list[pl.Callback], dict[str, A
     """Arguments of the module, callbacks and arguments of the Trainer, freshly made, by variant."""
     of_row = rows()
     made = {name: of_row[row] for name, row in VARIANTS.items()}
-    sparse = mt.SparseTraining(mt.DSR(0.8), layers=LINEAR)
+    sparse = mt.SparseTraining(mt.sparsity.DSR(0.8), layers=LINEAR)
     return made | {"sparse": ({}, [sparse], {})}
 
 

@@ -20,8 +20,9 @@ import torch
 
 from benchmarks.models import Step, wide_resnet_step
 from benchmarks.results_file import write_results
-from lightning_memtrain import MemoryLedger, OpWorkspace, allocator_statistics
+from lightning_memtrain import MemoryLedger
 from lightning_memtrain.core import MIB
+from lightning_memtrain.ledger import OpWorkspace, allocator_statistics
 
 WIDE_RESNET_ROWS: dict[str, Callable[[str], Step]] = {
     "WideResNet-28-2, batch 100": wide_resnet_step,

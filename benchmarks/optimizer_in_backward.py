@@ -26,16 +26,9 @@ from benchmarks.lightning_steps import fit
 from benchmarks.models import Step, transformer_step, wide_resnet_step
 from benchmarks.precision_regression import Data, network
 from benchmarks.results_file import write_results
-from lightning_memtrain import (
-    AdamA,
-    Category,
-    ExactMomentum,
-    MemoryLedger,
-    Microbatching,
-    OptimizerInBackward,
-)
-from lightning_memtrain.core import MIB
-from lightning_memtrain.optimizer_in_backward import Accumulation
+from lightning_memtrain import MemoryLedger, Microbatching, OptimizerInBackward
+from lightning_memtrain.core import MIB, Category
+from lightning_memtrain.optimizer_in_backward import Accumulation, AdamA, ExactMomentum
 from lightning_memtrain.optimizer_in_backward.backward_steps import BackwardSteps
 from lightning_memtrain.optimizer_steps import step_parameter
 

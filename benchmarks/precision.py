@@ -28,8 +28,8 @@ from torch import nn
 
 from benchmarks.precision_regression import FORMATS, MakeOptimizer, validation_loss
 from benchmarks.results_file import write_results
-from lightning_memtrain import Category, MemoryLedger
-from lightning_memtrain.core import MIB
+from lightning_memtrain import MemoryLedger
+from lightning_memtrain.core import MIB, Category
 from lightning_memtrain.precision import SGD8bit, adamw4bit, adamw8bit
 from lightning_memtrain.precision.optimizers.bucketed_step import BucketedStep
 from lightning_memtrain.precision.optimizers.stochastic_rounding import RoundingNoise

@@ -24,7 +24,8 @@ from torch import nn
 
 from benchmarks.ledger_overhead import keep_the_heap
 from benchmarks.results_file import write_results
-from lightning_memtrain import RigL, sparsify_
+from lightning_memtrain import sparsify_
+from lightning_memtrain.sparsity import RigL
 from lightning_memtrain.sparsity.methods.rules.layer_updates import UpdateTime
 from lightning_memtrain.sparsity.pattern_updater import PatternUpdater
 

@@ -37,7 +37,8 @@ from torch.nn.utils import parametrize, prune
 from benchmarks.ledger_overhead import keep_the_heap
 from benchmarks.models import Step, wide_resnet_step
 from benchmarks.results_file import write_results
-from lightning_memtrain import Category, MemoryLedger, sparsify_
+from lightning_memtrain import MemoryLedger, sparsify_
+from lightning_memtrain.core import Category
 from lightning_memtrain.sparsity.storage.patterns import Span, decode, encode
 
 MB = 1e6

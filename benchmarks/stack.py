@@ -27,17 +27,9 @@ from torch.utils.data import DataLoader
 from benchmarks.lightning_steps import Training, Watch, peak_of, trainer_with
 from benchmarks.models import Step, transformer_step, wide_resnet_step
 from benchmarks.results_file import write_results
-from lightning_memtrain import (
-    DSR,
-    ActivationCheckpointing,
-    ActivationCodec,
-    LowPrecision,
-    Microbatching,
-    Select,
-    SGD8bit,
-    SparseTraining,
-    adamw8bit,
-)
+from lightning_memtrain import ActivationCheckpointing, LowPrecision, Microbatching, SparseTraining
+from lightning_memtrain.precision import ActivationCodec, SGD8bit, adamw8bit
+from lightning_memtrain.sparsity import DSR, Select
 
 # Peaks in MiB, at most.
 BARS = {

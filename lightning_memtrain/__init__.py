@@ -1,4 +1,8 @@
-"""Train PyTorch Lightning models in a fraction of the memory, and see where every byte goes."""
+"""Train PyTorch Lightning models in a fraction of the memory, and see where every byte goes.
+
+What is used most is here; the rest is in the subpackages, each named after its technique:
+``lightning_memtrain.sparsity.RigL``, ``lightning_memtrain.checkpointing.Full``, ...
+"""
 
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
@@ -7,211 +11,81 @@ from typing import TYPE_CHECKING
 from lightning_memtrain.__about__ import __version__
 
 if TYPE_CHECKING:
-    from lightning_memtrain.checkpointing import (
-        ActivationCheckpointing,
-        Every,
-        Full,
-        MemoryBudget,
-        Modules,
-        Nested,
-        RecomputationPolicy,
-        Recomputed,
-        SelectiveOps,
-        Sqrt,
-        insert_checkpoints,
+    from lightning_memtrain import (
+        checkpointing as checkpointing,
     )
-    from lightning_memtrain.checkpointing.experimental import OffloadActivations
-    from lightning_memtrain.core import (
-        Category,
-        CategoryBytes,
-        Growth,
-        MemoryBreakdown,
-        ModuleMemory,
-        NoEffectWarning,
-        ReportWarning,
-        Technique,
-        TechniqueRecord,
-        TimelineEvent,
+    from lightning_memtrain import (
+        core as core,
     )
-    from lightning_memtrain.ledger import MemoryLedger, OpWorkspace, allocator_statistics
-    from lightning_memtrain.microbatching import (
-        Microbatching,
-        batchnorm_to_groupnorm,
+    from lightning_memtrain import (
+        ledger as ledger,
     )
-    from lightning_memtrain.optimizer_in_backward import (
-        Accumulation,
-        AdamA,
-        ExactMomentum,
-        OptimizerInBackward,
+    from lightning_memtrain import (
+        microbatching as microbatching,
     )
-    from lightning_memtrain.precision import (
-        ActivationCodec,
-        CompressedActivations,
-        LowPrecision,
-        ScalerConfig,
-        SGD8bit,
-        adam8bit,
-        adamw4bit,
-        adamw8bit,
+    from lightning_memtrain import (
+        optimizer_in_backward as optimizer_in_backward,
     )
+    from lightning_memtrain import (
+        precision as precision,
+    )
+    from lightning_memtrain import (
+        report as report,
+    )
+    from lightning_memtrain import (
+        sparsity as sparsity,
+    )
+    from lightning_memtrain.checkpointing import ActivationCheckpointing, insert_checkpoints
+    from lightning_memtrain.ledger import MemoryLedger
+    from lightning_memtrain.microbatching import Microbatching, microbatched_backward
+    from lightning_memtrain.optimizer_in_backward import OptimizerInBackward, step_in_backward
+    from lightning_memtrain.precision import CompressedActivations, LowPrecision
     from lightning_memtrain.report import MemoryProfiler, MemoryReport
-    from lightning_memtrain.sparsity import (
-        DSR,
-        SET,
-        CosineSchedule,
-        CubicSchedule,
-        ErdosRenyi,
-        ErdosRenyiKernel,
-        GradualMagnitudePruning,
-        LinearSchedule,
-        RigL,
-        Select,
-        SparseMethod,
-        SparseTraining,
-        StaticSparse,
-        Uniform,
-        UpdateEvery,
-        UpdatePiecewise,
-        dense_state_dict,
-        densify_,
-        export_dense,
-        sparse_weights,
-        sparsify_,
-    )
-
-# Names are looked up at their first use, so that `memtrain --help` need not wait for torch.
-_ROOMS = {
-    "Accumulation": "optimizer_in_backward",
-    "ActivationCheckpointing": "checkpointing",
-    "ActivationCodec": "precision",
-    "AdamA": "optimizer_in_backward",
-    "MemoryBudget": "checkpointing",
-    "Category": "core",
-    "CategoryBytes": "core",
-    "RecomputationPolicy": "checkpointing",
-    "CompressedActivations": "precision",
-    "CosineSchedule": "sparsity",
-    "CubicSchedule": "sparsity",
-    "DSR": "sparsity",
-    "DynamicSparseReparameterization": "sparsity",
-    "ErdosRenyi": "sparsity",
-    "ErdosRenyiKernel": "sparsity",
-    "Every": "checkpointing",
-    "ExactMomentum": "optimizer_in_backward",
-    "Full": "checkpointing",
-    "GradualMagnitudePruning": "sparsity",
-    "Growth": "core",
-    "LinearSchedule": "sparsity",
-    "LowPrecision": "precision",
-    "MemoryBreakdown": "core",
-    "MemoryLedger": "ledger",
-    "MemoryProfiler": "report",
-    "MemoryReport": "report",
-    "Microbatching": "microbatching",
-    "ModuleMemory": "core",
-    "Modules": "checkpointing",
-    "Nested": "checkpointing",
-    "NoEffectWarning": "core",
-    "OffloadActivations": "checkpointing.experimental",
-    "OpWorkspace": "ledger",
-    "OptimizerInBackward": "optimizer_in_backward",
-    "Recomputed": "checkpointing",
-    "ReportWarning": "core",
-    "RigL": "sparsity",
-    "SET": "sparsity",
-    "SGD8bit": "precision",
-    "ScalerConfig": "precision",
-    "Select": "sparsity",
-    "SelectiveOps": "checkpointing",
-    "SparseMethod": "sparsity",
-    "SparseTraining": "sparsity",
-    "Sqrt": "checkpointing",
-    "StaticSparse": "sparsity",
-    "Technique": "core",
-    "TechniqueRecord": "core",
-    "TimelineEvent": "core",
-    "Uniform": "sparsity",
-    "UpdateEvery": "sparsity",
-    "UpdatePiecewise": "sparsity",
-    "adam8bit": "precision",
-    "adamw4bit": "precision",
-    "adamw8bit": "precision",
-    "batchnorm_to_groupnorm": "microbatching",
-    "allocator_statistics": "ledger",
-    "dense_state_dict": "sparsity",
-    "densify_": "sparsity",
-    "export_dense": "sparsity",
-    "insert_checkpoints": "checkpointing",
-    "sparse_weights": "sparsity",
-    "sparsify_": "sparsity",
-}
+    from lightning_memtrain.sparsity import SparseTraining, sparsify_
 
 __all__ = [
-    "DSR",
-    "SET",
-    "Accumulation",
     "ActivationCheckpointing",
-    "ActivationCodec",
-    "AdamA",
-    "Category",
-    "CategoryBytes",
     "CompressedActivations",
-    "CosineSchedule",
-    "CubicSchedule",
-    "DynamicSparseReparameterization",
-    "ErdosRenyi",
-    "ErdosRenyiKernel",
-    "Every",
-    "ExactMomentum",
-    "Full",
-    "GradualMagnitudePruning",
-    "Growth",
-    "LinearSchedule",
     "LowPrecision",
-    "MemoryBreakdown",
-    "MemoryBudget",
     "MemoryLedger",
     "MemoryProfiler",
     "MemoryReport",
     "Microbatching",
-    "ModuleMemory",
-    "Modules",
-    "Nested",
-    "NoEffectWarning",
-    "OffloadActivations",
-    "OpWorkspace",
     "OptimizerInBackward",
-    "RecomputationPolicy",
-    "Recomputed",
-    "ReportWarning",
-    "RigL",
-    "SGD8bit",
-    "ScalerConfig",
-    "Select",
-    "SelectiveOps",
-    "SparseMethod",
     "SparseTraining",
-    "Sqrt",
-    "StaticSparse",
-    "Technique",
-    "TechniqueRecord",
-    "TimelineEvent",
-    "Uniform",
-    "UpdateEvery",
-    "UpdatePiecewise",
     "__version__",
-    "adam8bit",
-    "adamw4bit",
-    "adamw8bit",
-    "allocator_statistics",
-    "batchnorm_to_groupnorm",
-    "dense_state_dict",
-    "densify_",
-    "export_dense",
     "insert_checkpoints",
-    "sparse_weights",
+    "microbatched_backward",
     "sparsify_",
+    "step_in_backward",
 ]
+
+# Subpackages and names are imported at their first use, so that `memtrain --help` need not wait for torch.
+_SUBPACKAGES = (
+    "checkpointing",
+    "core",
+    "ledger",
+    "microbatching",
+    "optimizer_in_backward",
+    "precision",
+    "report",
+    "sparsity",
+)
+_HOMES = {
+    "ActivationCheckpointing": "checkpointing",
+    "CompressedActivations": "precision",
+    "LowPrecision": "precision",
+    "MemoryLedger": "ledger",
+    "MemoryProfiler": "report",
+    "MemoryReport": "report",
+    "Microbatching": "microbatching",
+    "OptimizerInBackward": "optimizer_in_backward",
+    "SparseTraining": "sparsity",
+    "insert_checkpoints": "checkpointing",
+    "microbatched_backward": "microbatching",
+    "sparsify_": "sparsity",
+    "step_in_backward": "optimizer_in_backward",
+}
 
 # The wheel carries the recipes inside the package; a checkout has them beside it, where they are easier to
 # read and copy. Extending the package's search path gives both the one name `lightning_memtrain.recipes`.
@@ -221,12 +95,23 @@ if not (_checkout / "lightning_memtrain" / "recipes").exists() and (_checkout / 
 
 
 def __getattr__(name: str) -> object:
-    if name not in _ROOMS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(_import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    if name in _SUBPACKAGES:
+        return _import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_hint(name)}")
+    value = getattr(_import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 
 
+def _hint(name: str) -> str:
+    if name.startswith("_") or name.islower():  # asked of a module that is about to be imported, too
+        return ""
+    for subpackage in _SUBPACKAGES:
+        if name in _import_module(f"{__name__}.{subpackage}").__all__:
+            return f"; it is `{__name__}.{subpackage}.{name}`"
+    return ""
+
+
 def __dir__() -> list[str]:
-    return __all__
+    return sorted([*__all__, *_SUBPACKAGES])

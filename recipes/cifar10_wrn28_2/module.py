@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_memtrain import SGD8bit
+from lightning_memtrain.precision import SGD8bit
 
 from .model import WideResNet
 
@@ -38,7 +38,7 @@ class WideResNetClassifier(pl.LightningModule):
         dropout: see :class:`WideResNet`.
         lr: learning rate up to the first milestone, above 0.
         momentum: Nesterov momentum, in ``(0, 1)``.
-        momentum_bits: per number of the momentum; 8 for :class:`~lightning_memtrain.SGD8bit`.
+        momentum_bits: per number of the momentum; 8 for :class:`~lightning_memtrain.precision.SGD8bit`.
         weight_decay: L2 penalty on all parameters, as in the paper; at least 0.
         lr_milestones: increasing fractions of the run, each in ``(0, 1)``; none for a constant rate.
         lr_decay: factor on the learning rate at each milestone, in ``(0, 1]``.

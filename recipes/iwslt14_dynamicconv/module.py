@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.text import SacreBLEUScore
 
-from lightning_memtrain import dense_state_dict
+from lightning_memtrain.sparsity import dense_state_dict
 
 from . import fairseq_bridge as bridge
 from .fairseq_bridge import Sample
@@ -52,7 +52,7 @@ class TranslationModule(pl.LightningModule):
         betas: of Adam.
         optimizer: what is called with parameters, ``lr``, ``betas`` and ``weight_decay``, and decays weights
             apart from gradients, as fairseq's Adam does: ``torch.optim.AdamW`` or one with a smaller state,
-            such as ``lightning_memtrain.adamw8bit``.
+            such as ``lightning_memtrain.precision.adamw8bit``.
         loss_chunk: tokens whose scores of all words are held at once; ``None`` for all, as fairseq does.
         optimizer_rows: rows of a large matrix (embeddings and projection) that the optimizer takes for one
             parameter, at least 1; ``None`` for whole matrices. What the optimizer holds for each

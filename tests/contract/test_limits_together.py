@@ -71,7 +71,7 @@ def test_both_keep_it(
 ) -> None:
     limit = int(part * plain[0])
     microbatching = mt.Microbatching(microbatch_size="auto", limit=limit)
-    checkpointing = mt.ActivationCheckpointing(mt.MemoryBudget(limit))
+    checkpointing = mt.ActivationCheckpointing(mt.checkpointing.MemoryBudget(limit))
     peak, weights = train(tmp_path, *[microbatching, checkpointing][::order])
     assert peak <= limit
     assert microbatching.microbatch_size is not None
@@ -84,7 +84,7 @@ def test_what_neither_reaches_is_refused(plain: tuple[int, Tensor], tmp_path: Pa
     limit = plain[0] // 10
     techniques = [
         mt.Microbatching(microbatch_size="auto", limit=limit),
-        mt.ActivationCheckpointing(mt.MemoryBudget(limit)),
+        mt.ActivationCheckpointing(mt.checkpointing.MemoryBudget(limit)),
     ]
     with pytest.raises(MisconfigurationException, match=r"^`(MemoryBudget|Microbatching)\(limit\)` must "):
         train(tmp_path, *techniques)

@@ -23,18 +23,22 @@ from tests.helpers.trainers import LIGHTNING_WARNINGS, PACKAGES, assert_torch_is
 pytestmark = [
     pytest.mark.filterwarnings(*LIGHTNING_WARNINGS),
     # OffloadActivations on the CPU.
-    pytest.mark.filterwarnings("ignore::lightning_memtrain.NoEffectWarning"),
+    pytest.mark.filterwarnings("ignore::lightning_memtrain.core.NoEffectWarning"),
 ]
 
 CASES: dict[str, Callable[[], Any]] = {
     "Microbatching": lambda: mt.Microbatching(num_microbatches=3),
     "ActivationCheckpointing": lambda: mt.ActivationCheckpointing("full"),
     "ActivationCheckpointing, auto": mt.ActivationCheckpointing,
-    "OffloadActivations": lambda: mt.OffloadActivations(min_bytes=1),
-    "CompressedActivations": lambda: mt.CompressedActivations(mt.ActivationCodec(group_size=8, min_numel=8)),
+    "OffloadActivations": lambda: mt.checkpointing.experimental.OffloadActivations(min_bytes=1),
+    "CompressedActivations": lambda: mt.CompressedActivations(
+        mt.precision.ActivationCodec(group_size=8, min_numel=8)
+    ),
     "LowPrecision": lambda: mt.LowPrecision("bf16-true"),
     "OptimizerInBackward": lambda: mt.OptimizerInBackward(clip_by_norm="two_pass"),
-    "SparseTraining": lambda: mt.SparseTraining(mt.RigL(0.5, drop=0.5), mt.UpdateEvery(2, stop=1.0)),
+    "SparseTraining": lambda: mt.SparseTraining(
+        mt.sparsity.RigL(0.5, drop=0.5), mt.sparsity.UpdateEvery(2, stop=1.0)
+    ),
 }
 # Adam cannot accumulate without a gradient, and what is accumulated in its state cannot be clipped.
 REFUSED = ("Microbatching", "OptimizerInBackward")
@@ -46,12 +50,12 @@ PAIRS = [
 ]
 IDENTITIES: dict[str, Callable[[], Any]] = {
     "Microbatching": lambda: mt.Microbatching(num_microbatches=1),
-    "ActivationCheckpointing": lambda: mt.ActivationCheckpointing(mt.MemoryBudget("1TiB")),
-    "OffloadActivations": lambda: mt.OffloadActivations(min_bytes="1TiB"),
-    "CompressedActivations": lambda: mt.CompressedActivations(mt.ActivationCodec(min_numel=2**40)),
+    "ActivationCheckpointing": lambda: mt.ActivationCheckpointing(mt.checkpointing.MemoryBudget("1TiB")),
+    "OffloadActivations": lambda: mt.checkpointing.experimental.OffloadActivations(min_bytes="1TiB"),
+    "CompressedActivations": lambda: mt.CompressedActivations(mt.precision.ActivationCodec(min_numel=2**40)),
     "LowPrecision": lambda: mt.LowPrecision("32-true", weight_rounding="nearest"),
     "OptimizerInBackward": lambda: mt.OptimizerInBackward(clip_by_norm="two_pass"),
-    "SparseTraining": lambda: mt.SparseTraining(mt.RigL(0.0)),
+    "SparseTraining": lambda: mt.SparseTraining(mt.sparsity.RigL(0.0)),
 }
 WIDTH, ROWS, NUM_BATCHES = 8, 14, 5
 
@@ -182,7 +186,7 @@ def test_a_technique_says_what_it_is_before_and_after_the_run(name: str, tmp_pat
     for _ in range(2):
         record = technique.technique_record()
         assert record.name == name.partition(",")[0]
-        assert mt.TechniqueRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+        assert mt.core.TechniqueRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
         fit(tmp_path, technique)
 
 

@@ -21,7 +21,7 @@ from tests.helpers.trainers import LIGHTNING_WARNINGS, PACKAGES, of, quiet_train
 
 pytestmark = [
     pytest.mark.filterwarnings(*LIGHTNING_WARNINGS),
-    pytest.mark.filterwarnings("ignore::lightning_memtrain.NoEffectWarning"),
+    pytest.mark.filterwarnings("ignore::lightning_memtrain.core.NoEffectWarning"),
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
 ]
 
@@ -142,7 +142,9 @@ def fit(folder: Path, package: Any, *techniques: Any) -> tuple[Any, Trainer]:
 
 
 MORE = {
-    "ActivationCheckpointing, limited": lambda: mt.ActivationCheckpointing(mt.MemoryBudget("1MiB")),
+    "ActivationCheckpointing, limited": lambda: mt.ActivationCheckpointing(
+        mt.checkpointing.MemoryBudget("1MiB")
+    ),
     "Microbatching, auto": lambda: mt.Microbatching(microbatch_size="auto", limit="1GiB"),
 }
 ALL = {
@@ -150,7 +152,9 @@ ALL = {
     **MORE,
     # Tied weights are refused by name; the other layers become sparse.
     "SparseTraining": lambda: mt.SparseTraining(
-        mt.RigL(0.5, drop=0.5), mt.UpdateEvery(2, stop=1.0), mt.Select(dense=["tied", "shared"])
+        mt.sparsity.RigL(0.5, drop=0.5),
+        mt.sparsity.UpdateEvery(2, stop=1.0),
+        mt.sparsity.Select(dense=["tied", "shared"]),
     ),
 }
 RUNS = [(name,) for name in ALL] + PAIRS + [(first, second) for first in MORE for second in CASES]

@@ -6,7 +6,9 @@ import unittest
 import torch
 from torch import nn
 
-from lightning_memtrain import Category, MemoryLedger, OpWorkspace, allocator_statistics
+from lightning_memtrain import MemoryLedger
+from lightning_memtrain.core import Category
+from lightning_memtrain.ledger import OpWorkspace, allocator_statistics
 
 HAS_CUDA = torch.cuda.is_available()
 

@@ -26,10 +26,12 @@ REFUSED = {"OptimizerInBackward"}
 PARTNERS: dict[str, Callable[[], Any]] = {
     name: make for name, make in CASES.items() if name != "Microbatching"
 } | {
-    "SparseTraining, static": lambda: mt.SparseTraining(mt.StaticSparse(0.5)),
-    "SparseTraining, SET": lambda: mt.SparseTraining(mt.SET(0.5, drop=0.5), mt.UpdateEvery(2, stop=1.0)),
+    "SparseTraining, static": lambda: mt.SparseTraining(mt.sparsity.StaticSparse(0.5)),
+    "SparseTraining, SET": lambda: mt.SparseTraining(
+        mt.sparsity.SET(0.5, drop=0.5), mt.sparsity.UpdateEvery(2, stop=1.0)
+    ),
     "SparseTraining, DSR": lambda: mt.SparseTraining(
-        mt.DSR(0.5, threshold=0.05), mt.UpdateEvery(2, stop=1.0)
+        mt.sparsity.DSR(0.5, threshold=0.05), mt.sparsity.UpdateEvery(2, stop=1.0)
     ),
 }
 

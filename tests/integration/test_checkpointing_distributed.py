@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from lightning_memtrain import ActivationCheckpointing, MemoryBudget, Microbatching, NoEffectWarning
+from lightning_memtrain import ActivationCheckpointing, Microbatching
+from lightning_memtrain.checkpointing import MemoryBudget
+from lightning_memtrain.core import NoEffectWarning
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import found_by_two_ranks
 

@@ -14,16 +14,8 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_memtrain import (
-    ActivationCheckpointing,
-    Every,
-    MemoryBudget,
-    MemoryProfiler,
-    Modules,
-    Nested,
-    SelectiveOps,
-    Sqrt,
-)
+from lightning_memtrain import ActivationCheckpointing, MemoryProfiler
+from lightning_memtrain.checkpointing import Every, MemoryBudget, Modules, Nested, SelectiveOps, Sqrt
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
@@ -314,7 +306,7 @@ def test_a_limit_alone_is_a_memory_budget(limit: int | str) -> None:
         ("device", MemoryBudget("device")),
         ("sqrt", Sqrt()),
         ("[encoder, '*.mlp']", Modules(["encoder", "*.mlp"])),
-        ("{class_path: lightning_memtrain.Every, init_args: {k: 2}}", Every(2)),
+        ("{class_path: lightning_memtrain.checkpointing.Every, init_args: {k: 2}}", Every(2)),
     ],
 )
 def test_plain_values_stand_for_policies_in_yaml(value: str, policy: Any) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_memtrain import NoEffectWarning
 from lightning_memtrain.cli import main
+from lightning_memtrain.core import NoEffectWarning
 from tests.helpers.cli import IGNORED, TINY, environment, memtrain
 
 pytestmark = pytest.mark.filterwarnings(*IGNORED)

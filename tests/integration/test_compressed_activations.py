@@ -14,14 +14,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_memtrain import (
-    ActivationCodec,
-    Category,
-    CompressedActivations,
-    MemoryProfiler,
-    MemoryReport,
-    Microbatching,
-)
+from lightning_memtrain import CompressedActivations, MemoryProfiler, MemoryReport, Microbatching
+from lightning_memtrain.core import Category
+from lightning_memtrain.precision import ActivationCodec
 from tests.helpers.trainers import assert_torch_is_as_found, quiet_trainer
 from tests.helpers.two_ranks import found_by_two_ranks
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from lightning_memtrain import ActivationCodec, SGD8bit
 from lightning_memtrain.ledger import MemoryLedger
+from lightning_memtrain.precision import ActivationCodec, SGD8bit
 from lightning_memtrain.precision.optimizers.sharded_parameters import validate_unsharded
 from tests.helpers.two_ranks import found_by_two_ranks
 

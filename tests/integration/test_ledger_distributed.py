@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.utils.data import DataLoader
 
-from lightning_memtrain import ActivationCheckpointing, MemoryBudget, MemoryProfiler, OptimizerInBackward
+from lightning_memtrain import ActivationCheckpointing, MemoryProfiler, OptimizerInBackward
+from lightning_memtrain.checkpointing import MemoryBudget
 from lightning_memtrain.ledger import MemoryLedger
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import found_by_two_ranks

@@ -97,7 +97,7 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "AdamW": adamw,
     "Adam, fused": lambda ps: torch.optim.Adam(ps, lr=0.01, weight_decay=0.1, fused=True),
     "RMSprop": lambda ps: torch.optim.RMSprop(ps, lr=0.01, momentum=0.9),
-    "SGD8bit": lambda ps: mt.SGD8bit(ps, lr=0.1),
+    "SGD8bit": lambda ps: mt.precision.SGD8bit(ps, lr=0.1),
 }
 CLIPPING: dict[str, dict[str, Any]] = {
     "unclipped": {},
@@ -135,7 +135,7 @@ def test_accumulated_momentum_is_that_of_plain_lightning(
     options = {"accumulate_grad_batches": accumulate}
     plain, plain_trainer = train(sgd, tmp_path, **options)
     splitting = [mt.Microbatching(num_microbatches=num_microbatches)] if num_microbatches > 1 else []
-    callback = mt.OptimizerInBackward(mt.ExactMomentum())
+    callback = mt.OptimizerInBackward(mt.optimizer_in_backward.ExactMomentum())
     model, trainer = train(sgd, tmp_path, *splitting, callback, **options)
     assert_equal(plain, model, rtol=1e-4, atol=1e-6)
     # 6 batches per epoch: with 4 at a time the last window of an epoch is short.
@@ -147,10 +147,13 @@ def test_accumulated_momentum_is_that_of_plain_lightning(
 
 def test_adam_accumulation_with_one_microbatch_is_adam(tmp_path: Path) -> None:
     plain, _ = train(adamw, tmp_path)
-    model, _ = train(adamw, tmp_path, mt.OptimizerInBackward(mt.AdamA()))
+    model, _ = train(adamw, tmp_path, mt.OptimizerInBackward(mt.optimizer_in_backward.AdamA()))
     assert_equal(plain, model, rtol=1e-4, atol=1e-6)
     split, _ = train(
-        adamw, tmp_path, mt.OptimizerInBackward(mt.AdamA()), mt.Microbatching(num_microbatches=4)
+        adamw,
+        tmp_path,
+        mt.OptimizerInBackward(mt.optimizer_in_backward.AdamA()),
+        mt.Microbatching(num_microbatches=4),
     )
     assert (split.net[3].weight - plain.net[3].weight).abs().max() > 1e-3
 
@@ -173,17 +176,24 @@ MODES: dict[str, tuple[MakeOptimizer, Callable[[], list[Any]], dict[str, Any]]] 
     ),
     "exact momentum": (
         sgd,
-        lambda: [mt.OptimizerInBackward(mt.ExactMomentum())],
+        lambda: [mt.OptimizerInBackward(mt.optimizer_in_backward.ExactMomentum())],
         {"accumulate_grad_batches": 3},
     ),
     "exact momentum, microbatches": (
         sgd,
-        lambda: [mt.OptimizerInBackward(mt.ExactMomentum()), mt.Microbatching(num_microbatches=2)],
+        lambda: [
+            mt.OptimizerInBackward(mt.optimizer_in_backward.ExactMomentum()),
+            mt.Microbatching(num_microbatches=2),
+        ],
         {},
     ),
-    "AdamA": (adamw, lambda: [mt.OptimizerInBackward(mt.AdamA())], {"accumulate_grad_batches": 3}),
+    "AdamA": (
+        adamw,
+        lambda: [mt.OptimizerInBackward(mt.optimizer_in_backward.AdamA())],
+        {"accumulate_grad_batches": 3},
+    ),
     "stochastic rounding": (
-        lambda ps: mt.SGD8bit(ps, lr=0.1),
+        lambda ps: mt.precision.SGD8bit(ps, lr=0.1),
         lambda: [mt.OptimizerInBackward(), mt.Microbatching(num_microbatches=1)],
         {"plugins": lambda: mt.LowPrecision("bf16-true")},
     ),
@@ -206,7 +216,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(mode: str, batch: int, tmp_path:
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 def test_a_window_is_resumed_with_what_took_up_its_gradients(tmp_path: Path) -> None:
     save = SaveAt(2, tmp_path / "mid.ckpt")
-    train(sgd, tmp_path, mt.OptimizerInBackward(mt.ExactMomentum()), save, accumulate_grad_batches=2)
+    train(
+        sgd,
+        tmp_path,
+        mt.OptimizerInBackward(mt.optimizer_in_backward.ExactMomentum()),
+        save,
+        accumulate_grad_batches=2,
+    )
     with pytest.raises(
         MisconfigurationException,
         match=r"`OptimizerInBackward\(accumulation\)` must be that of the run whose checkpoint is resumed.*"
@@ -218,7 +234,7 @@ def test_a_window_is_resumed_with_what_took_up_its_gradients(tmp_path: Path) -> 
 @pytest.mark.parametrize("first", [True, False])
 def test_checkpoints_are_exchanged_with_runs_without(first: bool, tmp_path: Path) -> None:
     def callbacks(used: bool) -> list[Any]:
-        return [mt.OptimizerInBackward(mt.ExactMomentum())] if used else []
+        return [mt.OptimizerInBackward(mt.optimizer_in_backward.ExactMomentum())] if used else []
 
     options = {"accumulate_grad_batches": 2}
     plain, _ = train(sgd, tmp_path, **options)
@@ -274,8 +290,8 @@ def test_everything_at_once_keeps_one_gradient(tmp_path: Path) -> None:
             max_steps=3,
             limit_val_batches=0,
         )
-        trainer.fit(Wide(lambda ps: mt.SGD8bit(ps, lr=0.1)))
-        return watch.held[mt.Category.GRADIENTS]
+        trainer.fit(Wide(lambda ps: mt.precision.SGD8bit(ps, lr=0.1)))
+        return watch.held[mt.core.Category.GRADIENTS]
 
     layer = 64 * 64 * 2
     stack = [mt.ActivationCheckpointing("full"), mt.Microbatching(num_microbatches=1)]
@@ -301,14 +317,17 @@ def test_microbatches_say_which_backward_is_the_last(tmp_path: Path) -> None:
 
 def test_the_report_counts_momentum_and_gradients_once(tmp_path: Path) -> None:
     profiler = mt.MemoryProfiler(report_dir=tmp_path)
-    callback = mt.OptimizerInBackward(mt.ExactMomentum())
+    callback = mt.OptimizerInBackward(mt.optimizer_in_backward.ExactMomentum())
     model, _ = train(sgd, tmp_path, callback, mt.Microbatching(num_microbatches=3), profiler)
     report = mt.MemoryReport.load(tmp_path / "memory_report.json")
     assert "OptimizerInBackward" in {record.name for record in report.techniques}
     breakdown = report.stages["fit"]
     held = sum(p.nbytes for p in model.parameters())
     assert sum(breakdown.at_peak.values()) == breakdown.ledger_peak_bytes
-    assert breakdown.maxima[mt.Category.GRADIENTS] + breakdown.maxima[mt.Category.OPTIMIZER_STATE] == held
+    assert (
+        breakdown.maxima[mt.core.Category.GRADIENTS] + breakdown.maxima[mt.core.Category.OPTIMIZER_STATE]
+        == held
+    )
 
 
 def test_frozen_layers_that_are_thawed_are_stepped_from_then_on(tmp_path: Path) -> None:
@@ -328,7 +347,7 @@ def test_frozen_layers_that_are_thawed_are_stepped_from_then_on(tmp_path: Path) 
     [
         (None, {}),
         (None, CLIPPING["by norm"]),
-        (mt.ExactMomentum(), {"accumulate_grad_batches": 2}),
+        (mt.optimizer_in_backward.ExactMomentum(), {"accumulate_grad_batches": 2}),
     ],
     ids=["plain", "clipped", "accumulated"],
 )
@@ -336,14 +355,14 @@ def test_what_moves_by_gradients_moves_as_without(
     accumulation: Any, options: dict[str, Any], order: int, tmp_path: Path
 ) -> None:
     def sparse() -> mt.SparseTraining:
-        return mt.SparseTraining(mt.RigL(0.5, drop=0.5), mt.UpdateEvery(2, stop=1.0))
+        return mt.SparseTraining(mt.sparsity.RigL(0.5, drop=0.5), mt.sparsity.UpdateEvery(2, stop=1.0))
 
     plain, _ = train(sgd, tmp_path, sparse(), **options)
     two_pass = "two_pass" if accumulation is None else None
     callbacks = [sparse(), mt.OptimizerInBackward(accumulation, clip_by_norm=two_pass)]
     model, _ = train(sgd, tmp_path, *callbacks[::order], **options)
     assert_equal(plain, model, **({} if accumulation is None else {"rtol": 1e-4, "atol": 1e-6}))
-    unmoved, _ = train(sgd, tmp_path, mt.SparseTraining(mt.StaticSparse(0.5)), **options)
+    unmoved, _ = train(sgd, tmp_path, mt.SparseTraining(mt.sparsity.StaticSparse(0.5)), **options)
     assert not torch.equal(unmoved.net[0][0].sparsity_pattern, model.net[0][0].sparsity_pattern)
 
 
@@ -370,10 +389,10 @@ def test_two_passes_say_so_where_they_hold_more_than_one(tmp_path: Path) -> None
         return peaks.peaks[1]  # when there is state, and gradients are left from the step before
 
     plain_bytes = fit(Tall.rows)
-    with pytest.warns(mt.NoEffectWarning, match="keeps the whole graph") as warned:
+    with pytest.warns(mt.core.NoEffectWarning, match="keeps the whole graph") as warned:
         two_passes_bytes = fit(Tall.rows, mt.OptimizerInBackward(clip_by_norm="two_pass"))
     assert two_passes_bytes > plain_bytes
-    (message,) = [str(one.message) for one in warned if one.category is mt.NoEffectWarning]
+    (message,) = [str(one.message) for one in warned if one.category is mt.core.NoEffectWarning]
     said = [text in message for text in map(format_bytes, (two_passes_bytes, plain_bytes))]
     assert said == [True, True], message
 

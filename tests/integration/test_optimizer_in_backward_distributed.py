@@ -77,22 +77,31 @@ CASES: dict[str, tuple[bool, Callable[[], mt.OptimizerInBackward], dict[str, Any
     ),
     "accumulated": (
         False,
-        lambda: mt.OptimizerInBackward(mt.ExactMomentum()),
+        lambda: mt.OptimizerInBackward(mt.optimizer_in_backward.ExactMomentum()),
         {"accumulate_grad_batches": 3},
         False,
     ),
-    "microbatched": (False, lambda: mt.OptimizerInBackward(mt.ExactMomentum()), {}, True),
+    "microbatched": (
+        False,
+        lambda: mt.OptimizerInBackward(mt.optimizer_in_backward.ExactMomentum()),
+        {},
+        True,
+    ),
     "bfloat16": (True, mt.OptimizerInBackward, {"low": True}, False),
 }
-REFUSED: dict[str, tuple[dict[str, Any], mt.Accumulation | None, str]] = {
+REFUSED: dict[str, tuple[dict[str, Any], mt.optimizer_in_backward.Accumulation | None, str]] = {
     "unused": ({"find_unused_parameters": True}, None, "find_unused_parameters=True"),
     "static": ({"static_graph": True}, None, "static_graph=True"),
     "hook": ({"ddp_comm_hook": print}, None, "ddp_comm_hook"),
     "hook on the wrapper": ({}, None, "register_comm_hook"),
-    "AdamA": ({}, mt.AdamA(), "another optimizer state"),
+    "AdamA": ({}, mt.optimizer_in_backward.AdamA(), "another optimizer state"),
 }
 
-SKIPPING = {"skips": None, "skips, accumulated": mt.ExactMomentum(), "skips at first": mt.ExactMomentum()}
+SKIPPING = {
+    "skips": None,
+    "skips, accumulated": mt.optimizer_in_backward.ExactMomentum(),
+    "skips at first": mt.optimizer_in_backward.ExactMomentum(),
+}
 
 
 def trained(folder: Path, model: Net, *callbacks: Any, **options: Any) -> Net:

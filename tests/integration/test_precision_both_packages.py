@@ -12,7 +12,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_memtrain import LowPrecision, ScalerConfig
+from lightning_memtrain import LowPrecision
+from lightning_memtrain.precision import ScalerConfig
 from lightning_memtrain.precision.half_precision import half_precision_training
 from lightning_memtrain.precision.optimizers.stochastic_rounding import RoundingNoise
 from lightning_memtrain.precision.precision_settings import PrecisionSettings

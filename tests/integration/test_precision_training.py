@@ -15,7 +15,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_memtrain import Category, MemoryProfiler, Microbatching
+from lightning_memtrain import MemoryProfiler, Microbatching
+from lightning_memtrain.core import Category
 from lightning_memtrain.precision import LowPrecision, ScalerConfig, SGD8bit
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 from tests.helpers.twin_runs import Run, assert_same_run, train

@@ -13,7 +13,8 @@ from lightning.pytorch import Callback, LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_memtrain import Category, MemoryProfiler, Microbatching
+from lightning_memtrain import MemoryProfiler, Microbatching
+from lightning_memtrain.core import Category
 from tests.helpers.compiling import TORCH_COMPILE_WARNINGS, Counting
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 

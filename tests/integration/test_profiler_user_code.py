@@ -15,7 +15,9 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_memtrain import ActivationCheckpointing, Category, MemoryBudget, MemoryProfiler
+from lightning_memtrain import ActivationCheckpointing, MemoryProfiler
+from lightning_memtrain.checkpointing import MemoryBudget
+from lightning_memtrain.core import Category
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]

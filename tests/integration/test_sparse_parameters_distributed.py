@@ -62,8 +62,8 @@ class Sharded(Net):
 
 
 def run(folder: Path, model: Net, **options: Any) -> Net:
-    update = mt.UpdateEvery(2, stop=1.0)
-    callback = mt.SparseTraining(mt.RigL(0.5, drop=0.5), update)
+    update = mt.sparsity.UpdateEvery(2, stop=1.0)
+    callback = mt.SparseTraining(mt.sparsity.RigL(0.5, drop=0.5), update)
     trainer = quiet_trainer(folder, callback, max_epochs=2, use_distributed_sampler=False, **options)
     trainer.fit(model)
     return model
@@ -76,19 +76,19 @@ def checked(name: str, folder: Path, rank: int) -> Any:
     else:
         strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
         model = run(folder, Sharded(), devices=2, strategy=strategy)
-    return {key: value.tolist() for key, value in mt.export_dense(model).items()}
+    return {key: value.tolist() for key, value in mt.sparsity.export_dense(model).items()}
 
 
 def test_two_ranks_train_as_one_process_on_the_joint_batch(tmp_path: Path) -> None:
     first, second = found_by_two_ranks(checked, ["ddp", "sharded"], tmp_path)
     seed_everything(1, verbose=False)
     alone = run(tmp_path, Net())
-    assert [*mt.sparse_weights(alone)] == [
+    assert [*mt.sparsity.sparse_weights(alone)] == [
         *("lstm.weight_ih_l0", "lstm.weight_hh_l0", "experts.up", "head.weight")
     ]
     for name in ("ddp", "sharded"):
         assert isinstance(first[name], dict), first[name]
         assert first[name] == second[name]
-        for key, value in mt.export_dense(alone).items():
+        for key, value in mt.sparsity.export_dense(alone).items():
             found = torch.tensor(first[name][key], dtype=torch.float64)
             torch.testing.assert_close(found, value, rtol=1e-8, atol=1e-10)

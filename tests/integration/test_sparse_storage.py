@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_memtrain as mt
-from lightning_memtrain import Microbatching, SGD8bit, export_dense, sparse_weights, sparsify_
+from lightning_memtrain import Microbatching, sparsify_
+from lightning_memtrain.precision import SGD8bit
+from lightning_memtrain.sparsity import export_dense, sparse_weights
 from tests.helpers.sparse import mlp, random_positions
 from tests.helpers.trainers import quiet_trainer
 
@@ -102,10 +104,10 @@ def test_entries_move_with_microbatches(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("callbacks", "plugins"),
     [
-        ([mt.ActivationCheckpointing(mt.Modules(["net.0", "net.2"]))], []),
-        ([mt.CompressedActivations(mt.ActivationCodec(group_size=8, min_numel=8))], []),
+        ([mt.ActivationCheckpointing(mt.checkpointing.Modules(["net.0", "net.2"]))], []),
+        ([mt.CompressedActivations(mt.precision.ActivationCodec(group_size=8, min_numel=8))], []),
         ([mt.Microbatching(num_microbatches=1)], [mt.LowPrecision("bf16-true")]),
-        ([], [mt.LowPrecision("16-true", scaler=mt.ScalerConfig(init_scale=2.0**10))]),
+        ([], [mt.LowPrecision("16-true", scaler=mt.precision.ScalerConfig(init_scale=2.0**10))]),
     ],
     ids=["checkpointed", "compressed", "bfloat16", "float16"],
 )
@@ -140,11 +142,11 @@ class Attends(L.LightningModule):
         return torch.optim.AdamW(self.parameters())
 
 
-@pytest.mark.parametrize("method", [mt.StaticSparse(0.5), mt.RigL(0.5, drop=0.5)])
+@pytest.mark.parametrize("method", [mt.sparsity.StaticSparse(0.5), mt.sparsity.RigL(0.5, drop=0.5)])
 def test_recomputation_is_chosen_where_weights_are_read(method: Any, tmp_path: Path) -> None:
     models, record = [], None
     for recomputation in ([], [mt.ActivationCheckpointing()]):
-        update = mt.UpdateEvery(2, stop=1.0) if isinstance(method, mt.RigL) else None
+        update = mt.sparsity.UpdateEvery(2, stop=1.0) if isinstance(method, mt.sparsity.RigL) else None
         sparse = mt.SparseTraining(method, update)
         models.append(Attends())
         quiet_trainer(tmp_path, sparse, *recomputation, max_steps=4).fit(models[-1], data())
@@ -166,7 +168,7 @@ def test_validation_and_prediction_of_attention(tmp_path: Path) -> None:
         def predict_step(self, batch: Any, _: int) -> Tensor:
             return self.training_step(batch, 0)
 
-    model, sparse = Predicts(), mt.SparseTraining(mt.StaticSparse(0.8))
+    model, sparse = Predicts(), mt.SparseTraining(mt.sparsity.StaticSparse(0.8))
     trainer = quiet_trainer(tmp_path, sparse, max_steps=2)
     trainer.fit(model, data(), data())
     trainer.validate(model, data(), verbose=False)

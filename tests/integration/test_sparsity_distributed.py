@@ -65,12 +65,12 @@ class Drifts(Net):
 
 
 METHODS: dict[str, Any] = {
-    "StaticSparse": lambda: mt.StaticSparse(0.5),
-    "SET": lambda: mt.SET(0.5, drop=0.5),
+    "StaticSparse": lambda: mt.sparsity.StaticSparse(0.5),
+    "SET": lambda: mt.sparsity.SET(0.5, drop=0.5),
     # As many candidates as there are inactive positions, so that the choice is the one of a single process.
-    "RigL": lambda: mt.RigL(0.5, drop=0.5),
-    "DSR": lambda: mt.DSR(0.5, threshold=0.05),
-    "GMP": lambda: mt.GradualMagnitudePruning(0.5),
+    "RigL": lambda: mt.sparsity.RigL(0.5, drop=0.5),
+    "DSR": lambda: mt.sparsity.DSR(0.5, threshold=0.05),
+    "GMP": lambda: mt.sparsity.GradualMagnitudePruning(0.5),
 }
 AUTO = {"microbatch_size": "auto", "limit": "1GiB"}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -90,7 +90,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def run(name: str, folder: Path, seed: int, **options: Any) -> Net:
     method = METHODS[name.partition(",")[0]]()
     options = OPTIONS[name] | options
-    update = None if method.default_update is None else mt.UpdateEvery(2, stop=1.0)
+    update = None if method.default_update is None else mt.sparsity.UpdateEvery(2, stop=1.0)
     callbacks: list[Any] = [mt.SparseTraining(method, update)]
     if microbatches := options.pop("microbatches", None):
         callbacks.append(mt.Microbatching(**microbatches))
@@ -117,8 +117,8 @@ def checked(name: str, folder: Path, rank: int) -> Any:
     # Ranks begin with other weights: those of rank 0 count, as in plain DDP.
     model = run(name, folder, seed=1 + rank, devices=2)
     return {
-        "values": {key: one.values.tolist() for key, one in mt.sparse_weights(model).items()},
-        "patterns": {key: one.positions().tolist() for key, one in mt.sparse_weights(model).items()},
+        "values": {key: one.values.tolist() for key, one in mt.sparsity.sparse_weights(model).items()},
+        "patterns": {key: one.positions().tolist() for key, one in mt.sparsity.sparse_weights(model).items()},
         "biases": [layer.bias.tolist() for layer in model.net[::2]],
         "leftover": hasattr(model, distributed._IGNORED) or bool(gradient_sync._averaging),
     }
@@ -131,7 +131,7 @@ def test_two_ranks_train_as_one_process_on_the_joint_batch(tmp_path: Path) -> No
         assert first[name] == second[name], name
         assert not first[name]["leftover"]
         alone = run(name, tmp_path, seed=1)
-        for key, weight in mt.sparse_weights(alone).items():
+        for key, weight in mt.sparsity.sparse_weights(alone).items():
             assert first[name]["patterns"][key] == weight.positions().tolist(), (name, key)
             values = torch.tensor(first[name]["values"][key], dtype=torch.float64)
             torch.testing.assert_close(values, weight.values.detach(), rtol=1e-8, atol=1e-10)
@@ -142,7 +142,7 @@ def test_two_ranks_train_as_one_process_on_the_joint_batch(tmp_path: Path) -> No
     assert first["half"] is None
     assert second["half"] is None
     # One process goes on where two have stopped.
-    resumed = mt.sparse_weights(run("RigL", tmp_path, seed=1, ckpt_path=tmp_path / "half.ckpt"))
+    resumed = mt.sparsity.sparse_weights(run("RigL", tmp_path, seed=1, ckpt_path=tmp_path / "half.ckpt"))
     for key, weight in resumed.items():
         assert first["RigL"]["patterns"][key] == weight.positions().tolist()
         values = torch.tensor(first["RigL"]["values"][key], dtype=torch.float64)

@@ -106,7 +106,7 @@ class OnMeta(Net):
 
 class InCodes(Sharded):
     def configure_optimizers(self) -> Any:
-        return mt.SGD8bit(self.parameters(), lr=0.1, momentum=0.9)
+        return mt.precision.SGD8bit(self.parameters(), lr=0.1, momentum=0.9)
 
 
 class Whole(Net):
@@ -124,7 +124,7 @@ class Watch(Callback):
         self.sizes: list[list[int]] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        for weight in mt.sparse_weights(pl_module).values():
+        for weight in mt.sparsity.sparse_weights(pl_module).values():
             state = trainer.optimizers[0].state[weight.values]
             if not state:  # gradients are accumulated before the first step
                 return
@@ -133,7 +133,7 @@ class Watch(Callback):
             self.sizes.append([tensor.to_local().numel() for tensor in seen if isinstance(tensor, DTensor)])
 
 
-class CountedSET(mt.SET):
+class CountedSET(mt.sparsity.SET):
     """Notes how many layers have whole values at once."""
 
     num_layers: ClassVar[list[int]] = []
@@ -144,12 +144,12 @@ class CountedSET(mt.SET):
 
 
 METHODS: dict[str, Any] = {
-    "StaticSparse": lambda: mt.StaticSparse(0.5),
+    "StaticSparse": lambda: mt.sparsity.StaticSparse(0.5),
     "SET": lambda: CountedSET(0.5, drop=0.5),
     # As many candidates as there are inactive positions, so that the choice is the one of a single process.
-    "RigL": lambda: mt.RigL(0.5, drop=0.5),
-    "DSR": lambda: mt.DSR(0.5, threshold=0.05),
-    "GMP": lambda: mt.GradualMagnitudePruning(0.5),
+    "RigL": lambda: mt.sparsity.RigL(0.5, drop=0.5),
+    "DSR": lambda: mt.sparsity.DSR(0.5, threshold=0.05),
+    "GMP": lambda: mt.sparsity.GradualMagnitudePruning(0.5),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "StaticSparse": {},
@@ -177,7 +177,7 @@ def run(name: str, folder: Path, devices: int, *callbacks: Any, ckpt_path: Any =
     method = METHODS[name.partition(",")[0]]()
     options = OPTIONS.get(name, {}) | options
     make = options.pop("make", Sharded)
-    update = None if method.default_update is None else mt.UpdateEvery(2, stop=1.0)
+    update = None if method.default_update is None else mt.sparsity.UpdateEvery(2, stop=1.0)
     sparse = mt.SparseTraining(method, update, storage=options.pop("storage", "auto"))
     microbatches = [mt.Microbatching(num_microbatches=2)] if options.pop("microbatched", False) else []
     if devices == 2:
@@ -199,8 +199,8 @@ def run(name: str, folder: Path, devices: int, *callbacks: Any, ckpt_path: Any =
 
 def _seen(model: Net) -> dict[str, Any]:
     return {
-        "weights": {key: value.tolist() for key, value in mt.export_dense(model).items()},
-        "patterns": {key: one.positions().tolist() for key, one in mt.sparse_weights(model).items()},
+        "weights": {key: value.tolist() for key, value in mt.sparsity.export_dense(model).items()},
+        "patterns": {key: one.positions().tolist() for key, one in mt.sparsity.sparse_weights(model).items()},
     }
 
 
@@ -244,9 +244,9 @@ def test_two_ranks_train_as_one_process_on_the_joint_batch(
         assert first[key] == second[key]
     options = {key: value for key, value in OPTIONS[name].items() if key != "make"}
     alone, _ = run(name, tmp_path, 1, **options)
-    for key, weight in mt.sparse_weights(alone).items():
+    for key, weight in mt.sparsity.sparse_weights(alone).items():
         assert first["patterns"][key] == weight.positions().tolist()
-    for key, dense in mt.export_dense(alone).items():
+    for key, dense in mt.sparsity.export_dense(alone).items():
         weights = torch.tensor(first["weights"][key], dtype=torch.float64)
         torch.testing.assert_close(weights, dense, rtol=1e-8, atol=1e-10)
     assert first["kinds"] == second["kinds"] == ["DTensor"]

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_memtrain import ActivationCheckpointing, MemoryProfiler, Microbatching, NoEffectWarning
+from lightning_memtrain import ActivationCheckpointing, MemoryProfiler, Microbatching
+from lightning_memtrain.core import NoEffectWarning
 
 # Their warnings are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default", f"error::{NoEffectWarning.__module__}.NoEffectWarning")

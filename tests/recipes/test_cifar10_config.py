@@ -11,9 +11,10 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 import lightning_memtrain.recipes.cifar10_wrn28_2 as recipe
-from lightning_memtrain import DSR, MemoryProfiler, SparseTraining
+from lightning_memtrain import MemoryProfiler, SparseTraining
 from lightning_memtrain.recipes.cifar10_wrn28_2.data import CIFAR10DataModule, DigitsDataModule
 from lightning_memtrain.recipes.cifar10_wrn28_2.module import WideResNetClassifier
+from lightning_memtrain.sparsity import DSR
 
 # Lightning calls a method of jsonargparse that has another name by now.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")

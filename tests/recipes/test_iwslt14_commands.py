@@ -221,10 +221,10 @@ def test_a_sparse_run_is_translated_and_scored_by_the_mean_of_its_dense_weights(
     sparse = {
         "class_path": "lightning_memtrain.SparseTraining",
         "init_args": {
-            "method": {"class_path": "lightning_memtrain.SET", "init_args": {"sparsity": 0.8}},
-            "update": {"class_path": "lightning_memtrain.UpdateEvery", "init_args": {"steps": 1}},
+            "method": {"class_path": "lightning_memtrain.sparsity.SET", "init_args": {"sparsity": 0.8}},
+            "update": {"class_path": "lightning_memtrain.sparsity.UpdateEvery", "init_args": {"steps": 1}},
             "layers": {
-                "class_path": "lightning_memtrain.Select",
+                "class_path": "lightning_memtrain.sparsity.Select",
                 "init_args": {"dense": ["*.weight_linear", "*.output_projection"]},
             },
         },

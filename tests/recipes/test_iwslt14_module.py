@@ -13,20 +13,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lightning_memtrain import (
-    DSR,
-    ActivationCheckpointing,
-    Microbatching,
-    Select,
-    SparseTraining,
-    UpdateEvery,
-)
+from lightning_memtrain import ActivationCheckpointing, Microbatching, SparseTraining
 from lightning_memtrain.cli.training.random_state_callback import RandomState
 from lightning_memtrain.recipes.iwslt14_dynamicconv import fairseq_bridge as bridge
 from lightning_memtrain.recipes.iwslt14_dynamicconv import module
 from lightning_memtrain.recipes.iwslt14_dynamicconv.batches import num_target_tokens, split_sample
 from lightning_memtrain.recipes.iwslt14_dynamicconv.data import IWSLT14DataModule
 from lightning_memtrain.recipes.iwslt14_dynamicconv.module import TranslationModule, inverse_square_root
+from lightning_memtrain.sparsity import DSR, Select, UpdateEvery
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.translation import TINY, WITHOUT_DROPOUT, needs_fairseq, write_corpus
 

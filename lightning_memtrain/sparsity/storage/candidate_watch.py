@@ -69,7 +69,7 @@ def watch_candidates(
     A watched layer runs outside ``torch.compile``: its module goes on with a graph break.
 
     Args:
-        weights: of :func:`~lightning_memtrain.sparse_weights`.
+        weights: of :func:`~lightning_memtrain.sparsity.sparse_weights`.
         num_candidates: how many to find for each name that is to be watched, at least 1.
 
     Returns:

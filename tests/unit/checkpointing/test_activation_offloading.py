@@ -10,12 +10,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_memtrain import NoEffectWarning
 from lightning_memtrain.checkpointing.experimental import OffloadActivations
 from lightning_memtrain.checkpointing.experimental.activation_offloading import (
     _HostCopy,
     offloaded_activations,
 )
+from lightning_memtrain.core import NoEffectWarning
 from tests.helpers.boring_models import BoringModel
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 

@@ -77,7 +77,7 @@ def test_thawed_parameters_are_chosen_for_before_they_break_the_limit() -> None:
     frozen, thawed = max(plain_steps[:4]), max(plain_steps[4:])
     assert thawed > 2 * frozen
     limit = (frozen + 4 * thawed) // 5
-    callback = mt.ActivationCheckpointing(mt.MemoryBudget(limit))
+    callback = mt.ActivationCheckpointing(mt.checkpointing.MemoryBudget(limit))
     model, steps, _ = fit(Blocks, Thaw(), callback)
     assert max(steps) <= limit
     assert_equal(plain, model)
@@ -96,7 +96,7 @@ def test_every_larger_batch_is_kept_within_the_limit() -> None:
     _, plain_steps, _ = fit(Varied)
     limit = max(plain_steps[:4]) + 4 * KIB
     assert max(plain_steps) > limit
-    callback = mt.ActivationCheckpointing(mt.MemoryBudget(limit))
+    callback = mt.ActivationCheckpointing(mt.checkpointing.MemoryBudget(limit))
     _, steps, _ = fit(Varied, callback)
     assert max(steps) <= limit
     assert "for a larger batch" in " ".join(callback.technique_record().events)
@@ -138,7 +138,9 @@ def test_a_resumed_optimizer_counts_from_the_first_step(tmp_path: Path) -> None:
     limit = max(plain_steps) - 8 * KIB
     found = []
     for checkpoint in (None, tmp_path / "two.ckpt"):
-        trainer = quiet_trainer(tmp_path, mt.ActivationCheckpointing(mt.MemoryBudget(limit)), max_epochs=4)
+        trainer = quiet_trainer(
+            tmp_path, mt.ActivationCheckpointing(mt.checkpointing.MemoryBudget(limit)), max_epochs=4
+        )
         with pytest.raises(
             MisconfigurationException, match=r"`MemoryBudget\(limit\)` must be at least"
         ) as caught:
@@ -164,10 +166,10 @@ class Opaque(Blocks):
 def test_the_default_policy_warns_once_and_trains_as_without() -> None:
     plain, _, _ = fit(Opaque)
     callback = mt.ActivationCheckpointing()
-    with pytest.warns(mt.NoEffectWarning, match="recomputes nothing") as caught:
+    with pytest.warns(mt.core.NoEffectWarning, match="recomputes nothing") as caught:
         model, _, _ = fit(Opaque, callback)
     assert_equal(plain, model)
-    (message,) = [str(one.message) for one in caught if isinstance(one.message, mt.NoEffectWarning)]
+    (message,) = [str(one.message) for one in caught if isinstance(one.message, mt.core.NoEffectWarning)]
     assert "test_automatic_selection.py:" in message
     assert message.startswith("`ActivationCheckpointing()` recomputes nothing: it runs `training_step`")
     assert callback.technique_record().settings["num_modules"] == 0
@@ -181,7 +183,7 @@ def test_a_limit_that_cannot_be_told_is_refused_by_the_users_own_line() -> None:
     with pytest.raises(
         MisconfigurationException, match=r"ended at .*test_automatic_selection.py:\d+ with "
     ) as caught:
-        fit(Opaque, mt.ActivationCheckpointing(mt.MemoryBudget("1MiB")))
+        fit(Opaque, mt.ActivationCheckpointing(mt.checkpointing.MemoryBudget("1MiB")))
     assert str(caught.value).startswith("`MemoryBudget(limit='1MiB')` runs `training_step` without data")
     assert str(caught.value).endswith("e.g. ActivationCheckpointing('full').")
 
@@ -202,19 +204,19 @@ class ByHand(Blocks):
 
 def test_the_default_policy_leaves_manual_optimization_alone() -> None:
     plain, _, _ = fit(ByHand)
-    with pytest.warns(mt.NoEffectWarning, match="recomputes nothing: it needs a LightningModule with"):
+    with pytest.warns(mt.core.NoEffectWarning, match="recomputes nothing: it needs a LightningModule with"):
         model, _, _ = fit(ByHand, mt.ActivationCheckpointing())
     assert_equal(plain, model)
 
 
 def test_what_the_device_has_is_a_limit_where_it_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MisconfigurationException, match="must be a size on cpu, which does not tell"):
-        fit(Blocks, mt.ActivationCheckpointing(mt.MemoryBudget("device")))
+        fit(Blocks, mt.ActivationCheckpointing(mt.checkpointing.MemoryBudget("device")))
     _, plain_steps, _ = fit(Blocks)
     limit = max(plain_steps) * 5 // 6
     module = "lightning_memtrain.checkpointing.memory_budget.free_device_bytes"
     monkeypatch.setattr(module, lambda device: limit)
-    _, steps, _ = fit(Blocks, mt.ActivationCheckpointing(mt.MemoryBudget("device")))
+    _, steps, _ = fit(Blocks, mt.ActivationCheckpointing(mt.checkpointing.MemoryBudget("device")))
     assert max(steps) <= limit
 
 
@@ -225,7 +227,7 @@ class Fails(Blocks):
         raise KeyError("a mistake")
 
 
-@pytest.mark.filterwarnings("ignore::lightning_memtrain.NoEffectWarning")
+@pytest.mark.filterwarnings("ignore::lightning_memtrain.core.NoEffectWarning")
 def test_a_mistake_of_the_users_is_told_as_without() -> None:
     with pytest.raises(KeyError, match="a mistake"):
         fit(Fails, mt.ActivationCheckpointing())

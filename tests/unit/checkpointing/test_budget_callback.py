@@ -14,12 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lightning_memtrain import (
-    ActivationCheckpointing,
-    MemoryBudget,
-    MemoryProfiler,
-    Microbatching,
-)
+from lightning_memtrain import ActivationCheckpointing, MemoryProfiler, Microbatching
+from lightning_memtrain.checkpointing import MemoryBudget
 from lightning_memtrain.core import KIB
 from lightning_memtrain.tracing.step.fake_step import FakeStep
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer

@@ -11,8 +11,9 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_memtrain import ActivationCheckpointing, MemoryProfiler, NoEffectWarning
+from lightning_memtrain import ActivationCheckpointing, MemoryProfiler
 from lightning_memtrain.checkpointing.recompute.objects.key_value_caches import caching_model
+from lightning_memtrain.core import NoEffectWarning
 
 SIZES = {
     "vocab_size": 30,

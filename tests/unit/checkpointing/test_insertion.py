@@ -11,9 +11,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lightning_memtrain import NoEffectWarning
 from lightning_memtrain.checkpointing import Full, Modules, insert_checkpoints
 from lightning_memtrain.checkpointing.repeated_blocks import describe_modules, repeated_blocks
+from lightning_memtrain.core import NoEffectWarning
 from tests.helpers.recomputed import assert_identical, recomputations, recompute, trained
 
 

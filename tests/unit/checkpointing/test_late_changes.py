@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_memtrain import Recomputed, SelectiveOps, insert_checkpoints
+from lightning_memtrain import insert_checkpoints
+from lightning_memtrain.checkpointing import Recomputed, SelectiveOps
 from tests.helpers.recomputed import assert_identical, recomputations
 
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_memtrain import Category, MemoryLedger, OpWorkspace
+from lightning_memtrain import MemoryLedger
 from lightning_memtrain.coordination import annotate
+from lightning_memtrain.core import Category
+from lightning_memtrain.ledger import OpWorkspace
 
 FLOAT = 4
 

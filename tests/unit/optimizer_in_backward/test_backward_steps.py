@@ -14,8 +14,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_memtrain import Category, MemoryLedger
+from lightning_memtrain import MemoryLedger
 from lightning_memtrain.checkpointing import Nested, Recomputed, insert_checkpoints
+from lightning_memtrain.core import Category
 from lightning_memtrain.optimizer_in_backward import AdamA, ExactMomentum, pending_steps
 from lightning_memtrain.optimizer_in_backward.backward_steps import BackwardSteps
 from lightning_memtrain.optimizer_steps import step_parameter

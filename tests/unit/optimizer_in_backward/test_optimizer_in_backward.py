@@ -20,7 +20,8 @@ from lightning.pytorch.strategies import (
 )
 from torch import Tensor
 
-from lightning_memtrain import LowPrecision, Microbatching, NoEffectWarning
+from lightning_memtrain import LowPrecision, Microbatching
+from lightning_memtrain.core import NoEffectWarning
 from lightning_memtrain.optimizer_in_backward import AdamA, ExactMomentum, OptimizerInBackward
 from lightning_memtrain.optimizer_in_backward.in_backward_validation import validate_run
 from tests.helpers.trainers import LIGHTNING_WARNINGS, assert_torch_is_as_found, quiet_trainer

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
-from lightning_memtrain import MemoryBreakdown, MemoryProfiler, MemoryReport, ModuleMemory, TimelineEvent
-from lightning_memtrain.core import Category, CategoryBytes
+from lightning_memtrain import MemoryProfiler, MemoryReport
+from lightning_memtrain.core import Category, CategoryBytes, MemoryBreakdown, ModuleMemory, TimelineEvent
 from lightning_memtrain.report.row_limit import limit_rows
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 

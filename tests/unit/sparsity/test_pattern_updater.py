@@ -42,18 +42,18 @@ def test_a_plain_loop_trains_as_the_callback(name: str, tmp_path: Path) -> None:
 
 def test_random_positions_are_those_of_the_callback() -> None:
     model = nn.Sequential(nn.Linear(40, 20), nn.Linear(20, 8), nn.Linear(8, 4))
-    select, method = Select(dense=["1"]), mt.SET(0.9)
+    select, method = Select(dense=["1"]), mt.sparsity.SET(0.9)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     positions = random_positions(model, method, select, seed=3)
     assert {name: len(one) for name, one in positions.items()} == {"0.weight": 80, "2.weight": 4}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     mt.SparseTraining(method, layers=select, seed=3).convert(model)
-    for name, weight in mt.sparse_weights(model).items():
+    for name, weight in mt.sparsity.sparse_weights(model).items():
         assert torch.equal(weight.positions(), positions[name].sort().values)
     other = random_positions(nn.Sequential(nn.Linear(40, 20)), method, seed=4)
     assert not torch.equal(other["0.weight"].sort().values, positions["0.weight"].sort().values)
 
 
 def test_positions_of_no_layer_are_drawn_with_a_warning() -> None:
-    with pytest.warns(mt.NoEffectWarning, match=r"`random_positions` has no effect: SET\(.* matched no"):
-        assert random_positions(nn.Sequential(nn.ReLU()), mt.SET(0.9)) == {}
+    with pytest.warns(mt.core.NoEffectWarning, match=r"`random_positions` has no effect: SET\(.* matched no"):
+        assert random_positions(nn.Sequential(nn.ReLU()), mt.sparsity.SET(0.9)) == {}

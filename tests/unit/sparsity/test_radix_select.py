@@ -63,7 +63,9 @@ def test_a_step_with_an_update_of_rigl_sorts_nothing() -> None:
     """So that its time grows as the number of weights does."""
     torch.manual_seed(0)
     layer, now = nn.Linear(100, 100), UpdateTime(step=1, elapsed=1, total=10)
-    updater = PatternUpdater(mt.sparsify_(layer, {"weight": torch.arange(0, 10_000, 10)}), mt.RigL(0.9))
+    updater = PatternUpdater(
+        mt.sparsify_(layer, {"weight": torch.arange(0, 10_000, 10)}), mt.sparsity.RigL(0.9)
+    )
     optimizer = torch.optim.AdamW(layer.parameters())
     with Operators() as operators:
         updater.watch(now)

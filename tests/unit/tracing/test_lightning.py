@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lightning_memtrain import LowPrecision, RigL, SparseTraining, UpdateEvery
+from lightning_memtrain import LowPrecision, SparseTraining
+from lightning_memtrain.sparsity import RigL, UpdateEvery
 from lightning_memtrain.tracing import UserState
 
 SEEN: list[int] = []

@@ -13,7 +13,9 @@ import torch._dynamo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_memtrain import Category, MemoryBreakdown, MemoryLedger, allocator_statistics
+from lightning_memtrain import MemoryLedger
+from lightning_memtrain.core import Category, MemoryBreakdown
+from lightning_memtrain.ledger import allocator_statistics
 from lightning_memtrain.ledger.observers import torch_compile as compiled
 from lightning_memtrain.ledger.observers.torch_compile import COMPILER_HOOKS, ModeHider
 from lightning_memtrain.precision.activations.quantization_kernels import has_compiler

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_memtrain import Category, MemoryLedger
+from lightning_memtrain import MemoryLedger
+from lightning_memtrain.core import Category
 from lightning_memtrain.ledger.tensors.storages import tensors_in
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 

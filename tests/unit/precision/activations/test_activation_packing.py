@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import lightning_memtrain as mt
-from lightning_memtrain import ActivationCodec
+from lightning_memtrain.precision import ActivationCodec
 from lightning_memtrain.precision.activations.activation_packing import ActivationPacking, PackedBytes
 from lightning_memtrain.recipes.cifar10_wrn28_2.model import WideResNet
 from tests.helpers.trainers import assert_torch_is_as_found
@@ -112,7 +112,7 @@ def test_stored_bytes_and_peak_of_a_step(bits: int, most_stored_mib: float, most
     assert packing.last.stored_bytes == {8: 16_101_472, 4: 9_341_312}[bits]
     assert ledger.breakdown().ledger_peak_bytes <= most_peak_mib * MIB
     # The ledger sees what is kept, by whom, and calls it by its name.
-    activations = ledger.breakdown().maxima[mt.Category.ACTIVATIONS]
+    activations = ledger.breakdown().maxima[mt.core.Category.ACTIVATIONS]
     assert abs(activations - packing.last.stored_bytes) < 0.01 * activations
 
 
@@ -285,7 +285,7 @@ def test_nested_in_a_ledger_and_around_one() -> None:
             with ledger, packing:
                 loss = model(x).sum()
         loss.backward()
-        found.append((packing.last, ledger.breakdown().maxima[mt.Category.ACTIVATIONS], gradient(model)))
+        found.append((packing.last, ledger.breakdown().maxima[mt.core.Category.ACTIVATIONS], gradient(model)))
     assert found[0][0] == found[1][0]
     assert found[0][0].num_tensors == 4
     # The ledger sees the input as one.

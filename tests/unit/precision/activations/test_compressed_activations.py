@@ -12,8 +12,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
-from lightning_memtrain import ActivationCodec, CompressedActivations, NoEffectWarning, Technique
+from lightning_memtrain import CompressedActivations
+from lightning_memtrain.core import NoEffectWarning, Technique
 from lightning_memtrain.core.technique import is_technique
+from lightning_memtrain.precision import ActivationCodec
 from tests.helpers.boring_models import BoringModel, ManualModel
 from tests.helpers.trainers import assert_torch_is_as_found, quiet_trainer
 

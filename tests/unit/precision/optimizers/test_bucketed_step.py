@@ -11,7 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from lightning_memtrain import Category, MemoryLedger
+from lightning_memtrain import MemoryLedger
+from lightning_memtrain.core import Category
 from lightning_memtrain.precision.optimizers.bucketed_step import BucketedStep
 from lightning_memtrain.precision.optimizers.sgd8bit import SGD8bit
 from lightning_memtrain.precision.optimizers.stochastic_rounding import RoundingNoise

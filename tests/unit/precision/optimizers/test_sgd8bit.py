@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_memtrain import Category, MemoryLedger
+from lightning_memtrain import MemoryLedger
+from lightning_memtrain.core import Category
 from lightning_memtrain.optimizer_steps.shared_state import SharedState
 from lightning_memtrain.precision.optimizers.sgd8bit import SGD8bit
 from tests.helpers.optimizer_state import state_tensors

@@ -22,11 +22,11 @@ pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
 
 WIDTH = 8
 METHODS: dict[str, Any] = {
-    "StaticSparse": lambda: mt.StaticSparse(0.75),
-    "SET": lambda: mt.SET(0.75, drop=0.5),
-    "RigL": lambda: mt.RigL(0.75, drop=0.5),
-    "DSR": lambda: mt.DSR(0.75, threshold=0.05),
-    "GMP": lambda: mt.GradualMagnitudePruning(0.75),
+    "StaticSparse": lambda: mt.sparsity.StaticSparse(0.75),
+    "SET": lambda: mt.sparsity.SET(0.75, drop=0.5),
+    "RigL": lambda: mt.sparsity.RigL(0.75, drop=0.5),
+    "DSR": lambda: mt.sparsity.DSR(0.75, threshold=0.05),
+    "GMP": lambda: mt.sparsity.GradualMagnitudePruning(0.75),
 }
 
 
@@ -79,8 +79,8 @@ class Net(LightningModule):
 
 
 def training(method: str = "RigL", leave: str = "dense", **options: Any) -> Any:
-    update = options.pop("update", None if method == "StaticSparse" else mt.UpdateEvery(3, stop=16))
-    layers = mt.Select(dense_ends=False)
+    update = options.pop("update", None if method == "StaticSparse" else mt.sparsity.UpdateEvery(3, stop=16))
+    layers = mt.sparsity.Select(dense_ends=False)
     return mt.SparseTraining(METHODS[method](), update, layers, leave=leave, **options)
 
 
@@ -99,7 +99,7 @@ def fit(
 def assert_plain(model: nn.Module) -> None:
     """Nothing of a sparse layer is left."""
     plain = Net()
-    assert mt.sparse_weights(model) == {}
+    assert mt.sparsity.sparse_weights(model) == {}
     assert repr(model) == repr(plain)
     assert [type(one) for one in model.modules()] == [type(one) for one in plain.modules()]
     named = [(name, p.shape, p.requires_grad) for name, p in model.named_parameters()]
@@ -117,14 +117,14 @@ def test_the_model_is_plain_after_the_fit_with_the_weights_of_the_sparse_one(
     sparse, _ = fit(tmp_path, training(method, "sparse"))
     callback = training(method)
     model, trainer = fit(tmp_path, callback)
-    assert len(mt.sparse_weights(sparse)) == 6
+    assert len(mt.sparsity.sparse_weights(sparse)) == 6
     assert_plain(model)
     assert_torch_is_as_found(model)
-    assert_equal_states(model.state_dict(), mt.export_dense(sparse))
+    assert_equal_states(model.state_dict(), mt.sparsity.export_dense(sparse))
     batch = next(iter(model.train_dataloader()))
     assert torch.equal(model.eval()(batch), sparse.eval()(batch))
     zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.dim() > 1)
-    assert zeros >= sum(weight.numel - weight.nnz for weight in mt.sparse_weights(sparse).values())
+    assert zeros >= sum(weight.numel - weight.nnz for weight in mt.sparsity.sparse_weights(sparse).values())
     own = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
     assert {id(p) for p in own} == {id(p) for p in model.parameters()}
     assert all(p.dtype == torch.float32 for p in own)
@@ -196,7 +196,7 @@ def test_a_dense_checkpoint_of_the_middle_is_resumed_exactly(method: str, tmp_pa
         resumed, _ = fit(
             tmp_path, training(method, leave, track_exploration=True), ckpt_path=tmp_path / "half.ckpt"
         )
-        assert_equal_states(mt.export_dense(resumed), whole.state_dict())
+        assert_equal_states(mt.sparsity.export_dense(resumed), whole.state_dict())
     fit(tmp_path, training(method, "sparse", track_exploration=True), SaveHalf())
     resumed, _ = fit(tmp_path, training(method, track_exploration=True), ckpt_path=tmp_path / "half.ckpt")
     assert_equal_states(resumed.state_dict(), whole.state_dict())
@@ -232,7 +232,7 @@ def test_hooks_of_the_model_see_dense_checkpoints(tmp_path: Path) -> None:
 
 
 def test_a_second_fit_goes_on_from_the_first(tmp_path: Path) -> None:
-    callback = training("SET", update=mt.UpdateEvery(3, stop=8))
+    callback = training("SET", update=mt.sparsity.UpdateEvery(3, stop=8))
     model, trainer = fit(tmp_path, callback, max_epochs=1)
     zeros = {name: (p == 0).sum() for name, p in model.named_parameters()}
     moved = callback.technique_record().settings["num_grown"]
@@ -270,10 +270,10 @@ def test_after_an_error_it_is_sparse_and_the_checkpoint_can_be_resumed(tmp_path:
     model = Fails()
     with pytest.raises(ZeroDivisionError):
         fit(tmp_path, training(), Saves(), model=model)
-    assert len(mt.sparse_weights(model)) == 6
+    assert len(mt.sparsity.sparse_weights(model)) == 6
     assert not any(name.startswith("on_") for name in model.__dict__)
     saved = torch.load(tmp_path / "error.ckpt", weights_only=True)["state_dict"]
-    mt.densify_(model)
+    mt.sparsity.densify_(model)
     assert_equal_states(saved, model.state_dict())
     assert repr(model) == repr(Fails())
     resumed, trainer = fit(tmp_path, training(), ckpt_path=tmp_path / "error.ckpt")
@@ -313,20 +313,20 @@ def test_layers_are_what_they_were_before() -> None:
     model, hooked = Net(), []
     twin = copy.deepcopy(model)
     model.conv.register_forward_hook(lambda *_: hooked.append(1))
-    places, _ = mt.Select(dense_ends=False).choose(model)
+    places, _ = mt.sparsity.Select(dense_ends=False).choose(model)
     weights = mt.sparsify_(
         model, {place.name: torch.randperm(place.parameter.numel())[:50] for place in places.values()}
     )
     model.lstm.requires_grad_(False)
     twin.lstm.requires_grad_(False)
-    twin.load_state_dict(mt.export_dense(model))
+    twin.load_state_dict(mt.sparsity.export_dense(model))
     optimizer = torch.optim.AdamW(model.parameters())
     x = torch.randn(4, 5, WIDTH)
     model(x).sum().backward()
     optimizer.step()
-    twin.load_state_dict(mt.export_dense(model))
+    twin.load_state_dict(mt.sparsity.export_dense(model))
     values = [weight.values for weight in weights.values()]
-    mt.densify_(model, [optimizer])
+    mt.sparsity.densify_(model, [optimizer])
     own = {id(p) for p in optimizer.param_groups[0]["params"]}
     assert own == {id(p) for p in model.parameters()}
     assert not own & {id(p) for p in values}
@@ -338,7 +338,7 @@ def test_layers_are_what_they_were_before() -> None:
     assert hooked == [1]
     model(x).sum().backward()
     optimizer.step()
-    mt.densify_(model)  # nothing is left to do
+    mt.sparsity.densify_(model)  # nothing is left to do
 
 
 def test_one_parameter_of_several() -> None:
@@ -346,7 +346,7 @@ def test_one_parameter_of_several() -> None:
     names = [name for name, _ in lstm.named_parameters()]
     mt.sparsify_(lstm, {"weight_hh_l0": torch.arange(7)})
     assert type(lstm) is not nn.LSTM
-    mt.densify_(lstm)
+    mt.sparsity.densify_(lstm)
     assert type(lstm) is nn.LSTM
     assert [name for name, _ in lstm.named_parameters()] == names
     assert int((lstm.weight_hh_l0 != 0).sum()) == 7
@@ -360,15 +360,15 @@ def test_weights_that_are_sparse_already_keep_their_pattern() -> None:
         model[0].weight.view(-1)[~torch.isin(torch.arange(64), kept)] = 0.0
         model[1].weight.zero_()
     before = copy.deepcopy(model)
-    mt.SparseTraining(mt.StaticSparse(0.75)).convert(model)
-    first, second, third = (weight.positions() for weight in mt.sparse_weights(model).values())
+    mt.SparseTraining(mt.sparsity.StaticSparse(0.75)).convert(model)
+    first, second, third = (weight.positions() for weight in mt.sparsity.sparse_weights(model).values())
     assert len(first) == len(second) == len(third) == 16
     assert set(kept.tolist()) < set(first.tolist())
     assert torch.equal(model[0].weight, before[0].weight)
     fresh = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
-    mt.SparseTraining(mt.StaticSparse(0.75)).convert(fresh)
+    mt.SparseTraining(mt.sparsity.StaticSparse(0.75)).convert(fresh)
     for place, positions in ((1, second), (2, third)):  # as in any model
-        assert torch.equal(mt.sparse_weights(fresh)[f"{place}.weight"].positions(), positions)
+        assert torch.equal(mt.sparsity.sparse_weights(fresh)[f"{place}.weight"].positions(), positions)
 
 
 def test_a_model_whose_weights_have_moved_between_layers_keeps_them_all() -> None:
@@ -377,8 +377,8 @@ def test_a_model_whose_weights_have_moved_between_layers_keeps_them_all() -> Non
         model[0].weight.view(-1)[20:] = 0.0
         model[1].weight.view(-1)[6:] = 0.0
     before = copy.deepcopy(model)
-    mt.SparseTraining(mt.DSR(0.75)).convert(model)
-    weights = mt.sparse_weights(model)
+    mt.SparseTraining(mt.sparsity.DSR(0.75)).convert(model)
+    weights = mt.sparsity.sparse_weights(model)
     assert [weight.nnz for weight in weights.values()] == [20, 12]
     for ours, theirs in zip(model, before, strict=True):
         assert torch.equal(ours.weight, theirs.weight)

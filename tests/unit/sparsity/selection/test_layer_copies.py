@@ -124,16 +124,16 @@ class Averaged(Student):
 
 
 METHODS: dict[str, Callable[[], Any]] = {
-    "StaticSparse": lambda: mt.StaticSparse(0.5),
-    "SET": lambda: mt.SET(0.5, drop=0.5),
-    "RigL": lambda: mt.RigL(0.5, drop=0.5),
-    "DSR": lambda: mt.DSR(0.5, threshold=0.05),
-    "GMP": lambda: mt.GradualMagnitudePruning(0.5),
+    "StaticSparse": lambda: mt.sparsity.StaticSparse(0.5),
+    "SET": lambda: mt.sparsity.SET(0.5, drop=0.5),
+    "RigL": lambda: mt.sparsity.RigL(0.5, drop=0.5),
+    "DSR": lambda: mt.sparsity.DSR(0.5, threshold=0.05),
+    "GMP": lambda: mt.sparsity.GradualMagnitudePruning(0.5),
 }
 
 
 def fit(folder: Path, method: str, model: Student, **options: Any) -> tuple[Student, Any]:
-    update = None if method == "StaticSparse" else mt.UpdateEvery(2, stop=1.0)
+    update = None if method == "StaticSparse" else mt.sparsity.UpdateEvery(2, stop=1.0)
     callback = mt.SparseTraining(METHODS[method](), update, **options)
     quiet_trainer(folder, callback, max_epochs=1).fit(model)
     return model, callback
@@ -161,7 +161,7 @@ def test_a_copy_is_what_one_of_the_sparse_layers_would_have_been(
     kind: str, method: str, tmp_path: Path
 ) -> None:
     model, callback = fit(tmp_path, method, KINDS[kind]())
-    student, teacher = mt.sparse_weights(model.student), mt.sparse_weights(model.teacher)
+    student, teacher = mt.sparsity.sparse_weights(model.student), mt.sparsity.sparse_weights(model.teacher)
     assert list(student) == list(teacher) == ["2.weight", "5.weight"]
     for key, weight in student.items():
         assert torch.equal(weight.positions(), teacher[key].positions())
@@ -180,7 +180,7 @@ def test_a_copy_is_what_one_of_the_sparse_layers_would_have_been(
 @pytest.mark.parametrize("method", METHODS)
 def test_torchs_averaged_model_follows(method: str, tmp_path: Path) -> None:
     model, _ = fit(tmp_path, method, made(Averaged))
-    student, teacher = mt.sparse_weights(model.student), mt.sparse_weights(model.ema.module)
+    student, teacher = mt.sparsity.sparse_weights(model.student), mt.sparsity.sparse_weights(model.ema.module)
     assert list(student) == list(teacher) == ["2.weight", "5.weight"]
     for name, weight in student.items():
         assert torch.equal(weight.positions(), teacher[name].positions())
@@ -193,23 +193,23 @@ def test_a_copy_that_is_named_stays_dense(tmp_path: Path) -> None:
             pass
 
     model, callback = fit(
-        tmp_path, "RigL", made(Reference, frozen=True), layers=mt.Select(dense=["teacher.*"])
+        tmp_path, "RigL", made(Reference, frozen=True), layers=mt.sparsity.Select(dense=["teacher.*"])
     )
-    assert list(mt.sparse_weights(model)) == ["student.2.weight", "student.5.weight"]
+    assert list(mt.sparsity.sparse_weights(model)) == ["student.2.weight", "student.5.weight"]
     assert torch.equal(model.teacher[5].weight, made(Student).student[5].weight)
     assert not any("copies" in event for event in callback.technique_record().events)
 
 
 @pytest.mark.filterwarnings("ignore:`SparseTraining` reaches")
 def test_a_copy_of_a_layer_that_stays_dense_does_so(tmp_path: Path) -> None:
-    model, _ = fit(tmp_path, "SET", made(Student), layers=mt.Select(dense=["student.5"]))
-    assert list(mt.sparse_weights(model)) == ["student.2.weight", "teacher.2.weight"]
+    model, _ = fit(tmp_path, "SET", made(Student), layers=mt.sparsity.Select(dense=["student.5"]))
+    assert list(mt.sparsity.sparse_weights(model)) == ["student.2.weight", "teacher.2.weight"]
 
 
 def test_a_resumed_teacher_goes_on_following(tmp_path: Path) -> None:
     def run(max_epochs: int, checkpoint: Path | None = None) -> tuple[Student, Any]:
         model = made(Student, frozen=True)
-        callback = mt.SparseTraining(mt.RigL(0.5, drop=0.5), mt.UpdateEvery(3, stop=16))
+        callback = mt.SparseTraining(mt.sparsity.RigL(0.5, drop=0.5), mt.sparsity.UpdateEvery(3, stop=16))
         trainer = quiet_trainer(tmp_path, callback, max_epochs=max_epochs)
         trainer.fit(model, ckpt_path=checkpoint)
         return model, trainer
@@ -239,7 +239,7 @@ class Places(nn.Module):
 
 
 def linear_paths(model: nn.Module) -> dict[str, str]:
-    return dict(mt.Select().choose(model)[1].originals)
+    return dict(mt.sparsity.Select().choose(model)[1].originals)
 
 
 def encoder(num_layers: int = 3) -> nn.TransformerEncoder:
@@ -251,8 +251,10 @@ def test_blocks_of_one_network_are_no_copies() -> None:
     model = Places(net=encoder())
     assert torch.equal(model.net.layers[0].linear1.weight, model.net.layers[2].linear1.weight)
     assert linear_paths(model) == {}
-    mt.SparseTraining(mt.StaticSparse(0.5)).convert(model)
-    first, last = (mt.sparse_weights(model)[f"net.layers.{n}.linear1.weight"].positions() for n in (0, 2))
+    mt.SparseTraining(mt.sparsity.StaticSparse(0.5)).convert(model)
+    first, last = (
+        mt.sparsity.sparse_weights(model)[f"net.layers.{n}.linear1.weight"].positions() for n in (0, 2)
+    )
     assert not torch.equal(first, last)
 
 
@@ -262,8 +264,8 @@ def test_each_block_of_a_copied_network_follows_its_own(frozen: bool) -> None:
     model = Places(student=net, teacher=copy.deepcopy(net).requires_grad_(not frozen))
     names = [f"layers.{n}.{part}" for n in range(3) for part in ("self_attn.out_proj", "linear1", "linear2")]
     assert linear_paths(model) == {f"teacher.{name}": f"student.{name}" for name in names}
-    mt.SparseTraining(mt.StaticSparse(0.5)).convert(model)
-    found = {name: weight.positions() for name, weight in mt.sparse_weights(model).items()}
+    mt.SparseTraining(mt.sparsity.StaticSparse(0.5)).convert(model)
+    found = {name: weight.positions() for name, weight in mt.sparsity.sparse_weights(model).items()}
     for name in names:
         assert torch.equal(found[f"teacher.{name}.weight"], found[f"student.{name}.weight"])
 
@@ -274,7 +276,7 @@ def test_a_frozen_copy_of_one_of_several_equal_blocks_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r"frozen copy 'held\.self_attn\.out_proj' follows"):
         linear_paths(model)
     assert linear_paths(Places(net=encoder(1), held=copy.deepcopy(net.layers[1]))) == {}
-    assert mt.Select(dense=["held.*"]).choose(model)[1].originals == {}
+    assert mt.sparsity.Select(dense=["held.*"]).choose(model)[1].originals == {}
 
 
 def test_constant_and_frozen_layers_are_no_copies() -> None:
@@ -293,7 +295,7 @@ def test_weights_that_only_begin_and_end_alike_are_no_copies() -> None:
     other = copy.deepcopy(one)
     with torch.no_grad():
         other.weight[16, 3] += 1
-    assert find_layer_copies(mt.Select().choose(Places(one=one, other=other))[0]).equals == []
+    assert find_layer_copies(mt.sparsity.Select().choose(Places(one=one, other=other))[0]).equals == []
 
 
 class Critics(Student):
@@ -319,14 +321,14 @@ def test_a_copy_of_two_that_move_apart_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         fit(tmp_path, "RigL", made(Critics))
     model, _ = fit(tmp_path, "StaticSparse", made(Critics))
-    found = [mt.sparse_weights(part)["2.weight"].positions() for part in model.children()]
+    found = [mt.sparsity.sparse_weights(part)["2.weight"].positions() for part in model.children()]
     assert len(found) == 3
     assert all(torch.equal(positions, found[0]) for positions in found)
 
 
 def test_two_copies_that_are_trained_move_apart(tmp_path: Path) -> None:
-    model, _ = fit(tmp_path, "RigL", made(Critics), layers=mt.Select(dense=["target.*"]))
-    first, second = (mt.sparse_weights(part)["2.weight"] for part in (model.student, model.second))
+    model, _ = fit(tmp_path, "RigL", made(Critics), layers=mt.sparsity.Select(dense=["target.*"]))
+    first, second = (mt.sparsity.sparse_weights(part)["2.weight"] for part in (model.student, model.second))
     assert not torch.equal(first.positions(), second.positions())
 
 
@@ -352,18 +354,18 @@ class Blocks(LightningModule):
 def train_all_but_one(folder: Path, training: mt.SparseTraining, model: Blocks) -> None:
     """One block is in no optimizer: it has to stay as it is."""
     model.trained = ["1", "4"]
-    before = mt.sparse_weights(model)["blocks.3.weight"]
+    before = mt.sparsity.sparse_weights(model)["blocks.3.weight"]
     values, positions = before.values.detach().clone(), before.positions()
-    assert not torch.equal(positions, mt.sparse_weights(model)["blocks.1.weight"].positions())
+    assert not torch.equal(positions, mt.sparsity.sparse_weights(model)["blocks.1.weight"].positions())
     quiet_trainer(folder, training, max_epochs=1).fit(model)
-    after = mt.sparse_weights(model)["blocks.3.weight"]
+    after = mt.sparsity.sparse_weights(model)["blocks.3.weight"]
     assert torch.equal(after.values, values)
     assert torch.equal(after.positions(), positions)
 
 
 def test_a_second_run_leaves_blocks_alone_that_began_equal(tmp_path: Path) -> None:
     seed_everything(1, verbose=False)
-    training, model = mt.SparseTraining(mt.StaticSparse(0.5)), Blocks()
+    training, model = mt.SparseTraining(mt.sparsity.StaticSparse(0.5)), Blocks()
     quiet_trainer(tmp_path, training, max_epochs=1).fit(model)
     train_all_but_one(tmp_path, training, model)
 
@@ -371,10 +373,10 @@ def test_a_second_run_leaves_blocks_alone_that_began_equal(tmp_path: Path) -> No
 def test_copies_of_one_model_are_not_taken_for_those_of_another(tmp_path: Path) -> None:
     seed_everything(1, verbose=False)
     sparse_already, taught = Blocks(), Blocks()
-    other_training = mt.SparseTraining(mt.StaticSparse(0.5), seed=7)
+    other_training = mt.SparseTraining(mt.sparsity.StaticSparse(0.5), seed=7)
     quiet_trainer(tmp_path, other_training, max_epochs=1).fit(sparse_already)
     taught.teacher = copy.deepcopy(taught.blocks).requires_grad_(False)
-    training = mt.SparseTraining(mt.StaticSparse(0.5))
+    training = mt.SparseTraining(mt.sparsity.StaticSparse(0.5))
     quiet_trainer(tmp_path, training, max_epochs=1).fit(taught)
     assert any("copies share the pattern" in event for event in training.technique_record().events)
     train_all_but_one(tmp_path, training, sparse_already)
@@ -388,11 +390,11 @@ def test_a_model_that_was_validated_before_it_is_trained_is_as_converted(tmp_pat
 
         val_dataloader = Student.train_dataloader
 
-    training, model = mt.SparseTraining(mt.StaticSparse(0.5)), Validated()
+    training, model = mt.SparseTraining(mt.sparsity.StaticSparse(0.5)), Validated()
     model.trained = ["1", "4"]
     trainer = quiet_trainer(tmp_path, training, max_epochs=1)
     trainer.validate(model, verbose=False)
-    first, second = (mt.sparse_weights(model)[f"blocks.{n}.weight"] for n in (1, 3))
+    first, second = (mt.sparsity.sparse_weights(model)[f"blocks.{n}.weight"] for n in (1, 3))
     assert not torch.equal(first.positions(), second.positions())
     trainer.fit(model)
     assert torch.equal(first.positions(), second.positions())

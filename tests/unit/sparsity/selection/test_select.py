@@ -17,37 +17,47 @@ import lightning_memtrain as mt
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
 ONE = {
-    "class_path": "lightning_memtrain.RigL",
+    "class_path": "lightning_memtrain.sparsity.RigL",
     "init_args": {
         "sparsity": 0.9,
-        "drop": {"class_path": "lightning_memtrain.CosineSchedule", "init_args": {"begin": 0.5}},
-        "distribution": "lightning_memtrain.ErdosRenyiKernel",
+        "drop": {"class_path": "lightning_memtrain.sparsity.CosineSchedule", "init_args": {"begin": 0.5}},
+        "distribution": "lightning_memtrain.sparsity.ErdosRenyiKernel",
     },
 }
 CASES: dict[str, tuple[dict[str, Any], Any, Any]] = {
-    "RigL": (ONE, None, mt.RigL(0.9, mt.CosineSchedule(0.5), mt.ErdosRenyiKernel())),
+    "RigL": (
+        ONE,
+        None,
+        mt.sparsity.RigL(0.9, mt.sparsity.CosineSchedule(0.5), mt.sparsity.ErdosRenyiKernel()),
+    ),
     "SET": (
-        {"class_path": "lightning_memtrain.SET", "init_args": {"sparsity": {"fc": 0.5}, "drop": 0.2}},
-        {"class_path": "lightning_memtrain.UpdateEvery", "init_args": {"steps": 5, "stop": 0.5}},
-        mt.SET({"fc": 0.5}, 0.2),
+        {
+            "class_path": "lightning_memtrain.sparsity.SET",
+            "init_args": {"sparsity": {"fc": 0.5}, "drop": 0.2},
+        },
+        {"class_path": "lightning_memtrain.sparsity.UpdateEvery", "init_args": {"steps": 5, "stop": 0.5}},
+        mt.sparsity.SET({"fc": 0.5}, 0.2),
     ),
     "DSR": (
-        {"class_path": "lightning_memtrain.DSR", "init_args": {"sparsity": 0.8, "reallocate": 20000}},
         {
-            "class_path": "lightning_memtrain.UpdatePiecewise",
+            "class_path": "lightning_memtrain.sparsity.DSR",
+            "init_args": {"sparsity": 0.8, "reallocate": 20000},
+        },
+        {
+            "class_path": "lightning_memtrain.sparsity.UpdatePiecewise",
             "init_args": {"periods": {0: 100, 25: 200}, "unit": "epoch", "stop": 190},
         },
-        mt.DSR(0.8, reallocate=20000),
+        mt.sparsity.DSR(0.8, reallocate=20000),
     ),
     "GMP": (
-        {"class_path": "lightning_memtrain.GradualMagnitudePruning", "init_args": {"sparsity": 0.8}},
+        {"class_path": "lightning_memtrain.sparsity.GradualMagnitudePruning", "init_args": {"sparsity": 0.8}},
         None,
-        mt.GradualMagnitudePruning(0.8),
+        mt.sparsity.GradualMagnitudePruning(0.8),
     ),
     "StaticSparse": (
-        {"class_path": "lightning_memtrain.StaticSparse", "init_args": {"sparsity": 0.8}},
+        {"class_path": "lightning_memtrain.sparsity.StaticSparse", "init_args": {"sparsity": 0.8}},
         None,
-        mt.StaticSparse(0.8),
+        mt.sparsity.StaticSparse(0.8),
     ),
 }
 
@@ -60,7 +70,7 @@ def test_a_method_arrives_as_it_was_written(
     method, update, expected = CASES[name]
     init_args: dict[str, Any] = {"method": method, "storage": "int32", "seed": 3}
     init_args["layers"] = {
-        "class_path": "lightning_memtrain.Select",
+        "class_path": "lightning_memtrain.sparsity.Select",
         "init_args": {"types": ["Linear"], "dense": ["head"], "overrides": {"layer": 0.5}},
     }
     if update is not None:
@@ -75,11 +85,11 @@ def test_a_method_arrives_as_it_was_written(
     )
     (made,) = [one for one in cli.trainer.callbacks if isinstance(one, mt.SparseTraining)]
     assert made.method == expected
-    assert made.select == mt.Select(types=["Linear"], dense=["head"], overrides={"layer": 0.5})
+    assert made.select == mt.sparsity.Select(types=["Linear"], dense=["head"], overrides={"layer": 0.5})
     if name == "DSR":
-        assert made._update_schedule == mt.UpdatePiecewise({0: 100, 25: 200}, unit="epoch", stop=190)
+        assert made._update_schedule == mt.sparsity.UpdatePiecewise({0: 100, 25: 200}, unit="epoch", stop=190)
     if name == "SET":
-        assert made._update_schedule == mt.UpdateEvery(5, stop=0.5)
+        assert made._update_schedule == mt.sparsity.UpdateEvery(5, stop=0.5)
 
 
 def test_the_layers_that_papers_keep_dense_are_dense() -> None:
@@ -100,12 +110,15 @@ def test_the_layers_that_papers_keep_dense_are_dense() -> None:
             self.fc = torch.nn.Linear(8, 2)
 
     model = Residual()
-    assert list(mt.Select().layers(model)) == ["block.conv1", "block.conv2", "hidden"]
-    assert list(mt.Select(dense=["block.*"]).layers(model)) == ["hidden"]
-    assert list(mt.Select(types=[torch.nn.Linear], dense_ends=False).layers(model)) == ["hidden", "fc"]
+    assert list(mt.sparsity.Select().layers(model)) == ["block.conv1", "block.conv2", "hidden"]
+    assert list(mt.sparsity.Select(dense=["block.*"]).layers(model)) == ["hidden"]
+    assert list(mt.sparsity.Select(types=[torch.nn.Linear], dense_ends=False).layers(model)) == [
+        "hidden",
+        "fc",
+    ]
     torch.nn.utils.parametrizations.weight_norm(model.hidden)
     model.block["conv1"].requires_grad_(False)
-    assert list(mt.Select().layers(model)) == ["block.conv2"]
+    assert list(mt.sparsity.Select().layers(model)) == ["block.conv2"]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +133,7 @@ def test_the_layers_that_papers_keep_dense_are_dense() -> None:
 )
 def test_a_wrong_selection_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
-        mt.Select(**options)
+        mt.sparsity.Select(**options)
 
 
 def test_a_name_that_matches_nothing_is_refused() -> None:
@@ -128,7 +141,7 @@ def test_a_name_that_matches_nothing_is_refused() -> None:
     with pytest.raises(
         MisconfigurationException, match=r"names? layers of Sequential, but '2' matches none\. .*0"
     ):
-        mt.Select(dense=["2"]).layers(model)
+        mt.sparsity.Select(dense=["2"]).layers(model)
 
 
 def test_recurrent_layers_transposed_convolutions_and_experts_are_chosen() -> None:
@@ -156,20 +169,23 @@ def test_recurrent_layers_transposed_convolutions_and_experts_are_chosen() -> No
     recurrent = [f"lstm.weight_{kind}_l0{way}" for way in ("", "_reverse") for kind in ("ih", "hh")]
     recurrent += ["cell.weight_ih", "cell.weight_hh"]
     rest = ["moe.up", "up1", "up2", "up3", "attention.out_proj"]
-    assert list(mt.Select().layers(model)) == [*recurrent, *rest]
-    assert list(mt.Select(dense=["lstm", "cell.*", "up?"]).layers(model)) == ["moe.up", "attention.out_proj"]
-    assert list(mt.Select(dense=["position", "lstm*hh*"]).layers(model)) == [
+    assert list(mt.sparsity.Select().layers(model)) == [*recurrent, *rest]
+    assert list(mt.sparsity.Select(dense=["lstm", "cell.*", "up?"]).layers(model)) == [
+        "moe.up",
+        "attention.out_proj",
+    ]
+    assert list(mt.sparsity.Select(dense=["position", "lstm*hh*"]).layers(model)) == [
         name for name in [*recurrent, *rest] if not name.startswith("lstm.weight_hh")
     ]
-    assert list(mt.Select(types=[MixtureExperts]).layers(model)) == ["moe.up"]
-    assert list(mt.Select(types=["LSTM"]).layers(model)) == recurrent[:4]
-    without_lstm = [path for path in mt.Select().layers(model) if not path.startswith("lstm.")]
+    assert list(mt.sparsity.Select(types=[MixtureExperts]).layers(model)) == ["moe.up"]
+    assert list(mt.sparsity.Select(types=["LSTM"]).layers(model)) == recurrent[:4]
+    without_lstm = [path for path in mt.sparsity.Select().layers(model) if not path.startswith("lstm.")]
     for wanted in ("LSTM", torch.nn.LSTM, torch.nn.RNNBase, "lstm.*"):
-        assert list(mt.Select(dense=[wanted]).layers(model)) == without_lstm
+        assert list(mt.sparsity.Select(dense=[wanted]).layers(model)) == without_lstm
     with pytest.raises(MisconfigurationException, match=r"'GRU' matches none\."):
-        mt.Select(dense=[torch.nn.GRU]).layers(model)
-    assert mt.Select(types=["*Exp*"]).layers(model) == {"moe.up": model.moe}
-    places, _ = mt.Select(types=["*Exp*"]).choose(model)
+        mt.sparsity.Select(dense=[torch.nn.GRU]).layers(model)
+    assert mt.sparsity.Select(types=["*Exp*"]).layers(model) == {"moe.up": model.moe}
+    places, _ = mt.sparsity.Select(types=["*Exp*"]).choose(model)
     assert {path: (place.name, tuple(place.shape)) for path, place in places.items()} == {
         "moe.up": ("moe.up", (2, 4, 3))
     }
@@ -183,9 +199,9 @@ def test_each_expert_counts_as_a_layer_of_its_own_for_erdos_renyi() -> None:
 
     together = torch.nn.ModuleDict({"experts": SomeExperts(), "head": torch.nn.Linear(16, 64)})
     apart = torch.nn.Sequential(*(torch.nn.Linear(16, 64) for _ in range(9)))
-    for distribution in (mt.ErdosRenyi(), mt.ErdosRenyiKernel(), mt.Uniform()):
+    for distribution in (mt.sparsity.ErdosRenyi(), mt.sparsity.ErdosRenyiKernel(), mt.sparsity.Uniform()):
         counts = []
         for model in (together, apart):
-            shapes = {path: place.shape for path, place in mt.Select().choose(model)[0].items()}
-            counts.append(mt.StaticSparse(0.75, distribution).counts(shapes, {}))
+            shapes = {path: place.shape for path, place in mt.sparsity.Select().choose(model)[0].items()}
+            counts.append(mt.sparsity.StaticSparse(0.75, distribution).counts(shapes, {}))
         assert counts[0] == {"experts.up": 8 * counts[1]["0"], "head": counts[1]["8"]}

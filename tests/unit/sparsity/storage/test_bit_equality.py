@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_memtrain import Recomputed, export_dense, insert_checkpoints, sparsify_
+from lightning_memtrain import insert_checkpoints, sparsify_
+from lightning_memtrain.checkpointing import Recomputed
+from lightning_memtrain.sparsity import export_dense
 from lightning_memtrain.sparsity.storage.patterns import Storage
 from tests.helpers.sparse import (
     MODELS,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_memtrain import Category, MemoryLedger, sparsify_
+from lightning_memtrain import MemoryLedger, sparsify_
+from lightning_memtrain.core import Category
 from tests.helpers.sparse import mask_of
 
 CASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_memtrain import Category, MemoryLedger, SGD8bit, sparsify_
+from lightning_memtrain import MemoryLedger, sparsify_
+from lightning_memtrain.core import Category
+from lightning_memtrain.precision import SGD8bit
 from lightning_memtrain.sparsity.storage.patterns import Storage
 
 WIDTH = 512

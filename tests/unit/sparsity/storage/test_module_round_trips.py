@@ -11,14 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_memtrain import (
-    Category,
-    MemoryLedger,
-    dense_state_dict,
-    export_dense,
-    sparse_weights,
-    sparsify_,
-)
+from lightning_memtrain import MemoryLedger, sparsify_
+from lightning_memtrain.core import Category
+from lightning_memtrain.sparsity import dense_state_dict, export_dense, sparse_weights
 from lightning_memtrain.sparsity.storage.checkpoint_key import with_checkpoint_key
 from lightning_memtrain.sparsity.storage.patterns import Storage
 from tests.helpers.sparse import MODELS, assert_equal_states, model_and_batch, random_positions

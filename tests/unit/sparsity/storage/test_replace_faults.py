@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_memtrain import SGD8bit, sparsify_
+from lightning_memtrain import sparsify_
+from lightning_memtrain.precision import SGD8bit
 from lightning_memtrain.sparsity import SparseWeight
 from lightning_memtrain.sparsity.storage.patterns import Storage
 from tests.helpers.faults import FailAtOp

@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
-from lightning_memtrain import MemoryLedger, dense_state_dict, export_dense, sparse_weights, sparsify_
-from lightning_memtrain.sparsity import watch_candidates
+from lightning_memtrain import MemoryLedger, sparsify_
+from lightning_memtrain.sparsity import dense_state_dict, export_dense, sparse_weights, watch_candidates
 from lightning_memtrain.sparsity.storage.patterns import Storage
 from tests.helpers.sparse import assert_equal_states, mask_of
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
@@ -314,10 +314,10 @@ class Mixture(LightningModule):
 
 
 METHODS: dict[str, Callable[[], Any]] = {
-    "StaticSparse": lambda: mt.StaticSparse(0.75),
-    "SET": lambda: mt.SET(0.75, drop=0.5),
-    "RigL": lambda: mt.RigL(0.75, drop=0.5, distribution=mt.ErdosRenyi()),
-    "DSR": lambda: mt.DSR(0.75, threshold=0.02),
+    "StaticSparse": lambda: mt.sparsity.StaticSparse(0.75),
+    "SET": lambda: mt.sparsity.SET(0.75, drop=0.5),
+    "RigL": lambda: mt.sparsity.RigL(0.75, drop=0.5, distribution=mt.sparsity.ErdosRenyi()),
+    "DSR": lambda: mt.sparsity.DSR(0.75, threshold=0.02),
 }
 
 
@@ -326,7 +326,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 def test_every_method_moves_them_and_is_resumed(name: str, tmp_path: Path) -> None:
     def fit(max_epochs: int, checkpoint: Path | None = None) -> tuple[Mixture, Any, Any]:
         seed_everything(1, verbose=False)
-        update = None if name == "StaticSparse" else mt.UpdateEvery(2, stop=8)
+        update = None if name == "StaticSparse" else mt.sparsity.UpdateEvery(2, stop=8)
         callback, model = mt.SparseTraining(METHODS[name](), update), Mixture()
         trainer = quiet_trainer(tmp_path, callback, max_epochs=max_epochs)
         trainer.fit(model, ckpt_path=checkpoint)

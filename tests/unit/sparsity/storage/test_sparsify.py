@@ -11,8 +11,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils import parametrizations, prune
 
-from lightning_memtrain import export_dense, sparse_weights, sparsify_
-from lightning_memtrain.sparsity import SparseWeight
+from lightning_memtrain import sparsify_
+from lightning_memtrain.sparsity import SparseWeight, export_dense, sparse_weights
 
 
 class OwnLinear(nn.Linear):
