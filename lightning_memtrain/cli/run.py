@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_memtrain.cli import recipes
+from lightning_memtrain.cli.checkpoint_file import trust, trusted
 from lightning_memtrain.cli.errors import INTERRUPTED, CommandError
 from lightning_memtrain.cli.recipes import Recipe
 from lightning_memtrain.cli.run_folder import RunFolder, launched_by_first_process
-from lightning_memtrain.cli.training.checkpoint_file import trust, trusted
 from lightning_memtrain.cli.variants import merge_variants
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}

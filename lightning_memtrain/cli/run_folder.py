@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from lightning_memtrain.cli.checkpoint_file import DamagedError, read_checkpoint
 from lightning_memtrain.cli.errors import CommandError
 from lightning_memtrain.cli.recipes import CONFIG, Recipe, installed, package_in
-from lightning_memtrain.cli.training.checkpoint_file import DamagedError, read_checkpoint
 
 # Where the first process of a distributed run tells those it starts which folder it chose.
 _CHOSEN = "MEMTRAIN_RUN_DIR"

@@ -19,6 +19,7 @@ def innermost_pack_hook() -> Any:
         ``None`` where none is in force, and before torch 2.8, which does not tell.
 
     Example:
+        >>> import torch
         >>> pack = lambda tensor: tensor
         >>> with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
         ...     hook = innermost_pack_hook()

@@ -21,7 +21,7 @@ from lightning_memtrain.microbatching.batchnorm.batchnorm_policy import (
     check_batchnorm,
 )
 from lightning_memtrain.microbatching.microbatched_closure import ClosureFactory
-from lightning_memtrain.microbatching.run_validation import validate_run, validate_sync_each_chunk
+from lightning_memtrain.microbatching.microbatching_validation import validate_run, validate_sync_each_chunk
 from lightning_memtrain.microbatching.splitting.argument_checks import check_count, check_splitting
 from lightning_memtrain.microbatching.splitting.chunks import (
     FixedSplit,

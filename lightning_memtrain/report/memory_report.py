@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_memtrain.core import Growth, MemoryBreakdown, TechniqueRecord
+from lightning_memtrain.core.atomic_files import write_atomically
 
 SCHEMA_VERSION = 1
 JSON_NAME = "memory_report.json"
@@ -247,23 +247,6 @@ class MemoryReport:
             return cls.from_dict(data)
         except ValueError as error:
             raise ValueError(f"{error} (File: {str(path)!r}.)") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, never meets half of it.
-
-    Args:
-        path: the file to write or replace; its folder is made if need be.
-        text: its content, written as UTF-8.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _describe(data: Any) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_memtrain.cli.checkpoint_file import read_checkpoint
 from lightning_memtrain.cli.errors import CommandError
-from lightning_memtrain.cli.training.checkpoint_file import read_checkpoint
 from lightning_memtrain.sparsity import dense_state_dict
 
 from .module import VOCABULARY, TranslationModule

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from lightning_memtrain.core.random_state import load_random_state_dict, random_state_dict
+
 
 class RandomState(Callback):
     """Lets a resumed run draw the numbers, e.g. for dropout, that the uninterrupted one would have drawn.
 
-    Saves Python's generator and torch's, on the CPU and on the process's CUDA device, of every process.
+    Saves Python's generator, NumPy's and torch's, on the CPU and on the process's CUDA device, of every
+    process.
     """
 
     def __init__(self) -> None:
@@ -21,7 +23,7 @@ class RandomState(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every process; Lightning calls this in all of them at once."""
-        mine = _get_state()
+        mine = random_state_dict()
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return {"processes": [mine]}
         states: list[Any] = [None] * torch.distributed.get_world_size()
@@ -47,20 +49,4 @@ class RandomState(Callback):
     def _restore(self, trainer: pl.Trainer) -> None:
         # On another number of processes no state fits all; they go on with what they were seeded with.
         if self._restored is not None and len(self._restored["processes"]) == trainer.world_size:
-            _set_state(self._restored["processes"][trainer.global_rank])
-
-
-def _get_state() -> dict[str, Any]:
-    version, numbers, gauss = random.getstate()
-    state: dict[str, Any] = {"python": [version, list(numbers), gauss], "torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_state(state: dict[str, Any]) -> None:
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+            load_random_state_dict(self._restored["processes"][trainer.global_rank])

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from lightning_memtrain.compat.torch_private import disable_current_modes
-from lightning_memtrain.ledger.operators.workspace import OpCall, kept_random_state
+from lightning_memtrain.core.random_state import torch_random_kept
+from lightning_memtrain.ledger.operators.workspace import OpCall
 
 _ENOUGH_SECONDS = 0.02
 _MOST_RUNS = 5
@@ -50,7 +51,7 @@ class OpTimes:
 
     def _measure(self, call: OpCall) -> float:
         fastest = float("inf")
-        with disable_current_modes(), kept_random_state(self.device), torch.no_grad():
+        with disable_current_modes(), torch_random_kept(self.device), torch.no_grad():
             try:
                 spent = 0.0
                 for run in range(_MOST_RUNS):

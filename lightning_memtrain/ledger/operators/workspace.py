@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lightning_memtrain.compat.torch_private import disable_current_modes
+from lightning_memtrain.core.random_state import torch_random_kept
 from lightning_memtrain.ledger.device_allocator import allocator_statistics
 
 
@@ -112,7 +112,7 @@ class OpWorkspace:
             return thread.submit(self._measure_here, call).result()
 
     def _measure_here(self, call: OpCall) -> int:
-        with disable_current_modes(), kept_random_state(self.device), torch.no_grad():
+        with disable_current_modes(), torch_random_kept(self.device), torch.no_grad():
             try:
                 args, kwargs = call.make_arguments(self.device)
                 self._allocator.start()
@@ -179,13 +179,6 @@ class PeakEstimator:
     def _rounded(self, num_bytes: int) -> int:
         unit = self._workspace.granularity_bytes
         return -(-num_bytes // unit) * unit
-
-
-def kept_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """A context after which random numbers go on as if nothing had been drawn in it."""
-    if device.type == "cpu":
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
 def _describe(tree: Any) -> Hashable:

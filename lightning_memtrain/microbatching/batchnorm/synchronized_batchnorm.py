@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_memtrain.compat.torch_private import BatchNorm, check_input_dim, is_backward_running
 from lightning_memtrain.coordination import dry_run_depth
+from lightning_memtrain.core.compiled_modules import is_compiled
 from lightning_memtrain.microbatching.batchnorm.given_statistics import GradientSums, NormaliseByGiven
 
 
@@ -75,8 +76,7 @@ class SynchronizedBatchNorm:
     def __init__(self, model: nn.Module) -> None:
         self._layers = []
         for name, module in model.named_modules():
-            # `torch.compile(module)` keeps the module in this attribute; `module.compile()` in the other.
-            if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            if is_compiled(module):
                 raise ValueError(
                     "`SynchronizedBatchNorm(model)` must not be compiled, because a compiled graph keeps the "
                     f"forward of its layers, but got the compiled module {name!r}. Leave `torch.compile` out."

@@ -8,10 +8,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from lightning_memtrain.core import GIB, MIB, format_bytes
+from lightning_memtrain.core.atomic_files import write_atomically
 from lightning_memtrain.report.cuda_snapshot import words
 from lightning_memtrain.report.cuda_snapshot.document import CudaSnapshot
 from lightning_memtrain.report.cuda_snapshot.summary import SnapshotSummary, summarize
-from lightning_memtrain.report.memory_report import write_atomically
 
 _WIDTH, _HEIGHT, _LEFT, _TOP = 1000, 240, 70, 10
 # More points than a screen has columns are of no use.

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_memtrain.core import MemoryBreakdown, format_bytes
-from lightning_memtrain.report.memory_report import MemoryReport, StepPeak, write_atomically
+from lightning_memtrain.core.atomic_files import write_atomically
+from lightning_memtrain.report.memory_report import MemoryReport, StepPeak
 
 # A page is looked at, not computed with: more points per stage than any screen has columns are of no use.
 # The JSON report keeps every step.

@@ -10,10 +10,9 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
 
-from lightning_memtrain.compat.lightning_private import was_compiled
 from lightning_memtrain.core import NoEffectWarning
+from lightning_memtrain.core.compiled_modules import is_compiled
 from lightning_memtrain.sparsity import sharding
 from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
 from lightning_memtrain.sparsity.methods.update_schedules import RunLength, UpdateSteps
@@ -91,7 +90,7 @@ def warn_of_recompiling(model: LightningModule, method: SparseMethod) -> None:
     config = getattr(sys.modules.get("torch._dynamo"), "config", None)
     if not method.changes_nnz or not getattr(config, "force_parameter_static_shapes", False):
         return
-    if was_compiled(model) or any(_is_compiled(one) for one in model.modules()):
+    if any(is_compiled(one) for one in model.modules()):
         warnings.warn(
             f"{type(method).__name__} changes the number of weights of compiled layers, each of which is "
             "compiled again then, until torch.compile gives up after "
@@ -99,10 +98,6 @@ def warn_of_recompiling(model: LightningModule, method: SparseMethod) -> None:
             "`torch._dynamo.config.force_parameter_static_shapes = False` before the run: then it is once.",
             stacklevel=2,
         )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
 def run_length(trainer: Trainer) -> RunLength:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_memtrain.cli.checkpoint_file import read_checkpoint, trust
 from lightning_memtrain.cli.errors import CommandError
 from lightning_memtrain.cli.recipes import Recipe
 from lightning_memtrain.cli.run_folder import RunFolder
-from lightning_memtrain.cli.training.checkpoint_file import read_checkpoint, trust
 
 
 @pytest.fixture(autouse=True)

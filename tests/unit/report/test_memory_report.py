@@ -8,13 +8,8 @@ from pathlib import Path
 import pytest
 
 from lightning_memtrain.core import MIB, TechniqueRecord
-from lightning_memtrain.report.memory_report import (
-    SCHEMA_VERSION,
-    LargestHolder,
-    MemoryReport,
-    StepPeak,
-    write_atomically,
-)
+from lightning_memtrain.core.atomic_files import write_atomically
+from lightning_memtrain.report.memory_report import SCHEMA_VERSION, LargestHolder, MemoryReport, StepPeak
 from tests.helpers.reports import deep_report, out_of_memory_report, tiny_report
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_memtrain.microbatching import Microbatching, training_loop
 from lightning_memtrain.microbatching.automatic_size.size_choice import AutoSize
-from lightning_memtrain.microbatching.run_validation import validate_run
+from lightning_memtrain.microbatching.microbatching_validation import validate_run
 from lightning_memtrain.microbatching.splitting.chunks import FixedSplit
 from tests.helpers.trainers import assert_training_loop_is_as_found, quiet_trainer
 
