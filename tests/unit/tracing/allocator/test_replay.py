@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import lzma
+import os
+from pathlib import Path
+
+import pytest
+
+from lightning_memtrain.core import MIB
+from lightning_memtrain.tracing.allocator import (
+    AllocatorEvent,
+    AllocatorSettings,
+    BlockRecord,
+    CachingAllocator,
+    SegmentRecord,
+    replay,
+)
+from lightning_memtrain.tracing.allocator.events import ALLOC
+
+DATA = Path(os.environ.get("MEMTRAIN_DATA_DIR", Path(__file__).resolve().parents[5] / "shared" / "data"))
+TRACES = sorted((DATA / "cuda_traces").glob("*.json.xz"))
+
+
+def recorded(allocator_events: list[AllocatorEvent]) -> CachingAllocator:
+    """An allocator that has a past: blocks of several sizes and streams, some freed, and one retry."""
+    allocator = CachingAllocator(limit_bytes=200 * MIB, observer=allocator_events.append)
+    kept = [allocator.allocate(mib * MIB, stream=mib % 2) for mib in (30, 3, 12, 5, 40, 1)]
+    for block in kept[::2]:
+        allocator.free(block)
+    allocator.allocate(100 * MIB, stream=2)
+    allocator.free(kept[1])
+    allocator.allocate(4 * MIB)
+    return allocator
+
+
+def test_a_recording_of_the_model_is_replayed_exactly() -> None:
+    events: list[AllocatorEvent] = []
+    allocator = recorded(events)
+    assert allocator.num_retries == 1
+    comparison = replay(events, allocator.segments())
+    assert (comparison.num_allocations, comparison.same_address_share) == (8, 1)
+    assert comparison.num_events == len(events)
+    assert comparison.model_peak_reserved_bytes == comparison.real_peak_reserved_bytes
+    assert comparison.model_peak_reserved_bytes == allocator.peak_reserved_bytes
+    assert (
+        comparison.model_end_reserved_bytes == comparison.real_end_reserved_bytes == allocator.reserved_bytes
+    )
+    assert comparison.model_end_allocated_bytes == allocator.allocated_bytes
+
+
+def test_the_second_half_of_a_recording_is_replayed_exactly() -> None:
+    events: list[AllocatorEvent] = []
+    allocator = recorded(events)
+    comparison = replay(events[len(events) // 2 :], allocator.segments())
+    assert comparison.same_address_share == 1
+    assert comparison.model_end_allocated_bytes == allocator.allocated_bytes
+
+
+def test_another_placement_is_counted() -> None:
+    # The real one put the second block into a segment of its own, which the rules do not allow.
+    events = [
+        AllocatorEvent("segment_alloc", 0, 20 * MIB),
+        AllocatorEvent("alloc", 0, 4 * MIB),
+        AllocatorEvent("segment_alloc", 100 * MIB, 20 * MIB),
+        AllocatorEvent("alloc", 100 * MIB, 4 * MIB),
+    ]
+    blocks = (
+        BlockRecord(0, 4 * MIB, 4 * MIB, "active_allocated"),
+        BlockRecord(4 * MIB, 16 * MIB, 0, "inactive"),
+    )
+    moved = tuple(block._replace(address=block.address + 100 * MIB) for block in blocks)
+    end = [SegmentRecord(at, 20 * MIB, 0, False, False, b) for at, b in ((0, blocks), (100 * MIB, moved))]
+    comparison = replay(events, end)
+    assert (comparison.num_same_address, comparison.same_address_share) == (1, 0.5)
+    assert (comparison.real_end_reserved_bytes, comparison.model_end_reserved_bytes) == (40 * MIB, 20 * MIB)
+
+
+def test_a_recording_without_allocations_has_no_wrong_address() -> None:
+    assert replay([], []).same_address_share == 1
+
+
+def load(path: Path) -> tuple[list[AllocatorEvent], list[SegmentRecord], AllocatorSettings]:
+    trace = json.loads(lzma.decompress(path.read_bytes()))
+    events = [AllocatorEvent(*event) for event in trace["events"]]
+    end = [
+        SegmentRecord(
+            segment["address"],
+            segment["total_size"],
+            segment["stream"],
+            segment["segment_type"] == "small",
+            segment["is_expandable"],
+            tuple(BlockRecord(*block) for block in segment["blocks"]),
+        )
+        for segment in trace["segments"]
+    ]
+    return events, end, AllocatorSettings.from_snapshot(trace["allocator_settings"])
+
+
+@pytest.mark.skipif(not TRACES, reason=f"no traces of real devices in {DATA / 'cuda_traces'}")
+def test_every_allocation_of_real_devices_is_where_it_was() -> None:
+    wrong = {}
+    for path in TRACES:
+        comparison = replay(*load(path))
+        exact = comparison.num_same_address == comparison.num_allocations
+        peak = comparison.model_peak_reserved_bytes == comparison.real_peak_reserved_bytes
+        if not (exact and peak and comparison.model_end_reserved_bytes == comparison.real_end_reserved_bytes):
+            wrong[path.name] = comparison
+    assert wrong == {}
+
+
+@pytest.mark.skipif(not TRACES, reason=f"no traces of real devices in {DATA / 'cuda_traces'}")
+def test_the_check_above_can_fail() -> None:
+    events, end, _ = load(next(path for path in TRACES if path.name.startswith("expandable")))
+    comparison = replay(events, end, AllocatorSettings())
+    assert comparison.num_same_address < comparison.num_allocations == sum(e.action == ALLOC for e in events)
