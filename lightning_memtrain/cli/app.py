@@ -85,6 +85,12 @@ def _report(args: argparse.Namespace) -> None:
     show_report(args.path, open_page=args.open)
 
 
+def _devices(args: argparse.Namespace) -> None:
+    from lightning_memtrain.cli.devices import show_devices
+
+    show_devices()
+
+
 def _run(argv: list[str]) -> int:
     # By hand, because argparse would take the value of a LightningCLI option that follows for the recipe.
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
@@ -201,7 +207,8 @@ def _parser() -> _CommandParser:
     show = parser.add("show", "print a recipe's YAML")
     copy = parser.add("copy", "copy a recipe's folder, to be changed and run")
     run = parser.add("run", "train by a recipe", _run_options())
-    report = parser.add("report", "print the memory report of a run")
+    report = parser.add("report", "print the memory report of a run, or a snapshot of CUDA memory")
+    parser.add("devices", "list GPUs by name, with their memory").set_defaults(function=_devices)
     parser.add("demo", "train WRN-28-2 on handwritten digits and show its memory", _demo_options())
     for name, summary in _commands_of_recipes().items():
         parser.add(name, summary[0].lower() + summary[1:])
@@ -219,7 +226,12 @@ def _parser() -> _CommandParser:
     copy.set_defaults(function=_copy)
     run.add_argument("recipe", nargs="?", **recipe)
     run.epilog = _RUN_EPILOG
-    report.add_argument("path", metavar="PATH", type=Path, help="a run's folder, or a memory_report.json")
+    report.add_argument(
+        "path",
+        metavar="PATH",
+        type=Path,
+        help="a run's folder, a memory_report.json, or a snapshot by torch.cuda.memory",
+    )
     report.add_argument("--open", action="store_true", help="open the HTML page in a browser, too")
     report.set_defaults(function=_report)
     return parser

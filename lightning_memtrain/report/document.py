@@ -184,6 +184,36 @@ class MemoryReport:
         """
         write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
+    def save_snapshot(self, path: Path, stage: str | None = None) -> None:
+        """Write the timeline of a stage's highest step as torch writes snapshots of CUDA memory.
+
+        So https://pytorch.org/memory_viz and ``python -m torch.cuda._memory_viz`` open it, from a step on CPU
+        as well. What a category grows by at an event is one allocation in it, so single blocks are no single
+        tensors; the bytes after each event are exact.
+
+        Args:
+            path: the file to write; its folder is made if need be.
+            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; ``None`` for that with the highest
+                peak.
+
+        Raises:
+            ValueError: if the stage was not profiled, or without its timeline.
+        """
+        from lightning_memtrain.report.cuda_snapshot.writing import snapshot_of_breakdown, write_snapshot
+
+        name = self.peak_stage if stage is None else stage
+        if name is None or name not in self.stages:
+            raise ValueError(
+                f"`save_snapshot(stage)` must be a stage that was profiled, one of {list(self.stages)}, but "
+                f"got {stage!r}."
+            )
+        if not self.stages[name].timeline:
+            raise ValueError(
+                f"`save_snapshot` writes the timeline of a step, but the stage {name!r} was profiled without "
+                f"one. Use `MemoryProfiler(timeline=True)`."
+            )
+        write_snapshot(snapshot_of_breakdown(self.stages[name]), path)
+
     @classmethod
     def load(cls, path: Path) -> MemoryReport:
         """Read a report that :meth:`save` wrote.

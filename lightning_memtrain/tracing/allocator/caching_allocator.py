@@ -190,6 +190,19 @@ class CachingAllocator:
             elif not block.is_split:
                 self._give_back(block)
 
+    def largest_free_bytes(self, num_bytes: int, stream: int = 0) -> int:
+        """How large a free block is that an allocation could have had, if it were large enough.
+
+        Args:
+            num_bytes: of the allocation; they decide on its pool.
+            stream: its stream.
+
+        Returns:
+            Bytes of the largest free block, 0 if there is none.
+        """
+        small = self.settings.block_bytes(num_bytes) <= SMALL_BYTES
+        return max((block.size for block in self._heap.free(small, stream)), default=0)
+
     def segments(self) -> tuple[SegmentRecord, ...]:
         """All that it has from the device, by address."""
         blocks = [*self._heap.all_free(), *self._active.values()]

@@ -8,19 +8,10 @@ from __future__ import annotations
 from lightning_memtrain.tracing.allocator.blocks import Block
 from lightning_memtrain.tracing.allocator.events import SEGMENT_MAP, SEGMENT_UNMAP
 from lightning_memtrain.tracing.allocator.heap import Heap
-from lightning_memtrain.tracing.allocator.settings import (
-    LARGE_SEGMENT_BYTES,
-    SMALL_SEGMENT_BYTES,
-    round_up,
-)
+from lightning_memtrain.tracing.allocator.settings import page_bytes, round_up
 
 # Torch takes 9/8 of the device's memory; a range that is never used up keeps that out of the model.
 RANGE_BYTES = 2**45
-
-
-def page_bytes(small: bool) -> int:
-    """What is mapped and unmapped at once in a pool."""
-    return SMALL_SEGMENT_BYTES if small else LARGE_SEGMENT_BYTES
 
 
 class ExpandableSegments:
@@ -59,7 +50,7 @@ class ExpandableSegments:
     def unmap(self, block: Block) -> None:
         """Give back the pages that lie within a free block."""
         assert block.base is not None
-        page = page_bytes(block.small)
+        page = page_bytes(small=block.small)
         begin = block.base + round_up(block.address - block.base, page)
         end = block.end - (block.end - block.base) % page
         if begin >= end:
@@ -98,7 +89,7 @@ class ExpandableSegments:
         assert block.base is not None
         begin = block.address
         offset = begin - block.base
-        mapped_bytes = round_up(offset + num_bytes, page_bytes(block.small)) - offset
+        mapped_bytes = round_up(offset + num_bytes, page_bytes(small=block.small)) - offset
         if not self._heap.reserve(mapped_bytes):
             return False
         self._heap.remove(block)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lightning_memtrain.tracing.allocator.blocks import Block
 from lightning_memtrain.tracing.allocator.caching_allocator import CachingAllocator
 from lightning_memtrain.tracing.allocator.events import (
     ALLOC,
+    ALLOCATED,
+    AWAITING_FREE,
     FREE_COMPLETED,
     FREE_REQUESTED,
     GIVES_BACK,
@@ -67,31 +71,53 @@ class _RecordedDriver(AscendingDriver):
         super().__init__()
         self._next_segment += self._FIRST
         self._next_range += 2 * self._FIRST
+        # What the real driver gave and the model has not asked for yet.
         self.segments: deque[tuple[int, int]] = deque()
         self.ranges: deque[int] = deque()
+        # What the model has, by where it begins.
+        self._begins: list[int] = []
+        self._ends: dict[int, int] = {}
 
     def segment(self, num_bytes: int) -> int:
         for taken in self.segments:
-            if taken[1] == num_bytes:
+            # A model that went another way may still have what the real one had given back.
+            if taken[1] == num_bytes and self._is_free(*taken):
                 self.segments.remove(taken)
                 return taken[0]
         return super().segment(num_bytes)
 
     def address_range(self) -> int:
-        return self.ranges.popleft() if self.ranges else super().address_range()
+        while self.ranges:
+            if self._is_free(address := self.ranges.popleft(), 1):
+                return address
+        return super().address_range()
+
+    def note(self, event: AllocatorEvent) -> None:
+        """Keep account of what the model has."""
+        if event.action in TAKES and event.address not in self._ends:
+            insort(self._begins, event.address)
+            self._ends[event.address] = event.address + event.size
+        elif event.action in GIVES_BACK and self._ends.pop(event.address, None) is not None:
+            del self._begins[bisect_left(self._begins, event.address)]
+
+    def _is_free(self, address: int, num_bytes: int) -> bool:
+        position = bisect_left(self._begins, address + num_bytes) - 1
+        return position < 0 or self._ends[self._begins[position]] <= address
 
 
 class Replay:
     """Lets the model do what a real allocator was recorded to do, event by event.
 
-    The model is told what was asked for and let go of, and when memory went back to the device, which happens
-    when the device is full. Where blocks lie, when segments are taken and which go back is its own doing.
+    The model is told what was asked for and let go of, and when memory went back to the device, by
+    ``empty_cache`` or because it was full. Where blocks lie, when segments are taken and which go back is its
+    own doing.
 
     Args:
         events: the recording of one device, in order.
         end: what there was after it.
         settings: those of the real allocator, ``None`` for torch's defaults.
-        observer: is told what the model does.
+        limit_bytes: most bytes that the allocator could have had of the device. If it is given, the model is
+            not told when memory went back, but finds out by itself when the device is full.
     """
 
     def __init__(
@@ -100,12 +126,17 @@ class Replay:
         end: Iterable[SegmentRecord],
         settings: AllocatorSettings | None = None,
         *,
-        observer: Callable[[AllocatorEvent], None] | None = None,
+        limit_bytes: int | None = None,
     ) -> None:
         settings = AllocatorSettings() if settings is None else settings
         self.start = start_state(events, end, settings)
         self._driver = _RecordedDriver()
-        self.allocator = CachingAllocator(settings, driver=self._driver, observer=observer)
+        for segment in self.start:
+            self._driver.note(AllocatorEvent(SEGMENT_ALLOC, segment.address, segment.size))
+        self.allocator = CachingAllocator(
+            settings, limit_bytes=limit_bytes, driver=self._driver, observer=self._driver.note
+        )
+        self._is_told = limit_bytes is None
         # The model's blocks by their real addresses.
         self.blocks = self.allocator.restore(self.start)
         self.real_reserved_bytes = sum(segment.size for segment in self.start)
@@ -122,12 +153,14 @@ class Replay:
             self.blocks[address] = block = self.allocator.allocate(size, stream)
             self._num_same += block.address == address
             self._driver.ranges.clear()  # those of this allocation were within ranges that the model has
-        elif action == FREE_REQUESTED:
-            if address in self.blocks:
-                self.allocator.request_free(self.blocks[address])
-        elif action == FREE_COMPLETED:
-            if address in self.blocks:
-                self.allocator.complete_free(self.blocks.pop(address))
+        elif action == FREE_REQUESTED and address in self.blocks:
+            self._let_go(self.blocks[address])
+        elif action == FREE_COMPLETED and address in self.blocks:
+            block = self.blocks.pop(address)
+            self._let_go(block)
+            # Where memory ran out, the model has already freed what waited.
+            if block.state == AWAITING_FREE:
+                self.allocator.complete_free(block)
         elif action in TAKES:
             self.real_reserved_bytes += size
             self._real_peak_bytes = max(self._real_peak_bytes, self.real_reserved_bytes)
@@ -137,9 +170,13 @@ class Replay:
                 self._driver.ranges.append(address)
         elif action in GIVES_BACK:
             self.real_reserved_bytes -= size
-            if not self._giving_back:  # all at once
+            if self._is_told and not self._giving_back:  # all at once
                 self.allocator.empty_cache()
         self._giving_back = action in GIVES_BACK
+
+    def _let_go(self, block: Block) -> None:
+        if block.state == ALLOCATED:
+            self.allocator.request_free(block)
 
     @property
     def comparison(self) -> Comparison:
@@ -158,7 +195,11 @@ class Replay:
 
 
 def replay(
-    events: Sequence[AllocatorEvent], end: Iterable[SegmentRecord], settings: AllocatorSettings | None = None
+    events: Sequence[AllocatorEvent],
+    end: Iterable[SegmentRecord],
+    settings: AllocatorSettings | None = None,
+    *,
+    limit_bytes: int | None = None,
 ) -> Comparison:
     """Compare the model with a whole recording; see `Replay`.
 
@@ -166,11 +207,15 @@ def replay(
         events: the recording of one device, in order.
         end: what there was after it.
         settings: those of the real allocator, ``None`` for torch's defaults.
+        limit_bytes: see `Replay`.
 
     Returns:
         The comparison.
+
+    Raises:
+        DeviceFull: if the model needs more than ``limit_bytes``.
     """
-    run = Replay(events, end, settings)
+    run = Replay(events, end, settings, limit_bytes=limit_bytes)
     for event in events:
         run.step(event)
     return run.comparison

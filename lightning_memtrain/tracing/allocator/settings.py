@@ -46,6 +46,18 @@ def round_up(num_bytes: int, multiple: int) -> int:
     return -(-num_bytes // multiple) * multiple
 
 
+def page_bytes(*, small: bool) -> int:
+    """What an expandable segment maps and unmaps at once.
+
+    Args:
+        small: whether it belongs to the small pool.
+
+    Returns:
+        Bytes.
+    """
+    return SMALL_SEGMENT_BYTES if small else LARGE_SEGMENT_BYTES
+
+
 @dataclass(frozen=True)
 class AllocatorSettings:
     """What of ``PYTORCH_CUDA_ALLOC_CONF`` changes addresses and reserved bytes.
@@ -140,6 +152,22 @@ class AllocatorSettings:
             roundup_power2_divisions=tuple((int(mib) * MIB, count) for mib, count in divisions if count > 1),
         )
 
+    @classmethod
+    def nearest(cls, recorded: Mapping[str, Any]) -> tuple[AllocatorSettings, str]:
+        """Read the settings of a snapshot as far as they are modelled.
+
+        Args:
+            recorded: the entry ``allocator_settings`` of the snapshot.
+
+        Returns:
+            The settings, and what about them is not modelled: ``""`` if all is.
+        """
+        try:
+            return cls.from_snapshot(recorded), ""
+        except ValueError as error:
+            modelled = {name: value for name, value in recorded.items() if name not in _NOT_MODELLED}
+            return cls.from_snapshot(modelled), str(error)
+
     def block_bytes(self, num_bytes: int) -> int:
         """What an allocation of ``num_bytes`` takes at least."""
         if num_bytes < BLOCK_BYTES:
@@ -151,7 +179,12 @@ class AllocatorSettings:
         return round_up(num_bytes, step)
 
     def segment_bytes(self, block_bytes: int) -> int:
-        """What is taken from the device where no free block is of use for one of ``block_bytes``."""
+        """What is taken from the device where no free block is of use for one of ``block_bytes``.
+
+        An expandable segment takes less where the last of its mapped bytes are free.
+        """
+        if self.expandable_segments:
+            return round_up(block_bytes, page_bytes(small=block_bytes <= SMALL_BYTES))
         if block_bytes <= SMALL_BYTES:
             return SMALL_SEGMENT_BYTES
         if block_bytes < LARGE_ALLOCATION_BYTES:

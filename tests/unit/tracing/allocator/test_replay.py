@@ -1,25 +1,25 @@
 from __future__ import annotations
 
-import json
-import lzma
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from benchmarks.cuda_allocator import compact_trace
 from lightning_memtrain.core import MIB
 from lightning_memtrain.tracing.allocator import (
     AllocatorEvent,
     AllocatorSettings,
     BlockRecord,
     CachingAllocator,
+    DeviceFull,
     SegmentRecord,
     replay,
 )
 from lightning_memtrain.tracing.allocator.events import ALLOC
 
-DATA = Path(os.environ.get("MEMTRAIN_DATA_DIR", Path(__file__).resolve().parents[5] / "shared" / "data"))
-TRACES = sorted((DATA / "cuda_traces").glob("*.json.xz"))
+TRACES = sorted((Path(os.environ.get("MEMTRAIN_DATA_DIR", "")) / "cuda_traces").glob("*.json.xz"))
 
 
 def recorded(allocator_events: list[AllocatorEvent]) -> CachingAllocator:
@@ -57,6 +57,32 @@ def test_the_second_half_of_a_recording_is_replayed_exactly() -> None:
     assert comparison.model_end_allocated_bytes == allocator.allocated_bytes
 
 
+def test_a_model_that_knows_the_limit_finds_out_itself_when_memory_goes_back() -> None:
+    events: list[AllocatorEvent] = []
+    allocator = recorded(events)
+    told = replay(events, allocator.segments())
+    assert replay(events, allocator.segments(), limit_bytes=200 * MIB) == told
+    # With more memory nothing would have gone back.
+    assert replay(events, allocator.segments(), limit_bytes=900 * MIB).model_end_reserved_bytes == 204 * MIB
+    with pytest.raises(DeviceFull):
+        replay(events, allocator.segments(), limit_bytes=90 * MIB)
+
+
+def test_an_address_is_not_given_twice_where_the_model_went_another_way() -> None:
+    # The real one gave a segment back and got its address again, without its being full.
+    events = [
+        AllocatorEvent("segment_alloc", 0, 20 * MIB),
+        AllocatorEvent("alloc", 0, 20 * MIB),
+        AllocatorEvent("segment_free", 0, 20 * MIB),
+        AllocatorEvent("segment_alloc", 0, 20 * MIB),
+        AllocatorEvent("alloc", 0, 20 * MIB),
+    ]
+    block = BlockRecord(0, 20 * MIB, 20 * MIB, "active_allocated")
+    comparison = replay(events, [SegmentRecord(0, 20 * MIB, 0, False, False, (block,))])
+    assert comparison.num_same_address == 1
+    assert comparison.model_end_reserved_bytes == 40 * MIB
+
+
 def test_another_placement_is_counted() -> None:
     # The real one put the second block into a segment of its own, which the rules do not allow.
     events = [
@@ -80,24 +106,15 @@ def test_a_recording_without_allocations_has_no_wrong_address() -> None:
     assert replay([], []).same_address_share == 1
 
 
-def load(path: Path) -> tuple[list[AllocatorEvent], list[SegmentRecord], AllocatorSettings]:
-    trace = json.loads(lzma.decompress(path.read_bytes()))
-    events = [AllocatorEvent(*event) for event in trace["events"]]
-    end = [
-        SegmentRecord(
-            segment["address"],
-            segment["total_size"],
-            segment["stream"],
-            segment["segment_type"] == "small",
-            segment["is_expandable"],
-            tuple(BlockRecord(*block) for block in segment["blocks"]),
-        )
-        for segment in trace["segments"]
-    ]
-    return events, end, AllocatorSettings.from_snapshot(trace["allocator_settings"])
+needs_traces = pytest.mark.skipif(not TRACES, reason="no recordings of real devices in $MEMTRAIN_DATA_DIR")
 
 
-@pytest.mark.skipif(not TRACES, reason=f"no traces of real devices in {DATA / 'cuda_traces'}")
+def load(path: Path) -> tuple[Sequence[AllocatorEvent], Sequence[SegmentRecord], AllocatorSettings]:
+    device, settings = compact_trace(path)
+    return device.events, device.segments, AllocatorSettings.from_snapshot(settings)
+
+
+@needs_traces
 def test_every_allocation_of_real_devices_is_where_it_was() -> None:
     wrong = {}
     for path in TRACES:
@@ -109,8 +126,19 @@ def test_every_allocation_of_real_devices_is_where_it_was() -> None:
     assert wrong == {}
 
 
-@pytest.mark.skipif(not TRACES, reason=f"no traces of real devices in {DATA / 'cuda_traces'}")
+@needs_traces
 def test_the_check_above_can_fail() -> None:
     events, end, _ = load(next(path for path in TRACES if path.name.startswith("expandable")))
     comparison = replay(events, end, AllocatorSettings())
     assert comparison.num_same_address < comparison.num_allocations == sum(e.action == ALLOC for e in events)
+
+
+@needs_traces
+def test_a_limit_alone_tells_when_a_real_device_was_full() -> None:
+    # Any limit from the highest that was reserved to the least at which an allocation failed.
+    events, end, settings = load(next(path for path in TRACES if path.name.startswith("llm_ten_streams")))
+    told = replay(events, end, settings)
+    assert told.real_peak_reserved_bytes == 21_476 * MIB
+    assert replay(events, end, settings, limit_bytes=21_476 * MIB) == told
+    assert replay(events, end, settings, limit_bytes=21_511 * MIB) == told
+    assert replay(events, end, settings, limit_bytes=21_600 * MIB).same_address_share < 1

@@ -45,6 +45,14 @@ def test_the_settings_in_a_snapshot_are_read() -> None:
     assert AllocatorSettings.from_snapshot({}) == AllocatorSettings()
 
 
+def test_what_is_not_modelled_is_left_out_and_said() -> None:
+    recorded = {"expandable_segments": True, "garbage_collection_threshold": 0.8}
+    settings, missing = AllocatorSettings.nearest(recorded)
+    assert settings == AllocatorSettings(expandable_segments=True)
+    assert missing.startswith("garbage_collection_threshold=0.8 changes when torch takes")
+    assert AllocatorSettings.nearest({}) == (AllocatorSettings(), "")
+
+
 @pytest.mark.parametrize(
     ("configuration", "message"),
     [

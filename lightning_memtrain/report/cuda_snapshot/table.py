@@ -1,0 +1,114 @@
+"""A snapshot as text for the terminal."""
+
+from __future__ import annotations
+
+from typing import IO, TYPE_CHECKING
+
+from lightning_memtrain.core import MIB, format_bytes
+from lightning_memtrain.report.cuda_snapshot import words
+from lightning_memtrain.report.cuda_snapshot.document import CudaSnapshot
+from lightning_memtrain.report.cuda_snapshot.summary import SnapshotSummary, summarize
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+_NUM_ROWS = 8
+
+
+def render_snapshot_table(snapshot: CudaSnapshot) -> RenderableType:
+    """Lay a snapshot out for the terminal.
+
+    Args:
+        snapshot: what was read.
+
+    Returns:
+        A rich renderable.
+    """
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = [Text.assemble(("CUDA memory snapshot", "bold"), f"  {snapshot.name}")]
+    if not snapshot.devices:
+        parts.append(Text("It holds no memory of any device."))
+    for device in snapshot.devices:
+        parts += _device(summarize(device, snapshot.allocator_settings, max_rows=_NUM_ROWS))
+    return Group(*parts)
+
+
+def print_snapshot_table(snapshot: CudaSnapshot, file: IO[str] | None = None) -> None:
+    """Print a snapshot, without colours where ``file`` is no terminal.
+
+    Args:
+        snapshot: what was read.
+        file: where to print; ``None`` is standard output.
+    """
+    from rich.console import Console
+
+    Console(file=file, highlight=False).print(render_snapshot_table(snapshot))
+
+
+def _device(summary: SnapshotSummary) -> list[RenderableType]:
+    from rich.text import Text
+
+    peak = format_bytes(summary.peak_allocated_bytes)
+    title = Text.assemble(
+        "\n",
+        (f"cuda:{summary.index}", "bold cyan"),
+        ": peak ",
+        (peak, "bold"),
+        f" allocated, {format_bytes(summary.peak_reserved_bytes)} reserved; "
+        f"{summary.comparison.num_events:,} events were recorded",
+    )
+    parts: list[RenderableType] = [title]
+    for failure in summary.shortages:
+        parts.append(Text(f"Out of memory, event {failure.event:,}", style="bold red"))
+        parts.append(Text(f"  {words.shortage(failure)}"))
+        parts.append(Text(f"  {words.where(failure.frames)}"))
+    parts += [_moments(summary), Text(words.free_at_end(summary)), Text(words.certainty(summary))]
+    if summary.live:
+        parts += ["", _call_sites(summary), _blocks(summary)]
+    return parts
+
+
+def _moments(summary: SnapshotSummary) -> Table:
+    table = _new_table("MiB", ("Allocated", "Reserved", "Not allocated"))
+    for name, moment in (("at the peak", summary.peak_event), ("at the end", -1)):
+        allocated, reserved = summary.allocated_bytes[moment], summary.reserved_bytes[moment]
+        table.add_row(name, _mib(allocated), _mib(reserved), _mib(reserved - allocated))
+    return table
+
+
+def _call_sites(summary: SnapshotSummary) -> Table:
+    from rich.text import Text  # a plain string would be read as markup
+
+    table = _new_table("Allocated at the peak, by call stack", ("MiB", "Share", "Blocks"))
+    for site in summary.call_sites:
+        share = f"{site.num_bytes / summary.peak_allocated_bytes:.1%}"
+        table.add_row(Text(words.where(site.frames)), _mib(site.num_bytes), share, f"{site.num_blocks:,}")
+    return table
+
+
+def _blocks(summary: SnapshotSummary) -> Table:
+    from rich.text import Text
+
+    table = _new_table("Largest blocks at the peak", ("MiB", "Made by event"))
+    for block in summary.live:
+        made = "before" if block.event is None else f"{block.event:,}"
+        table.add_row(Text(words.where(block.frames)), _mib(block.num_bytes), made)
+    return table
+
+
+def _new_table(first: str, numbers: tuple[str, ...]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(first, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / MIB:,.2f}"
