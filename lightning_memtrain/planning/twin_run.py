@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from lightning_memtrain.core import MemoryBreakdown
 from lightning_memtrain.report import MemoryProfiler, MemoryReport
 from lightning_memtrain.tracing.allocator import CachingAllocator
-from lightning_memtrain.tracing.cuda_twin.arguments import CudaMeansTwin
+from lightning_memtrain.tracing.cuda_twin.arguments import CudaMeansTwin, make_from_values
+from lightning_memtrain.tracing.cuda_twin.attention import TwinAttention
 from lightning_memtrain.tracing.cuda_twin.autocast import TwinAutocast
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend, install
 from lightning_memtrain.tracing.cuda_twin.device_mode import TwinDeviceMode
@@ -98,7 +99,8 @@ def run_on_twin(
     """
     backend = TwinBackend(CachingAllocator())
     install(backend)
-    rules = TwinAutocast()
+    make_from_values()
+    rules = TwinAutocast(), TwinAttention()
 
     def on_matrix_product(func: Any) -> None:
         for name, num_bytes in workspaces.items():
@@ -109,6 +111,7 @@ def run_on_twin(
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    torch.autograd.set_multithreading_enabled(False)  # all of a step is watched in this thread
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as inside:
         inside.enter_context(contextlib.redirect_stdout(open(os.devnull, "w")))  # noqa: SIM115
         if not isinstance(model, nn.Module):
@@ -131,9 +134,7 @@ def run_on_twin(
         inside.enter_context(mode)
         inside.enter_context(CudaMeansTwin())
         move(model, mode)
-        print("ROOT", trainer.strategy.root_device, [p.device for p in model.parameters()][:1], backend.memory_allocated(), file=__import__("sys").stderr)
         trainer.fit(model, data)
-    import sys; print("DBG", torch.cudatwin is backend, backend.memory_allocated(), len(backend._blocks), [p.device for p in model.parameters()], file=sys.stderr)
     del rules
     return TwinRun(
         report=profiler.report,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,17 +24,33 @@ class CudaMeansTwin(TorchFunctionMode):
         if any(map(_names_cuda, args)) or any(map(_names_cuda, kwargs.values())):
             args = tuple(DEVICE_TYPE if _names_cuda(value) else value for value in args)
             kwargs = {key: DEVICE_TYPE if _names_cuda(value) else value for key, value in kwargs.items()}
-        if func in _FROM_VALUES and _is_twin(kwargs.get("device")):
-            # Torch fills it by a copy that no mode sees.
-            options = {key: value for key, value in kwargs.items() if key not in ("device", "requires_grad")}
-            made = func(*args, **options, device="cpu").to(DEVICE_TYPE)
-            return made.requires_grad_(bool(kwargs.get("requires_grad")))
-        if func is Tensor.new_tensor and "device" not in kwargs and _is_twin(args[0].device):
-            return torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}, device="cpu").to(DEVICE_TYPE)
         return func(*args, **kwargs)
 
 
-_FROM_VALUES = (torch.tensor, torch.as_tensor, torch.asarray)
+def make_from_values() -> None:
+    """Let ``torch.tensor`` and its like make tensors on the twin, which torch fills by a copy that no mode sees.
+
+    For the rest of this process.
+    """
+    for name in ("tensor", "as_tensor", "asarray"):
+        setattr(torch, name, _on_cpu_first(getattr(torch, name)))
+    Tensor.new_tensor = _new_tensor  # type: ignore[method-assign]
+
+
+def _on_cpu_first(make: Any) -> Any:
+    @functools.wraps(make)
+    def made(*args: Any, **kwargs: Any) -> Tensor:
+        if not (_is_twin(kwargs.get("device")) or _names_cuda(kwargs.get("device"))):
+            result: Tensor = make(*args, **kwargs)
+            return result
+        trains = bool(kwargs.pop("requires_grad", False))
+        return make(*args, **{**kwargs, "device": "cpu"}).to(DEVICE_TYPE).requires_grad_(trains)
+
+    return made
+
+
+def _new_tensor(self: Tensor, data: Any, **kwargs: Any) -> Tensor:
+    return torch.tensor(data, **{"dtype": self.dtype, "device": self.device, **kwargs})
 
 
 def _is_twin(device: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -129,6 +130,10 @@ class TwinBackend:
     def manual_seed(self, seed: int) -> None:
         """There are no random numbers."""
 
+    def device(self, index: int) -> AbstractContextManager[None]:
+        """Be on it for a while; one is always on it."""
+        return nullcontext()
+
     def synchronize(self, device: Any = None) -> None:
         """Everything is done at once."""
 
@@ -170,3 +175,19 @@ def install(backend: TwinBackend) -> None:
             "beside which there can be no twin of a CUDA device. Predict in another process."
         )
     setup(DEVICE_TYPE, backend_module=backend)
+    torch.Generator = _Generator  # type: ignore[misc]
+
+
+class _AlsoPlain(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, _plain_generator)
+
+
+_plain_generator = torch.Generator
+
+
+class _Generator(metaclass=_AlsoPlain):
+    """A generator for the twin is one of the CPU's: nobody sees its numbers."""
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        return _plain_generator("cpu" if torch.device(device).type == DEVICE_TYPE else device)
