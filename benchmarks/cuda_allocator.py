@@ -29,6 +29,7 @@ from lightning_memtrain.tracing.allocator import (
     BlockRecord,
     SegmentRecord,
     replay,
+    settings_of,
 )
 
 _REPEATS = 3
@@ -115,7 +116,7 @@ def main() -> None:
     for path in options.traces:
         try:
             for name, device, recorded in devices(path):
-                settings, missing = AllocatorSettings.nearest(recorded)
+                settings, missing = settings_of(device.events, device.segments, recorded)
                 if missing:
                     print(f"{path}: {missing}", file=sys.stderr)
                 results[name] = measure(device, settings)

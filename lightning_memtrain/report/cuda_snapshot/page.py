@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning_memtrain.core import GIB, MIB, format_bytes
 from lightning_memtrain.report.cuda_snapshot import words
 from lightning_memtrain.report.cuda_snapshot.document import CudaSnapshot
-from lightning_memtrain.report.cuda_snapshot.summary import CallSite, SnapshotSummary, summarize
+from lightning_memtrain.report.cuda_snapshot.summary import SnapshotSummary, summarize
 from lightning_memtrain.report.document import write_atomically
 
 _WIDTH, _HEIGHT, _LEFT, _TOP = 1000, 240, 70, 10
@@ -77,7 +77,12 @@ def _device(summary: SnapshotSummary) -> str:
         for failure in summary.shortages
     ]
     sites = [
-        (words.where(site.frames), _mib(site.num_bytes), _share(site, summary), f"{site.num_blocks:,}")
+        (
+            words.where(site.frames),
+            _mib(site.num_bytes),
+            words.share(site.num_bytes, summary),
+            f"{site.num_blocks:,}",
+        )
         for site in summary.call_sites
     ]
     blocks = [
@@ -91,8 +96,11 @@ def _device(summary: SnapshotSummary) -> str:
     cards = [
         *failures,
         _card(f"cuda:{summary.index}", _overview(summary)),
-        _card("Allocated at the peak, by call stack", _table(("Where", "MiB", "Share", "Blocks"), sites)),
-        _card("Largest blocks at the peak", _table(("Where", "MiB", "Made"), blocks)),
+        _card(
+            f"Allocated {words.focus(summary)}, by call stack",
+            _table(("Where", "MiB", "Share", "Blocks"), sites),
+        ),
+        _card(f"Largest blocks {words.focus(summary)}", _table(("Where", "MiB", "Made"), blocks)),
     ]
     return "".join(cards)
 
@@ -177,10 +185,6 @@ def _points(sizes: Sequence[int]) -> list[tuple[int, int]]:
 
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / MIB:,.2f}"
-
-
-def _share(site: CallSite, summary: SnapshotSummary) -> str:
-    return f"{site.num_bytes / summary.peak_allocated_bytes:.1%}"
 
 
 def _text(text: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_memtrain.report.cuda_snapshot.document import DeviceSnapshot, Frames, own_frames
-from lightning_memtrain.tracing.allocator import AllocatorSettings, Comparison, Replay, SegmentRecord
+from lightning_memtrain.tracing.allocator import Comparison, Replay, SegmentRecord, settings_of
 from lightning_memtrain.tracing.allocator.events import (
     ALLOC,
     ALLOCATED,
@@ -19,7 +19,7 @@ from lightning_memtrain.tracing.allocator.events import (
 
 @dataclass(frozen=True)
 class LiveBlock:
-    """A block that was allocated at the peak.
+    """A block that was allocated at the moment that a summary looks at.
 
     Args:
         num_bytes: its bytes.
@@ -34,7 +34,7 @@ class LiveBlock:
 
 @dataclass(frozen=True)
 class CallSite:
-    """All blocks at the peak that one call stack allocated.
+    """All blocks of that moment that one call stack allocated.
 
     Args:
         num_bytes: their bytes.
@@ -110,8 +110,10 @@ class SnapshotSummary:
         allocated_bytes: bytes of blocks in use after each event; the first is before all of them.
         reserved_bytes: bytes that the allocator had from the device, likewise.
         peak_event: position in these of the first moment when most was allocated.
-        live: the largest blocks at the peak, largest first.
-        call_sites: all blocks at the peak by the call stack that allocated them, largest first.
+        focus_event: position in these of the moment to look at: the last allocation that failed, else the
+            peak.
+        live: the largest blocks at that moment, largest first.
+        call_sites: all blocks at that moment by the call stack that allocated them, largest first.
         fragmentation: of the end.
         shortages: one for each allocation that failed.
         comparison: how the model of the allocator did beside the real one; sizes of blocks are its own.
@@ -122,6 +124,7 @@ class SnapshotSummary:
     allocated_bytes: tuple[int, ...]
     reserved_bytes: tuple[int, ...]
     peak_event: int
+    focus_event: int
     live: tuple[LiveBlock, ...]
     call_sites: tuple[CallSite, ...]
     fragmentation: Fragmentation
@@ -153,7 +156,7 @@ def summarize(
     Returns:
         What it says.
     """
-    settings, not_modelled = AllocatorSettings.nearest(allocator_settings)
+    settings, not_modelled = settings_of(device.events, device.segments, allocator_settings)
     run = Replay(device.events, device.segments, settings)
     allocated, reserved = [run.allocator.allocated_bytes], [run.real_reserved_bytes]
     sizes: dict[int, int] = {}
@@ -179,12 +182,14 @@ def summarize(
         allocated.append(run.allocator.allocated_bytes)
         reserved.append(run.real_reserved_bytes)
     peak = max(range(len(allocated)), key=allocated.__getitem__)
-    live = _live(device, run.start, sizes, peak)
+    focus = shortages[-1].event if shortages else peak
+    live = _live(device, run.start, sizes, focus)
     return SnapshotSummary(
         index=device.index,
         allocated_bytes=tuple(allocated),
         reserved_bytes=tuple(reserved),
         peak_event=peak,
+        focus_event=focus,
         live=tuple(live[:max_rows]),
         call_sites=tuple(_call_sites(live)[:max_rows]),
         fragmentation=_fragmentation(device.segments),
@@ -195,9 +200,9 @@ def summarize(
 
 
 def _live(
-    device: DeviceSnapshot, start: tuple[SegmentRecord, ...], sizes: Mapping[int, int], peak: int
+    device: DeviceSnapshot, start: tuple[SegmentRecord, ...], sizes: Mapping[int, int], moment: int
 ) -> list[LiveBlock]:
-    """The blocks in use after the first ``peak`` events, largest first."""
+    """The blocks in use after the first ``moment`` events, largest first."""
     # Who allocated what was there before the recording is known of what is still there at its end.
     touched = {event.address for event in device.events if event.action in (ALLOC, FREE_REQUESTED)}
     live: dict[int, LiveBlock] = {}
@@ -206,7 +211,7 @@ def _live(
             if block.state == ALLOCATED:
                 frames = () if block.address in touched else device.block_frames.get(block.address, ())
                 live[block.address] = LiveBlock(block.size, None, frames)
-    for position, event in enumerate(device.events[:peak]):
+    for position, event in enumerate(device.events[:moment]):
         if event.action == ALLOC:
             live[event.address] = LiveBlock(sizes[position], position, device.frames[position])
         elif event.action == FREE_REQUESTED:

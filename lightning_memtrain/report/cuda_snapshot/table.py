@@ -82,9 +82,9 @@ def _moments(summary: SnapshotSummary) -> Table:
 def _call_sites(summary: SnapshotSummary) -> Table:
     from rich.text import Text  # a plain string would be read as markup
 
-    table = _new_table("Allocated at the peak, by call stack", ("MiB", "Share", "Blocks"))
+    table = _new_table(f"Allocated {words.focus(summary)}, by call stack", ("MiB", "Share", "Blocks"))
     for site in summary.call_sites:
-        share = f"{site.num_bytes / summary.peak_allocated_bytes:.1%}"
+        share = words.share(site.num_bytes, summary)
         table.add_row(Text(words.where(site.frames)), _mib(site.num_bytes), share, f"{site.num_blocks:,}")
     return table
 
@@ -92,7 +92,7 @@ def _call_sites(summary: SnapshotSummary) -> Table:
 def _blocks(summary: SnapshotSummary) -> Table:
     from rich.text import Text
 
-    table = _new_table("Largest blocks at the peak", ("MiB", "Made by event"))
+    table = _new_table(f"Largest blocks {words.focus(summary)}", ("MiB", "Made by event"))
     for block in summary.live:
         made = "before" if block.event is None else f"{block.event:,}"
         table.add_row(Text(words.where(block.frames)), _mib(block.num_bytes), made)

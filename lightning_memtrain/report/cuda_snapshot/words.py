@@ -10,6 +10,16 @@ BEFORE = "before the recording"
 UNKNOWN = "no call stack was recorded"
 
 
+def focus(summary: SnapshotSummary) -> str:
+    """Name the moment that blocks and call stacks are of."""
+    return "when memory ran out" if summary.shortages else "at the peak"
+
+
+def share(num_bytes: int, summary: SnapshotSummary) -> str:
+    """What is allocated of all that is allocated at that moment."""
+    return f"{num_bytes / max(summary.allocated_bytes[summary.focus_event], 1):.1%}"
+
+
 def where(frames: Frames, *, max_frames: int = 3) -> str:
     """Name the place that a call stack leads to.
 

@@ -2,7 +2,7 @@
 
 from lightning_memtrain.tracing.allocator.caching_allocator import CachingAllocator, DeviceFull
 from lightning_memtrain.tracing.allocator.events import AllocatorEvent, BlockRecord, SegmentRecord
-from lightning_memtrain.tracing.allocator.replay import Comparison, Replay, replay
+from lightning_memtrain.tracing.allocator.replay import Comparison, Replay, replay, settings_of
 from lightning_memtrain.tracing.allocator.settings import AllocatorSettings
 from lightning_memtrain.tracing.allocator.start_state import start_state
 
@@ -16,5 +16,6 @@ __all__ = [
     "Replay",
     "SegmentRecord",
     "replay",
+    "settings_of",
     "start_state",
 ]

@@ -88,7 +88,7 @@ class Block:
 
     def record(self) -> BlockRecord:
         """The block as it is now."""
-        return BlockRecord(self.address, self.size, self.requested, self.state)
+        return BlockRecord(self.address, self.size, 0 if self.is_free else self.requested, self.state)
 
 
 class FreeBlocks:

@@ -47,7 +47,7 @@ class BlockRecord(NamedTuple):
     Args:
         address: where it begins.
         size: its bytes.
-        requested_size: bytes of them that were asked for; meaningless if it is free.
+        requested_size: bytes of them that were asked for; of no meaning where it is free.
         state: one of the names above.
     """
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lightning_memtrain.tracing.allocator.blocks import Block
 from lightning_memtrain.tracing.allocator.caching_allocator import CachingAllocator
@@ -17,6 +18,7 @@ from lightning_memtrain.tracing.allocator.events import (
     FREE_REQUESTED,
     GIVES_BACK,
     SEGMENT_ALLOC,
+    SEGMENT_MAP,
     TAKES,
     AllocatorEvent,
     SegmentRecord,
@@ -103,6 +105,25 @@ class _RecordedDriver(AscendingDriver):
     def _is_free(self, address: int, num_bytes: int) -> bool:
         position = bisect_left(self._begins, address + num_bytes) - 1
         return position < 0 or self._ends[self._begins[position]] <= address
+
+
+def settings_of(
+    events: Sequence[AllocatorEvent], end: Sequence[SegmentRecord], recorded: Mapping[str, Any]
+) -> tuple[AllocatorSettings, str]:
+    """The settings under which a recording was made, as far as they are known and modelled.
+
+    Args:
+        events: the recording of one device, in order.
+        end: what there was after it.
+        recorded: the entry ``allocator_settings`` of the snapshot, ``{}`` if it has none.
+
+    Returns:
+        The settings, and what about them is not modelled: ``""`` if all is.
+    """
+    settings, missing = AllocatorSettings.nearest(recorded)
+    if any(segment.expandable for segment in end) or any(event.action == SEGMENT_MAP for event in events):
+        settings = replace(settings, expandable_segments=True)  # not every file says so
+    return settings, missing
 
 
 class Replay:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from lightning_memtrain.core import KIB, MIB
@@ -15,6 +17,13 @@ def summary() -> SnapshotSummary:
     return summarize(snapshot.devices[0], snapshot.allocator_settings)
 
 
+def without_failure() -> dict[str, Any]:
+    """The same snapshot, but nobody asked for what does not fit."""
+    data = snapshot_data()
+    data["device_traces"][0] = [e for e in data["device_traces"][0] if e["action"] != "oom"]
+    return data
+
+
 def test_allocated_and_reserved_bytes_after_each_event(summary: SnapshotSummary) -> None:
     # 25 MiB less 100 bytes have all of a segment of 26 MiB; 1,000 bytes have 1 KiB.
     mib, small = [8, 8, 38, 38, 64, 64, 64, 64, 73, 64, 64, 38, 38, 38, 38, 38], [0] * 6 + [KIB] * 10
@@ -23,8 +32,19 @@ def test_allocated_and_reserved_bytes_after_each_event(summary: SnapshotSummary)
     assert [size / MIB for size in summary.reserved_bytes] == reserved
 
 
-def test_the_peak_and_what_was_live_then(summary: SnapshotSummary) -> None:
-    assert summary.peak_event == 8
+def test_what_was_live_when_memory_ran_out(summary: SnapshotSummary) -> None:
+    assert summary.focus_event == 14
+    assert summary.live == (
+        LiveBlock(30 * MIB, 1, FORWARD),
+        LiveBlock(8 * MIB, None, STEP),
+        LiveBlock(KIB, 5, FORWARD),
+    )
+    assert summary.call_sites == (CallSite(30 * MIB + KIB, 2, FORWARD[2:]), CallSite(8 * MIB, 1, STEP))
+
+
+def test_the_peak_and_what_was_live_then() -> None:
+    summary = summarize(parse_snapshot(without_failure()).devices[0], {})
+    assert summary.peak_event == summary.focus_event == 8
     assert summary.peak_allocated_bytes == 73 * MIB + KIB
     assert summary.peak_reserved_bytes == 98 * MIB
     assert summary.live == (
@@ -38,17 +58,15 @@ def test_the_peak_and_what_was_live_then(summary: SnapshotSummary) -> None:
 
 
 def test_no_more_rows_than_asked_for() -> None:
-    snapshot = parse_snapshot(snapshot_data())
-    summary = summarize(snapshot.devices[0], snapshot.allocator_settings, max_rows=1)
+    summary = summarize(parse_snapshot(without_failure()).devices[0], {}, max_rows=1)
     assert [block.num_bytes for block in summary.live] == [30 * MIB]
     assert [site.num_bytes for site in summary.call_sites] == [65 * MIB + KIB]
 
 
 def test_who_made_a_block_that_was_there_before_and_freed_is_not_known() -> None:
-    data = snapshot_data()
+    data = without_failure()
     data["device_traces"][0] = data["device_traces"][0][6:]
-    snapshot = parse_snapshot(data)
-    summary = summarize(snapshot.devices[0], snapshot.allocator_settings)
+    summary = summarize(parse_snapshot(data).devices[0], {})
     assert summary.peak_allocated_bytes == 73 * MIB + KIB
     assert summary.live == (
         LiveBlock(30 * MIB, None, FORWARD),

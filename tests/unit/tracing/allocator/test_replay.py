@@ -16,6 +16,7 @@ from lightning_memtrain.tracing.allocator import (
     DeviceFull,
     SegmentRecord,
     replay,
+    settings_of,
 )
 from lightning_memtrain.tracing.allocator.events import ALLOC
 
@@ -81,6 +82,19 @@ def test_an_address_is_not_given_twice_where_the_model_went_another_way() -> Non
     comparison = replay(events, [SegmentRecord(0, 20 * MIB, 0, False, False, (block,))])
     assert comparison.num_same_address == 1
     assert comparison.model_end_reserved_bytes == 40 * MIB
+
+
+def test_expandable_segments_are_known_by_what_was_recorded() -> None:
+    events: list[AllocatorEvent] = []
+    allocator = CachingAllocator(AllocatorSettings(expandable_segments=True), observer=events.append)
+    block = allocator.allocate(MIB)
+    expandable = (AllocatorSettings(expandable_segments=True), "")
+    assert settings_of(events, allocator.segments(), {}) == expandable
+    assert settings_of([], allocator.segments(), {}) == expandable
+    allocator.free(block)
+    allocator.empty_cache()
+    assert settings_of(events, allocator.segments(), {}) == expandable
+    assert settings_of([], [], {}) == (AllocatorSettings(), "")
 
 
 def test_another_placement_is_counted() -> None:
