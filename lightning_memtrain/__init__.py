@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         ExactMomentum,
         OptimizerInBackward,
     )
+    from lightning_memtrain.planning import predict
     from lightning_memtrain.precision import (
         ActivationCodec,
         CompressedActivations,
@@ -151,6 +152,7 @@ _ROOMS = {
     "densify_": "sparsity",
     "export_dense": "sparsity",
     "insert_checkpoints": "checkpointing",
+    "predict": "planning",
     "sparse_weights": "sparsity",
     "sparsify_": "sparsity",
 }
@@ -221,6 +223,7 @@ __all__ = [
     "device_truth",
     "export_dense",
     "insert_checkpoints",
+    "predict",
     "sparse_weights",
     "sparsify_",
 ]

@@ -161,6 +161,38 @@ def split_batch_by_size(batch: Any, microbatch_size: int) -> list[Any]:
     return split_batch(batch, max(1, -(-batch_size_of(batch) // microbatch_size)))
 
 
+def take_samples(batch: Any, num_samples: int) -> Any:
+    """A batch of another size: samples in order, and from the first one again after the last.
+
+    Args:
+        batch: see :func:`batch_size_of`; at least one sample.
+        num_samples: how many, at least 1.
+
+    Returns:
+        A batch of the same type and structure; tensors and arrays in it are copies.
+
+    Raises:
+        ValueError: if ``num_samples`` is below 1.
+        MisconfigurationException: see :func:`batch_size_of`.
+
+    Example:
+        >>> take_samples((torch.arange(3), ["a", "b", "c"]), 5)
+        (tensor([0, 1, 2, 0, 1]), ['a', 'b', 'c', 'a', 'b'])
+    """
+    _require_positive("take_samples", "num_samples", num_samples)
+    size = batch_size_of(batch)
+    places = [place % size for place in range(num_samples)]
+
+    def take(leaf: Any, path: str) -> Any:
+        if sliced_shape(leaf):
+            return leaf[places]
+        if not _is_list(leaf) or len(leaf) != size:
+            return leaf
+        return type(leaf)(leaf[place] for place in places)
+
+    return _map_leaves(batch, "batch", take)
+
+
 def _require_positive(function: str, argument: str, given: int) -> None:
     if given < 1:
         raise ValueError(

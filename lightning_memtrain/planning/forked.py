@@ -4,25 +4,45 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
+import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+
+from lightning_memtrain.tracing.questions import user_site
 
 Result = TypeVar("Result")
 
 
 class ChildFailed(RuntimeError):
-    """The copy ended without a result, as by a signal."""
+    """The copy ended without a result.
+
+    Args:
+        message: what is known of why.
+        exit_code: of the process; minus the number of the signal that ended it.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def call_in_copy(function: Callable[[], Result]) -> Result:
     """Call a function in a forked process and return what it returns.
 
-    Whatever it changes (attributes, random state, files that stay open, settings of libraries) is changed in the
-    copy alone. Memory is shared until one of both writes to it, so a large model costs nothing.
+    Whatever it changes (attributes, random state, settings of libraries) is changed in the copy alone. Memory
+    is shared until one of both writes to it, so a large model costs nothing. What it prints is printed, and
+    files that it writes are written.
+
+    An error that ends the process itself, as one in a tensor's hook does on a device that is made in Python
+    (torch 2.13), is looked for in a second copy, in which all errors within backward are noted.
 
     Args:
         function: called without arguments; its result, or the error that it raises, must be picklable.
@@ -33,17 +53,53 @@ def call_in_copy(function: Callable[[], Result]) -> Result:
     Raises:
         ChildFailed: if the copy ended in another way, such as by a signal.
     """
+    try:
+        return _call(function)
+    except ChildFailed as failure:
+        if failure.exit_code != -signal.SIGABRT:
+            raise
+        with tempfile.TemporaryDirectory() as folder:
+            notes = Path(folder) / "last_error"
+            with open(os.devnull, "w") as nowhere:
+                return_unused = _ended(function, notes, nowhere.fileno())
+            if return_unused or not notes.is_file():
+                raise
+            raise ChildFailed(notes.read_text(), failure.exit_code) from None
+
+
+def _ended(function: Callable[[], Any], notes: Path, nowhere: int) -> bool:
+    """Call it again, watched and without a word on standard error; whether it ended well this time."""
+
+    def watched() -> None:
+        os.dup2(nowhere, sys.__stderr__.fileno() if sys.__stderr__ else 2)
+        _note_errors_in_backward(notes)
+        function()
+
+    try:
+        _call(watched)
+    except BaseException:
+        return False
+    return True
+
+
+def _call(function: Callable[[], Result]) -> Result:
     sys.stdout.flush()
     sys.stderr.flush()
     reading, writing = os.pipe()
-    pid = os.fork()
+    with warnings.catch_warnings():
+        # Python 3.12 warns of threads that may hold locks; torch's hold none between operators.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        pid = os.fork()
     if pid == 0:
         status = 1
         try:
             os.close(reading)
             torch.set_num_threads(1)  # a pool of threads does not survive a fork
+            answer = _answer(function)
             with os.fdopen(writing, "wb") as pipe:
-                pipe.write(_answer(function))
+                pipe.write(answer)
+            sys.stdout.flush()
+            sys.stderr.flush()
             status = 0
         finally:
             os._exit(status)  # no handlers of the original are to run here
@@ -53,7 +109,7 @@ def call_in_copy(function: Callable[[], Result]) -> Result:
     _, status = os.waitpid(pid, 0)
     if not answer:
         code = os.waitstatus_to_exitcode(status)
-        raise ChildFailed(f"the process that ran it ended with {code} and gave no result")
+        raise ChildFailed(f"the process that ran it ended with exit code {code} and gave no result", code)
     returned, value, trace = pickle.loads(answer)
     if returned:
         result: Result = value
@@ -68,7 +124,27 @@ def _answer(function: Callable[[], Any]) -> bytes:
     except BaseException as error:
         trace = traceback.format_exc()
         try:
-            pickle.loads(pickle.dumps(error))
-            return pickle.dumps((False, error, trace))
+            answer = pickle.dumps((False, error, trace))
+            pickle.loads(answer)  # an error whose constructor wants other arguments can be written, not read
+            return answer
         except Exception:
             return pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}"), trace))
+
+
+def _note_errors_in_backward(notes: Path) -> None:
+    """Keep a file with the last error that came through a frame within backward, from now on."""
+
+    def on_call(frame: FrameType, event: str, argument: Any) -> Any:
+        if torch._C._current_graph_task_id() == -1:
+            return None
+        frame.f_trace_lines = False
+        return on_event
+
+    def on_event(frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "exception":
+            kind, value, _ = argument
+            site = user_site() or f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            notes.write_text(f"{kind.__name__}: {value} (in backward, at {site})")
+        return on_event
+
+    sys.settrace(on_call)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_memtrain.ledger.objects import tensors_within
+from lightning_memtrain.microbatching.batches import batch_size_of, take_samples
 from lightning_memtrain.planning.forked import call_in_copy
 from lightning_memtrain.planning.prediction import Prediction
-from lightning_memtrain.planning.twin_run import run_on_twin
-from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE
+from lightning_memtrain.planning.trainer_options import trainer_options
+from lightning_memtrain.planning.twin_run import TwinRun, run_on_twin
+from lightning_memtrain.report import MemoryReport
+from lightning_memtrain.tracing.cuda_twin import refuse_no_twin
 from lightning_memtrain.tracing.device import Device
+from lightning_memtrain.tracing.questions import AsksForValue
 
 
 def predict(
@@ -24,52 +29,65 @@ def predict(
     trainer: pl.Trainer | None = None,
     device: Device | str | None = None,
 ) -> Prediction:
-    """Predict what training will need on a device, without the device and without the run.
+    """Predict what training will need on a GPU, without the GPU and without the run.
 
-    Three training steps run in a copy of this process, on tensors of the device that hold no data: the user's
-    own code, Lightning's loop, the optimizer and every callback and plugin, as they are. Nothing of it comes
-    back but the answer. What torch's allocator makes of each tensor is modelled, see
-    :mod:`lightning_memtrain.tracing.allocator`.
+    Three training steps run in a copy of this process, on tensors that hold no data: the user's own code,
+    Lightning's loop, the optimizer and every callback and plugin, as they are. Nothing of it comes back but
+    the answer. What torch's CUDA allocator makes of each tensor is modelled.
+
+    Validation is left out. So is what cuDNN, NCCL and kernels of other libraries allocate for themselves.
 
     Args:
         model: the module to train; or a function that makes it, which then needs no memory for its weights.
         batch: one batch on the CPU, as a data loader yields it.
-        datamodule: where batches come from, in place of ``batch``.
+        datamodule: where batches come from, in place of ``batch``; its first ones are used.
         trainer: as the run will have it: precision, accumulated batches, clipping, callbacks and plugins are
             taken over. ``None`` for Lightning's defaults.
         device: a :class:`~lightning_memtrain.planning.Device` or the name of one that ``memtrain devices``
-            lists, ``None`` for that of this machine.
+            lists, ``None`` for the GPU of this machine.
 
     Returns:
         The prediction.
 
     Raises:
-        TypeError: if ``batch`` and ``datamodule`` are both given, or none.
-        ValueError: if ``device`` is the name of none.
+        TypeError: if ``batch`` and ``datamodule`` are both given, or neither, or ``model`` is something else.
+        ValueError: if there is no such device, or it is no GPU by NVIDIA, if the batch is not on the CPU, if
+            the trainer uses several devices, or if the step asks for values that nobody knows.
+        RuntimeError: if torch is too old, or has another third-party device in this process.
     """
     if (batch is None) == (datamodule is None):
-        got = "none" if batch is None else "both"
+        got = "neither" if batch is None else "both"
         raise TypeError(
-            f"`predict(batch, datamodule)` needs one of the two, but got {got}. Pass a batch as a data loader "
-            "yields it, or the data module that the run will use."
+            f"`predict(batch, datamodule)` needs one of the two, but got {got}. Pass a batch as a data "
+            "loader yields it, or the data module that the run will use."
         )
-    if isinstance(device, str):
-        device = Device.named(device)
-    elif device is None:
-        device = Device.here()
+    if not callable(model):  # a LightningModule is callable, too
+        raise TypeError(
+            "`predict(model)` must be a LightningModule or a function that makes one, but got "
+            f"{type(model).__name__}. Put it into a LightningModule with its training_step and optimizer."
+        )
+    gpu = _gpu(device)
+    _refuse_elsewhere(batch)
+    refuse_no_twin()
     options = trainer_options(trainer) if trainer is not None else {}
-    data = datamodule if batch is None else Repeated(batch)
-    workspaces = {"cuBLAS": device.cublas_workspace_bytes, "cuBLASLt": device.cublaslt_workspace_bytes}
-    found = call_in_copy(lambda: run_on_twin(model, data, options, workspaces))
-    return Prediction(
-        device=device,
-        report=found.report,
-        allocated_bytes=found.allocated_bytes,
-        reserved_bytes=found.reserved_bytes,
-        context_bytes=device.context_bytes,
-        workspace_bytes=found.workspace_bytes,
-        unknown=tuple(f"{what} at {site}" for site, what in found.guessed.items()),
-    )
+
+    def run(make_data: Callable[[], Any]) -> TwinRun:
+        try:
+            return call_in_copy(lambda: run_on_twin(model, make_data(), options, gpu))
+        except AsksForValue as error:
+            raise ValueError(
+                f"`predict(model)` needs a step that goes the same way whatever the weights are, but "
+                f"{error}. Leave that question out of training (log tensors instead of `.item()`, choose "
+                "with `torch.where` instead of `if`), or see what a real step needs with `MemoryProfiler`."
+            ) from error
+
+    def of_size(size: int) -> Prediction:
+        return _prediction(gpu, run(lambda: Repeated(take_samples(batch, size))), size)
+
+    if datamodule is not None:
+        return _prediction(gpu, run(lambda: datamodule), None)
+    size = _batch_size(batch)
+    return replace(_prediction(gpu, run(lambda: Repeated(batch)), size), _of_size=of_size)
 
 
 class Repeated:
@@ -77,45 +95,60 @@ class Repeated:
 
     Args:
         batch: what it yields.
-        num_batches: how often.
     """
 
-    def __init__(self, batch: Any, num_batches: int = 1000) -> None:
+    def __init__(self, batch: Any) -> None:
         self._batch = batch
-        self._num_batches = num_batches
 
     def __iter__(self) -> Iterator[Any]:
-        for _ in range(self._num_batches):
+        while True:
             yield self._batch
 
-    def __len__(self) -> int:
-        return self._num_batches
+
+def _prediction(device: Device, found: TwinRun, batch_size: int | None) -> Prediction:
+    return Prediction(
+        device=device,
+        report=_named(found.report, device),
+        allocated_bytes=found.allocated_bytes,
+        reserved_bytes=found.reserved_bytes,
+        context_bytes=device.context_bytes,
+        workspace_bytes=found.workspace_bytes,
+        batch_size=batch_size,
+        unknown=tuple(f"{what} at {site}" for site, what in found.guessed.items()),
+    )
 
 
-def trainer_options(trainer: pl.Trainer) -> dict[str, Any]:
-    """What of a trainer decides on the memory of its steps, as arguments of another one.
-
-    Args:
-        trainer: any.
-
-    Returns:
-        The arguments by name.
-    """
-    callbacks = [one for one in trainer.callbacks if not isinstance(one, (Checkpoint, ProgressBar))]
-    return {
-        "callbacks": callbacks,
-        "accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "gradient_clip_val": trainer.gradient_clip_val,
-        "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
-        **_precision(trainer.precision_plugin),
-    }
+def _named(report: MemoryReport, device: Device) -> MemoryReport:
+    """The report with the device's own name, not with that of its twin."""
+    name = f"{device.name} (predicted)"
+    stages = {stage: replace(breakdown, device=name) for stage, breakdown in report.stages.items()}
+    return replace(report, stages=stages, environment={**report.environment, "device": name})
 
 
-def _precision(plugin: Precision) -> Mapping[str, Any]:
-    if type(plugin) is Precision:
-        return {}
-    if type(plugin) is MixedPrecision:
-        return {"plugins": [MixedPrecision(plugin.precision, DEVICE_TYPE)]}
-    if type(plugin) is HalfPrecision:
-        return {"plugins": [HalfPrecision(plugin.precision)]}
-    return {"plugins": [plugin]}
+def _gpu(device: Device | str | None) -> Device:
+    found = Device.named(device) if isinstance(device, str) else device or Device.here()
+    if not found.is_cuda:
+        given = "this machine, which has no GPU by NVIDIA" if device is None else f"{found.name!r}"
+        raise ValueError(
+            f"`predict(device)` must be a GPU by NVIDIA, but got {given}. Name one that `memtrain devices` "
+            'lists, such as device="RTX 4090", or describe it by `Device(name, total_bytes, '
+            "compute_capability=...)`. For the CPU, profile a step with `MemoryProfiler`: its kernels and "
+            "its allocator are others, which a prediction does not know."
+        )
+    return found
+
+
+def _refuse_elsewhere(batch: Any) -> None:
+    for tensor in tensors_within(batch):
+        if tensor.device.type != "cpu":
+            raise ValueError(
+                f"`predict(batch)` must be on the CPU, as a data loader yields it, but has a tensor on "
+                f"{tensor.device}. Pass the batch before it is moved."
+            )
+
+
+def _batch_size(batch: Any) -> int | None:
+    try:
+        return batch_size_of(batch)
+    except MisconfigurationException:  # only `largest_batch_size` needs it, and says so
+        return None

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import html
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_memtrain.core import MemoryBreakdown, format_bytes
-from lightning_memtrain.report import MemoryReport
+from lightning_memtrain.planning.largest import largest_that_fits
+from lightning_memtrain.report import MemoryReport, save_html
 from lightning_memtrain.tracing.device import Device
 
-#: Version of what :meth:`Prediction.to_dict` writes.
-SCHEMA = 1
+#: Version of what :meth:`Prediction.to_dict` returns.
+SCHEMA_VERSION = 1
+
+_KIND = "lightning_memtrain prediction"
 
 
 @dataclass(frozen=True)
@@ -21,13 +26,19 @@ class Prediction:
 
     Args:
         device: the device.
-        report: the report of the predicted steps, as :class:`~lightning_memtrain.MemoryProfiler` would make it.
+        report: the report of the predicted steps, as :class:`~lightning_memtrain.MemoryProfiler` makes it.
         allocated_bytes: most bytes in blocks of torch's allocator, what libraries keep among them.
         reserved_bytes: most bytes that the allocator has from the device.
-        context_bytes: what the process needs besides: the CUDA context, and kernels.
+        context_bytes: what the process needs besides, an estimate: the CUDA context, and kernels.
         workspace_bytes: what cuBLAS and cuBLASLt keep, a part of ``allocated_bytes``.
-        unknown: numbers that the step asked for and nobody knows, taken for "not a number", by the line of
+        batch_size: samples in the batch; ``None`` where they cannot be told.
+        unknown: numbers that the step asked for and nobody knows, taken for "not a number", with the line of
             the user's code that asked.
+
+    Example:
+        >>> prediction = predict(model, batch, device="RTX 4090")  # doctest: +SKIP
+        >>> prediction.fits  # doctest: +SKIP
+        True
     """
 
     device: Device
@@ -36,13 +47,14 @@ class Prediction:
     reserved_bytes: int
     context_bytes: int
     workspace_bytes: int
+    batch_size: int | None = None
     unknown: tuple[str, ...] = ()
-    _stage: str = field(default="fit", repr=False)
+    _of_size: Callable[[int], Prediction] | None = field(default=None, repr=False, compare=False)
 
     @property
     def breakdown(self) -> MemoryBreakdown:
         """Bytes by category, module and moment at the peak of the predicted step."""
-        return self.report.stages[self._stage]
+        return self.report.stages["fit"]
 
     @property
     def needed_bytes(self) -> int:
@@ -59,10 +71,43 @@ class Prediction:
         """Whether the run fits on the device; by how much, :attr:`spare_bytes` says."""
         return self.spare_bytes >= 0
 
+    def largest_batch_size(self) -> int:
+        """Find how many samples of the batch fit, by predicting again with more and fewer of them.
+
+        Samples are taken from the batch in order, and from its first one again after the last.
+
+        Returns:
+            The number; 0 if not even one fits.
+
+        Raises:
+            ValueError: if the samples of the batch cannot be told.
+        """
+        if self._of_size is None or not self.batch_size:
+            raise ValueError(
+                "`Prediction.largest_batch_size()` needs a batch of tensors that share their first axis, the "
+                "samples, but this prediction has none: it was made with `datamodule=`, or of a batch whose "
+                "samples cannot be told. Pass `predict(batch)` such a batch, or predict with each size."
+            )
+        of_size, given = self._of_size, self.batch_size
+
+        def spare(size: int) -> int:
+            return self.spare_bytes if size == given else of_size(size).spare_bytes
+
+        return largest_that_fits(spare, given)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain names and values, for JSON; ``schema`` is the version of their form."""
+        """Plain names and values, for JSON.
+
+        Returns:
+            What :attr:`fits` and the other attributes are, under their names; ``kind`` and ``schema_version``
+            tell what it is and in which form.
+        """
         return {
-            "schema": SCHEMA,
+            "kind": _KIND,
+            "schema_version": SCHEMA_VERSION,
+            "model": self.report.model,
+            "num_parameters": self.report.num_parameters,
+            "batch_size": self.batch_size,
             "device": {
                 "name": self.device.name,
                 "total_bytes": self.device.total_bytes,
@@ -88,13 +133,43 @@ class Prediction:
         """
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
+    def save_html(self, path: str | Path) -> None:
+        """Write the page of the report: bytes by category and module, and the timeline of the step.
+
+        Args:
+            path: the file.
+        """
+        save_html(self.report, Path(path))
+
     def __str__(self) -> str:
         """A table for the terminal."""
-        rows = [(str(category).replace("_", " "), num) for category, num in self.breakdown.at_peak.items() if num]
-        rows += [("allocated", self.allocated_bytes), ("reserved", self.reserved_bytes)]
-        rows += [("context (estimate)", self.context_bytes)]
-        verdict = "spare" if self.fits else "too much"
-        rows += [(f"{verdict} on {self.device.name}", abs(self.spare_bytes))]
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{name.ljust(width)}  {format_bytes(num):>12}" for name, num in rows]
-        return "\n".join([f"Predicted for {self.report.model} on {self.device.name}", *lines, *self.unknown])
+        width = max(len(name) for name, _ in self._rows())
+        lines = [f"{name.ljust(width)}  {value:>12}" for name, value in self._rows()]
+        return "\n".join([self._title(), *lines, *self._remarks()])
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows = "".join(
+            f"<tr><td style='text-align:left'>{html.escape(name)}</td><td>{value}</td></tr>"
+            for name, value in self._rows()
+        )
+        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
+        return f"<table><caption>{html.escape(self._title())}</caption>{rows}</table>{remarks}"
+
+    def _title(self) -> str:
+        return f"{self.report.model} on {self.device.name}: {'fits' if self.fits else 'does not fit'}"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = [
+            (str(category).replace("_", " "), num) for category, num in self.breakdown.at_peak.items() if num
+        ]
+        rows += [
+            ("allocated at the peak", self.allocated_bytes),
+            ("reserved by torch", self.reserved_bytes),
+            ("CUDA context (estimate)", self.context_bytes),
+            ("spare" if self.fits else "missing", abs(self.spare_bytes)),
+        ]
+        return [(name, format_bytes(num)) for name, num in rows]
+
+    def _remarks(self) -> list[str]:
+        return [f"A number that nobody knows beforehand was asked for: {one}" for one in self.unknown]

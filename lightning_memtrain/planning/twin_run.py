@@ -3,127 +3,104 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.data import DataLoader
 
-from lightning_memtrain.core import MemoryBreakdown
+from lightning_memtrain.planning.moving import move, replace_when_moved
+from lightning_memtrain.planning.twin_accelerator import TwinAccelerator
+from lightning_memtrain.precision import activation_packing
 from lightning_memtrain.report import MemoryProfiler, MemoryReport
 from lightning_memtrain.tracing.allocator import CachingAllocator
+from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE, TwinBackend, TwinDeviceMode, install
 from lightning_memtrain.tracing.cuda_twin.arguments import CudaMeansTwin, make_from_values
-from lightning_memtrain.tracing.cuda_twin.attention import TwinAttention
+from lightning_memtrain.tracing.cuda_twin.attention import AMPERE, TwinAttention
 from lightning_memtrain.tracing.cuda_twin.autocast import TwinAutocast
-from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend, install
-from lightning_memtrain.tracing.cuda_twin.device_mode import TwinDeviceMode
-from lightning_memtrain.tracing.user_state import UserState
+from lightning_memtrain.tracing.device import Device
 
-_NUM_STEPS = 3
+#: The first makes the optimizer's state, the second finds it, the third finds what the second left.
+NUM_STEPS = 3
 
 
 @dataclass(frozen=True)
 class TwinRun:
-    """What a run on the twin came to."""
+    """What a run on the twin came to.
+
+    Args:
+        report: of its steps.
+        allocated_bytes: most bytes in blocks of the allocator.
+        reserved_bytes: most bytes that the allocator had from the device.
+        workspace_bytes: what libraries keep.
+        guessed: see :attr:`.TwinDeviceMode.guessed`.
+    """
 
     report: MemoryReport
     allocated_bytes: int
     reserved_bytes: int
     workspace_bytes: int
-    guessed: dict[str, str]
-
-
-class TwinAccelerator(Accelerator):
-    """The twin, as Lightning sees it."""
-
-    def setup_device(self, device: torch.device) -> None:
-        """There is nothing to set up."""
-
-    def get_device_stats(self, device: Any) -> dict[str, Any]:
-        """It has none."""
-        return {}
-
-    def teardown(self) -> None:
-        """There is nothing to take down."""
-
-    @staticmethod
-    def parse_devices(devices: Any) -> Any:
-        """Any number."""
-        return devices
-
-    @staticmethod
-    def get_parallel_devices(devices: Any) -> list[torch.device]:
-        """One by one."""
-        return [torch.device(DEVICE_TYPE, index) for index in range(int(devices))]
-
-    @staticmethod
-    def auto_device_count() -> int:
-        """One."""
-        return 1
-
-    @staticmethod
-    def is_available() -> bool:
-        """Always."""
-        return True
-
-    @staticmethod
-    def name() -> str:
-        """As torch calls it."""
-        return DEVICE_TYPE
+    guessed: Mapping[str, str]
 
 
 def run_on_twin(
     model: pl.LightningModule | Callable[[], pl.LightningModule],
     data: Any,
-    trainer_options: dict[str, Any],
-    workspaces: dict[str, int],
+    trainer_options: Mapping[str, Any],
+    device: Device,
 ) -> TwinRun:
-    """Train for three steps on the twin. Call it in a process of its own.
+    """Train for a few steps on the twin. Call it in a process of its own: torch is another one afterwards.
 
     Args:
         model: what is trained, or what makes it.
-        data: loaders of batches, or a data module.
+        data: a loader of batches, or a data module.
         trainer_options: arguments of Trainer.
-        workspaces: bytes that libraries keep from their first call on, by name.
+        device: the GPU whose twin it is.
 
     Returns:
         What was counted.
+
+    Raises:
+        TypeError: if ``model`` is a function that returns something else.
     """
     backend = TwinBackend(CachingAllocator())
     install(backend)
-    make_from_values()
-    rules = TwinAutocast(), TwinAttention()
 
-    def on_matrix_product(func: Any) -> None:
-        for name, num_bytes in workspaces.items():
-            backend.hold_workspace(name, num_bytes)
+    def on_matrix_product() -> None:
+        backend.hold_workspace("cuBLAS", device.cublas_workspace_bytes)
+        backend.hold_workspace("cuBLASLt", device.cublaslt_workspace_bytes)
 
     mode = TwinDeviceMode(backend, on_matrix_product)
-    nn.Module._apply = _apply  # type: ignore[method-assign]
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
-    torch.autograd.set_multithreading_enabled(False)  # all of a step is watched in this thread
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as inside:
-        inside.enter_context(contextlib.redirect_stdout(open(os.devnull, "w")))  # noqa: SIM115
-        if not isinstance(model, nn.Module):
+    rules = TwinAutocast(), TwinAttention(has_flash=(device.compute_capability or AMPERE) >= AMPERE)
+    _prepare_process()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w") as nowhere,
+        contextlib.ExitStack() as undo,
+    ):
+        undo.enter_context(contextlib.redirect_stdout(nowhere))
+        if not isinstance(model, pl.LightningModule):
             with mode.fake:
-                model = model()
+                model = _made(model)
         profiler = MemoryProfiler(every_n_steps=1, report_dir=folder, max_rows=None)
-        options = {"max_steps": _NUM_STEPS, **trainer_options}
+        options = dict(trainer_options)
         callbacks = [*options.pop("callbacks", ()), profiler]
         trainer = pl.Trainer(
             strategy=SingleDeviceStrategy(torch.device(DEVICE_TYPE, 0), TwinAccelerator()),
             devices=1,
-            logger=False,
+            max_steps=NUM_STEPS,
+            logger=DummyLogger(),
             callbacks=callbacks,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -131,11 +108,12 @@ def run_on_twin(
             limit_val_batches=0,
             **options,
         )
-        inside.enter_context(mode)
-        inside.enter_context(CudaMeansTwin())
+        undo.enter_context(mode)
+        undo.enter_context(CudaMeansTwin())
         move(model, mode)
         trainer.fit(model, data)
     del rules
+    assert profiler.report is not None, "a fit that has ended has a report"
     return TwinRun(
         report=profiler.report,
         allocated_bytes=backend.allocator.peak_allocated_bytes,
@@ -145,41 +123,44 @@ def run_on_twin(
     )
 
 
-def move(model: nn.Module, mode: TwinDeviceMode) -> None:
-    """Put twins in the place of a module's parameters and buffers, wherever they are held."""
-    others: dict[int, Tensor] = {}
-    for parameter in model.parameters():
-        others[id(parameter)] = nn.Parameter(mode.moved(parameter), parameter.requires_grad)
-    for buffer in model.buffers():
-        twin = mode.moved(buffer)
-        others[id(buffer)] = twin
-        from torch._subclasses.fake_tensor import FakeTensor
-
-        if not isinstance(buffer, FakeTensor) and buffer.device.type == "cpu":
-            mode.known.set(twin, buffer.detach())
-    UserState(model).replace(others)
+def _made(factory: Callable[[], Any]) -> pl.LightningModule:
+    model = factory()
+    if not isinstance(model, pl.LightningModule):
+        raise TypeError(
+            "`predict(model)` must be a LightningModule or a function that makes one, but the function "
+            f"returned {type(model).__name__}. Return the LightningModule."
+        )
+    return model
 
 
-def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """As torch's own, but that other tensors take the place of parameters, shared ones once."""
-    memo: dict[int, Tensor] = {}
+def _prepare_process() -> None:
+    """What else has to be as on a GPU, or silent, for the rest of this process."""
+    make_from_values()
+    replace_when_moved()
+    _load_in_this_process()
+    # Tensors without data keep their bytes as plain ones do.
+    packing: Any = activation_packing
+    packing.PLAIN_TENSORS = (*packing.PLAIN_TENSORS, FakeTensor)
+    torch.autograd.set_multithreading_enabled(False)  # all of a step is watched in this thread
+    warnings.simplefilter("ignore")  # the real run gives them
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    # Torch writes many lines where an operator has no rule for tensors without data.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
-    def changed(tensor: Tensor) -> Tensor:
-        if id(tensor) not in memo:
-            with torch.no_grad():
-                memo[id(tensor)] = fn(tensor)
-        return memo[id(tensor)]
 
-    for module in self.modules() if recurse else [self]:
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            now = changed(parameter)
-            if now is not parameter:
-                if not isinstance(now, nn.Parameter):
-                    now = memo[id(parameter)] = nn.Parameter(now, parameter.requires_grad)
-                module._parameters[key] = now
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = changed(buffer)
-    return self
+def _load_in_this_process() -> None:
+    """Let data loaders do without workers and pinned memory, for the sake of three batches."""
+    loader: Any = DataLoader
+    make = loader.__init__
+
+    @functools.wraps(make)
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(make).bind(self, *args, **kwargs).arguments
+        for name in ("self", "num_workers", "pin_memory", *_OF_WORKERS):
+            given.pop(name, None)
+        make(self, **given)
+
+    loader.__init__ = made
+
+
+_OF_WORKERS = ("prefetch_factor", "persistent_workers", "multiprocessing_context", "timeout")

@@ -80,6 +80,9 @@ class AsksForValue(RuntimeError):
         self.what = what
         self.site = site
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.site)
+
 
 class Answers:
     """What a step with data answered, to be given again to a step without.

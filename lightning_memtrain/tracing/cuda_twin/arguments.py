@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE
 
+_IS_CUDA: Any = vars(torch._C.TensorBase)["is_cuda"].__get__
+
 
 class CudaMeansTwin(TorchFunctionMode):
     """``device="cuda"``, ``tensor.cuda()`` and ``tensor.is_cuda`` mean the twin."""
@@ -19,7 +21,7 @@ class CudaMeansTwin(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.cuda:
             return args[0].to(DEVICE_TYPE)
-        if func is Tensor.is_cuda.__get__:
+        if func == _IS_CUDA:
             return args[0].device.type == DEVICE_TYPE
         if any(map(_names_cuda, args)) or any(map(_names_cuda, kwargs.values())):
             args = tuple(DEVICE_TYPE if _names_cuda(value) else value for value in args)
@@ -28,21 +30,21 @@ class CudaMeansTwin(TorchFunctionMode):
 
 
 def make_from_values() -> None:
-    """Let ``torch.tensor`` and its like make tensors on the twin, which torch fills by a copy that no mode sees.
+    """Let ``torch.tensor`` and its like make tensors on the twin, for the rest of this process.
 
-    For the rest of this process.
+    Torch fills them by a copy that no mode sees.
     """
     for name in ("tensor", "as_tensor", "asarray"):
         setattr(torch, name, _on_cpu_first(getattr(torch, name)))
-    Tensor.new_tensor = _new_tensor  # type: ignore[method-assign]
+    Tensor.new_tensor = _new_tensor  # type: ignore[method-assign, assignment]
 
 
 def _on_cpu_first(make: Any) -> Any:
     @functools.wraps(make)
-    def made(*args: Any, **kwargs: Any) -> Tensor:
-        if not (_is_twin(kwargs.get("device")) or _names_cuda(kwargs.get("device"))):
-            result: Tensor = make(*args, **kwargs)
-            return result
+    def made(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if not (_is_twin(device) or _names_cuda(device)):
+            return make(*args, **kwargs)
         trains = bool(kwargs.pop("requires_grad", False))
         return make(*args, **{**kwargs, "device": "cpu"}).to(DEVICE_TYPE).requires_grad_(trains)
 

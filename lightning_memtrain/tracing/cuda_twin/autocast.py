@@ -2,44 +2,61 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import autocast_mode
 from torch.utils._pytree import tree_map
 
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 # Run in the lower precision.
-_LOWER = (
-    "_convolution convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d.input "
-    "conv_transpose3d.input prelu addmm addmv addr matmul einsum mm mv linalg_vecdot linear addbmm baddbmm bmm "
-    "chain_matmul linalg_multi_dot _thnn_fused_lstm_cell _thnn_fused_gru_cell lstm_cell gru_cell rnn_tanh_cell "
-    "rnn_relu_cell scaled_dot_product_attention"
-).split()
+_LOWER = _words(
+    """
+    _convolution convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d.input
+    conv_transpose3d.input prelu addmm addmv addr matmul einsum mm mv linalg_vecdot linear addbmm
+    baddbmm bmm chain_matmul linalg_multi_dot _thnn_fused_lstm_cell _thnn_fused_gru_cell lstm_cell
+    gru_cell rnn_tanh_cell rnn_relu_cell scaled_dot_product_attention
+    """
+)
 # Run in float32.
-_FLOAT32 = (
-    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow.Tensor_Scalar "
-    "pow.Tensor_Tensor pow.Scalar softplus layer_norm native_layer_norm group_norm frobenius_norm.dim "
-    "nuclear_norm nuclear_norm.dim cosine_similarity poisson_nll_loss cosine_embedding_loss nll_loss nll_loss2d "
-    "hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss margin_ranking_loss "
-    "multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss "
-    "binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp upsample_nearest1d "
-    "upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa "
-    "upsample_trilinear3d upsample_bicubic2d _upsample_bicubic2d_aa"
-).split()
+_FLOAT32 = _words(
+    """
+    acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow.Tensor_Scalar
+    pow.Tensor_Tensor pow.Scalar softplus layer_norm native_layer_norm group_norm frobenius_norm.dim
+    nuclear_norm nuclear_norm.dim cosine_similarity poisson_nll_loss cosine_embedding_loss nll_loss
+    nll_loss2d hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss
+    margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss
+    binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp upsample_nearest1d
+    upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa
+    upsample_trilinear3d upsample_bicubic2d _upsample_bicubic2d_aa
+    """
+)
 # Return float32, which the operator is told of: its argument is not cast.
-_RETURN_FLOAT32 = (
-    "prod prod.dim_int softmax.int log_softmax.int cumprod cumsum linalg_vector_norm linalg_matrix_norm "
-    "linalg_matrix_norm.str_ord sum sum.dim_IntList"
-).split()
+_RETURN_FLOAT32 = _words(
+    """
+    prod prod.dim_int softmax.int log_softmax.int cumprod cumsum linalg_vector_norm linalg_matrix_norm
+    linalg_matrix_norm.str_ord sum sum.dim_IntList
+    """
+)
 _NORMS = ("norm.Scalar", "norm.ScalarOpt_dim", "norm.names_ScalarOpt_dim")
 # Run in the widest of their arguments' types.
-_WIDEST = (
-    "addcdiv addcmul atan2 bilinear cross dot vdot grid_sample index_put tensordot scatter_add".split()
+_WIDEST = _words(
+    """
+    addcdiv addcmul atan2 bilinear cross dot vdot grid_sample index_put tensordot scatter_add
+    """
 )
+
+_KEY = "AutocastPrivateUse1"
 
 
 class CastWeights:
@@ -73,12 +90,16 @@ class CastWeights:
 
 
 class TwinAutocast:
-    """Rules for all operators that autocast has some for; in force as long as the object lives."""
+    """Rules for all operators that autocast has some for; in force as long as the object lives.
+
+    From then on ``torch.autocast("cuda")`` is the twin's, for the rest of the process.
+    """
 
     def __init__(self) -> None:
+        library: Any = torch.library.Library
         self._weights = CastWeights()
-        self._library = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
-        self._others = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+        self._library = library("aten", "IMPL", _KEY)
+        self._others = library("_", "IMPL", _KEY)
         self._others.fallback(torch.library.fallthrough_kernel)
         for operator in _operators(_LOWER):
             self._rule(operator, self._lowered)
@@ -91,9 +112,10 @@ class TwinAutocast:
         for operator in _operators(_WIDEST):
             self._rule(operator, _in_widest)
         self._watch_cache()
+        _cuda_means_twin()
 
     def _rule(self, operator: Any, change: Callable[[Any, Any, Any], tuple[Any, Any]]) -> None:
-        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _KEY))
 
         def rule(*args: Any, **kwargs: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(keys):
@@ -119,6 +141,17 @@ class TwinAutocast:
             clear()
 
         torch.clear_autocast_cache = clear_both
+
+
+def _cuda_means_twin() -> None:
+    kind: Any = autocast_mode.autocast
+    make = kind.__init__
+
+    @functools.wraps(make)
+    def made(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        make(self, DEVICE_TYPE if device_type == "cuda" else device_type, *args, **kwargs)
+
+    kind.__init__ = made
 
 
 def _can_be_cast(value: Any, dtype: torch.dtype) -> bool:
@@ -169,7 +202,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
-def _operators(names: Any) -> Iterator[Any]:
+def _operators(names: Iterable[str]) -> Iterator[Any]:
     for name in names:
         packet, _, overload = name.partition(".")
         found = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)

@@ -1,4 +1,4 @@
-"""The device itself: torch's third-party backend, made in Python, with the model of CUDA's allocator behind it."""
+"""The device itself: a third-party backend made in Python, with the model of CUDA's allocator behind it."""
 
 from __future__ import annotations
 
@@ -150,44 +150,3 @@ class TwinBackend:
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         """What autocast may cast to."""
         return [torch.float16, torch.bfloat16]
-
-
-def install(backend: TwinBackend) -> None:
-    """Make the device known to torch, for the rest of this process: nothing can take it back.
-
-    Args:
-        backend: its module.
-
-    Raises:
-        RuntimeError: if another backend has taken the place, or torch offers none in Python.
-    """
-    from torch.utils import backend_registration
-
-    setup = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
-    if setup is None:
-        raise RuntimeError(
-            f"torch {torch.__version__} has no backends that are made in Python, which a prediction for CUDA "
-            "needs. Install a newer torch."
-        )
-    if torch._C._get_privateuse1_backend_name() != "privateuseone":
-        raise RuntimeError(
-            f"this process has a backend of its own already ({torch._C._get_privateuse1_backend_name()!r}), "
-            "beside which there can be no twin of a CUDA device. Predict in another process."
-        )
-    setup(DEVICE_TYPE, backend_module=backend)
-    torch.Generator = _Generator  # type: ignore[misc]
-
-
-class _AlsoPlain(type):
-    def __instancecheck__(cls, value: object) -> bool:
-        return isinstance(value, _plain_generator)
-
-
-_plain_generator = torch.Generator
-
-
-class _Generator(metaclass=_AlsoPlain):
-    """A generator for the twin is one of the CPU's: nobody sees its numbers."""
-
-    def __new__(cls, device: Any = "cpu") -> Any:
-        return _plain_generator("cpu" if torch.device(device).type == DEVICE_TYPE else device)

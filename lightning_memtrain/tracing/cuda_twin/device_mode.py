@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,116 +14,85 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
+from lightning_memtrain.tracing.cuda_twin.in_place import InPlaceGradients
 from lightning_memtrain.tracing.cuda_twin.known_values import KnownValues
 from lightning_memtrain.tracing.questions import AsksForValue, user_site
 from lightning_memtrain.tracing.usual import UsualValues
 
 _aten = torch.ops.aten
 _DEPENDS_ON_DATA = (DataDependentOutputException, DynamicOutputShapeException)
-# What autograd does in place, unless a mode or a tensor's class keeps it from it.
-_SCATTERS = frozenset((_aten.scatter, _aten.scatter_add, _aten.index_add, _aten.index_put, _aten.masked_scatter))
-_MATRIX_PRODUCTS = frozenset((_aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm, _aten.addbmm, _aten.mv, _aten.dot))
+_MATRIX_PRODUCTS = frozenset(
+    (_aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm, _aten.addbmm, _aten.mv, _aten.dot)
+)
 
 
 class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets everything that happens on the twin happen without data; what is on the CPU is computed as always.
 
+    A number that is asked for is answered where it does not depend on weights, or where such questions always
+    get the same answer (:class:`.UsualValues`). Any other number of floating type is "not a number", and
+    noted; any other integer, truth value or shape ends the step with :class:`.AsksForValue`.
+
     Args:
         backend: holds what is allocated.
-        on_matrix_product: called with the operator before each product of matrices.
+        on_matrix_product: called before each product of matrices.
     """
 
-    def __init__(
-        self, backend: TwinBackend, on_matrix_product: Callable[[Any], None] = lambda func: None
-    ) -> None:
+    def __init__(self, backend: TwinBackend, on_matrix_product: Callable[[], None] = lambda: None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._backend = backend
         self._on_matrix_product = on_matrix_product
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        """Makes tensors without data, of the CPU as well."""
         self.known = KnownValues()
-        self._usual = UsualValues()
-        self._zeros: weakref.ref[Tensor] | None = None
-        self._alone: tuple[int, int] | None = None
+        """Values of tensors on the twin."""
         self.guessed: dict[str, str] = {}
-        """Lines of the user's code that asked for a number that nobody knows, and what was asked."""
+        """What was asked that nobody knows, and taken for "not a number", by the line that asked."""
+        self._usual = UsualValues()
+        self._in_place = InPlaceGradients()
+        self._in_place.calibrate_before_backward()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        flat, _ = tree_flatten((args, kwargs))
-        on_twin = any(
-            isinstance(one, FakeTensor) or (isinstance(one, torch.device) and one.type == DEVICE_TYPE)
-            for one in flat
-        )
-        if not on_twin:
+        if not any(map(_is_on_twin, tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)
-        if torch._C._current_graph_task_id() != -1 and self._is_in_place_on_a_device(func, args):
+        if self._in_place.takes_place(func, args):
             self.known.forget(args[0])
             return args[0]
         if func.overloadpacket in _MATRIX_PRODUCTS:
-            self._on_matrix_product(func)
+            self._on_matrix_product()
         try:
             bare_args, bare_kwargs = tree_map(self._bare, (args, kwargs))
             with self.fake:
                 result = func(*bare_args, **bare_kwargs)
         except _DEPENDS_ON_DATA:
-            result = self._answered(func, args, kwargs, flat)
+            result = self._answered(func, args, kwargs)
         else:
             self._usual.follow(func, args, result)
             self.known.follow(func, args, kwargs, result)
-        if func is _aten.new_zeros.default:
-            self._zeros = weakref.ref(result)
-        for one in tree_flatten(result)[0]:
+        self._in_place.follow(func, result)
+        for one in tree_leaves(result):
             if isinstance(one, Tensor) and one.device.type == DEVICE_TYPE:
                 self._backend.hold(one)
         return result
 
-    def _is_in_place_on_a_device(self, func: Any, args: Any) -> bool:
-        """Whether autograd would write the result into the first argument, if no mode were on.
-
-        It adds gradients up in place if nobody else holds the first one, and scatters into zeros that it has
-        just made.
-        """
-        if func is _aten.add.Tensor:
-            first, other = args[:2]
-            return (
-                isinstance(other, Tensor)
-                and first.shape == other.shape
-                and first.dtype is other.dtype
-                and self._counts(first) == self._alone
-            )
-        return func.overloadpacket in _SCATTERS and self._zeros is not None and self._zeros() is args[0]
-
-    def _counts(self, tensor: Tensor) -> tuple[int, int]:
-        return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-
-    def calibrate(self) -> None:
-        """See what a gradient that autograd alone holds looks like; within this mode."""
-        seen: list[tuple[int, int]] = []
-        self._is_in_place_on_a_device = lambda func, args: (  # type: ignore[method-assign]
-            seen.append(self._counts(args[0])) if func is _aten.add.Tensor else None
-        )
-        weight = torch.ones(2, device=DEVICE_TYPE, requires_grad=True)
-        middle = weight * 2
-        (middle.tanh() * middle.exp()).sum().backward()
-        del self._is_in_place_on_a_device
-        self._alone = seen[0]
-
-    def _answered(self, func: Any, args: Any, kwargs: Any, flat: list[Any]) -> Any:
-        if all(self.known.real_or_known(one) is not None for one in flat if isinstance(one, Tensor)):
+    def _answered(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What a question for values gets, without those of weights."""
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        if all(self.known.real_or_known(one) is not None for one in tensors):
             values = self.known.compute(func, args, kwargs)
             return tree_map(lambda one: self._on_twin(one) if isinstance(one, Tensor) else one, values)
-        usual = self._usual.of(args[0]) if args else None
         if func is _aten.allclose.default:
             return True
         if func is _aten._local_scalar_dense.default:
+            usual = self._usual.of(args[0])
             if usual is not None:
                 return usual
             if args[0].is_floating_point():
-                site = user_site()
-                self.guessed.setdefault(str(site), str(func))
+                self.guessed.setdefault(str(user_site()), str(func))
                 return float("nan")
         raise AsksForValue(str(func), user_site())
 
@@ -136,7 +104,11 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _bare(self, value: Any) -> Any:
         """A tensor without data in the place of one on the CPU, with which torch would go on to compute."""
-        if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or value.layout is not torch.strided:
+        if (
+            not isinstance(value, Tensor)
+            or isinstance(value, FakeTensor)
+            or value.layout is not torch.strided
+        ):
             return value
         with self.fake:
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
@@ -145,12 +117,18 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A tensor of the same form on the twin.
 
         Args:
-            tensor: any strided one; that it requires gradients is kept.
+            tensor: any strided one, with or without data.
 
         Returns:
-            One that holds no data; its values are known if ``tensor`` has data and is small.
+            One that holds no data; its values are known if those of ``tensor`` are and are worth following.
         """
         with torch.no_grad(), self.fake:
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE_TYPE)
         self._backend.hold(made)
         return made
+
+
+def _is_on_twin(value: Any) -> bool:
+    if isinstance(value, torch.device):
+        return value.type == DEVICE_TYPE
+    return isinstance(value, FakeTensor)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_memtrain.tracing.writes import written_tensors
 
@@ -41,7 +42,7 @@ class KnownValues:
             tensor: one without data.
             real: on the CPU, of the same shape and dtype.
         """
-        if real.nbytes > (_MOST_FLOAT_BYTES if real.is_floating_point() else _MOST_BYTES):
+        if real.nbytes > _most_bytes(real):
             return
         key = id(tensor)
         self._real[key] = weakref.ref(tensor, lambda _: self._real.pop(key, None)), real
@@ -67,34 +68,33 @@ class KnownValues:
             kwargs: its arguments by name.
             result: what it returned on the twin.
         """
-        made = [one for one in tree_flatten(result)[0] if isinstance(one, Tensor)]
+        made = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
         if not made:
             return
-        flat, _ = tree_flatten((args, kwargs))
-        tensors = [one for one in flat if isinstance(one, Tensor)]
-        written = [*written_tensors(func, args, kwargs)]
-        if any(one is not None and self.real_or_known(one) is None for one in tensors):
-            for one in written:
+        values = self._values(func, args, kwargs, made)
+        if values is None:
+            for one in written_tensors(func, args, kwargs):
                 self.forget(one)
             return
-        if not tensors and any(one.numel() > _MOST_FLOAT_BYTES // 8 and one.is_floating_point() for one in made):
-            return
-        if sum(one.nbytes for one in made) > _MOST_BYTES:
-            return
-        try:
-            values = self.compute(func, args, kwargs)
-        except Exception:  # what the CPU cannot compute is not known
-            for one in written:
-                self.forget(one)
-            return
-        for tensor, real in zip(made, [v for v in tree_flatten(values)[0] if isinstance(v, Tensor)], strict=False):
+        for tensor, real in zip(made, values, strict=False):
             if real.shape == tensor.shape and real.dtype is tensor.dtype:
                 self.set(tensor, real)
 
+    def _values(self, func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> list[Tensor] | None:
+        """What an operator computes, ``None`` where that is not known or not worth it."""
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        if any(self.real_or_known(one) is None for one in tensors):
+            return None
+        if any(one.nbytes > _most_bytes(one) for one in made):
+            return None
+        try:
+            values = self.compute(func, args, kwargs)
+        except Exception:  # what the CPU cannot compute is not known
+            return None
+        return [one for one in tree_leaves(values) if isinstance(one, Tensor)]
+
     def real_or_known(self, tensor: Tensor) -> Tensor | None:
         """A tensor that has data itself, or its known values."""
-        from torch._subclasses.fake_tensor import FakeTensor
-
         return self.of(tensor) if isinstance(tensor, FakeTensor) else tensor
 
     def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -116,3 +116,7 @@ class KnownValues:
 
         with torch.no_grad():
             return func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
+
+
+def _most_bytes(tensor: Tensor) -> int:
+    return _MOST_FLOAT_BYTES if tensor.is_floating_point() else _MOST_BYTES
