@@ -10,15 +10,18 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from lightning_memtrain.tracing.questions import user_site
 
 Result = TypeVar("Result")
+
+_STANDARD_ERROR = 2
 
 
 class ChildFailed(RuntimeError):
@@ -58,57 +61,47 @@ def call_in_copy(function: Callable[[], Result]) -> Result:
     except ChildFailed as failure:
         if failure.exit_code != -signal.SIGABRT:
             raise
-        with tempfile.TemporaryDirectory() as folder:
-            notes = Path(folder) / "last_error"
-            with open(os.devnull, "w") as nowhere:
-                return_unused = _ended(function, notes, nowhere.fileno())
-            if return_unused or not notes.is_file():
-                raise
-            raise ChildFailed(notes.read_text(), failure.exit_code) from None
+        error = _error_in_backward(function)
+        if error is None:
+            raise
+        raise ChildFailed(error, failure.exit_code) from None
 
 
-def _ended(function: Callable[[], Any], notes: Path, nowhere: int) -> bool:
-    """Call it again, watched and without a word on standard error; whether it ended well this time."""
+def _error_in_backward(function: Callable[[], Any]) -> str | None:
+    """Call it again and watch; the last error within backward, ``None`` if there was none."""
+    with tempfile.TemporaryDirectory() as folder:
+        notes = Path(folder) / "last_error"
 
-    def watched() -> None:
-        os.dup2(nowhere, sys.__stderr__.fileno() if sys.__stderr__ else 2)
-        _note_errors_in_backward(notes)
-        function()
+        def watched() -> None:
+            _note_errors_in_backward(notes)
+            function()
 
-    try:
-        _call(watched)
-    except BaseException:
-        return False
-    return True
+        with suppress(Exception):
+            _call(watched)
+        return notes.read_text() if notes.is_file() else None
 
 
 def _call(function: Callable[[], Result]) -> Result:
     sys.stdout.flush()
     sys.stderr.flush()
     reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        # Python 3.12 warns of threads that may hold locks; torch's hold none between operators.
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
+    with tempfile.TemporaryFile() as errors:
+        with warnings.catch_warnings():
+            # Python 3.12 warns of threads that may hold locks; torch's hold none between operators.
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
             os.close(reading)
-            torch.set_num_threads(1)  # a pool of threads does not survive a fork
-            answer = _answer(function)
-            with os.fdopen(writing, "wb") as pipe:
-                pipe.write(answer)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            status = 0
-        finally:
-            os._exit(status)  # no handlers of the original are to run here
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        answer = pipe.read()
-    _, status = os.waitpid(pid, 0)
+            os.dup2(errors.fileno(), _STANDARD_ERROR)
+            _answer_and_end(function, writing)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            answer = pipe.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code != -signal.SIGABRT:  # what the runtime of C++ writes then is of no help
+            errors.seek(0)
+            sys.stderr.write(errors.read().decode(errors="replace"))
     if not answer:
-        code = os.waitstatus_to_exitcode(status)
         raise ChildFailed(f"the process that ran it ended with exit code {code} and gave no result", code)
     returned, value, trace = pickle.loads(answer)
     if returned:
@@ -116,6 +109,20 @@ def _call(function: Callable[[], Result]) -> Result:
         return result
     value.__notes__ = [*getattr(value, "__notes__", ()), trace]
     raise value
+
+
+def _answer_and_end(function: Callable[[], Any], writing: int) -> NoReturn:
+    status = 1
+    try:
+        torch.set_num_threads(1)  # a pool of threads does not survive a fork
+        answer = _answer(function)
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(answer)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        status = 0
+    finally:
+        os._exit(status)  # no handlers of the original are to run here
 
 
 def _answer(function: Callable[[], Any]) -> bytes:
