@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
@@ -122,7 +122,8 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Returns:
             One that holds no data; its values are known if those of ``tensor`` are and are worth following.
         """
-        with torch.no_grad(), self.fake:
+        # This mode is left, too: it would take what it makes for a constant.
+        with torch.no_grad(), _disable_current_modes(), self.fake:
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE_TYPE)
         self._backend.hold(made)
         return made
