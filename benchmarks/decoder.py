@@ -1,7 +1,7 @@
 """The decoder that four recordings of a real GPU are of, written from its description.
 
-24 layers of 1,024 with 16 heads, SwiGLU of 4,096, RMSNorm, rotary embedding, a vocabulary of 10,000: 423 million
-parameters. Linear layers are products by einsum, attention and loss are spelled out, and so is AdamW.
+24 layers of 1,024 with 16 heads, SwiGLU of 4,096, RMSNorm, rotary embedding, a vocabulary of 10,000: 423
+million parameters. Linear layers are products by einsum, attention and loss are spelled out, and so is AdamW.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class DecoderStep(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         tokens, targets = batch
-        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.autocast):
             logits = self.model(tokens)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.prediction [--write NAME] [ROW...]
 
-The real figures are those of recordings of torch's allocator (one training step in steady state). Time is that
-of the whole prediction but for the imports, memory the most that its process had, the imports included.
+The real figures are those of recordings of torch's allocator (one training step in steady state). Time is
+that of the whole prediction but for the imports, memory the most that its process had, the imports included.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ class GPT2(pl.LightningModule):
         self.model = GPT2LMHeadModel(GPT2Config())
 
     def training_step(self, batch: Any, index: int) -> Any:
+        """The loss."""
         return self.model(batch, labels=batch).loss
 
     def configure_optimizers(self) -> Any:
+        """AdamW."""
         return torch.optim.AdamW(self.parameters())
 
 
@@ -95,7 +97,9 @@ def with_truth(name: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", nargs="*", help="names of rows, or parts of them; all by default")
     parser.add_argument("--write", metavar="NAME", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()

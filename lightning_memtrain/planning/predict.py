@@ -39,8 +39,9 @@ def predict(
 
     Args:
         model: the module to train; or a function that makes it, which then needs no memory for its weights.
-        batch: one batch on the CPU, as a data loader yields it.
-        datamodule: where batches come from, in place of ``batch``; its first ones are used.
+        batch: one batch on the CPU, as a data loader yields it; ``None`` for the first ones of ``datamodule``
+            or of the model's own ``train_dataloader``.
+        datamodule: where batches come from.
         trainer: as the run will have it: precision, accumulated batches, clipping, callbacks and plugins are
             taken over. ``None`` for Lightning's defaults.
         device: a :class:`~lightning_memtrain.planning.Device` or the name of one that ``memtrain devices``
@@ -50,21 +51,25 @@ def predict(
         The prediction.
 
     Raises:
-        TypeError: if ``batch`` and ``datamodule`` are both given, or neither, or ``model`` is something else.
+        TypeError: if there are two sources of batches, or none, or ``model`` is something else.
         ValueError: if there is no such device, or it is no GPU by NVIDIA, if the batch is not on the CPU, if
             the trainer uses several devices, or if the step asks for values that nobody knows.
         RuntimeError: if torch is too old, or has another third-party device in this process.
     """
-    if (batch is None) == (datamodule is None):
-        got = "neither" if batch is None else "both"
+    if batch is not None and datamodule is not None:
         raise TypeError(
-            f"`predict(batch, datamodule)` needs one of the two, but got {got}. Pass a batch as a data "
-            "loader yields it, or the data module that the run will use."
+            "`predict(batch, datamodule)` takes one of the two, but got both. Pass a batch as a data loader "
+            "yields it, or the data module that the run will use."
         )
     if not callable(model):  # a LightningModule is callable, too
         raise TypeError(
             "`predict(model)` must be a LightningModule or a function that makes one, but got "
             f"{type(model).__name__}. Put it into a LightningModule with its training_step and optimizer."
+        )
+    if batch is None and datamodule is None and not _brings_data(model):
+        raise TypeError(
+            "`predict(batch, datamodule)` needs one of the two for a model without `train_dataloader`, but "
+            "got neither. Pass a batch as a data loader yields it, or the data module that the run will use."
         )
     gpu = _gpu(device)
     _refuse_elsewhere(batch)
@@ -84,7 +89,7 @@ def predict(
     def of_size(size: int) -> Prediction:
         return _prediction(gpu, run(lambda: Repeated(take_samples(batch, size))), size)
 
-    if datamodule is not None:
+    if batch is None:
         return _prediction(gpu, run(lambda: datamodule), None)
     size = _batch_size(batch)
     return replace(_prediction(gpu, run(lambda: Repeated(batch)), size), _of_size=of_size)
@@ -103,6 +108,12 @@ class Repeated:
     def __iter__(self) -> Iterator[Any]:
         while True:
             yield self._batch
+
+
+def _brings_data(model: Any) -> bool:
+    kind = model if isinstance(model, type) else type(model)
+    own = getattr(kind, "train_dataloader", None)
+    return own is not None and own is not pl.LightningModule.train_dataloader
 
 
 def _prediction(device: Device, found: TwinRun, batch_size: int | None) -> Prediction:

@@ -100,6 +100,9 @@ def run_on_twin(
             strategy=SingleDeviceStrategy(torch.device(DEVICE_TYPE, 0), TwinAccelerator()),
             devices=1,
             max_steps=NUM_STEPS,
+            # Steps of a module's own making may not be counted, and a batch is repeated without end.
+            max_epochs=NUM_STEPS,
+            limit_train_batches=NUM_STEPS * options.get("accumulate_grad_batches", 1),
             logger=DummyLogger(),
             callbacks=callbacks,
             enable_checkpointing=False,

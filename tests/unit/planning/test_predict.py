@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -98,8 +98,8 @@ def activations(prediction: Prediction) -> int:
 
 def test_autocast_casts_as_on_a_gpu() -> None:
     mixed = predict(Layers(), BATCH, device=BARE, trainer=trainer(precision="bf16-mixed"))
-    # Backward keeps the casts of all weights but the first one's, whose input needs no gradient; a cast of the
-    # batch, and input and output of GELU, but for the last output, of which the square has a cast.
+    # Backward keeps the casts of all weights but the first one's, whose input needs no gradient; a cast of
+    # the batch, and input and output of GELU, but for the last output, of which the square has a cast.
     casts_of_weights, in_bfloat16 = 3 * 256 * 256 * 2, 64 * 256 * 2
     squared_in_float32 = 64 * 256 * 4
     assert activations(mixed) == casts_of_weights + (1 + 4 + 3) * in_bfloat16 + squared_in_float32
@@ -136,6 +136,22 @@ def test_techniques_run_as_they_are(technique: Callable[[], dict[str, Any]], sma
     report = predict(Layers(), BATCH, device=BARE, trainer=trainer(**technique())).report
     assert report.stages["fit"].maxima[smaller] < plain[smaller]
     assert report.techniques
+
+
+def test_a_step_of_the_modules_own_making_ends() -> None:
+    class Manual(Layers):
+        def __init__(self, optimizer: Callable[..., Any]) -> None:
+            super().__init__(optimizer)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Tensor, index: int) -> None:  # type: ignore[override]
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)  # its steps are not counted
+            optimizer.zero_grad()
+            self(batch).square().mean().backward()
+            optimizer.step()
+
+    at_peak = predict(Manual(torch.optim.Adam), BATCH, device=BARE).breakdown.at_peak
+    assert at_peak[mt.Category.OPTIMIZER_STATE] == 2 * WEIGHTS
 
 
 def test_nothing_comes_back_but_the_answer() -> None:
@@ -242,5 +258,3 @@ def test_json_holds_what_the_attributes_are(tmp_path: Any) -> None:
     assert sum(prediction.breakdown.at_peak.values()) == prediction.breakdown.peak_bytes
     prediction.save_html(tmp_path / "page.html")
     assert "T4 16GB (predicted)" in (tmp_path / "page.html").read_text()
-
-
