@@ -117,9 +117,13 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
 
+def log_softmax(x: Tensor) -> Tensor:
+    x = x - torch.max(x, dim=-1, keepdim=True)[0]
+    return x - torch.log(torch.sum(torch.exp(x), dim=-1, keepdim=True))
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = logits - torch.max(logits, dim=-1, keepdim=True)[0]
-    negative = -(logits - torch.log(torch.sum(torch.exp(logits), dim=-1, keepdim=True)))
+    negative = -log_softmax(logits)
     return torch.mean(torch.gather(negative, -1, targets.unsqueeze(-1)))
 
 

@@ -81,6 +81,8 @@ def _of_recipe(
     if recipe not in recipes.installed().values():
         recipe.make_importable()
 
+    from lightning.pytorch.cli import SaveConfigCallback
+
     from lightning_memtrain.cli.lightning_cli import RecipeCLI
     from lightning_memtrain.planning import predict
 
@@ -89,7 +91,10 @@ def _of_recipe(
         options.append(f"--data.batch_size={batch_size}")
     with tempfile.TemporaryDirectory() as folder:
         cli = RecipeCLI(RunFolder(Path(folder)), options)
-        return predict(cli.model, datamodule=cli.datamodule, trainer=cli.trainer, device=device)
+        trainer: Any = cli.trainer
+        # What saves the configuration to the run's folder: there is no run.
+        trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, SaveConfigCallback)]
+        return predict(cli.model, datamodule=cli.datamodule, trainer=trainer, device=device)
 
 
 def _of_class(file: Path, name: str, batch_size: int | None, device: str | None) -> Prediction:
