@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from lightning_memtrain import (
         optimizer_in_backward as optimizer_in_backward,
+        planning as planning,
     )
     from lightning_memtrain import (
         precision as precision,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from lightning_memtrain.ledger import MemoryLedger
     from lightning_memtrain.microbatching import Microbatching, microbatched_backward
     from lightning_memtrain.optimizer_in_backward import OptimizerInBackward, step_in_backward
+    from lightning_memtrain.planning import predict
     from lightning_memtrain.precision import CompressedActivations, LowPrecision
     from lightning_memtrain.report import MemoryProfiler, MemoryReport
     from lightning_memtrain.sparsity import SparseTraining, sparsify_
@@ -56,6 +58,7 @@ __all__ = [
     "__version__",
     "insert_checkpoints",
     "microbatched_backward",
+    "predict",
     "sparsify_",
     "step_in_backward",
 ]
@@ -67,6 +70,7 @@ _SUBPACKAGES = (
     "ledger",
     "microbatching",
     "optimizer_in_backward",
+    "planning",
     "precision",
     "report",
     "sparsity",
@@ -83,6 +87,7 @@ _HOMES = {
     "SparseTraining": "sparsity",
     "insert_checkpoints": "checkpointing",
     "microbatched_backward": "microbatching",
+    "predict": "planning",
     "sparsify_": "sparsity",
     "step_in_backward": "optimizer_in_backward",
 }

@@ -19,6 +19,11 @@ Any other option goes to LightningCLI, for example:
 Ctrl-C or SIGTERM ends a run after its current step with a checkpoint and a report; --resume goes on there."""
 
 
+_PREDICT_EPILOG = """\
+The exit code is 0 if the run fits and 3 if it does not. Any other option goes to LightningCLI, as for
+`memtrain run`. A class of a file is made without arguments and brings its `train_dataloader`."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command ``memtrain`` with its arguments.
 
@@ -26,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the command's name; ``None`` for those of the process.
 
     Returns:
-        The exit code: 0, 1 if something is wrong with files, 2 if the command line is, and 128 plus the
-        number of the signal that ended it (130 after Ctrl-C).
+        The exit code: 0, 1 if something is wrong with files, 2 if the command line is, 3 for a prediction
+        that does not fit, and 128 plus the number of the signal that ended it (130 after Ctrl-C).
     """
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -48,6 +53,8 @@ def _dispatch(argv: list[str]) -> int:
         return _run(argv[1:])
     if command == "demo" and not asks_for_help:
         return _demo(argv[1:])
+    if command == "predict" and not asks_for_help:
+        return _predict(argv[1:])
     if command in _commands_of_recipes():
         return _run_command(command, argv[1:])
     args, unknown = parser.parse_known_args(argv)
@@ -120,6 +127,24 @@ def _demo(argv: list[str]) -> int:
 
     args, overrides = _demo_options().parse_known_args(argv)
     return run_demo(args.run_dir, overrides)
+
+
+def _predict(argv: list[str]) -> int:
+    # By hand, as for `run`.
+    target = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    args, overrides = _predict_options().parse_known_args(argv)
+    if target is None:
+        raise CommandError("`memtrain predict` needs a recipe or file.py:Class before its options.")
+    from lightning_memtrain.cli.predict import show_prediction
+
+    return show_prediction(
+        target,
+        device=args.device,
+        variants=args.variant,
+        batch_size=args.batch_size,
+        as_json=args.json,
+        overrides=overrides,
+    )
 
 
 def _commands_of_recipes() -> dict[str, str]:
@@ -208,6 +233,7 @@ def _parser() -> _CommandParser:
     copy = parser.add("copy", "copy a recipe's folder, to be changed and run")
     run = parser.add("run", "train by a recipe", _run_options())
     report = parser.add("report", "print the memory report of a run, or a snapshot of CUDA memory")
+    predict = parser.add("predict", "say what a run will need on a GPU, without the GPU", _predict_options())
     parser.add("devices", "list GPUs by name, with their memory").set_defaults(function=_devices)
     parser.add("demo", "train WRN-28-2 on handwritten digits and show its memory", _demo_options())
     for name, summary in _commands_of_recipes().items():
@@ -226,6 +252,10 @@ def _parser() -> _CommandParser:
     copy.set_defaults(function=_copy)
     run.add_argument("recipe", nargs="?", **recipe)
     run.epilog = _RUN_EPILOG
+    predict.add_argument(
+        "target", nargs="?", metavar="RECIPE|FILE.py:CLASS", help="a recipe, or a LightningModule of a file"
+    )
+    predict.epilog = _PREDICT_EPILOG
     report.add_argument(
         "path",
         metavar="PATH",
@@ -254,6 +284,21 @@ def _run_options() -> _Parser:
         default=[],
         help="with --resume: let its checkpoint have objects of this class, named with its module",
     )
+    return options
+
+
+def _predict_options() -> _Parser:
+    options = _Parser(prog="memtrain predict", add_help=False, allow_abbrev=False)
+    options.add_argument("--device", metavar="NAME", help="a GPU that `memtrain devices` lists")
+    options.add_argument(
+        "--variant",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="what to lay over the recipe; several add up",
+    )
+    options.add_argument("--batch-size", type=int, metavar="N", help="samples in a batch")
+    options.add_argument("--json", action="store_true", help="print JSON, see docs/prediction.md")
     return options
 
 

@@ -37,10 +37,9 @@ def run(
     Returns:
         The exit code of the command, and the run's folder.
     """
-    files = {name: recipe.variant(name) for name in variants}
-    folder = RunFolder.new(run_dir, "-".join([recipe.name, *files]))
-    _require_jsonargparse()
-    configs = [str(recipe.config), *([_together(recipe.config, files)] if files else [])]
+    names = {name: recipe.variant(name) for name in variants}
+    folder = RunFolder.new(run_dir, "-".join([recipe.name, *names]))
+    configs = configurations(recipe, variants)
     is_users_own = recipe not in recipes.installed().values()
     if is_users_own:
         recipe.make_importable()
@@ -81,6 +80,24 @@ def resume(run_dir: Path, trusted_classes: Sequence[str], overrides: Sequence[st
     if not launched_by_first_process():
         folder.drop_metrics_from(global_step)
     return _fit(cli, checkpoint), folder
+
+
+def configurations(recipe: Recipe, variants: Sequence[str]) -> list[str]:
+    """What LightningCLI is given of a recipe.
+
+    Args:
+        recipe: any.
+        variants: what to lay over it, together.
+
+    Returns:
+        The path of the recipe's configuration, and the text of another one for after it, if there is any.
+
+    Raises:
+        CommandError: if there is no such variant, or jsonargparse is missing.
+    """
+    files = {name: recipe.variant(name) for name in variants}
+    _require_jsonargparse()
+    return [str(recipe.config), *([_together(recipe.config, files)] if files else [])]
 
 
 def _together(recipe: Path, variants: Mapping[str, Path]) -> str:

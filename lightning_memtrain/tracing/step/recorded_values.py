@@ -55,6 +55,9 @@ class UnknownValueError(RuntimeError):
         self.what = what
         self.location = location
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.location)
+
 
 class RecordedValues:
     """What a step with data answered, to be given again to a step without.

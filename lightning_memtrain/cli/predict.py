@@ -1,0 +1,149 @@
+"""Predict what a recipe, or a model of a file, will need on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_memtrain.cli import recipes
+from lightning_memtrain.cli.errors import CommandError, did_you_mean
+from lightning_memtrain.cli.recipes import Recipe
+from lightning_memtrain.cli.run import configurations
+from lightning_memtrain.cli.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from lightning_memtrain.planning import Prediction
+
+#: Exit code of a prediction that it does not fit.
+DOES_NOT_FIT = 3
+
+
+def show_prediction(
+    target: str,
+    *,
+    device: str | None,
+    variants: Sequence[str] = (),
+    batch_size: int | None = None,
+    as_json: bool = False,
+    overrides: Sequence[str] = (),
+) -> int:
+    """Print a prediction.
+
+    Args:
+        target: a recipe's name or folder, or ``file.py:Class`` for a LightningModule that brings its
+            ``train_dataloader``.
+        device: a GPU that ``memtrain devices`` lists; ``None`` for that of this machine.
+        variants: what to lay over the recipe, together.
+        batch_size: samples in a batch; ``None`` for what recipe or class have.
+        as_json: whether to print JSON instead of a table.
+        overrides: options of LightningCLI, for a recipe.
+
+    Returns:
+        The exit code of the command: 0 if it fits, else :data:`DOES_NOT_FIT`.
+
+    Raises:
+        CommandError: if something of it is wrong, or cannot be predicted.
+    """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    if batch_size is not None and batch_size < 1:
+        raise CommandError(f"--batch-size must be at least 1, but got {batch_size}.")
+    file, colon, name = target.rpartition(":")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the answer alone is printed
+            if colon and file.endswith(".py"):
+                _refuse_options_of_recipes(variants, overrides)
+                prediction = _of_class(Path(file), name, batch_size, device)
+            else:
+                prediction = _of_recipe(recipes.find(target), variants, batch_size, overrides, device)
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+        raise CommandError(str(error), exit_code=1) from error
+    print(json.dumps(prediction.to_dict(), indent=2) if as_json else prediction)
+    return 0 if prediction.fits else DOES_NOT_FIT
+
+
+def _of_recipe(
+    recipe: Recipe,
+    variants: Sequence[str],
+    batch_size: int | None,
+    overrides: Sequence[str],
+    device: str | None,
+) -> Prediction:
+    configs = configurations(recipe, variants)
+    if recipe not in recipes.installed().values():
+        recipe.make_importable()
+
+    from lightning.pytorch.cli import SaveConfigCallback
+
+    from lightning_memtrain.cli.lightning_cli import RecipeCLI
+    from lightning_memtrain.planning import predict
+
+    options = [*(f"--config={config}" for config in configs), *overrides]
+    if batch_size is not None:
+        options.append(f"--data.batch_size={batch_size}")
+    with tempfile.TemporaryDirectory() as folder:
+        cli = RecipeCLI(RunFolder(Path(folder)), options)
+        trainer: Any = cli.trainer
+        # What saves the configuration to the run's folder: there is no run.
+        trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, SaveConfigCallback)]
+        return predict(cli.model, datamodule=cli.datamodule, trainer=trainer, device=device)
+
+
+def _of_class(file: Path, name: str, batch_size: int | None, device: str | None) -> Prediction:
+    from lightning_memtrain.planning import predict
+
+    kind = _class(file, name)
+    if batch_size is None:
+        return predict(kind, device=device)
+    if "batch_size" not in inspect.signature(kind).parameters:
+        raise CommandError(
+            f"--batch-size needs a class with an argument `batch_size`, but `{name}` of `{file}` has none."
+        )
+
+    class OfSize(kind):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            super().__init__(batch_size=batch_size)
+
+    OfSize.__name__ = name
+    return predict(OfSize, device=device)
+
+
+def _class(file: Path, name: str) -> Callable[..., Any]:
+    import lightning.pytorch as pl
+
+    if not file.is_file():
+        raise CommandError(f"`{file}` is no file; name one as in `file.py:Class`.", exit_code=1)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None, "a file that ends with .py has a loader"
+    assert spec.loader is not None, "a file that ends with .py has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    sys.path.insert(0, str(file.resolve().parent))
+    spec.loader.exec_module(module)
+    kind = getattr(module, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, pl.LightningModule)):
+        known = [
+            key
+            for key, one in vars(module).items()
+            if isinstance(one, type) and issubclass(one, pl.LightningModule)
+        ]
+        raise CommandError(
+            f"`{file}` must have a LightningModule of the name `{name}`, but has "
+            f"{', '.join(known) or 'none'}.{did_you_mean(name, known)}",
+            exit_code=1,
+        )
+    return kind
+
+
+def _refuse_options_of_recipes(variants: Sequence[str], overrides: Sequence[str]) -> None:
+    if variants or overrides:
+        given = "--variant" if variants else overrides[0]
+        raise CommandError(f"`{given}` is for recipes, but a class of a file was named; leave it out.")

@@ -1,0 +1,157 @@
+"""A function called in a copy of this process, which nothing that it does comes back from but its result."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import torch
+
+from lightning_memtrain.tracing.questions import user_site
+
+Result = TypeVar("Result")
+
+_STANDARD_ERROR = 2
+
+
+class ChildFailed(RuntimeError):
+    """The copy ended without a result.
+
+    Args:
+        message: what is known of why.
+        exit_code: of the process; minus the number of the signal that ended it.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def call_in_copy(function: Callable[[], Result]) -> Result:
+    """Call a function in a forked process and return what it returns.
+
+    Whatever it changes (attributes, random state, settings of libraries) is changed in the copy alone. Memory
+    is shared until one of both writes to it, so a large model costs nothing. What it prints is printed, and
+    files that it writes are written.
+
+    An error that ends the process itself, as one in a tensor's hook does on a device that is made in Python
+    (torch 2.13), is looked for in a second copy, in which all errors within backward are noted.
+
+    Args:
+        function: called without arguments; its result, or the error that it raises, must be picklable.
+
+    Returns:
+        Its result.
+
+    Raises:
+        ChildFailed: if the copy ended in another way, such as by a signal.
+    """
+    try:
+        return _call(function)
+    except ChildFailed as failure:
+        if failure.exit_code != -signal.SIGABRT:
+            raise
+        error = _error_in_backward(function)
+        if error is None:
+            raise
+        raise ChildFailed(error, failure.exit_code) from None
+
+
+def _error_in_backward(function: Callable[[], Any]) -> str | None:
+    """Call it again and watch; the last error within backward, ``None`` if there was none."""
+    with tempfile.TemporaryDirectory() as folder:
+        notes = Path(folder) / "last_error"
+
+        def watched() -> None:
+            _note_errors_in_backward(notes)
+            function()
+
+        with suppress(Exception):
+            _call(watched)
+        return notes.read_text() if notes.is_file() else None
+
+
+def _call(function: Callable[[], Result]) -> Result:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    reading, writing = os.pipe()
+    with tempfile.TemporaryFile() as errors:
+        with warnings.catch_warnings():
+            # Python 3.12 warns of threads that may hold locks; torch's hold none between operators.
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            os.close(reading)
+            os.dup2(errors.fileno(), _STANDARD_ERROR)
+            _answer_and_end(function, writing)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            answer = pipe.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code != -signal.SIGABRT:  # what the runtime of C++ writes then is of no help
+            errors.seek(0)
+            sys.stderr.write(errors.read().decode(errors="replace"))
+    if not answer:
+        raise ChildFailed(f"the process that ran it ended with exit code {code} and gave no result", code)
+    returned, value, trace = pickle.loads(answer)
+    if returned:
+        result: Result = value
+        return result
+    value.__notes__ = [*getattr(value, "__notes__", ()), trace]
+    raise value
+
+
+def _answer_and_end(function: Callable[[], Any], writing: int) -> NoReturn:
+    status = 1
+    try:
+        torch.set_num_threads(1)  # a pool of threads does not survive a fork
+        answer = _answer(function)
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(answer)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        status = 0
+    finally:
+        os._exit(status)  # no handlers of the original are to run here
+
+
+def _answer(function: Callable[[], Any]) -> bytes:
+    try:
+        return pickle.dumps((True, function(), ""))
+    except BaseException as error:
+        trace = traceback.format_exc()
+        try:
+            answer = pickle.dumps((False, error, trace))
+            pickle.loads(answer)  # an error whose constructor wants other arguments can be written, not read
+            return answer
+        except Exception:
+            return pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}"), trace))
+
+
+def _note_errors_in_backward(notes: Path) -> None:
+    """Keep a file with the last error that came through a frame within backward, from now on."""
+
+    def on_call(frame: FrameType, event: str, argument: Any) -> Any:
+        if torch._C._current_graph_task_id() == -1:
+            return None
+        frame.f_trace_lines = False
+        return on_event
+
+    def on_event(frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "exception":
+            kind, value, _ = argument
+            site = user_site() or f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            notes.write_text(f"{kind.__name__}: {value} (in backward, at {site})")
+        return on_event
+
+    sys.settrace(on_call)

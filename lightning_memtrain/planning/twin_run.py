@@ -1,0 +1,169 @@
+"""A few steps of a Trainer on the twin of a CUDA device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.data import DataLoader
+
+from lightning_memtrain.planning.moving import move, replace_when_moved
+from lightning_memtrain.planning.twin_accelerator import TwinAccelerator
+from lightning_memtrain.precision import activation_packing
+from lightning_memtrain.report import MemoryProfiler, MemoryReport
+from lightning_memtrain.tracing.allocator import CachingAllocator
+from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE, TwinBackend, TwinDeviceMode, install
+from lightning_memtrain.tracing.cuda_twin.arguments import CudaMeansTwin, make_from_values
+from lightning_memtrain.tracing.cuda_twin.attention import AMPERE, TwinAttention
+from lightning_memtrain.tracing.cuda_twin.autocast import TwinAutocast
+from lightning_memtrain.tracing.device import Device
+
+#: The first makes the optimizer's state, the second finds it, the third finds what the second left.
+NUM_STEPS = 3
+
+
+@dataclass(frozen=True)
+class TwinRun:
+    """What a run on the twin came to.
+
+    Args:
+        report: of its steps.
+        allocated_bytes: most bytes in blocks of the allocator.
+        reserved_bytes: most bytes that the allocator had from the device.
+        workspace_bytes: what libraries keep.
+        guessed: see :attr:`.TwinDeviceMode.guessed`.
+    """
+
+    report: MemoryReport
+    allocated_bytes: int
+    reserved_bytes: int
+    workspace_bytes: int
+    guessed: Mapping[str, str]
+
+
+def run_on_twin(
+    model: pl.LightningModule | Callable[[], pl.LightningModule],
+    data: Any,
+    trainer_options: Mapping[str, Any],
+    device: Device,
+) -> TwinRun:
+    """Train for a few steps on the twin. Call it in a process of its own: torch is another one afterwards.
+
+    Args:
+        model: what is trained, or what makes it.
+        data: a loader of batches, or a data module.
+        trainer_options: arguments of Trainer.
+        device: the GPU whose twin it is.
+
+    Returns:
+        What was counted.
+
+    Raises:
+        TypeError: if ``model`` is a function that returns something else.
+    """
+    backend = TwinBackend(CachingAllocator())
+    install(backend)
+
+    def on_matrix_product() -> None:
+        backend.hold_workspace("cuBLAS", device.cublas_workspace_bytes)
+        backend.hold_workspace("cuBLASLt", device.cublaslt_workspace_bytes)
+
+    mode = TwinDeviceMode(backend, on_matrix_product)
+    rules = TwinAutocast(), TwinAttention(has_flash=(device.compute_capability or AMPERE) >= AMPERE)
+    _prepare_process()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w") as nowhere,
+        contextlib.ExitStack() as undo,
+    ):
+        undo.enter_context(contextlib.redirect_stdout(nowhere))
+        if not isinstance(model, pl.LightningModule):
+            with mode.fake:
+                model = _made(model)
+        profiler = MemoryProfiler(every_n_steps=1, report_dir=folder, max_rows=None)
+        options = dict(trainer_options)
+        callbacks = [*options.pop("callbacks", ()), profiler]
+        trainer = pl.Trainer(
+            strategy=SingleDeviceStrategy(torch.device(DEVICE_TYPE, 0), TwinAccelerator()),
+            devices=1,
+            max_steps=NUM_STEPS,
+            # Steps of a module's own making may not be counted, and a batch is repeated without end.
+            max_epochs=NUM_STEPS,
+            limit_train_batches=NUM_STEPS * options.get("accumulate_grad_batches", 1),
+            logger=DummyLogger(),
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            **options,
+        )
+        undo.enter_context(mode)
+        undo.enter_context(CudaMeansTwin())
+        move(model, mode)
+        trainer.fit(model, data)
+    del rules
+    assert profiler.report is not None, "a fit that has ended has a report"
+    return TwinRun(
+        report=profiler.report,
+        allocated_bytes=backend.allocator.peak_allocated_bytes,
+        reserved_bytes=backend.allocator.peak_reserved_bytes,
+        workspace_bytes=backend.workspace_bytes,
+        guessed=dict(mode.guessed),
+    )
+
+
+def _made(factory: Callable[[], Any]) -> pl.LightningModule:
+    model = factory()
+    if not isinstance(model, pl.LightningModule):
+        raise TypeError(
+            "`predict(model)` must be a LightningModule or a function that makes one, but the function "
+            f"returned {type(model).__name__}. Return the LightningModule."
+        )
+    return model
+
+
+def _prepare_process() -> None:
+    """What else has to be as on a GPU, or silent, for the rest of this process."""
+    make_from_values()
+    replace_when_moved()
+    _load_in_this_process()
+    # Tensors without data keep their bytes as plain ones do.
+    packing: Any = activation_packing
+    packing.PLAIN_TENSORS = (*packing.PLAIN_TENSORS, FakeTensor)
+    torch.autograd.set_multithreading_enabled(False)  # all of a step is watched in this thread
+    warnings.simplefilter("ignore")  # the real run gives them
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    # Torch writes many lines where an operator has no rule for tensors without data.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+
+
+def _load_in_this_process() -> None:
+    """Let data loaders do without workers and pinned memory, for the sake of three batches."""
+    loader: Any = DataLoader
+    make = loader.__init__
+
+    @functools.wraps(make)
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(make).bind(self, *args, **kwargs).arguments
+        for name in ("self", "num_workers", "pin_memory", *_OF_WORKERS):
+            given.pop(name, None)
+        make(self, **given)
+
+    loader.__init__ = made
+
+
+_OF_WORKERS = ("prefetch_factor", "persistent_workers", "multiprocessing_context", "timeout")

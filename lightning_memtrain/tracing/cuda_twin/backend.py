@@ -1,0 +1,152 @@
+"""The device itself: a third-party backend made in Python, with the model of CUDA's allocator behind it."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memtrain.tracing.allocator import CachingAllocator
+from lightning_memtrain.tracing.allocator.blocks import Block
+
+#: What torch calls the device; no name of a real backend.
+DEVICE_TYPE = "cudatwin"
+
+
+class TwinBackend:
+    """What ``torch.cudatwin`` is: the device's own module, with the memory statistics that CUDA's has.
+
+    Args:
+        allocator: takes and gives back what storages need.
+        num_devices: devices of this process that there are; all but the current one hold nothing.
+    """
+
+    def __init__(self, allocator: CachingAllocator, num_devices: int = 1) -> None:
+        self.allocator = allocator
+        self._num_devices = num_devices
+        self._blocks: dict[int, tuple[Block, weakref.ref[torch.UntypedStorage]]] = {}
+        self._workspaces: dict[str, Block] = {}
+        self._peak_allocated_bytes = 0
+        self._peak_reserved_bytes = 0
+
+    # ------------------------------------------------------------------ storages
+
+    def hold(self, tensor: Tensor) -> None:
+        """Let the allocator know of a tensor's storage, until that is freed.
+
+        Args:
+            tensor: on this device; of any shape and dtype, one whose storage was there before is passed over.
+        """
+        storage = tensor.untyped_storage()
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key in self._blocks or num_bytes == 0:
+            return
+        block = self.allocator.allocate(num_bytes)
+        self._blocks[key] = block, weakref.ref(storage, lambda _: self._release(key))
+        self._note_peaks()
+
+    def hold_workspace(self, name: str, num_bytes: int) -> None:
+        """Allocate, once, what a library keeps for itself from its first call on.
+
+        Args:
+            name: of the library, e.g. ``"cuBLAS"``.
+            num_bytes: how much; 0 for nothing.
+        """
+        if num_bytes and name not in self._workspaces:
+            self._workspaces[name] = self.allocator.allocate(num_bytes)
+            self._note_peaks()
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What libraries keep for themselves by now."""
+        return sum(block.size for block in self._workspaces.values())
+
+    def _release(self, key: int) -> None:
+        block, _ = self._blocks.pop(key)
+        self.allocator.free(block)
+
+    def _note_peaks(self) -> None:
+        self._peak_allocated_bytes = max(self._peak_allocated_bytes, self.allocator.allocated_bytes)
+        self._peak_reserved_bytes = max(self._peak_reserved_bytes, self.allocator.reserved_bytes)
+
+    # ------------------------------------------------------------------ statistics, as torch.cuda has them
+
+    def memory_allocated(self, device: Any = None) -> int:
+        """Bytes in blocks that are allocated."""
+        return self.allocator.allocated_bytes
+
+    def memory_reserved(self, device: Any = None) -> int:
+        """Bytes that the allocator has from the device."""
+        return self.allocator.reserved_bytes
+
+    def max_memory_allocated(self, device: Any = None) -> int:
+        """The most bytes in blocks since the last reset."""
+        return self._peak_allocated_bytes
+
+    def max_memory_reserved(self, device: Any = None) -> int:
+        """The most bytes from the device since the last reset."""
+        return self._peak_reserved_bytes
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        """Let the peaks begin anew."""
+        self._peak_allocated_bytes = self.allocator.allocated_bytes
+        self._peak_reserved_bytes = self.allocator.reserved_bytes
+
+    def memory_stats(self, device: Any = None) -> dict[str, Any]:
+        """What is asked of CUDA's statistics."""
+        return {"num_alloc_retries": self.allocator.num_retries}
+
+    def empty_cache(self) -> None:
+        """Give back segments that are free as a whole."""
+        self.allocator.empty_cache()
+
+    # ------------------------------------------------------------------ what torch asks of a backend
+
+    def is_initialized(self) -> bool:
+        """Whether it can be used."""
+        return True
+
+    def is_available(self) -> bool:
+        """Whether there is one."""
+        return True
+
+    def current_device(self) -> int:
+        """Its index."""
+        return 0
+
+    def device_count(self) -> int:
+        """How many there are."""
+        return self._num_devices
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        """There are no random numbers."""
+
+    def manual_seed(self, seed: int) -> None:
+        """There are no random numbers."""
+
+    def device(self, index: int) -> AbstractContextManager[None]:
+        """Be on it for a while; one is always on it."""
+        return nullcontext()
+
+    def synchronize(self, device: Any = None) -> None:
+        """Everything is done at once."""
+
+    def set_device(self, device: Any) -> None:
+        """There is one."""
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        """Random numbers have no state here."""
+        return torch.zeros(16, dtype=torch.uint8)
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        """Random numbers have no state here."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        """What autocast may cast to."""
+        return [torch.float16, torch.bfloat16]

@@ -1,0 +1,135 @@
+"""Runs operators on the twin: shapes and bytes of a GPU's kernels, values only where they can be known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
+from lightning_memtrain.tracing.cuda_twin.in_place import InPlaceGradients
+from lightning_memtrain.tracing.cuda_twin.known_values import KnownValues
+from lightning_memtrain.tracing.questions import AsksForValue, user_site
+from lightning_memtrain.tracing.usual import UsualValues
+
+_aten = torch.ops.aten
+_DEPENDS_ON_DATA = (DataDependentOutputException, DynamicOutputShapeException)
+_MATRIX_PRODUCTS = frozenset(
+    (_aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm, _aten.addbmm, _aten.mv, _aten.dot)
+)
+
+
+class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets everything that happens on the twin happen without data; what is on the CPU is computed as always.
+
+    A number that is asked for is answered where it does not depend on weights, or where such questions always
+    get the same answer (:class:`.UsualValues`). Any other number of floating type is "not a number", and
+    noted; any other integer, truth value or shape ends the step with :class:`.AsksForValue`.
+
+    Args:
+        backend: holds what is allocated.
+        on_matrix_product: called before each product of matrices.
+    """
+
+    def __init__(self, backend: TwinBackend, on_matrix_product: Callable[[], None] = lambda: None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._backend = backend
+        self._on_matrix_product = on_matrix_product
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        """Makes tensors without data, of the CPU as well."""
+        self.known = KnownValues()
+        """Values of tensors on the twin."""
+        self.guessed: dict[str, str] = {}
+        """What was asked that nobody knows, and taken for "not a number", by the line that asked."""
+        self._usual = UsualValues()
+        self._in_place = InPlaceGradients()
+        self._in_place.calibrate_before_backward()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not any(map(_is_on_twin, tree_leaves((args, kwargs)))):
+            return func(*args, **kwargs)
+        if self._in_place.takes_place(func, args):
+            self.known.forget(args[0])
+            return args[0]
+        if func.overloadpacket in _MATRIX_PRODUCTS:
+            self._on_matrix_product()
+        try:
+            bare_args, bare_kwargs = tree_map(self._bare, (args, kwargs))
+            with self.fake:
+                result = func(*bare_args, **bare_kwargs)
+        except _DEPENDS_ON_DATA:
+            result = self._answered(func, args, kwargs)
+        else:
+            self._usual.follow(func, args, result)
+            self.known.follow(func, args, kwargs, result)
+        self._in_place.follow(func, result)
+        for one in tree_leaves(result):
+            if isinstance(one, Tensor) and one.device.type == DEVICE_TYPE:
+                self._backend.hold(one)
+        return result
+
+    def _answered(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What a question for values gets, without those of weights."""
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        if all(self.known.real_or_known(one) is not None for one in tensors):
+            values = self.known.compute(func, args, kwargs)
+            return tree_map(lambda one: self._on_twin(one) if isinstance(one, Tensor) else one, values)
+        if func is _aten.allclose.default:
+            return True
+        if func is _aten._local_scalar_dense.default:
+            usual = self._usual.of(args[0])
+            if usual is not None:
+                return usual
+            if args[0].is_floating_point():
+                self.guessed.setdefault(str(user_site()), str(func))
+                return float("nan")
+        raise AsksForValue(str(func), user_site())
+
+    def _on_twin(self, real: Tensor) -> Tensor:
+        with self.fake:
+            made = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=DEVICE_TYPE)
+        self.known.set(made, real)
+        return made
+
+    def _bare(self, value: Any) -> Any:
+        """A tensor without data in the place of one on the CPU, with which torch would go on to compute."""
+        if (
+            not isinstance(value, Tensor)
+            or isinstance(value, FakeTensor)
+            or value.layout is not torch.strided
+        ):
+            return value
+        with self.fake:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+    def moved(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same form on the twin.
+
+        Args:
+            tensor: any strided one, with or without data.
+
+        Returns:
+            One that holds no data; its values are known if those of ``tensor`` are and are worth following.
+        """
+        # This mode is left, too: it would take what it makes for a constant.
+        with torch.no_grad(), _disable_current_modes(), self.fake:
+            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE_TYPE)
+        self._backend.hold(made)
+        return made
+
+
+def _is_on_twin(value: Any) -> bool:
+    if isinstance(value, torch.device):
+        return value.type == DEVICE_TYPE
+    return isinstance(value, FakeTensor)

@@ -1,0 +1,122 @@
+"""Values of tensors on the twin that do not depend on weights: masks, lengths, positions, labels."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_memtrain.tracing.writes import written_tensors
+
+# Larger ones of floating type are not followed: nobody asks for numbers of pictures.
+_MOST_FLOAT_BYTES = 2**16
+_MOST_BYTES = 2**26
+
+
+class KnownValues:
+    """Real tensors on the CPU beside tensors that hold no data, as far as their values are known."""
+
+    def __init__(self) -> None:
+        self._real: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    def of(self, value: Any) -> Tensor | None:
+        """The values of a tensor.
+
+        Args:
+            value: a tensor without data; anything else has none.
+
+        Returns:
+            A tensor on the CPU of the same shape and dtype; ``None`` if they are not known.
+        """
+        reference, real = self._real.get(id(value), (None, None))
+        return real if reference is not None and reference() is value else None
+
+    def set(self, tensor: Tensor, real: Tensor) -> None:
+        """Note the values of a tensor.
+
+        Args:
+            tensor: one without data.
+            real: on the CPU, of the same shape and dtype.
+        """
+        if real.nbytes > _most_bytes(real):
+            return
+        key = id(tensor)
+        self._real[key] = weakref.ref(tensor, lambda _: self._real.pop(key, None)), real
+
+    def forget(self, tensor: Tensor) -> None:
+        """Know no more of a tensor, nor of others in its memory.
+
+        Args:
+            tensor: one that was written to.
+        """
+        real = self.of(tensor)
+        if real is not None:
+            storage = real.untyped_storage()._cdata
+            for key in [k for k, (_, r) in self._real.items() if r.untyped_storage()._cdata == storage]:
+                del self._real[key]
+
+    def follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Compute the values of an operator's result, if those of all its arguments are known.
+
+        Args:
+            func: the operator.
+            args: its arguments, tensors without data among them.
+            kwargs: its arguments by name.
+            result: what it returned on the twin.
+        """
+        made = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
+        if not made:
+            return
+        values = self._values(func, args, kwargs, made)
+        if values is None:
+            for one in written_tensors(func, args, kwargs):
+                self.forget(one)
+            return
+        for tensor, real in zip(made, values, strict=False):
+            if real.shape == tensor.shape and real.dtype is tensor.dtype:
+                self.set(tensor, real)
+
+    def _values(self, func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> list[Tensor] | None:
+        """What an operator computes, ``None`` where that is not known or not worth it."""
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        if any(self.real_or_known(one) is None for one in tensors):
+            return None
+        if any(one.nbytes > _most_bytes(one) for one in made):
+            return None
+        try:
+            values = self.compute(func, args, kwargs)
+        except Exception:  # what the CPU cannot compute is not known
+            return None
+        return [one for one in tree_leaves(values) if isinstance(one, Tensor)]
+
+    def real_or_known(self, tensor: Tensor) -> Tensor | None:
+        """A tensor that has data itself, or its known values."""
+        return self.of(tensor) if isinstance(tensor, FakeTensor) else tensor
+
+    def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator on the known values of its arguments.
+
+        Args:
+            func: the operator.
+            args: its arguments; the values of all tensors are known.
+            kwargs: its arguments by name.
+
+        Returns:
+            What it returns, on the CPU.
+        """
+
+        def on_cpu(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return self.real_or_known(value)
+            return torch.device("cpu") if isinstance(value, torch.device) else value
+
+        with torch.no_grad():
+            return func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
+
+
+def _most_bytes(tensor: Tensor) -> int:
+    return _MOST_FLOAT_BYTES if tensor.is_floating_point() else _MOST_BYTES
