@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     )
     from lightning_memtrain import (
         optimizer_in_backward as optimizer_in_backward,
+    )
+    from lightning_memtrain import (
         planning as planning,
     )
     from lightning_memtrain import (

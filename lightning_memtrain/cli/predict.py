@@ -83,7 +83,7 @@ def _of_recipe(
 
     from lightning.pytorch.cli import SaveConfigCallback
 
-    from lightning_memtrain.cli.lightning_cli import RecipeCLI
+    from lightning_memtrain.cli.training.lightning_cli import RecipeCLI
     from lightning_memtrain.planning import predict
 
     options = [*(f"--config={config}" for config in configs), *overrides]

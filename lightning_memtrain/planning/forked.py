@@ -17,7 +17,8 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from lightning_memtrain.tracing.questions import user_site
+from lightning_memtrain.compat.torch_private import is_backward_running
+from lightning_memtrain.tracing.step.user_code import user_location
 
 Result = TypeVar("Result")
 
@@ -142,7 +143,7 @@ def _note_errors_in_backward(notes: Path) -> None:
     """Keep a file with the last error that came through a frame within backward, from now on."""
 
     def on_call(frame: FrameType, event: str, argument: Any) -> Any:
-        if torch._C._current_graph_task_id() == -1:
+        if not is_backward_running():
             return None
         frame.f_trace_lines = False
         return on_event
@@ -150,7 +151,7 @@ def _note_errors_in_backward(notes: Path) -> None:
     def on_event(frame: FrameType, event: str, argument: Any) -> Any:
         if event == "exception":
             kind, value, _ = argument
-            site = user_site() or f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            site = user_location() or f"{frame.f_code.co_filename}:{frame.f_lineno}"
             notes.write_text(f"{kind.__name__}: {value} (in backward, at {site})")
         return on_event
 

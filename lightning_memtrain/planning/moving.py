@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from lightning_memtrain.compat.torch_private import FakeTensor
 from lightning_memtrain.tracing.cuda_twin import TwinDeviceMode
-from lightning_memtrain.tracing.user_state import UserState
+from lightning_memtrain.tracing.user_state.capture import UserState
 
 
 def move(model: nn.Module, mode: TwinDeviceMode) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_memtrain.ledger.objects import tensors_within
-from lightning_memtrain.microbatching.batches import batch_size_of, take_samples
+from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
+from lightning_memtrain.microbatching.splitting.batches import batch_size_of, take_samples
 from lightning_memtrain.planning.forked import call_in_copy
 from lightning_memtrain.planning.prediction import Prediction
 from lightning_memtrain.planning.trainer_options import trainer_options
@@ -18,7 +18,7 @@ from lightning_memtrain.planning.twin_run import TwinRun, run_on_twin
 from lightning_memtrain.report import MemoryReport
 from lightning_memtrain.tracing.cuda_twin import refuse_no_twin
 from lightning_memtrain.tracing.device import Device
-from lightning_memtrain.tracing.questions import AsksForValue
+from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
 
 
 def predict(
@@ -79,7 +79,7 @@ def predict(
     def run(make_data: Callable[[], Any]) -> TwinRun:
         try:
             return call_in_copy(lambda: run_on_twin(model, make_data(), options, gpu))
-        except AsksForValue as error:
+        except UnknownValueError as error:
             raise ValueError(
                 f"`predict(model)` needs a step that goes the same way whatever the weights are, but "
                 f"{error}. Leave that question out of training (log tensors instead of `.item()`, choose "
@@ -150,7 +150,7 @@ def _gpu(device: Device | str | None) -> Device:
 
 
 def _refuse_elsewhere(batch: Any) -> None:
-    for tensor in tensors_within(batch):
+    for tensor in find_tensors(batch):
         if tensor.device.type != "cpu":
             raise ValueError(
                 f"`predict(batch)` must be on the CPU, as a data loader yields it, but has a tensor on "

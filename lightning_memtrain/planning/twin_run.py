@@ -17,12 +17,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import DataLoader
 
+from lightning_memtrain.compat.torch_private import FakeTensor
 from lightning_memtrain.planning.moving import move, replace_when_moved
 from lightning_memtrain.planning.twin_accelerator import TwinAccelerator
-from lightning_memtrain.precision import activation_packing
+from lightning_memtrain.precision.activations import activation_packing
 from lightning_memtrain.report import MemoryProfiler, MemoryReport
 from lightning_memtrain.tracing.allocator import CachingAllocator
 from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE, TwinBackend, TwinDeviceMode, install

@@ -15,7 +15,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = (DOCS / "api.md").read_text()
 TECHNIQUES = (
     *("checkpointing", "checkpointing.experimental", "microbatching", "optimizer_in_backward"),
-    *("precision", "sparsity"),
+    *("planning", "precision", "sparsity"),
 )
 TOP = [name for name in lightning_memtrain.__all__ if not name.startswith("__")]
 NAMES = TOP + [
@@ -75,4 +75,4 @@ def test_a_name_of_a_subpackage_is_pointed_to() -> None:
     with pytest.raises(
         AttributeError, match=r"has no attribute 'RigL'; it is `lightning_memtrain\.sparsity\.RigL`$"
     ):
-        lightning_memtrain.RigL  # noqa: B018
+        lightning_memtrain.sparsity.RigL  # noqa: B018

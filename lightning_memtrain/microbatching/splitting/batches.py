@@ -142,6 +142,41 @@ def split_batch(batch: Any, num_microbatches: int) -> list[Any]:
     ]
 
 
+def take_samples(batch: Any, num_samples: int) -> Any:
+    """A batch of another size: samples in order, and from the first one again after the last.
+
+    Args:
+        batch: see :func:`batch_size_of`; at least one sample.
+        num_samples: how many, at least 1.
+
+    Returns:
+        A batch of the same type and structure; tensors and arrays in it are copies.
+
+    Raises:
+        ValueError: if ``num_samples`` is below 1.
+        MisconfigurationException: see :func:`batch_size_of`.
+
+    Example:
+        >>> take_samples((torch.arange(3), ["a", "b", "c"]), 5)
+        (tensor([0, 1, 2, 0, 1]), ['a', 'b', 'c', 'a', 'b'])
+    """
+    if num_samples < 1:
+        raise ValueError(
+            f"`take_samples(num_samples)` must be at least 1, but got {num_samples}. Ask for one."
+        )
+    size = batch_size_of(batch)
+    places = [place % size for place in range(num_samples)]
+
+    def take(leaf: Any, path: str) -> Any:
+        if sliced_shape(leaf):
+            return leaf[places]
+        if not _is_list(leaf) or len(leaf) != size:
+            return leaf
+        return type(leaf)(leaf[place] for place in places)
+
+    return _map_leaves(batch, "batch", take)
+
+
 def _slicer(num_samples: int, samples: slice) -> LeafFunction:
     def slice_leaf(leaf: Any, path: str) -> Any:
         if sliced_shape(leaf):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp import autocast_mode
-from torch.utils._pytree import tree_map
 
+from lightning_memtrain.compat.torch_private import schema_of, tree_map
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE
 
 
@@ -177,7 +177,7 @@ def _in_float32(operator: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
 def _returning_float32(operator: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     first = args[0]
     is_low = isinstance(first, Tensor) and first.dtype in (torch.float16, torch.bfloat16)
-    place = next(i for i, a in enumerate(operator._schema.arguments) if a.name == "dtype")
+    place = next(i for i, a in enumerate(schema_of(operator).arguments) if a.name == "dtype")
     given = args[place] if place < len(args) else kwargs.get("dtype")
     if not is_low or given is not None or first.device.type != DEVICE_TYPE:
         return args, kwargs

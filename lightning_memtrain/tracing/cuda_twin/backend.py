@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memtrain.compat.torch_private import storage_key
 from lightning_memtrain.tracing.allocator import CachingAllocator
 from lightning_memtrain.tracing.allocator.blocks import Block
 
@@ -41,7 +42,7 @@ class TwinBackend:
             tensor: on this device; of any shape and dtype, one whose storage was there before is passed over.
         """
         storage = tensor.untyped_storage()
-        key, num_bytes = storage._cdata, storage.nbytes()
+        key, num_bytes = storage_key(storage), storage.nbytes()
         if key in self._blocks or num_bytes == 0:
             return
         block = self.allocator.allocate(num_bytes)

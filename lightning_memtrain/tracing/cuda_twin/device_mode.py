@@ -7,20 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
+
+from lightning_memtrain.compat.torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    TorchDispatchMode,
+    disable_current_modes,
+    tree_leaves,
+    tree_map,
 )
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
-
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
 from lightning_memtrain.tracing.cuda_twin.in_place import InPlaceGradients
 from lightning_memtrain.tracing.cuda_twin.known_values import KnownValues
-from lightning_memtrain.tracing.questions import AsksForValue, user_site
-from lightning_memtrain.tracing.usual import UsualValues
+from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
+from lightning_memtrain.tracing.step.typical_values import TypicalValues
+from lightning_memtrain.tracing.step.user_code import user_location
 
 _aten = torch.ops.aten
 _DEPENDS_ON_DATA = (DataDependentOutputException, DynamicOutputShapeException)
@@ -33,7 +36,7 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets everything that happens on the twin happen without data; what is on the CPU is computed as always.
 
     A number that is asked for is answered where it does not depend on weights, or where such questions always
-    get the same answer (:class:`.UsualValues`). Any other number of floating type is "not a number", and
+    get the same answer (:class:`.TypicalValues`). Any other number of floating type is "not a number", and
     noted; any other integer, truth value or shape ends the step with :class:`.AsksForValue`.
 
     Args:
@@ -51,7 +54,7 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Values of tensors on the twin."""
         self.guessed: dict[str, str] = {}
         """What was asked that nobody knows, and taken for "not a number", by the line that asked."""
-        self._usual = UsualValues()
+        self._usual = TypicalValues()
         self._in_place = InPlaceGradients()
         self._in_place.calibrate_before_backward()
 
@@ -92,9 +95,9 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if usual is not None:
                 return usual
             if args[0].is_floating_point():
-                self.guessed.setdefault(str(user_site()), str(func))
+                self.guessed.setdefault(str(user_location()), str(func))
                 return float("nan")
-        raise AsksForValue(str(func), user_site())
+        raise UnknownValueError(str(func), user_location())
 
     def _on_twin(self, real: Tensor) -> Tensor:
         with self.fake:
@@ -123,7 +126,7 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             One that holds no data; its values are known if those of ``tensor`` are and are worth following.
         """
         # This mode is left, too: it would take what it makes for a constant.
-        with torch.no_grad(), _disable_current_modes(), self.fake:
+        with torch.no_grad(), disable_current_modes(), self.fake:
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE_TYPE)
         self._backend.hold(made)
         return made

@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from lightning_memtrain.compat.torch_private import (
+    get_current_dispatch_mode_stack,
+    is_backward_running,
+    storage_key,
+)
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE
 
 _aten = torch.ops.aten
@@ -50,7 +54,7 @@ class InPlaceGradients:
 
         The modes that are on, such as a ledger's, hold it, too, so it depends on them.
         """
-        modes = tuple(map(type, _get_current_dispatch_mode_stack()))
+        modes = tuple(map(type, get_current_dispatch_mode_stack()))
         if self._seen is not None or not modes:
             return
         if modes not in self._alone_under:
@@ -73,7 +77,7 @@ class InPlaceGradients:
         Returns:
             Whether autograd would let it.
         """
-        if torch._C._current_graph_task_id() == _NOT_IN_BACKWARD:
+        if not is_backward_running():
             return False
         if func is _aten.add.Tensor:
             if self._seen is not None:
@@ -102,4 +106,4 @@ class InPlaceGradients:
 def _holders(tensor: Tensor) -> tuple[int, int]:
     """How many hold a tensor, and its storage."""
     held: Any = tensor
-    return held._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return held._use_count(), torch._C._storage_Use_Count(storage_key(tensor.untyped_storage()))

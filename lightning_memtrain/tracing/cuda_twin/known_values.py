@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_memtrain.tracing.writes import written_tensors
+from lightning_memtrain.compat.torch_private import FakeTensor, storage_key, tree_leaves, tree_map
+from lightning_memtrain.tracing.inplace_writes import written_tensors
 
 # Larger ones of floating type are not followed: nobody asks for numbers of pictures.
 _MOST_FLOAT_BYTES = 2**16
@@ -55,8 +54,8 @@ class KnownValues:
         """
         real = self.of(tensor)
         if real is not None:
-            storage = real.untyped_storage()._cdata
-            for key in [k for k, (_, r) in self._real.items() if r.untyped_storage()._cdata == storage]:
+            storage = storage_key(real.untyped_storage())
+            for key in [k for k, (_, r) in self._real.items() if storage_key(r.untyped_storage()) == storage]:
                 del self._real[key]
 
     def follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:

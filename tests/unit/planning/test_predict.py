@@ -54,10 +54,10 @@ def trainer(**options: Any) -> pl.Trainer:
 
 def test_weights_gradients_and_state_are_counted_to_the_byte() -> None:
     at_peak = predict(Layers(torch.optim.Adam), BATCH, device=BARE).breakdown.at_peak
-    assert at_peak[mt.Category.PARAMETERS] == WEIGHTS
+    assert at_peak[mt.core.Category.PARAMETERS] == WEIGHTS
     # Adam keeps two of each weight, and its count of steps on the CPU.
-    assert at_peak[mt.Category.OPTIMIZER_STATE] == 2 * WEIGHTS
-    assert at_peak[mt.Category.GRADIENTS] == WEIGHTS
+    assert at_peak[mt.core.Category.OPTIMIZER_STATE] == 2 * WEIGHTS
+    assert at_peak[mt.core.Category.GRADIENTS] == WEIGHTS
 
 
 def test_what_libraries_keep_is_a_part_of_what_is_allocated() -> None:
@@ -93,7 +93,7 @@ def test_a_dropout_mask_has_one_byte_a_number() -> None:
 
 def activations(prediction: Prediction) -> int:
     """The most that was held for backward."""
-    return prediction.breakdown.maxima[mt.Category.ACTIVATIONS]
+    return prediction.breakdown.maxima[mt.core.Category.ACTIVATIONS]
 
 
 def test_autocast_casts_as_on_a_gpu() -> None:
@@ -108,7 +108,7 @@ def test_autocast_casts_as_on_a_gpu() -> None:
 def test_a_batch_in_two_halves_accumulates_in_place() -> None:
     once = predict(Layers(), BATCH, device=BARE)
     twice = predict(Layers(), BATCH, device=BARE, trainer=trainer(accumulate_grad_batches=2))
-    assert twice.breakdown.at_peak[mt.Category.GRADIENTS] == WEIGHTS
+    assert twice.breakdown.at_peak[mt.core.Category.GRADIENTS] == WEIGHTS
     # One weight's gradient of the second half at a time, and what was there before it.
     one_gradient = 256 * 256 * 4
     assert 0 <= twice.allocated_bytes - once.allocated_bytes <= one_gradient + 4 * ROUNDED
@@ -123,15 +123,20 @@ def test_clipping_by_norm_needs_room_for_norms_only() -> None:
 @pytest.mark.parametrize(
     ("technique", "smaller"),
     [
-        (lambda: {"callbacks": [mt.Microbatching(microbatch_size=16)]}, mt.Category.ACTIVATIONS),
-        (lambda: {"callbacks": [mt.ActivationCheckpointing(mt.Full())]}, mt.Category.ACTIVATIONS),
-        (lambda: {"callbacks": [mt.CompressedActivations()]}, mt.Category.ACTIVATIONS),
-        (lambda: {"callbacks": [mt.OptimizerInBackward()]}, mt.Category.GRADIENTS),
-        (lambda: {"plugins": [mt.LowPrecision("bf16-true")]}, mt.Category.PARAMETERS),
+        (lambda: {"callbacks": [mt.Microbatching(microbatch_size=16)]}, mt.core.Category.ACTIVATIONS),
+        (
+            lambda: {"callbacks": [mt.ActivationCheckpointing(mt.checkpointing.Full())]},
+            mt.core.Category.ACTIVATIONS,
+        ),
+        (lambda: {"callbacks": [mt.CompressedActivations()]}, mt.core.Category.ACTIVATIONS),
+        (lambda: {"callbacks": [mt.OptimizerInBackward()]}, mt.core.Category.GRADIENTS),
+        (lambda: {"plugins": [mt.LowPrecision("bf16-true")]}, mt.core.Category.PARAMETERS),
     ],
     ids=["microbatching", "checkpointing", "compressed", "in backward", "low precision"],
 )
-def test_techniques_run_as_they_are(technique: Callable[[], dict[str, Any]], smaller: mt.Category) -> None:
+def test_techniques_run_as_they_are(
+    technique: Callable[[], dict[str, Any]], smaller: mt.core.Category
+) -> None:
     plain = predict(Layers(), BATCH, device=BARE).breakdown.maxima
     report = predict(Layers(), BATCH, device=BARE, trainer=trainer(**technique())).report
     assert report.stages["fit"].maxima[smaller] < plain[smaller]
@@ -151,7 +156,7 @@ def test_a_step_of_the_modules_own_making_ends() -> None:
             optimizer.step()
 
     at_peak = predict(Manual(torch.optim.Adam), BATCH, device=BARE).breakdown.at_peak
-    assert at_peak[mt.Category.OPTIMIZER_STATE] == 2 * WEIGHTS
+    assert at_peak[mt.core.Category.OPTIMIZER_STATE] == 2 * WEIGHTS
 
 
 def test_nothing_comes_back_but_the_answer() -> None:
@@ -226,7 +231,7 @@ def test_a_factory_needs_no_memory_for_weights() -> None:
     before = resident_mib()
     prediction = predict(Huge, torch.ones(1, 32_768), device="RTX 4090")
     assert prediction.report.num_parameters == 8 * 2**30
-    assert prediction.breakdown.at_peak[mt.Category.PARAMETERS] == 32 * 2**30
+    assert prediction.breakdown.at_peak[mt.core.Category.PARAMETERS] == 32 * 2**30
     assert not prediction.fits
     assert most_of_children_mib() < before + 2048  # 32 GiB of weights
 
@@ -253,7 +258,7 @@ def test_json_holds_what_the_attributes_are(tmp_path: Any) -> None:
     assert read["device"]["name"] == "T4 16GB"
     for name in ("spare_bytes", "allocated_bytes", "reserved_bytes", "context_bytes", "workspace_bytes"):
         assert read[name] == getattr(prediction, name)
-    assert mt.MemoryBreakdown.from_dict(read["breakdown"]) == prediction.breakdown
+    assert mt.core.MemoryBreakdown.from_dict(read["breakdown"]) == prediction.breakdown
     assert prediction.breakdown.device == "T4 16GB (predicted)"
     assert sum(prediction.breakdown.at_peak.values()) == prediction.breakdown.peak_bytes
     prediction.save_html(tmp_path / "page.html")
