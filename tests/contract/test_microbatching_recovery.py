@@ -112,7 +112,7 @@ def test_what_the_backward_of_a_failed_attempt_chose_leaves_no_trace(accumulate:
 
     def trained(microbatching: Microbatching, *callbacks: Callback) -> Run:
         steps = 3 // accumulate
-        sparse = SparseTraining(RigL(0.75, drop=0.5), UpdateEvery(steps, stop=steps))
+        sparse = SparseTraining(RigL(0.75, drop=0.5), UpdateEvery(steps, stop=1.0))
         options = {"max_steps": steps, "max_epochs": -1, "accumulate_grad_batches": accumulate}
         return train(OnlyLinear, batches(), tmp_path, sparse, microbatching, *callbacks, **options)
 

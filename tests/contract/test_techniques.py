@@ -193,10 +193,10 @@ def test_a_technique_says_what_it_is_before_and_after_the_run(name: str, tmp_pat
 def test_the_cases_are_all_public_techniques() -> None:
     public = {
         name
-        for name in mt.__all__
-        if isinstance(getattr(mt, name), type)
-        and callable(getattr(getattr(mt, name), "technique_record", None))
-        and name != "Technique"
+        for namespace in (mt, mt.checkpointing.experimental)
+        for name in namespace.__all__
+        if isinstance(getattr(namespace, name), type)
+        and callable(getattr(getattr(namespace, name), "technique_record", None))
     }
     assert public == {name.partition(",")[0] for name in CASES} == IDENTITIES.keys()
 

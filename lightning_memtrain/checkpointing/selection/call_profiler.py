@@ -18,7 +18,7 @@ from lightning_memtrain.compat.torch_private import (
     sequence_number_of,
 )
 from lightning_memtrain.ledger import MemoryLedger
-from lightning_memtrain.ledger.observers.dispatch_mode import OperatorMode
+from lightning_memtrain.ledger.observers.dispatch_mode import OperatorMode, OperatorTraits
 from lightning_memtrain.ledger.observers.saved_tensors import SAVED_TENSOR_HOOKS
 from lightning_memtrain.ledger.operators.workspace import OpCall, op_call
 from lightning_memtrain.ledger.storage_records import StorageRecord
@@ -100,7 +100,7 @@ class CallProfiler:
                 self._undo.callback(after.remove)
         SAVED_TENSOR_HOOKS.add(self._on_saved)
         self._undo.callback(SAVED_TENSOR_HOOKS.remove, self._on_saved)
-        self._operators.begin(self._on_operator, lambda func, results: None)
+        self._operators.begin(self._on_operator, lambda operator, results: None)
         self._undo.callback(self._operators.end)
         return self
 
@@ -155,10 +155,10 @@ class CallProfiler:
     def _on_saved(self, tensor: Tensor) -> None:
         self.saves.append((self._ledger.records_of(tensor), len(self.op_calls)))
 
-    def _on_operator(self, func: Any, args: Any, kwargs: Any) -> None:
+    def _on_operator(self, operator: OperatorTraits, args: Any, kwargs: Any) -> None:
         if not is_backward():
             if self.forward_end == 0:
-                self.op_calls.append(op_call(func, args, kwargs))
+                self.op_calls.append(op_call(operator.func, args, kwargs))
             return
         tick = self._ledger.tick
         self.forward_end = self.forward_end or tick

@@ -26,7 +26,7 @@ class SecondsByFlops(OpTimes):
     """As if an operator took a second per TFLOP and per 100 GB of its arguments: the same on any machine."""
 
     def _measure(self, call: OpCall) -> float:
-        args, kwargs = call.thaw(torch.device("meta"))
+        args, kwargs = call.make_arguments(torch.device("meta"))
         with FlopCounterMode(display=False) as counter:
             call.func(*args, **kwargs)
         num_bytes = sum(tensor.nbytes for tensor in tensors_in(args))

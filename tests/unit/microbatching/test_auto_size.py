@@ -74,7 +74,7 @@ def largest_chunk(microbatching: Microbatching) -> int:
 def _peaks_are_the_ledgers(monkeypatch: pytest.MonkeyPatch) -> None:
     # The CPU's allocator has a reading for most steps only, which depends on the addresses of blocks.
     for module in ("report.profiler", "microbatching.automatic_size.chunk_trials"):
-        monkeypatch.setattr(f"lightning_memtrain.{module}.device_truth", lambda device: None)
+        monkeypatch.setattr(f"lightning_memtrain.{module}.allocator_statistics", lambda device: None)
 
 
 def step_peaks(folder: Path, technique: Microbatching, optimizer: Any, accumulate: int = 1) -> list[int]:

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDevice
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_memtrain.compat.private_names import MissingNameError
 from lightning_memtrain.microbatching import Microbatching, training_loop
 from lightning_memtrain.microbatching.automatic_size.size_choice import AutoSize
 from lightning_memtrain.microbatching.microbatching_validation import validate_run
@@ -226,29 +227,30 @@ def test_auto_accepts_plain_ddp():
 
 
 def test_a_training_loop_with_other_methods_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delattr(_AutomaticOptimization, "_make_zero_grad_fn")
     monkeypatch.setattr(_AutomaticOptimization, "_training_step", lambda self, batch: None)
     message = (
-        "`Microbatching` needs a training loop like that of Lightning 2.4 to 2.6, but Lightning "
-        f"{lightning.__version__} lacks _AutomaticOptimization._make_zero_grad_fn(batch_idx, optimizer), "
-        "_AutomaticOptimization._training_step(kwargs). Install lightning>=2.4,<2.7."
+        f"lightning {lightning.__version__} has no `lightning.pytorch.Trainer.fit_loop.epoch_loop."
+        "automatic_optimization._training_step(kwargs)`, which is needed to run a batch in microbatches. "
     )
-    refuse_fit(tmp_path, message, BoringModel(), Microbatching(num_microbatches=2))
+    with pytest.raises(MissingNameError, match=f"^{re.escape(message)}"):
+        quiet_trainer(tmp_path, Microbatching(num_microbatches=2)).fit(BoringModel())
 
 
 @pytest.mark.parametrize(
     ("loop", "lacks"),
     [
-        (SimpleNamespace(_results={}), "fit_loop.epoch_loop.automatic_optimization"),
+        (SimpleNamespace(_results={}), "automatic_optimization._make_closure(kwargs, optimizer, batch_idx)"),
         (
-            SimpleNamespace(automatic_optimization=_AutomaticOptimization.__new__(_AutomaticOptimization)),
-            "fit_loop.epoch_loop._results",
+            SimpleNamespace(automatic_optimization=_AutomaticOptimization(SimpleNamespace())),
+            "_results",
         ),
-        (None, "fit_loop.epoch_loop.automatic_optimization, fit_loop.epoch_loop._results"),
+        (None, "automatic_optimization._make_closure(kwargs, optimizer, batch_idx)"),
     ],
 )
 def test_a_training_loop_of_another_shape_is_refused(loop: Any, lacks: str):
-    with pytest.raises(MisconfigurationException, match=f" lacks {re.escape(lacks)}. Install lightning"):
+    with pytest.raises(
+        MissingNameError, match=f"Trainer.fit_loop.epoch_loop.{re.escape(lacks)}`, which is needed"
+    ):
         training_loop.check(SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=loop)))
 
 
