@@ -80,7 +80,7 @@ class PrivateAttribute(NamedTuple):
             kind = resolve(self.owner)
         except (ImportError, AttributeError):
             kind = None
-        if not (hasattr(kind, self.name) or self.name in _set_when_made(kind)):
+        if not (hasattr(kind, self.name) or self.name in _mentioned_in(kind)):
             refuse(f"{self.owner.replace(':', '.')}.{self.name}", self.used_for)
         return attrgetter(self.name)
 
@@ -182,10 +182,15 @@ def refuse(what: str, used_for: str) -> NoReturn:
     )
 
 
-def _set_when_made(kind: Any) -> tuple[str, ...]:
-    """Names of the attributes that a class's own Python ``__init__`` mentions."""
-    code = getattr(getattr(kind, "__init__", None), "__code__", None)
-    return () if code is None else (*code.co_names, *(c for c in code.co_consts if isinstance(c, str)))
+def _mentioned_in(kind: Any) -> set[str]:
+    """Names that a class's own Python methods mention, and so of the attributes that they set."""
+    mentioned: set[str] = set()
+    for base in getattr(kind, "__mro__", ()):
+        for member in vars(base).values():
+            code = getattr(member, "__code__", None)
+            if code is not None:
+                mentioned.update(code.co_names, (c for c in code.co_consts if isinstance(c, str)))
+    return mentioned
 
 
 def _version(library: str) -> str:
