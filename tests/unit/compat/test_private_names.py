@@ -25,7 +25,7 @@ def without(monkeypatch: pytest.MonkeyPatch, owner: str, name: str) -> None:
 
     class Without:
         def __getattr__(self, asked: str) -> Any:
-            if asked == name:
+            if asked in (name, "__mro__"):
                 raise AttributeError(asked)
             return getattr(found, asked)
 
