@@ -135,7 +135,7 @@ def _predict(argv: list[str]) -> int:
     args, overrides = _predict_options().parse_known_args(argv)
     if target is None:
         raise CommandError("`memtrain predict` needs a recipe or file.py:Class before its options.")
-    from lightning_memtrain.cli.predict import show_prediction
+    from lightning_memtrain.cli.predict_command import show_prediction
 
     return show_prediction(
         target,
