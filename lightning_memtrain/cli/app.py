@@ -267,8 +267,7 @@ def _parser() -> _CommandParser:
     return parser
 
 
-def _run_options() -> _Parser:
-    options = _demo_options()
+def _add_variant(options: _Parser) -> None:
     options.add_argument(
         "--variant",
         metavar="NAME",
@@ -276,6 +275,11 @@ def _run_options() -> _Parser:
         default=[],
         help="what to lay over the recipe; several add up",
     )
+
+
+def _run_options() -> _Parser:
+    options = _demo_options()
+    _add_variant(options)
     options.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     options.add_argument(
         "--trust",
@@ -290,13 +294,7 @@ def _run_options() -> _Parser:
 def _predict_options() -> _Parser:
     options = _Parser(prog="memtrain predict", add_help=False, allow_abbrev=False)
     options.add_argument("--device", metavar="NAME", help="a GPU that `memtrain devices` lists")
-    options.add_argument(
-        "--variant",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="what to lay over the recipe; several add up",
-    )
+    _add_variant(options)
     options.add_argument("--batch-size", type=int, metavar="N", help="samples in a batch")
     options.add_argument("--json", action="store_true", help="print JSON, see docs/prediction.md")
     return options

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from lightning_memtrain.compat.private_names import (
     NewerName,
@@ -89,6 +90,9 @@ _BATCHES = "look into batches and outputs"
 _BACKWARD = "tell which backward is running"
 _DRY_RUN = "run a step on tensors without data"
 _CPU_EVENTS = "ask torch's profiler for the CPU allocator's events"
+#: Optimizers that wrap another one and do without the constructor of their class lack it.
+LOAD_STATE_DICT_HOOKS = "_optimizer_load_state_dict_post_hooks"
+_TWIN = "predict what a GPU will need"
 _COMPILED = "count what compiled code allocates"
 _DDP = "follow what DistributedDataParallel does"
 _FSDP = "find the weights that FSDP2 gathers"
@@ -111,6 +115,12 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | PrivateMethod | NewerName] = 
     "DisableTorchFunctionSubclass": PrivateName(
         "torch._C", "DisableTorchFunctionSubclass", "compute with sparse weights"
     ),
+    "DispatchKeySet": PrivateName("torch._C", "DispatchKeySet", _TWIN),
+    "ExcludeDispatchKeyGuard": PrivateName("torch._C", "_ExcludeDispatchKeyGuard", _TWIN),
+    "privateuse1_backend_name": PrivateName("torch._C", "_get_privateuse1_backend_name", _TWIN),
+    "use_count_of": PrivateMethod("torch:Tensor", "_use_count", _TWIN),
+    "storage_use_count": PrivateName("torch._C", "_storage_Use_Count", _TWIN),
+    "is_view": PrivateMethod("torch:Tensor", "_is_view", _TWIN),
     "DispatchKey": PrivateName("torch._C", "DispatchKey", "compute with sparse weights"),
     "OpOverload": PrivateName("torch._ops", "OpOverload", "name operators"),
     "function_of_operator": PrivateAttribute("torch._ops:OpOverload", "_op", _WATCH),
@@ -194,6 +204,12 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | PrivateMethod | NewerName] = 
     "optimizer_step_post_hooks": PrivateAttribute(
         "torch.optim:Optimizer", "_optimizer_step_post_hooks", _HOOKS
     ),
+    "load_state_dict_post_hooks": PrivateAttribute(
+        "torch.optim:Optimizer", LOAD_STATE_DICT_HOOKS, "keep the types of optimizer state"
+    ),
+    "per_optimizer_states": PrivateAttribute(
+        "torch.amp:GradScaler", "_per_optimizer_states", "scale losses for gradients in float16"
+    ),
     # Several processes
     "sync_ddp_buffers": PrivateAttribute(
         "torch.nn.parallel:DistributedDataParallel", "_sync_buffers", "send buffers once a batch"
@@ -238,6 +254,21 @@ def is_backward_running() -> bool:
 def schema_of(operator: Any) -> Any:
     """What an operator takes, returns and writes to; ``None`` for one that operators are handed to."""
     return _name("operator_schema")(operator) if hasattr(operator, "_schema") else None
+
+
+def step_hook_names() -> tuple[str, str]:
+    """Attributes in which an optimizer keeps the hooks before and after its step.
+
+    Optimizers that wrap another one and do without the constructor of their class have neither.
+    """
+    _name("optimizer_step_pre_hooks"), _name("optimizer_step_post_hooks")
+    return "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
+
+
+def note_step(optimizer: Optimizer) -> None:
+    """Let schedulers know that an optimizer has stepped, if they asked to."""
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def can_ask_for_cpu_events() -> bool:

@@ -10,9 +10,12 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_memtrain.compat.torch_private import global_optimizer_post_hooks, global_optimizer_pre_hooks
-
-_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+from lightning_memtrain.compat.torch_private import (
+    global_optimizer_post_hooks,
+    global_optimizer_pre_hooks,
+    note_step,
+    step_hook_names,
+)
 
 
 @contextmanager
@@ -26,7 +29,7 @@ def unhooked_step(optimizer: Optimizer) -> Iterator[Callable[..., Any]]:
         The ``step`` of its class, to be called with the optimizer.
     """
     # Optimizers that wrap another one and do without the constructor of their class have no hooks.
-    hooks = {name: vars(optimizer)[name] for name in _HOOKS if name in vars(optimizer)}
+    hooks = {name: vars(optimizer)[name] for name in step_hook_names() if name in vars(optimizer)}
     step: Any = type(optimizer).step
     step = step.__wrapped__ if getattr(step, "hooked", False) else step
     # A step that calls that of a parent class would come upon the hooks again.
@@ -49,7 +52,7 @@ def hooks_run_once(optimizer: Optimizer, kwargs: dict[str, Any]) -> Iterator[Cal
         The optimizer's own step, with the arguments that hooks have left; to be called any number of times.
     """
     # Optimizers that wrap another one and do without the constructor of their class have no hooks.
-    own_hooks = [getattr(optimizer, name, {}) for name in _HOOKS]
+    own_hooks = [getattr(optimizer, name, {}) for name in step_hook_names()]
     arguments: tuple[Any, Any] = ((optimizer,), kwargs)
     for before in (*global_optimizer_pre_hooks.values(), *own_hooks[0].values()):
         arguments = before(optimizer, *arguments) or arguments
@@ -57,5 +60,4 @@ def hooks_run_once(optimizer: Optimizer, kwargs: dict[str, Any]) -> Iterator[Cal
         yield partial(step, *arguments[0], **arguments[1])
     for after in (*own_hooks[1].values(), *global_optimizer_post_hooks.values()):
         after(optimizer, *arguments)
-    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        optimizer._opt_called = True  # type: ignore[attr-defined]
+    note_step(optimizer)

@@ -169,24 +169,6 @@ class AutoSize:
         self.events.append(f"step {step}: {what}")
 
 
-def free_device_bytes(device: torch.device) -> int | None:
-    """Bytes that this process can still use on a device, with those that it uses already.
-
-    Args:
-        device: any device.
-
-    Returns:
-        The bytes; ``None`` where the device does not tell (the CPU, which lends more than it has).
-    """
-    module: Any = getattr(torch, device.type, None)
-    if device.type == "mps":
-        return int(torch.mps.recommended_max_memory())
-    if not hasattr(module, "mem_get_info"):
-        return None
-    free_bytes, _ = module.mem_get_info(device)
-    return int(free_bytes + module.memory_reserved(device))
-
-
 def allocation_retries(device: torch.device) -> int:
     """How often the device's allocator had to free its cache and try again, since the process began."""
     module: Any = getattr(torch, device.type, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_memtrain.coordination import aside
+from lightning_memtrain.core.device_memory import free_device_bytes
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.tensors.storages import tensors_in
 from lightning_memtrain.microbatching import rank_agreement
@@ -191,6 +192,6 @@ class SizeProbe:
     def _limit_bytes(self) -> int:
         if self._size.limit_bytes is not None:
             return self._size.limit_bytes
-        free_bytes = size_choice.free_device_bytes(self._device)
+        free_bytes = free_device_bytes(self._device)
         assert free_bytes is not None
         return free_bytes

@@ -19,6 +19,7 @@ from lightning_memtrain.compat.torch_private import (
     FakeTensorMode,
     TorchDispatchMode,
     default_to_fused_or_foreach,
+    step_hook_names,
 )
 from lightning_memtrain.coordination import dry_run
 from lightning_memtrain.ledger import MemoryLedger
@@ -29,7 +30,6 @@ from lightning_memtrain.tracing import UserState
 # The second step may make more state than the first, and one that is not torch's own still later ones.
 _NUM_STEPS = 2
 _NUM_STEPS_OF_OTHERS = 12
-_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 class UpdateForecast(NamedTuple):
@@ -152,11 +152,14 @@ def _without_data(tensor: Tensor, mode: FakeTensorMode, with_gradient: bool) -> 
 def _twin(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
     """A copy on tensors without data, with all that its class keeps and nothing that others put around it."""
     twin = object.__new__(type(optimizer))
-    left_out = (*_HOOKS, "step")  # `step` among the attributes is a scheduler's, bound to the original
+    left_out = (
+        *step_hook_names(),
+        "step",
+    )  # `step` among the attributes is a scheduler's, bound to the original
     for name, value in vars(optimizer).items():
         if name not in left_out:
             twin.__dict__[name] = copy.deepcopy(value, memo)
-    twin.__dict__.update({name: OrderedDict() for name in _HOOKS})
+    twin.__dict__.update({name: OrderedDict() for name in step_hook_names()})
     for own, group in zip(optimizer.param_groups, twin.param_groups, strict=True):
         # Which way is the default depends on the device and on the type of the tensors, which is another now.
         if "foreach" in own and own["foreach"] is None and not own.get("fused"):

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_memtrain.compat.torch_private import LOAD_STATE_DICT_HOOKS
 from lightning_memtrain.core import format_bytes
 from lightning_memtrain.optimizer_steps.closures import EvaluatedClosure, EvaluatesModelError, takes_closure
 from lightning_memtrain.optimizer_steps.optimizer_contents import optimizers_in
@@ -23,7 +24,7 @@ from lightning_memtrain.optimizer_steps.shared_state import SharedState
 from lightning_memtrain.optimizer_steps.step_hooks import hooks_run_once, unhooked_step
 from lightning_memtrain.precision.half_dtypes import HALF_DTYPES
 from lightning_memtrain.precision.optimizers.float32_copies import Float32Copies, Round
-from lightning_memtrain.precision.optimizers.state_dtypes import LOAD_HOOKS, keep_state_dtypes, upcast_state
+from lightning_memtrain.precision.optimizers.state_dtypes import keep_state_dtypes, upcast_state
 from lightning_memtrain.precision.optimizers.stochastic_rounding import RoundingNoise, stochastic_round_
 
 _SMALLEST_BUCKET = 2**16
@@ -119,7 +120,7 @@ class BucketedStep:
     def upcast_loaded_state(self) -> None:
         """Make state float32 when it is loaded: that of a run whose steps were in half precision."""
         for inner in optimizers_in(self._optimizer):
-            if hasattr(inner, LOAD_HOOKS):
+            if hasattr(inner, LOAD_STATE_DICT_HOOKS):
                 self._undo.callback(inner.register_load_state_dict_post_hook(upcast_state).remove)
 
     @torch.no_grad()

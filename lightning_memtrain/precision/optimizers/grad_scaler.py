@@ -13,6 +13,8 @@ from torch.amp import GradScaler
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+from lightning_memtrain.compat.torch_private import per_optimizer_states
+
 # Halved as often, any sensible scale is far below 1.
 _MOST_SKIPPED = 40
 
@@ -112,7 +114,7 @@ class HalfGradScaler(CappedGradScaler):
         Args:
             optimizer: whose gradients are meant.
         """
-        if self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+        if per_optimizer_states(self)[id(optimizer)]["stage"] is OptState.READY:
             self.unscale_(optimizer)
 
     @property
@@ -130,12 +132,12 @@ class HalfGradScaler(CappedGradScaler):
         """
         unscaled = self._unscaled()
         for key in unscaled:
-            del self._per_optimizer_states[key]
+            del per_optimizer_states(self)[key]
         super().update(new_scale)
-        self._per_optimizer_states.update(unscaled)
+        per_optimizer_states(self).update(unscaled)
 
     def _unscaled(self) -> dict[int, dict[str, Any]]:
-        states = self._per_optimizer_states
+        states = per_optimizer_states(self)
         return {key: state for key, state in states.items() if state["stage"] is OptState.UNSCALED}
 
     def step_if_finite(self, optimizer: Optimizer, step: Callable[[], Any]) -> None:
@@ -148,7 +150,7 @@ class HalfGradScaler(CappedGradScaler):
         Raises:
             FloatingPointError: if this left out as many steps in a row as no scale can explain.
         """
-        state = self._per_optimizer_states[id(optimizer)]
+        state = per_optimizer_states(self)[id(optimizer)]
         found = any(found_inf.item() for found_inf in state["found_inf_per_device"].values())
         state["stage"] = OptState.STEPPED
         if not found:

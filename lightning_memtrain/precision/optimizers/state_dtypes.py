@@ -9,12 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_memtrain.compat.torch_private import storage_key
+from lightning_memtrain.compat.torch_private import LOAD_STATE_DICT_HOOKS, storage_key
 from lightning_memtrain.optimizer_steps.optimizer_contents import containers_in, optimizers_in
 from lightning_memtrain.precision.half_dtypes import HALF_DTYPES
-
-#: What optimizers lack that wrap another one and do without the constructor of their class.
-LOAD_HOOKS = "_optimizer_load_state_dict_post_hooks"
 
 
 def keep_state_dtypes(optimizer: Optimizer) -> Callable[[], None]:
@@ -40,7 +37,7 @@ def keep_state_dtypes(optimizer: Optimizer) -> Callable[[], None]:
         >>> optimizer.state[weight]["momentum_buffer"].dtype
         torch.float32
     """
-    if not hasattr(optimizer, LOAD_HOOKS):
+    if not hasattr(optimizer, LOAD_STATE_DICT_HOOKS):
         return _nothing
     loading: list[Mapping[str, Any]] = []
 

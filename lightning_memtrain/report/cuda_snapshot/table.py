@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import IO, TYPE_CHECKING
 
-from lightning_memtrain.core import MIB, format_bytes
+from lightning_memtrain.core import format_bytes
 from lightning_memtrain.report.cuda_snapshot import words
 from lightning_memtrain.report.cuda_snapshot.document import CudaSnapshot
 from lightning_memtrain.report.cuda_snapshot.summary import SnapshotSummary, summarize
+from lightning_memtrain.report.number_table import mebibytes, number_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -72,43 +73,30 @@ def _device(summary: SnapshotSummary) -> list[RenderableType]:
 
 
 def _moments(summary: SnapshotSummary) -> Table:
-    table = _new_table("MiB", ("Allocated", "Reserved", "Not allocated"))
+    table = number_table("MiB", ("Allocated", "Reserved", "Not allocated"))
     for name, moment in (("at the peak", summary.peak_event), ("at the end", -1)):
         allocated, reserved = summary.allocated_bytes[moment], summary.reserved_bytes[moment]
-        table.add_row(name, _mib(allocated), _mib(reserved), _mib(reserved - allocated))
+        table.add_row(name, mebibytes(allocated), mebibytes(reserved), mebibytes(reserved - allocated))
     return table
 
 
 def _call_sites(summary: SnapshotSummary) -> Table:
     from rich.text import Text  # a plain string would be read as markup
 
-    table = _new_table(f"Allocated {words.focus(summary)}, by call stack", ("MiB", "Share", "Blocks"))
+    table = number_table(f"Allocated {words.focus(summary)}, by call stack", ("MiB", "Share", "Blocks"))
     for site in summary.call_sites:
         share = words.share(site.num_bytes, summary)
-        table.add_row(Text(words.where(site.frames)), _mib(site.num_bytes), share, f"{site.num_blocks:,}")
+        table.add_row(
+            Text(words.where(site.frames)), mebibytes(site.num_bytes), share, f"{site.num_blocks:,}"
+        )
     return table
 
 
 def _blocks(summary: SnapshotSummary) -> Table:
     from rich.text import Text
 
-    table = _new_table(f"Largest blocks {words.focus(summary)}", ("MiB", "Made by event"))
+    table = number_table(f"Largest blocks {words.focus(summary)}", ("MiB", "Made by event"))
     for block in summary.live:
         made = "before" if block.event is None else f"{block.event:,}"
-        table.add_row(Text(words.where(block.frames)), _mib(block.num_bytes), made)
+        table.add_row(Text(words.where(block.frames)), mebibytes(block.num_bytes), made)
     return table
-
-
-def _new_table(first: str, numbers: tuple[str, ...]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(first, overflow="fold")
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / MIB:,.2f}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import IO, TYPE_CHECKING
 
 from lightning_memtrain.core import (
-    MIB,
     Category,
     Growth,
     MemoryBreakdown,
@@ -14,6 +13,7 @@ from lightning_memtrain.core import (
     format_bytes,
 )
 from lightning_memtrain.report.memory_report import MemoryReport, OutOfMemory
+from lightning_memtrain.report.number_table import mebibytes, number_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -94,23 +94,23 @@ def _categories(breakdown: MemoryBreakdown) -> Table:
     from rich.progress_bar import ProgressBar
     from rich.text import Text
 
-    table = _new_table("Category", ("At peak MiB", "Share", "", "Max MiB"))
+    table = number_table("Category", ("At peak MiB", "Share", "", "Max MiB"))
     peak_bytes = breakdown.peak_bytes
     for category in breakdown.shown:
         num_bytes = breakdown.at_peak[category]
         if category is Category.WORKSPACE and breakdown.allocator_peak_bytes is None:
             continue
-        maximum = "" if category is Category.WORKSPACE else _mib(breakdown.maxima[category])
+        maximum = "" if category is Category.WORKSPACE else mebibytes(breakdown.maxima[category])
         bar = ProgressBar(total=max(peak_bytes, 1), completed=max(num_bytes, 0), width=_BAR_WIDTH)
         label = category.value.replace("_", " ")
-        table.add_row(label, _mib(num_bytes), _share(num_bytes, peak_bytes), bar, maximum)
+        table.add_row(label, mebibytes(num_bytes), _share(num_bytes, peak_bytes), bar, maximum)
         if category is Category.ACTIVATIONS and breakdown.recomputed_max_bytes:
             recomputed = breakdown.recomputed_at_peak_bytes
-            cells = ("  of which recomputed", _mib(recomputed), _share(recomputed, peak_bytes))
-            table.add_row(*cells, "", _mib(breakdown.recomputed_max_bytes), style="dim")
+            cells = ("  of which recomputed", mebibytes(recomputed), _share(recomputed, peak_bytes))
+            table.add_row(*cells, "", mebibytes(breakdown.recomputed_max_bytes), style="dim")
     table.add_section()
     total = "total (ledger)" if breakdown.allocator_peak_bytes is None else "total (allocator)"
-    table.add_row(Text(total), _mib(peak_bytes), _share(peak_bytes, peak_bytes), "", "", style="bold")
+    table.add_row(Text(total), mebibytes(peak_bytes), _share(peak_bytes, peak_bytes), "", "", style="bold")
     return table
 
 
@@ -146,10 +146,10 @@ def _modules(breakdown: MemoryBreakdown) -> Table:
 
     largest = sorted(breakdown.modules, key=lambda row: -row.total_bytes)[:_NUM_MODULES]
     columns = ("Total", "Produced", "Saved", "Model", "Grads", "Optim")
-    table = _new_table("Module, MiB at peak", columns)
+    table = number_table("Module, MiB at peak", columns)
     for row in largest:
         name = Text.assemble(row.name or "(model)", (f" {row.type_name}", "dim"), overflow="fold")
-        table.add_row(name, *(_mib(size) for size in _module_bytes(row)))
+        table.add_row(name, *(mebibytes(size) for size in _module_bytes(row)))
     rest = len(breakdown.modules) - len(largest)
     if rest:
         table.caption = f"{rest:,} more {'module' if rest == 1 else 'modules'} in the HTML report"
@@ -210,22 +210,6 @@ def _out_of_memory(failure: OutOfMemory) -> RenderableType:
         size = format_bytes(holder.num_bytes)
         grid.add_row(f"  {rank}.", Text.assemble((holder.name, "bold"), f", {size}: {holder.advice}"))
     return Group(Text(title, style="bold red"), Text(f"  {failure.message}"), grid)
-
-
-def _new_table(first: str, numbers: tuple[str, ...]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    # Numbers never wrap; only the names give way on a narrow terminal.
-    table.add_column(first, overflow="fold")
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / MIB:,.2f}"
 
 
 def _share(num_bytes: int, total_bytes: int) -> str:

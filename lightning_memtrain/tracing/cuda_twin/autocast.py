@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from torch.amp import autocast_mode
 
-from lightning_memtrain.compat.torch_private import schema_of, tree_map
+from lightning_memtrain.compat.torch_private import (
+    DispatchKey,
+    DispatchKeySet,
+    ExcludeDispatchKeyGuard,
+    is_view,
+    schema_of,
+    tree_map,
+)
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE
 
 
@@ -76,7 +83,7 @@ class CastWeights:
             The tensor of that type.
         """
         is_weight = tensor.is_leaf and tensor.requires_grad and tensor.dtype is torch.float32
-        if not (is_weight and torch.is_autocast_cache_enabled()) or tensor._is_view():
+        if not (is_weight and torch.is_autocast_cache_enabled()) or is_view(tensor):
             return tensor.to(dtype)
         weight, kept = self._kept.get(id(tensor), (None, None))
         if weight is None or weight() is not tensor or kept is None or kept.dtype is not dtype:
@@ -115,10 +122,10 @@ class TwinAutocast:
         _cuda_means_twin()
 
     def _rule(self, operator: Any, change: Callable[[Any, Any, Any], tuple[Any, Any]]) -> None:
-        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _KEY))
+        keys = DispatchKeySet(getattr(DispatchKey, _KEY))
 
         def rule(*args: Any, **kwargs: Any) -> Any:
-            with torch._C._ExcludeDispatchKeyGuard(keys):
+            with ExcludeDispatchKeyGuard(keys):
                 args, kwargs = change(operator, args, kwargs)
                 return operator(*args, **kwargs)
 

@@ -13,6 +13,8 @@ from lightning_memtrain.compat.torch_private import (
     get_current_dispatch_mode_stack,
     is_backward_running,
     storage_key,
+    storage_use_count,
+    use_count_of,
 )
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE
 
@@ -105,5 +107,4 @@ class InPlaceGradients:
 
 def _holders(tensor: Tensor) -> tuple[int, int]:
     """How many hold a tensor, and its storage."""
-    held: Any = tensor
-    return held._use_count(), torch._C._storage_Use_Count(storage_key(tensor.untyped_storage()))
+    return use_count_of(tensor), storage_use_count(storage_key(tensor.untyped_storage()))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils import backend_registration
 
+from lightning_memtrain.compat.torch_private import privateuse1_backend_name
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
 
 _SETUP = "_setup_privateuseone_for_python_backend"
@@ -26,7 +27,7 @@ def refuse_no_twin() -> None:
             "(2.13 has it), or count a step on the `meta` device with `MemoryLedger`, which does not know "
             "the GPU's kernels, autocast and allocator."
         )
-    name = torch._C._get_privateuse1_backend_name()
+    name = privateuse1_backend_name()
     if name != _NO_BACKEND:
         raise RuntimeError(
             f"a prediction for a GPU needs torch's one place for a third-party device to be free, but this "

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_memtrain.core.device_memory import free_device_bytes
 from lightning_memtrain.microbatching.automatic_size.fitting_size import BatchConditions, FittingSize
 from lightning_memtrain.microbatching.automatic_size.size_choice import (
     AutoSize,
     allocation_retries,
-    free_device_bytes,
 )
 from lightning_memtrain.microbatching.splitting.chunks import FixedSplit
 

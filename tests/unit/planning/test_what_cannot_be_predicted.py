@@ -15,6 +15,7 @@ from torch.utils import backend_registration
 
 from lightning_memtrain.planning import Device, predict
 from lightning_memtrain.planning.forked import ChildFailed
+from lightning_memtrain.tracing.cuda_twin import registration
 from lightning_memtrain.tracing.device import PRESETS
 
 BATCH = torch.ones(4, 8)
@@ -175,7 +176,7 @@ def test_a_torch_without_devices_made_in_python_is_refused(monkeypatch: pytest.M
 
 
 def test_beside_another_third_party_device_there_is_no_twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._C, "_get_privateuse1_backend_name", lambda: "npu")
+    monkeypatch.setattr(registration, "privateuse1_backend_name", lambda: "npu")
     with pytest.raises(RuntimeError, match="this process has the backend 'npu' there"):
         predict(Step(mean), BATCH, device="T4")
 
