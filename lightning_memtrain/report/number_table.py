@@ -33,6 +33,12 @@ def number_table(first: str, numbers: tuple[str, ...]) -> Table:
 def mebibytes(num_bytes: int) -> str:
     """Bytes as a number of MiB, without the unit.
 
+    Args:
+        num_bytes: any.
+
+    Returns:
+        The number, with two digits after the point.
+
     Example:
         >>> mebibytes(3 * 2**19)
         '1.50'
