@@ -18,6 +18,7 @@ from lightning_memtrain.cli.errors import CommandError, did_you_mean
 from lightning_memtrain.cli.recipes import Recipe
 from lightning_memtrain.cli.run import configurations
 from lightning_memtrain.cli.run_folder import RunFolder
+from lightning_memtrain.tracing.device import Device
 
 if TYPE_CHECKING:
     from lightning_memtrain.planning import Prediction
@@ -58,13 +59,14 @@ def show_prediction(
         raise CommandError(f"--batch-size must be at least 1, but got {batch_size}.")
     file, colon, name = target.rpartition(":")
     try:
+        gpu = Device.here() if device is None else Device.named(device)  # before anything slow
         with contextlib.redirect_stdout(io.StringIO()):  # the answer alone is printed
             if colon and file.endswith(".py"):
                 _refuse_options_of_recipes(variants, overrides)
-                prediction = _of_class(Path(file), name, batch_size, device)
+                prediction = _of_class(Path(file), name, batch_size, gpu)
             else:
-                prediction = _of_recipe(recipes.find(target), variants, batch_size, overrides, device)
-    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+                prediction = _of_recipe(recipes.find(target), variants, batch_size, overrides, gpu)
+    except (MisconfigurationException, OSError, RuntimeError, TypeError, ValueError) as error:
         raise CommandError(str(error), exit_code=1) from error
     print(json.dumps(prediction.to_dict(), indent=2) if as_json else prediction)
     return 0 if prediction.fits else DOES_NOT_FIT
@@ -75,7 +77,7 @@ def _of_recipe(
     variants: Sequence[str],
     batch_size: int | None,
     overrides: Sequence[str],
-    device: str | None,
+    device: Device,
 ) -> Prediction:
     configs = configurations(recipe, variants)
     if recipe not in recipes.installed().values():
@@ -97,7 +99,7 @@ def _of_recipe(
         return predict(cli.model, datamodule=cli.datamodule, trainer=trainer, device=device)
 
 
-def _of_class(file: Path, name: str, batch_size: int | None, device: str | None) -> Prediction:
+def _of_class(file: Path, name: str, batch_size: int | None, device: Device) -> Prediction:
     from lightning_memtrain.planning import predict
 
     kind = _class(file, name)

@@ -42,6 +42,11 @@ class Big(Net):
         self.big = torch.nn.Linear(100_000, 100_000)
 
 
+class NoData(Net):
+    def train_dataloader(self):
+        raise FileNotFoundError("no images in `pictures`: pass `data_dir`.")
+
+
 class Data(pl.LightningDataModule):
     def __init__(self, batch_size: int = 4):
         super().__init__()
@@ -130,4 +135,6 @@ def test_what_is_wrong_is_said_in_a_line(model: str, capsys: pytest.CaptureFixtu
     assert failure(capsys, f"{model}:Net", "--variant", "double") == (
         "`--variant` is for recipes, but a class of a file was named; leave it out."
     )
+    said = failure(capsys, f"{model}:NoData", "--device", "T4")
+    assert said == "no images in `pictures`: pass `data_dir`."
     assert "unknown recipe `wantde`" in failure(capsys, "wantde", "--device", "T4")
