@@ -21,7 +21,7 @@ from benchmarks.decoder import DecoderStep, decoder_batch
 from benchmarks.results_file import write_results
 from lightning_memtrain.core import MIB
 from lightning_memtrain.planning import Prediction, predict
-from lightning_memtrain.planning.forked import call_in_copy
+from lightning_memtrain.planning.prediction.forked import call_in_copy
 
 # Context, autocast, and allocated and reserved MiB of the recording.
 _RECORDED = {

@@ -1,7 +1,7 @@
 """A GPU that is not there: a device that torch treats as CUDA, whose tensors hold no data.
 
 It lasts for the life of a process, and changes what torch's names mean in it: see
-:mod:`lightning_memtrain.planning.forked` for a process to have it in.
+:mod:`lightning_memtrain.planning.prediction.forked` for a process to have it in.
 """
 
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend

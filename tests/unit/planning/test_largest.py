@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lightning_memtrain.planning.largest import largest_that_fits
+from lightning_memtrain.planning.prediction.largest import largest_that_fits
 
 
 @pytest.mark.parametrize("first", [1, 8, 142, 143, 5000])

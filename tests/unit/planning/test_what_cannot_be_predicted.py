@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import backend_registration
 
 from lightning_memtrain.planning import Device, predict
-from lightning_memtrain.planning.forked import ChildFailed
+from lightning_memtrain.planning.prediction.forked import ChildFailed
 from lightning_memtrain.tracing.cuda_twin import registration
 from lightning_memtrain.tracing.device import PRESETS
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_memtrain.planning.forked import call_in_copy
+from lightning_memtrain.planning.prediction.forked import call_in_copy
 from lightning_memtrain.tracing.allocator import CachingAllocator
 from lightning_memtrain.tracing.cuda_twin import TwinBackend, TwinDeviceMode, install
 from lightning_memtrain.tracing.cuda_twin.arguments import CudaMeansTwin, make_from_values

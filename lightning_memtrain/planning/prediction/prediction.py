@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_memtrain.core import MemoryBreakdown, format_bytes
-from lightning_memtrain.planning.largest import largest_that_fits
+from lightning_memtrain.planning.prediction.largest import largest_that_fits
 from lightning_memtrain.report import MemoryReport, save_html
 from lightning_memtrain.tracing.device import Device
 

@@ -20,8 +20,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from lightning_memtrain.compat.torch_private import FakeTensor
-from lightning_memtrain.planning.moving import move, replace_when_moved
-from lightning_memtrain.planning.twin_accelerator import TwinAccelerator
+from lightning_memtrain.planning.prediction.twin.moving import move, replace_when_moved
+from lightning_memtrain.planning.prediction.twin.twin_accelerator import TwinAccelerator
 from lightning_memtrain.precision.activations import activation_packing
 from lightning_memtrain.report import MemoryProfiler, MemoryReport
 from lightning_memtrain.tracing.allocator import CachingAllocator

@@ -11,10 +11,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of, take_samples
-from lightning_memtrain.planning.forked import call_in_copy
-from lightning_memtrain.planning.prediction import Prediction
-from lightning_memtrain.planning.trainer_options import trainer_options
-from lightning_memtrain.planning.twin_run import TwinRun, run_on_twin
+from lightning_memtrain.planning.prediction.forked import call_in_copy
+from lightning_memtrain.planning.prediction.prediction import Prediction
+from lightning_memtrain.planning.prediction.trainer_options import trainer_options
+from lightning_memtrain.planning.prediction.twin.twin_run import TwinRun, run_on_twin
 from lightning_memtrain.report import MemoryReport
 from lightning_memtrain.tracing.cuda_twin import refuse_no_twin
 from lightning_memtrain.tracing.device import Device
