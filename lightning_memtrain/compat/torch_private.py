@@ -118,6 +118,13 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | PrivateMethod | NewerName] = 
     "DispatchKeySet": PrivateName("torch._C", "DispatchKeySet", _TWIN),
     "ExcludeDispatchKeyGuard": PrivateName("torch._C", "_ExcludeDispatchKeyGuard", _TWIN),
     "privateuse1_backend_name": PrivateName("torch._C", "_get_privateuse1_backend_name", _TWIN),
+    "set_up_python_backend": NewerName(
+        "torch.utils.backend_registration",
+        "_setup_privateuseone_for_python_backend",
+        _TWIN,
+        since=(2, 13),
+        without=None,
+    ),
     "use_count_of": PrivateMethod("torch:Tensor", "_use_count", _TWIN),
     "storage_use_count": PrivateName("torch._C", "_storage_Use_Count", _TWIN),
     "is_view": PrivateMethod("torch:Tensor", "_is_view", _TWIN),
@@ -227,6 +234,9 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | PrivateMethod | NewerName] = 
         "torch._C._dynamo", "eval_frame", "keep the compiler out of a function", since=(2, 6), without=None
     ),
     "dynamo_guards": PrivateName("torch._C._dynamo", "guards", _COMPILED),
+    "inductor_cpp_settings": PrivateName(
+        "torch._inductor.config", "cpp", "tell whether there is a compiler for C++"
+    ),
     "disable_dynamo": PrivateName("torch", "_disable_dynamo", "keep the compiler out of a function"),
     # What the ledger counts by
     "profiler_enabled": PrivateName(_AUTOGRAD, "_profiler_enabled", _CPU_EVENTS),

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils import backend_registration
 
-from lightning_memtrain.compat.torch_private import privateuse1_backend_name
+from lightning_memtrain.compat.torch_private import privateuse1_backend_name, set_up_python_backend
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
 
-_SETUP = "_setup_privateuseone_for_python_backend"
 _NO_BACKEND = "privateuseone"
 
 
@@ -20,10 +18,10 @@ def refuse_no_twin() -> None:
     Raises:
         RuntimeError: if torch offers no backends made in Python, or another one has the only place.
     """
-    if not hasattr(backend_registration, _SETUP):
+    if set_up_python_backend is None:
         raise RuntimeError(
             f"a prediction for a GPU needs a torch in which a device can be made in Python, but torch "
-            f"{torch.__version__} has no `torch.utils.backend_registration.{_SETUP}`. Install a newer torch "
+            f"{torch.__version__} has nothing to make one. Install a newer torch "
             "(2.13 has it), or count a step on the `meta` device with `MemoryLedger`, which does not know "
             "the GPU's kernels, autocast and allocator."
         )
@@ -45,7 +43,7 @@ def install(backend: TwinBackend) -> None:
         RuntimeError: see :func:`refuse_no_twin`.
     """
     refuse_no_twin()
-    getattr(backend_registration, _SETUP)(DEVICE_TYPE, backend_module=backend)
+    set_up_python_backend(DEVICE_TYPE, backend_module=backend)
     torch.Generator = _Generator  # type: ignore[misc]
 
 
