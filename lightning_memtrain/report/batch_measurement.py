@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_memtrain.coordination import watch_asides
 from lightning_memtrain.core import MemoryBreakdown
 from lightning_memtrain.ledger import AllocatorStatistics, MemoryLedger, Survivor
+from lightning_memtrain.ledger.operators.predicted_statistics import PredictedStatistics
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,11 @@ class BatchMeasurement:
             The measurement, not started yet.
         """
         torch_optimizers = [optimizer for optimizer in optimizers if isinstance(optimizer, Optimizer)]
-        return cls(allocator, MemoryLedger(model, torch_optimizers, batch, device=device))
+        if not isinstance(allocator, PredictedStatistics):
+            return cls(allocator, MemoryLedger(model, torch_optimizers, batch, device=device))
+        ledger = MemoryLedger(model, torch_optimizers, batch, device=device, workspace=allocator.workspace)
+        allocator.predicted_peak_bytes = lambda: ledger.predicted_peak_bytes
+        return cls(allocator, ledger)
 
     def start(self) -> None:
         """Begin to measure: the allocator's peak is reset, and the ledger entered."""

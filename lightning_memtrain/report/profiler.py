@@ -248,9 +248,13 @@ class MemoryProfiler(Callback):
         device = profiled_device(pl_module)
         if self._run is None or self._run.device != device:
             self._run = RunRecorder(device)
-        self._allocator = allocator_statistics(device)
+        self._allocator = self._statistics(device)
         if isinstance(self._allocator, CpuStatistics) and uses_torch_profiler(trainer):
             self._allocator = None  # only one profiler can record in a thread, and the user's goes first
+
+    def _statistics(self, device: torch.device) -> AllocatorStatistics | None:
+        """What reads the device's peak; a step that runs without data has another one."""
+        return allocator_statistics(device)
 
     def _begin_batch(self, trainer: Trainer, pl_module: LightningModule, name: str, batch: Any) -> None:
         self._drop_batch()
