@@ -73,6 +73,7 @@ class BatchMeasurement:
         optimizers: Sequence[Any],
         batch: Any,
         device: torch.device,
+        held: Sequence[torch.Tensor] = (),
     ) -> BatchMeasurement:
         """A measurement of one batch by a ledger of its own.
 
@@ -82,14 +83,17 @@ class BatchMeasurement:
             optimizers: its optimizers; those that are no torch optimizers (DeepSpeed's) are left out.
             batch: the batch, of any kind.
             device: the device whose storages are counted.
+            held: what else is live on it.
 
         Returns:
             The measurement, not started yet.
         """
         torch_optimizers = [optimizer for optimizer in optimizers if isinstance(optimizer, Optimizer)]
         if not isinstance(allocator, PredictedStatistics):
-            return cls(allocator, MemoryLedger(model, torch_optimizers, batch, device=device))
-        ledger = MemoryLedger(model, torch_optimizers, batch, device=device, workspace=allocator.workspace)
+            return cls(allocator, MemoryLedger(model, torch_optimizers, batch, device=device, held=held))
+        ledger = MemoryLedger(
+            model, torch_optimizers, batch, device=device, held=held, workspace=allocator.workspace
+        )
         allocator.predicted_peak_bytes = lambda: ledger.predicted_peak_bytes
         return cls(allocator, ledger)
 

@@ -37,6 +37,7 @@ from lightning_memtrain.report.trainer_state import (
     technique_records,
     uses_torch_profiler,
 )
+from lightning_memtrain.tracing.user_state.held_tensors import HeldTensors
 
 
 class MemoryProfiler(Callback):
@@ -96,6 +97,7 @@ class MemoryProfiler(Callback):
         self._run: RunRecorder | None = None
         self._allocator: AllocatorStatistics | None = None
         self._batch: BatchMeasurement | None = None
+        self._held = HeldTensors()
         self._model: weakref.ref[LightningModule] | None = None
         self._folder: Path | None = None
         self._finished = False
@@ -266,7 +268,12 @@ class MemoryProfiler(Callback):
             step = stage.begin_step(number, self._schedule.watches(stage.num_steps))
         if step.watched:
             self._batch = BatchMeasurement.with_ledger(
-                self._allocator, pl_module, trainer.optimizers, batch, self._run.device
+                self._allocator,
+                pl_module,
+                trainer.optimizers,
+                batch,
+                self._run.device,
+                self._held.within([pl_module, trainer, trainer.strategy]),
             )
         elif self._reads_every_step or self._schedule.watches(stage.num_steps):
             # The CPU's record of allocations knows the size of a block that is freed only if it saw the block

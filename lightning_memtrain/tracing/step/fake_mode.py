@@ -25,6 +25,7 @@ from lightning_memtrain.tracing.inplace_writes import CopyOnWrite, returns_views
 from lightning_memtrain.tracing.step.fake_operator_rules import FAKE_RULES, with_known_masks
 from lightning_memtrain.tracing.step.random_dependence import RandomDependence
 from lightning_memtrain.tracing.step.recorded_values import RecordedValues, TensorForm, needs_data
+from lightning_memtrain.tracing.step.sparse_gradients import SparseGradients
 from lightning_memtrain.tracing.step.typical_values import TypicalValues
 from lightning_memtrain.tracing.step.user_code import is_distribution_check
 
@@ -66,6 +67,7 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._random_dependence = RandomDependence()
         # Real storages that an operator without data has written to.
         self._stale: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._sparse = SparseGradients(self._note_stale)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -86,6 +88,8 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = tensors_in((args, kwargs)) if kwargs else tensors_in(args)
         if not tensors:
             return self._made_from_nothing(func, args, kwargs)
+        if self._sparse.takes(func, args, tensors):
+            return self._sparse.run(func, args, kwargs)
         num_fake = sum(isinstance(tensor, FakeTensor) for tensor in tensors)
         if num_fake == 0 and (returns_views(func) or all(map(self.knows, tensors))):
             return self._really(func, args, kwargs)
