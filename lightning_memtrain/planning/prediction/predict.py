@@ -1,4 +1,4 @@
-"""Predicting what a run will need on a GPU that is not there."""
+"""Predicting what a run will need on a GPU that is not there, or in this machine's memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of, take_samples
-from lightning_memtrain.planning.prediction.forked import call_in_copy
+from lightning_memtrain.planning.prediction.cpu.calibration import measure_call
+from lightning_memtrain.planning.prediction.cpu.cpu_run import CpuConditions, run_on_cpu
+from lightning_memtrain.planning.prediction.forked import call_in_asking_copy, call_in_copy
 from lightning_memtrain.planning.prediction.prediction import Prediction
 from lightning_memtrain.planning.prediction.trainer_options import trainer_options
 from lightning_memtrain.planning.prediction.twin.twin_run import TwinRun, run_on_twin
 from lightning_memtrain.report import MemoryReport
 from lightning_memtrain.tracing.cuda_twin import refuse_no_twin
-from lightning_memtrain.tracing.device import Device
+from lightning_memtrain.tracing.device import Device, available_bytes
 from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
 
 
@@ -29,11 +31,12 @@ def predict(
     trainer: pl.Trainer | None = None,
     device: Device | str | None = None,
 ) -> Prediction:
-    """Predict what training will need on a GPU, without the GPU and without the run.
+    """Predict what training will need on a device, without a GPU and without the run.
 
     Three training steps run in a copy of this process, on tensors that hold no data: the user's own code,
     Lightning's loop, the optimizer and every callback and plugin, as they are. Nothing of it comes back but
-    the answer. What torch's CUDA allocator makes of each tensor is modelled.
+    the answer. What torch's CUDA allocator makes of each tensor is modelled. For a CPU, what operators hold
+    only while they run is measured: those that may decide on the peak run once alone, in this process.
 
     Validation is left out. So is what cuDNN, NCCL and kernels of other libraries allocate for themselves.
 
@@ -45,14 +48,15 @@ def predict(
         trainer: as the run will have it: precision, accumulated batches, clipping, callbacks and plugins are
             taken over. ``None`` for Lightning's defaults.
         device: a :class:`~lightning_memtrain.planning.Device` or the name of one that ``memtrain devices``
-            lists, ``None`` for the GPU of this machine.
+            lists, ``"cpu"`` for this machine's memory; ``None`` for this machine's GPU, or its memory if there
+            is none.
 
     Returns:
         The prediction.
 
     Raises:
         TypeError: if there are two sources of batches, or none, or ``model`` is something else.
-        ValueError: if there is no such device, or it is no GPU by NVIDIA, if the batch is not on the CPU, if
+        ValueError: if there is no such device, or it is neither a CPU nor a GPU by NVIDIA, if the batch is not on the CPU, if
             the trainer uses several devices, or if the step asks for values that nobody knows.
         RuntimeError: if torch is too old, or has another third-party device in this process.
     """
@@ -71,14 +75,21 @@ def predict(
             "`predict(batch, datamodule)` needs one of the two for a model without `train_dataloader`, but "
             "got neither. Pass a batch as a data loader yields it, or the data module that the run will use."
         )
-    gpu = _gpu(device)
+    found = _known(device)
     _refuse_elsewhere(batch)
-    refuse_no_twin()
-    options = trainer_options(trainer) if trainer is not None else {}
+    if found.is_cuda:
+        refuse_no_twin()
+    kind = {} if found.is_cuda else {"device_type": "cpu"}
+    options = trainer_options(trainer, **kind) if trainer is not None else {}
 
     def run(make_data: Callable[[], Any]) -> TwinRun:
         try:
-            return call_in_copy(lambda: run_on_twin(model, make_data(), options, gpu))
+            if found.is_cuda:
+                return call_in_copy(lambda: run_on_twin(model, make_data(), options, found))
+            conditions = CpuConditions.now(model, batch)
+            return call_in_asking_copy(
+                lambda ask: run_on_cpu(model, make_data(), options, ask, conditions), measure_call
+            )
         except UnknownValueError as error:
             raise ValueError(
                 f"`predict(model)` needs a step that goes the same way whatever the weights are, but "
@@ -87,12 +98,12 @@ def predict(
             ) from error
 
     def of_size(size: int) -> Prediction:
-        return _prediction(gpu, run(lambda: Repeated(take_samples(batch, size))), size)
+        return _prediction(found, run(lambda: Repeated(take_samples(batch, size))), size)
 
     if batch is None:
-        return _prediction(gpu, run(lambda: datamodule), None)
+        return _prediction(found, run(lambda: datamodule), None)
     size = _batch_size(batch)
-    return replace(_prediction(gpu, run(lambda: Repeated(batch)), size), _of_size=of_size)
+    return replace(_prediction(found, run(lambda: Repeated(batch)), size), _of_size=of_size)
 
 
 class Repeated:
@@ -122,10 +133,12 @@ def _prediction(device: Device, found: TwinRun, batch_size: int | None) -> Predi
         report=_named(found.report, device),
         allocated_bytes=found.allocated_bytes,
         reserved_bytes=found.reserved_bytes,
-        context_bytes=device.context_bytes,
+        context_bytes=found.process_bytes if device.is_cpu else device.context_bytes,
         workspace_bytes=found.workspace_bytes,
         batch_size=batch_size,
         unknown=tuple(f"{what} at {site}" for site, what in found.guessed.items()),
+        unmeasured=tuple(f"{operator}: {reason}" for operator, reason in found.unmeasured.items()),
+        available_bytes=available_bytes() if device == Device.named("cpu") else None,
     )
 
 
@@ -136,15 +149,13 @@ def _named(report: MemoryReport, device: Device) -> MemoryReport:
     return replace(report, stages=stages, environment={**report.environment, "device": name})
 
 
-def _gpu(device: Device | str | None) -> Device:
+def _known(device: Device | str | None) -> Device:
     found = Device.named(device) if isinstance(device, str) else device or Device.here()
-    if not found.is_cuda:
-        given = "this machine, which has no GPU by NVIDIA" if device is None else f"{found.name!r}"
+    if not (found.is_cuda or found.is_cpu):
         raise ValueError(
-            f"`predict(device)` must be a GPU by NVIDIA, but got {given}. Name one that `memtrain devices` "
-            'lists, such as device="RTX 4090", or describe it by `Device(name, total_bytes, '
-            "compute_capability=...)`. For the CPU, profile a step with `MemoryProfiler`: its kernels and "
-            "its allocator are others, which a prediction does not know."
+            f"`predict(device)` must be a GPU by NVIDIA or a CPU, but got {found.name!r}. Name one that "
+            '`memtrain devices` lists, such as device="RTX 4090", describe it by `Device(name, total_bytes, '
+            'compute_capability=...)`, or have "cpu" in the name of `Device(name, total_bytes)`.'
         )
     return found
 

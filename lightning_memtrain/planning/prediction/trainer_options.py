@@ -17,11 +17,12 @@ from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE
 _LEFT_OUT = (Checkpoint, MemoryProfiler, ModelSummary, ProgressBar)
 
 
-def trainer_options(trainer: pl.Trainer) -> dict[str, Any]:
-    """Arguments for a trainer whose steps need what those of another one would on a GPU.
+def trainer_options(trainer: pl.Trainer, device_type: str = DEVICE_TYPE) -> dict[str, Any]:
+    """Arguments for a trainer whose steps need what those of another one would on a device.
 
     Args:
         trainer: any for one device.
+        device_type: what torch calls the device.
 
     Returns:
         The arguments by name.
@@ -42,16 +43,16 @@ def trainer_options(trainer: pl.Trainer) -> dict[str, Any]:
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
         "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
-        **_precision(trainer.precision_plugin),
+        **_precision(trainer.precision_plugin, device_type),
     }
 
 
-def _precision(plugin: Precision) -> Mapping[str, Any]:
+def _precision(plugin: Precision, device_type: str) -> Mapping[str, Any]:
     if type(plugin) is Precision:
         return {}
     if type(plugin) is MixedPrecision:  # it has the device's name, and a scaler for that device
         precision: Any = plugin.precision
-        return {"plugins": [MixedPrecision(precision, DEVICE_TYPE)]}
+        return {"plugins": [MixedPrecision(precision, device_type)]}
     if type(plugin) is HalfPrecision:
         half: Any = plugin.precision
         return {"plugins": [HalfPrecision(half)]}

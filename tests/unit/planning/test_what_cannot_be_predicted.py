@@ -142,9 +142,9 @@ def test_what_is_no_model_is_refused() -> None:
         predict(lambda: nn.Linear(2, 2), BATCH, device="T4")  # type: ignore[arg-type, return-value]
 
 
-def test_a_device_that_is_no_gpu_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"must be a GPU by NVIDIA, but got 'cpu'.*MemoryProfiler"):
-        predict(Step(mean), BATCH, device="cpu")
+def test_a_device_that_is_neither_gpu_nor_cpu_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must be a GPU by NVIDIA or a CPU, but got .my card.\. Name one"):
+        predict(Step(mean), BATCH, device=Device("my card", 2**30))
     with pytest.raises(ValueError, match="Did you mean 'RTX 4090 24GB'"):
         predict(Step(mean), BATCH, device="RTX 4900 24GB")
     assert all(preset.is_cuda for preset in PRESETS)

@@ -9,8 +9,8 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -45,6 +45,8 @@ class TwinRun:
         reserved_bytes: most bytes that the allocator had from the device.
         workspace_bytes: what libraries keep.
         guessed: see :attr:`.TwinDeviceMode.guessed`.
+        unmeasured: operators whose workspace is not known, and why; on a CPU.
+        process_bytes: what the process has in memory beside model and batch; on a CPU.
     """
 
     report: MemoryReport
@@ -52,6 +54,8 @@ class TwinRun:
     reserved_bytes: int
     workspace_bytes: int
     guessed: Mapping[str, str]
+    unmeasured: Mapping[str, str] = field(default_factory=dict)
+    process_bytes: int = 0
 
 
 def run_on_twin(
@@ -83,34 +87,15 @@ def run_on_twin(
 
     mode = TwinDeviceMode(backend, on_matrix_product)
     rules = TwinAutocast(), TwinAttention(has_flash=(device.compute_capability or AMPERE) >= AMPERE)
-    _prepare_process()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        open(os.devnull, "w") as nowhere,
-        contextlib.ExitStack() as undo,
-    ):
-        undo.enter_context(contextlib.redirect_stdout(nowhere))
+    prepare_process()
+    make_from_values()
+    with quiet_folder() as folder, contextlib.ExitStack() as undo:
         if not isinstance(model, pl.LightningModule):
             with mode.fake:
-                model = _made(model)
+                model = made_module(model)
         profiler = MemoryProfiler(every_n_steps=1, report_dir=folder, max_rows=None)
-        options = dict(trainer_options)
-        callbacks = [*options.pop("callbacks", ()), profiler]
-        trainer = pl.Trainer(
-            strategy=SingleDeviceStrategy(torch.device(DEVICE_TYPE, 0), TwinAccelerator()),
-            devices=1,
-            max_steps=NUM_STEPS,
-            # Steps of a module's own making may not be counted, and a batch is repeated without end.
-            max_epochs=NUM_STEPS,
-            limit_train_batches=NUM_STEPS * options.get("accumulate_grad_batches", 1),
-            logger=DummyLogger(),
-            callbacks=callbacks,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            **options,
-        )
+        strategy = SingleDeviceStrategy(torch.device(DEVICE_TYPE, 0), TwinAccelerator())
+        trainer = few_steps_trainer(strategy, trainer_options, profiler)
         undo.enter_context(mode)
         undo.enter_context(CudaMeansTwin())
         move(model, mode)
@@ -126,7 +111,64 @@ def run_on_twin(
     )
 
 
-def _made(factory: Callable[[], Any]) -> pl.LightningModule:
+@contextlib.contextmanager
+def quiet_folder() -> Iterator[str]:
+    """A folder for a report that nobody reads, while nothing is printed.
+
+    Yields:
+        The folder.
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        yield folder
+
+
+def few_steps_trainer(
+    strategy: SingleDeviceStrategy, options: Mapping[str, Any], profiler: MemoryProfiler
+) -> pl.Trainer:
+    """A trainer that trains for three steps.
+
+    Args:
+        strategy: says on which device.
+        options: arguments of Trainer.
+        profiler: watches every step.
+
+    Returns:
+        The trainer.
+    """
+    options = dict(options)
+    return pl.Trainer(
+        strategy=strategy,
+        devices=1,
+        max_steps=NUM_STEPS,
+        # Steps of a module's own making may not be counted, and a batch is repeated without end.
+        max_epochs=NUM_STEPS,
+        limit_train_batches=NUM_STEPS * options.get("accumulate_grad_batches", 1),
+        logger=DummyLogger(),
+        callbacks=[*options.pop("callbacks", ()), profiler],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        **options,
+    )
+
+
+def made_module(factory: Callable[[], Any]) -> pl.LightningModule:
+    """What a function makes, if it is what can be trained.
+
+    Args:
+        factory: the function.
+
+    Returns:
+        The module.
+
+    Raises:
+        TypeError: if it is something else.
+    """
     model = factory()
     if not isinstance(model, pl.LightningModule):
         raise TypeError(
@@ -136,9 +178,8 @@ def _made(factory: Callable[[], Any]) -> pl.LightningModule:
     return model
 
 
-def _prepare_process() -> None:
-    """What else has to be as on a GPU, or silent, for the rest of this process."""
-    make_from_values()
+def prepare_process() -> None:
+    """What else has to be as in a real run, or silent, for the rest of this process."""
     replace_when_moved()
     _load_in_this_process()
     # Tensors without data keep their bytes as plain ones do.
