@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import sys
 import tempfile
@@ -23,6 +24,8 @@ from lightning_memtrain.tracing.step.user_code import user_location
 Result = TypeVar("Result")
 
 _STANDARD_ERROR = 2
+# Of C++ code; those of Python code are left out in the copy.
+_WARNING_OF_TORCH = re.compile(r"^\[rank\d+\]:\[W.* Warning: .*\n?", re.MULTILINE)
 
 
 class ChildFailed(RuntimeError):
@@ -101,7 +104,7 @@ def _call(function: Callable[[], Result]) -> Result:
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if code != -signal.SIGABRT:  # what the runtime of C++ writes then is of no help
             errors.seek(0)
-            sys.stderr.write(errors.read().decode(errors="replace"))
+            sys.stderr.write(_WARNING_OF_TORCH.sub("", errors.read().decode(errors="replace")))
     if not answer:
         raise ChildFailed(f"the process that ran it ended with exit code {code} and gave no result", code)
     returned, value, trace = pickle.loads(answer)

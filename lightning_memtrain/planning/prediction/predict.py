@@ -8,11 +8,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import Strategy
 
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of, take_samples
 from lightning_memtrain.planning.prediction.forked import call_in_copy
 from lightning_memtrain.planning.prediction.prediction import Prediction
+from lightning_memtrain.planning.prediction.ranks.world import World, world_of
 from lightning_memtrain.planning.prediction.trainer_options import trainer_options
 from lightning_memtrain.planning.prediction.twin.twin_run import TwinRun, run_on_twin
 from lightning_memtrain.report import MemoryReport
@@ -28,12 +30,16 @@ def predict(
     datamodule: pl.LightningDataModule | None = None,
     trainer: pl.Trainer | None = None,
     device: Device | str | None = None,
+    world_size: int | None = None,
+    strategy: str | Strategy | None = None,
 ) -> Prediction:
     """Predict what training will need on a GPU, without the GPU and without the run.
 
     Three training steps run in a copy of this process, on tensors that hold no data: the user's own code,
     Lightning's loop, the optimizer and every callback and plugin, as they are. Nothing of it comes back but
     the answer. What torch's CUDA allocator makes of each tensor is modelled.
+
+    Of several ranks the first one is predicted, whose shards are the largest, with a batch of its own.
 
     Validation is left out. So is what cuDNN, NCCL and kernels of other libraries allocate for themselves.
 
@@ -46,6 +52,9 @@ def predict(
             taken over. ``None`` for Lightning's defaults.
         device: a :class:`~lightning_memtrain.planning.Device` or the name of one that ``memtrain devices``
             lists, ``None`` for the GPU of this machine.
+        world_size: how many ranks the run has, on however many nodes; ``None`` for the trainer's.
+        strategy: ``"ddp"``, ``"fsdp2"``, or a strategy of Lightning for DDP or FSDP2; ``None`` for the
+            trainer's. Under ``"fsdp2"`` a model without `configure_model` is sharded by its repeated blocks.
 
     Returns:
         The prediction.
@@ -53,7 +62,8 @@ def predict(
     Raises:
         TypeError: if there are two sources of batches, or none, or ``model`` is something else.
         ValueError: if there is no such device, or it is no GPU by NVIDIA, if the batch is not on the CPU, if
-            the trainer uses several devices, or if the step asks for values that nobody knows.
+            the strategy is none that is predicted or lacks its number of ranks, or if the step asks for
+            values that nobody knows.
         RuntimeError: if torch is too old, or has another third-party device in this process.
     """
     if batch is not None and datamodule is not None:
@@ -74,11 +84,12 @@ def predict(
     gpu = _gpu(device)
     _refuse_elsewhere(batch)
     refuse_no_twin()
-    options = trainer_options(trainer) if trainer is not None else {}
+    world = world_of(trainer, world_size, strategy)
+    options = trainer_options(trainer, world)
 
     def run(make_data: Callable[[], Any]) -> TwinRun:
         try:
-            return call_in_copy(lambda: run_on_twin(model, make_data(), options, gpu))
+            return call_in_copy(lambda: run_on_twin(model, make_data(), options, gpu, world))
         except UnknownValueError as error:
             raise ValueError(
                 f"`predict(model)` needs a step that goes the same way whatever the weights are, but "
@@ -87,12 +98,12 @@ def predict(
             ) from error
 
     def of_size(size: int) -> Prediction:
-        return _prediction(gpu, run(lambda: Repeated(take_samples(batch, size))), size)
+        return _prediction(gpu, run(lambda: Repeated(take_samples(batch, size))), size, world)
 
     if batch is None:
-        return _prediction(gpu, run(lambda: datamodule), None)
+        return _prediction(gpu, run(lambda: datamodule), None, world)
     size = _batch_size(batch)
-    return replace(_prediction(gpu, run(lambda: Repeated(batch)), size), _of_size=of_size)
+    return replace(_prediction(gpu, run(lambda: Repeated(batch)), size, world), _of_size=of_size)
 
 
 class Repeated:
@@ -116,7 +127,7 @@ def _brings_data(model: Any) -> bool:
     return own is not None and own is not pl.LightningModule.train_dataloader
 
 
-def _prediction(device: Device, found: TwinRun, batch_size: int | None) -> Prediction:
+def _prediction(device: Device, found: TwinRun, batch_size: int | None, world: World | None) -> Prediction:
     return Prediction(
         device=device,
         report=_named(found.report, device),
@@ -125,6 +136,8 @@ def _prediction(device: Device, found: TwinRun, batch_size: int | None) -> Predi
         context_bytes=device.context_bytes,
         workspace_bytes=found.workspace_bytes,
         batch_size=batch_size,
+        world_size=1 if world is None else world.size,
+        strategy=None if world is None else world.name,
         unknown=tuple(f"{what} at {site}" for site, what in found.guessed.items()),
     )
 

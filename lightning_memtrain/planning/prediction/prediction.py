@@ -34,6 +34,8 @@ class Prediction:
         batch_size: samples in the batch; ``None`` where they cannot be told.
         unknown: numbers that the step asked for and nobody knows, taken for "not a number", with the line of
             the user's code that asked.
+        world_size: how many ranks the run has; all figures are those of the first of them.
+        strategy: what the ranks exchange, ``"ddp"`` or ``"fsdp2"``; ``None`` for a run on one device.
 
     Example:
         >>> prediction = predict(model, batch, device="RTX 4090")  # doctest: +SKIP
@@ -49,6 +51,8 @@ class Prediction:
     workspace_bytes: int
     batch_size: int | None = None
     unknown: tuple[str, ...] = ()
+    world_size: int = 1
+    strategy: str | None = None
     _of_size: Callable[[int], Prediction] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -108,6 +112,8 @@ class Prediction:
             "model": self.report.model,
             "num_parameters": self.report.num_parameters,
             "batch_size": self.batch_size,
+            "world_size": self.world_size,
+            "strategy": self.strategy,
             "device": {
                 "name": self.device.name,
                 "total_bytes": self.device.total_bytes,
@@ -157,7 +163,8 @@ class Prediction:
         return f"<table><caption>{html.escape(self._title())}</caption>{rows}</table>{remarks}"
 
     def _title(self) -> str:
-        return f"{self.report.model} on {self.device.name}: {'fits' if self.fits else 'does not fit'}"
+        ranks = "" if self.strategy is None else f", each of {self.world_size} by {self.strategy}"
+        return f"{self.report.model} on {self.device.name}{ranks}: {'fits' if self.fits else 'does not fit'}"
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = [
