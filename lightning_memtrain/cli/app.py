@@ -142,6 +142,8 @@ def _predict(argv: list[str]) -> int:
         device=args.device,
         variants=args.variant,
         batch_size=args.batch_size,
+        world_size=args.devices,
+        strategy=args.strategy,
         as_json=args.json,
         overrides=overrides,
     )
@@ -295,7 +297,9 @@ def _predict_options() -> _Parser:
     options = _Parser(prog="memtrain predict", add_help=False, allow_abbrev=False)
     options.add_argument("--device", metavar="NAME", help="a GPU that `memtrain devices` lists")
     _add_variant(options)
-    options.add_argument("--batch-size", type=int, metavar="N", help="samples in a batch")
+    options.add_argument("--batch-size", type=int, metavar="N", help="samples in a batch of one device")
+    options.add_argument("--devices", type=int, metavar="N", help="of how many devices one is predicted")
+    options.add_argument("--strategy", metavar="NAME", help="what they exchange: ddp or fsdp2")
     options.add_argument("--json", action="store_true", help="print JSON, see docs/prediction.md")
     return options
 

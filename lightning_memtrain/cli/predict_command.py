@@ -33,6 +33,8 @@ def show_prediction(
     device: str | None,
     variants: Sequence[str] = (),
     batch_size: int | None = None,
+    world_size: int | None = None,
+    strategy: str | None = None,
     as_json: bool = False,
     overrides: Sequence[str] = (),
 ) -> int:
@@ -44,6 +46,8 @@ def show_prediction(
         device: a GPU that ``memtrain devices`` lists; ``None`` for that of this machine.
         variants: what to lay over the recipe, together.
         batch_size: samples in a batch; ``None`` for what recipe or class have.
+        world_size: how many ranks the run has; ``None`` for one, or what the recipe has.
+        strategy: what they exchange, as :func:`~lightning_memtrain.planning.predict` takes it.
         as_json: whether to print JSON instead of a table.
         overrides: options of LightningCLI, for a recipe.
 
@@ -58,14 +62,16 @@ def show_prediction(
     if batch_size is not None and batch_size < 1:
         raise CommandError(f"--batch-size must be at least 1, but got {batch_size}.")
     file, colon, name = target.rpartition(":")
+    ranks = {"world_size": world_size, "strategy": strategy}
     try:
         gpu = Device.here() if device is None else Device.named(device)  # before anything slow
         with contextlib.redirect_stdout(io.StringIO()):  # the answer alone is printed
             if colon and file.endswith(".py"):
                 _refuse_options_of_recipes(variants, overrides)
-                prediction = _of_class(Path(file), name, batch_size, gpu)
+                _refuse_half_a_world(world_size, strategy)
+                prediction = _of_class(Path(file), name, batch_size, gpu, ranks)
             else:
-                prediction = _of_recipe(recipes.find(target), variants, batch_size, overrides, gpu)
+                prediction = _of_recipe(recipes.find(target), variants, batch_size, overrides, gpu, ranks)
     except (MisconfigurationException, OSError, RuntimeError, TypeError, ValueError) as error:
         raise CommandError(str(error), exit_code=1) from error
     print(json.dumps(prediction.to_dict(), indent=2) if as_json else prediction)
@@ -78,6 +84,7 @@ def _of_recipe(
     batch_size: int | None,
     overrides: Sequence[str],
     device: Device,
+    ranks: dict[str, Any],
 ) -> Prediction:
     configs = configurations(recipe, variants)
     if recipe not in recipes.installed().values():
@@ -96,15 +103,17 @@ def _of_recipe(
         trainer: Any = cli.trainer
         # What saves the configuration to the run's folder: there is no run.
         trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, SaveConfigCallback)]
-        return predict(cli.model, datamodule=cli.datamodule, trainer=trainer, device=device)
+        return predict(cli.model, datamodule=cli.datamodule, trainer=trainer, device=device, **ranks)
 
 
-def _of_class(file: Path, name: str, batch_size: int | None, device: Device) -> Prediction:
+def _of_class(
+    file: Path, name: str, batch_size: int | None, device: Device, ranks: dict[str, Any]
+) -> Prediction:
     from lightning_memtrain.planning import predict
 
     kind = _class(file, name)
     if batch_size is None:
-        return predict(kind, device=device)
+        return predict(kind, device=device, **ranks)
     if "batch_size" not in inspect.signature(kind).parameters:
         raise CommandError(
             f"--batch-size needs a class with an argument `batch_size`, but `{name}` of `{file}` has none."
@@ -115,7 +124,7 @@ def _of_class(file: Path, name: str, batch_size: int | None, device: Device) -> 
             super().__init__(batch_size=batch_size)
 
     OfSize.__name__ = name
-    return predict(OfSize, device=device)
+    return predict(OfSize, device=device, **ranks)
 
 
 def _class(file: Path, name: str) -> Callable[..., Any]:
@@ -149,3 +158,11 @@ def _refuse_options_of_recipes(variants: Sequence[str], overrides: Sequence[str]
     if variants or overrides:
         given = "--variant" if variants else overrides[0]
         raise CommandError(f"`{given}` is for recipes, but a class of a file was named; leave it out.")
+
+
+def _refuse_half_a_world(world_size: int | None, strategy: str | None) -> None:
+    """A class of a file has no trainer that could say the other half."""
+    if world_size is not None and strategy is None:
+        raise CommandError(f"`--devices {world_size}` needs `--strategy`: add `--strategy ddp` or `fsdp2`.")
+    if strategy is not None and world_size is None:
+        raise CommandError(f"`--strategy {strategy}` needs the number of devices: add `--devices 8`.")

@@ -277,6 +277,41 @@ def ddp_options(strategy: Any) -> dict[str, Any]:
     return dict(getattr(strategy, "_ddp_kwargs", {}))
 
 
+def alone(strategy: Any, backend: str) -> None:
+    """Set a copy of a strategy back to before it had a trainer, and let it start no processes.
+
+    Args:
+        strategy: of several devices.
+        backend: what it is to communicate by.
+    """
+    for name in (
+        "_accelerator",
+        "_precision_plugin",
+        "_checkpoint_io",
+        "_launcher",
+        "_lightning_module",
+        "_model",
+    ):
+        vars(strategy)[name] = None
+    strategy.optimizers, strategy.lr_scheduler_configs = [], []
+    strategy._process_group_backend = backend
+    if hasattr(strategy, "_start_method"):
+        strategy._start_method = "popen"  # the others start processes in whatever environment
+
+
+def register_comm_hook(strategy: Any) -> None:
+    """Put a DDP strategy's communication hook on its wrapper, on whatever device and with whatever NCCL."""
+    from lightning.pytorch.overrides.distributed import _register_ddp_comm_hook
+
+    strategy.model._check_comm_hook = lambda hook: None
+    _register_ddp_comm_hook(
+        model=strategy.model,
+        ddp_comm_state=strategy._ddp_comm_state,
+        ddp_comm_hook=strategy._ddp_comm_hook,
+        ddp_comm_wrapper=strategy._ddp_comm_wrapper,
+    )
+
+
 def has_comm_hook(strategy: Any) -> bool:
     """Whether DDP is to communicate through a hook, given to the strategy or put on its wrapper."""
     on_wrapper = getattr(strategy.model, "_comm_hooks", None)

@@ -93,6 +93,7 @@ _CPU_EVENTS = "ask torch's profiler for the CPU allocator's events"
 #: Optimizers that wrap another one and do without the constructor of their class lack it.
 LOAD_STATE_DICT_HOOKS = "_optimizer_load_state_dict_post_hooks"
 _TWIN = "predict what a GPU will need"
+_RANK = "predict what one rank of several will need"
 _COMPILED = "count what compiled code allocates"
 _DDP = "follow what DistributedDataParallel does"
 _FSDP = "find the weights that FSDP2 gathers"
@@ -127,6 +128,7 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | PrivateMethod | NewerName] = 
     ),
     "use_count_of": PrivateMethod("torch:Tensor", "_use_count", _TWIN),
     "storage_use_count": PrivateName("torch._C", "_storage_Use_Count", _TWIN),
+    "swap_tensor_impl": PrivateName("torch._C", "_swap_tensor_impl", _TWIN),
     "is_view": PrivateMethod("torch:Tensor", "_is_view", _TWIN),
     "DispatchKey": PrivateName("torch._C", "DispatchKey", "compute with sparse weights"),
     "OpOverload": PrivateName("torch._ops", "OpOverload", "name operators"),
@@ -174,6 +176,8 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | PrivateMethod | NewerName] = 
     # Dry runs
     "FakeTensor": PrivateName(_FAKES, "FakeTensor", _DRY_RUN),
     "FakeTensorMode": PrivateName(_FAKES, "FakeTensorMode", _DRY_RUN),
+    "get_dispatch_mode": PrivateName("torch._C", "_get_dispatch_mode", _TWIN),
+    "TorchDispatchModeKey": PrivateName("torch._C", "_TorchDispatchModeKey", _TWIN),
     "DataDependentOutputException": PrivateName(_FAKES, "DataDependentOutputException", _DRY_RUN),
     "DynamicOutputShapeException": PrivateName(_FAKES, "DynamicOutputShapeException", _DRY_RUN),
     # Modules
@@ -229,6 +233,8 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | PrivateMethod | NewerName] = 
     "zeros_like_grad_buckets": PrivateAttribute(
         "torch.distributed:Reducer", "_get_zeros_like_grad_buckets", _DDP
     ),
+    "work_of_future": PrivateName("torch._C._distributed_c10d", "_create_work_from_future", _RANK),
+    "distributed_world": PrivateName("torch.distributed.distributed_c10d", "_world", _RANK),
     # Compiled code
     "eval_frame": NewerName(
         "torch._C._dynamo", "eval_frame", "keep the compiler out of a function", since=(2, 6), without=None
@@ -323,6 +329,16 @@ def gradients_of_fsdp_parameter(parameter: Any) -> Iterator[Tensor]:
     for gradient in (accumulated, latest):
         if isinstance(gradient, Tensor):
             yield gradient
+
+
+def is_fake_mode_on() -> bool:
+    """Whether operators make tensors without data at present, other than by a mode that does so itself."""
+    return _name("get_dispatch_mode")(_name("TorchDispatchModeKey").FAKE) is not None
+
+
+def world_of_process_groups() -> Any:
+    """What torch keeps of the process groups that there are."""
+    return _name("distributed_world")
 
 
 def _name(name: str) -> Any:

@@ -192,7 +192,9 @@ class StorageTracker:
             storage: any storage; it was there before the first event.
             num_bytes: its size until now.
         """
-        if storage_key(storage) not in self.live and storage.device == self.device:
+        # The storage of a fake tensor is on `meta`, wherever the tensor says that it is.
+        is_here = storage.device == self.device or (self.counts_fakes and storage.device.type == "meta")
+        if storage_key(storage) not in self.live and is_here:
             self._write(storage, FROM_THE_START, Category.INPUTS, "", num_bytes)
 
     def resize(self, storage: torch.UntypedStorage, producer: str | None = None) -> None:

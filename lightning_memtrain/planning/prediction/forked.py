@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import sys
 import tempfile
@@ -26,6 +27,8 @@ Ask = Callable[[Any], Any]
 
 _STANDARD_ERROR = 2
 _HEAD = 8  # bytes that tell how long a message is
+# Of C++ code; those of Python code are left out in the copy.
+_WARNING_OF_TORCH = re.compile(r"^\[rank\d+\]:\[W.* Warning: .*\n?", re.MULTILINE)
 
 
 class ChildFailed(RuntimeError):
@@ -125,7 +128,7 @@ def _call(function: Callable[[Ask], Result], answer: Ask) -> Result:
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if code != -signal.SIGABRT:  # what the runtime of C++ writes then is of no help
             errors.seek(0)
-            sys.stderr.write(errors.read().decode(errors="replace"))
+            sys.stderr.write(_WARNING_OF_TORCH.sub("", errors.read().decode(errors="replace")))
     if result is None:
         raise ChildFailed(f"the process that ran it ended with exit code {code} and gave no result", code)
     returned, value, trace = result

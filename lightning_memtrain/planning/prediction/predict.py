@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import Strategy
 
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of, take_samples
@@ -15,6 +16,7 @@ from lightning_memtrain.planning.prediction.cpu.calibration import measure_call
 from lightning_memtrain.planning.prediction.cpu.cpu_run import CpuConditions, run_on_cpu
 from lightning_memtrain.planning.prediction.forked import call_in_asking_copy, call_in_copy
 from lightning_memtrain.planning.prediction.prediction import Prediction
+from lightning_memtrain.planning.prediction.ranks.world import World, world_of
 from lightning_memtrain.planning.prediction.trainer_options import trainer_options
 from lightning_memtrain.planning.prediction.twin.twin_run import TwinRun, run_on_twin
 from lightning_memtrain.report import MemoryReport
@@ -30,6 +32,8 @@ def predict(
     datamodule: pl.LightningDataModule | None = None,
     trainer: pl.Trainer | None = None,
     device: Device | str | None = None,
+    world_size: int | None = None,
+    strategy: str | Strategy | None = None,
 ) -> Prediction:
     """Predict what training will need on a device, without a GPU and without the run.
 
@@ -37,6 +41,8 @@ def predict(
     Lightning's loop, the optimizer and every callback and plugin, as they are. Nothing of it comes back but
     the answer. What torch's CUDA allocator makes of each tensor is modelled. For a CPU, what operators hold
     only while they run is measured: those that may decide on the peak run once alone, in this process.
+
+    Of several ranks the first one is predicted, whose shards are the largest, with a batch of its own.
 
     Validation is left out. So is what cuDNN, NCCL and kernels of other libraries allocate for themselves.
 
@@ -50,14 +56,18 @@ def predict(
         device: a :class:`~lightning_memtrain.planning.Device` or the name of one that ``memtrain devices``
             lists, ``"cpu"`` for this machine's memory; ``None`` for this machine's GPU, or its memory if there
             is none.
+        world_size: how many ranks the run has, on however many nodes; ``None`` for the trainer's.
+        strategy: ``"ddp"``, ``"fsdp2"``, or a strategy of Lightning for DDP or FSDP2; ``None`` for the
+            trainer's. Under ``"fsdp2"`` a model without `configure_model` is sharded by its repeated blocks.
 
     Returns:
         The prediction.
 
     Raises:
         TypeError: if there are two sources of batches, or none, or ``model`` is something else.
-        ValueError: if there is no such device, or it is neither a CPU nor a GPU by NVIDIA, if the batch is not on the CPU, if
-            the trainer uses several devices, or if the step asks for values that nobody knows.
+        ValueError: if there is no such device, or it is neither a CPU nor a GPU by NVIDIA, if the batch is
+            not on the CPU, if the strategy is none that is predicted or lacks its number of ranks, or if the
+            step asks for values that nobody knows.
         RuntimeError: if torch is too old, or has another third-party device in this process.
     """
     if batch is not None and datamodule is not None:
@@ -77,15 +87,21 @@ def predict(
         )
     found = _known(device)
     _refuse_elsewhere(batch)
+    world = world_of(trainer, world_size, strategy)
     if found.is_cuda:
         refuse_no_twin()
+    elif world is not None:
+        raise ValueError(
+            f"`predict(device)` must be a GPU for a run of {world.size} ranks, but got {found.name!r}. Name "
+            'one that `memtrain devices` lists, such as device="RTX 4090", or predict for one device.'
+        )
     kind = {} if found.is_cuda else {"device_type": "cpu"}
-    options = trainer_options(trainer, **kind) if trainer is not None else {}
+    options = trainer_options(trainer, world, **kind)
 
     def run(make_data: Callable[[], Any]) -> TwinRun:
         try:
             if found.is_cuda:
-                return call_in_copy(lambda: run_on_twin(model, make_data(), options, found))
+                return call_in_copy(lambda: run_on_twin(model, make_data(), options, found, world))
             conditions = CpuConditions.now(model, batch)
             return call_in_asking_copy(
                 lambda ask: run_on_cpu(model, make_data(), options, ask, conditions), measure_call
@@ -98,12 +114,12 @@ def predict(
             ) from error
 
     def of_size(size: int) -> Prediction:
-        return _prediction(found, run(lambda: Repeated(take_samples(batch, size))), size)
+        return _prediction(found, run(lambda: Repeated(take_samples(batch, size))), size, world)
 
     if batch is None:
-        return _prediction(found, run(lambda: datamodule), None)
+        return _prediction(found, run(lambda: datamodule), None, world)
     size = _batch_size(batch)
-    return replace(_prediction(found, run(lambda: Repeated(batch)), size), _of_size=of_size)
+    return replace(_prediction(found, run(lambda: Repeated(batch)), size, world), _of_size=of_size)
 
 
 class Repeated:
@@ -127,7 +143,7 @@ def _brings_data(model: Any) -> bool:
     return own is not None and own is not pl.LightningModule.train_dataloader
 
 
-def _prediction(device: Device, found: TwinRun, batch_size: int | None) -> Prediction:
+def _prediction(device: Device, found: TwinRun, batch_size: int | None, world: World | None) -> Prediction:
     return Prediction(
         device=device,
         report=_named(found.report, device),
@@ -136,6 +152,8 @@ def _prediction(device: Device, found: TwinRun, batch_size: int | None) -> Predi
         context_bytes=found.process_bytes if device.is_cpu else device.context_bytes,
         workspace_bytes=found.workspace_bytes,
         batch_size=batch_size,
+        world_size=1 if world is None else world.size,
+        strategy=None if world is None else world.name,
         unknown=tuple(f"{what} at {site}" for site, what in found.guessed.items()),
         unmeasured=tuple(f"{operator}: {reason}" for operator, reason in found.unmeasured.items()),
         available_bytes=available_bytes() if device == Device.named("cpu") else None,

@@ -39,6 +39,8 @@ class Prediction:
             the user's code that asked.
         unmeasured: operators of which it is not known what they hold while they run, and why; on a CPU.
         available_bytes: what this machine's other programs leave now, for a prediction for it.
+        world_size: how many ranks the run has; all figures are those of the first of them.
+        strategy: what the ranks exchange, ``"ddp"`` or ``"fsdp2"``; ``None`` for a run on one device.
 
     Example:
         >>> prediction = predict(model, batch, device="RTX 4090")  # doctest: +SKIP
@@ -56,6 +58,8 @@ class Prediction:
     unknown: tuple[str, ...] = ()
     unmeasured: tuple[str, ...] = ()
     available_bytes: int | None = None
+    world_size: int = 1
+    strategy: str | None = None
     _of_size: Callable[[int], Prediction] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -115,6 +119,8 @@ class Prediction:
             "model": self.report.model,
             "num_parameters": self.report.num_parameters,
             "batch_size": self.batch_size,
+            "world_size": self.world_size,
+            "strategy": self.strategy,
             "device": {
                 "name": self.device.name,
                 "total_bytes": self.device.total_bytes,
@@ -166,7 +172,8 @@ class Prediction:
         return f"<table><caption>{html.escape(self._title())}</caption>{rows}</table>{remarks}"
 
     def _title(self) -> str:
-        return f"{self.report.model} on {self.device.name}: {'fits' if self.fits else 'does not fit'}"
+        ranks = "" if self.strategy is None else f", each of {self.world_size} by {self.strategy}"
+        return f"{self.report.model} on {self.device.name}{ranks}: {'fits' if self.fits else 'does not fit'}"
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = [

@@ -8,8 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from lightning_memtrain.planning.prediction.ranks.world import World
 from lightning_memtrain.report import MemoryProfiler
 from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE
 
@@ -17,33 +17,30 @@ from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE
 _LEFT_OUT = (Checkpoint, MemoryProfiler, ModelSummary, ProgressBar)
 
 
-def trainer_options(trainer: pl.Trainer, device_type: str = DEVICE_TYPE) -> dict[str, Any]:
+def trainer_options(
+    trainer: pl.Trainer | None, world: World | None = None, device_type: str = DEVICE_TYPE
+) -> dict[str, Any]:
     """Arguments for a trainer whose steps need what those of another one would on a device.
 
     Args:
-        trainer: any for one device.
+        trainer: as the run will have it; ``None`` for Lightning's defaults.
+        world: the ranks of the run; ``None`` for one device.
         device_type: what torch calls the device.
 
     Returns:
         The arguments by name.
-
-    Raises:
-        ValueError: if its steps are those of several devices.
     """
-    if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
-        raise ValueError(
-            "`predict(trainer)` must train on one device, but got "
-            f"{type(trainer.strategy).__name__} on {trainer.world_size} device(s), whose buckets and shards "
-            "are not predicted. Pass a trainer without `strategy` and with `devices=1`; under DDP each rank "
-            "needs the bytes of its gradients once more, for buckets."
-        )
+    own = Precision() if world is None else world.strategy.precision_plugin
+    if trainer is None:
+        return {**_precision(own, device_type)}
+    plugin = trainer.precision_plugin
     callbacks = [one for one in trainer.callbacks if not isinstance(one, _LEFT_OUT)]  # type: ignore[attr-defined]
     return {
         "callbacks": callbacks,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
         "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
-        **_precision(trainer.precision_plugin, device_type),
+        **_precision(own if type(plugin) is Precision else plugin, device_type),
     }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_memtrain.compat.torch_private import storage_key
 from lightning_memtrain.tracing.allocator import CachingAllocator
 from lightning_memtrain.tracing.allocator.blocks import Block
+from lightning_memtrain.tracing.cuda_twin.streams import Event, Stream, Streams
 
 #: What torch calls the device; no name of a real backend.
 DEVICE_TYPE = "cudatwin"
@@ -28,7 +29,9 @@ class TwinBackend:
     def __init__(self, allocator: CachingAllocator, num_devices: int = 1) -> None:
         self.allocator = allocator
         self._num_devices = num_devices
-        self._blocks: dict[int, tuple[Block, weakref.ref[torch.UntypedStorage]]] = {}
+        self._streams = Streams()
+        # None for a storage that was emptied.
+        self._blocks: dict[int, tuple[Block | None, weakref.ref[torch.UntypedStorage]]] = {}
         self._workspaces: dict[str, Block] = {}
         self._peak_allocated_bytes = 0
         self._peak_reserved_bytes = 0
@@ -43,11 +46,32 @@ class TwinBackend:
         """
         storage = tensor.untyped_storage()
         key, num_bytes = storage_key(storage), storage.nbytes()
-        if key in self._blocks or num_bytes == 0:
+        if key in self._blocks:
+            self.resized(storage)
+        elif num_bytes:
+            block = self._allocate(num_bytes)
+            self._blocks[key] = block, weakref.ref(storage, lambda _: self._release(key))
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Let the allocator know that a storage may have another size, as FSDP empties and refills weights.
+
+        Args:
+            storage: with its new size; one that is not of this device is passed over.
+        """
+        key, num_bytes = storage_key(storage), storage.nbytes()
+        if key not in self._blocks:
             return
-        block = self.allocator.allocate(num_bytes)
-        self._blocks[key] = block, weakref.ref(storage, lambda _: self._release(key))
+        block, reference = self._blocks[key]
+        if num_bytes == (0 if block is None else block.requested):
+            return
+        if block is not None:
+            self.allocator.free(block)
+        self._blocks[key] = self._allocate(num_bytes) if num_bytes else None, reference
+
+    def _allocate(self, num_bytes: int) -> Block:
+        block = self.allocator.allocate(num_bytes, self._streams.current.number)
         self._note_peaks()
+        return block
 
     def hold_workspace(self, name: str, num_bytes: int) -> None:
         """Allocate, once, what a library keeps for itself from its first call on.
@@ -67,7 +91,8 @@ class TwinBackend:
 
     def _release(self, key: int) -> None:
         block, _ = self._blocks.pop(key)
-        self.allocator.free(block)
+        if block is not None:
+            self.allocator.free(block)
 
     def _note_peaks(self) -> None:
         self._peak_allocated_bytes = max(self._peak_allocated_bytes, self.allocator.allocated_bytes)
@@ -103,6 +128,27 @@ class TwinBackend:
     def empty_cache(self) -> None:
         """Give back segments that are free as a whole."""
         self.allocator.empty_cache()
+
+    # ------------------------------------------------------------------ streams, as torch.cuda has them
+
+    Stream = Stream
+    Event = Event
+
+    def current_stream(self, device: Any = None) -> Stream:
+        """The stream that allocations are for."""
+        return self._streams.current
+
+    def default_stream(self, device: Any = None) -> Stream:
+        """The stream that one is on unless told otherwise."""
+        return Stream.default()
+
+    def stream(self, stream: Any) -> AbstractContextManager[None]:
+        """Be on a stream for a while."""
+        return self._streams.on(stream)
+
+    def set_stream(self, stream: Stream) -> None:
+        """Be on a stream from now on."""
+        self._streams.current = stream
 
     # ------------------------------------------------------------------ what torch asks of a backend
 

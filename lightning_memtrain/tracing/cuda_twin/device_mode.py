@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning_memtrain.compat.torch_private import (
     FakeTensorMode,
     TorchDispatchMode,
     disable_current_modes,
+    is_fake_mode_on,
     tree_leaves,
     tree_map,
 )
@@ -30,6 +32,8 @@ _DEPENDS_ON_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 _MATRIX_PRODUCTS = frozenset(
     (_aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm, _aten.addbmm, _aten.mv, _aten.dot)
 )
+
+_PIN, _IS_PINNED = _aten._pin_memory.default, _aten.is_pinned.default
 
 
 class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -54,12 +58,19 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Values of tensors on the twin."""
         self.guessed: dict[str, str] = {}
         """What was asked that nobody knows, and taken for "not a number", by the line that asked."""
+        self._pinned: dict[int, weakref.ref[Tensor]] = {}
         self._usual = TypicalValues()
         self._in_place = InPlaceGradients()
         self._in_place.calibrate_before_backward()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(map(_holds_others, types)):
+            return NotImplemented  # the operators on the tensors inside come here instead
+        if func in (_PIN, _IS_PINNED) or kwargs.get("pin_memory"):
+            return self._unpinned(func, args, kwargs)
+        if is_fake_mode_on():  # somebody asks for shapes only, as distributed tensors do
+            return func(*args, **kwargs)
         if not any(map(_is_on_twin, tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)
         if self._in_place.takes_place(func, args):
@@ -68,9 +79,7 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.overloadpacket in _MATRIX_PRODUCTS:
             self._on_matrix_product()
         try:
-            bare_args, bare_kwargs = tree_map(self._bare, (args, kwargs))
-            with self.fake:
-                result = func(*bare_args, **bare_kwargs)
+            result = self.without_data(func, args, kwargs)
         except _DEPENDS_ON_DATA:
             result = self._answered(func, args, kwargs)
         else:
@@ -81,6 +90,31 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(one, Tensor) and one.device.type == DEVICE_TYPE:
                 self._backend.hold(one)
         return result
+
+    def _unpinned(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Memory of the CPU that a GPU can read by itself, which there is none of without a GPU."""
+        if func is _IS_PINNED:
+            reference = self._pinned.get(id(args[0]))
+            return reference is not None and reference() is args[0]
+        pinned = args[0].clone() if func is _PIN else func(*args, **{**kwargs, "pin_memory": False})
+        key = id(pinned)
+        self._pinned[key] = weakref.ref(pinned, lambda _: self._pinned.pop(key, None))
+        return pinned
+
+    def without_data(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operator makes, without data.
+
+        Args:
+            func: the operator.
+            args: its arguments; none of them is read.
+            kwargs: its arguments by name.
+
+        Returns:
+            Its results, tensors without data among them.
+        """
+        bare_args, bare_kwargs = tree_map(self._bare, (args, kwargs))
+        with self.fake:
+            return func(*bare_args, **bare_kwargs)
 
     def _answered(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What a question for values gets, without those of weights."""
@@ -116,20 +150,27 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with self.fake:
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
-    def moved(self, tensor: Tensor) -> Tensor:
+    def moved(self, tensor: Tensor, device: str = DEVICE_TYPE) -> Tensor:
         """A tensor of the same form on the twin.
 
         Args:
             tensor: any strided one, with or without data.
+            device: ``"cpu"`` for one of the CPU that has no data either.
 
         Returns:
             One that holds no data; its values are known if those of ``tensor`` are and are worth following.
         """
         # This mode is left, too: it would take what it makes for a constant.
         with torch.no_grad(), disable_current_modes(), self.fake:
-            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE_TYPE)
-        self._backend.hold(made)
+            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        if device == DEVICE_TYPE:
+            self._backend.hold(made)
         return made
+
+
+def _holds_others(kind: type) -> bool:
+    """Whether tensors of a class are a shell around others, as distributed ones are."""
+    return hasattr(kind, "__tensor_flatten__")
 
 
 def _is_on_twin(value: Any) -> bool:

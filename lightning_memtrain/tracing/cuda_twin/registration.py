@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lightning_memtrain.compat.torch_private import privateuse1_backend_name, set_up_python_backend
+from lightning_memtrain.ledger.observers.storage_resizes import RESIZE_HOOKS
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
 
 _NO_BACKEND = "privateuseone"
@@ -45,7 +46,29 @@ def install(backend: TwinBackend) -> None:
     refuse_no_twin()
     set_up_python_backend(DEVICE_TYPE, backend_module=backend)
     torch.Generator = _Generator  # type: ignore[misc]
+    for module, names in _ASKED_ELSEWHERE.items():
+        for name in names:
+            if hasattr(module, name):
+                setattr(module, name, getattr(backend, name))
+    RESIZE_HOOKS.add(lambda storage, num_bytes_before: backend.resized(storage))
 
+
+# What programs ask other modules about the device, which these can only answer for real ones.
+_ASKED_ELSEWHERE: dict[Any, tuple[str, ...]] = {
+    torch.cuda: ("Stream", "Event", "stream", "current_stream", "default_stream", "set_stream"),
+    torch.accelerator: (
+        "current_stream",
+        "set_stream",
+        "synchronize",
+        "empty_cache",
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+        "memory_stats",
+        "reset_peak_memory_stats",
+    ),
+}
 
 _plain_generator = torch.Generator
 

@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
-
 from torch import nn
 
 from lightning_memtrain.compat.torch_private import FakeTensorMode, storage_key
@@ -97,8 +96,8 @@ def run_on_cpu(
             with FakeStepMode(fake_mode, {}, numbers, _MOST_MADE_FLOATS_BYTES):
                 model = made_module(model)
         profiler = _PredictingProfiler(workspace, folder)
-        strategy = SingleDeviceStrategy(torch.device("cpu"), CPUAccelerator())
-        trainer = few_steps_trainer(strategy, trainer_options, profiler)
+        place = {"strategy": SingleDeviceStrategy(torch.device("cpu"), CPUAccelerator()), "devices": 1}
+        trainer = few_steps_trainer(place, trainer_options, profiler)
         put_without_data(model, fake_mode, also=trainer_options.get("callbacks", ()))
         mode = FakeStepMode(fake_mode, {}, numbers)
         undo.enter_context(torch.compiler.set_stance("force_eager"))

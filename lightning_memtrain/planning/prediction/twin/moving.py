@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from lightning_memtrain.compat.torch_private import FakeTensor
-from lightning_memtrain.tracing.cuda_twin import TwinDeviceMode
+from lightning_memtrain.compat.torch_private import FakeTensor, swap_tensor_impl
+from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE, TwinDeviceMode
 from lightning_memtrain.tracing.user_state.capture import UserState
 
 
-def move(model: nn.Module, mode: TwinDeviceMode) -> None:
-    """Put twins in the place of a module's parameters and buffers, wherever they are held.
+def move(model: nn.Module, mode: TwinDeviceMode, device: str = DEVICE_TYPE) -> None:
+    """Put tensors without data in the place of a module's parameters and buffers, wherever they are held.
 
     Args:
         model: any module, with or without data.
-        mode: makes the twins.
+        mode: makes the tensors.
+        device: where they are; ``"cpu"`` if it is the user's code that moves them.
     """
     twins: dict[int, Tensor] = {}
     for parameter in model.parameters():
-        twins[id(parameter)] = nn.Parameter(mode.moved(parameter), parameter.requires_grad)
+        twins[id(parameter)] = nn.Parameter(mode.moved(parameter, device), parameter.requires_grad)
     for buffer in model.buffers():
-        twins[id(buffer)] = twin = mode.moved(buffer)
+        twins[id(buffer)] = twin = mode.moved(buffer, device)
         if not isinstance(buffer, FakeTensor) and buffer.device.type == "cpu":
             mode.known.set(twin, buffer.detach())
     UserState(model).replace(twins)
+
+
+def configure_without_data(model: pl.LightningModule, mode: AbstractContextManager[Any]) -> None:
+    """Let a module's ``configure_model`` make its layers without data.
+
+    Args:
+        model: any.
+        mode: in which it is to be called.
+    """
+    if not is_overridden("configure_model", model):
+        return
+    configure = model.configure_model
+
+    def configure_model() -> None:
+        with mode:
+            configure()
+
+    model.configure_model = configure_model  # type: ignore[method-assign]
 
 
 def replace_when_moved() -> None:
@@ -35,6 +58,25 @@ def replace_when_moved() -> None:
     Torch's own writes into the tensors that are there, which those without data do not allow.
     """
     nn.Module._apply = _apply  # type: ignore[method-assign]
+    FakeTensor.data = property(_data, _set_data)  # type: ignore[misc]
+
+
+_plain_data: Any = vars(torch._C.TensorBase)["data"]
+
+
+def _data(self: Tensor) -> Tensor:
+    found: Tensor = _plain_data.__get__(self)
+    return found
+
+
+def _set_data(self: Any, value: Tensor) -> None:
+    """As torch's own, which does not let a tensor without data come to another device."""
+    if not isinstance(value, FakeTensor) or value.device == self.device:
+        _plain_data.__set__(self, value)
+        return
+    other = value.detach().requires_grad_(self.requires_grad)
+    swap_tensor_impl(self, other)
+    self.fake_device = value.device
 
 
 def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -10,7 +10,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,7 +20,14 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from lightning_memtrain.compat.torch_private import FakeTensor
-from lightning_memtrain.planning.prediction.twin.moving import move, replace_when_moved
+from lightning_memtrain.planning.prediction.ranks.default_sharding import prepare
+from lightning_memtrain.planning.prediction.ranks.rank_strategy import strategy_of_first_rank
+from lightning_memtrain.planning.prediction.ranks.world import World
+from lightning_memtrain.planning.prediction.twin.moving import (
+    configure_without_data,
+    move,
+    replace_when_moved,
+)
 from lightning_memtrain.planning.prediction.twin.twin_accelerator import TwinAccelerator
 from lightning_memtrain.precision.activations import activation_packing
 from lightning_memtrain.report import MemoryProfiler, MemoryReport
@@ -29,6 +36,7 @@ from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE, TwinBackend, TwinD
 from lightning_memtrain.tracing.cuda_twin.arguments import CudaMeansTwin, make_from_values
 from lightning_memtrain.tracing.cuda_twin.attention import AMPERE, TwinAttention
 from lightning_memtrain.tracing.cuda_twin.autocast import TwinAutocast
+from lightning_memtrain.tracing.cuda_twin.host_tensors import LargeWithoutData
 from lightning_memtrain.tracing.device import Device
 
 #: The first makes the optimizer's state, the second finds it, the third finds what the second left.
@@ -63,6 +71,7 @@ def run_on_twin(
     data: Any,
     trainer_options: Mapping[str, Any],
     device: Device,
+    world: World | None = None,
 ) -> TwinRun:
     """Train for a few steps on the twin. Call it in a process of its own: torch is another one afterwards.
 
@@ -71,6 +80,7 @@ def run_on_twin(
         data: a loader of batches, or a data module.
         trainer_options: arguments of Trainer.
         device: the GPU whose twin it is.
+        world: the ranks of the run, of which the first is predicted; ``None`` for one device.
 
     Returns:
         What was counted.
@@ -90,20 +100,22 @@ def run_on_twin(
     prepare_process()
     make_from_values()
     with quiet_folder() as folder, contextlib.ExitStack() as undo:
-        if not isinstance(model, pl.LightningModule):
-            with mode.fake:
-                model = made_module(model)
-        profiler = MemoryProfiler(every_n_steps=1, report_dir=folder, max_rows=None)
-        strategy = SingleDeviceStrategy(torch.device(DEVICE_TYPE, 0), TwinAccelerator())
-        trainer = few_steps_trainer(strategy, trainer_options, profiler)
         undo.enter_context(mode)
         undo.enter_context(CudaMeansTwin())
-        move(model, mode)
+        if not isinstance(model, pl.LightningModule):
+            with LargeWithoutData(mode):
+                model = made_module(model)
+        name = type(model).__name__  # sharding makes it one of a class of its own
+        shards = world is not None and prepare(model, world)
+        move(model, mode, "cpu" if shards else DEVICE_TYPE)
+        configure_without_data(model, LargeWithoutData(mode))
+        profiler = MemoryProfiler(every_n_steps=1, report_dir=folder, max_rows=None)
+        trainer = few_steps_trainer(_ranks(world), trainer_options, profiler)
         trainer.fit(model, data)
     del rules
     assert profiler.report is not None, "a fit that has ended has a report"
     return TwinRun(
-        report=profiler.report,
+        report=replace(profiler.report, model=name),
         allocated_bytes=backend.allocator.peak_allocated_bytes,
         reserved_bytes=backend.allocator.peak_reserved_bytes,
         workspace_bytes=backend.workspace_bytes,
@@ -127,13 +139,13 @@ def quiet_folder() -> Iterator[str]:
 
 
 def few_steps_trainer(
-    strategy: SingleDeviceStrategy, options: Mapping[str, Any], profiler: MemoryProfiler
+    place: Mapping[str, Any], options: Mapping[str, Any], profiler: MemoryProfiler
 ) -> pl.Trainer:
     """A trainer that trains for three steps.
 
     Args:
-        strategy: says on which device.
-        options: arguments of Trainer.
+        place: arguments of Trainer that say on which device, as which rank.
+        options: other arguments of Trainer.
         profiler: watches every step.
 
     Returns:
@@ -141,8 +153,7 @@ def few_steps_trainer(
     """
     options = dict(options)
     return pl.Trainer(
-        strategy=strategy,
-        devices=1,
+        **place,
         max_steps=NUM_STEPS,
         # Steps of a module's own making may not be counted, and a batch is repeated without end.
         max_epochs=NUM_STEPS,
@@ -155,6 +166,17 @@ def few_steps_trainer(
         limit_val_batches=0,
         **options,
     )
+
+
+def _ranks(world: World | None) -> dict[str, Any]:
+    accelerator = TwinAccelerator()
+    if world is None:
+        return {"strategy": SingleDeviceStrategy(torch.device(DEVICE_TYPE, 0), accelerator), "devices": 1}
+    return {
+        "strategy": strategy_of_first_rank(world, accelerator),
+        "devices": world.devices_per_node,
+        "num_nodes": world.num_nodes,
+    }
 
 
 def made_module(factory: Callable[[], Any]) -> pl.LightningModule:
