@@ -9,6 +9,7 @@ from torch.utils import backend_registration
 
 from lightning_memtrain.compat.torch_private import privateuse1_backend_name
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
+from lightning_memtrain.tracing.cuda_twin.backward_errors import make_device_guard, raise_errors_of_backward
 
 _SETUP = "_setup_privateuseone_for_python_backend"
 _NO_BACKEND = "privateuseone"
@@ -45,7 +46,9 @@ def install(backend: TwinBackend) -> None:
         RuntimeError: see :func:`refuse_no_twin`.
     """
     refuse_no_twin()
-    getattr(backend_registration, _SETUP)(DEVICE_TYPE, backend_module=backend)
+    setup = getattr(backend_registration, _SETUP)
+    setup(DEVICE_TYPE, backend_module=backend, device_guard=make_device_guard())
+    raise_errors_of_backward()
     torch.Generator = _Generator  # type: ignore[misc]
 
 

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
-from lightning_memtrain.compat.torch_private import FakeTensor
+from lightning_memtrain.compat.torch_private import FakeTensor, types_with_foreach, types_with_foreach_norms
 from lightning_memtrain.planning.prediction.twin.moving import move, replace_when_moved
 from lightning_memtrain.planning.prediction.twin.twin_accelerator import TwinAccelerator
 from lightning_memtrain.precision.activations import activation_packing
@@ -74,7 +74,7 @@ def run_on_twin(
     Raises:
         TypeError: if ``model`` is a function that returns something else.
     """
-    backend = TwinBackend(CachingAllocator())
+    backend = TwinBackend(CachingAllocator(), usable_bytes=device.usable_bytes)
     install(backend)
 
     def on_matrix_product() -> None:
@@ -144,6 +144,9 @@ def _prepare_process() -> None:
     # Tensors without data keep their bytes as plain ones do.
     packing: Any = activation_packing
     packing.PLAIN_TENSORS = (*packing.PLAIN_TENSORS, FakeTensor)
+    # Optimizers and clipping take all parameters at once, as they do by default on CUDA.
+    for types in (types_with_foreach, types_with_foreach_norms):
+        types.append(FakeTensor)
     torch.autograd.set_multithreading_enabled(False)  # all of a step is watched in this thread
     warnings.simplefilter("ignore")  # the real run gives them
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
