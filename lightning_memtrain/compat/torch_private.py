@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # those that are inherited from, or told apart by their type
         DynamicOutputShapeException,
         FakeTensor,
         FakeTensorMode,
+        UnsupportedOperatorException,
     )
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
     from torch.nn.modules.batchnorm import _NormBase as NormBase
@@ -67,6 +68,7 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "TreeSpec",
+    "UnsupportedOperatorException",
     "active_ddp_module",
     "can_ask_for_cpu_events",
     "fsdp_parameters",
@@ -180,6 +182,7 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | PrivateMethod | NewerName] = 
     "TorchDispatchModeKey": PrivateName("torch._C", "_TorchDispatchModeKey", _TWIN),
     "DataDependentOutputException": PrivateName(_FAKES, "DataDependentOutputException", _DRY_RUN),
     "DynamicOutputShapeException": PrivateName(_FAKES, "DynamicOutputShapeException", _DRY_RUN),
+    "UnsupportedOperatorException": PrivateName(_FAKES, "UnsupportedOperatorException", _DRY_RUN),
     # Modules
     "BatchNorm": PrivateName("torch.nn.modules.batchnorm", "_BatchNorm", "find batch normalisation"),
     "NormBase": PrivateName("torch.nn.modules.batchnorm", "_NormBase", "find running statistics"),
@@ -205,6 +208,8 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | PrivateMethod | NewerName] = 
     "default_to_fused_or_foreach": PrivateName(
         "torch.optim.optimizer", "_default_to_fused_or_foreach", "foresee what an optimizer's step allocates"
     ),
+    "types_with_foreach": PrivateName("torch.optim.optimizer", "_foreach_supported_types", _TWIN),
+    "types_with_foreach_norms": PrivateName("torch.utils._foreach_utils", "_foreach_supported_types", _TWIN),
     "global_optimizer_pre_hooks": PrivateName("torch.optim.optimizer", "_global_optimizer_pre_hooks", _HOOKS),
     "global_optimizer_post_hooks": PrivateName(
         "torch.optim.optimizer", "_global_optimizer_post_hooks", _HOOKS

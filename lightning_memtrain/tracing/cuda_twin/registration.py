@@ -9,6 +9,7 @@ import torch
 from lightning_memtrain.compat.torch_private import privateuse1_backend_name, set_up_python_backend
 from lightning_memtrain.ledger.observers.storage_resizes import RESIZE_HOOKS
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
+from lightning_memtrain.tracing.cuda_twin.backward_errors import make_device_guard, raise_errors_of_backward
 
 _NO_BACKEND = "privateuseone"
 
@@ -44,7 +45,8 @@ def install(backend: TwinBackend) -> None:
         RuntimeError: see :func:`refuse_no_twin`.
     """
     refuse_no_twin()
-    set_up_python_backend(DEVICE_TYPE, backend_module=backend)
+    set_up_python_backend(DEVICE_TYPE, backend_module=backend, device_guard=make_device_guard())
+    raise_errors_of_backward()
     torch.Generator = _Generator  # type: ignore[misc]
     for module, names in _ASKED_ELSEWHERE.items():
         for name in names:

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
-from lightning_memtrain.compat.torch_private import FakeTensor
+from lightning_memtrain.compat.torch_private import FakeTensor, types_with_foreach, types_with_foreach_norms
 from lightning_memtrain.planning.prediction.ranks.default_sharding import prepare
 from lightning_memtrain.planning.prediction.ranks.rank_strategy import strategy_of_first_rank
 from lightning_memtrain.planning.prediction.ranks.world import World
@@ -88,7 +88,7 @@ def run_on_twin(
     Raises:
         TypeError: if ``model`` is a function that returns something else.
     """
-    backend = TwinBackend(CachingAllocator())
+    backend = TwinBackend(CachingAllocator(), usable_bytes=device.usable_bytes)
     install(backend)
 
     def on_matrix_product() -> None:
@@ -99,6 +99,9 @@ def run_on_twin(
     rules = TwinAutocast(), TwinAttention(has_flash=(device.compute_capability or AMPERE) >= AMPERE)
     prepare_process()
     make_from_values()
+    # Optimizers and clipping take all parameters at once, as they do by default on CUDA.
+    for types in (types_with_foreach, types_with_foreach_norms):
+        types.append(FakeTensor)
     with quiet_folder() as folder, contextlib.ExitStack() as undo:
         undo.enter_context(mode)
         undo.enter_context(CudaMeansTwin())
