@@ -36,8 +36,9 @@ class ActivationCheckpointing(Callback):
             :class:`Modules`.
 
     Raises:
-        MisconfigurationException: if ``policy`` is none of these; at the start of the fit, if it matches
-            nothing, or a module is checkpointed already; at the first step, if a limit cannot be reached.
+        ArgumentError: if ``policy`` is none of these; at the start of the fit, if it matches nothing.
+        MisconfigurationException: at the start of the fit, if a module is checkpointed already; at the
+            first step, if a limit cannot be reached.
 
     Example:
         >>> import lightning as L, torch

@@ -15,7 +15,7 @@ from lightning_memtrain.checkpointing.recompute.checkpointed_forward import Chec
 from lightning_memtrain.checkpointing.recompute.parameter_data import unshards_itself
 from lightning_memtrain.checkpointing.recompute.recompute_group import Contexts, RecomputeGroup
 from lightning_memtrain.checkpointing.repeated_blocks import describe_modules, scripted_module
-from lightning_memtrain.core import NoEffectWarning
+from lightning_memtrain.core import ArgumentError, NoEffectWarning
 from lightning_memtrain.core.compiled_modules import is_compiled
 
 
@@ -37,7 +37,7 @@ def insert_checkpoints(
         The checkpoints; calling them takes them out.
 
     Raises:
-        MisconfigurationException: if the model has no such module, or a module is checkpointed already, is
+        ArgumentError: if the model has no such module, or a module is checkpointed already, is
             part of a compiled module, or has TorchScript in it.
 
     Example:
@@ -54,7 +54,7 @@ def insert_checkpoints(
         if refused is not None:
             raise refused
         if id(modules[name]) in seen:
-            raise MisconfigurationException(
+            raise ArgumentError(
                 "`insert_checkpoints(groups)` must name a module once, but got "
                 f"{seen[id(modules[name])]!r} and {name!r} for the same. Leave one of them out."
             )
@@ -132,7 +132,7 @@ class Checkpoints:
         )
 
 
-def insertion_error(model: nn.Module, name: str) -> MisconfigurationException | None:
+def insertion_error(model: nn.Module, name: str) -> Exception | None:
     """Why a module of a model cannot be recomputed.
 
     Args:
@@ -145,13 +145,11 @@ def insertion_error(model: nn.Module, name: str) -> MisconfigurationException | 
     return _insertion_error(model, name, dict(model.named_modules(remove_duplicate=False)))
 
 
-def _insertion_error(
-    model: nn.Module, name: str, modules: dict[str, nn.Module]
-) -> MisconfigurationException | None:
+def _insertion_error(model: nn.Module, name: str, modules: dict[str, nn.Module]) -> Exception | None:
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=3)
         hint = f"Did you mean {' or '.join(repr(one) for one in near)}?" if near else "Name one of these."
-        return MisconfigurationException(
+        return ArgumentError(
             f"`insert_checkpoints(groups)` must name modules of the model, but got {name!r}. The model has "
             f"{describe_modules(model)}. {hint}"
         )

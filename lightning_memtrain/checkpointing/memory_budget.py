@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_memtrain.checkpointing.policies import Groups, RecomputationPolicy
-from lightning_memtrain.core import parse_bytes
+from lightning_memtrain.core import ArgumentError, parse_bytes
 from lightning_memtrain.core.device_memory import free_device_bytes
 
 DEVICE = "device"
@@ -34,14 +33,14 @@ class MemoryBudget(RecomputationPolicy):
             hardly lowers the peak.
 
     Raises:
-        MisconfigurationException: if ``limit`` is no size; at the first step, if it cannot be reached.
+        ArgumentError: if ``limit`` is no size; at the first step, if it cannot be reached.
     """
 
     limit: int | str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.limit, float):
-            raise MisconfigurationException(
+            raise ArgumentError(
                 "`MemoryBudget(limit)` must be a number of bytes or a size such as '4GiB', but got "
                 f"limit={self.limit!r}. A ratio is no size: write what the step may take."
             )
@@ -52,10 +51,7 @@ class MemoryBudget(RecomputationPolicy):
         """The limit in bytes; ``None`` if there is none, or the device is to tell."""
         if self.limit is None or self.limit == DEVICE:
             return None
-        try:
-            return parse_bytes(self.limit, argument="MemoryBudget(limit)")
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+        return parse_bytes(self.limit, argument="MemoryBudget(limit)")
 
     @property
     def has_limit(self) -> bool:
@@ -72,13 +68,13 @@ class MemoryBudget(RecomputationPolicy):
             The bytes; ``None`` for no limit.
 
         Raises:
-            MisconfigurationException: if the device is to tell, and does not.
+            ArgumentError: if the device is to tell, and does not.
         """
         if self.limit != DEVICE:
             return self.limit_bytes
         free_bytes = free_device_bytes(device)
         if free_bytes is None:
-            raise MisconfigurationException(
+            raise ArgumentError(
                 f"`MemoryBudget(limit)` must be a size on {device.type}, which does not tell what it has "
                 "free, but got limit='device'. Write what the step may take, e.g. MemoryBudget('4GiB')."
             )

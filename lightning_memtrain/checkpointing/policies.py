@@ -20,6 +20,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from lightning_memtrain.checkpointing.recompute.recompute_group import Contexts
 from lightning_memtrain.checkpointing.repeated_blocks import describe_modules, repeated_blocks
 from lightning_memtrain.compat.torch_private import OpOverload
+from lightning_memtrain.core import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Every(RecomputationPolicy):
         k: at least 1; 1 recomputes all, 2 every other one.
 
     Raises:
-        MisconfigurationException: if ``k`` is no positive whole number.
+        ArgumentError: if ``k`` is no positive whole number.
     """
 
     k: int
@@ -130,7 +131,7 @@ class Nested(RecomputationPolicy):
         num_parts: into how many parts each part is divided, at least 2.
 
     Raises:
-        MisconfigurationException: if ``num_parts`` is below 2.
+        ArgumentError: if ``num_parts`` is below 2.
 
     References:
         Chen et al. 2016, arXiv:1604.06174, section 4.3.
@@ -161,7 +162,7 @@ class Modules(RecomputationPolicy):
             class names (``"BertLayer"``) or classes. A module in several places may be named by any.
 
     Raises:
-        MisconfigurationException: if nothing is named; at the start of the fit, if one matches nothing.
+        ArgumentError: if nothing is named; at the start of the fit, if one matches nothing.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
@@ -175,7 +176,7 @@ class Modules(RecomputationPolicy):
         given = self.names_or_types
         single = isinstance(given, (str, type))
         if single or not given or not all(isinstance(one, (str, type)) for one in given):
-            raise MisconfigurationException(
+            raise ArgumentError(
                 "`Modules(names_or_types)` must be a list of module paths, class names or classes, but got "
                 f"names_or_types={given!r}. Write e.g. Modules(['encoder.layer.0', 'BertLayer'])."
             )
@@ -193,12 +194,12 @@ class Modules(RecomputationPolicy):
         return [[Recomputed(name)] for name, module in model.named_modules() if name and id(module) in chosen]
 
     @staticmethod
-    def _nothing(wanted: Any, modules: dict[str, nn.Module], model: nn.Module) -> MisconfigurationException:
+    def _nothing(wanted: Any, modules: dict[str, nn.Module], model: nn.Module) -> ArgumentError:
         word = wanted if isinstance(wanted, str) else wanted.__name__
         known = [*modules, *{type(module).__name__ for module in modules.values()}]
         near = difflib.get_close_matches(word, known, n=3)
         hint = f"Did you mean {' or '.join(repr(one) for one in near)}?" if near else "Name one of these."
-        return MisconfigurationException(
+        return ArgumentError(
             f"`Modules(names_or_types)` must name modules of the model, but got {word!r}, which matches none "
             f"of them. The model has {describe_modules(model)}. {hint}"
         )
@@ -228,7 +229,7 @@ class SelectiveOps(RecomputationPolicy):
             matrix products, convolutions and attention.
 
     Raises:
-        MisconfigurationException: if an operator is not known to this torch.
+        ArgumentError: if an operator is not known to this torch.
     """
 
     ops: Sequence[str] = ()
@@ -261,7 +262,7 @@ class SelectiveOps(RecomputationPolicy):
             if isinstance(target, OpOverload):
                 overloads.append(target)
             elif self.ops:  # of the default ones, some torch versions lack some
-                raise MisconfigurationException(
+                raise ArgumentError(
                     "`SelectiveOps(ops)` must name operators of torch, such as 'aten.mm' or "
                     f"'aten.mm.default', but got {name!r}. Leave `ops` out to keep matrix products, "
                     "convolutions and attention."
@@ -293,7 +294,7 @@ def _matches(name: str, module: nn.Module, wanted: str | type[nn.Module]) -> boo
 
 def _check_count(argument: str, name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`{argument}` must be a whole number of at least {least}, but got {name}={value!r}. Use e.g. "
             f"{least + 1}."
         )

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
 from lightning_memtrain.checkpointing.memory_budget import DEVICE, MemoryBudget
 from lightning_memtrain.checkpointing.policies import (
     Full,
@@ -18,7 +16,7 @@ from lightning_memtrain.checkpointing.policies import (
     SelectiveOps,
     Sqrt,
 )
-from lightning_memtrain.core import parse_bytes
+from lightning_memtrain.core import ArgumentError, parse_bytes
 
 SHORT_NAMES: dict[str, Callable[[], RecomputationPolicy]] = {
     "auto": MemoryBudget,
@@ -40,7 +38,7 @@ def as_policy(value: Any) -> RecomputationPolicy:
         The policy.
 
     Raises:
-        MisconfigurationException: if it is none of these.
+        ArgumentError: if it is none of these.
 
     Example:
         >>> as_policy("4GiB"), as_policy("sqrt"), as_policy(["encoder"])
@@ -54,7 +52,7 @@ def as_policy(value: Any) -> RecomputationPolicy:
         return MemoryBudget(int(value))
     if isinstance(value, Sequence):
         return Modules(value)
-    raise MisconfigurationException(
+    raise ArgumentError(
         "`ActivationCheckpointing(policy)` must be a policy, its short name, a size, or a list of modules, "
         f"but got policy={value!r}. Use e.g. policy='auto' or policy='4GiB'."
     )
@@ -68,7 +66,7 @@ def _named(value: str) -> RecomputationPolicy:
     near = difflib.get_close_matches(value, SHORT_NAMES, n=1)
     cure = f"Did you mean {near[0]!r}?" if near else f"For a module write policy=[{value!r}]."
     expected = ", ".join(repr(name) for name in SHORT_NAMES)
-    raise MisconfigurationException(
+    raise ArgumentError(
         f"`ActivationCheckpointing(policy)` must be {expected}, a size such as '4GiB', a policy, or a list "
         f"of modules, but got policy={value!r}. {cure}"
     )

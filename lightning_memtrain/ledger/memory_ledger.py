@@ -58,7 +58,7 @@ class MemoryLedger:
         limit: asked before each operator, and may break the block off.
 
     Raises:
-        ValueError: if ``device`` is not given and ``model`` has no parameters, or has them on two devices.
+        ArgumentError: if ``device`` is not given and ``model`` has no parameters, or has them on two devices.
 
     Example:
         >>> import torch

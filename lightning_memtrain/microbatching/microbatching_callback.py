@@ -6,12 +6,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
 from lightning_memtrain.compat.lightning_packages import refuse_mix
-from lightning_memtrain.core import TechniqueRecord, parse_bytes
+from lightning_memtrain.core import ArgumentError, TechniqueRecord, parse_bytes
 from lightning_memtrain.microbatching import training_loop
 from lightning_memtrain.microbatching.automatic_size.recovery import Recovery
 from lightning_memtrain.microbatching.automatic_size.size_choice import AutoSize
@@ -70,7 +69,7 @@ class Microbatching(Callback):
             that of the last one, for which every rank holds gradients of all whole weights until then.
 
     Raises:
-        MisconfigurationException: if not exactly one of ``num_microbatches`` and ``microbatch_size`` is
+        ArgumentError: if not exactly one of ``num_microbatches`` and ``microbatch_size`` is
             given, or an argument is out of its range; at ``setup``, with manual optimization, with
             ``training_step(dataloader_iter)``, or with a strategy that accumulates by itself (DeepSpeed).
 
@@ -106,18 +105,18 @@ class Microbatching(Callback):
         check_batchnorm("Microbatching", batchnorm, num_batchnorm_sweeps)
         check_count("Microbatching", "grow_after_batches", grow_after_batches)
         if not isinstance(sync_each_chunk, bool):
-            raise MisconfigurationException(
+            raise ArgumentError(
                 "`Microbatching(sync_each_chunk)` must be True or False, but got "
                 f"sync_each_chunk={sync_each_chunk!r}. Leave it out to reduce in each chunk."
             )
         if batchnorm == "synchronized" and microbatch_size == "auto":
-            raise MisconfigurationException(
+            raise ArgumentError(
                 "`Microbatching(batchnorm='synchronized')` needs a fixed size, since its pass over the whole "
                 "batch takes memory that no microbatch size changes, but got microbatch_size='auto'. "
                 "Give a size, or use batchnorm='pooled'."
             )
         if limit is not None and microbatch_size != "auto":
-            raise MisconfigurationException(
+            raise ArgumentError(
                 f"`Microbatching(limit)` needs microbatch_size='auto', but got limit={limit!r} with "
                 f"microbatch_size={microbatch_size}. Leave out the limit, or let it choose the size."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.optimizer_in_backward.backward_steps import BackwardSteps
 from lightning_memtrain.optimizer_in_backward.gradient_accumulation import Accumulation
 from lightning_memtrain.optimizer_in_backward.pending_steps import StepParameter
@@ -36,9 +37,9 @@ def step_in_backward(
         gradients; ``backward(loss, last=False)`` accumulates.
 
     Raises:
-        MisconfigurationException: if the optimizer cannot be stepped in parts, which some show at a step
+        ArgumentError: if the optimizer cannot be stepped in parts, which some show at a step
             only, or does not go with the accumulation.
-        ValueError: if ``clip_value`` is out of its range, or given beside an accumulation.
+        ArgumentError: if ``clip_value`` is out of its range, or given beside an accumulation.
 
     Example:
         >>> import torch
@@ -51,13 +52,13 @@ def step_in_backward(
         (12, [None, None, None, None])
     """
     if clip_value is not None and not clip_value > 0:
-        raise ValueError(
+        raise ArgumentError(
             f"`step_in_backward(clip_value)` must be greater than 0, but got clip_value={clip_value!r}. "
             "Leave it out for no clipping."
         )
     if accumulation is not None:
         if clip_value is not None:
-            raise ValueError(
+            raise ArgumentError(
                 f"`step_in_backward(accumulation={accumulation!r})` cannot clip, since the sum of the "
                 f"gradients never exists, but got clip_value={clip_value!r}. Leave out one of them."
             )

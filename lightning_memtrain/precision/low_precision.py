@@ -78,8 +78,9 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
             Checkpoints of the run are in half precision in either case.
 
     Raises:
-        MisconfigurationException: if an argument is out of its range; before the run begins, with a strategy
-            that casts or steps by itself (FSDP, DeepSpeed, XLA), or with an optimizer that cannot step so.
+        ArgumentError: if an argument is out of its range.
+        MisconfigurationException: before the run begins, with a strategy that casts or steps by itself
+            (FSDP, DeepSpeed, XLA), or with an optimizer that cannot step so.
 
     Example:
         >>> import lightning as L

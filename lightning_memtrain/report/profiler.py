@@ -70,8 +70,7 @@ class MemoryProfiler(Callback):
             or ``None`` for all.
 
     Raises:
-        TypeError: if ``every_n_steps`` or ``max_rows`` is no integer.
-        ValueError: if ``every_n_steps`` is below 1, or ``max_rows`` below 2.
+        ArgumentError: if ``every_n_steps`` is no whole number from 1 on, or ``max_rows`` none from 2 on.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_memtrain.core import MIB, format_bytes
+from lightning_memtrain.core import MIB, ArgumentError, format_bytes
 
 # What torch takes for cuBLAS, and again for cuBLASLt, once per handle and stream (`CublasHandlePool.cpp`):
 # `:4096:2:16:8` of CUBLAS_WORKSPACE_CONFIG, two pieces of 4096 KiB and eight of 16, ...
@@ -68,14 +68,14 @@ class Device:
 
     def __post_init__(self) -> None:
         if self.total_bytes < 1:
-            raise ValueError(f"`Device(total_bytes)` must be at least 1, but got {self.total_bytes}.")
+            raise ArgumentError(f"`Device(total_bytes)` must be at least 1, but got {self.total_bytes}.")
         if self.driver_bytes < 0 or self.context_bytes < 0:
-            raise ValueError(
+            raise ArgumentError(
                 "`Device(driver_bytes, context_bytes)` must be at least 0, but got "
                 f"{self.driver_bytes} and {self.context_bytes}."
             )
         if self.usable_bytes < 1:
-            raise ValueError(
+            raise ArgumentError(
                 "`Device(driver_bytes, context_bytes)` must leave something of the total of "
                 f"{format_bytes(self.total_bytes)}, but got {format_bytes(self.driver_bytes)} and "
                 f"{format_bytes(self.context_bytes)}."
@@ -113,7 +113,7 @@ class Device:
             The device.
 
         Raises:
-            ValueError: if there is none of that name, or several.
+            ArgumentError: if there is none of that name, or several.
         """
         words = _words(name)
         if words == ["cpu"]:
@@ -129,7 +129,7 @@ class Device:
             nearest = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.3)
             hint = f" Did you mean {names[nearest[0]]!r}?" if nearest else ""
             rest = f"which is none.{hint} `memtrain devices` lists all; use `Device(name, total_bytes)` else."
-        raise ValueError(
+        raise ArgumentError(
             f"`Device.named(name)` must be the name of a device of the list, but got {name!r}, {rest}"
         )
 
@@ -144,14 +144,14 @@ class Device:
             The device.
 
         Raises:
-            ValueError: if there are GPUs, but none of that number.
+            ArgumentError: if there are GPUs, but none of that number.
         """
         import torch
 
         if not torch.cuda.is_available():
             return _cpu()
         if not 0 <= index < torch.cuda.device_count():
-            raise ValueError(
+            raise ArgumentError(
                 f"`Device.here(index)` must be the number of a GPU of this machine, 0 to "
                 f"{torch.cuda.device_count() - 1}, but got {index}."
             )

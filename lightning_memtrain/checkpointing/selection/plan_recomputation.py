@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_memtrain.checkpointing.memory_budget import MemoryBudget
 from lightning_memtrain.checkpointing.selection.recomputation_plan import RecomputationPlan
 from lightning_memtrain.checkpointing.selection.step_curve import StepCurve
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.ledger.operators.op_times import OpTimes
 from lightning_memtrain.ledger.operators.workspace import OpWorkspace
 from lightning_memtrain.tracing.step.fake_step import FakeStep
@@ -44,7 +44,7 @@ def plan_recomputation(
         The plan; pass its ``groups`` to :func:`insert_checkpoints`.
 
     Raises:
-        MisconfigurationException: if ``limit`` is no size or cannot be reached, or the step has no loss
+        ArgumentError: if ``limit`` is no size or cannot be reached, or the step has no loss
             with a gradient.
 
     Example:
@@ -61,7 +61,7 @@ def plan_recomputation(
     workspace = None if limit_bytes is None else OpWorkspace(device)
     curve = StepCurve(fake, OpTimes(device), workspace)
     if not fake.has_backward:
-        raise MisconfigurationException(
+        raise ArgumentError(
             "`plan_recomputation(step)` must return a loss that has a gradient, or a dictionary with one "
             "under 'loss', but it returned none. Let it return the tensor that `backward()` is called on."
         )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.microbatching.splitting.chunks import LossReduction, WeightFn
 
 
@@ -19,10 +18,10 @@ def check_count(owner: str, name: str, value: Any, otherwise: str = "") -> None:
         otherwise: what else it may be, for the error.
 
     Raises:
-        MisconfigurationException: unless it is an integer of at least 1.
+        ArgumentError: unless it is an integer of at least 1.
     """
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`{owner}({name})` must be an integer of at least 1{otherwise}, but got {name}={value!r}. "
             "Use a positive whole number."
         )
@@ -38,11 +37,11 @@ def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) ->
         choices: the words.
 
     Raises:
-        MisconfigurationException: unless it is one of them.
+        ArgumentError: unless it is one of them.
     """
     if value not in choices:
         expected = " or ".join(repr(choice) for choice in choices)
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`{owner}({name})` must be {expected}, but got {name}={value!r}. Use one of them."
         )
 
@@ -67,10 +66,10 @@ def check_splitting(
         finds_size: whether ``microbatch_size="auto"`` is possible.
 
     Raises:
-        MisconfigurationException: naming the argument.
+        ArgumentError: naming the argument.
     """
     if (num_microbatches is None) == (microbatch_size is None):
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`{owner}` needs either `num_microbatches` or `microbatch_size`, but got "
             f"num_microbatches={num_microbatches} and microbatch_size={microbatch_size}. "
             "Give one of them" + ('; microbatch_size="auto" finds the size by itself.' if finds_size else ".")
@@ -80,7 +79,7 @@ def check_splitting(
         check_count(owner, "microbatch_size", microbatch_size, ' or "auto"' if finds_size else "")
     check_choice(owner, "loss_reduction", loss_reduction, get_args(LossReduction))
     if weight_fn is not None and loss_reduction == "sum":
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`{owner}(weight_fn)` weighs means, but got loss_reduction='sum', where losses are "
             "added as they are. Leave one of them out."
         )

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of, take_samples
 from lightning_memtrain.planning.prediction.forked import call_in_copy
@@ -51,23 +52,23 @@ def predict(
         The prediction.
 
     Raises:
-        TypeError: if there are two sources of batches, or none, or ``model`` is something else.
-        ValueError: if there is no such device, or it is no GPU by NVIDIA, if the batch is not on the CPU, if
-            the trainer uses several devices, or if the step asks for values that nobody knows.
+        ArgumentError: if there are two sources of batches, or none, or ``model`` is something else,
+            if there is no such device, or it is no GPU by NVIDIA, if the batch is not on the CPU, if the
+            trainer uses several devices, or if the step asks for values that nobody knows.
         RuntimeError: if torch is too old, or has another third-party device in this process.
     """
     if batch is not None and datamodule is not None:
-        raise TypeError(
+        raise ArgumentError(
             "`predict(batch, datamodule)` takes one of the two, but got both. Pass a batch as a data loader "
             "yields it, or the data module that the run will use."
         )
     if not callable(model):  # a LightningModule is callable, too
-        raise TypeError(
+        raise ArgumentError(
             "`predict(model)` must be a LightningModule or a function that makes one, but got "
             f"{type(model).__name__}. Put it into a LightningModule with its training_step and optimizer."
         )
     if batch is None and datamodule is None and not _brings_data(model):
-        raise TypeError(
+        raise ArgumentError(
             "`predict(batch, datamodule)` needs one of the two for a model without `train_dataloader`, but "
             "got neither. Pass a batch as a data loader yields it, or the data module that the run will use."
         )
@@ -80,7 +81,7 @@ def predict(
         try:
             return call_in_copy(lambda: run_on_twin(model, make_data(), options, gpu))
         except UnknownValueError as error:
-            raise ValueError(
+            raise ArgumentError(
                 f"`predict(model)` needs a step that goes the same way whatever the weights are, but "
                 f"{error}. Leave that question out of training (log tensors instead of `.item()`, choose "
                 "with `torch.where` instead of `if`), or see what a real step needs with `MemoryProfiler`."
@@ -140,7 +141,7 @@ def _gpu(device: Device | str | None) -> Device:
     found = Device.named(device) if isinstance(device, str) else device or Device.here()
     if not found.is_cuda:
         given = "this machine, which has no GPU by NVIDIA" if device is None else f"{found.name!r}"
-        raise ValueError(
+        raise ArgumentError(
             f"`predict(device)` must be a GPU by NVIDIA, but got {given}. Name one that `memtrain devices` "
             'lists, such as device="RTX 4090", or describe it by `Device(name, total_bytes, '
             "compute_capability=...)`. For the CPU, profile a step with `MemoryProfiler`: its kernels and "
@@ -152,7 +153,7 @@ def _gpu(device: Device | str | None) -> Device:
 def _refuse_elsewhere(batch: Any) -> None:
     for tensor in find_tensors(batch):
         if tensor.device.type != "cpu":
-            raise ValueError(
+            raise ArgumentError(
                 f"`predict(batch)` must be on the CPU, as a data loader yields it, but has a tensor on "
                 f"{tensor.device}. Pass the batch before it is moved."
             )

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.report import MemoryProfiler
 from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE
 
@@ -27,10 +28,10 @@ def trainer_options(trainer: pl.Trainer) -> dict[str, Any]:
         The arguments by name.
 
     Raises:
-        ValueError: if its steps are those of several devices.
+        ArgumentError: if its steps are those of several devices.
     """
     if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
-        raise ValueError(
+        raise ArgumentError(
             "`predict(trainer)` must train on one device, but got "
             f"{type(trainer.strategy).__name__} on {trainer.world_size} device(s), whose buckets and shards "
             "are not predicted. Pass a trainer without `strategy` and with `devices=1`; under DDP each rank "

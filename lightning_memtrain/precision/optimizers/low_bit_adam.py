@@ -32,7 +32,7 @@ def adam8bit(
 
     Raises:
         ModuleNotFoundError: if bitsandbytes is missing; names the extra to install.
-        TypeError: if a parameter is sharded, as under FSDP2.
+        ArgumentError: if a parameter is sharded, as under FSDP2.
     """
     optim: Any = _imported("adam8bit", "bitsandbytes", "bnb")
     made: Optimizer = optim.Adam8bit(params, lr=lr, betas=betas, eps=eps)
@@ -62,7 +62,7 @@ def adamw8bit(
 
     Raises:
         ModuleNotFoundError: if bitsandbytes is missing; names the extra to install.
-        TypeError: if a parameter is sharded, as under FSDP2.
+        ArgumentError: if a parameter is sharded, as under FSDP2.
     """
     optim: Any = _imported("adamw8bit", "bitsandbytes", "bnb")
     made: Optimizer = optim.AdamW8bit(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.precision.optimizers.blockwise_quantization import (
     BLOCK_SIZE,
     dequantize_blockwise,
@@ -47,8 +48,7 @@ class SGD8bit(Optimizer):
         maximize: climb instead of descend.
 
     Raises:
-        ValueError: if an argument is out of its range.
-        TypeError: if a parameter is sharded, as under FSDP2.
+        ArgumentError: if an argument is out of its range, or a parameter is sharded, as under FSDP2.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1024))
@@ -78,7 +78,7 @@ class SGD8bit(Optimizer):
         _check("momentum", momentum, 0 <= momentum < 1, "in [0, 1)", "Use e.g. 0.9, or 0 for none.")
         _check("weight_decay", weight_decay, weight_decay >= 0, "at least 0", "Use 0 for none.")
         if nesterov and (momentum == 0 or dampening != 0):
-            raise ValueError(
+            raise ArgumentError(
                 "`SGD8bit(nesterov=True)` needs momentum and no dampening, but got "
                 f"momentum={momentum} and dampening={dampening}. Give a momentum, or leave out nesterov."
             )
@@ -223,4 +223,4 @@ def _momentum(direction: Tensor, codes: Tensor, scales: Tensor, group: dict[str,
 
 def _check(name: str, value: float, holds: bool, expected: str, cure: str) -> None:
     if not holds:
-        raise ValueError(f"`SGD8bit({name})` must be {expected}, but got {name}={value}. {cure}")
+        raise ArgumentError(f"`SGD8bit({name})` must be {expected}, but got {name}={value}. {cure}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_memtrain.coordination import dry_run_depth
+from lightning_memtrain.core import ArgumentError
 
 # Low bits of a float32 mantissa that a format has no room for.
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
@@ -34,7 +35,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Genera
         ``values`` in ``dtype``.
 
     Raises:
-        TypeError: if ``values`` are not float32 or ``dtype`` is none of the two.
+        ArgumentError: if ``values`` are not float32 or ``dtype`` is none of the two.
 
     Example:
         >>> noise = torch.Generator().manual_seed(0)
@@ -61,15 +62,15 @@ def stochastic_round_(values: Tensor, dtype: torch.dtype, generator: torch.Gener
         ``values``, those that are rounded to nearest excepted: these are for the caller's ``to(dtype)``.
 
     Raises:
-        TypeError: see :func:`stochastic_round`.
+        ArgumentError: see :func:`stochastic_round`.
     """
     if dtype not in _DROPPED_BITS:
-        raise TypeError(
+        raise ArgumentError(
             f"`stochastic_round(dtype)` must be torch.bfloat16 or torch.float16, but got dtype={dtype}. "
             "Round to one of these, or use `values.to(dtype)`."
         )
     if values.dtype != torch.float32:
-        raise TypeError(
+        raise ArgumentError(
             f"`stochastic_round(values)` must be float32, but got {values.dtype}. Use `values.float()`."
         )
     limits = torch.finfo(dtype)

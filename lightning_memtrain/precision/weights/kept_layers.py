@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.precision.weights.layer_forwards import BATCH_NORMS, LAYER_NORMS
 
 #: Stands for all normalisations among the names of layers.
@@ -32,7 +32,7 @@ def kept_layers(module: nn.Module, keep_in_fp32: Sequence[Selector]) -> list[nn.
         Layers, in the order in which they are chosen.
 
     Raises:
-        MisconfigurationException: if something matches no layer, other than ``"norm"``, or a TorchScript
+        ArgumentError: if something matches no layer, other than ``"norm"``, or a TorchScript
             module, whose forward is what it is.
 
     Example:
@@ -48,7 +48,7 @@ def kept_layers(module: nn.Module, keep_in_fp32: Sequence[Selector]) -> list[nn.
             raise _matches_nothing(selector, named)
         for name, layer in found.items():
             if isinstance(layer, torch.jit.ScriptModule):
-                raise MisconfigurationException(
+                raise ArgumentError(
                     f"`LowPrecision(keep_in_fp32)` names layers whose forward can be changed, but got "
                     f"{selector!r}, which is the TorchScript module {name!r}. Put it into a module of your "
                     "own, whose `forward` calls it, and name that."
@@ -75,14 +75,14 @@ def selects(selector: Selector, name: str, layer: nn.Module) -> bool:
     return bool(name) and (type(layer).__name__ == selector or fnmatchcase(name, selector))
 
 
-def _matches_nothing(selector: Selector, named: dict[str, nn.Module]) -> MisconfigurationException:
+def _matches_nothing(selector: Selector, named: dict[str, nn.Module]) -> ArgumentError:
     word = selector_name(selector)
     known = [*named, *{type(layer).__name__ for layer in named.values()}]
     near = difflib.get_close_matches(word, known, n=3)
     hint = (
         f"Did you mean {' or '.join(map(repr, near))}?" if near else "Use names of `model.named_modules()`."
     )
-    return MisconfigurationException(
+    return ArgumentError(
         f"`LowPrecision(keep_in_fp32)` must name layers of the model, but got {word!r}, which matches none. "
         f"{hint}"
     )

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from lightning_memtrain.compat.lightning_packages import in_both
 from lightning_memtrain.compat.lightning_private import DeviceDtypeModuleMixin
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.precision.half_dtypes import HALF_DTYPES
 from lightning_memtrain.precision.weights.converted_buffers import BufferPlan, ConvertedBuffers, NamedBuffer
 from lightning_memtrain.precision.weights.kept_layers import (
@@ -57,9 +58,8 @@ def convert_to_low_precision_(
         What became of its buffers.
 
     Raises:
-        TypeError: if ``dtype`` is no half precision, or ``keep_in_fp32`` no sequence of names.
-        MisconfigurationException: if a name matches no layer, or a TorchScript module, whose forward is what
-            it is.
+        ArgumentError: if ``dtype`` is no half precision, or ``keep_in_fp32`` no sequence of names,
+            or if a name matches no layer, or a TorchScript module, whose forward is what it is.
 
     Warns:
         UserWarning: if the code of the model averages weights that are cast, as those of a mean teacher.
@@ -74,12 +74,12 @@ def convert_to_low_precision_(
         torch.bfloat16
     """
     if dtype not in HALF_DTYPES:
-        raise TypeError(
+        raise ArgumentError(
             "`convert_to_low_precision_(dtype)` must be torch.bfloat16 or torch.float16, but got "
             f"dtype={dtype}. Use one of them, or `module.to(dtype)`."
         )
     if isinstance(keep_in_fp32, str):
-        raise TypeError(
+        raise ArgumentError(
             "`convert_to_low_precision_(keep_in_fp32)` must be a tuple of names of layers, but got "
             f'keep_in_fp32={keep_in_fp32!r}. Write it as a tuple, e.g. ("norm", "head").'
         )

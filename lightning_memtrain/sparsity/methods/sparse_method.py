@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.sparsity.methods.distributions import (
     Distribution,
     Shapes,
@@ -163,15 +162,13 @@ def check_sparsities(method: SparseMethod, sparsity: Any) -> None:
         sparsity: what a user gave.
 
     Raises:
-        MisconfigurationException: naming the argument.
+        ArgumentError: naming the argument.
     """
     argument = f"{type(method).__name__}(sparsity)"
     if isinstance(sparsity, Mapping):
         for name, value in sparsity.items():
             check_sparsity(value, f"{argument}[{name!r}]")
         if not sparsity:
-            raise MisconfigurationException(
-                f"`{argument}` must name layers, but got {{}}. Use e.g. 0.9 for all."
-            )
+            raise ArgumentError(f"`{argument}` must name layers, but got {{}}. Use e.g. 0.9 for all.")
     else:
         check_sparsity(sparsity, argument)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_memtrain.compat.torch_private import ConvNd
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.sparsity.methods.distributions import check_sparsity
 from lightning_memtrain.sparsity.selection.layer_copies import LayerCopies, find_layer_copies
 from lightning_memtrain.sparsity.selection.weight_locations import (
@@ -54,7 +54,7 @@ class Select:
             dense.
 
     Raises:
-        MisconfigurationException: if an argument is out of its range; at the start of the run, if a name
+        ArgumentError: if an argument is out of its range; at the start of the run, if a name
             matches no layer.
 
     Example:
@@ -72,12 +72,12 @@ class Select:
         _check_list("types", self.types, (str, type), "class names or classes", "['Linear', 'Conv2d']")
         _check_list("dense", self.dense, (str, type), "paths of layers or classes", "['encoder.*', 'head']")
         if not self.types:
-            raise MisconfigurationException(
+            raise ArgumentError(
                 "`Select(types)` must name at least one type, but got an empty list. Leave it out for linear "
                 "and convolution layers."
             )
         if not isinstance(self.overrides, Mapping):
-            raise MisconfigurationException(
+            raise ArgumentError(
                 "`Select(overrides)` must map paths of layers to fractions of zeros, but got "
                 f"overrides={self.overrides!r}. Write e.g. {{'head': 0.5}}."
             )
@@ -119,7 +119,7 @@ class Select:
             By path, in the order of the model.
 
         Raises:
-            MisconfigurationException: if a name of ``dense`` matches no module with parameters.
+            ArgumentError: if a name of ``dense`` matches no module with parameters.
         """
         return {path: location.module for path, location in self.choose(model)[0].items()}
 
@@ -133,7 +133,7 @@ class Select:
             Layers by path, in the order of the model, and the copies, which are chosen as their originals.
 
         Raises:
-            MisconfigurationException: if a name of ``dense`` matches no module with parameters.
+            ArgumentError: if a name of ``dense`` matches no module with parameters.
         """
         locations = weight_locations(model)
         self._refuse_unknown(model, locations)
@@ -170,7 +170,7 @@ class Select:
             word = wanted if isinstance(wanted, str) else wanted.__name__
             near = difflib.get_close_matches(word, known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(locations)}."
-            raise MisconfigurationException(
+            raise ArgumentError(
                 f"`Select(dense)` must name layers of {type(model).__name__}, but {word!r} matches "
                 f"none. {hint}"
             )
@@ -229,6 +229,6 @@ def _dense_ends(locations: Mapping[str, WeightLocation]) -> set[str]:
 
 def _check_list(name: str, given: Any, kinds: tuple[type, ...], what: str, example: str) -> None:
     if isinstance(given, (str, type)) or not all(isinstance(one, kinds) for one in given):
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`Select({name})` must be a list of {what}, but got {name}={given!r}. Write e.g. {example}."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from lightning_memtrain.coordination import register_restorable
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.sparsity.storage.candidate_search import Candidates, CandidateSearch
 from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
 
@@ -76,7 +77,8 @@ def watch_candidates(
         The watch, which is on already.
 
     Raises:
-        ValueError: if a name is unknown, a number is less than 1, or a weight is watched already.
+        ArgumentError: if a name is unknown or a number is less than 1.
+        ValueError: if a weight is watched already.
 
     Example:
         >>> import torch
@@ -94,12 +96,12 @@ def watch_candidates(
     """
     for name, count in num_candidates.items():
         if name not in weights:
-            raise ValueError(
+            raise ArgumentError(
                 f"`watch_candidates(num_candidates)` must name sparse weights, but got {name!r}. "
                 f"There are {', '.join(map(repr, weights))}."
             )
         if count < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"`watch_candidates(num_candidates)` must be at least 1, but got {count} for {name!r}. "
                 "Leave the weight out to not watch it."
             )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.sparsity.storage.checkpoint_key import CHECKPOINT_KEY
 from lightning_memtrain.sparsity.storage.layers.autograd_functions import DenseWeightFunction
 from lightning_memtrain.sparsity.storage.layers.sparse_layer import SparseLayer
@@ -73,8 +74,8 @@ def dense_state_dict(state_dict: Mapping[str, Tensor], module: nn.Module) -> dic
         pattern. These weights are made for it; the rest is what was given.
 
     Raises:
-        ValueError: if ``module`` has no dense weight where values were saved, or one of another shape, or a
-            pattern is damaged.
+        ArgumentError: if ``module`` has no dense weight where values were saved, or one of another shape,
+            or a pattern is damaged.
 
     Example:
         >>> from lightning_memtrain.sparsity import sparsify_
@@ -99,12 +100,12 @@ def dense_state_dict(state_dict: Mapping[str, Tensor], module: nn.Module) -> dic
             continue
         subject = f"`dense_state_dict(state_dict)` holds {key!r} of a sparse layer, but "
         if weight_key not in weights:
-            raise ValueError(
+            raise ArgumentError(
                 f"{subject}the {type(module).__name__} has no dense {weight_key!r}. Pass the model that was "
                 "trained, as it is without sparse layers."
             )
         shape = weights[weight_key].shape
         if (complaint := pattern_fault(pattern, value, shape)) is not None:
-            raise ValueError(f"{subject}their pattern {complaint}")
+            raise ArgumentError(f"{subject}their pattern {complaint}")
         dense[weight_key] = DenseWeightFunction.apply(value, pattern, shape, None)  # type: ignore[no-untyped-call]
     return dense

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from lightning_memtrain.compat.torch_private import FakeTensor
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.planning.prediction.twin.moving import move, replace_when_moved
 from lightning_memtrain.planning.prediction.twin.twin_accelerator import TwinAccelerator
 from lightning_memtrain.precision.activations import activation_packing
@@ -72,7 +73,7 @@ def run_on_twin(
         What was counted.
 
     Raises:
-        TypeError: if ``model`` is a function that returns something else.
+        ArgumentError: if ``model`` is a function that returns something else.
     """
     backend = TwinBackend(CachingAllocator())
     install(backend)
@@ -129,7 +130,7 @@ def run_on_twin(
 def _made(factory: Callable[[], Any]) -> pl.LightningModule:
     model = factory()
     if not isinstance(model, pl.LightningModule):
-        raise TypeError(
+        raise ArgumentError(
             "`predict(model)` must be a LightningModule or a function that makes one, but the function "
             f"returned {type(model).__name__}. Return the LightningModule."
         )
