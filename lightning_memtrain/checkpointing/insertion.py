@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -16,6 +17,7 @@ from lightning_memtrain.checkpointing.recompute.parameter_data import unshards_i
 from lightning_memtrain.checkpointing.recompute.recompute_group import Contexts, RecomputeGroup
 from lightning_memtrain.checkpointing.repeated_blocks import describe_modules, scripted_module
 from lightning_memtrain.core import ArgumentError, NoEffectWarning
+from lightning_memtrain.core.arguments.value_checks import check_functions, check_modules, wrong
 from lightning_memtrain.core.compiled_modules import is_compiled
 
 
@@ -47,6 +49,11 @@ def insert_checkpoints(
         >>> model(torch.ones(3, 2)).sum().backward()
         >>> remove()
     """
+    check_modules("insert_checkpoints", model=model)
+    check_functions("insert_checkpoints", optional=True, contexts=contexts)
+    if not _are_groups(groups):
+        cure = "Write e.g. [[Recomputed('0')]], or use the `groups` of a policy."
+        raise wrong("insert_checkpoints", "groups", "lists of Recomputed", groups, cure)
     modules = dict(model.named_modules(remove_duplicate=False))
     seen: dict[int, str] = {}
     for name in (one.name for group in groups for one in group):
@@ -130,6 +137,13 @@ class Checkpoints:
             NoEffectWarning,
             stacklevel=3,
         )
+
+
+def _are_groups(groups: Any) -> bool:
+    lists = not isinstance(groups, str) and isinstance(groups, Sequence)
+    return lists and all(
+        isinstance(group, Sequence) and all(isinstance(one, Recomputed) for one in group) for group in groups
+    )
 
 
 def insertion_error(model: nn.Module, name: str) -> Exception | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from lightning_memtrain.checkpointing.memory_budget import DEVICE, MemoryBudget
@@ -16,7 +16,10 @@ from lightning_memtrain.checkpointing.policies import (
     SelectiveOps,
     Sqrt,
 )
-from lightning_memtrain.core import ArgumentError, parse_bytes
+from lightning_memtrain.core import ArgumentError, ByteLimit, parse_bytes
+from lightning_memtrain.core.arguments.module_selectors import as_selectors
+
+_ARGUMENT = "ActivationCheckpointing(policy)"
 
 SHORT_NAMES: dict[str, Callable[[], RecomputationPolicy]] = {
     "auto": MemoryBudget,
@@ -31,8 +34,8 @@ def as_policy(value: Any) -> RecomputationPolicy:
     """The policy that a plain value stands for.
 
     Args:
-        value: a policy; its short name; a size (``"4GiB"`` or a number of bytes) or ``"device"``, for
-            :class:`MemoryBudget`; or a list, for :class:`Modules`.
+        value: a policy; its short name; a size (``"4GiB"`` or a number of bytes), a share of the device's
+            memory (0.9) or ``"device"``, for :class:`MemoryBudget`; or a list, for :class:`Modules`.
 
     Returns:
         The policy.
@@ -48,13 +51,18 @@ def as_policy(value: Any) -> RecomputationPolicy:
         return value
     if isinstance(value, str):
         return _named(value)
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return MemoryBudget(int(value))
-    if isinstance(value, Sequence):
-        return Modules(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = int(value) if isinstance(value, Integral) else float(value)
+        _ = ByteLimit(number, _ARGUMENT)  # so that an error names what the user has called
+        return MemoryBudget(number)
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        return Modules(
+            as_selectors("ActivationCheckpointing", "Write e.g. ['encoder.layer.0'].", policy=value)
+        )
     raise ArgumentError(
-        "`ActivationCheckpointing(policy)` must be a policy, its short name, a size, or a list of modules, "
-        f"but got policy={value!r}. Use e.g. policy='auto' or policy='4GiB'."
+        "`ActivationCheckpointing(policy)` must be a policy, its short name, a size, a share of the "
+        f"device's memory such as 0.9, or a list of modules, but got policy={value!r}. Use e.g. "
+        "policy='auto' or policy='4GiB'."
     )
 
 

@@ -1,7 +1,7 @@
 """Words that all subpackages of the library share."""
 
 from lightning_memtrain.core.arguments.argument_error import ArgumentError
-from lightning_memtrain.core.arguments.byte_sizes import parse_bytes
+from lightning_memtrain.core.arguments.byte_sizes import ByteLimit, parse_bytes
 from lightning_memtrain.core.breakdown import Growth, MemoryBreakdown, ModuleMemory, TimelineEvent
 from lightning_memtrain.core.categories import Category, CategoryBytes
 from lightning_memtrain.core.on_demand import OnDemandTensor
@@ -21,6 +21,7 @@ __all__ = [
     "KIB",
     "MIB",
     "ArgumentError",
+    "ByteLimit",
     "Category",
     "CategoryBytes",
     "Growth",

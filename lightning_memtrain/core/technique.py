@@ -43,6 +43,11 @@ class TechniqueRecord:
             )
         if not self.name:
             raise ArgumentError(f"`TechniqueRecord(name)` must not be empty, but got name=''. {_NAME_CURE}")
+        if not isinstance(self.settings, Mapping):
+            raise ArgumentError(
+                "`TechniqueRecord(settings)` must map names to values, but got "
+                f"settings={self.settings!r}. Write e.g. settings={{'num_parts': 2}}."
+            )
         for key, value in self.settings.items():
             got = f"but got settings[{key!r}]={value!r}"
             if not isinstance(key, str) or not isinstance(value, (str, int, float, bool, type(None))):
@@ -55,7 +60,7 @@ class TechniqueRecord:
                     f"`TechniqueRecord(settings)` must hold finite numbers, which JSON can write, {got}. "
                     "Write it as text, or as None if it means that there is none."
                 )
-        if isinstance(self.events, str) or not all(isinstance(event, str) for event in self.events):
+        if not isinstance(self.events, tuple) or not all(isinstance(event, str) for event in self.events):
             raise ArgumentError(
                 f"`TechniqueRecord(events)` must be a tuple of sentences, but got events={self.events!r}. "
                 "Give one text per event, e.g. `events=(event,)`."

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_memtrain.coordination import annotate, partial_backward
 from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_functions, check_modules
 from lightning_memtrain.microbatching.backward_sync import broadcast_buffers
 from lightning_memtrain.microbatching.batch_snapshot import BatchSnapshot
 from lightning_memtrain.microbatching.batchnorm.batchnorm_policy import (
@@ -95,7 +96,9 @@ def microbatched_backward(
         >>> torch.allclose(layer.weight.grad, whole), torch.allclose(loss, loss_fn(rows))
         (True, True)
     """
-    check_splitting(_NAME, num_microbatches, microbatch_size, loss_reduction, weight_fn)
+    check_modules(_NAME, model=model)
+    check_functions(_NAME, loss_fn=loss_fn, backward=backward)
+    check_splitting(_NAME, num_microbatches, microbatch_size, loss_reduction, weight_fn, split_fn)
     check_batchnorm(_NAME, batchnorm, num_batchnorm_sweeps)
     splitter = Splitter(loss_reduction, weight_fn, split_fn, owner=_NAME)
     size = FixedSplit(num_microbatches, microbatch_size)

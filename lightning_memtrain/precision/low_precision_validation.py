@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.module_selectors import as_selectors
 from lightning_memtrain.optimizer_steps.closures import needs_closure
 from lightning_memtrain.precision.activations.activation_codec import is_int, validate_codec
 from lightning_memtrain.precision.optimizers.grad_scaler import ScalerConfig
@@ -45,12 +46,8 @@ def validate_settings(settings: PrecisionSettings) -> None:
     _check_choice("precision", settings.precision, get_args(PrecisionName))
     _check_choice("weight_rounding", settings.weight_rounding, get_args(WeightRounding))
     _check_choice("leave", settings.leave, get_args(Leave))
-    names = settings.keep_in_fp32
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, (str, type)) for name in names):
-        raise ArgumentError(
-            "`LowPrecision(keep_in_fp32)` must be a tuple of names of layers, but got "
-            f'keep_in_fp32={names!r}. Write it as a tuple, e.g. ("norm", "head").'
-        )
+    cure = 'Write it as a tuple, e.g. ("norm", "head").'
+    as_selectors("LowPrecision", cure, least=0, keep_in_fp32=settings.keep_in_fp32)
     if settings.scaler is not None and not isinstance(settings.scaler, ScalerConfig):
         raise ArgumentError(
             "`LowPrecision(scaler)` must be a ScalerConfig or None, but got "

@@ -111,7 +111,7 @@ class SparseTraining(Callback):
         leave: Leave = "sparse",
     ) -> None:
         super().__init__()
-        refuse_arguments(method, update, layers, storage, chunk_bytes, leave)
+        refuse_arguments(method, update, layers, storage, chunk_bytes, seed, track_exploration, leave)
         self.method = method
         self.select = layers or Select()
         self._update_schedule = update or method.default_update

@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_memtrain.core import MIB, ArgumentError, format_bytes
+from lightning_memtrain.core import MIB, ArgumentError, format_bytes, parse_bytes
+from lightning_memtrain.core.arguments.value_checks import is_whole, wrong
 
 # What torch takes for cuBLAS, and again for cuBLASLt, once per handle and stream (`CublasHandlePool.cpp`):
 # `:4096:2:16:8` of CUBLAS_WORKSPACE_CONFIG, two pieces of 4096 KiB and eight of 16, ...
@@ -45,7 +46,7 @@ class Device:
 
     Args:
         name: what it is called.
-        total_bytes: its memory, at least 1.
+        total_bytes: its memory, in bytes or as ``"24GiB"``.
         source: where ``total_bytes`` is from.
         driver_bytes: what of it torch never sees; 0 where ``total_bytes`` is what torch shows.
         context_bytes: what a process needs on it besides tensors: the CUDA context, and kernels.
@@ -67,18 +68,25 @@ class Device:
     compute_capability: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.total_bytes < 1:
-            raise ArgumentError(f"`Device(total_bytes)` must be at least 1, but got {self.total_bytes}.")
-        if self.driver_bytes < 0 or self.context_bytes < 0:
-            raise ArgumentError(
-                "`Device(driver_bytes, context_bytes)` must be at least 0, but got "
-                f"{self.driver_bytes} and {self.context_bytes}."
-            )
+        if not isinstance(self.name, str) or not self.name:
+            raise wrong("Device", "name", "what it is called", self.name, "Write e.g. 'RTX 4090'.")
+        # As in all places: a number of bytes or a text with its unit.
+        total_bytes = parse_bytes(self.total_bytes, argument="Device(total_bytes)")
+        object.__setattr__(self, "total_bytes", total_bytes)
+        for name in ("driver_bytes", "context_bytes"):
+            value = getattr(self, name)
+            none = is_whole(value) and value == 0
+            size = 0 if none else parse_bytes(value, argument=f"Device({name})")
+            object.__setattr__(self, name, size)
+        capability = self.compute_capability
+        if capability is not None and not _is_pair(capability):
+            cure = "Write e.g. (8, 9); leave it out for what is no GPU by NVIDIA."
+            raise wrong("Device", "compute_capability", "two whole numbers", capability, cure)
         if self.usable_bytes < 1:
             raise ArgumentError(
                 "`Device(driver_bytes, context_bytes)` must leave something of the total of "
                 f"{format_bytes(self.total_bytes)}, but got {format_bytes(self.driver_bytes)} and "
-                f"{format_bytes(self.context_bytes)}."
+                f"{format_bytes(self.context_bytes)}. Lower them."
             )
 
     @property
@@ -164,6 +172,10 @@ class Device:
             context_source=_CONTEXT_SOURCE,
             compute_capability=(properties.major, properties.minor),
         )
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(is_whole, value))
 
 
 def _words(name: str) -> list[str]:

@@ -9,10 +9,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_memtrain.checkpointing.memory_budget import MemoryBudget
+from lightning_memtrain.checkpointing.memory_budget import DEVICE, MemoryBudget
 from lightning_memtrain.checkpointing.selection.recomputation_plan import RecomputationPlan
 from lightning_memtrain.checkpointing.selection.step_curve import StepCurve
-from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core import ArgumentError, ByteLimit
+from lightning_memtrain.core.arguments.value_checks import (
+    check_functions,
+    check_kinds,
+    check_modules,
+    check_optimizers,
+)
 from lightning_memtrain.ledger.operators.op_times import OpTimes
 from lightning_memtrain.ledger.operators.workspace import OpWorkspace
 from lightning_memtrain.tracing.step.fake_step import FakeStep
@@ -24,7 +30,7 @@ def plan_recomputation(
     arguments: Sequence[Any],
     optimizers: Sequence[Optimizer] = (),
     *,
-    limit: int | str | None = None,
+    limit: int | str | float | None = None,
 ) -> RecomputationPlan:
     """Plan what to recompute in a training step, by running it once without data.
 
@@ -55,6 +61,13 @@ def plan_recomputation(
         >>> plan.groups, plan.fits(2**30)
         ([], True)
     """
+    check_modules("plan_recomputation", model=model)
+    check_functions("plan_recomputation", step=step)
+    cure = "Write e.g. [batch]."
+    check_kinds("plan_recomputation", Sequence, "a list of what `step` takes", cure, arguments=arguments)
+    check_optimizers("plan_recomputation", optimizers=optimizers)
+    if limit is not None and limit != DEVICE:
+        _ = ByteLimit(limit, "plan_recomputation(limit)")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     limit_bytes = MemoryBudget(limit).limit_bytes_on(device)
     fake = FakeStep(model, step, arguments, optimizers)

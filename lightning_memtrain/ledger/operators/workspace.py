@@ -11,6 +11,7 @@ import torch
 
 from lightning_memtrain.compat.torch_private import disable_current_modes
 from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import as_device
 from lightning_memtrain.core.random_state import torch_random_kept
 from lightning_memtrain.ledger.device_allocator import allocator_statistics
 
@@ -81,7 +82,7 @@ class OpWorkspace:
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        self.device = torch.device(device)
+        self.device = as_device("OpWorkspace", device=device)
         allocator = allocator_statistics(self.device)
         if allocator is None:
             raise ArgumentError(

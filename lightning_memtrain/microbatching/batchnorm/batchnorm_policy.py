@@ -145,7 +145,7 @@ def check_batchnorm(owner: str, mode: Any, num_sweeps: Any) -> None:
         ArgumentError: naming the argument.
     """
     check_choice(owner, "batchnorm", mode, get_args(BatchNormMode))
-    check_count(owner, "num_batchnorm_sweeps", num_sweeps)
+    check_count(owner, "num_batchnorm_sweeps", num_sweeps, optional=False)
     if num_sweeps != NUM_SWEEPS and mode != "synchronized":
         raise ArgumentError(
             f"`{owner}(num_batchnorm_sweeps)` needs batchnorm='synchronized', but got "

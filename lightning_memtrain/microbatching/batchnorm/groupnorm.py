@@ -9,6 +9,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_memtrain.compat.torch_private import BatchNorm
 from lightning_memtrain.core import ArgumentError, NoEffectWarning
+from lightning_memtrain.core.arguments.value_checks import check_counts, check_modules
 
 
 def batchnorm_to_groupnorm(model: nn.Module, num_groups: int = 32) -> nn.Module:
@@ -48,11 +49,9 @@ def batchnorm_to_groupnorm(model: nn.Module, num_groups: int = 32) -> nn.Module:
     References:
         Wu and He, Group Normalization, ECCV 2018, arXiv:1803.08494.
     """
-    if num_groups < 1:
-        raise ArgumentError(
-            f"`batchnorm_to_groupnorm(num_groups)` must be at least 1, but got num_groups={num_groups}. "
-            "Use 32, the paper's choice, or 1 to normalise over all channels."
-        )
+    check_modules("batchnorm_to_groupnorm", model=model)
+    cure = "Use 32, the paper's choice, or 1 to normalise over all channels."
+    check_counts("batchnorm_to_groupnorm", cure=cure, num_groups=num_groups)
     replacements: dict[nn.Module, nn.Module] = {
         module: _group_norm(name, module, num_groups)
         for name, module in model.named_modules()

@@ -73,7 +73,7 @@ class Splitter:
             if self.split_fn is None:
                 raise
             raise MisconfigurationException(
-                f"`{self.owner}(microbatch_size)` must be able to count the samples of a batch, but got one "
+                f"`{self.owner}(microbatch_size)` needs to count the samples of a batch, but got one "
                 f"that does not show them: {error} With `split_fn`, use `num_microbatches` instead."
             ) from error
 

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import wrong
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of, take_samples
 from lightning_memtrain.planning.prediction.forked import call_in_copy
@@ -62,6 +63,12 @@ def predict(
             "`predict(batch, datamodule)` takes one of the two, but got both. Pass a batch as a data loader "
             "yields it, or the data module that the run will use."
         )
+    if datamodule is not None and not hasattr(datamodule, "train_dataloader"):
+        raise wrong("predict", "datamodule", "a LightningDataModule", datamodule, "Leave it out for `batch`.")
+    if trainer is not None and not hasattr(trainer, "strategy"):
+        raise wrong("predict", "trainer", "a Trainer", trainer, "Leave it out for Lightning's defaults.")
+    if device is not None and not isinstance(device, (str, Device)):
+        raise wrong("predict", "device", "a Device or its name", device, "Write e.g. 'RTX 4090'.")
     if not callable(model):  # a LightningModule is callable, too
         raise ArgumentError(
             "`predict(model)` must be a LightningModule or a function that makes one, but got "

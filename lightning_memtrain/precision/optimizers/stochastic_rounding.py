@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_memtrain.coordination import dry_run_depth
 from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_counts, check_kinds
 
 # Low bits of a float32 mantissa that a format has no room for.
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
@@ -46,6 +47,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Genera
         >>> round((rounded.double().mean().item() - 1) * 2**8, 2)
         0.33
     """
+    check_kinds("stochastic_round", Tensor, "a tensor", "Pass one in float32.", values=values)
     return stochastic_round_(values.clone(), dtype, generator).to(dtype)
 
 
@@ -64,6 +66,8 @@ def stochastic_round_(values: Tensor, dtype: torch.dtype, generator: torch.Gener
     Raises:
         ArgumentError: see :func:`stochastic_round`.
     """
+    kind, cure = torch.Generator, "Write e.g. torch.Generator(values.device)."
+    check_kinds("stochastic_round", kind, "a torch.Generator", cure, generator=generator)
     if dtype not in _DROPPED_BITS:
         raise ArgumentError(
             f"`stochastic_round(dtype)` must be torch.bfloat16 or torch.float16, but got dtype={dtype}. "
@@ -120,6 +124,7 @@ class RoundingNoise:
     """
 
     def __init__(self, seed: int) -> None:
+        check_counts("RoundingNoise", None, "Use e.g. 0.", seed=seed)
         self._first = {"seed": seed, "step": 0}
         self._seed, self._step = seed, 0
         self._generators: dict[torch.device, torch.Generator] = {}

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.module_selectors import matches_nothing
 from lightning_memtrain.sparsity.methods.apportionment import apportion
 
 Shapes = Mapping[str, Sequence[int]]
@@ -186,10 +187,9 @@ def counts_by_layer(
     single = dict(overrides or {}) | (dict(sparsity) if isinstance(sparsity, Mapping) else {})
     unused = [pattern for pattern in single if not any(fnmatchcase(name, pattern) for name in shapes)]
     if unused:
-        raise ArgumentError(
-            f"Sparsities by layer must name layers that are selected, but {unused[0]!r} matches none of "
-            f"{', '.join(shapes)}. Correct the name, or select the layer by Select(types=...)."
-        )
+        # Both are given by layer, and are together here.
+        argument = "Select(overrides)" if unused[0] in (overrides or {}) else "sparsity"
+        raise matches_nothing(argument, unused[0], shapes, "layers that become sparse")
     named = {
         name: value for name in shapes for pattern, value in single.items() if fnmatchcase(name, pattern)
     }

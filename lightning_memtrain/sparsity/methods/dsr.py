@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_numbers
 from lightning_memtrain.sparsity.methods.distributions import Distribution, Uniform
 from lightning_memtrain.sparsity.methods.drop_and_grow import DropAndGrow
 from lightning_memtrain.sparsity.methods.rules.drop_rules import (
@@ -59,21 +60,15 @@ class DSR(DropAndGrow):
         check_sparsities(self, self.sparsity)
         name, number = type(self).__name__, self.reallocate
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if not is_number or number <= 0 or (isinstance(number, float) and number >= 1):
+        if not is_number or not number > 0 or (isinstance(number, float) and number >= 1):
             raise ArgumentError(
                 f"`{name}(reallocate)` must be a number of weights, at least 1, or a fraction of all nonzero "
                 f"weights as a float in (0, 1), but got reallocate={number!r}. Use e.g. 0.14 or 20000."
             )
-        if not 0 < self.threshold < float("inf"):
-            raise ArgumentError(
-                f"`{name}(threshold)` must be greater than 0 and finite, but got "
-                f"threshold={self.threshold!r}. Use e.g. 1e-3; it adapts itself."
-            )
-        if not 0 <= self.tolerance < 1:
-            raise ArgumentError(
-                f"`{name}(tolerance)` must be a fraction in [0, 1), but got tolerance={self.tolerance!r}. "
-                "Use e.g. 0.1."
-            )
+        expected, cure = "greater than 0 and finite", "Use e.g. 1e-3; it adapts itself."
+        check_numbers(name, expected, lambda x: x > 0, cure, threshold=self.threshold)
+        expected = "a fraction in [0, 1)"
+        check_numbers(name, expected, lambda x: 0 <= x < 1, "Use e.g. 0.1.", tolerance=self.tolerance)
 
     @property
     def default_update(self) -> UpdateSchedule:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_choices, check_kinds
 from lightning_memtrain.sparsity.methods.distributions import Distribution, Shapes, Uniform, check_sparsity
 from lightning_memtrain.sparsity.methods.rules.drop_rules import (
     all_but_smallest,
@@ -67,11 +68,9 @@ class GradualMagnitudePruning(SparseMethod):
                 f"`{argument}` must not fall, since nothing grows, but got {self.sparsity!r}. "
                 "Exchange begin and end."
             )
-        if self.scope not in get_args(Scope):
-            raise ArgumentError(
-                f"`{type(self).__name__}(scope)` must be 'layer' or 'global', but got scope={self.scope!r}. "
-                "Use one of them."
-            )
+        owner, cure = type(self).__name__, "Use e.g. Uniform() or ErdosRenyiKernel()."
+        check_choices(owner, get_args(Scope), scope=self.scope)
+        check_kinds(owner, Distribution, "a Distribution", cure, distribution=self.distribution)
 
     def _at(self, step: int, total: int) -> float:
         assert isinstance(self.sparsity, Schedule)

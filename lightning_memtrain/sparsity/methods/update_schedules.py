@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_choices, check_counts
 
 TimeUnit = Literal["step", "epoch"]
 
@@ -26,6 +27,10 @@ class RunLength:
 
     total_steps: int | None = None
     steps_per_epoch: int | None = None
+
+    def __post_init__(self) -> None:
+        known = {key: value for key, value in vars(self).items() if value is not None}
+        check_counts("RunLength", 0, "Use None for a run or an epoch without end.", **known)
 
 
 @dataclass(frozen=True)
@@ -121,11 +126,11 @@ class UpdateEvery(UpdateSchedule):
                 "to update, but got start=1.0. Write 1 for the first step."
             )
         _check_time("UpdateEvery(stop)", self.stop)
-        if isinstance(self.stop, int) and self.stop == 1:
+        if isinstance(self.stop, int) and self.stop < 2:
             raise ArgumentError(
                 "`UpdateEvery(stop)` must be at least 2 as a whole number, since 1.0 is the end of the run, "
-                "but got stop=1. Write 1.0 for the end of the run; for one update, after step 1, write "
-                "UpdatePiecewise({0: 1}, unit='step', stop=1)."
+                f"but got stop={self.stop}. Write 1.0 for the end of the run; for one update, after step 1, "
+                "write UpdatePiecewise({0: 1}, unit='step', stop=1)."
             )
         if type(self.start) is type(self.stop) and self.stop < self.start:
             raise ArgumentError(
@@ -165,14 +170,11 @@ class UpdatePiecewise(UpdateSchedule):
     stop: int | float | None = None
 
     def __post_init__(self) -> None:
+        check_choices("UpdatePiecewise", get_args(TimeUnit), unit=self.unit)
         if not isinstance(self.periods, Mapping) or not self.periods:
             raise ArgumentError(
                 "`UpdatePiecewise(periods)` must map when a part of the run begins to a number of steps, but "
                 f"got periods={self.periods!r}. Write e.g. {{0: 100, 25: 200}}."
-            )
-        if self.unit not in get_args(TimeUnit):
-            raise ArgumentError(
-                f"`UpdatePiecewise(unit)` must be 'step' or 'epoch', but got unit={self.unit!r}. Use one."
             )
         for begin, steps in self.periods.items():
             _check_count("UpdatePiecewise(periods)", "a beginning", begin, 0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_numbers
 
 
 class Schedule(ABC):
@@ -147,7 +148,7 @@ def to_schedule(value: Any, argument: str) -> Schedule:
     Raises:
         ArgumentError: if it is neither, or its first or last value is not in ``[0, 1)``.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         value = ConstantSchedule(float(value))
     if not isinstance(value, Schedule):
         raise ArgumentError(
@@ -163,10 +164,4 @@ def to_schedule(value: Any, argument: str) -> Schedule:
 
 
 def _check_finite(schedule: Schedule, **values: float) -> None:
-    for name, value in values.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
-            raise ArgumentError(
-                f"`{type(schedule).__name__}({name})` must be a finite number, but got {name}={value!r}. "
-                "Use e.g. 0.3."
-            )
+    check_numbers(type(schedule).__name__, "a finite number", lambda x: True, "Use e.g. 0.3.", **values)

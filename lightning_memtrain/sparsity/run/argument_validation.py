@@ -6,6 +6,7 @@ import warnings
 from typing import Any, get_args
 
 from lightning_memtrain.core import ArgumentError, NoEffectWarning, parse_bytes
+from lightning_memtrain.core.arguments.value_checks import check_counts, check_flags
 from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
 from lightning_memtrain.sparsity.methods.update_schedules import UpdateSchedule
 from lightning_memtrain.sparsity.selection.select import Select
@@ -13,7 +14,14 @@ from lightning_memtrain.sparsity.storage.patterns import Storage
 
 
 def refuse_arguments(
-    method: Any, update: Any, layers: Any, storage: Any, chunk_bytes: Any, leave: Any
+    method: Any,
+    update: Any,
+    layers: Any,
+    storage: Any,
+    chunk_bytes: Any,
+    seed: Any,
+    track_exploration: Any,
+    leave: Any,
 ) -> None:
     """Refuse arguments of the callback that are of another type or out of their range.
 
@@ -23,6 +31,8 @@ def refuse_arguments(
         layers: see there.
         storage: see there.
         chunk_bytes: see there.
+        seed: see there.
+        track_exploration: see there.
         leave: see there.
 
     Raises:
@@ -41,6 +51,8 @@ def refuse_arguments(
             parse_bytes(chunk_bytes, argument="SparseTraining(chunk_bytes)")
         except ValueError as error:
             raise ArgumentError(f"{error} Leave it out for whole weights.") from None
+    check_counts("SparseTraining", None, "Leave it out for 0.", seed=seed)
+    check_flags("SparseTraining", track_exploration=track_exploration)
     if leave not in ("sparse", "dense"):
         raise ArgumentError(
             f"`SparseTraining(leave)` must be 'sparse' or 'dense', but got leave={leave!r}. Use 'dense' for "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_kinds, check_modules
 from lightning_memtrain.sparsity.storage.checkpoint_key import CHECKPOINT_KEY
 from lightning_memtrain.sparsity.storage.layers.autograd_functions import DenseWeightFunction
 from lightning_memtrain.sparsity.storage.layers.sparse_layer import SparseLayer
@@ -39,6 +40,7 @@ def export_dense(module: nn.Module) -> dict[str, Tensor]:
         {'weight': tensor([[1., 0.],
                 [0., 1.]])}
     """
+    check_modules("export_dense", module=module)
     module = getattr(module, "_orig_mod", module)  # of torch.compile
     state: dict[str, Tensor] = module.state_dict()
     layers = {
@@ -86,6 +88,9 @@ def dense_state_dict(state_dict: Mapping[str, Tensor], module: nn.Module) -> dic
         {'weight': tensor([[1., 0.],
                 [0., 1.]])}
     """
+    cure = "Pass e.g. `model.state_dict()`."
+    check_kinds("dense_state_dict", Mapping, "a mapping of tensors", cure, state_dict=state_dict)
+    check_modules("dense_state_dict", module=module)
     weights: Mapping[str, Tensor] = module.state_dict()
     dense: dict[str, Tensor] = {}
     for key, value in state_dict.items():

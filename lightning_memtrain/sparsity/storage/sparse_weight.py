@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_memtrain.compat.torch_private import is_traceable_wrapper_subclass
 from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_modules, wrong
 from lightning_memtrain.sparsity.storage.layers.sparse_layer import SparseLayer
 from lightning_memtrain.sparsity.storage.layers.sparse_parameters import SPARSE_SUFFIX, SparseParameter
 from lightning_memtrain.sparsity.storage.optimizer_state import Reindexing, check_reindexable, prepare_state
@@ -197,6 +198,7 @@ def sparse_weights(module: nn.Module) -> dict[str, SparseWeight]:
         >>> sparse_weights(model)
         {'0.weight': SparseWeight('0.weight', shape=(2, 4), nnz=2)}
     """
+    check_modules("sparse_weights", module=module)
     return {
         (name := layer.dense_key(f"{path}." if path else "")): SparseWeight(name, layer)
         for path, layer in module.named_modules()
@@ -243,3 +245,17 @@ def check_positions(subject: str, positions: Tensor, numel: int) -> None:
         raise ArgumentError(
             f"{subject} must be ascending, each position once, but got a repetition or a descent."
         )
+
+
+def check_weights(owner: str, weights: Any) -> None:
+    """Refuse what are no sparse weights by name.
+
+    Args:
+        owner: what the user has called.
+        weights: the argument.
+
+    Raises:
+        ArgumentError: naming the argument.
+    """
+    if not isinstance(weights, Mapping) or not all(isinstance(w, SparseWeight) for w in weights.values()):
+        raise wrong(owner, "weights", "sparse weights by name", weights, "Pass `sparse_weights(model)`.")

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_memtrain.compat.torch_private import is_traceable_wrapper_subclass
 from lightning_memtrain.core import ArgumentError, parse_bytes
+from lightning_memtrain.core.arguments.value_checks import check_modules, check_optimizers, wrong
 from lightning_memtrain.sparsity.storage.layers.layer_types import SPARSE_TYPES
 from lightning_memtrain.sparsity.storage.layers.sparse_layer import SparseLayer
 from lightning_memtrain.sparsity.storage.layers.sparse_parameters import (
@@ -76,6 +77,11 @@ def sparsify_(
         >>> [(name, parameter.shape) for name, parameter in layer.named_parameters()]
         [('bias', torch.Size([100])), ('values', torch.Size([10000]))]
     """
+    check_modules("sparsify_", module=module)
+    items = positions.items() if isinstance(positions, Mapping) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(chosen, Tensor) for name, chosen in items):
+        cure = "Write e.g. {'0.weight': torch.arange(10)}."
+        raise wrong("sparsify_", "positions", "positions by the name of a weight", positions, cure)
     resolve_storage(storage, 0, 0)
     if chunk_bytes is not None:
         chunk_bytes = parse_bytes(chunk_bytes, argument="sparsify_(chunk_bytes)")
@@ -126,6 +132,8 @@ def densify_(module: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
         tensor([[1., 0.],
                 [0., 1.]], requires_grad=True))
     """
+    check_modules("densify_", module=module)
+    check_optimizers("densify_", optimizers=optimizers)
     weights = sparse_weights(module)
     for name, weight in weights.items():
         if isinstance(weight.values.data, DTensor):
