@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         sparsity as sparsity,
     )
     from lightning_memtrain.checkpointing import ActivationCheckpointing, insert_checkpoints
+    from lightning_memtrain.core import ArgumentError
     from lightning_memtrain.ledger import MemoryLedger
     from lightning_memtrain.microbatching import Microbatching, microbatched_backward
     from lightning_memtrain.optimizer_in_backward import OptimizerInBackward, step_in_backward
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActivationCheckpointing",
+    "ArgumentError",
     "CompressedActivations",
     "LowPrecision",
     "MemoryLedger",
@@ -79,6 +81,7 @@ _SUBPACKAGES = (
 )
 _HOMES = {
     "ActivationCheckpointing": "checkpointing",
+    "ArgumentError": "core",
     "CompressedActivations": "precision",
     "LowPrecision": "precision",
     "MemoryLedger": "ledger",

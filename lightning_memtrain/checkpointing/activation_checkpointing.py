@@ -21,6 +21,7 @@ from lightning_memtrain.compat import wrap_training_step
 from lightning_memtrain.compat.lightning_packages import in_both, refuse_mix
 from lightning_memtrain.compat.lightning_private import checkpoints_activations
 from lightning_memtrain.core import NoEffectWarning, Setting, TechniqueRecord
+from lightning_memtrain.core.arguments.module_selectors import Selector
 
 
 class ActivationCheckpointing(Callback):
@@ -32,12 +33,13 @@ class ActivationCheckpointing(Callback):
     Args:
         policy: what to recompute: ``"auto"`` (:class:`MemoryBudget` without a limit), ``"full"``, ``"sqrt"``,
             ``"nested"``, ``"selective"``, a policy such as ``MemoryBudget("4GiB")``, its limit alone
-            (``"4GiB"``, a number of bytes, ``"device"``), or a list of module paths or class names, see
-            :class:`Modules`.
+            (``"4GiB"``, a number of bytes, a share of the device's memory such as 0.9, ``"device"``), or a
+            list of module paths or class names, see :class:`Modules`.
 
     Raises:
-        MisconfigurationException: if ``policy`` is none of these; at the start of the fit, if it matches
-            nothing, or a module is checkpointed already; at the first step, if a limit cannot be reached.
+        ArgumentError: if ``policy`` is none of these; at the start of the fit, if it matches nothing.
+        MisconfigurationException: at the start of the fit, if a module is checkpointed already; at the
+            first step, if a limit cannot be reached.
 
     Example:
         >>> import lightning as L, torch
@@ -57,7 +59,7 @@ class ActivationCheckpointing(Callback):
         Chen, Xu, Zhang and Guestrin, Training Deep Nets with Sublinear Memory Cost, 2016, arXiv:1604.06174.
     """
 
-    def __init__(self, policy: RecomputationPolicy | str | int | Sequence[str] = "auto") -> None:
+    def __init__(self, policy: RecomputationPolicy | int | float | str | Sequence[Selector] = "auto") -> None:
         super().__init__()
         self.policy = as_policy(policy)
         self._remove: Callable[[], None] | None = None

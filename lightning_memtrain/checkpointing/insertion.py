@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -15,7 +16,8 @@ from lightning_memtrain.checkpointing.recompute.checkpointed_forward import Chec
 from lightning_memtrain.checkpointing.recompute.parameter_data import unshards_itself
 from lightning_memtrain.checkpointing.recompute.recompute_group import Contexts, RecomputeGroup
 from lightning_memtrain.checkpointing.repeated_blocks import describe_modules, scripted_module
-from lightning_memtrain.core import NoEffectWarning
+from lightning_memtrain.core import ArgumentError, NoEffectWarning
+from lightning_memtrain.core.arguments.value_checks import check_functions, check_modules, wrong
 from lightning_memtrain.core.compiled_modules import is_compiled
 
 
@@ -37,7 +39,7 @@ def insert_checkpoints(
         The checkpoints; calling them takes them out.
 
     Raises:
-        MisconfigurationException: if the model has no such module, or a module is checkpointed already, is
+        ArgumentError: if the model has no such module, or a module is checkpointed already, is
             part of a compiled module, or has TorchScript in it.
 
     Example:
@@ -47,6 +49,11 @@ def insert_checkpoints(
         >>> model(torch.ones(3, 2)).sum().backward()
         >>> remove()
     """
+    check_modules("insert_checkpoints", model=model)
+    check_functions("insert_checkpoints", optional=True, contexts=contexts)
+    if not _are_groups(groups):
+        cure = "Write e.g. [[Recomputed('0')]], or use the `groups` of a policy."
+        raise wrong("insert_checkpoints", "groups", "lists of Recomputed", groups, cure)
     modules = dict(model.named_modules(remove_duplicate=False))
     seen: dict[int, str] = {}
     for name in (one.name for group in groups for one in group):
@@ -54,7 +61,7 @@ def insert_checkpoints(
         if refused is not None:
             raise refused
         if id(modules[name]) in seen:
-            raise MisconfigurationException(
+            raise ArgumentError(
                 "`insert_checkpoints(groups)` must name a module once, but got "
                 f"{seen[id(modules[name])]!r} and {name!r} for the same. Leave one of them out."
             )
@@ -132,7 +139,14 @@ class Checkpoints:
         )
 
 
-def insertion_error(model: nn.Module, name: str) -> MisconfigurationException | None:
+def _are_groups(groups: Any) -> bool:
+    lists = not isinstance(groups, str) and isinstance(groups, Sequence)
+    return lists and all(
+        isinstance(group, Sequence) and all(isinstance(one, Recomputed) for one in group) for group in groups
+    )
+
+
+def insertion_error(model: nn.Module, name: str) -> Exception | None:
     """Why a module of a model cannot be recomputed.
 
     Args:
@@ -145,13 +159,11 @@ def insertion_error(model: nn.Module, name: str) -> MisconfigurationException | 
     return _insertion_error(model, name, dict(model.named_modules(remove_duplicate=False)))
 
 
-def _insertion_error(
-    model: nn.Module, name: str, modules: dict[str, nn.Module]
-) -> MisconfigurationException | None:
+def _insertion_error(model: nn.Module, name: str, modules: dict[str, nn.Module]) -> Exception | None:
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=3)
         hint = f"Did you mean {' or '.join(repr(one) for one in near)}?" if near else "Name one of these."
-        return MisconfigurationException(
+        return ArgumentError(
             f"`insert_checkpoints(groups)` must name modules of the model, but got {name!r}. The model has "
             f"{describe_modules(model)}. {hint}"
         )

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_memtrain.checkpointing.policies import Groups, RecomputationPolicy
-from lightning_memtrain.core import parse_bytes
+from lightning_memtrain.core import ArgumentError, ByteLimit
 from lightning_memtrain.core.device_memory import free_device_bytes
 
 DEVICE = "device"
@@ -29,33 +28,30 @@ class MemoryBudget(RecomputationPolicy):
 
     Args:
         limit: most bytes that the step may hold, e.g. ``"4GiB"``, ``"800MB"`` or a number of bytes; weights,
-            gradients, optimizer state and workspace of operators among them. ``"device"`` for what the device
-            has free. ``None`` for the knee of the curve: the least product of peak and time, so nothing that
-            hardly lowers the peak.
+            gradients, optimizer state and workspace of operators among them. A float is a share of the
+            device's memory: 0.9. ``"device"`` for what the device has free. ``None`` for the knee of the
+            curve: the least product of peak and time, so nothing that hardly lowers the peak.
 
     Raises:
-        MisconfigurationException: if ``limit`` is no size; at the first step, if it cannot be reached.
+        ArgumentError: if ``limit`` is no size; at the first step, if it cannot be reached.
     """
 
-    limit: int | str | None = None
+    limit: int | str | float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.limit, float):
-            raise MisconfigurationException(
-                "`MemoryBudget(limit)` must be a number of bytes or a size such as '4GiB', but got "
-                f"limit={self.limit!r}. A ratio is no size: write what the step may take."
-            )
-        _ = self.limit_bytes
+        _ = self._byte_limit
+
+    @property
+    def _byte_limit(self) -> ByteLimit | None:
+        if self.limit is None or self.limit == DEVICE:
+            return None
+        return ByteLimit(self.limit, "MemoryBudget(limit)")
 
     @property
     def limit_bytes(self) -> int | None:
         """The limit in bytes; ``None`` if there is none, or the device is to tell."""
-        if self.limit is None or self.limit == DEVICE:
-            return None
-        try:
-            return parse_bytes(self.limit, argument="MemoryBudget(limit)")
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+        limit = self._byte_limit
+        return None if limit is None else limit.num_bytes
 
     @property
     def has_limit(self) -> bool:
@@ -72,13 +68,16 @@ class MemoryBudget(RecomputationPolicy):
             The bytes; ``None`` for no limit.
 
         Raises:
-            MisconfigurationException: if the device is to tell, and does not.
+            ArgumentError: if the device is to tell, and does not.
         """
-        if self.limit != DEVICE:
-            return self.limit_bytes
+        limit = self._byte_limit
+        if limit is not None:
+            return limit.on(device)
+        if self.limit is None:
+            return None
         free_bytes = free_device_bytes(device)
         if free_bytes is None:
-            raise MisconfigurationException(
+            raise ArgumentError(
                 f"`MemoryBudget(limit)` must be a size on {device.type}, which does not tell what it has "
                 "free, but got limit='device'. Write what the step may take, e.g. MemoryBudget('4GiB')."
             )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +18,9 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from lightning_memtrain.checkpointing.recompute.recompute_group import Contexts
 from lightning_memtrain.checkpointing.repeated_blocks import describe_modules, repeated_blocks
 from lightning_memtrain.compat.torch_private import OpOverload
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.module_selectors import Selector, as_selectors, selected
+from lightning_memtrain.core.arguments.value_checks import check_counts, check_kinds, is_whole, wrong
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class Recomputed:
 
     name: str
     path: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        cure = "Write e.g. Recomputed('encoder.layer.0')."
+        check_kinds("Recomputed", str, "the path of a module", cure, name=self.name)
+        if not isinstance(self.path, tuple) or not all(map(is_whole, self.path)):
+            raise wrong("Recomputed", "path", "a tuple of whole numbers", self.path, "Leave it out.")
 
 
 Groups = list[list[Recomputed]]
@@ -86,13 +93,13 @@ class Every(RecomputationPolicy):
         k: at least 1; 1 recomputes all, 2 every other one.
 
     Raises:
-        MisconfigurationException: if ``k`` is no positive whole number.
+        ArgumentError: if ``k`` is no positive whole number.
     """
 
     k: int
 
     def __post_init__(self) -> None:
-        _check_count("Every(k)", "k", self.k, 1)
+        check_counts("Every", k=self.k)
 
     def groups(self, model: nn.Module) -> Groups:
         """Every ``k``-th block is a group of its own."""
@@ -130,7 +137,7 @@ class Nested(RecomputationPolicy):
         num_parts: into how many parts each part is divided, at least 2.
 
     Raises:
-        MisconfigurationException: if ``num_parts`` is below 2.
+        ArgumentError: if ``num_parts`` is below 2.
 
     References:
         Chen et al. 2016, arXiv:1604.06174, section 4.3.
@@ -139,7 +146,7 @@ class Nested(RecomputationPolicy):
     num_parts: int = 2
 
     def __post_init__(self) -> None:
-        _check_count("Nested(num_parts)", "num_parts", self.num_parts, 2)
+        check_counts("Nested", 2, num_parts=self.num_parts)
 
     def groups(self, model: nn.Module) -> Groups:
         """All blocks are one group with several levels."""
@@ -161,7 +168,7 @@ class Modules(RecomputationPolicy):
             class names (``"BertLayer"``) or classes. A module in several places may be named by any.
 
     Raises:
-        MisconfigurationException: if nothing is named; at the start of the fit, if one matches nothing.
+        ArgumentError: if nothing is named; at the start of the fit, if one matches nothing.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
@@ -169,39 +176,19 @@ class Modules(RecomputationPolicy):
         [[Recomputed(name='1', path=())]]
     """
 
-    names_or_types: Sequence[str | type[nn.Module]]
+    names_or_types: Sequence[Selector]
 
     def __post_init__(self) -> None:
-        given = self.names_or_types
-        single = isinstance(given, (str, type))
-        if single or not given or not all(isinstance(one, (str, type)) for one in given):
-            raise MisconfigurationException(
-                "`Modules(names_or_types)` must be a list of module paths, class names or classes, but got "
-                f"names_or_types={given!r}. Write e.g. Modules(['encoder.layer.0', 'BertLayer'])."
-            )
-        object.__setattr__(self, "names_or_types", tuple(given))
+        cure = "Write e.g. Modules(['encoder.layer.0', 'BertLayer'])."
+        given = as_selectors("Modules", cure, names_or_types=self.names_or_types)
+        object.__setattr__(self, "names_or_types", given)
 
     def groups(self, model: nn.Module) -> Groups:
         """Every module that matches is a group of its own."""
         modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-        chosen: set[int] = set()
-        for wanted in self.names_or_types:
-            found = [module for name, module in modules.items() if _matches(name, module, wanted)]
-            if not found:
-                raise self._nothing(wanted, modules, model)
-            chosen.update(map(id, found))
+        paths = selected("Modules(names_or_types)", self.names_or_types, modules)
+        chosen = {id(modules[path]) for path in paths}
         return [[Recomputed(name)] for name, module in model.named_modules() if name and id(module) in chosen]
-
-    @staticmethod
-    def _nothing(wanted: Any, modules: dict[str, nn.Module], model: nn.Module) -> MisconfigurationException:
-        word = wanted if isinstance(wanted, str) else wanted.__name__
-        known = [*modules, *{type(module).__name__ for module in modules.values()}]
-        near = difflib.get_close_matches(word, known, n=3)
-        hint = f"Did you mean {' or '.join(repr(one) for one in near)}?" if near else "Name one of these."
-        return MisconfigurationException(
-            f"`Modules(names_or_types)` must name modules of the model, but got {word!r}, which matches none "
-            f"of them. The model has {describe_modules(model)}. {hint}"
-        )
 
 
 _COSTLY_OPS = (
@@ -228,12 +215,14 @@ class SelectiveOps(RecomputationPolicy):
             matrix products, convolutions and attention.
 
     Raises:
-        MisconfigurationException: if an operator is not known to this torch.
+        ArgumentError: if an operator is not known to this torch.
     """
 
     ops: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.ops, str) or not isinstance(self.ops, Sequence):
+            raise wrong("SelectiveOps", "ops", "a list of operators", self.ops, "Write e.g. ['aten.mm'].")
         object.__setattr__(self, "ops", tuple(self.ops))
         self._overloads()
 
@@ -255,13 +244,13 @@ class SelectiveOps(RecomputationPolicy):
         overloads = []
         for name in self.ops or _COSTLY_OPS:
             target: Any = torch.ops
-            for part in name.removeprefix("torch.ops.").split("."):
+            for part in str(name).removeprefix("torch.ops.").split("."):
                 target = getattr(target, part, None)
             target = getattr(target, "default", target)
             if isinstance(target, OpOverload):
                 overloads.append(target)
             elif self.ops:  # of the default ones, some torch versions lack some
-                raise MisconfigurationException(
+                raise ArgumentError(
                     "`SelectiveOps(ops)` must name operators of torch, such as 'aten.mm' or "
                     f"'aten.mm.default', but got {name!r}. Leave `ops` out to keep matrix products, "
                     "convolutions and attention."
@@ -283,17 +272,3 @@ def _blocks(model: nn.Module, policy: str) -> list[str]:
 def _split(names: Sequence[str], num_parts: int) -> list[Sequence[str]]:
     bounds = [round(place * len(names) / num_parts) for place in range(num_parts + 1)]
     return [names[first:last] for first, last in pairwise(bounds)]
-
-
-def _matches(name: str, module: nn.Module, wanted: str | type[nn.Module]) -> bool:
-    if isinstance(wanted, type):
-        return isinstance(module, wanted)
-    return name == wanted or type(module).__name__ == wanted or fnmatchcase(name, wanted)
-
-
-def _check_count(argument: str, name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise MisconfigurationException(
-            f"`{argument}` must be a whole number of at least {least}, but got {name}={value!r}. Use e.g. "
-            f"{least + 1}."
-        )

@@ -23,6 +23,8 @@ _ROOTS: dict[str, Package] = {
     "lightning_fabric": "pytorch_lightning",
 }
 
+_FABRIC = ("lightning.fabric", "lightning_fabric")
+
 #: Where modules of either package are found.
 PACKAGES = tuple(_ROOTS)
 
@@ -128,6 +130,22 @@ def _join(cls: type[KnownToBoth]) -> bool:
         return False
     ours.__bases__ = (*ours.__bases__, found[1])
     return True
+
+
+def misconfiguration_errors() -> tuple[type[Exception], ...]:
+    """Lightning's error for a run that cannot be, in each of the packages that are loaded.
+
+    Returns:
+        None, one or two classes called ``MisconfigurationException``.
+
+    Example:
+        >>> from lightning.fabric.utilities.exceptions import MisconfigurationException
+        >>> MisconfigurationException in misconfiguration_errors()
+        True
+    """
+    modules = (sys.modules.get(f"{package}.utilities.exceptions") for package in _FABRIC)
+    found = (getattr(module, "MisconfigurationException", None) for module in modules)
+    return tuple(kind for kind in found if kind is not None)
 
 
 def refuse_mix(technique: str, trainer: Any) -> None:

@@ -1,5 +1,7 @@
 """Words that all subpackages of the library share."""
 
+from lightning_memtrain.core.arguments.argument_error import ArgumentError
+from lightning_memtrain.core.arguments.byte_sizes import ByteLimit, parse_bytes
 from lightning_memtrain.core.breakdown import Growth, MemoryBreakdown, ModuleMemory, TimelineEvent
 from lightning_memtrain.core.categories import Category, CategoryBytes
 from lightning_memtrain.core.on_demand import OnDemandTensor
@@ -11,13 +13,15 @@ from lightning_memtrain.core.out_of_memory import (
     without_frames,
 )
 from lightning_memtrain.core.technique import Setting, Technique, TechniqueRecord, is_technique
-from lightning_memtrain.core.units import GIB, KIB, MIB, format_bytes, parse_bytes
+from lightning_memtrain.core.units import GIB, KIB, MIB, format_bytes
 from lightning_memtrain.core.warnings import NoEffectWarning, ReportWarning
 
 __all__ = [
     "GIB",
     "KIB",
     "MIB",
+    "ArgumentError",
+    "ByteLimit",
     "Category",
     "CategoryBytes",
     "Growth",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 
+from lightning_memtrain.core.arguments.value_checks import wrong
+
 
 class Category(str, Enum):
     """What a live tensor storage is used for.
@@ -53,7 +55,7 @@ class CategoryBytes(Mapping[Category, int]):
         bytes_by_category: bytes of each category; keys may be a :class:`Category` or its value.
 
     Raises:
-        ValueError: if a key is no category.
+        ArgumentError: if a key is no category.
 
     Example:
         >>> held = CategoryBytes({"parameters": 8, "activations": 24})
@@ -65,7 +67,12 @@ class CategoryBytes(Mapping[Category, int]):
 
     def __init__(self, bytes_by_category: Mapping[Category, int] | Mapping[str, int] | None = None) -> None:
         values = [0] * len(_POSITION)
-        for key, value in (bytes_by_category or {}).items():
+        given = {} if bytes_by_category is None else bytes_by_category
+        known = [category.value for category in Category]
+        if not isinstance(given, Mapping) or not all(key in known for key in given):
+            cure = f"The categories are {', '.join(known)}."
+            raise wrong("CategoryBytes", "bytes_by_category", "bytes by category", given, cure)
+        for key, value in given.items():
             values[_POSITION[Category(key)]] = int(value)
         self._values = tuple(values)
 

@@ -27,3 +27,33 @@ def free_device_bytes(device: torch.device) -> int | None:
         return None
     free_bytes, _ = module.mem_get_info(device)
     return int(free_bytes + module.memory_reserved(device))
+
+
+def total_device_bytes(device: torch.device) -> int | None:
+    """Bytes that torch can use on a device, whoever uses them at the moment.
+
+    On CUDA it is all that the driver gives to programs, or the part of it that
+    ``torch.cuda.set_per_process_memory_fraction`` leaves to this process; on MPS what Metal recommends at
+    most.
+
+    Args:
+        device: any device.
+
+    Returns:
+        The bytes; ``None`` where the device does not tell (the CPU, which lends more than it has).
+
+    Example:
+        >>> total_device_bytes(torch.device("cpu")) is None
+        True
+    """
+    module: Any = getattr(torch, device.type, None)
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory())
+    if not hasattr(module, "mem_get_info"):
+        return None
+    _, total_bytes = module.mem_get_info(device)
+    # Newer than the oldest torch that is supported; without it, the part cannot be told.
+    fraction = getattr(module, "get_per_process_memory_fraction", None)
+    if fraction is not None and module.is_initialized():
+        return int(total_bytes * fraction(device))
+    return int(total_bytes)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
+from lightning_memtrain.core.arguments.argument_error import ArgumentError
+
 #: What a setting's value may be, so that a report can be written as JSON.
 Setting = str | int | float | bool | None
 
@@ -22,8 +24,8 @@ class TechniqueRecord:
             ``"step 12: out of memory at microbatch_size=32, redone with 16"``.
 
     Raises:
-        TypeError: if ``name`` or an event is no text, or a setting's value is of another type.
-        ValueError: if ``name`` is empty or a setting's value is infinite or not a number.
+        ArgumentError: if ``name`` or an event is no text, ``name`` is empty, or a setting's value is of
+            another type, infinite or not a number.
 
     Example:
         >>> print(TechniqueRecord("Microbatching", {"microbatch_size": 16, "recover": True}))
@@ -36,23 +38,30 @@ class TechniqueRecord:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
-            raise TypeError(f"`TechniqueRecord(name)` must be text, but got name={self.name!r}. {_NAME_CURE}")
+            raise ArgumentError(
+                f"`TechniqueRecord(name)` must be text, but got name={self.name!r}. {_NAME_CURE}"
+            )
         if not self.name:
-            raise ValueError(f"`TechniqueRecord(name)` must not be empty, but got name=''. {_NAME_CURE}")
+            raise ArgumentError(f"`TechniqueRecord(name)` must not be empty, but got name=''. {_NAME_CURE}")
+        if not isinstance(self.settings, Mapping):
+            raise ArgumentError(
+                "`TechniqueRecord(settings)` must map names to values, but got "
+                f"settings={self.settings!r}. Write e.g. settings={{'num_parts': 2}}."
+            )
         for key, value in self.settings.items():
             got = f"but got settings[{key!r}]={value!r}"
             if not isinstance(key, str) or not isinstance(value, (str, int, float, bool, type(None))):
-                raise TypeError(
+                raise ArgumentError(
                     "`TechniqueRecord(settings)` must map names to text, numbers, booleans or None, "
                     f"{got}. Write it as text, e.g. `str(value)`."
                 )
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(
+                raise ArgumentError(
                     f"`TechniqueRecord(settings)` must hold finite numbers, which JSON can write, {got}. "
                     "Write it as text, or as None if it means that there is none."
                 )
-        if isinstance(self.events, str) or not all(isinstance(event, str) for event in self.events):
-            raise TypeError(
+        if not isinstance(self.events, tuple) or not all(isinstance(event, str) for event in self.events):
+            raise ArgumentError(
                 f"`TechniqueRecord(events)` must be a tuple of sentences, but got events={self.events!r}. "
                 "Give one text per event, e.g. `events=(event,)`."
             )

@@ -14,6 +14,7 @@ from lightning_memtrain.compat.torch_private import (
     enable_profiler_legacy,
     profiler_enabled,
 )
+from lightning_memtrain.core.arguments.value_checks import as_device
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class CpuStatistics(AllocatorStatistics):
         return AllocatorReading(peak_bytes=start_bytes + peak, over_start_bytes=peak)
 
 
-def allocator_statistics(device: torch.device) -> AllocatorStatistics | None:
+def allocator_statistics(device: torch.device | str) -> AllocatorStatistics | None:
     """The allocator's figures for a device.
 
     Args:
@@ -173,6 +174,7 @@ def allocator_statistics(device: torch.device) -> AllocatorStatistics | None:
     Returns:
         A reader, or ``None`` for a device without any (``meta``, or an accelerator that keeps no peak).
     """
+    device = as_device("allocator_statistics", device=device)
     if device.type == "cpu":
         return CpuStatistics() if can_ask_for_cpu_events() else None
     return AcceleratorStatistics(device) if _memory_api(device) is not None else None

@@ -16,6 +16,12 @@ from lightning_memtrain.core import (
     CategoryBytes,
     MemoryBreakdown,
 )
+from lightning_memtrain.core.arguments.value_checks import (
+    as_device,
+    check_kinds,
+    check_modules,
+    check_optimizers,
+)
 from lightning_memtrain.ledger.model_devices import parameter_device
 from lightning_memtrain.ledger.operators.allocation_limit import AllocationLimit
 from lightning_memtrain.ledger.operators.workspace import OpWorkspace, PeakEstimator
@@ -60,7 +66,7 @@ class MemoryLedger:
             uses them or not; training state and the batch among them are counted as such.
 
     Raises:
-        ValueError: if ``device`` is not given and ``model`` has no parameters, or has them on two devices.
+        ArgumentError: if ``device`` is not given and ``model`` has no parameters, or has them on two devices.
 
     Example:
         >>> import torch
@@ -86,11 +92,19 @@ class MemoryLedger:
         limit: AllocationLimit | None = None,
         held: Iterable[torch.Tensor] = (),
     ) -> None:
+        check_modules("MemoryLedger", model=model)
+        cure = "Leave it out."
+        if workspace is not None:
+            check_kinds("MemoryLedger", OpWorkspace, "an OpWorkspace or None", cure, workspace=workspace)
+        if limit is not None:
+            check_kinds("MemoryLedger", AllocationLimit, "an AllocationLimit or None", cure, limit=limit)
         self._model = model
         self._optimizers = tuple(optimizers) if isinstance(optimizers, Sequence) else (optimizers,)
+        check_optimizers("MemoryLedger", optimizers=self._optimizers)
         self._inputs = inputs
         self._held = tuple(held)
-        self.device = torch.device(device) if device is not None else parameter_device(model)
+        given = None if device is None else as_device("MemoryLedger", device=device)
+        self.device = parameter_device(model) if given is None else given
         self._estimate = PeakEstimator(workspace) if workspace is not None else None
         self._storages = StorageTracker(self.device, self._estimate)
         self._watch = StepTracker(model, self._optimizers, self._storages, self._estimate, limit)

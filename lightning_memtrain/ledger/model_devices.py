@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.ledger.submodules import named_submodules
 
 
@@ -35,18 +36,18 @@ def parameter_device(model: nn.Module) -> torch.device:
         The device, with its index.
 
     Raises:
-        ValueError: if there are no parameters, or parameters on two devices.
+        ArgumentError: if there are no parameters, or parameters on two devices.
     """
     devices = parameter_devices(model)
     if not devices:
-        raise ValueError(
+        raise ArgumentError(
             f"`MemoryLedger(model)` must have parameters, which decide on the device to count on, "
             f"but got a {type(model).__name__} with none. "
             "Pass `device=...`, or build the model before the ledger (in `configure_model`, for instance)."
         )
     if len(devices) > 1:
         found = ", ".join(f"{name} on {device}" for device, name in devices.items())
-        raise ValueError(
+        raise ArgumentError(
             f"`MemoryLedger(model)` must have all parameters on one device, but got {found}. "
             "Move the model to one device, or pass `device=...` to count on one of them."
         )

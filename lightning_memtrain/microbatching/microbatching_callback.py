@@ -6,12 +6,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
 from lightning_memtrain.compat.lightning_packages import refuse_mix
-from lightning_memtrain.core import TechniqueRecord, parse_bytes
+from lightning_memtrain.core import ArgumentError, ByteLimit, TechniqueRecord
+from lightning_memtrain.core.arguments.value_checks import check_flags
 from lightning_memtrain.microbatching import training_loop
 from lightning_memtrain.microbatching.automatic_size.recovery import Recovery
 from lightning_memtrain.microbatching.automatic_size.size_choice import AutoSize
@@ -62,15 +62,16 @@ class Microbatching(Callback):
         num_batchnorm_sweeps: for ``"synchronized"``, how often all chunks run. Each time brings gradients
             closer to those of the whole batch; once more than there are batch normalisations in a row, they
             are equal.
-        limit: for ``"auto"``, the most memory to use, in bytes or as ``"4GiB"``; counted by the ledger. By
-            default what the device has free. The CPU does not tell, so there it must be given.
+        limit: for ``"auto"``, the most memory to use, in bytes, as ``"4GiB"``, or as a share of the device's
+            memory: 0.9; counted by the ledger. By default what the device has free. The CPU does not tell
+            what it has, so there a size must be given.
         grow_after_batches: for ``"auto"``, after how many batches without trouble a size that was halved is
             doubled again. Each failure doubles this number.
         sync_each_chunk: whether FSDP2 reduces gradients in the backward of each chunk; with ``False`` only in
             that of the last one, for which every rank holds gradients of all whole weights until then.
 
     Raises:
-        MisconfigurationException: if not exactly one of ``num_microbatches`` and ``microbatch_size`` is
+        ArgumentError: if not exactly one of ``num_microbatches`` and ``microbatch_size`` is
             given, or an argument is out of its range; at ``setup``, with manual optimization, with
             ``training_step(dataloader_iter)``, or with a strategy that accumulates by itself (DeepSpeed).
 
@@ -95,29 +96,31 @@ class Microbatching(Callback):
         split_fn: SplitFn | None = None,
         batchnorm: BatchNormMode = "pooled",
         num_batchnorm_sweeps: int = 2,
-        limit: int | str | None = None,
+        limit: int | float | str | None = None,
         grow_after_batches: int = 100,
         sync_each_chunk: bool = True,
     ) -> None:
         super().__init__()
         check_splitting(
-            "Microbatching", num_microbatches, microbatch_size, loss_reduction, weight_fn, finds_size=True
+            "Microbatching",
+            num_microbatches,
+            microbatch_size,
+            loss_reduction,
+            weight_fn,
+            split_fn,
+            finds_size=True,
         )
         check_batchnorm("Microbatching", batchnorm, num_batchnorm_sweeps)
-        check_count("Microbatching", "grow_after_batches", grow_after_batches)
-        if not isinstance(sync_each_chunk, bool):
-            raise MisconfigurationException(
-                "`Microbatching(sync_each_chunk)` must be True or False, but got "
-                f"sync_each_chunk={sync_each_chunk!r}. Leave it out to reduce in each chunk."
-            )
+        check_count("Microbatching", "grow_after_batches", grow_after_batches, optional=False)
+        check_flags("Microbatching", sync_each_chunk=sync_each_chunk)
         if batchnorm == "synchronized" and microbatch_size == "auto":
-            raise MisconfigurationException(
+            raise ArgumentError(
                 "`Microbatching(batchnorm='synchronized')` needs a fixed size, since its pass over the whole "
                 "batch takes memory that no microbatch size changes, but got microbatch_size='auto'. "
                 "Give a size, or use batchnorm='pooled'."
             )
         if limit is not None and microbatch_size != "auto":
-            raise MisconfigurationException(
+            raise ArgumentError(
                 f"`Microbatching(limit)` needs microbatch_size='auto', but got limit={limit!r} with "
                 f"microbatch_size={microbatch_size}. Leave out the limit, or let it choose the size."
             )
@@ -127,8 +130,10 @@ class Microbatching(Callback):
         self._grow_after_batches = grow_after_batches
         self._sync_each_chunk = sync_each_chunk
         self._size: AutoSize | FixedSplit
+        self._limit: ByteLimit | None = None
         if microbatch_size == "auto":
-            limit_bytes = None if limit is None else parse_bytes(limit, argument="Microbatching(limit)")
+            self._limit = None if limit is None else ByteLimit(limit, "Microbatching(limit)")
+            limit_bytes = None if self._limit is None else self._limit.num_bytes
             self._size = AutoSize(limit_bytes, grow_after_batches)
         else:
             self._size = FixedSplit(num_microbatches, microbatch_size)
@@ -145,9 +150,19 @@ class Microbatching(Callback):
         refuse_mix("Microbatching", trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         num_given = sum(isinstance(callback, Microbatching) for callback in callbacks)
+        self.settle_limit(trainer)
         validate_run(trainer, pl_module, self._size, num_given)
         training_loop.check(trainer)
         self._forget_other_runs(trainer, pl_module)
+
+    def settle_limit(self, trainer: Trainer) -> None:
+        """Take the limit on the device of a run, which may be a share of what that has.
+
+        Args:
+            trainer: fits.
+        """
+        if isinstance(self._size, AutoSize) and self._limit is not None:
+            self._size.limit_bytes = self._limit.on(trainer.strategy.root_device)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the place of the training loop's closure; the model is complete and on its device by now."""

@@ -8,11 +8,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_memtrain.coordination import annotate, partial_backward
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_functions, check_modules
 from lightning_memtrain.microbatching.backward_sync import broadcast_buffers
 from lightning_memtrain.microbatching.batch_snapshot import BatchSnapshot
 from lightning_memtrain.microbatching.batchnorm.batchnorm_policy import (
@@ -81,7 +82,7 @@ def microbatched_backward(
         The loss of the whole batch, with one element, without a graph.
 
     Raises:
-        MisconfigurationException: if not exactly one of ``num_microbatches`` and ``microbatch_size`` is
+        ArgumentError: if not exactly one of ``num_microbatches`` and ``microbatch_size`` is
             given, an argument is out of its range, the batch cannot be split, or ``loss_fn`` does not return
             one number.
 
@@ -95,7 +96,9 @@ def microbatched_backward(
         >>> torch.allclose(layer.weight.grad, whole), torch.allclose(loss, loss_fn(rows))
         (True, True)
     """
-    check_splitting(_NAME, num_microbatches, microbatch_size, loss_reduction, weight_fn)
+    check_modules(_NAME, model=model)
+    check_functions(_NAME, loss_fn=loss_fn, backward=backward)
+    check_splitting(_NAME, num_microbatches, microbatch_size, loss_reduction, weight_fn, split_fn)
     check_batchnorm(_NAME, batchnorm, num_batchnorm_sweeps)
     splitter = Splitter(loss_reduction, weight_fn, split_fn, owner=_NAME)
     size = FixedSplit(num_microbatches, microbatch_size)
@@ -138,7 +141,7 @@ def _run_chunk(
     loss = loss_fn(chunk.batch)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`{_NAME}(loss_fn)` must return a tensor with one element, the loss, but got {given}. Reduce it "
             "over the batch, by its mean or sum."
         )

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_memtrain.compat.torch_private import current_graph_task_id
 from lightning_memtrain.coordination import dry_run_depth
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.optimizer_in_backward.gradient_accumulation import (
     Accumulation,
     suggested_accumulation,
@@ -39,7 +39,7 @@ class BackwardSteps:
         averages: over ranks; ``None`` if there is one.
 
     Raises:
-        MisconfigurationException: if the optimizer cannot be stepped in parts; some show that at a step only.
+        ArgumentError: if the optimizer cannot be stepped in parts; some show that at a step only.
     """
 
     def __init__(
@@ -89,10 +89,11 @@ class BackwardSteps:
             max_norm: clip the norm of all gradients to this, which runs backward twice; greater than 0.
 
         Raises:
-            ValueError: if gradients are to be accumulated without an ``accumulation``, or clipped with one.
+            ArgumentError: if gradients are to be accumulated without an ``accumulation``, or clipped with
+                one.
         """
         if max_norm is not None and (not max_norm > 0 or self._accumulation is not None):
-            raise ValueError(
+            raise ArgumentError(
                 "`backward(max_norm)` must be greater than 0, and goes without an `accumulation`, by which "
                 f"the sum of the gradients never exists, but got max_norm={max_norm!r} and "
                 f"accumulation={self._accumulation!r}. Leave out one of them."
@@ -100,7 +101,7 @@ class BackwardSteps:
         if not last and self._accumulation is None:
             choice = suggested_accumulation(self._optimizer)
             cure = "SGD with momentum or AdamW" if choice is None else f"`accumulation={choice}`"
-            raise ValueError(
+            raise ArgumentError(
                 "`backward(last)` must be True where each gradient is freed at once, but got last=False. "
                 f"Use {cure}, or one backward per step."
             )
@@ -216,11 +217,11 @@ class BackwardSteps:
             accumulating: of :meth:`accumulating`.
 
         Raises:
-            MisconfigurationException: if there is nothing to accumulate gradients in.
+            ArgumentError: if there is nothing to accumulate gradients in.
         """
         if self._accumulation is None:
             choice = suggested_accumulation(self._optimizer) or "the one that it was written with"
-            raise MisconfigurationException(
+            raise ArgumentError(
                 "`OptimizerInBackward(accumulation)` must be that of the run whose checkpoint is resumed, "
                 "since it was written amid an accumulation, whose first gradients are in the optimizer's "
                 f"state, but got accumulation=None. Use accumulation={choice}, or a checkpoint written after "

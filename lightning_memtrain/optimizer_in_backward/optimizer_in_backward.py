@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_memtrain.compat.lightning_packages import refuse_mix
 from lightning_memtrain.compat.lightning_private import should_accumulate
 from lightning_memtrain.coordination import backward_is_partial
-from lightning_memtrain.core import NoEffectWarning, TechniqueRecord, format_bytes
+from lightning_memtrain.core import ArgumentError, NoEffectWarning, TechniqueRecord, format_bytes
 from lightning_memtrain.optimizer_in_backward.backward_steps import BackwardSteps
 from lightning_memtrain.optimizer_in_backward.gradient_accumulation import Accumulation
 from lightning_memtrain.optimizer_in_backward.gradient_averages import GradientAverages
@@ -52,8 +52,9 @@ class OptimizerInBackward(Callback):
             callbacks though gradients are gone by then; otherwise those who override them are refused.
 
     Raises:
-        MisconfigurationException: if an argument is out of its range; before the first batch, if model,
-            optimizer, strategy, precision or callbacks do not go with stepping in backward.
+        ArgumentError: if an argument is out of its range.
+        MisconfigurationException: before the first batch, if model, optimizer, strategy, precision or
+            callbacks do not go with stepping in backward.
 
     Example:
         >>> import lightning as L
@@ -84,17 +85,17 @@ class OptimizerInBackward(Callback):
     ) -> None:
         super().__init__()
         if accumulation is not None and not isinstance(accumulation, Accumulation):
-            raise MisconfigurationException(
+            raise ArgumentError(
                 "`OptimizerInBackward(accumulation)` must be ExactMomentum(), AdamA() or None, but got "
                 f"accumulation={accumulation!r}. Use one of them."
             )
         if clip_by_norm not in (None, "two_pass"):
-            raise MisconfigurationException(
+            raise ArgumentError(
                 "`OptimizerInBackward(clip_by_norm)` must be 'two_pass' or None, but got "
                 f"clip_by_norm={clip_by_norm!r}. Use one of them."
             )
         if not isinstance(hooks_without_gradients, bool):
-            raise MisconfigurationException(
+            raise ArgumentError(
                 "`OptimizerInBackward(hooks_without_gradients)` must be True or False, but got "
                 f"hooks_without_gradients={hooks_without_gradients!r}. Use one of them."
             )

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import (
+    check_functions,
+    check_kinds,
+    check_numbers,
+    check_optimizer,
+)
 from lightning_memtrain.optimizer_in_backward.backward_steps import BackwardSteps
 from lightning_memtrain.optimizer_in_backward.gradient_accumulation import Accumulation
 from lightning_memtrain.optimizer_in_backward.pending_steps import StepParameter
@@ -36,9 +43,9 @@ def step_in_backward(
         gradients; ``backward(loss, last=False)`` accumulates.
 
     Raises:
-        MisconfigurationException: if the optimizer cannot be stepped in parts, which some show at a step
+        ArgumentError: if the optimizer cannot be stepped in parts, which some show at a step
             only, or does not go with the accumulation.
-        ValueError: if ``clip_value`` is out of its range, or given beside an accumulation.
+        ArgumentError: if ``clip_value`` is out of its range, or given beside an accumulation.
 
     Example:
         >>> import torch
@@ -50,14 +57,17 @@ def step_in_backward(
         >>> stepping.num_stepped, [p.grad for p in model.parameters()]
         (12, [None, None, None, None])
     """
-    if clip_value is not None and not clip_value > 0:
-        raise ValueError(
-            f"`step_in_backward(clip_value)` must be greater than 0, but got clip_value={clip_value!r}. "
-            "Leave it out for no clipping."
-        )
+    check_optimizer("step_in_backward", optimizer=optimizer)
+    check_functions("step_in_backward", step_parameter=step_parameter)
+    expected, cure = "ExactMomentum(), AdamA() or None", "Use one of them."
+    kinds = Accumulation, type(None)
+    check_kinds("step_in_backward", kinds, expected, cure, accumulation=accumulation)
+    if clip_value is not None:
+        cure = "Leave it out for no clipping."
+        check_numbers("step_in_backward", "greater than 0", lambda x: x > 0, cure, clip_value=clip_value)
     if accumulation is not None:
         if clip_value is not None:
-            raise ValueError(
+            raise ArgumentError(
                 f"`step_in_backward(accumulation={accumulation!r})` cannot clip, since the sum of the "
                 f"gradients never exists, but got clip_value={clip_value!r}. Leave out one of them."
             )

@@ -11,6 +11,8 @@ import torch
 from lightning.fabric.utilities.apply_func import apply_to_collection  # type: ignore[attr-defined]
 from torch import Tensor
 
+from lightning_memtrain.core.arguments.value_checks import check_flags, wrong
+
 _TARGET = re.compile(r"(.*_)?(y|targets?|labels?)", re.IGNORECASE)
 
 
@@ -36,6 +38,9 @@ def cast_batch(batch: Any, dtype: torch.dtype, cast_targets: bool = False) -> An
         >>> images.dtype, heights.tolist()
         (torch.float16, [70000.0, 1.5])
     """
+    check_flags("cast_batch", cast_targets=cast_targets)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise wrong("cast_batch", "dtype", "a floating-point dtype", dtype, "Use e.g. torch.bfloat16.")
     if cast_targets:
         return _cast_tensors(batch, dtype)
     return _cast_inputs(batch, dtype, beside_target=False)

@@ -23,6 +23,7 @@ from lightning_memtrain.compat.lightning_packages import (
     refuse_mix,
 )
 from lightning_memtrain.core import TechniqueRecord
+from lightning_memtrain.core.arguments.module_selectors import Selector, selector_name
 from lightning_memtrain.optimizer_steps.parameter_steps import step_parameter
 from lightning_memtrain.precision.activations.activation_codec import ActivationCodec
 from lightning_memtrain.precision.activations.packed_training_steps import PackedTrainingSteps
@@ -40,7 +41,7 @@ from lightning_memtrain.precision.precision_settings import (
     PrecisionSettings,
     WeightRounding,
 )
-from lightning_memtrain.precision.weights.kept_layers import NORM, Selector, selector_name
+from lightning_memtrain.precision.weights.kept_layers import NORM
 from lightning_memtrain.precision.weights.model_conversion import restore_float32_
 
 # Lightning keys a plugin's state by the name of its class, and drops it when that is another one.
@@ -78,8 +79,9 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
             Checkpoints of the run are in half precision in either case.
 
     Raises:
-        MisconfigurationException: if an argument is out of its range; before the run begins, with a strategy
-            that casts or steps by itself (FSDP, DeepSpeed, XLA), or with an optimizer that cannot step so.
+        ArgumentError: if an argument is out of its range.
+        MisconfigurationException: before the run begins, with a strategy that casts or steps by itself
+            (FSDP, DeepSpeed, XLA), or with an optimizer that cannot step so.
 
     Example:
         >>> import lightning as L

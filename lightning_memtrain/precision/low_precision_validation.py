@@ -9,6 +9,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.module_selectors import as_selectors
 from lightning_memtrain.optimizer_steps.closures import needs_closure
 from lightning_memtrain.precision.activations.activation_codec import is_int, validate_codec
 from lightning_memtrain.precision.optimizers.grad_scaler import ScalerConfig
@@ -39,41 +41,37 @@ def validate_settings(settings: PrecisionSettings) -> None:
         settings: of the plugin.
 
     Raises:
-        MisconfigurationException: naming the argument.
+        ArgumentError: naming the argument.
     """
     _check_choice("precision", settings.precision, get_args(PrecisionName))
     _check_choice("weight_rounding", settings.weight_rounding, get_args(WeightRounding))
     _check_choice("leave", settings.leave, get_args(Leave))
-    names = settings.keep_in_fp32
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, (str, type)) for name in names):
-        raise MisconfigurationException(
-            "`LowPrecision(keep_in_fp32)` must be a tuple of names of layers, but got "
-            f'keep_in_fp32={names!r}. Write it as a tuple, e.g. ("norm", "head").'
-        )
+    cure = 'Write it as a tuple, e.g. ("norm", "head").'
+    as_selectors("LowPrecision", cure, least=0, keep_in_fp32=settings.keep_in_fp32)
     if settings.scaler is not None and not isinstance(settings.scaler, ScalerConfig):
-        raise MisconfigurationException(
+        raise ArgumentError(
             "`LowPrecision(scaler)` must be a ScalerConfig or None, but got "
             f"scaler={settings.scaler!r}. Write e.g. ScalerConfig(init_scale=1024.0)."
         )
     if settings.activations is not None:
         validate_codec("LowPrecision(activations)", settings.activations)
     if not isinstance(settings.cast_targets, bool):
-        raise MisconfigurationException(
+        raise ArgumentError(
             "`LowPrecision(cast_targets)` must be True or False, but got "
             f"cast_targets={settings.cast_targets!r}. Use one of them."
         )
     if not is_int(settings.seed):
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`LowPrecision(seed)` must be an integer, but got seed={settings.seed!r}. Leave it out for 0."
         )
     if settings.scaler is not None and not settings.precision.startswith("16"):
-        raise MisconfigurationException(
+        raise ArgumentError(
             "`LowPrecision(scaler)` needs precision='16-true' or '16-mixed', the formats with small "
             f"exponents, but got precision={settings.precision!r}. Leave out the scaler."
         )
     numel = settings.bucket_numel
     if numel is not None and (not is_int(numel) or numel < 1):
-        raise MisconfigurationException(
+        raise ArgumentError(
             "`LowPrecision(bucket_numel)` must be a number of weights of at least 1, but got "
             f"bucket_numel={numel!r}. Leave it out for 1/64 of the weights."
         )
@@ -89,13 +87,13 @@ def _refuse_without_effect(settings: PrecisionSettings) -> None:
             ("leave", settings.leave != "half"),
         ):
             if unused:
-                raise MisconfigurationException(
+                raise ArgumentError(
                     f"`LowPrecision({name})` needs precision='bf16-true' or '16-true', where weights and "
                     f"batches are cast, but got {name}={getattr(settings, name)!r} and {precision}. "
                     "Leave it out."
                 )
     if settings.bucket_numel is not None and not settings.rounds_stochastically:
-        raise MisconfigurationException(
+        raise ArgumentError(
             "`LowPrecision(bucket_numel)` needs weights that are rounded stochastically, since only these "
             f"are stepped by the bucket, but got bucket_numel={settings.bucket_numel}, {precision} and "
             f"weight_rounding={settings.weight_rounding!r}. Leave it out."
@@ -105,7 +103,7 @@ def _refuse_without_effect(settings: PrecisionSettings) -> None:
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         expected = ", ".join(repr(choice) for choice in choices)
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`LowPrecision({name})` must be one of {expected}, but got {name}={value!r}. Use one of them."
         )
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 
+from lightning_memtrain.core.arguments.module_selectors import Selector
 from lightning_memtrain.precision.activations.activation_codec import ActivationCodec
 from lightning_memtrain.precision.optimizers.grad_scaler import ScalerConfig
-from lightning_memtrain.precision.weights.kept_layers import Selector
 
 PrecisionName = Literal["bf16-true", "16-true", "bf16-mixed", "16-mixed", "32-true"]
 WeightRounding = Literal["stochastic", "nearest"]

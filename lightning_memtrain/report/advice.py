@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_memtrain.core import Category, MemoryBreakdown, ModuleMemory
+from lightning_memtrain.core import ArgumentError, Category, MemoryBreakdown, ModuleMemory
 from lightning_memtrain.report.memory_report import LargestHolder
 
 _ADVICE = {
@@ -47,7 +47,7 @@ def largest_holders(breakdown: MemoryBreakdown, count: int = 3) -> tuple[Largest
         At most ``count`` holders, largest first; only those that hold anything.
 
     Raises:
-        ValueError: if ``count`` is below 1.
+        ArgumentError: if ``count`` is below 1.
 
     Example:
         >>> from lightning_memtrain.core import CategoryBytes
@@ -57,7 +57,7 @@ def largest_holders(breakdown: MemoryBreakdown, count: int = 3) -> tuple[Largest
         [('activations', 24), ('parameters', 4)]
     """
     if count < 1:
-        raise ValueError(
+        raise ArgumentError(
             f"`largest_holders(count)` must be at least 1, but got count={count}. "
             f"Ask for the number of holders to name."
         )

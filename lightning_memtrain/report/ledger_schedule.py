@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from numbers import Integral
 
+from lightning_memtrain.core import ArgumentError
+
 # The first step creates the optimizer state, the second is the first to run with it, and the third shows
 # whether the second was typical.
 NUM_FIRST_STEPS = 3
@@ -18,8 +20,7 @@ class LedgerSchedule:
         every_n_steps: steps from one watched step to the next, at least 1.
 
     Raises:
-        TypeError: if ``every_n_steps`` is no integer.
-        ValueError: if ``every_n_steps`` is below 1.
+        ArgumentError: if ``every_n_steps`` is no whole number from 1 on.
 
     Example:
         >>> schedule = LedgerSchedule(every_n_steps=50)
@@ -36,10 +37,8 @@ class LedgerSchedule:
             f"but got every_n_steps={given!r}. "
             "Use 1 to let the ledger watch every step, or a larger number to let it watch fewer."
         )
-        if isinstance(given, bool) or not isinstance(given, Integral):
-            raise TypeError(refusal)
-        if given < 1:
-            raise ValueError(refusal)
+        if isinstance(given, bool) or not isinstance(given, Integral) or given < 1:
+            raise ArgumentError(refusal)
 
     def watches(self, step: int) -> bool:
         """Whether the ledger watches a step.

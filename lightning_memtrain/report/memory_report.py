@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_memtrain.core import Growth, MemoryBreakdown, TechniqueRecord
+from lightning_memtrain.core import ArgumentError, Growth, MemoryBreakdown, TechniqueRecord
 from lightning_memtrain.core.atomic_files import write_atomically
 
 SCHEMA_VERSION = 1
@@ -197,13 +197,14 @@ class MemoryReport:
                 peak.
 
         Raises:
-            ValueError: if the stage was not profiled, or without its timeline.
+            ArgumentError: if the stage was not profiled.
+            ValueError: if it was profiled without its timeline.
         """
         from lightning_memtrain.report.cuda_snapshot.writing import snapshot_of_breakdown, write_snapshot
 
         name = self.peak_stage if stage is None else stage
         if name is None or name not in self.stages:
-            raise ValueError(
+            raise ArgumentError(
                 f"`save_snapshot(stage)` must be a stage that was profiled, one of {list(self.stages)}, but "
                 f"got {stage!r}."
             )

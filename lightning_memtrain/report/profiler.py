@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_memtrain.compat.lightning_private import (
     should_update_logs,
 )
 from lightning_memtrain.core import MIB, MemoryBreakdown, ReportWarning, is_out_of_memory
+from lightning_memtrain.core.arguments.value_checks import check_flags, check_kinds
 from lightning_memtrain.ledger import AllocatorStatistics, allocator_statistics
 from lightning_memtrain.ledger.device_allocator import CpuStatistics
 from lightning_memtrain.report.batch_measurement import BatchMeasurement
@@ -71,8 +73,7 @@ class MemoryProfiler(Callback):
             or ``None`` for all.
 
     Raises:
-        TypeError: if ``every_n_steps`` or ``max_rows`` is no integer.
-        ValueError: if ``every_n_steps`` is below 1, or ``max_rows`` below 2.
+        ArgumentError: if ``every_n_steps`` is no whole number from 1 on, or ``max_rows`` none from 2 on.
     """
 
     def __init__(
@@ -85,6 +86,9 @@ class MemoryProfiler(Callback):
     ) -> None:
         super().__init__()
         self._max_rows = validate_max_rows(max_rows)
+        check_flags("MemoryProfiler", per_module=per_module, timeline=timeline)
+        kinds, cure = (str, PathLike, type(None)), "Leave it out for `memory` beside the logs."
+        check_kinds("MemoryProfiler", kinds, "the path of a folder", cure, report_dir=report_dir)
         self._schedule = LedgerSchedule(every_n_steps)
         self._per_module = per_module
         self._timeline = timeline

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from numbers import Integral
 
-from lightning_memtrain.core import MemoryBreakdown, ModuleMemory, TimelineEvent
+from lightning_memtrain.core import ArgumentError, MemoryBreakdown, ModuleMemory, TimelineEvent
 from lightning_memtrain.report.memory_report import MemoryReport
 
 
@@ -41,8 +41,7 @@ def validate_max_rows(max_rows: int | None) -> int | None:
         The same.
 
     Raises:
-        TypeError: if it is no integer and not ``None``.
-        ValueError: if it is below 2.
+        ArgumentError: if it is neither ``None`` nor a whole number from 2 on.
     """
     refusal = (
         "`MemoryProfiler(max_rows)` must be an integer of at least 2, or None for all rows, "
@@ -50,10 +49,8 @@ def validate_max_rows(max_rows: int | None) -> int | None:
     )
     if max_rows is None:
         return None
-    if isinstance(max_rows, bool) or not isinstance(max_rows, Integral):
-        raise TypeError(refusal)
-    if max_rows < 2:
-        raise ValueError(refusal)
+    if isinstance(max_rows, bool) or not isinstance(max_rows, Integral) or max_rows < 2:
+        raise ArgumentError(refusal)
     return int(max_rows)
 
 

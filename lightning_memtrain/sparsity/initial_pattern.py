@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_memtrain.core import NoEffectWarning
+from lightning_memtrain.core.arguments.value_checks import check_counts, check_kinds, check_modules
 from lightning_memtrain.sparsity.methods.rules.layer_updates import UpdateTime
 from lightning_memtrain.sparsity.methods.rules.random_positions import sample_free_positions
-from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
+from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod, check_method
 from lightning_memtrain.sparsity.selection.layer_copies import LayerCopies
 from lightning_memtrain.sparsity.selection.layer_validation import refuse_layers
 from lightning_memtrain.sparsity.selection.select import DEFAULT_TYPES, Select
@@ -60,6 +61,11 @@ def random_positions(
         >>> sparsify_(model, positions)["0.weight"]
         SparseWeight('0.weight', shape=(4, 4), nnz=4)
     """
+    check_modules("random_positions", model=model)
+    check_method("random_positions", method)
+    expected, cure = "a Select or None", "Leave it out for linear and convolution layers."
+    check_kinds("random_positions", (Select, type(None)), expected, cure, select=select)
+    check_counts("random_positions", None, "Leave it out for 0.", seed=seed)
     return _draw(model, method, select or Select(), seed, "random_positions")[0]
 
 
@@ -97,7 +103,7 @@ def sparsify_at_random(
     positions, copies = _draw(model, method, select, seed, "SparseTraining")
     if positions:
         sparsify_(model, positions, storage=storage, chunk_bytes=chunk_bytes)
-        if select.types == DEFAULT_TYPES and not isinstance(method.sparsity, Mapping):
+        if tuple(select.types) == DEFAULT_TYPES and not isinstance(method.sparsity, Mapping):
             _warn_of_little(model, select)
     return copies
 
@@ -164,7 +170,7 @@ def _warn_of_little(model: nn.Module, select: Select) -> None:
         if id(parameter) not in numels
         and not is_lazy(parameter)
         and parameter.requires_grad
-        and not select.keeps_dense(name, model.get_submodule(name.rpartition(".")[0]))
+        and not select.keeps_dense(model, name)
     }
     sparse = sum(numels.values())
     if (share := sparse / (sparse + sum(dense.values()))) >= _LITTLE:

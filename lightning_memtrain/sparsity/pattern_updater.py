@@ -14,13 +14,14 @@ from torch.optim import Optimizer
 
 from lightning_memtrain.coordination import dry_run_depth
 from lightning_memtrain.core import NoEffectWarning
+from lightning_memtrain.core.arguments.value_checks import check_counts
 from lightning_memtrain.sparsity import distributed
 from lightning_memtrain.sparsity.methods.rules.layer_updates import LayerView, MethodState, UpdateTime
-from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
+from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod, check_method
 from lightning_memtrain.sparsity.storage.candidate_search import Candidates
 from lightning_memtrain.sparsity.storage.candidate_watch import CandidateWatch, watch_candidates
 from lightning_memtrain.sparsity.storage.shards import full_tensor
-from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
+from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight, check_weights
 from lightning_memtrain.sparsity.unfinished_update import UnfinishedUpdate, UpdateResult
 
 # With several passes per step, or several ranks, the largest of one need not be the largest of all.
@@ -53,6 +54,9 @@ class PatternUpdater:
     """
 
     def __init__(self, weights: Mapping[str, SparseWeight], method: SparseMethod, num_ranks: int = 1) -> None:
+        check_weights("PatternUpdater", weights)
+        check_method("PatternUpdater", method)
+        check_counts("PatternUpdater", num_ranks=num_ranks)
         self.weights = dict(weights)
         self.method = method
         self.state: MethodState = method.initial_state(sum(weight.nnz for weight in weights.values()))

@@ -79,9 +79,10 @@ class SparseTraining(Callback):
             for code that knows of no sparse layers. Then checkpoints hold dense weights as well.
 
     Raises:
-        MisconfigurationException: if an argument is out of its range; before the run, with strategies that
-            shard otherwise, with averages of weights, with tied weights, or if the run has no end that a
-            schedule or a fraction needs; when resuming, if the checkpoint has another sparsity of layers.
+        ArgumentError: if an argument is out of its range.
+        MisconfigurationException: before the run, with strategies that shard otherwise, with averages of
+            weights, with tied weights, or if the run has no end that a schedule or a fraction needs; when
+            resuming, if the checkpoint has another sparsity of layers.
 
     Example:
         >>> import lightning as L
@@ -110,7 +111,7 @@ class SparseTraining(Callback):
         leave: Leave = "sparse",
     ) -> None:
         super().__init__()
-        refuse_arguments(method, update, layers, storage, chunk_bytes, leave)
+        refuse_arguments(method, update, layers, storage, chunk_bytes, seed, track_exploration, leave)
         self.method = method
         self.select = layers or Select()
         self._update_schedule = update or method.default_update

@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_memtrain.core import MIB, format_bytes
+from lightning_memtrain.core import MIB, ArgumentError, format_bytes, parse_bytes
+from lightning_memtrain.core.arguments.value_checks import is_whole, wrong
 
 # What torch takes for cuBLAS, and again for cuBLASLt, once per handle and stream (`CublasHandlePool.cpp`):
 # `:4096:2:16:8` of CUBLAS_WORKSPACE_CONFIG, two pieces of 4096 KiB and eight of 16, ...
@@ -45,7 +46,7 @@ class Device:
 
     Args:
         name: what it is called.
-        total_bytes: its memory, at least 1.
+        total_bytes: its memory, in bytes or as ``"24GiB"``.
         source: where ``total_bytes`` is from.
         driver_bytes: what of it torch never sees; 0 where ``total_bytes`` is what torch shows.
         context_bytes: what a process needs on it besides tensors: the CUDA context, and kernels.
@@ -67,18 +68,25 @@ class Device:
     compute_capability: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.total_bytes < 1:
-            raise ValueError(f"`Device(total_bytes)` must be at least 1, but got {self.total_bytes}.")
-        if self.driver_bytes < 0 or self.context_bytes < 0:
-            raise ValueError(
-                "`Device(driver_bytes, context_bytes)` must be at least 0, but got "
-                f"{self.driver_bytes} and {self.context_bytes}."
-            )
+        if not isinstance(self.name, str) or not self.name:
+            raise wrong("Device", "name", "what it is called", self.name, "Write e.g. 'RTX 4090'.")
+        # As in all places: a number of bytes or a text with its unit.
+        total_bytes = parse_bytes(self.total_bytes, argument="Device(total_bytes)")
+        object.__setattr__(self, "total_bytes", total_bytes)
+        for name in ("driver_bytes", "context_bytes"):
+            value = getattr(self, name)
+            none = is_whole(value) and value == 0
+            size = 0 if none else parse_bytes(value, argument=f"Device({name})")
+            object.__setattr__(self, name, size)
+        capability = self.compute_capability
+        if capability is not None and not _is_pair(capability):
+            cure = "Write e.g. (8, 9); leave it out for what is no GPU by NVIDIA."
+            raise wrong("Device", "compute_capability", "two whole numbers", capability, cure)
         if self.usable_bytes < 1:
-            raise ValueError(
+            raise ArgumentError(
                 "`Device(driver_bytes, context_bytes)` must leave something of the total of "
                 f"{format_bytes(self.total_bytes)}, but got {format_bytes(self.driver_bytes)} and "
-                f"{format_bytes(self.context_bytes)}."
+                f"{format_bytes(self.context_bytes)}. Lower them."
             )
 
     @property
@@ -118,7 +126,7 @@ class Device:
             The device.
 
         Raises:
-            ValueError: if there is none of that name, or several.
+            ArgumentError: if there is none of that name, or several.
         """
         words = _words(name)
         if words == ["cpu"]:
@@ -134,7 +142,7 @@ class Device:
             nearest = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.3)
             hint = f" Did you mean {names[nearest[0]]!r}?" if nearest else ""
             rest = f"which is none.{hint} `memtrain devices` lists all; use `Device(name, total_bytes)` else."
-        raise ValueError(
+        raise ArgumentError(
             f"`Device.named(name)` must be the name of a device of the list, but got {name!r}, {rest}"
         )
 
@@ -149,14 +157,14 @@ class Device:
             The device.
 
         Raises:
-            ValueError: if there are GPUs, but none of that number.
+            ArgumentError: if there are GPUs, but none of that number.
         """
         import torch
 
         if not torch.cuda.is_available():
             return _cpu()
         if not 0 <= index < torch.cuda.device_count():
-            raise ValueError(
+            raise ArgumentError(
                 f"`Device.here(index)` must be the number of a GPU of this machine, 0 to "
                 f"{torch.cuda.device_count() - 1}, but got {index}."
             )
@@ -169,6 +177,10 @@ class Device:
             context_source=_CONTEXT_SOURCE,
             compute_capability=(properties.major, properties.minor),
         )
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(is_whole, value))
 
 
 def _words(name: str) -> list[str]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_memtrain.core import ArgumentError
+
 
 def generator_for(*key: int | str) -> torch.Generator:
     """A random number generator that depends on ``key`` only.
@@ -43,7 +45,7 @@ class CropAndFlip:
         flip: whether to mirror left and right with probability 1/2.
 
     Raises:
-        ValueError: if ``padding`` is negative.
+        ArgumentError: if ``padding`` is negative.
     """
 
     padding: int = 4
@@ -51,7 +53,7 @@ class CropAndFlip:
 
     def __post_init__(self) -> None:
         if self.padding < 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"`CropAndFlip(padding)` must be at least 0 pixels, but got padding={self.padding}. "
                 "Use 0 for no crop."
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.recipes.download import data_places, download, find_or_download, unpack
 from lightning_memtrain.recipes.resumable import ResumableLoader
 
@@ -53,7 +54,7 @@ class ImageDataModule(pl.LightningDataModule):
         seed: of the hold-out, the order and the augmentation.
 
     Raises:
-        ValueError: if an argument lies outside its range.
+        ArgumentError: if an argument lies outside its range.
     """
 
     mean: Sequence[float]
@@ -64,14 +65,14 @@ class ImageDataModule(pl.LightningDataModule):
         super().__init__()
         name = type(self).__name__
         if batch_size < 1:
-            raise ValueError(f"`{name}(batch_size)` must be at least 1, but got batch_size={batch_size}.")
+            raise ArgumentError(f"`{name}(batch_size)` must be at least 1, but got batch_size={batch_size}.")
         for argument, value in (
             ("num_val_images", num_val_images),
             ("num_workers", num_workers),
             ("seed", seed),
         ):
             if value < 0:
-                raise ValueError(f"`{name}({argument})` must be at least 0, but got {argument}={value}.")
+                raise ArgumentError(f"`{name}({argument})` must be at least 0, but got {argument}={value}.")
         self.batch_size = batch_size
         self.num_val_images = num_val_images
         self.num_workers = num_workers
@@ -98,14 +99,14 @@ class ImageDataModule(pl.LightningDataModule):
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
 
         Raises:
-            ValueError: if too few training images are left for one batch in each process.
+            ArgumentError: if too few training images are left for one batch in each process.
         """
         if stage in ("fit", "validate") and "train" not in self._sets:
             images, labels = self.read(train=True)
             num_train = len(images) - self.num_val_images
             num_processes = self.trainer.world_size if self.trainer else 1
             if num_train < self.batch_size * num_processes:
-                raise ValueError(
+                raise ArgumentError(
                     f"`{type(self).__name__}` must have at least one full batch for each process, but "
                     f"batch_size={self.batch_size} and num_val_images={self.num_val_images} were "
                     f"asked of {len(images)} training images and {num_processes} process(es). "
@@ -192,7 +193,7 @@ class CIFAR10DataModule(ImageDataModule):
         download: whether to download what is not found.
 
     Raises:
-        ValueError: if an argument lies outside its range.
+        ArgumentError: if an argument lies outside its range.
 
     References:
         Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
@@ -272,7 +273,7 @@ class DigitsDataModule(ImageDataModule):
         seed: see :class:`ImageDataModule`.
 
     Raises:
-        ValueError: if an argument lies outside its range.
+        ArgumentError: if an argument lies outside its range.
 
     References:
         Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.

@@ -7,6 +7,8 @@ from collections import OrderedDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_memtrain.core import ArgumentError
+
 
 class PreactivationBlock(nn.Module):
     """Batch norm, ReLU and 3x3 convolution, twice, added to a shortcut.
@@ -21,14 +23,14 @@ class PreactivationBlock(nn.Module):
         dropout: probability of zeroing an activation between the two convolutions, in ``[0, 1)``.
 
     Raises:
-        ValueError: if the block has a stride but keeps its width: the identity shortcut cannot shrink.
+        ArgumentError: if the block has a stride but keeps its width: the identity shortcut cannot shrink.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
         keeps_width = in_channels == out_channels
         if keeps_width and stride != 1:
-            raise ValueError(
+            raise ArgumentError(
                 "`PreactivationBlock(stride)` must be 1 where `in_channels == out_channels`, because the "
                 f"identity shortcut keeps the image size, but got "
                 f"stride={stride} with {in_channels} channels. Use a stride of 1, or change the width."
@@ -82,7 +84,7 @@ class WideResNet(nn.Module):
             its widest networks on CIFAR and 0 otherwise.
 
     Raises:
-        ValueError: if an argument lies outside its range.
+        ArgumentError: if an argument lies outside its range.
 
     Example:
         >>> sum(parameter.numel() for parameter in WideResNet(depth=28, widen_factor=2).parameters())
@@ -99,15 +101,15 @@ class WideResNet(nn.Module):
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             below = max(10, depth - (depth - 4) % 6)
-            raise ValueError(
+            raise ArgumentError(
                 f"`WideResNet(depth)` must be 6n + 4 with n >= 1 (10, 16, 22, 28, ...), but got "
                 f"depth={depth}. Use {below} or {below + 6}."
             )
         for name, value in (("widen_factor", widen_factor), ("num_classes", num_classes)):
             if value < 1:
-                raise ValueError(f"`WideResNet({name})` must be at least 1, but got {name}={value}.")
+                raise ArgumentError(f"`WideResNet({name})` must be at least 1, but got {name}={value}.")
         if not 0 <= dropout < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"`WideResNet(dropout)` must be a probability in [0, 1), but got dropout={dropout}. "
                 "Use 0 for none; the paper uses 0.3."
             )

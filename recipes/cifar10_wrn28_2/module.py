@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.precision import SGD8bit
 
 from .model import WideResNet
@@ -44,7 +45,7 @@ class WideResNetClassifier(pl.LightningModule):
         lr_decay: factor on the learning rate at each milestone, in ``(0, 1]``.
 
     Raises:
-        ValueError: if an argument lies outside its range.
+        ArgumentError: if an argument lies outside its range.
     """
 
     def __init__(
@@ -157,4 +158,4 @@ def step_decay(milestone_steps: Sequence[int], decay: float) -> Any:
 
 def _require(name: str, value: object, valid: bool, expected: str) -> None:
     if not valid:
-        raise ValueError(f"`WideResNetClassifier({name})` must be {expected}, but got {name}={value}.")
+        raise ArgumentError(f"`WideResNetClassifier({name})` must be {expected}, but got {name}={value}.")

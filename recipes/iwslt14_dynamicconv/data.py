@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.recipes.download import DATA_DIR_VARIABLE, data_places
 from lightning_memtrain.recipes.resumable import ResumableLoader
 
@@ -58,7 +59,7 @@ class TranslationDataModule(pl.LightningDataModule):
         download: whether to download what is not found.
 
     Raises:
-        ValueError: if an argument lies outside its range.
+        ArgumentError: if an argument lies outside its range.
     """
 
     folder_name: str
@@ -83,11 +84,13 @@ class TranslationDataModule(pl.LightningDataModule):
             ("seed", seed, 0),
         ):
             if value < least:
-                raise ValueError(
+                raise ArgumentError(
                     f"`{name}({argument})` must be at least {least}, but got {argument}={value}."
                 )
         if overlong not in get_args(Overlong):
-            raise ValueError(f"`{name}(overlong)` must be 'skip' or 'error', but got overlong={overlong!r}.")
+            raise ArgumentError(
+                f"`{name}(overlong)` must be 'skip' or 'error', but got overlong={overlong!r}."
+            )
         self.max_tokens = max_tokens
         self.batch_multiple = batch_multiple
         self.overlong = overlong

@@ -23,6 +23,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_memtrain.core import ArgumentError
+
 from .layers import DeferredProjection, SinusoidalPositions
 
 # fairseq's own types are unknown to type checkers; these names say what is meant.
@@ -194,18 +196,18 @@ def build_model(
         A ``FairseqEncoderDecoderModel``.
 
     Raises:
-        ValueError: if there is no such architecture, it is none of an encoder-decoder model, or it has no
+        ArgumentError: if there is no such architecture, it is none of an encoder-decoder model, or it has no
             such option.
     """
     models = load().models
     if architecture not in models.ARCH_MODEL_REGISTRY:
-        raise ValueError(
+        raise ArgumentError(
             f"`architecture` must be one of the names that fairseq registers, but got {architecture!r}. Use, "
             "for instance, 'lightconv_iwslt_de_en' or 'transformer_iwslt_de_en'."
         )
     model_class = models.ARCH_MODEL_REGISTRY[architecture]
     if not issubclass(model_class, models.FairseqEncoderDecoderModel):
-        raise ValueError(
+        raise ArgumentError(
             f"`architecture` must be that of an encoder-decoder model, but {architecture!r} is a "
             f"{model_class.__name__}. Use, for instance, 'lightconv_iwslt_de_en'."
         )
@@ -215,7 +217,7 @@ def build_model(
     known = {action.dest for action in parser._actions}
     if unknown := sorted(set(options) - known):
         near = difflib.get_close_matches(unknown[0], known, n=1)
-        raise ValueError(
+        raise ArgumentError(
             f"`options` must be options of {architecture!r}, but it has none named {unknown[0]!r}. "
             + (f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(sorted(known))}.")
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.text import SacreBLEUScore
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.sparsity import dense_state_dict
 
 from . import fairseq_bridge as bridge
@@ -66,7 +67,7 @@ class TranslationModule(pl.LightningModule):
         num_shown: translations in the table.
 
     Raises:
-        ValueError: if an argument lies outside its range.
+        ArgumentError: if an argument lies outside its range.
         FairseqMissingError: if fairseq is not installed.
     """
 
@@ -393,4 +394,4 @@ def inverse_square_root(warmup_steps: int, start: float) -> Callable[[int], floa
 
 def _require(name: str, value: object, valid: bool, expected: str) -> None:
     if not valid:
-        raise ValueError(f"`TranslationModule({name})` must be {expected}, but got {name}={value}.")
+        raise ArgumentError(f"`TranslationModule({name})` must be {expected}, but got {name}={value}.")

@@ -211,9 +211,8 @@ def test_it_is_given_once(tmp_path: Path) -> None:
 def test_a_name_that_matches_nothing_names_what_is_near(tmp_path: Path) -> None:
     message = refusal(tmp_path, ActivationCheckpointing(["blocks.0", "haed"]))
     assert message == (
-        "`Modules(names_or_types)` must name modules of the model, but got 'haed', which matches none of "
-        "them. The model has 5 Conv2d, 4 Sequential, 4 BatchNorm2d, 4 ReLU, 4 Dropout2d, 1 ModuleList, 1 "
-        "Linear. Did you mean 'head'?"
+        "`Modules(names_or_types)` must name modules of the model, but got 'haed', which matches none. "
+        "Did you mean 'head'?"
     )
 
 
@@ -240,17 +239,20 @@ def test_a_model_without_blocks_is_told_what_it_has(tmp_path: Path) -> None:
         (lambda: ActivationCheckpointing("encoder"), r"For a module write policy=\['encoder'\]\."),
         (
             lambda: ActivationCheckpointing(True),  # type: ignore[arg-type]
-            r"must be a policy, its short name, a size, or a list of modules.*policy=True",
+            r"must be a policy, its short name, a size, a share of .*, or a list of modules.*policy=True",
         ),
         (
-            lambda: ActivationCheckpointing(0.5),  # type: ignore[arg-type]
-            r"must be a policy, its short name, a size, or a list of modules.*policy=0\.5",
+            lambda: ActivationCheckpointing(1.0),
+            r"`ActivationCheckpointing\(policy\)` must be a number of bytes.*such as 0\.9.*policy=1\.0\.",
         ),
         (
-            lambda: MemoryBudget(0.5),
-            r"`MemoryBudget\(limit\)` must be a number of bytes.*limit=0\.5\. A ratio is no size",
+            lambda: MemoryBudget(1.5),
+            r"`MemoryBudget\(limit\)` must be a number of bytes.*such as 0\.9, but got limit=1\.5\.",
         ),
-        (lambda: MemoryBudget("4 gigs"), r"`MemoryBudget\(limit\)` must be a number of bytes.*got '4 gigs'"),
+        (
+            lambda: MemoryBudget("4 gigs"),
+            r"`MemoryBudget\(limit\)` must be a number of bytes.*got limit='4 gigs'",
+        ),
         (
             lambda: Every(0),
             r"`Every\(k\)` must be a whole number of at least 1, but got k=0\. Use e\.g\. 2\.",
@@ -290,8 +292,8 @@ def test_both_ways_to_write_a_size_are_understood() -> None:
     assert MemoryBudget().limit_bytes is None
 
 
-@pytest.mark.parametrize("limit", ["4GiB", "800 MB", 123, "device"])
-def test_a_limit_alone_is_a_memory_budget(limit: int | str) -> None:
+@pytest.mark.parametrize("limit", ["4GiB", "800 MB", 123, "device", 0.5])
+def test_a_limit_alone_is_a_memory_budget(limit: int | str | float) -> None:
     assert ActivationCheckpointing(limit).policy == MemoryBudget(limit)
 
 
@@ -304,6 +306,7 @@ def test_a_limit_alone_is_a_memory_budget(limit: int | str) -> None:
         ("4GiB", MemoryBudget("4GiB")),
         ("4294967296", MemoryBudget(2**32)),
         ("device", MemoryBudget("device")),
+        ("0.5", MemoryBudget(0.5)),
         ("sqrt", Sqrt()),
         ("[encoder, '*.mlp']", Modules(["encoder", "*.mlp"])),
         ("{class_path: lightning_memtrain.checkpointing.Every, init_args: {k: 2}}", Every(2)),

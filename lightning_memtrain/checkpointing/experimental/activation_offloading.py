@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -16,7 +15,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from lightning_memtrain.compat import wrap_training_step
 from lightning_memtrain.compat.lightning_packages import refuse_mix
 from lightning_memtrain.compat.torch_private import storage_key, version_counter, view_base
-from lightning_memtrain.core import MIB, NoEffectWarning, OnDemandTensor, TechniqueRecord, parse_bytes
+from lightning_memtrain.core import (
+    MIB,
+    NoEffectWarning,
+    OnDemandTensor,
+    TechniqueRecord,
+    parse_bytes,
+)
 
 
 class offloaded_activations(saved_tensors_hooks):
@@ -30,7 +35,7 @@ class offloaded_activations(saved_tensors_hooks):
             time; bytes, or a size such as ``"1MiB"``. Parameters and views of them stay as well.
 
     Raises:
-        ValueError: if ``min_bytes`` is no size.
+        ArgumentError: if ``min_bytes`` is no size.
 
     Example:
         >>> weight = torch.ones(4, 4, requires_grad=True)
@@ -134,7 +139,7 @@ class OffloadActivations(Callback):
         min_bytes: smaller tensors stay on the device; bytes, or a size such as ``"1MiB"``.
 
     Raises:
-        MisconfigurationException: if ``min_bytes`` is no size.
+        ArgumentError: if ``min_bytes`` is no size.
 
     Example:
         >>> OffloadActivations("4MiB").technique_record()
@@ -143,10 +148,7 @@ class OffloadActivations(Callback):
 
     def __init__(self, min_bytes: int | str = MIB) -> None:
         super().__init__()
-        try:
-            self.min_bytes = parse_bytes(min_bytes, argument="OffloadActivations(min_bytes)")
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+        self.min_bytes = parse_bytes(min_bytes, argument="OffloadActivations(min_bytes)")
         self._unwrap: Callable[[], None] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

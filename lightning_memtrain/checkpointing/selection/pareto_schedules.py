@@ -42,6 +42,7 @@ from lightning_memtrain.checkpointing.selection.step_chain import (
     all_stages,
     simulate,
 )
+from lightning_memtrain.core import ArgumentError
 
 # So many pairs of a segment and a way to go on behind it are looked at, at most, in a second or two. It is
 # what chains of about 100 stages need if all of their bytes differ.
@@ -104,14 +105,14 @@ def knee(curve: Sequence[CheckpointSchedule], step_seconds: float) -> Checkpoint
         The choice.
 
     Raises:
-        ValueError: if there is no choice, or the step takes no time.
+        ArgumentError: if there is no choice, or the step takes no time.
     """
     if not curve:
-        raise ValueError(
+        raise ArgumentError(
             "`knee(curve)` must have at least one choice, but has none. Pass what pareto() gives."
         )
     if not 0 < step_seconds < math.inf:
-        raise ValueError(
+        raise ArgumentError(
             f"`knee(step_seconds)` must be a time above 0, but got step_seconds={step_seconds!r}. "
             "Pass the measured time of a step that recomputes nothing."
         )

@@ -6,13 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_memtrain.checkpointing.memory_budget import MemoryBudget
+from lightning_memtrain.checkpointing.memory_budget import DEVICE, MemoryBudget
 from lightning_memtrain.checkpointing.selection.recomputation_plan import RecomputationPlan
 from lightning_memtrain.checkpointing.selection.step_curve import StepCurve
+from lightning_memtrain.core import ArgumentError, ByteLimit
+from lightning_memtrain.core.arguments.value_checks import (
+    check_functions,
+    check_kinds,
+    check_modules,
+    check_optimizers,
+)
 from lightning_memtrain.ledger.operators.op_times import OpTimes
 from lightning_memtrain.ledger.operators.workspace import OpWorkspace
 from lightning_memtrain.tracing.step.fake_step import FakeStep
@@ -24,7 +30,7 @@ def plan_recomputation(
     arguments: Sequence[Any],
     optimizers: Sequence[Optimizer] = (),
     *,
-    limit: int | str | None = None,
+    limit: int | str | float | None = None,
 ) -> RecomputationPlan:
     """Plan what to recompute in a training step, by running it once without data.
 
@@ -44,7 +50,7 @@ def plan_recomputation(
         The plan; pass its ``groups`` to :func:`insert_checkpoints`.
 
     Raises:
-        MisconfigurationException: if ``limit`` is no size or cannot be reached, or the step has no loss
+        ArgumentError: if ``limit`` is no size or cannot be reached, or the step has no loss
             with a gradient.
 
     Example:
@@ -55,13 +61,20 @@ def plan_recomputation(
         >>> plan.groups, plan.fits(2**30)
         ([], True)
     """
+    check_modules("plan_recomputation", model=model)
+    check_functions("plan_recomputation", step=step)
+    cure = "Write e.g. [batch]."
+    check_kinds("plan_recomputation", Sequence, "a list of what `step` takes", cure, arguments=arguments)
+    check_optimizers("plan_recomputation", optimizers=optimizers)
+    if limit is not None and limit != DEVICE:
+        _ = ByteLimit(limit, "plan_recomputation(limit)")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     limit_bytes = MemoryBudget(limit).limit_bytes_on(device)
     fake = FakeStep(model, step, arguments, optimizers)
     workspace = None if limit_bytes is None else OpWorkspace(device)
     curve = StepCurve(fake, OpTimes(device), workspace)
     if not fake.has_backward:
-        raise MisconfigurationException(
+        raise ArgumentError(
             "`plan_recomputation(step)` must return a loss that has a gradient, or a dictionary with one "
             "under 'loss', but it returned none. Let it return the tensor that `backward()` is called on."
         )

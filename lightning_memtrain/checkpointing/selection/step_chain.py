@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
+from lightning_memtrain.core import ArgumentError
+
 Path = tuple[int, ...]
 """Where a stage is: indices from the chain down to a part."""
 
@@ -31,7 +33,7 @@ class ChainStage:
             recomputed itself.
 
     Raises:
-        ValueError: if a number is negative or not finite.
+        ArgumentError: if a number is negative or not finite.
     """
 
     name: str | None
@@ -50,7 +52,7 @@ class ChainStage:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in ("name", "parts") and not 0 <= value < math.inf:
-                raise ValueError(
+                raise ArgumentError(
                     f"`ChainStage({field.name})` must be a finite number of at least 0, but got "
                     f"{field.name}={value!r} for the stage {self.name!r}. Profile the step again."
                 )
@@ -84,7 +86,7 @@ def simulate(chain: Sequence[ChainStage], segments: Sequence[Sequence[str]]) -> 
         The choice with its peak and its seconds.
 
     Raises:
-        ValueError: if the segments cannot be recomputed.
+        ArgumentError: if the segments cannot be recomputed.
     """
     runs = _runs(chain, segments)
     recomputed = {path for run in runs for path in run}
@@ -145,9 +147,9 @@ def _runs(chain: Sequence[ChainStage], segments: Sequence[Sequence[str]]) -> lis
     for segment in segments:
         for name in segment:
             if name is None or name not in calls:
-                raise ValueError(f"`simulate(segments)` must name stages of the chain, but got {name!r}.")
+                raise ArgumentError(f"`simulate(segments)` must name stages of the chain, but got {name!r}.")
             if calls[name][0] in owner:
-                raise ValueError(f"`simulate(segments)` must name a stage once, but got {name!r} again.")
+                raise ArgumentError(f"`simulate(segments)` must name a stage once, but got {name!r} again.")
             owner |= dict.fromkeys(calls[name], name)
         run = [path for name in segment for path in calls[name]]
         neighbours = [(*run[0][:-1], run[0][-1] + offset) for offset in range(len(run))] if run else []
@@ -156,14 +158,14 @@ def _runs(chain: Sequence[ChainStage], segments: Sequence[Sequence[str]]) -> lis
         elif run and len(run) == len(segment) and run == neighbours:
             runs.append(run)
         else:
-            raise ValueError(
+            raise ArgumentError(
                 "A segment of `simulate(segments)` must be one stage, or stages that are called once and "
                 f"follow each other directly in one chain, but got {tuple(segment)!r}. Split it."
             )
     for path, name in owner.items():
         for depth in range(1, len(path)):
             if path[:depth] in owner:
-                raise ValueError(
+                raise ArgumentError(
                     "`simulate(segments)` must not name a stage within another one that it names, but got "
                     f"{name!r} within {owner[path[:depth]]!r}. Leave one of them out."
                 )

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from lightning_memtrain.compat.torch_private import disable_current_modes
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import as_device
 from lightning_memtrain.core.random_state import torch_random_kept
 from lightning_memtrain.ledger.device_allocator import allocator_statistics
 
@@ -122,14 +124,14 @@ class OpWorkspace:
         device: where to measure; a step traced on ``meta`` is predicted for this device.
 
     Raises:
-        ValueError: if the device has no allocator figures.
+        ArgumentError: if the device has no allocator figures.
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        self.device = torch.device(device)
+        self.device = as_device("OpWorkspace", device=device)
         allocator = allocator_statistics(self.device)
         if allocator is None:
-            raise ValueError(
+            raise ArgumentError(
                 "`OpWorkspace(device)` must be a device whose allocator reports its peak, but got "
                 f"{self.device}. Use the device on which the model will be trained, e.g. 'cpu' or 'cuda'."
             )

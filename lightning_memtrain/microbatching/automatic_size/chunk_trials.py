@@ -143,7 +143,7 @@ class ChunkTrials:
             Its peak; without bytes if it does not fit.
 
         Raises:
-            MisconfigurationException: if ``split_fn`` does not split evenly.
+            ArgumentError: if ``split_fn`` does not split evenly.
         """
         size = -(-self._batch_size // num_chunks)
         ran_out = self._run(num_chunks, size)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_memtrain.core import Category, CategoryBytes, format_bytes
+from lightning_memtrain.core import ArgumentError, Category, CategoryBytes, format_bytes
 
 _WORDS = {
     Category.HELD: "what is held beside the step",
@@ -19,7 +19,7 @@ _WORDS = {
 }
 
 
-def uneven_chunks_error(num_chunks: int, batch_size: int, num_samples: int) -> MisconfigurationException:
+def uneven_chunks_error(num_chunks: int, batch_size: int, num_samples: int) -> ArgumentError:
     """Of a ``split_fn`` whose first chunk is not the largest of even ones.
 
     Args:
@@ -30,7 +30,7 @@ def uneven_chunks_error(num_chunks: int, batch_size: int, num_samples: int) -> M
     Returns:
         The error.
     """
-    return MisconfigurationException(
+    return ArgumentError(
         '`Microbatching(microbatch_size="auto")` needs chunks of even size, but asked for '
         f"{num_chunks} chunks of {batch_size} samples `split_fn` returned a first one with {num_samples}. "
         "With this `split_fn`, use `num_microbatches` instead."
@@ -45,7 +45,7 @@ def limit_error(
     unseen: Mapping[str, int],
     *,
     at_least: bool,
-) -> MisconfigurationException:
+) -> ArgumentError:
     """Of a limit that a single sample at a time does not keep.
 
     Args:
@@ -60,7 +60,7 @@ def limit_error(
         The error.
     """
     needed = f"{'at least ' if at_least else ''}{format_bytes(needed_bytes)}"
-    return MisconfigurationException(
+    return ArgumentError(
         f"`Microbatching(limit)` must have room for one sample at a time, which takes {needed} with "
         f"{_listed(held, coming_bytes, unseen)}, but got limit={format_bytes(limit_bytes)}. Raise it, or "
         "make weights, gradients or optimizer state smaller: microbatching only shrinks activations."
@@ -76,7 +76,7 @@ def update_limit_error(
     unseen: Mapping[str, int] | None = None,
     *,
     at_least: bool = False,
-) -> MisconfigurationException:
+) -> ArgumentError:
     """Of a limit that the step of the optimizer does not keep.
 
     Args:
@@ -94,7 +94,7 @@ def update_limit_error(
     temporary_bytes = over_bytes - coming_bytes
     temporary = f", {format_bytes(temporary_bytes)} of temporary tensors" if temporary_bytes else ""
     needed = f"{'at least ' if at_least else ''}{format_bytes(needed_bytes)}"
-    return MisconfigurationException(
+    return ArgumentError(
         f"`Microbatching(limit)` must have room for the step of the optimizer, which takes {needed} with "
         f"{_listed(held, coming_bytes, unseen)}{temporary}, but got limit={format_bytes(limit_bytes)}. No "
         "size of microbatches changes that. Raise it, let the optimizer step one parameter at a time "

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar, get_args
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_memtrain.compat.torch_private import BatchNorm
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.microbatching.batchnorm.pooled_batchnorm import PooledBatchNorm
 from lightning_memtrain.microbatching.batchnorm.synchronized_batchnorm import SynchronizedBatchNorm
 from lightning_memtrain.microbatching.splitting.argument_checks import check_choice, check_count
@@ -142,12 +142,12 @@ def check_batchnorm(owner: str, mode: Any, num_sweeps: Any) -> None:
         num_sweeps: its ``num_batchnorm_sweeps``.
 
     Raises:
-        MisconfigurationException: naming the argument.
+        ArgumentError: naming the argument.
     """
     check_choice(owner, "batchnorm", mode, get_args(BatchNormMode))
-    check_count(owner, "num_batchnorm_sweeps", num_sweeps)
+    check_count(owner, "num_batchnorm_sweeps", num_sweeps, optional=False)
     if num_sweeps != NUM_SWEEPS and mode != "synchronized":
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`{owner}(num_batchnorm_sweeps)` needs batchnorm='synchronized', but got "
             f"num_batchnorm_sweeps={num_sweeps} with batchnorm={mode!r}. Leave it out."
         )

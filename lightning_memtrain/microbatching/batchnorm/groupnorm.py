@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_memtrain.compat.torch_private import BatchNorm
-from lightning_memtrain.core import NoEffectWarning
+from lightning_memtrain.core import ArgumentError, NoEffectWarning
+from lightning_memtrain.core.arguments.value_checks import check_counts, check_modules
 
 
 def batchnorm_to_groupnorm(model: nn.Module, num_groups: int = 32) -> nn.Module:
@@ -34,7 +35,7 @@ def batchnorm_to_groupnorm(model: nn.Module, num_groups: int = 32) -> nn.Module:
         ``model``, or the group norm in its stead if ``model`` is itself a batch norm layer.
 
     Raises:
-        ValueError: if ``num_groups`` is below 1, or a lazy layer does not know its channels yet. The model
+        ArgumentError: if ``num_groups`` is below 1, or a lazy layer does not know its channels yet. The model
             is then as it was.
 
     Warns:
@@ -48,11 +49,9 @@ def batchnorm_to_groupnorm(model: nn.Module, num_groups: int = 32) -> nn.Module:
     References:
         Wu and He, Group Normalization, ECCV 2018, arXiv:1803.08494.
     """
-    if num_groups < 1:
-        raise ValueError(
-            f"`batchnorm_to_groupnorm(num_groups)` must be at least 1, but got num_groups={num_groups}. "
-            "Use 32, the paper's choice, or 1 to normalise over all channels."
-        )
+    check_modules("batchnorm_to_groupnorm", model=model)
+    cure = "Use 32, the paper's choice, or 1 to normalise over all channels."
+    check_counts("batchnorm_to_groupnorm", cure=cure, num_groups=num_groups)
     replacements: dict[nn.Module, nn.Module] = {
         module: _group_norm(name, module, num_groups)
         for name, module in model.named_modules()
@@ -75,7 +74,7 @@ def batchnorm_to_groupnorm(model: nn.Module, num_groups: int = 32) -> nn.Module:
 
 def _group_norm(name: str, layer: BatchNorm, num_groups: int) -> nn.GroupNorm:
     if isinstance(layer, LazyModuleMixin):
-        raise ValueError(
+        raise ArgumentError(
             "`batchnorm_to_groupnorm(model)` must know the channels of every layer, but got the lazy layer "
             f"{name or type(layer).__name__!r}. Run the model once before, or use a layer that is not lazy."
         )

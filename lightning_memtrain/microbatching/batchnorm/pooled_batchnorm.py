@@ -11,6 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_memtrain.compat.torch_private import BatchNorm, is_backward_running
 from lightning_memtrain.coordination import dry_run_depth
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.microbatching.batchnorm.pooled_statistics import (
     Statistics,
     add_statistics,
@@ -86,11 +87,11 @@ class PooledBatchNorm:
             Nothing.
 
         Raises:
-            ValueError: if ``num_chunks`` is below 1, or a lazy layer has not seen its first input yet.
+            ArgumentError: if ``num_chunks`` is below 1, or a lazy layer has not seen its first input yet.
             RuntimeError: if another batch is being collected.
         """
         if num_chunks < 1:
-            raise ValueError(
+            raise ArgumentError(
                 "`PooledBatchNorm.collecting(num_chunks)` must be at least 1, but got "
                 f"num_chunks={num_chunks}. Use 1 for a batch that is not split."
             )
@@ -177,7 +178,7 @@ class _Layer:
         """Whether the next call would move the running statistics."""
         module = self.module
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-            raise ValueError(
+            raise ArgumentError(
                 f"`PooledBatchNorm(model)` must have seen its first input, but got the lazy layer "
                 f"{self.name!r}, whose size is not known. Run the model once before training."
             )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_memtrain.compat.torch_private import BatchNorm, check_input_dim, is_backward_running
 from lightning_memtrain.coordination import dry_run_depth
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.core.compiled_modules import is_compiled
 from lightning_memtrain.microbatching.batchnorm.given_statistics import GradientSums, NormaliseByGiven
 
@@ -52,8 +53,8 @@ class SynchronizedBatchNorm:
             those in evaluation mode are left alone.
 
     Raises:
-        ValueError: if a batch norm layer has a forward of its own (as ``SyncBatchNorm`` has), or the model is
-            compiled: the layers' forward is replaced while a chunk runs.
+        ArgumentError: if a batch norm layer has a forward of its own (as ``SyncBatchNorm`` has), or the
+            model is compiled: the layers' forward is replaced while a chunk runs.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
@@ -77,13 +78,13 @@ class SynchronizedBatchNorm:
         self._layers = []
         for name, module in model.named_modules():
             if is_compiled(module):
-                raise ValueError(
+                raise ArgumentError(
                     "`SynchronizedBatchNorm(model)` must not be compiled, because a compiled graph keeps the "
                     f"forward of its layers, but got the compiled module {name!r}. Leave `torch.compile` out."
                 )
             if isinstance(module, BatchNorm):
                 if type(module).forward is not BatchNorm.forward:
-                    raise ValueError(
+                    raise ArgumentError(
                         "`SynchronizedBatchNorm(model)` must have torch's own batch norm layers, but got "
                         f"{type(module).__name__} at {name!r}, whose forward would be bypassed. "
                         "Use `nn.BatchNorm1d`, `2d` or `3d`, or pool the running statistics only."

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_choices, check_functions, is_whole
+from lightning_memtrain.microbatching.splitting.chunks import LossReduction, SplitFn, WeightFn
 
-from lightning_memtrain.microbatching.splitting.chunks import LossReduction, WeightFn
 
-
-def check_count(owner: str, name: str, value: Any, otherwise: str = "") -> None:
+def check_count(owner: str, name: str, value: Any, otherwise: str = "", *, optional: bool = True) -> None:
     """Refuse what is no count.
 
     Args:
@@ -17,12 +17,15 @@ def check_count(owner: str, name: str, value: Any, otherwise: str = "") -> None:
         name: of the argument.
         value: of the argument; ``None`` if it was not given.
         otherwise: what else it may be, for the error.
+        optional: whether it may be left out.
 
     Raises:
-        MisconfigurationException: unless it is an integer of at least 1.
+        ArgumentError: unless it is an integer of at least 1.
     """
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise MisconfigurationException(
+    if value is None and optional:
+        return
+    if not is_whole(value) or value < 1:
+        raise ArgumentError(
             f"`{owner}({name})` must be an integer of at least 1{otherwise}, but got {name}={value!r}. "
             "Use a positive whole number."
         )
@@ -38,13 +41,9 @@ def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) ->
         choices: the words.
 
     Raises:
-        MisconfigurationException: unless it is one of them.
+        ArgumentError: unless it is one of them.
     """
-    if value not in choices:
-        expected = " or ".join(repr(choice) for choice in choices)
-        raise MisconfigurationException(
-            f"`{owner}({name})` must be {expected}, but got {name}={value!r}. Use one of them."
-        )
+    check_choices(owner, choices, **{name: value})
 
 
 def check_splitting(
@@ -53,6 +52,7 @@ def check_splitting(
     microbatch_size: Any,
     loss_reduction: LossReduction,
     weight_fn: WeightFn | None,
+    split_fn: SplitFn | None,
     *,
     finds_size: bool = False,
 ) -> None:
@@ -64,13 +64,14 @@ def check_splitting(
         microbatch_size: most samples per chunk.
         loss_reduction: of the loss.
         weight_fn: weighs means.
+        split_fn: splits the batch.
         finds_size: whether ``microbatch_size="auto"`` is possible.
 
     Raises:
-        MisconfigurationException: naming the argument.
+        ArgumentError: naming the argument.
     """
     if (num_microbatches is None) == (microbatch_size is None):
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`{owner}` needs either `num_microbatches` or `microbatch_size`, but got "
             f"num_microbatches={num_microbatches} and microbatch_size={microbatch_size}. "
             "Give one of them" + ('; microbatch_size="auto" finds the size by itself.' if finds_size else ".")
@@ -79,8 +80,9 @@ def check_splitting(
     if not (finds_size and microbatch_size == "auto"):
         check_count(owner, "microbatch_size", microbatch_size, ' or "auto"' if finds_size else "")
     check_choice(owner, "loss_reduction", loss_reduction, get_args(LossReduction))
+    check_functions(owner, optional=True, weight_fn=weight_fn, split_fn=split_fn)
     if weight_fn is not None and loss_reduction == "sum":
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`{owner}(weight_fn)` weighs means, but got loss_reduction='sum', where losses are "
             "added as they are. Leave one of them out."
         )

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.microbatching.splitting.hidden_data import (
     array_types,
     holds_data,
@@ -115,15 +116,15 @@ def split_batch(batch: Any, num_microbatches: int) -> list[Any]:
         less than two samples, is itself the only chunk.
 
     Raises:
-        ValueError: if ``num_microbatches`` is below 1.
-        MisconfigurationException: see :func:`batch_size_of`.
+        ArgumentError: if ``num_microbatches`` is below 1.
+        ArgumentError: see :func:`batch_size_of`.
 
     Example:
         >>> split_batch((torch.arange(5), ["a", "b", "c", "d", "e"], 0.1), num_microbatches=2)
         [(tensor([0, 1, 2]), ['a', 'b', 'c'], 0.1), (tensor([3, 4]), ['d', 'e'], 0.1)]
     """
     if num_microbatches < 1:
-        raise ValueError(
+        raise ArgumentError(
             "`split_batch(num_microbatches)` must be at least 1, but got "
             f"num_microbatches={num_microbatches!r}. Use 1 or more; what there is to save grows with the "
             "number of chunks."
@@ -153,15 +154,15 @@ def take_samples(batch: Any, num_samples: int) -> Any:
         A batch of the same type and structure; tensors and arrays in it are copies.
 
     Raises:
-        ValueError: if ``num_samples`` is below 1.
-        MisconfigurationException: see :func:`batch_size_of`.
+        ArgumentError: if ``num_samples`` is below 1.
+        ArgumentError: see :func:`batch_size_of`.
 
     Example:
         >>> take_samples((torch.arange(3), ["a", "b", "c"]), 5)
         (tensor([0, 1, 2, 0, 1]), ['a', 'b', 'c', 'a', 'b'])
     """
     if num_samples < 1:
-        raise ValueError(
+        raise ArgumentError(
             f"`take_samples(num_samples)` must be at least 1, but got {num_samples}. Ask for one."
         )
     size = batch_size_of(batch)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of, split_batch
 
 LossReduction = Literal["mean", "sum"]
@@ -72,7 +73,7 @@ class Splitter:
             if self.split_fn is None:
                 raise
             raise MisconfigurationException(
-                f"`{self.owner}(microbatch_size)` must be able to count the samples of a batch, but got one "
+                f"`{self.owner}(microbatch_size)` needs to count the samples of a batch, but got one "
                 f"that does not show them: {error} With `split_fn`, use `num_microbatches` instead."
             ) from error
 
@@ -103,7 +104,7 @@ class Splitter:
             whole is as undefined as without splitting.
 
         Raises:
-            MisconfigurationException: if ``batch`` cannot be split, or ``split_fn`` or ``weight_fn`` returns
+            ArgumentError: if ``batch`` cannot be split, or ``split_fn`` or ``weight_fn`` returns
                 what cannot be used.
         """
         if num_microbatches == 1:
@@ -115,7 +116,7 @@ class Splitter:
             parts = self.split_fn(batch, num_microbatches)
             if not isinstance(parts, Sequence) or not 1 <= len(parts) <= num_microbatches:
                 count = f"{len(parts)} chunks" if isinstance(parts, Sequence) else type(parts).__name__
-                raise MisconfigurationException(
+                raise ArgumentError(
                     f"`{self.owner}(split_fn)` must return a list of 1 to {num_microbatches} chunks when "
                     f"it is called with num_microbatches={num_microbatches}, but got {count}. "
                     "Return fewer chunks than asked for, never more."
@@ -134,7 +135,7 @@ class Splitter:
         else:
             counts = [float(size) for size in sizes if size is not None]
             if len(counts) < len(parts):
-                raise MisconfigurationException(
+                raise ArgumentError(
                     f"`{self.owner}(split_fn)` must split along the first axis of all tensors for samples to "
                     "be counted, but the chunks' first axes do not add up to that of the batch. Give "
                     "`weight_fn`, which says over how many samples or tokens the loss of a chunk is a mean."
@@ -191,7 +192,7 @@ def mean_weights(chunks: Sequence[Chunk]) -> list[float]:
 def _weight(value: Any, owner: str) -> float:
     weight = float(value)
     if not math.isfinite(weight) or weight < 0:
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`{owner}(weight_fn)` must return a finite number of at least 0, but got {weight}. "
             "Return over how many samples or tokens the chunk's loss is a mean."
         )

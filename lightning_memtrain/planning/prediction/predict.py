@@ -10,6 +10,8 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import Strategy
 
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import wrong
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of, take_samples
 from lightning_memtrain.planning.prediction.cpu.calibration import measure_call
@@ -64,24 +66,30 @@ def predict(
         The prediction.
 
     Raises:
-        TypeError: if there are two sources of batches, or none, or ``model`` is something else.
-        ValueError: if there is no such device, or it is neither a CPU nor a GPU by NVIDIA, if the batch is
-            not on the CPU, if the strategy is none that is predicted or lacks its number of ranks, or if the
-            step asks for values that nobody knows.
+        ArgumentError: if there are two sources of batches, or none, or ``model`` is something else, if there
+            is no such device, or it is neither a CPU nor a GPU by NVIDIA, if the batch is not on the CPU, if
+            the strategy is none that is predicted or lacks its number of ranks, or if the step asks for
+            values that nobody knows.
         RuntimeError: if torch is too old, or has another third-party device in this process.
     """
     if batch is not None and datamodule is not None:
-        raise TypeError(
+        raise ArgumentError(
             "`predict(batch, datamodule)` takes one of the two, but got both. Pass a batch as a data loader "
             "yields it, or the data module that the run will use."
         )
+    if datamodule is not None and not hasattr(datamodule, "train_dataloader"):
+        raise wrong("predict", "datamodule", "a LightningDataModule", datamodule, "Leave it out for `batch`.")
+    if trainer is not None and not hasattr(trainer, "strategy"):
+        raise wrong("predict", "trainer", "a Trainer", trainer, "Leave it out for Lightning's defaults.")
+    if device is not None and not isinstance(device, (str, Device)):
+        raise wrong("predict", "device", "a Device or its name", device, "Write e.g. 'RTX 4090'.")
     if not callable(model):  # a LightningModule is callable, too
-        raise TypeError(
+        raise ArgumentError(
             "`predict(model)` must be a LightningModule or a function that makes one, but got "
             f"{type(model).__name__}. Put it into a LightningModule with its training_step and optimizer."
         )
     if batch is None and datamodule is None and not _brings_data(model):
-        raise TypeError(
+        raise ArgumentError(
             "`predict(batch, datamodule)` needs one of the two for a model without `train_dataloader`, but "
             "got neither. Pass a batch as a data loader yields it, or the data module that the run will use."
         )
@@ -91,7 +99,7 @@ def predict(
     if found.is_cuda:
         refuse_no_twin()
     elif world is not None:
-        raise ValueError(
+        raise ArgumentError(
             f"`predict(device)` must be a GPU for a run of {world.size} ranks, but got {found.name!r}. Name "
             'one that `memtrain devices` lists, such as device="RTX 4090", or predict for one device.'
         )
@@ -107,7 +115,7 @@ def predict(
                 lambda ask: run_on_cpu(model, make_data(), options, ask, conditions), measure_call
             )
         except UnknownValueError as error:
-            raise ValueError(
+            raise ArgumentError(
                 f"`predict(model)` needs a step that goes the same way whatever the weights are, but "
                 f"{error}. Leave that question out of training (log tensors instead of `.item()`, choose "
                 "with `torch.where` instead of `if`), or see what a real step needs with `MemoryProfiler`."
@@ -170,7 +178,7 @@ def _named(report: MemoryReport, device: Device) -> MemoryReport:
 def _known(device: Device | str | None) -> Device:
     found = Device.named(device) if isinstance(device, str) else device or Device.here()
     if not (found.is_cuda or found.is_cpu):
-        raise ValueError(
+        raise ArgumentError(
             f"`predict(device)` must be a GPU by NVIDIA or a CPU, but got {found.name!r}. Name one that "
             '`memtrain devices` lists, such as device="RTX 4090", describe it by `Device(name, total_bytes, '
             'compute_capability=...)`, or have "cpu" in the name of `Device(name, total_bytes)`.'
@@ -181,7 +189,7 @@ def _known(device: Device | str | None) -> Device:
 def _refuse_elsewhere(batch: Any) -> None:
     for tensor in find_tensors(batch):
         if tensor.device.type != "cpu":
-            raise ValueError(
+            raise ArgumentError(
                 f"`predict(batch)` must be on the CPU, as a data loader yields it, but has a tensor on "
                 f"{tensor.device}. Pass the batch before it is moved."
             )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_memtrain.core import MemoryBreakdown, format_bytes
+from lightning_memtrain.core import ArgumentError, MemoryBreakdown, format_bytes
 from lightning_memtrain.planning.prediction.largest import largest_that_fits
 from lightning_memtrain.report import MemoryReport, save_html
 from lightning_memtrain.tracing.device import Device
@@ -91,10 +91,10 @@ class Prediction:
             The number; 0 if not even one fits.
 
         Raises:
-            ValueError: if the samples of the batch cannot be told.
+            ArgumentError: if the samples of the batch cannot be told.
         """
         if self._of_size is None or not self.batch_size:
-            raise ValueError(
+            raise ArgumentError(
                 "`Prediction.largest_batch_size()` needs a batch of tensors that share their first axis, the "
                 "samples, but this prediction has none: it was made with `datamodule=`, or of a batch whose "
                 "samples cannot be told. Pass `predict(batch)` such a batch, or predict with each size."

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.precision.activations.activation_packing import ActivationPacking
 from lightning_memtrain.precision.activations.quantization_kernels import QuantizationKernels
 
@@ -39,7 +39,7 @@ class ActivationCodec:
             ``None``: where there is a compiler and so much was packed that compiling (some seconds) pays.
 
     Raises:
-        MisconfigurationException: if an argument lies outside its range.
+        ArgumentError: if an argument lies outside its range.
 
     Example:
         >>> import torch
@@ -66,32 +66,32 @@ class ActivationCodec:
 
     def __post_init__(self) -> None:
         if not is_int(self.bits) or self.bits not in DEFAULT_GROUP_SIZE:
-            raise MisconfigurationException(
+            raise ArgumentError(
                 f"`ActivationCodec(bits)` must be 8, 4 or 2, but got bits={self.bits!r}. "
                 "Use 8, which hardly changes gradients, and 4 where memory is short."
             )
         if self.group_size is not None and (
             not is_int(self.group_size) or self.group_size < 8 or self.group_size % 8
         ):
-            raise MisconfigurationException(
+            raise ArgumentError(
                 f"`ActivationCodec(group_size)` must be a multiple of 8 and at least 8, but got "
                 f"group_size={self.group_size!r}. Leave it out for {DEFAULT_GROUP_SIZE[self.bits]}."
             )
         if not is_int(self.min_numel) or self.min_numel < self.resolved_group_size:
-            raise MisconfigurationException(
+            raise ArgumentError(
                 f"`ActivationCodec(min_numel)` must be at least the size of a group "
                 f"({self.resolved_group_size}), since groups are filled up, but got "
                 f"min_numel={self.min_numel!r}. Leave it out for 4096."
             )
         if not is_int(self.seed) or not 0 <= self.seed < 2**32:
-            raise MisconfigurationException(
+            raise ArgumentError(
                 f"`ActivationCodec(seed)` must be an integer in [0, 2**32), but got seed={self.seed!r}. "
                 "Leave it out for 0."
             )
         for name, choices in (("stochastic", (True, False)), ("compiled", (True, False, None))):
             value = getattr(self, name)
             if not any(value is choice for choice in choices):
-                raise MisconfigurationException(
+                raise ArgumentError(
                     f"`ActivationCodec({name})` must be {' or '.join(map(str, choices))}, but got "
                     f"{name}={value!r}. Use one of them."
                 )
@@ -127,11 +127,11 @@ def validate_codec(argument: str, codec: object) -> None:
         codec: what it got.
 
     Raises:
-        MisconfigurationException: if it is something else.
+        ArgumentError: if it is something else.
     """
     if not isinstance(codec, ActivationCodec):
         name = argument.partition("(")[2].rstrip(")")
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`{argument}` must be an ActivationCodec or None, but got {name}={codec!r}. "
             "Write e.g. ActivationCodec(bits=8)."
         )

@@ -26,7 +26,7 @@ class CompressedActivations(Callback):
         codec: how to pack; ``None`` for 8 bits.
 
     Raises:
-        MisconfigurationException: if ``codec`` is something else.
+        ArgumentError: if ``codec`` is something else.
 
     Example:
         >>> import lightning as L

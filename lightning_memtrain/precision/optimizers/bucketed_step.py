@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_memtrain.compat.torch_private import LOAD_STATE_DICT_HOOKS
 from lightning_memtrain.core import format_bytes
+from lightning_memtrain.core.arguments.value_checks import check_counts, check_kinds, check_optimizer
 from lightning_memtrain.optimizer_steps.closures import EvaluatedClosure, EvaluatesModelError, takes_closure
 from lightning_memtrain.optimizer_steps.optimizer_contents import optimizers_in
 from lightning_memtrain.optimizer_steps.parameter_references import ParameterReferences
@@ -88,6 +89,11 @@ class BucketedStep:
     def __init__(
         self, optimizer: Optimizer, noise: RoundingNoise | None = None, bucket_numel: int | None = None
     ) -> None:
+        check_optimizer("BucketedStep", optimizer=optimizer)
+        kinds, cure = (RoundingNoise, type(None)), "Write e.g. RoundingNoise(seed=0)."
+        check_kinds("BucketedStep", kinds, "a RoundingNoise or None", cure, noise=noise)
+        if bucket_numel is not None:
+            check_counts("BucketedStep", cure="Leave it out for 1/64.", bucket_numel=bucket_numel)
         if reason := why_no_partial_steps(optimizer):
             raise _evaluates(optimizer, reason)
         self._optimizer = optimizer

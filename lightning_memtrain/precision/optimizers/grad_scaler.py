@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from lightning_memtrain.compat.torch_private import per_optimizer_states
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import as_device, check_counts, check_kinds, check_numbers
 
 # Halved as often, any sensible scale is far below 1.
 _MOST_SKIPPED = 40
@@ -30,7 +31,7 @@ class ScalerConfig:
             is the scale; ``None`` for no limit.
 
     Raises:
-        MisconfigurationException: if a number is out of its range.
+        ArgumentError: if a number is out of its range.
 
     Example:
         >>> ScalerConfig(init_scale=2.0**10, growth_interval=500)
@@ -42,23 +43,14 @@ class ScalerConfig:
     max_scale: float | None = 2.0**15
 
     def __post_init__(self) -> None:
-        if isinstance(self.init_scale, bool) or not self.init_scale > 0:
-            raise MisconfigurationException(
-                f"`ScalerConfig(init_scale)` must be greater than 0, but got init_scale={self.init_scale}. "
-                "Use a power of two, e.g. 2.0**15."
-            )
-        if isinstance(self.growth_interval, bool) or not isinstance(self.growth_interval, int):
-            raise MisconfigurationException(
-                "`ScalerConfig(growth_interval)` must be a whole number of steps, but got "
-                f"growth_interval={self.growth_interval!r}. Use e.g. 2000."
-            )
-        if self.growth_interval < 1:
-            raise MisconfigurationException(
-                "`ScalerConfig(growth_interval)` must be a number of steps of at least 1, but got "
-                f"growth_interval={self.growth_interval}. Use e.g. 2000."
-            )
+        cure = "Use a power of two, e.g. 2.0**15."
+        check_numbers("ScalerConfig", "greater than 0", lambda x: x > 0, cure, init_scale=self.init_scale)
+        check_counts("ScalerConfig", cure="Use e.g. 2000.", growth_interval=self.growth_interval)
+        if self.max_scale is not None:
+            expected, cure = "a number or None", "None is no limit."
+            check_numbers("ScalerConfig", expected, lambda x: True, cure, max_scale=self.max_scale)
         if self.max_scale is not None and not self.max_scale >= self.init_scale:
-            raise MisconfigurationException(
+            raise ArgumentError(
                 f"`ScalerConfig(max_scale)` must be at least init_scale={self.init_scale}, but got "
                 f"max_scale={self.max_scale}. Lower init_scale, or raise max_scale; None is no limit."
             )
@@ -99,6 +91,9 @@ class HalfGradScaler(CappedGradScaler):
     """
 
     def __init__(self, device: str, config: ScalerConfig) -> None:
+        as_device("HalfGradScaler", device=device)
+        cure = "Write e.g. ScalerConfig(init_scale=1024.0)."
+        check_kinds("HalfGradScaler", ScalerConfig, "a ScalerConfig", cure, config=config)
         super().__init__(device, config)
         self.num_skipped = 0
         self._scales_in_a_row: list[float] = []

@@ -10,6 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lightning_memtrain.precision.optimizers.optimizer_arguments import check_adam
 from lightning_memtrain.precision.optimizers.sharded_parameters import validate_unsharded
 
 
@@ -32,8 +33,9 @@ def adam8bit(
 
     Raises:
         ModuleNotFoundError: if bitsandbytes is missing; names the extra to install.
-        TypeError: if a parameter is sharded, as under FSDP2.
+        ArgumentError: if an argument is out of its range, or a parameter is sharded, as under FSDP2.
     """
+    check_adam("adam8bit", params, lr, betas, eps)
     optim: Any = _imported("adam8bit", "bitsandbytes", "bnb")
     made: Optimizer = optim.Adam8bit(params, lr=lr, betas=betas, eps=eps)
     return _whole("adam8bit", made)
@@ -62,8 +64,9 @@ def adamw8bit(
 
     Raises:
         ModuleNotFoundError: if bitsandbytes is missing; names the extra to install.
-        TypeError: if a parameter is sharded, as under FSDP2.
+        ArgumentError: if an argument is out of its range, or a parameter is sharded, as under FSDP2.
     """
+    check_adam("adamw8bit", params, lr, betas, eps, weight_decay)
     optim: Any = _imported("adamw8bit", "bitsandbytes", "bnb")
     made: Optimizer = optim.AdamW8bit(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     return _whole("adamw8bit", made)
@@ -94,7 +97,9 @@ def adamw4bit(
 
     Raises:
         ModuleNotFoundError: if torchao is missing; names the extra to install.
+        ArgumentError: if an argument is out of its range.
     """
+    check_adam("adamw4bit", params, lr, betas, eps, weight_decay)
     optim: Any = _imported("adamw4bit", "torchao", "ao")
     made: Optimizer = optim.AdamW4bit(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     return made

@@ -11,11 +11,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_flags, check_numbers
 from lightning_memtrain.precision.optimizers.blockwise_quantization import (
     BLOCK_SIZE,
     dequantize_blockwise,
     num_blocks,
     quantize_blockwise,
+)
+from lightning_memtrain.precision.optimizers.optimizer_arguments import (
+    check_decay,
+    check_parameters,
+    check_step_size,
 )
 from lightning_memtrain.precision.optimizers.sharded_parameters import validate_unsharded
 from lightning_memtrain.precision.optimizers.state_dtypes import restore_state_dtypes
@@ -47,8 +54,7 @@ class SGD8bit(Optimizer):
         maximize: climb instead of descend.
 
     Raises:
-        ValueError: if an argument is out of its range.
-        TypeError: if a parameter is sharded, as under FSDP2.
+        ArgumentError: if an argument is out of its range, or a parameter is sharded, as under FSDP2.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1024))
@@ -74,11 +80,15 @@ class SGD8bit(Optimizer):
         nesterov: bool = False,
         maximize: bool = False,
     ) -> None:
-        _check("lr", lr, lr >= 0, "at least 0", "Use a positive step size.")
-        _check("momentum", momentum, 0 <= momentum < 1, "in [0, 1)", "Use e.g. 0.9, or 0 for none.")
-        _check("weight_decay", weight_decay, weight_decay >= 0, "at least 0", "Use 0 for none.")
+        check_parameters("SGD8bit", params)
+        check_step_size("SGD8bit", lr=lr)
+        cure = "Use e.g. 0.9, or 0 for none."
+        check_numbers("SGD8bit", "in [0, 1)", lambda x: 0 <= x < 1, cure, momentum=momentum)
+        check_numbers("SGD8bit", "a number", lambda x: True, "Use 0 for none.", dampening=dampening)
+        check_decay("SGD8bit", weight_decay=weight_decay)
+        check_flags("SGD8bit", nesterov=nesterov, maximize=maximize)
         if nesterov and (momentum == 0 or dampening != 0):
-            raise ValueError(
+            raise ArgumentError(
                 "`SGD8bit(nesterov=True)` needs momentum and no dampening, but got "
                 f"momentum={momentum} and dampening={dampening}. Give a momentum, or leave out nesterov."
             )
@@ -219,8 +229,3 @@ def _momentum(direction: Tensor, codes: Tensor, scales: Tensor, group: dict[str,
     for target, new in zip((codes, scales), quantize_blockwise(momentum), strict=True):
         target.copy_(new)
     return momentum
-
-
-def _check(name: str, value: float, holds: bool, expected: str, cure: str) -> None:
-    if not holds:
-        raise ValueError(f"`SGD8bit({name})` must be {expected}, but got {name}={value}. {cure}")

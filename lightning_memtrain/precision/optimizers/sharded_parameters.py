@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_memtrain.core import ArgumentError
+
 
 def validate_unsharded(name: str, parameters: Iterable[Tensor]) -> None:
     """Refuse parameters that are distributed tensors, as those of FSDP2 are.
@@ -19,11 +21,11 @@ def validate_unsharded(name: str, parameters: Iterable[Tensor]) -> None:
         parameters: all of them, of any shapes and dtypes.
 
     Raises:
-        TypeError: if one of them is sharded.
+        ArgumentError: if one of them is sharded.
     """
     for parameter in parameters:
         if isinstance(parameter, DTensor):
-            raise TypeError(
+            raise ArgumentError(
                 f"`{name}(params)` must be whole tensors, whose state in 8 bits has one scale per block of "
                 f"numbers, but got a distributed one (DTensor) of shape {tuple(parameter.shape)}. Under "
                 "FSDP2 (`ModelParallelStrategy`) and tensor parallelism use an optimizer of torch, such as "

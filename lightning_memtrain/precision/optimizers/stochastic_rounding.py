@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_memtrain.coordination import dry_run_depth
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_counts, check_kinds
 
 # Low bits of a float32 mantissa that a format has no room for.
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
@@ -34,7 +36,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Genera
         ``values`` in ``dtype``.
 
     Raises:
-        TypeError: if ``values`` are not float32 or ``dtype`` is none of the two.
+        ArgumentError: if ``values`` are not float32 or ``dtype`` is none of the two.
 
     Example:
         >>> noise = torch.Generator().manual_seed(0)
@@ -45,6 +47,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Genera
         >>> round((rounded.double().mean().item() - 1) * 2**8, 2)
         0.33
     """
+    check_kinds("stochastic_round", Tensor, "a tensor", "Pass one in float32.", values=values)
     return stochastic_round_(values.clone(), dtype, generator).to(dtype)
 
 
@@ -61,15 +64,17 @@ def stochastic_round_(values: Tensor, dtype: torch.dtype, generator: torch.Gener
         ``values``, those that are rounded to nearest excepted: these are for the caller's ``to(dtype)``.
 
     Raises:
-        TypeError: see :func:`stochastic_round`.
+        ArgumentError: see :func:`stochastic_round`.
     """
+    kind, cure = torch.Generator, "Write e.g. torch.Generator(values.device)."
+    check_kinds("stochastic_round", kind, "a torch.Generator", cure, generator=generator)
     if dtype not in _DROPPED_BITS:
-        raise TypeError(
+        raise ArgumentError(
             f"`stochastic_round(dtype)` must be torch.bfloat16 or torch.float16, but got dtype={dtype}. "
             "Round to one of these, or use `values.to(dtype)`."
         )
     if values.dtype != torch.float32:
-        raise TypeError(
+        raise ArgumentError(
             f"`stochastic_round(values)` must be float32, but got {values.dtype}. Use `values.float()`."
         )
     limits = torch.finfo(dtype)
@@ -119,6 +124,7 @@ class RoundingNoise:
     """
 
     def __init__(self, seed: int) -> None:
+        check_counts("RoundingNoise", None, "Use e.g. 0.", seed=seed)
         self._first = {"seed": seed, "step": 0}
         self._seed, self._step = seed, 0
         self._generators: dict[torch.device, torch.Generator] = {}

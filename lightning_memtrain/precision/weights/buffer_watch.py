@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_memtrain.compat.torch_private import version_counter
+from lightning_memtrain.core.arguments.module_selectors import Selector
 from lightning_memtrain.precision.weights.converted_buffers import NamedBuffer
-from lightning_memtrain.precision.weights.kept_layers import Selector, format_selectors
+from lightning_memtrain.precision.weights.kept_layers import format_selectors
 
 # Training steps in which a buffer that changes at all has changed.
 _NUM_STEPS = 8

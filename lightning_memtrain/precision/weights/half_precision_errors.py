@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memtrain.compat.torch_private import storage_key, tree_leaves
+from lightning_memtrain.core.arguments.module_selectors import Selector
 from lightning_memtrain.precision.weights.autograd_history import parameters_before, was_half
 from lightning_memtrain.precision.weights.converted_buffers import NamedBuffer
-from lightning_memtrain.precision.weights.kept_layers import NORM, Selector, format_selectors, selects
+from lightning_memtrain.precision.weights.kept_layers import NORM, format_selectors, is_kept
 
 _HALF = re.compile(r"\b(b?float16|half)\b", re.IGNORECASE)
 # Not in lower case alone: "only supported for half, float and double".
@@ -164,7 +165,7 @@ class _Cause:
         rest = [
             selector
             for selector in self._keep_in_fp32
-            if selector != NORM and not any(selects(selector, *pair) for pair in around.items())
+            if selector != NORM and not any(is_kept(selector, *pair) for pair in around.items())
         ]
         return (
             f"It got what {_described(name, layer)} made, which "

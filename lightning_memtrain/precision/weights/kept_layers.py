@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.module_selectors import (
+    Selector,
+    matches_nothing,
+    selector_name,
+    selects,
+)
 from lightning_memtrain.precision.weights.layer_forwards import BATCH_NORMS, LAYER_NORMS
 
 #: Stands for all normalisations among the names of layers.
 NORM = "norm"
-
-
-#: What chooses layers: ``"norm"``, a name in which ``*`` stands for any text, the name of a class, a class.
-Selector = str | type[nn.Module]
 
 
 def kept_layers(module: nn.Module, keep_in_fp32: Sequence[Selector]) -> list[nn.Module]:
@@ -32,7 +32,7 @@ def kept_layers(module: nn.Module, keep_in_fp32: Sequence[Selector]) -> list[nn.
         Layers, in the order in which they are chosen.
 
     Raises:
-        MisconfigurationException: if something matches no layer, other than ``"norm"``, or a TorchScript
+        ArgumentError: if something matches no layer, other than ``"norm"``, or a TorchScript
             module, whose forward is what it is.
 
     Example:
@@ -40,57 +40,39 @@ def kept_layers(module: nn.Module, keep_in_fp32: Sequence[Selector]) -> list[nn.
         >>> [type(layer).__name__ for layer in kept_layers(model, ["norm", "2"])]
         ['LayerNorm', 'ReLU']
     """
-    named = dict(module.named_modules())
+    named = dict(module.named_modules(remove_duplicate=False))  # any of a layer's names will do
     chosen: dict[str, nn.Module] = {}
     for selector in keep_in_fp32:
-        found = {name: layer for name, layer in named.items() if selects(selector, name, layer)}
+        found = {name: layer for name, layer in named.items() if is_kept(selector, name, layer)}
         if not found and selector != NORM:
-            raise _matches_nothing(selector, named)
+            raise matches_nothing("LowPrecision(keep_in_fp32)", selector, named)
         for name, layer in found.items():
             if isinstance(layer, torch.jit.ScriptModule):
-                raise MisconfigurationException(
-                    f"`LowPrecision(keep_in_fp32)` names layers whose forward can be changed, but got "
+                raise ArgumentError(
+                    f"`LowPrecision(keep_in_fp32)` must name layers whose forward can be changed, but got "
                     f"{selector!r}, which is the TorchScript module {name!r}. Put it into a module of your "
                     "own, whose `forward` calls it, and name that."
                 )
         chosen |= found
-    return [layer for name, layer in chosen.items() if not _has_parent_in(name, chosen)]
+    layers = list(dict.fromkeys(chosen.values()))
+    inner = {id(one) for layer in layers for one in layer.modules() if one is not layer}
+    return [layer for layer in layers if id(layer) not in inner]
 
 
-def selects(selector: Selector, name: str, layer: nn.Module) -> bool:
+def is_kept(selector: Selector, name: str, layer: nn.Module) -> bool:
     """Whether a layer is meant.
 
     Args:
         selector: one of ``keep_in_fp32``.
-        name: of the layer in its model; that of the model is empty, and never meant by a name.
+        name: of the layer in its model; that of the model is empty, and it is never meant but by ``"norm"``.
         layer: the layer.
 
     Returns:
         Whether it is one of those that are kept in float32.
     """
-    if isinstance(selector, type):
-        return bool(name) and isinstance(layer, selector)
     if selector == NORM:
         return is_norm(layer)
-    return bool(name) and (type(layer).__name__ == selector or fnmatchcase(name, selector))
-
-
-def _matches_nothing(selector: Selector, named: dict[str, nn.Module]) -> MisconfigurationException:
-    word = selector_name(selector)
-    known = [*named, *{type(layer).__name__ for layer in named.values()}]
-    near = difflib.get_close_matches(word, known, n=3)
-    hint = (
-        f"Did you mean {' or '.join(map(repr, near))}?" if near else "Use names of `model.named_modules()`."
-    )
-    return MisconfigurationException(
-        f"`LowPrecision(keep_in_fp32)` must name layers of the model, but got {word!r}, which matches none. "
-        f"{hint}"
-    )
-
-
-def _has_parent_in(name: str, chosen: dict[str, nn.Module]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:end]) in chosen for end in range(1, len(parts)))
+    return bool(name) and selects(selector, name, layer)
 
 
 def is_norm(layer: nn.Module) -> bool:
@@ -156,15 +138,3 @@ def format_selectors(selectors: Sequence[Selector]) -> str:
     """
     quoted = ", ".join(f'"{selector_name(selector)}"' for selector in selectors)
     return f"({quoted},)" if len(selectors) == 1 else f"({quoted})"
-
-
-def selector_name(selector: Selector) -> str:
-    """What a selector is called, which means the same.
-
-    Args:
-        selector: one of ``keep_in_fp32``.
-
-    Returns:
-        It itself, or the name of the class.
-    """
-    return selector if isinstance(selector, str) else selector.__name__

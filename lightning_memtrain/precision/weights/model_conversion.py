@@ -11,11 +11,13 @@ from torchmetrics import Metric
 
 from lightning_memtrain.compat.lightning_packages import in_both
 from lightning_memtrain.compat.lightning_private import DeviceDtypeModuleMixin
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.module_selectors import Selector, as_selectors
+from lightning_memtrain.core.arguments.value_checks import check_modules
 from lightning_memtrain.precision.half_dtypes import HALF_DTYPES
 from lightning_memtrain.precision.weights.converted_buffers import BufferPlan, ConvertedBuffers, NamedBuffer
 from lightning_memtrain.precision.weights.kept_layers import (
     NORM,
-    Selector,
     format_selectors,
     ids_inside,
     kept_layers,
@@ -57,9 +59,8 @@ def convert_to_low_precision_(
         What became of its buffers.
 
     Raises:
-        TypeError: if ``dtype`` is no half precision, or ``keep_in_fp32`` no sequence of names.
-        MisconfigurationException: if a name matches no layer, or a TorchScript module, whose forward is what
-            it is.
+        ArgumentError: if ``dtype`` is no half precision, or ``keep_in_fp32`` no sequence of names,
+            or if a name matches no layer, or a TorchScript module, whose forward is what it is.
 
     Warns:
         UserWarning: if the code of the model averages weights that are cast, as those of a mean teacher.
@@ -73,16 +74,14 @@ def convert_to_low_precision_(
         >>> model(torch.ones(1, 4, dtype=torch.bfloat16)).dtype
         torch.bfloat16
     """
+    check_modules("convert_to_low_precision_", module=module)
     if dtype not in HALF_DTYPES:
-        raise TypeError(
+        raise ArgumentError(
             "`convert_to_low_precision_(dtype)` must be torch.bfloat16 or torch.float16, but got "
             f"dtype={dtype}. Use one of them, or `module.to(dtype)`."
         )
-    if isinstance(keep_in_fp32, str):
-        raise TypeError(
-            "`convert_to_low_precision_(keep_in_fp32)` must be a tuple of names of layers, but got "
-            f'keep_in_fp32={keep_in_fp32!r}. Write it as a tuple, e.g. ("norm", "head").'
-        )
+    cure = 'Write it as a tuple, e.g. ("norm", "head").'
+    as_selectors("convert_to_low_precision_", cure, least=0, keep_in_fp32=keep_in_fp32)
     named = kept_layers(module, keep_in_fp32)
     metrics = _metrics(module)
     plan = BufferPlan(module, dtype, leave_out=ids_inside(named) | metrics)
@@ -126,6 +125,7 @@ def restore_float32_(module: nn.Module) -> None:
     Args:
         module: the model.
     """
+    check_modules("restore_float32_", module=module)
     metrics = _metrics(module)
     for layer in module.modules():
         if id(layer) in metrics:

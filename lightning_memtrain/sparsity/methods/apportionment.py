@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_memtrain.core import ArgumentError
+
 
 def apportion(total: int, weights: Sequence[int], caps: Sequence[int]) -> list[int]:
     """Divide a number in proportion to weights, with upper limits, exactly.
@@ -21,14 +23,14 @@ def apportion(total: int, weights: Sequence[int], caps: Sequence[int]) -> list[i
         Whole numbers that add up to ``total``.
 
     Raises:
-        ValueError: if ``total`` does not fit.
+        ArgumentError: if ``total`` does not fit.
 
     Example:
         >>> apportion(10, weights=[1, 1, 2], caps=[10, 1, 10])
         [3, 1, 6]
     """
     if total > sum(caps):
-        raise ValueError(f"`apportion(total)` must be at most {sum(caps)}, but got total={total}.")
+        raise ArgumentError(f"`apportion(total)` must be at most {sum(caps)}, but got total={total}.")
     shares = [0] * len(weights)
     free = set(range(len(weights)))
     left = total

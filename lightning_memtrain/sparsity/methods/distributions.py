@@ -11,6 +11,8 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.module_selectors import matches_nothing
 from lightning_memtrain.sparsity.methods.apportionment import apportion
 
 Shapes = Mapping[str, Sequence[int]]
@@ -54,7 +56,7 @@ def check_sparsity(value: Any, argument: str) -> float:
         The fraction.
 
     Raises:
-        MisconfigurationException: if it lies outside ``[0, 1)``.
+        ArgumentError: if it lies outside ``[0, 1)``.
     """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_number and 0 <= value < 1:
@@ -62,9 +64,7 @@ def check_sparsity(value: Any, argument: str) -> float:
     cure = "Use e.g. 0.9 for one weight in ten."
     if is_number and 1 < value < 100:
         cure = f"For {value:g} % zeros write {value / 100:g}."
-    raise MisconfigurationException(
-        f"`{argument}` must be the fraction of zeros, in [0, 1), but got {value!r}. {cure}"
-    )
+    raise ArgumentError(f"`{argument}` must be the fraction of zeros, in [0, 1), but got {value!r}. {cure}")
 
 
 class Distribution(ABC):
@@ -182,15 +182,14 @@ def counts_by_layer(
         Numbers by layer, in the order of ``shapes``; dense layers are left out.
 
     Raises:
-        MisconfigurationException: if a name matches no layer.
+        ArgumentError: if a name matches no layer.
     """
     single = dict(overrides or {}) | (dict(sparsity) if isinstance(sparsity, Mapping) else {})
     unused = [pattern for pattern in single if not any(fnmatchcase(name, pattern) for name in shapes)]
     if unused:
-        raise MisconfigurationException(
-            f"Sparsities by layer must name layers that are selected, but {unused[0]!r} matches none of "
-            f"{', '.join(shapes)}. Correct the name, or select the layer by Select(types=...)."
-        )
+        # Both are given by layer, and are together here.
+        argument = "Select(overrides)" if unused[0] in (overrides or {}) else "sparsity"
+        raise matches_nothing(argument, unused[0], shapes, "layers that become sparse")
     named = {
         name: value for name in shapes for pattern, value in single.items() if fnmatchcase(name, pattern)
     }

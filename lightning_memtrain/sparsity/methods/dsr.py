@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_numbers
 from lightning_memtrain.sparsity.methods.distributions import Distribution, Uniform
 from lightning_memtrain.sparsity.methods.drop_and_grow import DropAndGrow
 from lightning_memtrain.sparsity.methods.rules.drop_rules import (
@@ -38,7 +38,7 @@ class DSR(DropAndGrow):
         distribution: spreads the sparsity at the start.
 
     Raises:
-        MisconfigurationException: if an argument is out of its range; at the start of the run, if
+        ArgumentError: if an argument is out of its range; at the start of the run, if
             ``reallocate`` is more than all weights.
 
     Example:
@@ -60,21 +60,15 @@ class DSR(DropAndGrow):
         check_sparsities(self, self.sparsity)
         name, number = type(self).__name__, self.reallocate
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if not is_number or number <= 0 or (isinstance(number, float) and number >= 1):
-            raise MisconfigurationException(
+        if not is_number or not number > 0 or (isinstance(number, float) and number >= 1):
+            raise ArgumentError(
                 f"`{name}(reallocate)` must be a number of weights, at least 1, or a fraction of all nonzero "
                 f"weights as a float in (0, 1), but got reallocate={number!r}. Use e.g. 0.14 or 20000."
             )
-        if not 0 < self.threshold < float("inf"):
-            raise MisconfigurationException(
-                f"`{name}(threshold)` must be greater than 0 and finite, but got "
-                f"threshold={self.threshold!r}. Use e.g. 1e-3; it adapts itself."
-            )
-        if not 0 <= self.tolerance < 1:
-            raise MisconfigurationException(
-                f"`{name}(tolerance)` must be a fraction in [0, 1), but got tolerance={self.tolerance!r}. "
-                "Use e.g. 0.1."
-            )
+        expected, cure = "greater than 0 and finite", "Use e.g. 1e-3; it adapts itself."
+        check_numbers(name, expected, lambda x: x > 0, cure, threshold=self.threshold)
+        expected = "a fraction in [0, 1)"
+        check_numbers(name, expected, lambda x: 0 <= x < 1, "Use e.g. 0.1.", tolerance=self.tolerance)
 
     @property
     def default_update(self) -> UpdateSchedule:
@@ -104,7 +98,7 @@ class DSR(DropAndGrow):
     def initial_state(self, nnz: int) -> dict[str, float]:
         """The first threshold; refuses to reallocate more than there is."""
         if self.reallocate > nnz:
-            raise MisconfigurationException(
+            raise ArgumentError(
                 f"`{type(self).__name__}(reallocate)` must be at most the number of nonzero weights, {nnz} "
                 f"here, but got reallocate={self.reallocate}. Give a fraction of them, e.g. 0.14."
             )

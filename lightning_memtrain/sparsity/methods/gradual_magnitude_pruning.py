@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_choices, check_kinds
 from lightning_memtrain.sparsity.methods.distributions import Distribution, Shapes, Uniform, check_sparsity
 from lightning_memtrain.sparsity.methods.rules.drop_rules import (
     all_but_smallest,
@@ -42,7 +43,7 @@ class GradualMagnitudePruning(SparseMethod):
         distribution: spreads the sparsity over layers.
 
     Raises:
-        MisconfigurationException: if an argument is out of its range.
+        ArgumentError: if an argument is out of its range.
 
     Example:
         >>> method = GradualMagnitudePruning(0.8)
@@ -63,15 +64,13 @@ class GradualMagnitudePruning(SparseMethod):
             object.__setattr__(self, "sparsity", CubicSchedule(0.0, check_sparsity(self.sparsity, argument)))
         to_schedule(self.sparsity, argument)
         if self._at(1, 1) < self._at(0, 1):
-            raise MisconfigurationException(
+            raise ArgumentError(
                 f"`{argument}` must not fall, since nothing grows, but got {self.sparsity!r}. "
                 "Exchange begin and end."
             )
-        if self.scope not in get_args(Scope):
-            raise MisconfigurationException(
-                f"`{type(self).__name__}(scope)` must be 'layer' or 'global', but got scope={self.scope!r}. "
-                "Use one of them."
-            )
+        owner, cure = type(self).__name__, "Use e.g. Uniform() or ErdosRenyiKernel()."
+        check_choices(owner, get_args(Scope), scope=self.scope)
+        check_kinds(owner, Distribution, "a Distribution", cure, distribution=self.distribution)
 
     def _at(self, step: int, total: int) -> float:
         assert isinstance(self.sparsity, Schedule)
@@ -100,7 +99,7 @@ class GradualMagnitudePruning(SparseMethod):
     def counts(self, shapes: Shapes, overrides: Mapping[str, float]) -> dict[str, int]:
         """Weights of each layer at the start: all of them, as a rule."""
         if overrides:
-            raise MisconfigurationException(
+            raise ArgumentError(
                 f"`Select(overrides)` cannot be combined with `{type(self).__name__}`, whose sparsity "
                 f"changes, but got overrides={dict(overrides)!r}. Leave them out, or use "
                 "distribution=ErdosRenyiKernel()."

@@ -24,7 +24,7 @@ class RigL(SET):
         distribution: spreads the sparsity over layers.
 
     Raises:
-        MisconfigurationException: if an argument is out of its range.
+        ArgumentError: if an argument is out of its range.
 
     Example:
         >>> RigL(0.9, drop=0.3).num_candidates({"fc": 100}, UpdateTime(step=1, elapsed=1, total=10))

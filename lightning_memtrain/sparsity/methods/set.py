@@ -31,7 +31,7 @@ class SET(DropAndGrow):
         distribution: spreads the sparsity over layers.
 
     Raises:
-        MisconfigurationException: if an argument is out of its range.
+        ArgumentError: if an argument is out of its range.
 
     Example:
         >>> now = UpdateTime(step=1, elapsed=1, total=10)

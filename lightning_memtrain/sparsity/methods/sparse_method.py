@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_kinds
 from lightning_memtrain.sparsity.methods.distributions import (
     Distribution,
     Shapes,
@@ -163,15 +163,34 @@ def check_sparsities(method: SparseMethod, sparsity: Any) -> None:
         sparsity: what a user gave.
 
     Raises:
-        MisconfigurationException: naming the argument.
+        ArgumentError: naming the argument.
     """
+    expected, cure = "a Distribution", "Use e.g. Uniform() or ErdosRenyiKernel()."
+    check_kinds(type(method).__name__, Distribution, expected, cure, distribution=method.distribution)
     argument = f"{type(method).__name__}(sparsity)"
     if isinstance(sparsity, Mapping):
         for name, value in sparsity.items():
+            if not isinstance(name, str):
+                raise ArgumentError(
+                    f"`{argument}` must map names of layers to fractions of zeros, but got the name "
+                    f"{name!r}. Write e.g. {{'head': 0.5}}."
+                )
             check_sparsity(value, f"{argument}[{name!r}]")
         if not sparsity:
-            raise MisconfigurationException(
-                f"`{argument}` must name layers, but got {{}}. Use e.g. 0.9 for all."
-            )
+            raise ArgumentError(f"`{argument}` must name layers, but got {{}}. Use e.g. 0.9 for all.")
     else:
         check_sparsity(sparsity, argument)
+
+
+def check_method(owner: str, method: Any) -> None:
+    """Refuse what is no method.
+
+    Args:
+        owner: what the user has called.
+        method: the argument.
+
+    Raises:
+        ArgumentError: naming the argument.
+    """
+    expected = "a method such as RigL(0.9)"
+    check_kinds(owner, SparseMethod, expected, "Use one.", method=method)

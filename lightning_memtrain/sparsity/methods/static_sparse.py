@@ -30,7 +30,7 @@ class StaticSparse(SparseMethod):
         distribution: spreads it over layers.
 
     Raises:
-        MisconfigurationException: if ``sparsity`` is out of its range.
+        ArgumentError: if ``sparsity`` is out of its range.
 
     Example:
         >>> StaticSparse(0.9).counts({"fc": (10, 100)}, overrides={})

@@ -10,6 +10,9 @@ from typing import Any, Literal, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_choices, check_counts
+
 TimeUnit = Literal["step", "epoch"]
 
 
@@ -24,6 +27,10 @@ class RunLength:
 
     total_steps: int | None = None
     steps_per_epoch: int | None = None
+
+    def __post_init__(self) -> None:
+        known = {key: value for key, value in vars(self).items() if value is not None}
+        check_counts("RunLength", 0, "Use None for a run or an epoch without end.", **known)
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class UpdateEvery(UpdateSchedule):
             would be the first step, is refused.
 
     Raises:
-        MisconfigurationException: if an argument is out of its range, or ``stop`` is before ``start``.
+        ArgumentError: if an argument is out of its range, or ``stop`` is before ``start``.
 
     Example:
         >>> steps = UpdateEvery(100, start=0, stop=0.75).in_steps(RunLength(total_steps=1000))
@@ -114,19 +121,19 @@ class UpdateEvery(UpdateSchedule):
         _check_period("UpdateEvery(steps)", self.steps)
         _check_time("UpdateEvery(start)", self.start)
         if isinstance(self.start, float) and self.start == 1:
-            raise MisconfigurationException(
+            raise ArgumentError(
                 "`UpdateEvery(start)` must be below 1 as a fraction of the run, at whose end nothing is left "
                 "to update, but got start=1.0. Write 1 for the first step."
             )
         _check_time("UpdateEvery(stop)", self.stop)
-        if isinstance(self.stop, int) and self.stop == 1:
-            raise MisconfigurationException(
+        if isinstance(self.stop, int) and self.stop < 2:
+            raise ArgumentError(
                 "`UpdateEvery(stop)` must be at least 2 as a whole number, since 1.0 is the end of the run, "
-                "but got stop=1. Write 1.0 for the end of the run; for one update, after step 1, write "
-                "UpdatePiecewise({0: 1}, unit='step', stop=1)."
+                f"but got stop={self.stop}. Write 1.0 for the end of the run; for one update, after step 1, "
+                "write UpdatePiecewise({0: 1}, unit='step', stop=1)."
             )
         if type(self.start) is type(self.stop) and self.stop < self.start:
-            raise MisconfigurationException(
+            raise ArgumentError(
                 f"`UpdateEvery(stop)` must not be before start={self.start}, but got stop={self.stop}. "
                 "Raise it, or lower start."
             )
@@ -149,7 +156,7 @@ class UpdatePiecewise(UpdateSchedule):
             a fraction of the run, below 1.
 
     Raises:
-        MisconfigurationException: if an argument is out of its range.
+        ArgumentError: if an argument is out of its range.
 
     Example:
         >>> update = UpdatePiecewise({0: 100, 2: 200}, unit="epoch", stop=4)
@@ -163,14 +170,11 @@ class UpdatePiecewise(UpdateSchedule):
     stop: int | float | None = None
 
     def __post_init__(self) -> None:
+        check_choices("UpdatePiecewise", get_args(TimeUnit), unit=self.unit)
         if not isinstance(self.periods, Mapping) or not self.periods:
-            raise MisconfigurationException(
+            raise ArgumentError(
                 "`UpdatePiecewise(periods)` must map when a part of the run begins to a number of steps, but "
                 f"got periods={self.periods!r}. Write e.g. {{0: 100, 25: 200}}."
-            )
-        if self.unit not in get_args(TimeUnit):
-            raise MisconfigurationException(
-                f"`UpdatePiecewise(unit)` must be 'step' or 'epoch', but got unit={self.unit!r}. Use one."
             )
         for begin, steps in self.periods.items():
             _check_count("UpdatePiecewise(periods)", "a beginning", begin, 0)
@@ -178,7 +182,7 @@ class UpdatePiecewise(UpdateSchedule):
         if self.stop is not None:
             _check_time("UpdatePiecewise(stop)", self.stop)
             if isinstance(self.stop, float) and self.stop == 1:
-                raise MisconfigurationException(
+                raise ArgumentError(
                     "`UpdatePiecewise(stop)` must be below 1 as a fraction of the run, since 1 is the "
                     f"beginning of {self.unit} 1, but got stop=1.0. Leave it out for the end of the run."
                 )
@@ -217,7 +221,7 @@ def _in_steps(argument: str, time: int | float, total_steps: int | None) -> int:
 
 def _check_count(argument: str, what: str, value: Any, low: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`{argument}` must have {what} that is a whole number of at least {low}, but got {value!r}. "
             f"Use e.g. {100 if low else 0}."
         )
@@ -230,7 +234,7 @@ def _check_period(argument: str, value: Any) -> None:
 def _check_time(argument: str, value: Any) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or value < 0 or (isinstance(value, float) and not value <= 1):
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`{argument}` must be a whole number of steps, or a fraction of the run as a float in [0, 1], "
             f"but got {value!r}. Use e.g. 1000 or 0.75."
         )

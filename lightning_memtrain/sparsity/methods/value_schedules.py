@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_numbers
 
 
 class Schedule(ABC):
@@ -145,28 +146,22 @@ def to_schedule(value: Any, argument: str) -> Schedule:
         The schedule.
 
     Raises:
-        MisconfigurationException: if it is neither, or its first or last value is not in ``[0, 1)``.
+        ArgumentError: if it is neither, or its first or last value is not in ``[0, 1)``.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         value = ConstantSchedule(float(value))
     if not isinstance(value, Schedule):
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`{argument}` must be a number or a schedule such as CosineSchedule(0.3), but got {value!r}. "
             "Use one of them."
         )
     ends = value.value(0, 1), value.value(1, 1)
     if not all(0 <= end < 1 for end in ends):
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`{argument}` must stay in [0, 1), but got {value!r}. It is a fraction, not percent."
         )
     return value
 
 
 def _check_finite(schedule: Schedule, **values: float) -> None:
-    for name, value in values.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
-            raise MisconfigurationException(
-                f"`{type(schedule).__name__}({name})` must be a finite number, but got {name}={value!r}. "
-                "Use e.g. 0.3."
-            )
+    check_numbers(type(schedule).__name__, "a finite number", lambda x: True, "Use e.g. 0.3.", **values)

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
 from lightning_memtrain.sparsity.storage.layers.sparse_parameters import SPARSE_SUFFIX
 
@@ -20,7 +21,7 @@ def refuse_layers_of(state_dict: Mapping[str, Any], expected: frozenset[str]) ->
         expected: paths of what holds values in the model.
 
     Raises:
-        MisconfigurationException: naming a layer.
+        ArgumentError: naming a layer.
     """
     ending = "sparsity_pattern"
     saved = {key.removesuffix(ending).removesuffix(".") for key in state_dict if key.endswith(ending)}
@@ -33,7 +34,7 @@ def refuse_layers_of(state_dict: Mapping[str, Any], expected: frozenset[str]) ->
                 "Load dense weights into the model before the Trainer sees it: "
                 "`model.load_state_dict(torch.load(...)['state_dict'])`."
             )
-        raise MisconfigurationException(
+        raise ArgumentError(
             "`SparseTraining(layers)` must choose the layers that are sparse in the checkpoint, but "
             f"{name!r} is {there} there and {here} here. {cure}"
         )
@@ -80,7 +81,8 @@ def refuse_checkpoint(
         patterns: fingerprints of the patterns that the model has, by layer.
 
     Raises:
-        MisconfigurationException: if the sparsity or a pattern is another one.
+        ArgumentError: if the sparsity is another one.
+        MisconfigurationException: if a pattern is, or a later version wrote it.
     """
     if saved["version"] > version:
         raise MisconfigurationException(
@@ -94,7 +96,7 @@ def refuse_checkpoint(
         ("Select(overrides)", "overrides", dict(overrides)),
     ):
         if saved[key] != given:
-            raise MisconfigurationException(
+            raise ArgumentError(
                 f"`{argument}` must be that of the checkpoint, whose patterns are loaded, {saved[key]}, but "
                 f"got {given}. Resume with that, or start a new run from weights of `export_dense(model)`."
             )

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_memtrain.core import NoEffectWarning
+from lightning_memtrain.core import ArgumentError, NoEffectWarning
 from lightning_memtrain.core.compiled_modules import is_compiled
 from lightning_memtrain.sparsity import sharding
 from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
@@ -37,6 +37,7 @@ def refuse_run(trainer: Trainer, num_given: int, method: SparseMethod, leave: st
         leave: what the run leaves.
 
     Raises:
+        ArgumentError: if a strategy needs another method.
         MisconfigurationException: naming the strategy or the callback.
     """
     if num_given > 1:
@@ -51,7 +52,7 @@ def refuse_run(trainer: Trainer, num_given: int, method: SparseMethod, leave: st
             "ModelParallelStrategy and `fully_shard`."
         )
     if sharding.divides_parameters(trainer.strategy) and method.changes_nnz:
-        raise MisconfigurationException(
+        raise ArgumentError(
             "`SparseTraining(method)` must keep the number of weights of each layer under "
             f"{type(trainer.strategy).__name__}, whose shards keep their size, but got {method!r}. Use RigL, "
             "SET or StaticSparse, or train with ddp or on one device."

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_memtrain.compat.torch_private import ConvNd
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.module_selectors import (
+    Selector,
+    as_selectors,
+    matches_nothing,
+    selects,
+)
+from lightning_memtrain.core.arguments.value_checks import check_flags, wrong
 from lightning_memtrain.sparsity.methods.distributions import check_sparsity
 from lightning_memtrain.sparsity.selection.layer_copies import LayerCopies, find_layer_copies
 from lightning_memtrain.sparsity.selection.weight_locations import (
@@ -20,6 +25,7 @@ from lightning_memtrain.sparsity.selection.weight_locations import (
     is_linear_or_convolution,
     weight_locations,
 )
+from lightning_memtrain.sparsity.storage.sparse_weight import sparse_weights
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SHORTCUTS = ("*shortcut*", "*downsample*", "*skip*")
@@ -46,16 +52,16 @@ class Select:
     count for much.
 
     Args:
-        types: class names, in which ``*`` stands for any text, or classes.
-        dense: layers or other modules that stay dense: paths, in which ``*`` stands for any text, class
-            names, or classes.
+        types: layers that become sparse, or modules with such layers in them: class names, classes or paths;
+            in names, ``*`` stands for any text.
+        dense: layers that stay dense, or modules with such layers in them; likewise.
         overrides: fraction of zeros of single layers by path, ``*`` stands for any text.
         dense_ends: whether first convolution, shortcuts and last linear layer of a convolutional network stay
             dense.
 
     Raises:
-        MisconfigurationException: if an argument is out of its range; at the start of the run, if a name
-            matches no layer.
+        ArgumentError: if an argument is out of its range; at the start of the run, if a name of ``types`` or
+            ``dense`` matches nothing. Not all of the default's names have to.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
@@ -63,39 +69,38 @@ class Select:
         (['1'], ['0', '1', '3'])
     """
 
-    types: Sequence[str | type[nn.Module]] = DEFAULT_TYPES
-    dense: Sequence[str | type[nn.Module]] = ()
+    types: Sequence[Selector] = DEFAULT_TYPES
+    dense: Sequence[Selector] = ()
     overrides: Mapping[str, float] = field(default_factory=dict)
     dense_ends: bool = True
 
     def __post_init__(self) -> None:
-        _check_list("types", self.types, (str, type), "class names or classes", "['Linear', 'Conv2d']")
-        _check_list("dense", self.dense, (str, type), "paths of layers or classes", "['encoder.*', 'head']")
-        if not self.types:
-            raise MisconfigurationException(
-                "`Select(types)` must name at least one type, but got an empty list. Leave it out for linear "
-                "and convolution layers."
-            )
+        cure = "Write e.g. ['Linear', 'Conv2d'], or leave it out for linear and convolution layers."
+        as_selectors("Select", cure, types=self.types)
+        as_selectors("Select", "Write e.g. ['encoder.*', 'head'].", least=0, dense=self.dense)
+        check_flags("Select", dense_ends=self.dense_ends)
         if not isinstance(self.overrides, Mapping):
-            raise MisconfigurationException(
+            raise ArgumentError(
                 "`Select(overrides)` must map paths of layers to fractions of zeros, but got "
                 f"overrides={self.overrides!r}. Write e.g. {{'head': 0.5}}."
             )
         for name, sparsity in self.overrides.items():
+            if not isinstance(name, str):
+                cure = "Write e.g. {'head': 0.5}."
+                raise wrong("Select", "overrides", "fractions by path", self.overrides, cure)
             check_sparsity(sparsity, f"Select(overrides)[{name!r}]")
 
-    def keeps_dense(self, name: str, module: nn.Module) -> bool:
+    def keeps_dense(self, model: nn.Module, name: str) -> bool:
         """Whether a parameter is named as one that stays dense.
 
         Args:
+            model: the module that is trained.
             name: of the parameter.
-            module: that has it.
 
         Returns:
-            ``True`` where ``dense`` names the parameter or the module.
+            ``True`` where ``dense`` names the parameter, its module or one around it.
         """
-        paths = name, name.rpartition(".")[0]
-        return any(_is_named(path, module, wanted) for path in paths for wanted in self.dense)
+        return name in _Named(self.dense, modules_by_path(model))
 
     def unnamed_locations(self, model: nn.Module) -> dict[str, WeightLocation]:
         """Dense layers that are not among those that are named.
@@ -106,8 +111,8 @@ class Select:
         Returns:
             By path.
         """
-        locations = weight_locations(model)
-        return {path: one for path, one in locations.items() if not self.keeps_dense(one.name, one.module)}
+        dense = _Named(self.dense, modules_by_path(model))
+        return {path: one for path, one in weight_locations(model).items() if one.name not in dense}
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
         """Layers to make sparse.
@@ -119,7 +124,7 @@ class Select:
             By path, in the order of the model.
 
         Raises:
-            MisconfigurationException: if a name of ``dense`` matches no module with parameters.
+            ArgumentError: if a name of ``types`` or ``dense`` matches nothing.
         """
         return {path: location.module for path, location in self.choose(model)[0].items()}
 
@@ -133,16 +138,13 @@ class Select:
             Layers by path, in the order of the model, and the copies, which are chosen as their originals.
 
         Raises:
-            MisconfigurationException: if a name of ``dense`` matches no module with parameters.
+            ArgumentError: if a name of ``types`` or ``dense`` matches nothing.
         """
-        locations = weight_locations(model)
-        self._refuse_unknown(model, locations)
-        named = {path for path, one in locations.items() if self.keeps_dense(one.name, one.module)}
-        of_types = {
-            path: location
-            for path, location in locations.items()
-            if any(_is_of_type(location.module, kind) for kind in self.types)
-        }
+        modules, locations = modules_by_path(model), weight_locations(model)
+        self._refuse_unknown(modules, [location.name for location in locations.values()])
+        dense, of_a_type = _Named(self.dense, modules), _Named(self.types, modules)
+        named = {path for path, location in locations.items() if location.name in dense}
+        of_types = {path: location for path, location in locations.items() if location.name in of_a_type}
         copies = find_layer_copies(of_types, named)
         own = {path: location for path, location in locations.items() if path not in copies.originals}
         ends = _dense_ends(own) if self.dense_ends else set()
@@ -161,19 +163,26 @@ class Select:
         }
         return layers, replace(copies, originals=originals)
 
-    def _refuse_unknown(self, model: nn.Module, locations: Mapping[str, WeightLocation]) -> None:
-        known = {path: module for path, module in model.named_modules() if module._parameters}
-        known |= {path: location.module for path, location in locations.items()}
-        for wanted in self.dense:
-            if any(_is_named(path, module, wanted) for path, module in known.items()):
-                continue
-            word = wanted if isinstance(wanted, str) else wanted.__name__
-            near = difflib.get_close_matches(word, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(locations)}."
-            raise MisconfigurationException(
-                f"`Select(dense)` must name layers of {type(model).__name__}, but {word!r} matches "
-                f"none. {hint}"
-            )
+    def _refuse_unknown(self, modules: Mapping[str, nn.Module], names: Sequence[str]) -> None:
+        """Refuse what names nothing; ``names`` are of the dense weights that can be sparse."""
+        model = modules[""]
+        # The model itself stands for its own parameters only.
+        with_parameters = {
+            path: module
+            for path, module in modules.items()
+            if next(module.parameters(recurse=bool(path)), None) is not None
+        }
+        _refuse_nothing("Select(dense)", self.dense, with_parameters | dict.fromkeys(names, _NO_MODULE))
+        if tuple(self.types) != DEFAULT_TYPES:  # whose names are for models of all kinds
+            # Layers that are sparse already may be meant, too: a trainer can fit a model again.
+            weights = [*names, *sparse_weights(model)]
+            owners = {id(modules[name.rpartition(".")[0]]) for name in weights}
+            around = {
+                path: module
+                for path, module in modules.items()
+                if any(id(inner) in owners for inner in (module.modules() if path else (module,)))
+            }
+            _refuse_nothing("Select(types)", self.types, around | dict.fromkeys(weights, _NO_MODULE))
 
 
 def has_selectable_layers(model: nn.Module) -> bool:
@@ -189,16 +198,46 @@ def has_selectable_layers(model: nn.Module) -> bool:
     return has_layers or bool(weight_locations(model))
 
 
-def _is_named(path: str, module: nn.Module, wanted: str | type[nn.Module]) -> bool:
-    if isinstance(wanted, type):
-        return isinstance(module, wanted)
-    return type(module).__name__ == wanted or fnmatchcase(path, wanted)
+# In the place of a module where there is a parameter, which a name can mean, but no class.
+_NO_MODULE = nn.Module()
 
 
-def _is_of_type(module: nn.Module, kind: str | type[nn.Module]) -> bool:
-    if isinstance(kind, type):
-        return isinstance(module, kind)
-    return any(fnmatchcase(base.__name__, kind) for base in type(module).__mro__)
+def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules of a model, those in several places by each of their paths.
+
+    Args:
+        model: any.
+
+    Returns:
+        By path; that of the model is empty.
+    """
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+class _Named:
+    """Which parameters are meant by selectors: by their name, by their module or by one around it."""
+
+    def __init__(self, selectors: Sequence[Selector], modules: Mapping[str, nn.Module]) -> None:
+        self._selectors, self._modules = selectors, modules
+        # By identity: a layer in several places may be named by any of them.
+        self._meant = {
+            id(inner)
+            for path, module in modules.items()
+            if any(selects(one, path, module) for one in selectors)
+            for inner in (module.modules() if path else (module,))
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return id(self._modules[name.rpartition(".")[0]]) in self._meant or any(
+            selects(one, name, _NO_MODULE) for one in self._selectors
+        )
+
+
+def _refuse_nothing(argument: str, selectors: Sequence[Selector], known: Mapping[str, nn.Module]) -> None:
+    for selector in selectors:
+        if not any(selects(selector, path, module) for path, module in known.items()):
+            layers = {path: module for path, module in known.items() if module is not _NO_MODULE}
+            raise matches_nothing(argument, selector, layers)
 
 
 def _is_depthwise(location: WeightLocation) -> bool:
@@ -225,10 +264,3 @@ def _dense_ends(locations: Mapping[str, WeightLocation]) -> set[str]:
         and all(size == 1 for size in location.module.kernel_size)  # type: ignore[union-attr]
     ]
     return {next(iter(convolutions)), *linear[-1:], *shortcuts}
-
-
-def _check_list(name: str, given: Any, kinds: tuple[type, ...], what: str, example: str) -> None:
-    if isinstance(given, (str, type)) or not all(isinstance(one, kinds) for one in given):
-        raise MisconfigurationException(
-            f"`Select({name})` must be a list of {what}, but got {name}={given!r}. Write e.g. {example}."
-        )

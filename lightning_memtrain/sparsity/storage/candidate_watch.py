@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from lightning_memtrain.coordination import register_restorable
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import is_whole, wrong
 from lightning_memtrain.sparsity.storage.candidate_search import Candidates, CandidateSearch
-from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
+from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight, check_weights
 
 
 class CandidateWatch:
@@ -76,7 +78,8 @@ def watch_candidates(
         The watch, which is on already.
 
     Raises:
-        ValueError: if a name is unknown, a number is less than 1, or a weight is watched already.
+        ArgumentError: if a name is unknown or a number is less than 1.
+        ValueError: if a weight is watched already.
 
     Example:
         >>> import torch
@@ -92,16 +95,20 @@ def watch_candidates(
         Evci et al., Rigging the Lottery: Making All Tickets Winners, ICML 2020, arXiv:1911.11134.
         Ansell et al., Scaling Sparse Fine-Tuning to Large Language Models, 2024, arXiv:2401.16405.
     """
+    check_weights("watch_candidates", weights)
+    if not isinstance(num_candidates, Mapping):
+        cure = "Write e.g. {'0.weight': 100}."
+        raise wrong("watch_candidates", "num_candidates", "numbers by name", num_candidates, cure)
     for name, count in num_candidates.items():
         if name not in weights:
-            raise ValueError(
+            raise ArgumentError(
                 f"`watch_candidates(num_candidates)` must name sparse weights, but got {name!r}. "
                 f"There are {', '.join(map(repr, weights))}."
             )
-        if count < 1:
-            raise ValueError(
-                f"`watch_candidates(num_candidates)` must be at least 1, but got {count} for {name!r}. "
-                "Leave the weight out to not watch it."
+        if not is_whole(count) or count < 1:
+            raise ArgumentError(
+                f"`watch_candidates(num_candidates)` must be at least 1, but got {count!r} "
+                f"for {name!r}. Leave the weight out to not watch it."
             )
         if weights[name].layer.search is not None:
             raise ValueError(f"{name!r} is watched already. Close the other watch first.")

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_kinds, check_modules
 from lightning_memtrain.core.compiled_modules import before_compilation
 from lightning_memtrain.sparsity.storage.checkpoint_key import CHECKPOINT_KEY
 from lightning_memtrain.sparsity.storage.layers.autograd_functions import DenseWeightFunction
@@ -39,6 +41,7 @@ def export_dense(module: nn.Module) -> dict[str, Tensor]:
         {'weight': tensor([[1., 0.],
                 [0., 1.]])}
     """
+    check_modules("export_dense", module=module)
     module = before_compilation(module)
     state: dict[str, Tensor] = module.state_dict()
     layers = {
@@ -74,8 +77,8 @@ def dense_state_dict(state_dict: Mapping[str, Tensor], module: nn.Module) -> dic
         pattern. These weights are made for it; the rest is what was given.
 
     Raises:
-        ValueError: if ``module`` has no dense weight where values were saved, or one of another shape, or a
-            pattern is damaged.
+        ArgumentError: if ``module`` has no dense weight where values were saved, or one of another shape,
+            or a pattern is damaged.
 
     Example:
         >>> from lightning_memtrain.sparsity import sparsify_
@@ -86,6 +89,9 @@ def dense_state_dict(state_dict: Mapping[str, Tensor], module: nn.Module) -> dic
         {'weight': tensor([[1., 0.],
                 [0., 1.]])}
     """
+    cure = "Pass e.g. `model.state_dict()`."
+    check_kinds("dense_state_dict", Mapping, "a mapping of tensors", cure, state_dict=state_dict)
+    check_modules("dense_state_dict", module=module)
     weights: Mapping[str, Tensor] = module.state_dict()
     dense: dict[str, Tensor] = {}
     for key, value in state_dict.items():
@@ -100,12 +106,12 @@ def dense_state_dict(state_dict: Mapping[str, Tensor], module: nn.Module) -> dic
             continue
         subject = f"`dense_state_dict(state_dict)` holds {key!r} of a sparse layer, but "
         if weight_key not in weights:
-            raise ValueError(
+            raise ArgumentError(
                 f"{subject}the {type(module).__name__} has no dense {weight_key!r}. Pass the model that was "
                 "trained, as it is without sparse layers."
             )
         shape = weights[weight_key].shape
         if (complaint := pattern_fault(pattern, value, shape)) is not None:
-            raise ValueError(f"{subject}their pattern {complaint}")
+            raise ArgumentError(f"{subject}their pattern {complaint}")
         dense[weight_key] = DenseWeightFunction.apply(value, pattern, shape, None)  # type: ignore[no-untyped-call]
     return dense

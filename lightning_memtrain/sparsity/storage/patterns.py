@@ -23,6 +23,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from lightning_memtrain.core import ArgumentError
+
 Storage = Literal["auto", "bitmask", "int32", "block16"]
 
 _BLOCK_NUMEL = 1 << 16
@@ -86,10 +88,10 @@ def resolve_storage(storage: Storage, numel: int, nnz: int) -> Storage:
         A form other than ``"auto"``.
 
     Raises:
-        ValueError: if there is no such form.
+        ArgumentError: if there is no such form.
     """
     if storage not in get_args(Storage):
-        raise ValueError(
+        raise ArgumentError(
             f"`storage` must be one of {', '.join(map(repr, get_args(Storage)))}, but got "
             f"storage={storage!r}. "
             'Use "auto" for the fewest bytes.'

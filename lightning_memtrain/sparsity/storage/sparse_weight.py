@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_memtrain.compat.torch_private import is_traceable_wrapper_subclass
+from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import check_modules, wrong
 from lightning_memtrain.sparsity.storage.layers.sparse_layer import SparseLayer
 from lightning_memtrain.sparsity.storage.layers.sparse_parameters import SPARSE_SUFFIX, SparseParameter
 from lightning_memtrain.sparsity.storage.optimizer_state import Reindexing, check_reindexable, prepare_state
@@ -89,7 +91,7 @@ class SparseWeight:
             optimizers: all that may hold state of the values.
 
         Raises:
-            ValueError: if ``kept`` or ``grown`` is no such choice.
+            ArgumentError: if ``kept`` or ``grown`` is no such choice.
             TypeError: if an optimizer's state cannot follow, or the values are no plain tensor, or divided
                 among ranks and would become more or fewer. Nothing has changed then.
         """
@@ -110,7 +112,7 @@ class SparseWeight:
             What is to be called for the change; each makes no tensor and may be called several times.
 
         Raises:
-            ValueError: as there.
+            ArgumentError: as there.
             TypeError: as there.
         """
         values, device = self.values, self.values.device
@@ -121,7 +123,7 @@ class SparseWeight:
                 f"`fully_shard`, but they are a {type(values.data).__name__}. Use a method that moves none."
             )
         if kept.dtype != torch.bool or kept.shape != values.shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"`SparseWeight.replace(kept)` must be bool of shape {tuple(values.shape)}, one per entry of "
                 f"{self.name!r}, but got {kept.dtype} of shape {tuple(kept.shape)}."
             )
@@ -131,12 +133,12 @@ class SparseWeight:
             self.positions().index_select(0, staying), staying, grown.to(device)
         )
         if not bool((positions.diff() > 0).all()):
-            raise ValueError(
+            raise ArgumentError(
                 f"`SparseWeight.replace(grown)` of {self.name!r} must hold positions, ascending and none of "
                 "them kept, but some come twice. Leave them out, or drop them from `kept`."
             )
         if is_sharded and len(positions) != len(kept):
-            raise TypeError(
+            raise ArgumentError(
                 f"`SparseWeight.replace` must keep the number of values of {self.name!r}, which are divided "
                 f"among ranks in shards of fixed size, but got {len(positions)} for {len(kept)}. Grow as "
                 "many as are dropped."
@@ -196,6 +198,7 @@ def sparse_weights(module: nn.Module) -> dict[str, SparseWeight]:
         >>> sparse_weights(model)
         {'0.weight': SparseWeight('0.weight', shape=(2, 4), nnz=2)}
     """
+    check_modules("sparse_weights", module=module)
     return {
         (name := layer.dense_key(f"{path}." if path else "")): SparseWeight(name, layer)
         for path, layer in module.named_modules()
@@ -224,21 +227,35 @@ def check_positions(subject: str, positions: Tensor, numel: int) -> None:
         numel: entries of the weight.
 
     Raises:
-        ValueError: naming the subject.
+        ArgumentError: naming the subject.
     """
     if positions.dim() != 1 or positions.dtype != torch.int64:
-        raise ValueError(
+        raise ArgumentError(
             f"{subject} must be flat positions, integers of one axis, but got {positions.dtype} of shape "
             f"{tuple(positions.shape)}. Use `mask.flatten().nonzero().flatten()` for a mask."
         )
     if positions.is_meta or not len(positions):
         return
     if int(positions.min()) < 0 or int(positions.max()) >= numel:
-        raise ValueError(
+        raise ArgumentError(
             f"{subject} must be from 0 to {numel - 1}, but got {int(positions.min())} to "
             f"{int(positions.max())}. Count positions in the flattened weight."
         )
     if not bool((positions.diff() > 0).all()):
-        raise ValueError(
+        raise ArgumentError(
             f"{subject} must be ascending, each position once, but got a repetition or a descent."
         )
+
+
+def check_weights(owner: str, weights: Any) -> None:
+    """Refuse what are no sparse weights by name.
+
+    Args:
+        owner: what the user has called.
+        weights: the argument.
+
+    Raises:
+        ArgumentError: naming the argument.
+    """
+    if not isinstance(weights, Mapping) or not all(isinstance(w, SparseWeight) for w in weights.values()):
+        raise wrong(owner, "weights", "sparse weights by name", weights, "Pass `sparse_weights(model)`.")

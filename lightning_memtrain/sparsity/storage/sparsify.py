@@ -13,7 +13,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from lightning_memtrain.compat.torch_private import is_traceable_wrapper_subclass
-from lightning_memtrain.core import parse_bytes
+from lightning_memtrain.core import ArgumentError, parse_bytes
+from lightning_memtrain.core.arguments.value_checks import check_modules, check_optimizers, wrong
 from lightning_memtrain.sparsity.storage.layers.layer_types import SPARSE_TYPES
 from lightning_memtrain.sparsity.storage.layers.sparse_layer import SparseLayer
 from lightning_memtrain.sparsity.storage.layers.sparse_parameters import (
@@ -64,9 +65,9 @@ def sparsify_(
         The weights of ``positions``, in the order of the modules.
 
     Raises:
-        ValueError: if a name, its positions or another argument is wrong, or a weight is tied, computed from
-            other parameters, not yet made, distributed or sparse already. Nothing has changed then.
-        TypeError: if a weight is of a layer that has no sparse form. Nothing has changed then.
+        ArgumentError: if a name, its positions or another argument is wrong, or a weight is tied, computed
+            from other parameters, not yet made, distributed or sparse already, or of a layer that has no
+            sparse form. Nothing has changed then.
 
     Example:
         >>> layer = nn.Linear(1000, 100)
@@ -76,6 +77,11 @@ def sparsify_(
         >>> [(name, parameter.shape) for name, parameter in layer.named_parameters()]
         [('bias', torch.Size([100])), ('values', torch.Size([10000]))]
     """
+    check_modules("sparsify_", module=module)
+    items = positions.items() if isinstance(positions, Mapping) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(chosen, Tensor) for name, chosen in items):
+        cure = "Write e.g. {'0.weight': torch.arange(10)}."
+        raise wrong("sparsify_", "positions", "positions by the name of a weight", positions, cure)
     resolve_storage(storage, 0, 0)
     if chunk_bytes is not None:
         chunk_bytes = parse_bytes(chunk_bytes, argument="sparsify_(chunk_bytes)")
@@ -114,7 +120,7 @@ def densify_(module: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
             dropped, and begins anew if they go on.
 
     Raises:
-        TypeError: if values are divided among ranks. Nothing has changed then.
+        ArgumentError: if values are divided among ranks. Nothing has changed then.
 
     Example:
         >>> layer = nn.Linear(2, 2, bias=False)
@@ -126,10 +132,12 @@ def densify_(module: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
         tensor([[1., 0.],
                 [0., 1.]], requires_grad=True))
     """
+    check_modules("densify_", module=module)
+    check_optimizers("densify_", optimizers=optimizers)
     weights = sparse_weights(module)
     for name, weight in weights.items():
         if isinstance(weight.values.data, DTensor):
-            raise TypeError(
+            raise ArgumentError(
                 f"`densify_` needs whole values, but those of {name!r} are divided among ranks. Load "
                 "`export_dense(model)` into a model without sparse layers."
             )
@@ -157,24 +165,24 @@ def _layer_to_change(module: nn.Module, name: str) -> nn.Module:
     subject = f"`sparsify_(positions)` names {name!r}, but "
     is_sparse = isinstance(layer, SparseParameterOwner) and attribute in layer.sparse_names
     if is_sparse or (isinstance(layer, SparseLayer) and attribute in ("weight", "values")):
-        raise ValueError(
+        raise ArgumentError(
             f"{subject}this weight is sparse already. Use `SparseWeight.replace` to move entries."
         )
     if weight is None and layer is not None and _is_computed(layer, attribute):
-        raise ValueError(
+        raise ArgumentError(
             f"{subject}this weight is computed from other parameters (weight norm, spectral norm, pruning or "
             "another parametrization), which would stay dense. Remove the parametrization, or leave it out."
         )
     if layer is None or weight is None:
         known = [key for key, _ in module.named_parameters()]
-        raise ValueError(
+        raise ArgumentError(
             f"{subject}there is no such parameter in {type(module).__name__}. It has "
             f"{', '.join(map(repr, known[:8]))}{' ...' if len(known) > 8 else ''}."
         )
     if is_lazy(weight):
-        raise ValueError(f"{subject}this lazy layer has no weight yet. Run the model on one batch before.")
+        raise ArgumentError(f"{subject}this lazy layer has no weight yet. Run the model on one batch before.")
     if is_traceable_wrapper_subclass(weight.data):
-        raise ValueError(
+        raise ArgumentError(
             f"{subject}this weight is a {type(weight.data).__name__}. Make it sparse before it is sharded or "
             "quantised."
         )
@@ -187,14 +195,16 @@ def _layer_to_change(module: nn.Module, name: str) -> nn.Module:
             else f"{attribute!r} of {type(layer).__name__} has no sparse form"
         )
         can = ", ".join(base.__name__ for base in SPARSE_TYPES)
-        raise TypeError(
+        raise ArgumentError(
             f"{subject}{reason}. Leave it out: only weights of {can} and of recurrent layers, and parameters "
             "of three axes such as those of experts, can be sparse."
         )
     if not weight.is_floating_point():
-        raise TypeError(f"{subject}it is {weight.dtype}, where floating-point numbers were expected.")
+        raise ArgumentError(f"{subject}it is {weight.dtype}, where floating-point numbers were expected.")
     if weight.numel() >= 2**31:
-        raise ValueError(f"{subject}it has {weight.numel()} entries, where fewer than 2**31 were expected.")
+        raise ArgumentError(
+            f"{subject}it has {weight.numel()} entries, where fewer than 2**31 were expected."
+        )
     return layer
 
 
@@ -216,12 +226,12 @@ def _refuse_tied(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
         for other in names[id(_dense(layer, name))]:
             path, _, attribute = other.rpartition(".")
             if module.get_submodule(path) is not layer or attribute != name.rpartition(".")[2]:
-                raise ValueError(
+                raise ArgumentError(
                     f"`sparsify_(positions)` names {name!r}, but this weight is tied to {other!r} and would "
                     "no longer be. Leave it out, or give each its own."
                 )
         if (first := names[id(_dense(layer, name))][0]) != name:
-            raise ValueError(
+            raise ArgumentError(
                 f"`sparsify_(positions)` names {name!r}, but the layer's first name is {first!r}. Use that."
             )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
-from lightning_memtrain.core import format_bytes
+from lightning_memtrain.core import ArgumentError, format_bytes
 from lightning_memtrain.tracing.allocator.blocks import Block
 from lightning_memtrain.tracing.allocator.events import (
     ALLOC,
@@ -114,11 +114,11 @@ class CachingAllocator:
             The block, to be handed to `free`.
 
         Raises:
-            ValueError: if ``num_bytes`` is less than 1.
+            ArgumentError: if ``num_bytes`` is less than 1.
             DeviceFull: if the device has no more memory.
         """
         if num_bytes < 1:
-            raise ValueError(f"`allocate(num_bytes)` must be at least 1, but got {num_bytes}.")
+            raise ArgumentError(f"`allocate(num_bytes)` must be at least 1, but got {num_bytes}.")
         size = self.settings.block_bytes(num_bytes)
         small = size <= SMALL_BYTES
         block = self._find(size, small, stream)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_memtrain.core import GIB, MIB
+from lightning_memtrain.core import GIB, MIB, ArgumentError
 
 # Every block is a multiple of this (kMinBlockSize).
 BLOCK_BYTES = 512
@@ -78,13 +78,13 @@ class AllocatorSettings:
     def __post_init__(self) -> None:
         limit = self.max_split_size_bytes
         if limit is not None and limit <= LARGE_SEGMENT_BYTES:
-            raise ValueError(
+            raise ArgumentError(
                 f"`AllocatorSettings(max_split_size_bytes)` must be more than {LARGE_SEGMENT_BYTES:,} "
                 f"(20 MiB), as torch asks for, but got {limit:,}."
             )
         for power, divisions in self.roundup_power2_divisions:
             if divisions < 0 or divisions & (divisions - 1) or power not in _POWERS:
-                raise ValueError(
+                raise ArgumentError(
                     "`AllocatorSettings(roundup_power2_divisions)` must be pairs of a power of two from "
                     f"1 MiB to 32 GiB, in bytes, and 0 or a power of two, but got {(power, divisions)}."
                 )
@@ -100,7 +100,7 @@ class AllocatorSettings:
             The settings.
 
         Raises:
-            ValueError: if a setting that changes reserved bytes cannot be read or is not modelled.
+            ArgumentError: if a setting that changes reserved bytes cannot be read or is not modelled.
 
         Example:
             >>> AllocatorSettings.parse("expandable_segments:True").expandable_segments
@@ -118,7 +118,7 @@ class AllocatorSettings:
                 }
             )
         except (KeyError, ValueError) as error:
-            raise ValueError(
+            raise ArgumentError(
                 "`AllocatorSettings.parse(configuration)` must be what PYTORCH_CUDA_ALLOC_CONF may be, but "
                 f"got {configuration!r}, where this is wrong: {error}"
             ) from error

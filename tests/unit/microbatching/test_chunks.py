@@ -128,7 +128,7 @@ def test_a_batch_without_visible_samples_has_no_size():
     with pytest.raises(MisconfigurationException, match=r"^The batch must hold a tensor"):
         Splitter().batch_size(object())
     expected = (
-        r"^`Microbatching\(microbatch_size\)` must be able to count the samples of a batch, but got one that "
+        r"^`Microbatching\(microbatch_size\)` needs to count the samples of a batch, but got one that "
         r"does not show them: The batch must hold a tensor(?s:.*) With `split_fn`, use `num_microbatches` "
         r"instead\.$"
     )

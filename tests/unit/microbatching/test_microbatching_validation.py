@@ -88,11 +88,12 @@ def test_a_limit_is_for_auto():
         Microbatching(microbatch_size=8, limit="4GiB")
 
 
-@pytest.mark.parametrize("limit", ["4 gigs", 0, True, "-1GiB"])
+@pytest.mark.parametrize("limit", ["4 gigs", 0, True, "-1GiB", 1.0])
 def test_a_limit_is_a_number_of_bytes(limit: Any):
     message = (
-        "`Microbatching(limit)` must be a number of bytes, at least 1, or a text such as '4GiB', '512 MiB' "
-        f"or '800MB', but got {limit!r}. The units are "
+        "`Microbatching(limit)` must be a number of bytes, at least 1, a text such as '4GiB' or '512 MiB', "
+        "or a share of the device's memory as a float greater than 0 and less than 1, such as 0.9, but got "
+        f"limit={limit!r}. The units are "
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         Microbatching(microbatch_size="auto", limit=limit)

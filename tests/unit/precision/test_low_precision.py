@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.filterwarnings(text) for text in (*LIGHTNING_WARNINGS,
         ),
         (
             {"keep_in_fp32": "norm"},
-            r"must be a tuple of names of layers, but got keep_in_fp32='norm'. Write it as",
+            r"must be a list of paths .*, but got keep_in_fp32='norm'. Write it as",
         ),
         (
             {"scaler": ScalerConfig()},
@@ -54,7 +54,7 @@ pytestmark = [pytest.mark.filterwarnings(text) for text in (*LIGHTNING_WARNINGS,
         ),
         (
             {"keep_in_fp32": None},
-            r"must be a tuple of names of layers, but got keep_in_fp32=None. Write it as a",
+            r"must be a list of paths .*, but got keep_in_fp32=None. Write it as a",
         ),
         (
             {"precision": "16-true", "scaler": 1024.0},

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from lightning_memtrain.compat.torch_private import FakeTensor, types_with_foreach, types_with_foreach_norms
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.planning.prediction.ranks.default_sharding import prepare
 from lightning_memtrain.planning.prediction.ranks.rank_strategy import strategy_of_first_rank
 from lightning_memtrain.planning.prediction.ranks.world import World
@@ -86,7 +87,7 @@ def run_on_twin(
         What was counted.
 
     Raises:
-        TypeError: if ``model`` is a function that returns something else.
+        ArgumentError: if ``model`` is a function that returns something else.
     """
     backend = TwinBackend(CachingAllocator(), usable_bytes=device.usable_bytes)
     install(backend)
@@ -192,11 +193,11 @@ def made_module(factory: Callable[[], Any]) -> pl.LightningModule:
         The module.
 
     Raises:
-        TypeError: if it is something else.
+        ArgumentError: if it is something else.
     """
     model = factory()
     if not isinstance(model, pl.LightningModule):
-        raise TypeError(
+        raise ArgumentError(
             "`predict(model)` must be a LightningModule or a function that makes one, but the function "
             f"returned {type(model).__name__}. Return the LightningModule."
         )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_memtrain.core.arguments.value_checks import check_counts
+
 
 @dataclass(frozen=True)
 class LayerView:
@@ -65,6 +67,10 @@ class UpdateTime:
     elapsed: int
     total: int
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts("UpdateTime", 0, step=self.step, total=self.total)
+        check_counts("UpdateTime", None, elapsed=self.elapsed, seed=self.seed)
 
     def generator(self, layer: str) -> torch.Generator:
         """Random numbers that depend on seed, step and layer only: the same on every rank, and after resume.

@@ -23,7 +23,7 @@ from lightning_memtrain.compat.torch_private import (
     tree_map_only,
     version_counter,
 )
-from lightning_memtrain.core import OnDemandTensor
+from lightning_memtrain.core import ArgumentError, OnDemandTensor
 from lightning_memtrain.sparsity.storage.layers.autograd_functions import scatter_to_dense
 from lightning_memtrain.sparsity.storage.patterns import Span, decode
 from lightning_memtrain.sparsity.storage.shards import full_tensor
@@ -330,7 +330,7 @@ def _version(tensor: Tensor) -> int | None:
 def _set_data(weight: DenseWeight, value: Tensor) -> None:
     """Write ``value`` instead of taking its memory, which nobody would look at again."""
     if value.shape != weight.shape:
-        raise ValueError(
+        raise ArgumentError(
             f"The weight of a sparse layer must keep its shape {tuple(weight.shape)}, but got "
             f"{tuple(value.shape)}. Make another layer instead."
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.sparsity.storage.candidate_search import CandidateSearch
 from lightning_memtrain.sparsity.storage.checkpoint_key import ignore_checkpoint_key
 from lightning_memtrain.sparsity.storage.layers.autograd_functions import DenseWeightFunction, run_uncompiled
@@ -83,7 +84,7 @@ class SparseLayer(nn.Module):
         if not (isinstance(dense, DenseWeight) and dense.is_weight_of(self.values)):
             if not isinstance(dense, Tensor) or dense.shape != self.dense_shape:
                 got = tuple(dense.shape) if isinstance(dense, Tensor) else repr(dense)
-                raise ValueError(
+                raise ArgumentError(
                     f"The weight of a sparse layer must be a tensor of shape {tuple(self.dense_shape)}, but "
                     f"got {got}. Assign one of that shape; only stored entries are taken from it."
                 )

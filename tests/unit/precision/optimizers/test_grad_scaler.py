@@ -61,11 +61,17 @@ def test_a_run_whose_every_step_is_skipped_ends() -> None:
             r"Use a power of two",
         ),
         ({"init_scale": True}, r"must be greater than 0, but got init_scale=True. Use a power of two"),
-        ({"growth_interval": 2.0}, r"must be a whole number of steps, but got growth_interval=2.0. Use e.g."),
-        ({"growth_interval": True}, r"must be a whole number of steps, but got growth_interval=True. Use"),
+        (
+            {"growth_interval": 2.0},
+            r"must be a whole number of at least 1, but got growth_interval=2.0. Use e.g.",
+        ),
+        (
+            {"growth_interval": True},
+            r"must be a whole number of at least 1, but got growth_interval=True. Use",
+        ),
         (
             {"growth_interval": 0},
-            r"growth_interval\)` must be a number .* got growth_interval=0. Use e.g. 2000",
+            r"growth_interval\)` must be a whole number .* got growth_interval=0. Use e.g. 2000",
         ),
         (
             {"max_scale": 2.0},

@@ -114,10 +114,12 @@ def test_nothing_is_kept_if_nothing_is_named() -> None:
 )
 def test_a_name_that_matches_nothing(wanted: str, hint: str) -> None:
     model = nn.ModuleDict({"head": nn.Linear(4, 4)})
-    with pytest.raises(MisconfigurationException, match=rf"keep_in_fp32\)` must name layers.*{hint}"):
+    with pytest.raises(
+        MisconfigurationException, match=rf"keep_in_fp32\)` must name modules of the model.*{hint}"
+    ):
         convert_to_low_precision_(model, torch.bfloat16, keep_in_fp32=(wanted,))
     with pytest.raises(
-        MisconfigurationException, match=r"got 'Conv2d', which matches none. Use names of `mod"
+        MisconfigurationException, match=r"got 'Conv2d', which matches none. There are 'head', 'Linear', "
     ):
         convert_to_low_precision_(model, torch.bfloat16, keep_in_fp32=(nn.Conv2d,))
     assert model["head"].weight.dtype == torch.float32
@@ -126,10 +128,6 @@ def test_a_name_that_matches_nothing(wanted: str, hint: str) -> None:
 @pytest.mark.parametrize("wanted", ["1", "1*", "Embedding", nn.Embedding, "*edding*"])
 def test_layers_are_chosen_by_name_by_class_and_by_the_name_of_the_class(wanted: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4), nn.Linear(4, 4))
-    if wanted == "*edding*":  # in names of classes nothing stands for any text
-        with pytest.raises(MisconfigurationException, match="matches none"):
-            convert_to_low_precision_(model, torch.float16, keep_in_fp32=(wanted,))
-        return
     convert_to_low_precision_(model, torch.float16, keep_in_fp32=(wanted,))
     assert [layer.weight.dtype for layer in model] == [torch.float16, torch.float32, torch.float16]
 
@@ -141,7 +139,7 @@ def test_layers_are_chosen_by_name_by_class_and_by_the_name_of_the_class(wanted:
             {"dtype": torch.float64},
             r"`convert_to_low_precision_\(dtype\)` must be.*got dtype=torch.float64. Use",
         ),
-        ({"keep_in_fp32": "norm"}, r"must be a tuple of names of layers, but got keep_in_fp32='norm'. Write"),
+        ({"keep_in_fp32": "norm"}, r"must be a list of paths .*, but got keep_in_fp32='norm'. Write"),
     ],
 )
 def test_arguments_of_another_type_are_refused(arguments: Any, said: str) -> None:

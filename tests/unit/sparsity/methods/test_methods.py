@@ -209,7 +209,8 @@ def test_sparsities_by_layer() -> None:
     shapes = {"a.0": (10, 10), "a.1": (10, 10), "b": (10, 10)}
     assert counts_by_layer(shapes, {"a.*": 0.9}, UniformDistribution()) == {"a.0": 10, "a.1": 10}
     assert counts_by_layer(shapes, 0.5, ErdosRenyi(), {"b": 0.9}) == {"a.0": 50, "a.1": 50, "b": 10}
-    with pytest.raises(MisconfigurationException, match=r"'c' matches none of a\.0, a\.1, b"):
+    message = r"got 'c', which matches none\. There are 'a\.0', 'a\.1', 'b'\."
+    with pytest.raises(MisconfigurationException, match=message):
         counts_by_layer(shapes, 0.5, UniformDistribution(), {"c": 0.9})
 
 

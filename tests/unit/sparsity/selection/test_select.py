@@ -124,8 +124,11 @@ def test_the_layers_that_papers_keep_dense_are_dense() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"types": "Linear"}, r"`Select\(types\)` must be a list of class names or classes"),
-        ({"types": []}, "at least one type"),
+        (
+            {"types": "Linear"},
+            r"`Select\(types\)` must be a list of paths of modules, patterns .* classes, but",
+        ),
+        ({"types": []}, r"`Select\(types\)` must be a list of .* but got types=\[\]\. Write e\.g\."),
         ({"dense": "head"}, r"`Select\(dense\)` must be a list of paths"),
         ({"overrides": ["a"]}, r"must map paths of layers to fractions of zeros, .* overrides=\['a'\]"),
         ({"overrides": {"a": 50}}, r"`Select\(overrides\)\['a'\]` .* write 0\.5"),
@@ -139,7 +142,8 @@ def test_a_wrong_selection_is_refused(options: dict[str, Any], message: str) -> 
 def test_a_name_that_matches_nothing_is_refused() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     with pytest.raises(
-        MisconfigurationException, match=r"names? layers of Sequential, but '2' matches none\. .*0"
+        MisconfigurationException,
+        match=r"`Select\(dense\)` must name modules of the model, but got '2', which matches none\. .*0",
     ):
         mt.sparsity.Select(dense=["2"]).layers(model)
 
@@ -182,7 +186,9 @@ def test_recurrent_layers_transposed_convolutions_and_experts_are_chosen() -> No
     without_lstm = [path for path in mt.sparsity.Select().layers(model) if not path.startswith("lstm.")]
     for wanted in ("LSTM", torch.nn.LSTM, torch.nn.RNNBase, "lstm.*"):
         assert list(mt.sparsity.Select(dense=[wanted]).layers(model)) == without_lstm
-    with pytest.raises(MisconfigurationException, match=r"'GRU' matches none\."):
+    with pytest.raises(
+        MisconfigurationException, match=r"'GRU', which matches none\. Did you mean 'GRUCell'\?$"
+    ):
         mt.sparsity.Select(dense=[torch.nn.GRU]).layers(model)
     assert mt.sparsity.Select(types=["*Exp*"]).layers(model) == {"moe.up": model.moe}
     places, _ = mt.sparsity.Select(types=["*Exp*"]).choose(model)

@@ -1,0 +1,1 @@
+"""What users pass: sizes, modules, counts, and the one error for what is wrong with them."""
