@@ -46,7 +46,7 @@ class LargeWithoutData(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _makes_tensors(func: Any) -> bool:
     """Whether an operator's results are tensors of its own, not its arguments or views of them."""
-    returns = getattr(schema_of(func), "returns", ())
+    returns: Any = getattr(schema_of(func), "returns", ())
     return (
         bool(returns) and all(one.alias_info is None for one in returns) and "Tensor" in str(returns[0].type)
     )

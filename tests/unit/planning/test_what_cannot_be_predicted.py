@@ -162,12 +162,6 @@ def test_a_batch_elsewhere_is_refused() -> None:
         predict(Step(mean), {"x": [BATCH.to("meta")]}, device="T4")
 
 
-def test_a_trainer_of_several_devices_is_refused() -> None:
-    several = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
-    with pytest.raises(ValueError, match=r"must train on one device, but got DDPStrategy on 2 device\(s\)"):
-        predict(Step(mean), BATCH, device="T4", trainer=several)
-
-
 def test_a_torch_without_devices_made_in_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(backend_registration, "_setup_privateuseone_for_python_backend")
     said = rf"torch {re.escape(torch.__version__)} has no .* Install a newer torch \(2\.13 has it\), or count"
