@@ -28,7 +28,7 @@ help:
 	@echo "make lint         ruff, codespell, pydoclint, import contracts"
 	@echo "make types        mypy --strict"
 	@echo "make unit         tests, the examples of the docs among them"
-	@echo "make oldest       unit tests with the lowest Lightning and torchmetrics that we declare"
+	@echo "make oldest       unit tests on the lowest Lightning and torchmetrics that we declare"
 	@echo "make projects     train two published projects with our callbacks"
 	@echo "make nightly      tests over random examples, others at each call, many of them"
 	@echo "make docs         docs/_build/html"
@@ -66,13 +66,15 @@ types: $(VENV)/.dev
 unit: $(VENV)/.translation
 	@OMP_NUM_THREADS=1 $(bin)/python -m pytest -q -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
-# Their own deprecations under today's torch are not ours to mend, so warnings are no errors here.
+# The tests that say Lightning or torchmetrics, and those of the command line, which starts them; the others test
+# what does without a trainer. Their own deprecations under today's torch are no errors here.
 oldest: $(VENV)/.oldest
 	@PYTHONPATH=$(VENV)/.oldest $(bin)/python -c 'import lightning, torchmetrics; \
 		print("Lightning", lightning.__version__, "and torchmetrics", torchmetrics.__version__)'
 	@OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/.oldest $(bin)/python -m pytest -q -n $(PYTEST_WORKERS) \
 		--override-ini filterwarnings=default --override-ini cache_dir=.pytest_cache/oldest \
-		tests/unit $(PYTEST_ARGS)
+		$$(grep -rlE '^ *(import|from) (lightning|pytorch_lightning|torchmetrics)\b' tests/unit --include='test_*.py' \
+			| grep -v '^tests/unit/cli/') tests/unit/cli $(PYTEST_ARGS)
 
 # In the folder are neither torch nor Lightning: both are those of .venv, under either name of Lightning.
 projects: $(VENV)/.projects

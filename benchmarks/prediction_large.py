@@ -2,9 +2,9 @@
 
     python -m benchmarks.prediction_large [--write NAME] [ROW...]
 
-Each row runs the command `memtrain predict benchmarks/prediction_large.py:MODEL ...`, as a user would, and is
-timed from outside: by the clock, by the processor (imports, the prediction and its copy of the process), and by
-the most memory that one of its processes had. The weights, which are never made, would take what the table says.
+Each row runs the command `memtrain predict benchmarks/prediction_large.py:MODEL ...`, as a user would, and
+is timed from outside: by the clock, by the processor (imports, the prediction and its copy of the process),
+and by the most memory that one of its processes had. The weights are never made.
 """
 
 from __future__ import annotations
@@ -98,7 +98,12 @@ class Llama70G(Llama8G):
 ROWS: dict[str, tuple[str, ...]] = {
     "GPT-2 124M, 4 x 512, float32": ("GPT2", "--device=A100 80GB"),
     "Llama 8G, 1 x 2048, bf16": ("Llama8G", "--device=A100 80GB"),
-    "Llama 8G, 1 x 2048, bf16, each of 8 by ddp": ("Llama8G", "--device=A100 80GB", "--devices=8", "--strategy=ddp"),
+    "Llama 8G, 1 x 2048, bf16, each of 8 by ddp": (
+        "Llama8G",
+        "--device=A100 80GB",
+        "--devices=8",
+        "--strategy=ddp",
+    ),
     "Llama 8G, 1 x 2048, bf16, each of 8 by fsdp2": (
         "Llama8G",
         "--device=RTX 4090",
@@ -122,7 +127,15 @@ ROWS: dict[str, tuple[str, ...]] = {
 
 def measure(model: str, *options: str) -> dict[str, Any]:
     """One prediction by the command, and what it took."""
-    command = [sys.executable, "-m", "lightning_memtrain.cli", "predict", f"{__file__}:{model}", *options, "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_memtrain.cli",
+        "predict",
+        f"{__file__}:{model}",
+        *options,
+        "--json",
+    ]
     with tempfile.TemporaryFile("w+") as out:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=out, cwd=Path(__file__).parents[1])
@@ -132,7 +145,9 @@ def measure(model: str, *options: str) -> dict[str, Any]:
             raise RuntimeError(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
         out.seek(0)
         prediction = json.load(out)
-    at_peak = {name: round(num / GIB, 2) for name, num in prediction["breakdown"]["at_peak"].items() if num > 2**20}
+    at_peak = {
+        name: round(num / GIB, 2) for name, num in prediction["breakdown"]["at_peak"].items() if num > 2**20
+    }
     return {
         "device": prediction["device"]["name"],
         "fits": prediction["fits"],

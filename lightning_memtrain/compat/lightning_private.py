@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_memtrain.compat.private_names import PrivateName, refuse
+from lightning_memtrain.compat.private_names import PrivateAttribute, PrivateName, refuse
 
 if TYPE_CHECKING:
     from lightning.fabric.loggers.csv_logs import _ExperimentWriter as FabricExperimentWriter
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _AUTOMATIC = "lightning.pytorch.loops.optimization.automatic"
-_NAMES = {
+_NAMES: dict[str, PrivateName | PrivateAttribute] = {
     "Closure": PrivateName(_AUTOMATIC, "Closure", "run a batch in microbatches"),
     "ClosureResult": PrivateName(_AUTOMATIC, "ClosureResult", "run a batch in microbatches"),
     "ResultCollection": PrivateName(
@@ -49,6 +49,11 @@ _NAMES = {
         "lightning.fabric.utilities.device_dtype_mixin",
         "_DeviceDtypeModuleMixin",
         "convert modules that know their own dtype",
+    ),
+    "after_closure": PrivateAttribute(
+        "lightning.pytorch.plugins.precision:Precision",
+        "_after_closure",
+        "clip gradients and call hooks between backward and step",
     ),
     "FabricExperimentWriter": PrivateName(
         "lightning.fabric.loggers.csv_logs", "_ExperimentWriter", "go on with a file of metrics"
@@ -292,6 +297,11 @@ def alone(strategy: Any, backend: str) -> None:
     strategy._process_group_backend = backend
     if hasattr(strategy, "_start_method"):
         strategy._start_method = "popen"  # the others start processes in whatever environment
+
+
+def layer_sync(strategy: Any) -> Any:
+    """What lets layers compute over all ranks (``Trainer(sync_batchnorm=True)``); ``None`` without."""
+    return getattr(strategy, "_layer_sync", None)
 
 
 def register_comm_hook(strategy: Any) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # those that are inherited from, or told apart by their type
         DynamicOutputShapeException,
         FakeTensor,
         FakeTensorMode,
+        UnsupportedOperatorException,
     )
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
     from torch.nn.modules.batchnorm import _NormBase as NormBase
@@ -67,6 +68,7 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "TreeSpec",
+    "UnsupportedOperatorException",
     "active_ddp_module",
     "can_ask_for_cpu_events",
     "fsdp_parameters",
@@ -119,6 +121,13 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | PrivateMethod | NewerName] = 
     "DispatchKeySet": PrivateName("torch._C", "DispatchKeySet", _TWIN),
     "ExcludeDispatchKeyGuard": PrivateName("torch._C", "_ExcludeDispatchKeyGuard", _TWIN),
     "privateuse1_backend_name": PrivateName("torch._C", "_get_privateuse1_backend_name", _TWIN),
+    "set_up_python_backend": NewerName(
+        "torch.utils.backend_registration",
+        "_setup_privateuseone_for_python_backend",
+        _TWIN,
+        since=(2, 13),
+        without=None,
+    ),
     "use_count_of": PrivateMethod("torch:Tensor", "_use_count", _TWIN),
     "storage_use_count": PrivateName("torch._C", "_storage_Use_Count", _TWIN),
     "swap_tensor_impl": PrivateName("torch._C", "_swap_tensor_impl", _TWIN),
@@ -173,6 +182,7 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | PrivateMethod | NewerName] = 
     "TorchDispatchModeKey": PrivateName("torch._C", "_TorchDispatchModeKey", _TWIN),
     "DataDependentOutputException": PrivateName(_FAKES, "DataDependentOutputException", _DRY_RUN),
     "DynamicOutputShapeException": PrivateName(_FAKES, "DynamicOutputShapeException", _DRY_RUN),
+    "UnsupportedOperatorException": PrivateName(_FAKES, "UnsupportedOperatorException", _DRY_RUN),
     # Modules
     "BatchNorm": PrivateName("torch.nn.modules.batchnorm", "_BatchNorm", "find batch normalisation"),
     "NormBase": PrivateName("torch.nn.modules.batchnorm", "_NormBase", "find running statistics"),
@@ -198,6 +208,8 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | PrivateMethod | NewerName] = 
     "default_to_fused_or_foreach": PrivateName(
         "torch.optim.optimizer", "_default_to_fused_or_foreach", "foresee what an optimizer's step allocates"
     ),
+    "types_with_foreach": PrivateName("torch.optim.optimizer", "_foreach_supported_types", _TWIN),
+    "types_with_foreach_norms": PrivateName("torch.utils._foreach_utils", "_foreach_supported_types", _TWIN),
     "global_optimizer_pre_hooks": PrivateName("torch.optim.optimizer", "_global_optimizer_pre_hooks", _HOOKS),
     "global_optimizer_post_hooks": PrivateName(
         "torch.optim.optimizer", "_global_optimizer_post_hooks", _HOOKS
@@ -233,6 +245,9 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | PrivateMethod | NewerName] = 
         "torch._C._dynamo", "eval_frame", "keep the compiler out of a function", since=(2, 6), without=None
     ),
     "dynamo_guards": PrivateName("torch._C._dynamo", "guards", _COMPILED),
+    "inductor_cpp_settings": PrivateName(
+        "torch._inductor.config", "cpp", "tell whether there is a compiler for C++"
+    ),
     "disable_dynamo": PrivateName("torch", "_disable_dynamo", "keep the compiler out of a function"),
     # What the ledger counts by
     "profiler_enabled": PrivateName(_AUTOGRAD, "_profiler_enabled", _CPU_EVENTS),

@@ -13,8 +13,9 @@ class Category(str, Enum):
     them (temporaries inside an operator, rounding, other users of the device), so that all rows together
     are exactly the allocator's figure.
 
-    The three groups of Sohoni et al. 2019 (arXiv:1904.10631) are sums: *model* = parameters + buffers,
-    *optimizer* = gradients + optimizer state, *activations* = the rest. Of what only several processes have,
+    The three groups of Sohoni et al. 2019 (arXiv:1904.10631) are sums: *model* = parameters + buffers + what
+    is held beside (copies of weights, second models), *optimizer* = gradients + optimizer state,
+    *activations* = the rest. Of what only several processes have,
     gathered weights belong to the model, unsharded gradients and buckets to the optimizer.
     """
 
@@ -28,6 +29,7 @@ class Category(str, Enum):
     GATHERED_WEIGHTS = "gathered_weights"
     UNSHARDED_GRADIENTS = "unsharded_gradients"
     BUCKETS = "buckets"
+    HELD = "held"
     WORKSPACE = "workspace"
 
     def __str__(self) -> str:
@@ -36,7 +38,9 @@ class Category(str, Enum):
     @property
     def is_usual(self) -> bool:
         """Whether tables have a row of it also where it holds nothing; some only several processes have."""
-        return self not in (Category.GATHERED_WEIGHTS, Category.UNSHARDED_GRADIENTS, Category.BUCKETS)
+        return self not in (
+            *(Category.GATHERED_WEIGHTS, Category.UNSHARDED_GRADIENTS, Category.BUCKETS, Category.HELD),
+        )
 
 
 _POSITION = {category: position for position, category in enumerate(Category)}
@@ -105,8 +109,9 @@ class CategoryBytes(Mapping[Category, int]):
 
     @property
     def model_bytes(self) -> int:
-        """Parameters, buffers and gathered weights: the *model* of Sohoni et al. 2019."""
-        return self[Category.PARAMETERS] + self[Category.BUFFERS] + self[Category.GATHERED_WEIGHTS]
+        """Parameters, buffers, gathered weights and what is held beside: the *model* of Sohoni et al. 2019."""
+        own = self[Category.PARAMETERS] + self[Category.BUFFERS]
+        return own + self[Category.GATHERED_WEIGHTS] + self[Category.HELD]
 
     @property
     def optimizer_bytes(self) -> int:

@@ -6,6 +6,9 @@ from torch import nn
 
 from lightning_memtrain.compat.lightning_private import was_compiled
 
+#: Where what `torch.compile(module)` returns keeps the module.
+_ORIGINAL = "_orig_mod"
+
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module was compiled as a whole.
@@ -24,7 +27,25 @@ def is_compiled(module: nn.Module) -> bool:
         (True, False)
     """
     return (
-        "_orig_mod" in module._modules  # `torch.compile(module)` keeps the module in this attribute
+        before_compilation(module) is not module  # what `torch.compile(module)` returned
         or module._compiled_call_impl is not None  # `module.compile()`
         or was_compiled(module)  # taken over by Lightning
     )
+
+
+def before_compilation(module: nn.Module) -> nn.Module:
+    """Find the module that was handed to ``torch.compile``.
+
+    Args:
+        module: any module.
+
+    Returns:
+        What ``module`` was made from, if ``torch.compile(...)`` returned it; else ``module``.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> before_compilation(torch.compile(layer)) is layer, before_compilation(layer) is layer
+        (True, True)
+    """
+    original = module._modules.get(_ORIGINAL)
+    return module if original is None else original

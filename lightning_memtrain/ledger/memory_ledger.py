@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -56,6 +56,8 @@ class MemoryLedger:
         workspace: measure the bytes that each operator holds while it runs, so that
             :attr:`predicted_peak_bytes` can be given.
         limit: asked before each operator, and may break the block off.
+        held: tensors that live on beside the block, such as copies of weights or a second model, whether it
+            uses them or not; training state and the batch among them are counted as such.
 
     Raises:
         ValueError: if ``device`` is not given and ``model`` has no parameters, or has them on two devices.
@@ -82,10 +84,12 @@ class MemoryLedger:
         device: torch.device | str | None = None,
         workspace: OpWorkspace | None = None,
         limit: AllocationLimit | None = None,
+        held: Iterable[torch.Tensor] = (),
     ) -> None:
         self._model = model
         self._optimizers = tuple(optimizers) if isinstance(optimizers, Sequence) else (optimizers,)
         self._inputs = inputs
+        self._held = tuple(held)
         self.device = torch.device(device) if device is not None else parameter_device(model)
         self._estimate = PeakEstimator(workspace) if workspace is not None else None
         self._storages = StorageTracker(self.device, self._estimate)
@@ -107,7 +111,8 @@ class MemoryLedger:
         self._thread = threading.get_ident()
         with ExitStack() as undo:  # undoes what was done so far if a later line fails
             inputs, self._inputs = find_tensors(self._inputs), None  # the ledger must not keep the batch
-            self._watch.begin(inputs, undo)
+            held, self._held = self._held, ()
+            self._watch.begin(inputs, undo, held)
             self._undo = undo.pop_all()
         return self
 
@@ -244,6 +249,6 @@ class MemoryLedger:
         self.annotate("next step")
 
     def _outlived(self, record: StorageRecord) -> bool:
-        if record.existed_before or record.category in (*TRAINING_STATE, Category.INPUTS):
+        if record.existed_before or record.category in (*TRAINING_STATE, Category.INPUTS, Category.HELD):
             return False
         return self._last_step_tick is None or record.born <= self._last_step_tick

@@ -77,12 +77,15 @@ class StepTracker:
         self._thread: int | None = None
         self._num_graphs = 0  # compiled ones that are running
 
-    def begin(self, inputs: Sequence[torch.Tensor], undo: ExitStack) -> None:
+    def begin(
+        self, inputs: Sequence[torch.Tensor], undo: ExitStack, held: Sequence[torch.Tensor] = ()
+    ) -> None:
         """Look at what is there, and follow what comes.
 
         Args:
             inputs: the tensors of the batch, of any shape and dtype.
             undo: gets what ends it, also if a later line fails.
+            held: what else is live, of any shape and dtype.
         """
         modules = named_submodules(self._model)
         owners: dict[int, tuple[torch.Tensor, str]] = {}
@@ -96,6 +99,9 @@ class StepTracker:
         self._scan_training_state(modules)
         for tensor in inputs:
             self._storages.track_existing(tensor, Category.INPUTS)
+        for tensor in held:
+            if tensor.device == self._storages.device and not is_lazy(tensor) and tensor.nbytes:
+                self._storages.track_existing(tensor, Category.HELD)
         trained = [one for one in parameters if one.requires_grad and one.is_leaf and not is_lazy(one)]
         paths = {id(parameter): owners[id(parameter)][1] for parameter in trained}
         hooks = AccumulationHooks(functools.partial(self._after_accumulation, paths))

@@ -30,6 +30,7 @@ TRAINING_STATE = (
 # Asked for around every operator; looking an attribute up takes as long as the rest of the question.
 _STRIDED = torch.strided
 _TEMPORARY = Category.TEMPORARY
+_THERE_BEFORE = (Category.INPUTS, Category.HELD)
 
 
 class StorageTracker:
@@ -208,7 +209,7 @@ class StorageTracker:
         if entry is None:
             return
         record = self._continue(entry)
-        if record.num_bytes == 0 and producer is not None and record.category is Category.INPUTS:
+        if record.num_bytes == 0 and producer is not None and record.category in _THERE_BEFORE:
             record.category, record.producer = Category.TEMPORARY, producer
         if self.estimate is not None:
             self.estimate.free(record.num_bytes)

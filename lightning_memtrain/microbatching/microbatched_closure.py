@@ -41,11 +41,12 @@ class MicrobatchedClosure(training_loop.Closure):
         super().__init__(step_fn=_never, backward_fn=backward_fn, zero_grad_fn=zero_grad_fn)
         self._run = run
         self._kwargs = kwargs
+        self._backward, self._zero_grad = backward_fn, zero_grad_fn
 
     @torch.enable_grad()
     def closure(self, *args: Any, **kwargs: Any) -> training_loop.ClosureResult:
         """Run the batch; an optimizer that evaluates several times calls it several times."""
-        result = self._run(self._kwargs, self._backward_fn, self._zero_grad_fn)
+        result = self._run(self._kwargs, self._backward, self._zero_grad)
         if result.loss is None:
             self.warning_cache.warn(
                 "`training_step` returned `None`. If this was on purpose, ignore this warning..."

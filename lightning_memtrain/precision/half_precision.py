@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_memtrain.compat.lightning_packages import in_both, namesake
-from lightning_memtrain.compat.lightning_private import DtypeContextManager
+from lightning_memtrain.compat.lightning_private import DtypeContextManager, after_closure
 from lightning_memtrain.optimizer_steps.closures import EvaluatedClosure, EvaluatesModelError, takes_closure
 from lightning_memtrain.optimizer_steps.parameter_steps import step_parameter
 from lightning_memtrain.precision.batch_casting import cast_batch
@@ -202,7 +202,7 @@ class HalfPrecisionTraining(_Base):
             scaler.unscale_once_(optimizer)
         self._steps_now = True
         try:
-            self._after_closure(model, optimizer)
+            after_closure(self)(model, optimizer)
         finally:
             self._steps_now = False
         if self._settings.rounds_stochastically:

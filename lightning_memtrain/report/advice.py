@@ -14,6 +14,7 @@ _ADVICE = {
     Category.ACTIVATIONS: "split the batch into microbatches, recompute activations (checkpointing), "
     "compute in lower precision, or use a smaller batch",
     Category.BUFFERS: "keep constants out of the model, or store them in lower precision",
+    Category.HELD: "let go of copies and second models, or keep them on another device or in half precision",
     Category.INPUTS: "use a smaller batch, or send inputs to the device in a smaller data type",
     Category.TEMPORARY: "split the batch into microbatches or use a smaller batch, and look for large "
     "intermediate results in the loss or the metrics",

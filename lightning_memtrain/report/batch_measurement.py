@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_memtrain.coordination import watch_asides
 from lightning_memtrain.core import MemoryBreakdown
 from lightning_memtrain.ledger import AllocatorStatistics, MemoryLedger, Survivor
+from lightning_memtrain.ledger.operators.predicted_statistics import PredictedStatistics
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class BatchMeasurement:
         optimizers: Sequence[Any],
         batch: Any,
         device: torch.device,
+        held: Sequence[torch.Tensor] = (),
     ) -> BatchMeasurement:
         """A measurement of one batch by a ledger of its own.
 
@@ -81,12 +83,19 @@ class BatchMeasurement:
             optimizers: its optimizers; those that are no torch optimizers (DeepSpeed's) are left out.
             batch: the batch, of any kind.
             device: the device whose storages are counted.
+            held: what else is live on it.
 
         Returns:
             The measurement, not started yet.
         """
         torch_optimizers = [optimizer for optimizer in optimizers if isinstance(optimizer, Optimizer)]
-        return cls(allocator, MemoryLedger(model, torch_optimizers, batch, device=device))
+        if not isinstance(allocator, PredictedStatistics):
+            return cls(allocator, MemoryLedger(model, torch_optimizers, batch, device=device, held=held))
+        ledger = MemoryLedger(
+            model, torch_optimizers, batch, device=device, held=held, workspace=allocator.workspace
+        )
+        allocator.predicted_peak_bytes = lambda: ledger.predicted_peak_bytes
+        return cls(allocator, ledger)
 
     def start(self) -> None:
         """Begin to measure: the allocator's peak is reset, and the ledger entered."""

@@ -37,6 +37,7 @@ from lightning_memtrain.report.trainer_state import (
     technique_records,
     uses_torch_profiler,
 )
+from lightning_memtrain.tracing.user_state.held_tensors import HeldTensors
 
 
 class MemoryProfiler(Callback):
@@ -96,6 +97,7 @@ class MemoryProfiler(Callback):
         self._run: RunRecorder | None = None
         self._allocator: AllocatorStatistics | None = None
         self._batch: BatchMeasurement | None = None
+        self._held = HeldTensors()
         self._model: weakref.ref[LightningModule] | None = None
         self._folder: Path | None = None
         self._finished = False
@@ -248,9 +250,13 @@ class MemoryProfiler(Callback):
         device = profiled_device(pl_module)
         if self._run is None or self._run.device != device:
             self._run = RunRecorder(device)
-        self._allocator = allocator_statistics(device)
+        self._allocator = self._statistics(device)
         if isinstance(self._allocator, CpuStatistics) and uses_torch_profiler(trainer):
             self._allocator = None  # only one profiler can record in a thread, and the user's goes first
+
+    def _statistics(self, device: torch.device) -> AllocatorStatistics | None:
+        """What reads the device's peak; a step that runs without data has another one."""
+        return allocator_statistics(device)
 
     def _begin_batch(self, trainer: Trainer, pl_module: LightningModule, name: str, batch: Any) -> None:
         self._drop_batch()
@@ -262,7 +268,12 @@ class MemoryProfiler(Callback):
             step = stage.begin_step(number, self._schedule.watches(stage.num_steps))
         if step.watched:
             self._batch = BatchMeasurement.with_ledger(
-                self._allocator, pl_module, trainer.optimizers, batch, self._run.device
+                self._allocator,
+                pl_module,
+                trainer.optimizers,
+                batch,
+                self._run.device,
+                self._held.within([pl_module, trainer, trainer.strategy]),
             )
         elif self._reads_every_step or self._schedule.watches(stage.num_steps):
             # The CPU's record of allocations knows the size of a block that is freed only if it saw the block

@@ -92,6 +92,11 @@ class Device:
         return self.compute_capability is not None
 
     @property
+    def is_cpu(self) -> bool:
+        """Whether it is a machine's own memory: ``"cpu"`` is a word of its name."""
+        return not self.is_cuda and "cpu" in _words(self.name)
+
+    @property
     def cublas_workspace_bytes(self) -> int:
         """What torch's allocator holds for cuBLAS once a matrix product has run; 0 on CPU."""
         return 0 if self.compute_capability is None else workspace_bytes(self.compute_capability)
@@ -180,6 +185,25 @@ def _cpu() -> Device:
     if limit is not None and limit < total:
         return Device("cpu", limit, source="limit of this container")
     return Device("cpu", total, source="memory of this machine")
+
+
+def available_bytes() -> int | None:
+    """What other programs leave of this machine's memory now; ``None`` where the system does not say."""
+    try:
+        found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def resident_bytes() -> int:
+    """What this process has in memory now."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # no Linux: the most that it had
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _container_limit(file: Path) -> int | None:

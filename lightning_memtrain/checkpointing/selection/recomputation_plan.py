@@ -55,6 +55,7 @@ _CURES = {
     Category.OPTIMIZER_STATE: "optimizer state (an optimizer with less state, or with state in 8 bits)",
     Category.ACTIVATIONS: "activations of what is running (microbatches: `Microbatching`)",
     Category.TEMPORARY: "temporary tensors (microbatches: `Microbatching`)",
+    Category.HELD: "what is held beside the step",
     Category.INPUTS: "the batch (a smaller one)",
     Category.BUFFERS: "buffers",
     Category.BUCKETS: "buckets of DDP (gradients may lie in them: gradient_as_bucket_view=True)",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import math
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -27,9 +29,21 @@ class TensorSpec:
         tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
         return tensor.fill_(1 if self.dtype.is_floating_point else 0)
 
+    @property
+    def num_bytes(self) -> int:
+        """What its entries take, as if none shared a place."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
-class _Items:
+class Items:
+    """A list or tuple among the arguments of an operator.
+
+    Args:
+        kind: which of both.
+        items: what it holds.
+    """
+
     kind: type[list[Any]] | type[tuple[Any, ...]]
     items: tuple[Hashable, ...]
 
@@ -39,7 +53,13 @@ class _Unknown:
     description: str
 
 
-_TARGET_DEVICE = object()
+class _Place(Enum):
+    """Stands for a device among arguments; of an enumeration, it is the same one in every process."""
+
+    TARGET = "the device to measure on"
+
+
+_TARGET_DEVICE = _Place.TARGET
 
 
 @dataclass(frozen=True)
@@ -64,6 +84,32 @@ class OpCall:
         """
         kwargs = {name: _make_argument(argument, device) for name, argument in self.keywords}
         return [_make_argument(argument, device) for argument in self.arguments], kwargs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _call_of_name, (str(self.func), self.arguments, self.keywords)
+
+    @property
+    def tensors(self) -> list[TensorSpec]:
+        """The forms of all tensors among the arguments, with repetitions."""
+        return [*_specs_in((self.arguments, [value for _, value in self.keywords]))]
+
+
+def _call_of_name(name: str, arguments: Any, keywords: Any) -> OpCall:
+    """A call that comes from another process, where operators have the same names."""
+    func: Any = torch.ops
+    for part in name.split("."):
+        func = getattr(func, part)
+    return OpCall(func, arguments, keywords)
+
+
+def _specs_in(tree: Any) -> Iterator[TensorSpec]:
+    if isinstance(tree, TensorSpec):
+        yield tree
+    elif isinstance(tree, Items):
+        yield from _specs_in(tree.items)
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from _specs_in(item)
 
 
 class OpWorkspace:
@@ -106,6 +152,18 @@ class OpWorkspace:
             self._peaks[call] = self._measure(call)
         return self._peaks[call]
 
+    def most_bytes(self, call: OpCall, made_bytes: int) -> float:
+        """More than a call can hold, so that one that does not matter need not be measured.
+
+        Args:
+            call: which.
+            made_bytes: of its results.
+
+        Returns:
+            A bound; infinite here, where every call is measured.
+        """
+        return math.inf
+
     def _measure(self, call: OpCall) -> int:
         # In a thread of its own: a profiler of this one may count what this one allocates.
         with ThreadPoolExecutor(max_workers=1) as thread:
@@ -147,6 +205,9 @@ class PeakEstimator:
         self._late_bytes = 0
         self._peak_bytes = 0
         self._most_before: dict[OpCall, int] = {}
+        self._most_made: dict[OpCall, int] = {}
+        self._running: OpCall | None = None
+        self._made_bytes = 0
 
     def allocate(self, num_bytes: int, late: bool = False) -> None:
         """Count a storage; a ``late`` one was live from the start, so during all that was noted before."""
@@ -155,6 +216,8 @@ class PeakEstimator:
         self._live_bytes += num_bytes
         if late:
             self._late_bytes += num_bytes
+        else:
+            self._made_bytes += num_bytes
         self._peak_bytes = max(self._peak_bytes, self._live_bytes - self._late_bytes)
 
     def free(self, num_bytes: int) -> None:
@@ -164,17 +227,31 @@ class PeakEstimator:
 
     def before(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Note how much is live when an operator begins."""
-        call = op_call(func, args, kwargs)
+        self._note_made()
+        call = self._running = op_call(func, args, kwargs)
         live_bytes = self._live_bytes - self._late_bytes
         self._most_before[call] = max(self._most_before.get(call, live_bytes), live_bytes)
 
     def peak_bytes(self) -> int:
-        """The peak, after measuring what was not measured before."""
-        before = self._most_before.items()
-        in_ops = max(
-            (live_bytes + self._workspace.peak_bytes(call) for call, live_bytes in before), default=0
-        )
-        return max(self._peak_bytes, in_ops) + self._late_bytes
+        """The peak, after measuring what was not measured before and may matter."""
+        self._note_made()
+        peak_bytes = self._peak_bytes
+        bounds = {
+            call: live_bytes + self._workspace.most_bytes(call, self._most_made[call])
+            for call, live_bytes in self._most_before.items()
+        }
+        for call in sorted(bounds, key=lambda call: -bounds[call]):
+            if bounds[call] <= peak_bytes:
+                break
+            peak_bytes = max(peak_bytes, self._most_before[call] + self._workspace.peak_bytes(call))
+        return peak_bytes + self._late_bytes
+
+    def _note_made(self) -> None:
+        """Write down what was made since the last operator began."""
+        call, self._running = self._running, None
+        if call is not None:
+            self._most_made[call] = max(self._most_made.get(call, 0), self._made_bytes)
+        self._made_bytes = 0
 
     def _rounded(self, num_bytes: int) -> int:
         unit = self._workspace.granularity_bytes
@@ -187,9 +264,9 @@ def _describe(tree: Any) -> Hashable:
             return _Unknown(f"a tensor of layout {tree.layout}")
         return TensorSpec(tuple(tree.shape), tuple(tree.stride()), tree.dtype)
     if isinstance(tree, list):
-        return _Items(list, tuple(_describe(item) for item in tree))
+        return Items(list, tuple(_describe(item) for item in tree))
     if isinstance(tree, tuple):
-        return _Items(tuple, tuple(_describe(item) for item in tree))
+        return Items(tuple, tuple(_describe(item) for item in tree))
     if isinstance(tree, torch.device):
         return _TARGET_DEVICE
     if isinstance(tree, torch.Generator):
@@ -200,7 +277,7 @@ def _describe(tree: Any) -> Hashable:
 def _make_argument(frozen: Hashable, device: torch.device) -> Any:
     if isinstance(frozen, TensorSpec):
         return frozen.make(device)
-    if isinstance(frozen, _Items):
+    if isinstance(frozen, Items):
         return frozen.kind(_make_argument(item, device) for item in frozen.items)
     if isinstance(frozen, _Unknown):
         raise TypeError(f"cannot make {frozen.description}")

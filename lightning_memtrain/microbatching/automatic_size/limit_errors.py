@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_memtrain.core import Category, CategoryBytes, format_bytes
 
 _WORDS = {
+    Category.HELD: "what is held beside the step",
     Category.INPUTS: "the batch and other inputs",
     Category.OPTIMIZER_STATE: "optimizer state",
     Category.TEMPORARY: "temporary tensors",

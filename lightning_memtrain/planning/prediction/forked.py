@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 import torch
 
@@ -22,8 +22,11 @@ from lightning_memtrain.compat.torch_private import is_backward_running
 from lightning_memtrain.tracing.step.user_code import user_location
 
 Result = TypeVar("Result")
+Ask = Callable[[Any], Any]
+"""Asks the original process a question and returns its answer; both must be picklable."""
 
 _STANDARD_ERROR = 2
+_HEAD = 8  # bytes that tell how long a message is
 # Of C++ code; those of Python code are left out in the copy.
 _WARNING_OF_TORCH = re.compile(r"^\[rank\d+\]:\[W.* Warning: .*\n?", re.MULTILINE)
 
@@ -42,7 +45,23 @@ class ChildFailed(RuntimeError):
 
 
 def call_in_copy(function: Callable[[], Result]) -> Result:
-    """Call a function in a forked process and return what it returns.
+    """Call a function in a forked process and return what it returns; see :func:`call_in_asking_copy`.
+
+    Args:
+        function: called without arguments; its result, or the error that it raises, must be picklable.
+
+    Returns:
+        Its result.
+    """
+    return call_in_asking_copy(lambda ask: function(), _no_answer)
+
+
+def _no_answer(question: Any) -> Any:
+    raise AssertionError("a function without `ask` asks nothing")
+
+
+def call_in_asking_copy(function: Callable[[Ask], Result], answer: Ask) -> Result:
+    """Call a function in a forked process, which may ask the original one, and return what it returns.
 
     Whatever it changes (attributes, random state, settings of libraries) is changed in the copy alone. Memory
     is shared until one of both writes to it, so a large model costs nothing. What it prints is printed, and
@@ -52,7 +71,9 @@ def call_in_copy(function: Callable[[], Result]) -> Result:
     (torch 2.13), is looked for in a second copy, in which all errors within backward are noted.
 
     Args:
-        function: called without arguments; its result, or the error that it raises, must be picklable.
+        function: called with what asks the original process; its result, or the error that it raises, must
+            be picklable.
+        answer: answers a question, here in the original process, which has its threads.
 
     Returns:
         Its result.
@@ -61,34 +82,35 @@ def call_in_copy(function: Callable[[], Result]) -> Result:
         ChildFailed: if the copy ended in another way, such as by a signal.
     """
     try:
-        return _call(function)
+        return _call(function, answer)
     except ChildFailed as failure:
         if failure.exit_code != -signal.SIGABRT:
             raise
-        error = _error_in_backward(function)
+        error = _error_in_backward(function, answer)
         if error is None:
             raise
         raise ChildFailed(error, failure.exit_code) from None
 
 
-def _error_in_backward(function: Callable[[], Any]) -> str | None:
+def _error_in_backward(function: Callable[[Ask], Any], answer: Ask) -> str | None:
     """Call it again and watch; the last error within backward, ``None`` if there was none."""
     with tempfile.TemporaryDirectory() as folder:
         notes = Path(folder) / "last_error"
 
-        def watched() -> None:
+        def watched(ask: Ask) -> None:
             _note_errors_in_backward(notes)
-            function()
+            function(ask)
 
         with suppress(Exception):
-            _call(watched)
+            _call(watched, answer)
         return notes.read_text() if notes.is_file() else None
 
 
-def _call(function: Callable[[], Result]) -> Result:
+def _call(function: Callable[[Ask], Result], answer: Ask) -> Result:
     sys.stdout.flush()
     sys.stderr.flush()
     reading, writing = os.pipe()
+    listening, answering = os.pipe()
     with tempfile.TemporaryFile() as errors:
         with warnings.catch_warnings():
             # Python 3.12 warns of threads that may hold locks; torch's hold none between operators.
@@ -96,32 +118,65 @@ def _call(function: Callable[[], Result]) -> Result:
             pid = os.fork()
         if pid == 0:
             os.close(reading)
+            os.close(answering)
             os.dup2(errors.fileno(), _STANDARD_ERROR)
-            _answer_and_end(function, writing)
+            _answer_and_end(function, writing, listening)
         os.close(writing)
-        with os.fdopen(reading, "rb") as pipe:
-            answer = pipe.read()
+        os.close(listening)
+        with os.fdopen(reading, "rb") as pipe, os.fdopen(answering, "wb") as replies:
+            result = _served(pipe, replies, answer)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if code != -signal.SIGABRT:  # what the runtime of C++ writes then is of no help
             errors.seek(0)
             sys.stderr.write(_WARNING_OF_TORCH.sub("", errors.read().decode(errors="replace")))
-    if not answer:
+    if result is None:
         raise ChildFailed(f"the process that ran it ended with exit code {code} and gave no result", code)
-    returned, value, trace = pickle.loads(answer)
+    returned, value, trace = result
     if returned:
-        result: Result = value
-        return result
+        made: Result = value
+        return made
     value.__notes__ = [*getattr(value, "__notes__", ()), trace]
     raise value
 
 
-def _answer_and_end(function: Callable[[], Any], writing: int) -> NoReturn:
+def _served(pipe: IO[bytes], replies: IO[bytes], answer: Ask) -> tuple[bool, Any, str] | None:
+    """Answer what the copy asks until it gives its result; ``None`` if it ends without one."""
+    while (message := _read(pipe)) is not None:
+        asks, content = message
+        if not asks:
+            result: tuple[bool, Any, str] = content
+            return result
+        with suppress(BrokenPipeError):  # it may have ended meanwhile
+            _write(replies, pickle.dumps(answer(content)))
+    return None
+
+
+def _read(pipe: IO[bytes]) -> Any:
+    """The next message, ``None`` at the end or where it breaks off."""
+    head = pipe.read(_HEAD)
+    if len(head) < _HEAD:
+        return None
+    size = int.from_bytes(head, "big")
+    content = pipe.read(size)
+    return pickle.loads(content) if len(content) == size else None
+
+
+def _write(pipe: IO[bytes], content: bytes) -> None:
+    pipe.write(len(content).to_bytes(_HEAD, "big") + content)
+    pipe.flush()
+
+
+def _answer_and_end(function: Callable[[Ask], Any], writing: int, listening: int) -> NoReturn:
     status = 1
     try:
         torch.set_num_threads(1)  # a pool of threads does not survive a fork
-        answer = _answer(function)
-        with os.fdopen(writing, "wb") as pipe:
-            pipe.write(answer)
+        with os.fdopen(writing, "wb") as pipe, os.fdopen(listening, "rb") as replies:
+
+            def ask(question: Any) -> Any:
+                _write(pipe, pickle.dumps((True, question)))
+                return _read(replies)
+
+            _write(pipe, _answer(lambda: function(ask)))
         sys.stdout.flush()
         sys.stderr.flush()
         status = 0
@@ -131,15 +186,15 @@ def _answer_and_end(function: Callable[[], Any], writing: int) -> NoReturn:
 
 def _answer(function: Callable[[], Any]) -> bytes:
     try:
-        return pickle.dumps((True, function(), ""))
+        return pickle.dumps((False, (True, function(), "")))
     except BaseException as error:
         trace = traceback.format_exc()
         try:
-            answer = pickle.dumps((False, error, trace))
+            answer = pickle.dumps((False, (False, error, trace)))
             pickle.loads(answer)  # an error whose constructor wants other arguments can be written, not read
             return answer
         except Exception:
-            return pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}"), trace))
+            return pickle.dumps((False, (False, RuntimeError(f"{type(error).__name__}: {error}"), trace)))
 
 
 def _note_errors_in_backward(notes: Path) -> None:

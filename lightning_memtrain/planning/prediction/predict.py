@@ -1,4 +1,4 @@
-"""Predicting what a run will need on a GPU that is not there."""
+"""Predicting what a run will need on a GPU that is not there, or in this machine's memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from lightning.pytorch.strategies import Strategy
 
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of, take_samples
-from lightning_memtrain.planning.prediction.forked import call_in_copy
+from lightning_memtrain.planning.prediction.cpu.calibration import measure_call
+from lightning_memtrain.planning.prediction.cpu.cpu_run import CpuConditions, run_on_cpu
+from lightning_memtrain.planning.prediction.forked import call_in_asking_copy, call_in_copy
 from lightning_memtrain.planning.prediction.prediction import Prediction
 from lightning_memtrain.planning.prediction.ranks.world import World, world_of
 from lightning_memtrain.planning.prediction.trainer_options import trainer_options
 from lightning_memtrain.planning.prediction.twin.twin_run import TwinRun, run_on_twin
 from lightning_memtrain.report import MemoryReport
 from lightning_memtrain.tracing.cuda_twin import refuse_no_twin
-from lightning_memtrain.tracing.device import Device
+from lightning_memtrain.tracing.device import Device, available_bytes
 from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
 
 
@@ -33,11 +35,12 @@ def predict(
     world_size: int | None = None,
     strategy: str | Strategy | None = None,
 ) -> Prediction:
-    """Predict what training will need on a GPU, without the GPU and without the run.
+    """Predict what training will need on a device, without a GPU and without the run.
 
     Three training steps run in a copy of this process, on tensors that hold no data: the user's own code,
     Lightning's loop, the optimizer and every callback and plugin, as they are. Nothing of it comes back but
-    the answer. What torch's CUDA allocator makes of each tensor is modelled.
+    the answer. What torch's CUDA allocator makes of each tensor is modelled. For a CPU, what operators hold
+    only while they run is measured: those that may decide on the peak run once alone, in this process.
 
     Of several ranks the first one is predicted, whose shards are the largest, with a batch of its own.
 
@@ -51,7 +54,8 @@ def predict(
         trainer: as the run will have it: precision, accumulated batches, clipping, callbacks and plugins are
             taken over. ``None`` for Lightning's defaults.
         device: a :class:`~lightning_memtrain.planning.Device` or the name of one that ``memtrain devices``
-            lists, ``None`` for the GPU of this machine.
+            lists, ``"cpu"`` for this machine's memory; ``None`` for this machine's GPU, or its memory if there
+            is none.
         world_size: how many ranks the run has, on however many nodes; ``None`` for the trainer's.
         strategy: ``"ddp"``, ``"fsdp2"``, or a strategy of Lightning for DDP or FSDP2; ``None`` for the
             trainer's. Under ``"fsdp2"`` a model without `configure_model` is sharded by its repeated blocks.
@@ -61,9 +65,9 @@ def predict(
 
     Raises:
         TypeError: if there are two sources of batches, or none, or ``model`` is something else.
-        ValueError: if there is no such device, or it is no GPU by NVIDIA, if the batch is not on the CPU, if
-            the strategy is none that is predicted or lacks its number of ranks, or if the step asks for
-            values that nobody knows.
+        ValueError: if there is no such device, or it is neither a CPU nor a GPU by NVIDIA, if the batch is
+            not on the CPU, if the strategy is none that is predicted or lacks its number of ranks, or if the
+            step asks for values that nobody knows.
         RuntimeError: if torch is too old, or has another third-party device in this process.
     """
     if batch is not None and datamodule is not None:
@@ -81,15 +85,27 @@ def predict(
             "`predict(batch, datamodule)` needs one of the two for a model without `train_dataloader`, but "
             "got neither. Pass a batch as a data loader yields it, or the data module that the run will use."
         )
-    gpu = _gpu(device)
+    found = _known(device)
     _refuse_elsewhere(batch)
-    refuse_no_twin()
     world = world_of(trainer, world_size, strategy)
-    options = trainer_options(trainer, world)
+    if found.is_cuda:
+        refuse_no_twin()
+    elif world is not None:
+        raise ValueError(
+            f"`predict(device)` must be a GPU for a run of {world.size} ranks, but got {found.name!r}. Name "
+            'one that `memtrain devices` lists, such as device="RTX 4090", or predict for one device.'
+        )
+    kind = {} if found.is_cuda else {"device_type": "cpu"}
+    options = trainer_options(trainer, world, **kind)
 
     def run(make_data: Callable[[], Any]) -> TwinRun:
         try:
-            return call_in_copy(lambda: run_on_twin(model, make_data(), options, gpu, world))
+            if found.is_cuda:
+                return call_in_copy(lambda: run_on_twin(model, make_data(), options, found, world))
+            conditions = CpuConditions.now(model, batch)
+            return call_in_asking_copy(
+                lambda ask: run_on_cpu(model, make_data(), options, ask, conditions), measure_call
+            )
         except UnknownValueError as error:
             raise ValueError(
                 f"`predict(model)` needs a step that goes the same way whatever the weights are, but "
@@ -98,12 +114,12 @@ def predict(
             ) from error
 
     def of_size(size: int) -> Prediction:
-        return _prediction(gpu, run(lambda: Repeated(take_samples(batch, size))), size, world)
+        return _prediction(found, run(lambda: Repeated(take_samples(batch, size))), size, world)
 
     if batch is None:
-        return _prediction(gpu, run(lambda: datamodule), None, world)
+        return _prediction(found, run(lambda: datamodule), None, world)
     size = _batch_size(batch)
-    return replace(_prediction(gpu, run(lambda: Repeated(batch)), size, world), _of_size=of_size)
+    return replace(_prediction(found, run(lambda: Repeated(batch)), size, world), _of_size=of_size)
 
 
 class Repeated:
@@ -133,12 +149,14 @@ def _prediction(device: Device, found: TwinRun, batch_size: int | None, world: W
         report=_named(found.report, device, world),
         allocated_bytes=found.allocated_bytes,
         reserved_bytes=found.reserved_bytes,
-        context_bytes=device.context_bytes,
+        context_bytes=found.process_bytes if device.is_cpu else device.context_bytes,
         workspace_bytes=found.workspace_bytes,
         batch_size=batch_size,
         world_size=1 if world is None else world.size,
         strategy=None if world is None else world.name,
         unknown=tuple(f"{what} at {site}" for site, what in found.guessed.items()),
+        unmeasured=tuple(f"{operator}: {reason}" for operator, reason in found.unmeasured.items()),
+        available_bytes=available_bytes() if device == Device.named("cpu") else None,
     )
 
 
@@ -150,15 +168,13 @@ def _named(report: MemoryReport, device: Device, world: World | None) -> MemoryR
     return replace(report, stages=stages, environment={**report.environment, "device": name})
 
 
-def _gpu(device: Device | str | None) -> Device:
+def _known(device: Device | str | None) -> Device:
     found = Device.named(device) if isinstance(device, str) else device or Device.here()
-    if not found.is_cuda:
-        given = "this machine, which has no GPU by NVIDIA" if device is None else f"{found.name!r}"
+    if not (found.is_cuda or found.is_cpu):
         raise ValueError(
-            f"`predict(device)` must be a GPU by NVIDIA, but got {given}. Name one that `memtrain devices` "
-            'lists, such as device="RTX 4090", or describe it by `Device(name, total_bytes, '
-            "compute_capability=...)`. For the CPU, profile a step with `MemoryProfiler`: its kernels and "
-            "its allocator are others, which a prediction does not know."
+            f"`predict(device)` must be a GPU by NVIDIA or a CPU, but got {found.name!r}. Name one that "
+            '`memtrain devices` lists, such as device="RTX 4090", describe it by `Device(name, total_bytes, '
+            'compute_capability=...)`, or have "cpu" in the name of `Device(name, total_bytes)`.'
         )
     return found
 

@@ -28,12 +28,17 @@ class Prediction:
         device: the device.
         report: the report of the predicted steps, as :class:`~lightning_memtrain.MemoryProfiler` makes it.
         allocated_bytes: most bytes in blocks of torch's allocator, what libraries keep among them.
-        reserved_bytes: most bytes that the allocator has from the device.
-        context_bytes: what the process needs besides, an estimate: the CUDA context, and kernels.
-        workspace_bytes: what cuBLAS and cuBLASLt keep, a part of ``allocated_bytes``.
+        reserved_bytes: most bytes that the allocator has from the device; on a CPU, whose allocator keeps
+            nothing, what is allocated.
+        context_bytes: what the process needs besides, an estimate: the CUDA context, and kernels; on a CPU
+            what this process has in memory now beside model and batch, such as Python and its libraries.
+        workspace_bytes: what cuBLAS and cuBLASLt keep, or on a CPU what operators hold only while they run at
+            the peak; a part of ``allocated_bytes``.
         batch_size: samples in the batch; ``None`` where they cannot be told.
         unknown: numbers that the step asked for and nobody knows, taken for "not a number", with the line of
             the user's code that asked.
+        unmeasured: operators of which it is not known what they hold while they run, and why; on a CPU.
+        available_bytes: what this machine's other programs leave now, for a prediction for it.
         world_size: how many ranks the run has; all figures are those of the first of them.
         strategy: what the ranks exchange, ``"ddp"`` or ``"fsdp2"``; ``None`` for a run on one device.
 
@@ -51,6 +56,8 @@ class Prediction:
     workspace_bytes: int
     batch_size: int | None = None
     unknown: tuple[str, ...] = ()
+    unmeasured: tuple[str, ...] = ()
+    available_bytes: int | None = None
     world_size: int = 1
     strategy: str | None = None
     _of_size: Callable[[int], Prediction] | None = field(default=None, repr=False, compare=False)
@@ -62,7 +69,7 @@ class Prediction:
 
     @property
     def needed_bytes(self) -> int:
-        """What the device must have for this process: reserved bytes and context."""
+        """What the device must have for this process: reserved bytes and what it needs besides."""
         return self.reserved_bytes + self.context_bytes
 
     @property
@@ -128,6 +135,8 @@ class Prediction:
             "context_bytes": self.context_bytes,
             "workspace_bytes": self.workspace_bytes,
             "unknown": list(self.unknown),
+            "unmeasured": list(self.unmeasured),
+            "available_bytes": self.available_bytes,
             "breakdown": self.breakdown.to_dict(),
         }
 
@@ -172,11 +181,19 @@ class Prediction:
         ]
         rows += [
             ("allocated at the peak", self.allocated_bytes),
-            ("reserved by torch", self.reserved_bytes),
-            ("CUDA context (estimate)", self.context_bytes),
+            *([("reserved by torch", self.reserved_bytes)] if self.device.is_cuda else []),
+            (self._context_name, self.context_bytes),
             ("spare" if self.fits else "missing", abs(self.spare_bytes)),
         ]
         return [(name, format_bytes(num)) for name, num in rows]
 
+    @property
+    def _context_name(self) -> str:
+        return "CUDA context (estimate)" if self.device.is_cuda else "Python and libraries, as now"
+
     def _remarks(self) -> list[str]:
-        return [f"A number that nobody knows beforehand was asked for: {one}" for one in self.unknown]
+        remarks = [f"A number that nobody knows beforehand was asked for: {one}" for one in self.unknown]
+        remarks += [f"What it holds while it runs is not known of {one}" for one in self.unmeasured]
+        if self.available_bytes is not None and self.available_bytes < self.needed_bytes and self.fits:
+            remarks.append(f"Other programs leave only {format_bytes(self.available_bytes)} of it now.")
+        return remarks

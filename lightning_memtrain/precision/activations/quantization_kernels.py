@@ -189,9 +189,9 @@ def has_compiler(device: torch.device) -> bool:
         from importlib.util import find_spec
 
         return find_spec("triton") is not None
-    from torch._inductor import config
+    from lightning_memtrain.compat.torch_private import inductor_cpp_settings  # takes a second to import
 
-    names = config.cpp.cxx
+    names = inductor_cpp_settings.cxx
     names = names if isinstance(names, (list, tuple)) else [names]
     return any(name and shutil.which(name) for name in [*names, "g++", "clang++"])
 

@@ -4,11 +4,11 @@
   const page = document.getElementById("page");
 
   // From the bottom of the stack to its top: what stays, then what comes and goes.
-  const STACK = ["parameters", "buffers", "optimizer_state", "gradients", "buckets", "inputs", "gathered_weights", "unsharded_gradients", "activations", "temporary", "workspace"];
+  const STACK = ["parameters", "buffers", "held", "optimizer_state", "gradients", "buckets", "inputs", "gathered_weights", "unsharded_gradients", "activations", "temporary", "workspace"];
   // In the tables, the order of the terminal's table.
-  const ROWS = ["parameters", "gradients", "optimizer_state", "activations", "buffers", "inputs", "temporary", "gathered_weights", "unsharded_gradients", "buckets", "workspace"];
-  const OF_SEVERAL = ["gathered_weights", "unsharded_gradients", "buckets"];  // no row where they hold nothing
-  const GROUPS = { model: ["parameters", "buffers", "gathered_weights"], optimizer: ["gradients", "optimizer_state", "unsharded_gradients", "buckets"], activations: ["activations", "inputs", "temporary", "workspace"] };
+  const ROWS = ["parameters", "gradients", "optimizer_state", "activations", "buffers", "inputs", "temporary", "gathered_weights", "unsharded_gradients", "buckets", "held", "workspace"];
+  const UNUSUAL = ["gathered_weights", "unsharded_gradients", "buckets", "held"];  // no row where they hold nothing
+  const GROUPS = { model: ["parameters", "buffers", "gathered_weights", "held"], optimizer: ["gradients", "optimizer_state", "unsharded_gradients", "buckets"], activations: ["activations", "inputs", "temporary", "workspace"] };
   const WORDS = {
     parameters: "The model's weights.",
     gradients: "Gradients of the weights.",
@@ -21,6 +21,7 @@
     "gathered weights": "Whole weights of a layer, gathered from all processes for as long as it runs (FSDP2).",
     "unsharded gradients": "Gradients of whole weights, before they are reduced to each process's share (FSDP2).",
     buckets: "What gradients are averaged in over processes (DDP); they may lie there, too.",
+    held: "What callbacks, attributes and second models hold on the device beside all of these, used in this step or not.",
     workspace: "Allocator minus ledger: scratch memory inside operators and rounding.",
     ledger: "The exact sum of all live tensor storages.",
     allocator: "The peak that the device's own allocator counted.",
@@ -383,7 +384,7 @@
       el("th", { scope: "row" }, name), el("td", {}, bytes(held)), el("td", {}, share(held, peak)), el("td", { class: "bar" }, bar), el("td", {}, most === null ? "" : bytes(most)));
     const bar = (category, held, hatch) => held > 0 && peak > 0 ? el("div", { class: "stack", "aria-hidden": "true" },
       el("i", { class: hatch ? "hatch" : null, style: `background-color:var(--${category});width:${(100 * held) / peak}%` })) : null;
-    const none = (category) => OF_SEVERAL.includes(category) && !stage.at_peak[category] && !stage.maxima[category];
+    const none = (category) => UNUSUAL.includes(category) && !stage.at_peak[category] && !stage.maxima[category];
     const rows = ROWS.filter((category) => (known || category !== "workspace") && !none(category)).flatMap((category) => {
       const held = stage.at_peak[category];
       const own = row([swatch(category), ` ${label(category)}`], held, category === "workspace" ? null : stage.maxima[category], bar(category, held));

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_memtrain.core.compiled_modules import before_compilation
 from lightning_memtrain.sparsity.storage.checkpoint_key import CHECKPOINT_KEY
 from lightning_memtrain.sparsity.storage.layers.autograd_functions import DenseWeightFunction
 from lightning_memtrain.sparsity.storage.layers.sparse_layer import SparseLayer
@@ -38,7 +39,7 @@ def export_dense(module: nn.Module) -> dict[str, Tensor]:
         {'weight': tensor([[1., 0.],
                 [0., 1.]])}
     """
-    module = getattr(module, "_orig_mod", module)  # of torch.compile
+    module = before_compilation(module)
     state: dict[str, Tensor] = module.state_dict()
     layers = {
         name: layer

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE
 
-_IS_CUDA: Any = vars(torch._C.TensorBase)["is_cuda"].__get__
+_IS_CUDA: Any = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 
 
 class CudaMeansTwin(TorchFunctionMode):

@@ -17,6 +17,8 @@ from lightning_memtrain.tracing.cuda_twin import streams
 #: What torch calls the device; no name of a real backend.
 DEVICE_TYPE = "cudatwin"
 
+_NO_LIMIT = 2**62
+
 
 class TwinBackend:
     """What ``torch.cudatwin`` is: the device's own module, with the memory statistics that CUDA's has.
@@ -24,11 +26,19 @@ class TwinBackend:
     Args:
         allocator: takes and gives back what storages need.
         num_devices: devices of this process that there are; all but the current one hold nothing.
+        usable_bytes: what torch's allocator could have of the device, for those who ask what is free; more
+            is allocated all the same.
     """
 
-    def __init__(self, allocator: CachingAllocator, num_devices: int = 1) -> None:
+    #: What techniques do on CUDA alone they do here, too.
+    behaves_as_cuda = True
+
+    def __init__(
+        self, allocator: CachingAllocator, num_devices: int = 1, usable_bytes: int = _NO_LIMIT
+    ) -> None:
         self.allocator = allocator
         self._num_devices = num_devices
+        self._usable_bytes = usable_bytes
         self._streams = streams.Streams()
         # None for a storage that was emptied.
         self._blocks: dict[int, tuple[Block | None, weakref.ref[torch.UntypedStorage]]] = {}
@@ -124,6 +134,10 @@ class TwinBackend:
     def memory_stats(self, device: Any = None) -> dict[str, Any]:
         """What is asked of CUDA's statistics."""
         return {"num_alloc_retries": self.allocator.num_retries}
+
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        """What is free of the device, and what it has in all for tensors."""
+        return max(0, self._usable_bytes - self.allocator.reserved_bytes), self._usable_bytes
 
     def empty_cache(self) -> None:
         """Give back segments that are free as a whole."""

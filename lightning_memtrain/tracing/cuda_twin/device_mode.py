@@ -15,6 +15,7 @@ from lightning_memtrain.compat.torch_private import (
     FakeTensor,
     FakeTensorMode,
     TorchDispatchMode,
+    UnsupportedOperatorException,
     disable_current_modes,
     is_fake_mode_on,
     tree_leaves,
@@ -24,12 +25,15 @@ from lightning_memtrain.ledger.observers.dispatch_mode import skip_in_dynamo
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
 from lightning_memtrain.tracing.cuda_twin.in_place import InPlaceGradients
 from lightning_memtrain.tracing.cuda_twin.known_values import KnownValues
+from lightning_memtrain.tracing.cuda_twin.missing_rules import forms_from_zeros, writes_only
+from lightning_memtrain.tracing.inplace_writes import written_tensors
 from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
 from lightning_memtrain.tracing.step.typical_values import TypicalValues
 from lightning_memtrain.tracing.step.user_code import user_location
 
 _aten = torch.ops.aten
 _DEPENDS_ON_DATA = (DataDependentOutputException, DynamicOutputShapeException)
+_NO_RULE = (NotImplementedError, UnsupportedOperatorException)
 _MATRIX_PRODUCTS = frozenset(
     (_aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm, _aten.addbmm, _aten.mv, _aten.dot)
 )
@@ -88,6 +92,8 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = self.without_data(func, args, kwargs)
         except _DEPENDS_ON_DATA:
             result = self._answered(func, args, kwargs)
+        except _NO_RULE as error:
+            result = self._without_rule(func, args, kwargs, error)
         else:
             self._usual.follow(func, args, result)
             self.known.follow(func, args, kwargs, result)
@@ -139,9 +145,27 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return float("nan")
         raise UnknownValueError(str(func), user_location())
 
-    def _on_twin(self, real: Tensor) -> Tensor:
+    def _without_rule(self, func: Any, args: Any, kwargs: Any, error: Exception) -> Any:
+        """What an operator returns that torch cannot run without data."""
+        for one in written_tensors(func, args, kwargs):
+            self.known.forget(one)
+        if writes_only(func):
+            return None
+        with disable_current_modes():
+            forms = forms_from_zeros(func, args, kwargs)
+        if forms is None:
+            raise NotImplementedError(
+                f"{func} has no rule for tensors without data (at {user_location()}); register one with "
+                "`torch.library.register_fake`"
+            ) from error
+        return tree_map(lambda one: self._of_form(one) if isinstance(one, Tensor) else one, forms)
+
+    def _of_form(self, form: Tensor) -> Tensor:
         with self.fake:
-            made = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=DEVICE_TYPE)
+            return torch.empty_strided(form.shape, form.stride(), dtype=form.dtype, device=DEVICE_TYPE)
+
+    def _on_twin(self, real: Tensor) -> Tensor:
+        made = self._of_form(real)
         self.known.set(made, real)
         return made
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils import backend_registration
 
-from lightning_memtrain.compat.torch_private import privateuse1_backend_name
+from lightning_memtrain.compat.torch_private import privateuse1_backend_name, set_up_python_backend
 from lightning_memtrain.ledger.observers.storage_resizes import RESIZE_HOOKS
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
+from lightning_memtrain.tracing.cuda_twin.backward_errors import make_device_guard, raise_errors_of_backward
 
-_SETUP = "_setup_privateuseone_for_python_backend"
 _NO_BACKEND = "privateuseone"
 
 
@@ -21,10 +20,10 @@ def refuse_no_twin() -> None:
     Raises:
         RuntimeError: if torch offers no backends made in Python, or another one has the only place.
     """
-    if not hasattr(backend_registration, _SETUP):
+    if set_up_python_backend is None:
         raise RuntimeError(
             f"a prediction for a GPU needs a torch in which a device can be made in Python, but torch "
-            f"{torch.__version__} has no `torch.utils.backend_registration.{_SETUP}`. Install a newer torch "
+            f"{torch.__version__} has nothing to make one. Install a newer torch "
             "(2.13 has it), or count a step on the `meta` device with `MemoryLedger`, which does not know "
             "the GPU's kernels, autocast and allocator."
         )
@@ -46,7 +45,8 @@ def install(backend: TwinBackend) -> None:
         RuntimeError: see :func:`refuse_no_twin`.
     """
     refuse_no_twin()
-    getattr(backend_registration, _SETUP)(DEVICE_TYPE, backend_module=backend)
+    set_up_python_backend(DEVICE_TYPE, backend_module=backend, device_guard=make_device_guard())
+    raise_errors_of_backward()
     torch.Generator = _Generator  # type: ignore[misc]
     for module, names in _ASKED_ELSEWHERE.items():
         for name in names:

@@ -25,11 +25,12 @@ from lightning_memtrain.tracing.inplace_writes import CopyOnWrite, returns_views
 from lightning_memtrain.tracing.step.fake_operator_rules import FAKE_RULES, with_known_masks
 from lightning_memtrain.tracing.step.random_dependence import RandomDependence
 from lightning_memtrain.tracing.step.recorded_values import RecordedValues, TensorForm, needs_data
+from lightning_memtrain.tracing.step.sparse_gradients import SparseGradients
 from lightning_memtrain.tracing.step.typical_values import TypicalValues
 from lightning_memtrain.tracing.step.user_code import is_distribution_check
 
-# A tensor that is made from nothing may be asked for its values if it is small, such as positions and masks.
-_MOST_KNOWN_BYTES = 2**24
+#: A tensor that is made from nothing may be asked for its values if it is small, such as positions and masks.
+MOST_KNOWN_BYTES = 2**24
 _DEPENDS_ON_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -46,20 +47,27 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fakes: of tensors that are neither read nor written, by ``id``, what is used for them: of the same
             shapes and dtypes.
         recorded: what a step with data answered, for questions that nothing else answers.
+        most_known_floats_bytes: the largest tensor of numbers of floating type that is made with data.
     """
 
     def __init__(
-        self, fake_mode: FakeTensorMode, fakes: Mapping[int, Tensor], recorded: RecordedValues
+        self,
+        fake_mode: FakeTensorMode,
+        fakes: Mapping[int, Tensor],
+        recorded: RecordedValues,
+        most_known_floats_bytes: int = MOST_KNOWN_BYTES,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._fake_mode = fake_mode
         self._fakes = fakes
         self._recorded = recorded
+        self._most_known_floats_bytes = most_known_floats_bytes
         self._typical = TypicalValues()
         self._copy_on_write = CopyOnWrite()
         self._random_dependence = RandomDependence()
         # Real storages that an operator without data has written to.
         self._stale: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._sparse = SparseGradients(self._note_stale)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -80,6 +88,8 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = tensors_in((args, kwargs)) if kwargs else tensors_in(args)
         if not tensors:
             return self._made_from_nothing(func, args, kwargs)
+        if self._sparse.takes(func, args, tensors):
+            return self._sparse.run(func, args, kwargs)
         num_fake = sum(isinstance(tensor, FakeTensor) for tensor in tensors)
         if num_fake == 0 and (returns_views(func) or all(map(self.knows, tensors))):
             return self._really(func, args, kwargs)
@@ -107,8 +117,10 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _made_from_nothing(self, func: Any, args: Any, kwargs: Any) -> Any:
         with self._fake_mode:
             made = func(*args, **kwargs)
-        if isinstance(made, FakeTensor) and made.nbytes > _MOST_KNOWN_BYTES:
-            return made
+        if isinstance(made, FakeTensor):
+            is_float = made.is_floating_point()
+            if made.nbytes > (self._most_known_floats_bytes if is_float else MOST_KNOWN_BYTES):
+                return made
         return self._really(func, args, kwargs)
 
     def _really(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -159,7 +171,7 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if typical is not None:
             self._recorded.skip(str(func))
             return typical
-        answer = self._recorded.replay(str(func))
+        answer = self._recorded.replay(str(func), args[0] if args else None)
         with self._fake_mode:
             return tree_map(lambda value: value.make() if isinstance(value, TensorForm) else value, answer)
 
@@ -221,6 +233,6 @@ class RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _without_values(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    if value.is_floating_point() or value.is_complex() or value.nbytes > _MOST_KNOWN_BYTES:
+    if value.is_floating_point() or value.is_complex() or value.nbytes > MOST_KNOWN_BYTES:
         return TensorForm(tuple(value.shape), value.stride(), value.dtype, value.device)
     return value.detach().clone()

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_memtrain.compat.torch_private import FakeTensorMode
+from lightning_memtrain.compat.torch_private import FakeTensor, FakeTensorMode
 from lightning_memtrain.ledger.tensors.distributed_tensors import gradients_lie_in_buckets
 from lightning_memtrain.ledger.tensors.storages import tensors_in
+from lightning_memtrain.tracing.step.fake_mode import MOST_KNOWN_BYTES
+from lightning_memtrain.tracing.user_state.capture import UserState
 
 
 class FakeParameters:
@@ -98,3 +100,25 @@ class FakeParameters:
 
     def _into_bucket(self, fake: Tensor) -> None:
         fake.grad = fake.data
+
+
+def put_without_data(model: nn.Module, mode: FakeTensorMode, also: Iterable[object] = ()) -> None:
+    """Put tensors that hold no data in the place of parameters, and of what else is large, wherever it is held.
+
+    Others keep their data, since a step may ask for it.
+
+    Args:
+        model: the module that is trained.
+        mode: makes the tensors.
+        also: what else the step can get at.
+    """
+    state = UserState(model, *also)
+    fakes: dict[int, Tensor] = {}
+    for tensor in state.tensors:
+        if isinstance(tensor, FakeTensor) or not tensor.is_leaf:
+            continue
+        is_trained = tensor.requires_grad or isinstance(tensor, nn.Parameter)
+        if is_trained or (tensor.is_floating_point() and tensor.nbytes > MOST_KNOWN_BYTES):
+            fake = mode.from_tensor(tensor.detach(), static_shapes=True)
+            fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_trained else fake
+    state.replace(fakes)

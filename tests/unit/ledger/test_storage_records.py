@@ -94,10 +94,10 @@ def test_truth_makes_the_rows_add_up():
 
 def test_groups_of_the_memory_report():
     held = CategoryBytes({category.value: 2**index for index, category in enumerate(Category)})
-    assert held.model_bytes == 1 + 16 + 128
+    assert held.model_bytes == 1 + 16 + 128 + 1024
     assert held.optimizer_bytes == 2 + 4 + 256 + 512
-    assert held.activation_bytes == 8 + 32 + 64 + 1024
-    assert held.total_bytes == 2047
+    assert held.activation_bytes == 8 + 32 + 64 + 2048
+    assert held.total_bytes == 4095
 
 
 def test_rows_of_several_processes_are_shown_where_they_hold_something():

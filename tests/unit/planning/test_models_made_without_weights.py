@@ -69,7 +69,9 @@ def by_parametrization(net: Any) -> None:
     net.layer = nn.utils.parametrizations.weight_norm(net.layer)
 
 
-@pytest.mark.parametrize("change", [by_rates, by_numpy, by_values, by_masks, by_orthogonal, by_parametrization])
+@pytest.mark.parametrize(
+    "change", [by_rates, by_numpy, by_values, by_masks, by_orthogonal, by_parametrization]
+)
 def test_what_programs_do_when_they_make_a_model(change: Callable[[Any], None]) -> None:
     prediction = predict(lambda: Net(change), BATCH, device=GPU)
     assert prediction.unknown == ()

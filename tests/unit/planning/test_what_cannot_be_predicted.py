@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils import backend_registration
 
 from lightning_memtrain.planning import Device, predict
 from lightning_memtrain.planning.prediction.forked import ChildFailed
@@ -143,9 +142,9 @@ def test_what_is_no_model_is_refused() -> None:
         predict(lambda: nn.Linear(2, 2), BATCH, device="T4")  # type: ignore[arg-type, return-value]
 
 
-def test_a_device_that_is_no_gpu_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"must be a GPU by NVIDIA, but got 'cpu'.*MemoryProfiler"):
-        predict(Step(mean), BATCH, device="cpu")
+def test_a_device_that_is_neither_gpu_nor_cpu_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must be a GPU by NVIDIA or a CPU, but got .my card.\. Name one"):
+        predict(Step(mean), BATCH, device=Device("my card", 2**30))
     with pytest.raises(ValueError, match="Did you mean 'RTX 4090 24GB'"):
         predict(Step(mean), BATCH, device="RTX 4900 24GB")
     assert all(preset.is_cuda for preset in PRESETS)
@@ -163,8 +162,9 @@ def test_a_batch_elsewhere_is_refused() -> None:
 
 
 def test_a_torch_without_devices_made_in_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(backend_registration, "_setup_privateuseone_for_python_backend")
-    said = rf"torch {re.escape(torch.__version__)} has no .* Install a newer torch \(2\.13 has it\), or count"
+    monkeypatch.setattr(registration, "set_up_python_backend", None)
+    version = re.escape(torch.__version__)
+    said = rf"torch {version} has nothing to make one\. Install a newer torch \(2\.13 has it\), or count"
     with pytest.raises(RuntimeError, match=said):
         predict(Step(mean), BATCH, device="T4")
 

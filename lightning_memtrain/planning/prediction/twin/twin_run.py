@@ -9,8 +9,8 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,7 +19,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
-from lightning_memtrain.compat.torch_private import FakeTensor
+from lightning_memtrain.compat.torch_private import FakeTensor, types_with_foreach, types_with_foreach_norms
 from lightning_memtrain.planning.prediction.ranks.default_sharding import prepare
 from lightning_memtrain.planning.prediction.ranks.rank_strategy import strategy_of_first_rank
 from lightning_memtrain.planning.prediction.ranks.world import World
@@ -53,6 +53,8 @@ class TwinRun:
         reserved_bytes: most bytes that the allocator had from the device.
         workspace_bytes: what libraries keep.
         guessed: see :attr:`.TwinDeviceMode.guessed`.
+        unmeasured: operators whose workspace is not known, and why; on a CPU.
+        process_bytes: what the process has in memory beside model and batch; on a CPU.
     """
 
     report: MemoryReport
@@ -60,6 +62,8 @@ class TwinRun:
     reserved_bytes: int
     workspace_bytes: int
     guessed: Mapping[str, str]
+    unmeasured: Mapping[str, str] = field(default_factory=dict)
+    process_bytes: int = 0
 
 
 def run_on_twin(
@@ -84,7 +88,7 @@ def run_on_twin(
     Raises:
         TypeError: if ``model`` is a function that returns something else.
     """
-    backend = TwinBackend(CachingAllocator())
+    backend = TwinBackend(CachingAllocator(), usable_bytes=device.usable_bytes)
     install(backend)
 
     def on_matrix_product() -> None:
@@ -93,39 +97,23 @@ def run_on_twin(
 
     mode = TwinDeviceMode(backend, on_matrix_product)
     rules = TwinAutocast(), TwinAttention(has_flash=(device.compute_capability or AMPERE) >= AMPERE)
-    _prepare_process()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        open(os.devnull, "w") as nowhere,
-        contextlib.ExitStack() as undo,
-    ):
-        undo.enter_context(contextlib.redirect_stdout(nowhere))
+    prepare_process()
+    make_from_values()
+    # Optimizers and clipping take all parameters at once, as they do by default on CUDA.
+    for types in (types_with_foreach, types_with_foreach_norms):
+        types.append(FakeTensor)
+    with quiet_folder() as folder, contextlib.ExitStack() as undo:
         undo.enter_context(mode)
         undo.enter_context(CudaMeansTwin())
         if not isinstance(model, pl.LightningModule):
             with LargeWithoutData(mode):
-                model = _made(model)
+                model = made_module(model)
         name = type(model).__name__  # sharding makes it one of a class of its own
         shards = world is not None and prepare(model, world)
         move(model, mode, "cpu" if shards else DEVICE_TYPE)
         configure_without_data(model, LargeWithoutData(mode))
         profiler = MemoryProfiler(every_n_steps=1, report_dir=folder, max_rows=None)
-        options = dict(trainer_options)
-        callbacks = [*options.pop("callbacks", ()), profiler]
-        trainer = pl.Trainer(
-            **_ranks(world),
-            max_steps=NUM_STEPS,
-            # Steps of a module's own making may not be counted, and a batch is repeated without end.
-            max_epochs=NUM_STEPS,
-            limit_train_batches=NUM_STEPS * options.get("accumulate_grad_batches", 1),
-            logger=DummyLogger(),
-            callbacks=callbacks,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            **options,
-        )
+        trainer = few_steps_trainer(_ranks(world), trainer_options, profiler)
         trainer.fit(model, data)
     del rules
     assert profiler.report is not None, "a fit that has ended has a report"
@@ -135,6 +123,51 @@ def run_on_twin(
         reserved_bytes=backend.allocator.peak_reserved_bytes,
         workspace_bytes=backend.workspace_bytes,
         guessed=dict(mode.guessed),
+    )
+
+
+@contextlib.contextmanager
+def quiet_folder() -> Iterator[str]:
+    """A folder for a report that nobody reads, while nothing is printed.
+
+    Yields:
+        The folder.
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        yield folder
+
+
+def few_steps_trainer(
+    place: Mapping[str, Any], options: Mapping[str, Any], profiler: MemoryProfiler
+) -> pl.Trainer:
+    """A trainer that trains for three steps.
+
+    Args:
+        place: arguments of Trainer that say on which device, as which rank.
+        options: other arguments of Trainer.
+        profiler: watches every step.
+
+    Returns:
+        The trainer.
+    """
+    options = dict(options)
+    return pl.Trainer(
+        **place,
+        max_steps=NUM_STEPS,
+        # Steps of a module's own making may not be counted, and a batch is repeated without end.
+        max_epochs=NUM_STEPS,
+        limit_train_batches=NUM_STEPS * options.get("accumulate_grad_batches", 1),
+        logger=DummyLogger(),
+        callbacks=[*options.pop("callbacks", ()), profiler],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        **options,
     )
 
 
@@ -149,7 +182,18 @@ def _ranks(world: World | None) -> dict[str, Any]:
     }
 
 
-def _made(factory: Callable[[], Any]) -> pl.LightningModule:
+def made_module(factory: Callable[[], Any]) -> pl.LightningModule:
+    """What a function makes, if it is what can be trained.
+
+    Args:
+        factory: the function.
+
+    Returns:
+        The module.
+
+    Raises:
+        TypeError: if it is something else.
+    """
     model = factory()
     if not isinstance(model, pl.LightningModule):
         raise TypeError(
@@ -159,9 +203,8 @@ def _made(factory: Callable[[], Any]) -> pl.LightningModule:
     return model
 
 
-def _prepare_process() -> None:
-    """What else has to be as on a GPU, or silent, for the rest of this process."""
-    make_from_values()
+def prepare_process() -> None:
+    """What else has to be as in a real run, or silent, for the rest of this process."""
     replace_when_moved()
     _load_in_this_process()
     # Tensors without data keep their bytes as plain ones do.

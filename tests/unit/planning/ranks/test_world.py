@@ -6,7 +6,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 
 from lightning_memtrain.planning.prediction.ranks.world import world_of
 
@@ -46,12 +51,12 @@ def test_arguments_go_beside_a_trainer_for_one_device() -> None:
 
 
 def test_one_of_the_two_is_missing() -> None:
-    with pytest.raises(ValueError, match=r"needs a strategy, which decides on what 8 ranks hold, but got none\. Add"):
+    with pytest.raises(ValueError, match=r"needs a strategy, .* what 8 ranks hold, but got none\. Add"):
         world_of(None, 8, None)
     with pytest.raises(ValueError, match=r"needs a strategy"):
         world_of(trainer(), 8, None)
     for given in (None, trainer()):
-        with pytest.raises(ValueError, match=r"needs the number of ranks, but got strategy='ddp' without one\. Add"):
+        with pytest.raises(ValueError, match=r"needs the number of ranks, but got strategy='ddp' without"):
             world_of(given, None, "ddp")
 
 

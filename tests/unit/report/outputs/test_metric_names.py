@@ -22,6 +22,7 @@ def test_keys_and_values() -> None:
         "memory/at_peak/gathered_weights_mib": 0,
         "memory/at_peak/unsharded_gradients_mib": 0,
         "memory/at_peak/buckets_mib": 0,
+        "memory/at_peak/held_mib": 0,
         "memory/at_peak/workspace_mib": 6,
         "memory/max/parameters_mib": 4,
         "memory/max/gradients_mib": 4,
@@ -33,6 +34,7 @@ def test_keys_and_values() -> None:
         "memory/max/gathered_weights_mib": 0,
         "memory/max/unsharded_gradients_mib": 0,
         "memory/max/buckets_mib": 0,
+        "memory/max/held_mib": 0,
         "memory/recomputed_mib": 2,
         "memory/growth_mib": 0.25,
     }

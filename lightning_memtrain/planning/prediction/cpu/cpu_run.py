@@ -1,0 +1,134 @@
+"""A few steps of a Trainer on the CPU, on tensors without data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
+
+from lightning_memtrain.compat.torch_private import FakeTensorMode, storage_key
+from lightning_memtrain.ledger import AllocatorStatistics
+from lightning_memtrain.ledger.operators.predicted_statistics import PredictedStatistics
+from lightning_memtrain.ledger.tensors.storages import storages_of
+from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
+from lightning_memtrain.planning.prediction.cpu.calibration import AskedWorkspace
+from lightning_memtrain.planning.prediction.forked import Ask
+from lightning_memtrain.planning.prediction.twin.twin_run import (
+    TwinRun,
+    few_steps_trainer,
+    made_module,
+    prepare_process,
+    quiet_folder,
+)
+from lightning_memtrain.report import MemoryProfiler
+from lightning_memtrain.tracing.device import resident_bytes
+from lightning_memtrain.tracing.step.fake_mode import FakeStepMode
+from lightning_memtrain.tracing.step.fake_parameters import put_without_data
+from lightning_memtrain.tracing.step.recorded_values import GuessedNumbers
+from lightning_memtrain.tracing.step.value_methods import FakeValueMethods
+
+# A model that is made here gets its weights replaced anyway: only small tensors need numbers, such as scales.
+_MOST_MADE_FLOATS_BYTES = 2**16
+
+
+@dataclass(frozen=True)
+class CpuConditions:
+    """What a process has that a run in it will have, too.
+
+    Args:
+        num_threads: of torch.
+        process_bytes: what it has in memory beside model and batch: Python, libraries, data.
+    """
+
+    num_threads: int
+    process_bytes: int
+
+    @classmethod
+    def now(cls, model: Any, batch: Any) -> CpuConditions:
+        """Those of this process.
+
+        Args:
+            model: the module, or what makes it.
+            batch: of any kind.
+
+        Returns:
+            The conditions.
+        """
+        tensors = find_tensors(batch)
+        if isinstance(model, nn.Module):
+            tensors += [*model.parameters(), *model.buffers()]
+        storages = {storage_key(storage): storage for tensor in tensors for storage in storages_of(tensor)}
+        counted_bytes = sum(one.nbytes() for one in storages.values() if one.device.type == "cpu")
+        return cls(torch.get_num_threads(), max(resident_bytes() - counted_bytes, 0))
+
+
+def run_on_cpu(
+    model: pl.LightningModule | Callable[[], pl.LightningModule],
+    data: Any,
+    trainer_options: Mapping[str, Any],
+    ask: Ask,
+    conditions: CpuConditions,
+) -> TwinRun:
+    """Train for a few steps without data. Call it in a process of its own: torch is another one afterwards.
+
+    Args:
+        model: what is trained, or what makes it.
+        data: a loader of batches, or a data module.
+        trainer_options: arguments of Trainer.
+        ask: asks the original process what an operator holds, see :func:`.measure_call`.
+        conditions: of the original process.
+
+    Returns:
+        What was counted; all that is allocated is reserved, as the CPU's allocator keeps nothing.
+    """
+    workspace = AskedWorkspace(ask, conditions.num_threads)
+    fake_mode, numbers = FakeTensorMode(allow_non_fake_inputs=True), GuessedNumbers()
+    prepare_process()
+    with quiet_folder() as folder, contextlib.ExitStack() as undo:
+        if not isinstance(model, pl.LightningModule):
+            with FakeStepMode(fake_mode, {}, numbers, _MOST_MADE_FLOATS_BYTES):
+                model = made_module(model)
+        profiler = _PredictingProfiler(workspace, folder)
+        place = {"strategy": SingleDeviceStrategy(torch.device("cpu"), CPUAccelerator()), "devices": 1}
+        trainer = few_steps_trainer(place, trainer_options, profiler)
+        put_without_data(model, fake_mode, also=trainer_options.get("callbacks", ()))
+        mode = FakeStepMode(fake_mode, {}, numbers)
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
+        undo.enter_context(mode)
+        undo.enter_context(FakeValueMethods(numbers, mode.knows))
+        trainer.fit(model, data)
+    report = profiler.report
+    assert report is not None, "a fit that has ended has a report"
+    breakdown = report.stages["fit"]
+    return TwinRun(
+        report=report,
+        allocated_bytes=breakdown.peak_bytes,
+        reserved_bytes=breakdown.peak_bytes,
+        workspace_bytes=breakdown.peak_bytes - breakdown.ledger_peak_bytes,
+        guessed=dict(numbers.guessed),
+        unmeasured={str(call.func): reason for call, reason in workspace.unmeasured.items()},
+        process_bytes=conditions.process_bytes,
+    )
+
+
+class _PredictingProfiler(MemoryProfiler):
+    """Lays what operators hold while they run beside the ledger, in the place of what an allocator says.
+
+    Args:
+        workspace: says what they hold.
+        folder: for the report.
+    """
+
+    def __init__(self, workspace: AskedWorkspace, folder: str) -> None:
+        super().__init__(every_n_steps=1, report_dir=folder, max_rows=None)
+        self._workspace = workspace
+
+    def _statistics(self, device: torch.device) -> AllocatorStatistics:
+        return PredictedStatistics(self._workspace)

@@ -1,0 +1,103 @@
+"""The tensors that Python holds beside a step: copies of weights, second models, what callbacks keep."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import types
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_memtrain.tracing.user_state.boundaries import PLAIN, is_left_alone, is_lightnings, module_of
+
+# What is not looked into: no state of a run, or found by other ways, or for ever full.
+_NO_PARTS = (
+    types.ModuleType,
+    type,
+    types.BuiltinFunctionType,
+    types.GeneratorType,
+    types.CoroutineType,
+    weakref.ReferenceType,
+)
+# A user's object may lead to millions of others, such as the tokens of a data set.
+_MOST_OBJECTS = 1_000_000
+
+
+class HeldTensors:
+    """Finds what can be reached from some objects: through attributes, items, closures and methods.
+
+    Globals are not searched, nor data sets, loaders and what they hold ready, and classes of this library.
+    What autograd keeps for a graph is no object of Python.
+
+    Example:
+        >>> class Average:
+        ...     def __init__(self):
+        ...         self.kept = {"weight": torch.ones(3)}
+        >>> [tensor.numel() for tensor in HeldTensors().within([Average()])]
+        [3]
+    """
+
+    def __init__(self) -> None:
+        self._is_passed_over: dict[type, bool] = {}
+
+    def within(self, roots: Iterable[Any]) -> list[Tensor]:
+        """All tensors within reach, each once.
+
+        Args:
+            roots: where to begin.
+
+        Returns:
+            The tensors, of any shape, dtype and device.
+        """
+        found: list[Tensor] = []
+        # What is seen is kept, so that its id stays its own.
+        seen: dict[int, Any] = {}
+        waiting = [*roots]
+        # Objects that are only made here should not make the collector look at everything.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            while waiting and len(seen) < _MOST_OBJECTS:
+                one = waiting.pop()
+                kind = type(one)
+                if kind in PLAIN or id(one) in seen:
+                    continue
+                seen[id(one)] = one
+                if issubclass(kind, Tensor):
+                    found.append(one)
+                if not self._passes_over(kind):
+                    waiting += self._parts(one, kind)
+        finally:
+            if collects:
+                gc.enable()
+        return found
+
+    def _parts(self, one: Any, kind: type) -> list[Any]:
+        if kind is types.FunctionType:
+            return [one.__closure__, one.__defaults__, one.__kwdefaults__, one.__dict__]
+        if issubclass(kind, Tensor):
+            own = getattr(one, "__dict__", None)
+            return [own] if own else []
+        if kind is functools.partial:
+            return [one.func, one.args, one.keywords]
+        return gc.get_referents(one)
+
+    def _passes_over(self, kind: type) -> bool:
+        known = self._is_passed_over.get(kind)
+        if known is None:
+            known = self._is_passed_over[kind] = _is_passed_over(kind)
+        return known
+
+
+def _is_passed_over(kind: type) -> bool:
+    if issubclass(kind, Tensor) or issubclass(kind, torch.nn.Module):
+        return False
+    if issubclass(kind, (*_NO_PARTS, Dataset, LightningDataModule)) or is_left_alone(kind):
+        return not is_lightnings(kind, "Callback") or module_of(kind).startswith("lightning_memtrain")
+    return module_of(kind).partition(".")[0] == "lightning_memtrain"
