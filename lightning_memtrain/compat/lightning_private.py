@@ -299,6 +299,11 @@ def alone(strategy: Any, backend: str) -> None:
         strategy._start_method = "popen"  # the others start processes in whatever environment
 
 
+def layer_sync(strategy: Any) -> Any:
+    """What lets layers compute over all ranks (``Trainer(sync_batchnorm=True)``); ``None`` without."""
+    return getattr(strategy, "_layer_sync", None)
+
+
 def register_comm_hook(strategy: Any) -> None:
     """Put a DDP strategy's communication hook on its wrapper, on whatever device and with whatever NCCL."""
     from lightning.pytorch.overrides.distributed import _register_ddp_comm_hook

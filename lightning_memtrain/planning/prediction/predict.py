@@ -154,7 +154,7 @@ def _brings_data(model: Any) -> bool:
 def _prediction(device: Device, found: TwinRun, batch_size: int | None, world: World | None) -> Prediction:
     return Prediction(
         device=device,
-        report=_named(found.report, device),
+        report=_named(found.report, device, world),
         allocated_bytes=found.allocated_bytes,
         reserved_bytes=found.reserved_bytes,
         context_bytes=found.process_bytes if device.is_cpu else device.context_bytes,
@@ -168,9 +168,10 @@ def _prediction(device: Device, found: TwinRun, batch_size: int | None, world: W
     )
 
 
-def _named(report: MemoryReport, device: Device) -> MemoryReport:
+def _named(report: MemoryReport, device: Device, world: World | None) -> MemoryReport:
     """The report with the device's own name, not with that of its twin."""
-    name = f"{device.name} (predicted)"
+    rank = "" if world is None else f", 1 of {world.size} by {world.name}"
+    name = f"{device.name} (predicted{rank})"
     stages = {stage: replace(breakdown, device=name) for stage, breakdown in report.stages.items()}
     return replace(report, stages=stages, environment={**report.environment, "device": name})
 

