@@ -48,17 +48,18 @@ def predict(
         trainer: as the run will have it: precision, accumulated batches, clipping, callbacks and plugins are
             taken over. ``None`` for Lightning's defaults.
         device: a :class:`~lightning_memtrain.planning.Device` or the name of one that ``memtrain devices``
-            lists, ``"cpu"`` for this machine's memory; ``None`` for this machine's GPU, or its memory if there
-            is none.
+            lists, ``"cpu"`` for this machine's memory; ``None`` for this machine's GPU, or its memory if it
+            has none.
 
     Returns:
         The prediction.
 
     Raises:
         TypeError: if there are two sources of batches, or none, or ``model`` is something else.
-        ValueError: if there is no such device, or it is neither a CPU nor a GPU by NVIDIA, if the batch is not on the CPU, if
-            the trainer uses several devices, or if the step asks for values that nobody knows.
-        RuntimeError: if torch is too old, or has another third-party device in this process.
+        ValueError: if there is no such device, or it is neither a CPU nor a GPU by NVIDIA, if the batch is
+            not on the CPU, if the trainer uses several devices, or if the step asks for values that nobody
+            knows.
+        RuntimeError: for a GPU, if torch is too old, or has another third-party device in this process.
     """
     if batch is not None and datamodule is not None:
         raise TypeError(

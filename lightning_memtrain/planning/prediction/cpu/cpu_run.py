@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
-
 from torch import nn
 
 from lightning_memtrain.compat.torch_private import FakeTensorMode, storage_key
