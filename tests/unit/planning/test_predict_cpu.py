@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_memtrain as mt
 from lightning_memtrain.cli.app import main
@@ -299,6 +300,22 @@ def test_a_batch_of_any_kind_has_its_values() -> None:
     prediction = predict(Net(lambda: nn.Linear(16, 8), loss), batch, device="cpu")
     assert prediction.breakdown.at_peak[mt.core.Category.INPUTS] >= 4 * 16 * 4
     assert prediction.unknown == ()
+
+
+def test_a_metric_that_asks_for_values_is_left_out() -> None:
+    class Measured(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda: nn.Linear(128, 8), squared)
+            self.accuracy = MulticlassAccuracy(num_classes=8)
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            output = self.layers(batch)
+            self.log("accuracy", self.accuracy(output, torch.arange(64) % 8))
+            self.log("found", self.accuracy(output.argmax(-1), torch.arange(64) % 8))
+            return output.square().mean()
+
+    prediction = predict(Measured(), ROWS, device="cpu")
+    assert all("of a metric" in unknown or "test_predict_cpu.py" in unknown for unknown in prediction.unknown)
 
 
 def test_a_choice_by_weights_names_its_line_and_a_number_is_told() -> None:
