@@ -295,7 +295,7 @@ def _run_options() -> _Parser:
 
 def _predict_options() -> _Parser:
     options = _Parser(prog="memtrain predict", add_help=False, allow_abbrev=False)
-    options.add_argument("--device", metavar="NAME", help="a GPU that `memtrain devices` lists")
+    options.add_argument("--device", metavar="NAME", help="a GPU that `memtrain devices` lists, or cpu")
     _add_variant(options)
     options.add_argument("--batch-size", type=int, metavar="N", help="samples in a batch of one device")
     options.add_argument("--devices", type=int, metavar="N", help="of how many devices one is predicted")

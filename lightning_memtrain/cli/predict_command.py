@@ -1,4 +1,4 @@
-"""Predict what a recipe, or a model of a file, will need on a GPU."""
+"""Predict what a recipe, or a model of a file, will need on a GPU or a CPU."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def show_prediction(
     Args:
         target: a recipe's name or folder, or ``file.py:Class`` for a LightningModule that brings its
             ``train_dataloader``.
-        device: a GPU that ``memtrain devices`` lists; ``None`` for that of this machine.
+        device: what ``memtrain devices`` lists, or ``"cpu"``; ``None`` for this machine's GPU, or its memory
+            if it has none.
         variants: what to lay over the recipe, together.
         batch_size: samples in a batch; ``None`` for what recipe or class have.
         world_size: how many ranks the run has; ``None`` for one, or what the recipe has.

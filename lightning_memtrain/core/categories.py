@@ -116,7 +116,7 @@ class CategoryBytes(Mapping[Category, int]):
 
     @property
     def model_bytes(self) -> int:
-        """Parameters, buffers, gathered weights and what is held beside: the *model* of Sohoni et al. 2019."""
+        """Parameters, buffers, gathered weights, what is held beside: the *model* of Sohoni et al. 2019."""
         own = self[Category.PARAMETERS] + self[Category.BUFFERS]
         return own + self[Category.GATHERED_WEIGHTS] + self[Category.HELD]
 

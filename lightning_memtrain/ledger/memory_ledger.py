@@ -41,10 +41,11 @@ class MemoryLedger:
     """Count live bytes of tensor storages on one device, by category, module and moment.
 
     Everything that runs inside the ``with`` block is counted: forward, backward, recomputation, optimizer
-    steps, on CPU, CUDA or any other device, and on ``meta``, where the same numbers come out without any
-    memory being used. Storages are counted once however many tensors share them, from the moment when an
-    operator returns them until they are freed. Bytes that an operator uses only while it runs are not
-    tensors of the program and not counted: see :class:`~lightning_memtrain.ledger.OpWorkspace`.
+    steps, on CPU, CUDA or any other device. On ``meta`` no memory is used, but torch takes other kernels
+    there, with other bytes: :func:`~lightning_memtrain.predict` tells what a device will need. Storages are
+    counted once however many tensors share them, from the moment when an operator returns them until they
+    are freed. Bytes that an operator uses only while it runs are not tensors of the program and not counted:
+    see :class:`~lightning_memtrain.ledger.OpWorkspace`.
 
     A storage that was live before the block and shows up as an argument in it counts from the start: as an
     input, or as a gradient when backward is the first to use it. One that was empty counts from the moment

@@ -33,7 +33,7 @@ from lightning_memtrain.ledger.storage_records import TRANSIENT, StorageRecord
 from lightning_memtrain.ledger.storage_tracker import StorageTracker
 from lightning_memtrain.ledger.submodules import named_submodules
 from lightning_memtrain.ledger.tensors.distributed_tensors import ddp_around
-from lightning_memtrain.ledger.tensors.storages import PLAIN_TENSORS, tensors_in
+from lightning_memtrain.ledger.tensors.storages import PLAIN_TENSORS, storages_of, tensors_in
 from lightning_memtrain.ledger.training_state import classify_buckets, classify_training_state
 from lightning_memtrain.optimizer_steps.accumulation_hooks import AccumulationHooks
 
@@ -100,7 +100,8 @@ class StepTracker:
         for tensor in inputs:
             self._storages.track_existing(tensor, Category.INPUTS)
         for tensor in held:
-            if tensor.device == self._storages.device and not is_lazy(tensor) and tensor.nbytes:
+            # Nothing is held by what is empty, and may be filled in the step.
+            if not is_lazy(tensor) and any(storage.nbytes() for storage in storages_of(tensor)):
                 self._storages.track_existing(tensor, Category.HELD)
         trained = [one for one in parameters if one.requires_grad and one.is_leaf and not is_lazy(one)]
         paths = {id(parameter): owners[id(parameter)][1] for parameter in trained}

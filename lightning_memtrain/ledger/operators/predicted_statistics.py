@@ -1,4 +1,4 @@
-"""What the allocator would say of a step that runs without data, in the place of the allocator's own figures."""
+"""What the allocator would say of a step without data, in the place of the allocator's own figures."""
 
 from __future__ import annotations
 

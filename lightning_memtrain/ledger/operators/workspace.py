@@ -121,7 +121,7 @@ class OpWorkspace:
     allocator's peak is read. Random number generators are left as they were.
 
     Args:
-        device: where to measure; a step traced on ``meta`` is predicted for this device.
+        device: where to measure, the one that the step is for.
 
     Raises:
         ArgumentError: if the device has no allocator figures.

@@ -56,8 +56,8 @@ def predict(
         trainer: as the run will have it: precision, accumulated batches, clipping, callbacks and plugins are
             taken over. ``None`` for Lightning's defaults.
         device: a :class:`~lightning_memtrain.planning.Device` or the name of one that ``memtrain devices``
-            lists, ``"cpu"`` for this machine's memory; ``None`` for this machine's GPU, or its memory if there
-            is none.
+            lists, ``"cpu"`` for this machine's memory; ``None`` for this machine's GPU, or its memory if it
+            has none.
         world_size: how many ranks the run has, on however many nodes; ``None`` for the trainer's.
         strategy: ``"ddp"``, ``"fsdp2"``, or a strategy of Lightning for DDP or FSDP2; ``None`` for the
             trainer's. Under ``"fsdp2"`` a model without `configure_model` is sharded by its repeated blocks.
@@ -70,7 +70,7 @@ def predict(
             is no such device, or it is neither a CPU nor a GPU by NVIDIA, if the batch is not on the CPU, if
             the strategy is none that is predicted or lacks its number of ranks, or if the step asks for
             values that nobody knows.
-        RuntimeError: if torch is too old, or has another third-party device in this process.
+        RuntimeError: for a GPU, if torch is too old, or has another third-party device in this process.
     """
     if batch is not None and datamodule is not None:
         raise ArgumentError(

@@ -24,8 +24,8 @@ def refuse_no_twin() -> None:
         raise RuntimeError(
             f"a prediction for a GPU needs a torch in which a device can be made in Python, but torch "
             f"{torch.__version__} has nothing to make one. Install a newer torch "
-            "(2.13 has it), or count a step on the `meta` device with `MemoryLedger`, which does not know "
-            "the GPU's kernels, autocast and allocator."
+            '(2.13 has it), or predict with device="cpu", which does not know the GPU\'s kernels, autocast '
+            "and allocator."
         )
     name = privateuse1_backend_name()
     if name != _NO_BACKEND:

@@ -103,7 +103,7 @@ class FakeParameters:
 
 
 def put_without_data(model: nn.Module, mode: FakeTensorMode, also: Iterable[object] = ()) -> None:
-    """Put tensors that hold no data in the place of parameters, and of what else is large, wherever it is held.
+    """Put tensors without data in the place of parameters, and of what else is large, wherever it is held.
 
     Others keep their data, since a step may ask for it.
 

@@ -108,7 +108,7 @@ class RecordedValues:
 
 
 class GuessedNumbers(RecordedValues):
-    """Takes a number of floating type that nobody knows for "not a number", as what is only looked at may be."""
+    """Takes a number of floating type that nobody knows for "not a number"; it may only be looked at."""
 
     def __init__(self) -> None:
         super().__init__()

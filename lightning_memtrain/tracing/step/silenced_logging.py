@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,10 +44,7 @@ def logging_silenced(model: nn.Module) -> Iterator[list[UnknownValueError]]:
         if trainer is not None:
             put(trainer.__dict__, "_loggers", [DummyLogger() for _ in trainer.loggers])
             put(trainer.__dict__, "callbacks", [])
-    for module in model.modules():
-        if isinstance(module, Metric):
-            for name in ("forward", "update", "compute"):
-                put(module.__dict__, name, _zero_where_unknown(getattr(module, name), unknown))
+    answer_metrics(model, unknown, put)
     try:
         yield unknown
     finally:
@@ -56,6 +53,22 @@ def logging_silenced(model: nn.Module) -> Iterator[list[UnknownValueError]]:
                 place.pop(name, None)
             else:
                 place[name] = value
+
+
+def answer_metrics(
+    model: nn.Module, unknown: list[UnknownValueError], put: Callable[[dict[str, Any], str, Any], None]
+) -> None:
+    """Let metrics run, and return zero where they ask for values that nobody knows.
+
+    Args:
+        model: the module that has them.
+        unknown: gets the questions.
+        put: puts an attribute into an object's own.
+    """
+    for module in model.modules():
+        if isinstance(module, Metric):
+            for name in ("forward", "update", "compute"):
+                put(module.__dict__, name, _zero_where_unknown(getattr(module, name), unknown))
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

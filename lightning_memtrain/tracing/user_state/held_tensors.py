@@ -14,7 +14,13 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_memtrain.tracing.user_state.boundaries import PLAIN, is_left_alone, is_lightnings, module_of
+from lightning_memtrain.tracing.user_state.boundaries import (
+    PLAIN,
+    is_left_alone,
+    is_lightnings,
+    module_of,
+    push,
+)
 
 # What is not looked into: no state of a run, or found by other ways, or for ever full.
 _NO_PARTS = (
@@ -72,7 +78,7 @@ class HeldTensors:
                 if issubclass(kind, Tensor):
                     found.append(one)
                 if not self._passes_over(kind):
-                    waiting += self._parts(one, kind)
+                    push(waiting, self._parts(one, kind))
         finally:
             if collects:
                 gc.enable()

@@ -150,12 +150,6 @@ def test_a_device_that_is_neither_gpu_nor_cpu_is_refused() -> None:
     assert all(preset.is_cuda for preset in PRESETS)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_one_must_be_named() -> None:
-    with pytest.raises(ValueError, match="but got this machine, which has no GPU by NVIDIA"):
-        predict(Step(mean), BATCH)
-
-
 def test_a_batch_elsewhere_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`predict\(batch\)` must be on the CPU.* on meta"):
         predict(Step(mean), {"x": [BATCH.to("meta")]}, device="T4")

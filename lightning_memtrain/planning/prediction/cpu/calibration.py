@@ -1,4 +1,4 @@
-"""What operators hold while they run on this machine's processor: measured, on a part where the whole is large."""
+"""What operators hold while they run on this processor: measured, on a part where the whole is large."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ _MOST_BYTES = 512 * MIB
 # Beside arguments and results, libraries keep copies of them in other orders and types, and sums by thread.
 _MOST_COPIES = 2
 _MOST_PER_THREAD_BYTES = 4 * MIB
+
+# Operators that only make a tensor of a form, whatever its layout.
+_MAKERS = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("clone", "empty_like", "ones_like", "zeros_like", "new_empty", "new_zeros", "zero_", "fill_")
+)
 
 _known: dict[tuple[int, OpCall], tuple[int, str | None]] = {}
 
@@ -128,5 +134,7 @@ class AskedWorkspace(OpWorkspace):
 
 def _works_by_entry(call: OpCall) -> bool:
     """Whether an operator needs nothing beside its results: those on single entries that convert no type."""
+    if getattr(call.func, "overloadpacket", None) in _MAKERS:
+        return True
     tags: Any = getattr(call.func, "tags", ())
     return torch.Tag.pointwise in tags and len({spec.dtype for spec in call.tensors}) == 1

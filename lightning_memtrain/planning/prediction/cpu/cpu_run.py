@@ -31,7 +31,8 @@ from lightning_memtrain.report import MemoryProfiler
 from lightning_memtrain.tracing.device import resident_bytes
 from lightning_memtrain.tracing.step.fake_mode import FakeStepMode
 from lightning_memtrain.tracing.step.fake_parameters import put_without_data
-from lightning_memtrain.tracing.step.recorded_values import GuessedNumbers
+from lightning_memtrain.tracing.step.recorded_values import GuessedNumbers, UnknownValueError
+from lightning_memtrain.tracing.step.silenced_logging import answer_metrics
 from lightning_memtrain.tracing.step.value_methods import FakeValueMethods
 
 # A model that is made here gets its weights replaced anyway: only small tensors need numbers, such as scales.
@@ -99,6 +100,8 @@ def run_on_cpu(
         place = {"strategy": SingleDeviceStrategy(torch.device("cpu"), CPUAccelerator()), "devices": 1}
         trainer = few_steps_trainer(place, trainer_options, profiler)
         put_without_data(model, fake_mode, also=trainer_options.get("callbacks", ()))
+        unknown: list[UnknownValueError] = []
+        answer_metrics(model, unknown, dict.__setitem__)
         mode = FakeStepMode(fake_mode, {}, numbers)
         undo.enter_context(torch.compiler.set_stance("force_eager"))
         undo.enter_context(mode)
@@ -112,7 +115,7 @@ def run_on_cpu(
         allocated_bytes=breakdown.peak_bytes,
         reserved_bytes=breakdown.peak_bytes,
         workspace_bytes=breakdown.peak_bytes - breakdown.ledger_peak_bytes,
-        guessed=dict(numbers.guessed),
+        guessed={**{str(one.location): f"{one.what} of a metric" for one in unknown}, **numbers.guessed},
         unmeasured={str(call.func): reason for call, reason in workspace.unmeasured.items()},
         process_bytes=conditions.process_bytes,
     )

@@ -1,4 +1,4 @@
-"""The same call of an operator with fewer samples, tokens or classes: one size is replaced wherever it stands."""
+"""The same call of an operator with fewer samples, tokens or classes: one size replaced everywhere."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def with_size(call: OpCall, size: int, other: int) -> OpCall | None:
         other: what to put there.
 
     Returns:
-        The call; ``None`` if a tensor of it has gaps or shares memory in a way that another size would change.
+        The call; ``None`` if a tensor of it has gaps, or shares memory as another size would not.
     """
     try:
         arguments = tuple(_replaced(one, size, other) for one in call.arguments)
