@@ -253,7 +253,7 @@ def _score(given: object) -> Score | None:
         raise ValueError(f"`score.mode` must be max or min, but got {mode!r}.")
     if not isinstance(percent, bool):
         raise ValueError(f"`score.percent` must be true or false, but got {percent!r}.")
-    return Score(metric, mode, percent)
+    return Score(metric, "max" if mode == "max" else "min", percent)
 
 
 def _mapping(value: object, where: str) -> dict[str, Any]:

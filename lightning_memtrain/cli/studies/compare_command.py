@@ -12,7 +12,6 @@ from rich.table import Table
 from lightning_memtrain.cli.errors import CommandError, did_you_mean
 from lightning_memtrain.core.atomic_files import write_atomically
 from lightning_memtrain.study.comparison import Comparison, compare_runs, load_run
-from lightning_memtrain.study.comparison_page import render_comparison
 from lightning_memtrain.study.comparison_rows import (
     headings,
     memory_rows,
@@ -20,6 +19,7 @@ from lightning_memtrain.study.comparison_rows import (
     other_rows,
     technique_rows,
 )
+from lightning_memtrain.study.pages.comparison_page import render_comparison
 
 _STAGES = ("fit", "validate", "test", "predict")
 

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from lightning_memtrain.cli.app import main
+from lightning_memtrain.cli import main
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

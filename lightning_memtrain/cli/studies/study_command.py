@@ -26,11 +26,11 @@ from lightning_memtrain.cli.studies.study_setup import check_folder, load_grid, 
 from lightning_memtrain.core.atomic_files import write_atomically
 from lightning_memtrain.study.collect import collect, needs_test
 from lightning_memtrain.study.grid import Grid, check_seeds
+from lightning_memtrain.study.pages.study_page import save_study
+from lightning_memtrain.study.running.study_runner import Listener, StudyRunner
 from lightning_memtrain.study.study_folder import StudyFolder
-from lightning_memtrain.study.study_page import save_study
 from lightning_memtrain.study.study_plan import PlannedRun, StudyPlan
 from lightning_memtrain.study.study_result import StudyResult
-from lightning_memtrain.study.study_runner import Listener, StudyRunner
 from lightning_memtrain.study.wandb_sweep import sweep_config
 
 

@@ -237,6 +237,7 @@ def _describe_in_wandb(trainer: pl.Trainer, record: RunRecord) -> None:
         one.name: dict(one.settings) for one in technique_records(trainer)
     }
     described = {"techniques": techniques, "recipe": record.recipe, "seed": record.seed, **record.study}
-    for logger in trainer.loggers:
+    loggers: list[Any] = trainer.loggers
+    for logger in loggers:
         if any(cls.__name__ == "WandbLogger" for cls in type(logger).__mro__):
             logger.experiment.config.update({"memtrain": described}, allow_val_change=True)

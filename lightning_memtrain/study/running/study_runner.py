@@ -12,11 +12,11 @@ from types import FrameType
 from typing import Any
 
 from lightning_memtrain.study.collect import failure_file
-from lightning_memtrain.study.run_processes import RunProcesses, explain_end
 from lightning_memtrain.study.run_record import RunRecord
+from lightning_memtrain.study.running.run_processes import RunProcesses, explain_end
+from lightning_memtrain.study.running.time_left import Running, seconds_left
 from lightning_memtrain.study.study_folder import StudyFolder
 from lightning_memtrain.study.study_plan import PlannedRun, StudyPlan
-from lightning_memtrain.study.time_left import Running, seconds_left
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_BETWEEN_SHOWN = 1.0

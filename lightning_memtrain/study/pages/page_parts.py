@@ -44,7 +44,7 @@ def table(
     rows: Sequence[Sequence[str]],
     *,
     left: Sequence[int] = (),
-    marked: Sequence[bool] = (),
+    styles: Sequence[str] = (),
 ) -> str:
     """A table whose first cells are names.
 
@@ -52,7 +52,7 @@ def table(
         headings: of the columns.
         rows: texts, which are escaped here.
         left: columns of words, which begin at the left.
-        marked: which rows get a star.
+        styles: of the rows: ``"front"`` for a star, ``"failed"`` for red words, ``""`` for neither.
 
     Returns:
         The element.
@@ -66,10 +66,10 @@ def table(
     head = "".join(cell("th", index, text, ' scope="col"') for index, text in enumerate(headings))
     body = []
     for number, row in enumerate(rows):
-        star = ' class="front"' if number < len(marked) and marked[number] else ""
+        style = f' class="{styles[number]}"' if number < len(styles) and styles[number] else ""
         cells = [cell("th", 0, row[0], ' scope="row"')]
         cells += [cell("td", index, text) for index, text in enumerate(row) if index]
-        body.append(f"<tr{star}>{''.join(cells)}</tr>")
+        body.append(f"<tr{style}>{''.join(cells)}</tr>")
     return (
         f'<div class="scroll"><table class="data"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
@@ -105,7 +105,7 @@ def figure_style() -> str:
 
 
 def _asset(name: str) -> str:
-    return (files("lightning_memtrain.study") / name).read_text(encoding="utf-8")
+    return (files("lightning_memtrain.study.pages") / name).read_text(encoding="utf-8")
 
 
 def _colours() -> str:

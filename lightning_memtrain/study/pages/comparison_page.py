@@ -12,8 +12,8 @@ from lightning_memtrain.study.comparison_rows import (
     other_rows,
     technique_rows,
 )
-from lightning_memtrain.study.figures import bars
-from lightning_memtrain.study.page_parts import card, page, table
+from lightning_memtrain.study.pages.figures import bars
+from lightning_memtrain.study.pages.page_parts import card, page, table
 
 
 def render_comparison(comparison: Comparison) -> str:

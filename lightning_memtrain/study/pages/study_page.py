@@ -7,8 +7,8 @@ from html import escape
 
 from lightning_memtrain.core import format_bytes
 from lightning_memtrain.core.atomic_files import write_atomically
-from lightning_memtrain.study.figures import draw_figures
-from lightning_memtrain.study.page_parts import card, page, standalone, table
+from lightning_memtrain.study.pages.figures import draw_figures
+from lightning_memtrain.study.pages.page_parts import card, page, standalone, table
 from lightning_memtrain.study.study_folder import StudyFolder
 from lightning_memtrain.study.study_result import StudyResult, StudyRun, VariantResult
 from lightning_memtrain.study.words import duration, short_score, times
@@ -76,14 +76,13 @@ def _variants(result: StudyResult) -> str:
     headings = ["Variant", "Runs", "Peak", "Ledger", "Times less", "Step", "Times slower"]
     headings += [] if result.score is None else [result.score.metric, "Change"]
     rows = [_variant_row(row, result) for row in result.variants]
-    stars = [row.on_front for row in result.variants]
+    stars = ["front" if row.on_front else "" for row in result.variants]
     note = f"Compared with {result.baseline}."
     if result.score is not None:
         note += " A score is the mean of the seeds and their standard deviation."
-    note += " A star: no other variant is at least as good in score and memory and better in one." * any(
-        stars
-    )
-    return card("Variants", note, table(headings, rows, marked=stars), "variants")
+    if any(stars):
+        note += " A star: no other variant is at least as good in score and memory and better in one."
+    return card("Variants", note, table(headings, rows, styles=stars), "variants")
 
 
 def _variant_row(row: VariantResult, result: StudyResult) -> list[str]:
@@ -113,7 +112,8 @@ def _runs(result: StudyResult) -> str:
     headings = ["Run", "State", "Time", "Parts"] + ([] if result.score is None else [result.score.metric])
     headings.append("Remark")
     rows = [_run_row(run, result) for run in result.runs]
-    content = table(headings, rows, left=[1, len(headings) - 1])
+    failed = ["failed" if run.state == "failed" else "" for run in result.runs]
+    content = table(headings, rows, left=[1, len(headings) - 1], styles=failed)
     settings = "".join(
         f"<details><summary>{escape(run.name)}</summary><pre>{escape(run.command)}\n\n"
         f"{escape(json.dumps(run.settings, indent=1))}</pre></details>"
