@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from lightning_memtrain import (
         sparsity as sparsity,
     )
+    from lightning_memtrain import (
+        study as study,
+    )
     from lightning_memtrain.checkpointing import ActivationCheckpointing, insert_checkpoints
     from lightning_memtrain.ledger import MemoryLedger
     from lightning_memtrain.microbatching import Microbatching, microbatched_backward
@@ -76,6 +79,7 @@ _SUBPACKAGES = (
     "precision",
     "report",
     "sparsity",
+    "study",
 )
 _HOMES = {
     "ActivationCheckpointing": "checkpointing",
