@@ -162,20 +162,28 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
     Example:
         >>> short_names([Path("runs/a/memory/memory_report.json"), Path("old/a"), Path("runs/b")])
-        ['runs/a', 'old/a', 'runs/b']
-        >>> short_names([Path("runs/a"), Path("runs/b")])
-        ['a', 'b']
+        ['runs/a', 'old/a', 'b']
     """
     folders = [
         path.parent.parent if path.name == JSON_NAME and path.parent.name == "memory" else path
         for path in (Path(path) for path in paths)
     ]
-    longest = max(len(folder.parts) for folder in folders)
-    for length in range(1, longest + 1):
-        names = ["/".join(folder.parts[-length:]) or str(folder) for folder in folders]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{folder} ({number})" for number, folder in enumerate(folders, start=1)]
+    lengths = [1] * len(folders)
+    while True:
+        names = [
+            "/".join(folder.parts[-length:]) or str(folder)
+            for folder, length in zip(folders, lengths, strict=True)
+        ]
+        longer = [
+            index
+            for index, name in enumerate(names)
+            if names.count(name) > 1 and lengths[index] < len(folders[index].parts)
+        ]
+        if not longer:
+            break
+        for index in longer:
+            lengths[index] += 1
+    return [f"{name} ({index + 1})" if names.count(name) > 1 else name for index, name in enumerate(names)]
 
 
 def changed_modules(breakdowns: Sequence[MemoryBreakdown]) -> tuple[ChangedModule, ...]:

@@ -48,12 +48,15 @@ def other_rows(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
-def module_rows(comparison: Comparison) -> list[list[str]]:
-    """The modules that differ most."""
-    return [
-        _byte_row(f"{module.name or '(model)'} {module.type_name}", module.total_bytes, comparison)
-        for module in comparison.modules
-    ]
+def module_rows(comparison: Comparison, *, types: bool) -> list[list[str]]:
+    """The modules that differ most, with their classes if that is asked for."""
+    rows = []
+    for module in comparison.modules:
+        name = module.name or "(model)"
+        rows.append(
+            _byte_row(f"{name} {module.type_name}" if types else name, module.total_bytes, comparison)
+        )
+    return rows
 
 
 def technique_rows(comparison: Comparison) -> list[list[str]]:

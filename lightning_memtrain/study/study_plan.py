@@ -153,6 +153,10 @@ def _seeded(overlay: Mapping[str, Any], seed: int, grid: Grid) -> dict[str, Any]
 
 def _changes(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Where two configurations differ, as dotted keys."""
+    if isinstance(before, Mapping) and now is _MISSING:
+        now = {}
+    if isinstance(now, Mapping) and before is _MISSING:
+        before = {}
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys([*before, *now]):
             inner = f"{key}.{name}" if key else str(name)

@@ -68,7 +68,9 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     out.print(_table(headings(comparison, f"{comparison.stage}, at the peak"), rows))
     out.print(_table(headings(comparison, "time and score"), other_rows(comparison)))
     if comparison.modules:
-        out.print(_table(headings(comparison, "modules that differ most"), module_rows(comparison)))
+        out.print(
+            _table(headings(comparison, "modules that differ most"), module_rows(comparison, types=False))
+        )
     for name, techniques in technique_rows(comparison):
         out.print(f"{name}: {techniques}", markup=False, highlight=False)
     for note in comparison.notes:

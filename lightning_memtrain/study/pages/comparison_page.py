@@ -32,14 +32,15 @@ def render_comparison(comparison: Comparison) -> str:
         notes = "".join(f"<li>{escape(note)}</li>" for note in comparison.notes)
         cards.append(card("To be known", "", f"<ul>{notes}</ul>", "notes"))
     first = card("Peak by category", f"Stage: {comparison.stage}.", figure, "peaks")
+    first += card(
+        "Techniques", "", table(["Run", "Techniques"], technique_rows(comparison), left=[1]), "techniques"
+    )
     second = card("Numbers", "", table(headings(comparison, ""), rows), "numbers")
     cards.append(f'<div class="two"><div>{first}</div><div>{second}</div></div>')
-    modules = module_rows(comparison)
+    modules = module_rows(comparison, types=True)
     if modules:
         note = "What each holds at the peak, matched by name; those that differ most."
         cards.append(card("Modules", note, table(headings(comparison, "Module"), modules), "modules"))
-    techniques = table(["Run", "Techniques"], technique_rows(comparison), left=[1])
-    cards.append(card("Techniques", "", techniques, "techniques"))
     names = " and ".join(run.name for run in comparison.runs)
     models = ", ".join(dict.fromkeys(run.model for run in comparison.runs))
     return page("Comparison", names, models, cards)

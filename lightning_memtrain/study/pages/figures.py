@@ -133,6 +133,12 @@ def _group(row: VariantResult, baseline: str) -> str:
     return "combination" if row.members else row.technique or row.name
 
 
+def _colours(result: StudyResult) -> list[str]:
+    """Groups in one order for all figures: the baseline first, then combinations, then techniques."""
+    found = [_group(row, result.baseline) for row in result.variants]
+    return list(dict.fromkeys(["baseline", "combination", *found]))
+
+
 def _point(row: VariantResult, result: StudyResult, y: float, spread: float = 0.0) -> Point:
     x = (row.peak_bytes or 0) / MIB
     return Point(row.name, x, y, _group(row, result.baseline), spread, _details(row, result.score))
@@ -158,12 +164,14 @@ def _score_against_memory(result: StudyResult, rows: Sequence[VariantResult]) ->
         "peak (MiB)",
         result.score.label,
         lines=[Line(front)] if front else [],
+        colours=_colours(result),
     )
 
 
 def _time_against_memory(result: StudyResult, rows: Sequence[VariantResult]) -> str:
     points = [_point(row, result, 1000 * (row.step_seconds or 0)) for row in rows]
-    return scatter("Step time against memory", points, "peak (MiB)", "step (ms)")
+    colours = _colours(result)
+    return scatter("Step time against memory", points, "peak (MiB)", "step (ms)", colours=colours)
 
 
 def _usual(row: VariantResult, result: StudyResult, upright: bool) -> Point:
@@ -190,7 +198,8 @@ def _alone(result: StudyResult, rows: Sequence[VariantResult], upright: bool) ->
             of_technique.append(Point(**{**vars(point), "group": technique, "label": label}))
         points += of_technique
         lines.append(Line(of_technique, technique))
-    return scatter("Each technique alone", points, "peak (MiB)", _y_label(result, upright), lines=lines)
+    label, colours = _y_label(result, upright), _colours(result)
+    return scatter("Each technique alone", points, "peak (MiB)", label, lines=lines, colours=colours)
 
 
 def _combinations(result: StudyResult, rows: Sequence[VariantResult], upright: bool) -> str:
@@ -204,4 +213,5 @@ def _combinations(result: StudyResult, rows: Sequence[VariantResult], upright: b
         elif row.name in members:
             points.append(Point(**{**vars(point), "faint": True}))
     points.sort(key=lambda point: point.faint)
-    return scatter("Combinations", points, "peak (MiB)", _y_label(result, upright))
+    label, colours = _y_label(result, upright), _colours(result)
+    return scatter("Combinations", points, "peak (MiB)", label, colours=colours)

@@ -61,7 +61,10 @@ def table(
     def cell(tag: str, index: int, text: str, more: str = "") -> str:
         style = "name" if index == 0 else "text" if index in left else ""
         kind = f' class="{style}"' if style else ""
-        return f"<{tag}{kind}{more}>{escape(text)}</{tag}>"
+        shown = escape(text)
+        if index == 0:
+            shown = shown.replace(".", ".<wbr>")  # a long path may break after its dots
+        return f"<{tag}{kind}{more}>{shown}</{tag}>"
 
     head = "".join(cell("th", index, text, ' scope="col"') for index, text in enumerate(headings))
     body = []

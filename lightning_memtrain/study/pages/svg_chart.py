@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 WIDTH, HEIGHT = 460, 320
-_LEFT, _RIGHT, _BOTTOM = 52, 14, 44
+_LEFT, _RIGHT, _BOTTOM = 58, 14, 44
 _CHARACTER = 6.3  # width of one, in the mean, of the 11 pixels that names are high
 _NUM_COLOURS = 8
 #: From this quotient of the largest and the smallest value on, an axis is logarithmic.
@@ -74,6 +74,7 @@ def scatter(
     y_label: str,
     *,
     lines: Sequence[Line] = (),
+    colours: Sequence[str] = (),
 ) -> str:
     """Draw points.
 
@@ -83,12 +84,15 @@ def scatter(
         x_label: what is across, with its unit; the axis is logarithmic if the values differ much.
         y_label: what is upwards, likewise.
         lines: drawn below the points.
+        colours: groups in the order of their colours, so that a group has the same one in all charts; those
+            that are not among them come after.
 
     Returns:
         An ``svg`` element, whose colours are variables of CSS.
     """
-    groups = list(dict.fromkeys(point.group for point in points if point.group and not point.faint))
-    legend, top = _legend(groups)
+    found = list(dict.fromkeys(point.group for point in points if point.group and not point.faint))
+    groups = [*colours, *(group for group in found if group not in colours)]
+    legend, top = _legend(groups, [group for group in groups if group in found])
     xs = [point.x for point in points]
     ys = [point.y + side * point.spread for point in points for side in (-1, 1)]
     across, x_ticks = _axis(xs, _LEFT + 12, WIDTH - _RIGHT - 12)
@@ -105,7 +109,7 @@ def scatter(
     parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 8, x_label, "middle", "strong"))
     middle = (top + HEIGHT - _BOTTOM) / 2
     parts.append(
-        f'<text class="strong" transform="translate(13 {middle:.0f}) rotate(-90)" text-anchor="middle">'
+        f'<text class="strong" transform="translate(11 {middle:.0f}) rotate(-90)" text-anchor="middle">'
         f"{escape(y_label)}</text>"
     )
     for line in lines:
@@ -129,17 +133,17 @@ def svg(title: str, height: float, parts: Iterable[str]) -> str:
     )
 
 
-def _legend(groups: Sequence[str]) -> tuple[list[str], float]:
-    """The groups in rows above the chart, and where the chart begins."""
+def _legend(groups: Sequence[str], found: Sequence[str]) -> tuple[list[str], float]:
+    """The groups that there are in rows above the chart, and where the chart begins."""
     parts: list[str] = []
     x, y = float(_LEFT), 12.0
-    if len(groups) < 2:
+    if len(found) < 2:
         return parts, 10.0
-    for index, group in enumerate(groups):
+    for group in found:
         width = 22 + len(group) * _CHARACTER
         if x + width > WIDTH and x > _LEFT:
             x, y = float(_LEFT), y + 16
-        parts.append(f'<circle class="dot s{index % _NUM_COLOURS}" cx="{x + 5:.1f}" cy="{y - 4}" r="4.5"/>')
+        parts.append(f'<circle class="dot s{_colour(groups, group)}" cx="{x + 5:.1f}" cy="{y - 4}" r="4.5"/>')
         parts.append(_text(x + 13, y, group, "start"))
         x += width
     return parts, y + 12

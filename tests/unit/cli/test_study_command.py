@@ -204,7 +204,9 @@ def test_the_grids_of_the_recipe_can_be_run(here, name):
     recipe = recipes.find(RECIPE)
     _, read = load_grid(recipe, name, (1,))
     plan = make_plan(recipe, read)
-    for run in plan.runs:
+    # Of each technique the last strength; the others differ by a number.
+    one_each = {read.variant(run.variant).technique or run.variant: run for run in plan.runs}
+    for run in one_each.values():
         check_run(recipe, run.config, run.variant)
     assert {run.variant for run in plan.runs} == {variant.name for variant in read.variants}
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from lightning_memtrain import MemoryProfiler
+from lightning_memtrain import MemoryProfiler, Microbatching
 from lightning_memtrain.cli.training.run_record_callback import STUDY_VARIABLE, RecordRun
 from lightning_memtrain.study.run_record import RunRecord
+from tests.helpers.wandb_log import read_wandb_log
 
 
 class Logged(BoringModel):
@@ -128,14 +129,16 @@ def test_a_resumed_run_has_a_record_of_all_its_parts(tmp_path):
     first = trainer_with(tmp_path, recorder(tmp_path), max_epochs=1)
     first.fit(Logged())
     (checkpoint,) = tmp_path.rglob("*.ckpt")
-    second = trainer_with(tmp_path, recorder(tmp_path), enable_checkpointing=False)
+    again = pl.callbacks.ModelCheckpoint(tmp_path / "again")
+    second = trainer_with(tmp_path, recorder(tmp_path), again)
     second.fit(Logged(), ckpt_path=checkpoint)
     written = read(tmp_path)
     assert (written.num_parts, written.num_steps, written.num_timed_steps) == (2, 12, 12)
 
     # There is nothing left to train: what was known stays.
     record = recorder(tmp_path)
-    third = trainer_with(tmp_path, record, max_epochs=1, enable_checkpointing=False)
+    again = pl.callbacks.ModelCheckpoint(tmp_path / "again")
+    third = trainer_with(tmp_path, record, again, max_epochs=1)
     third.fit(Logged(), ckpt_path=checkpoint)
     record.finish(third)
     written = read(tmp_path)
@@ -148,3 +151,21 @@ def test_a_study_says_which_run_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv(STUDY_VARIABLE, json.dumps({"study": "mine", "variant": "half"}))
     trainer_with(tmp_path, recorder(tmp_path), max_steps=1, enable_checkpointing=False).fit(Logged())
     assert read(tmp_path).study == {"study": "mine", "variant": "half"}
+
+
+def test_wandb_is_told_techniques_and_settings(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv(STUDY_VARIABLE, json.dumps({"study": "mine", "variant": "half", "strength": 2}))
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    technique = Microbatching(num_microbatches=1)
+    trainer_with(
+        tmp_path, recorder(tmp_path), technique, max_steps=1, enable_checkpointing=False, logger=logger
+    ).fit(Logged())
+    logger.experiment.finish()
+    told = read_wandb_log(tmp_path).config["memtrain"]
+    assert (told["study"], told["variant"], told["strength"]) == ("mine", "half", 2)
+    assert (told["recipe"], told["seed"]) == ("net", 7)
+    assert told["techniques"]["Microbatching"]["num_microbatches"] == 1
