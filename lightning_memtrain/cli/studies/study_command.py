@@ -26,6 +26,7 @@ from lightning_memtrain.cli.studies.study_setup import check_folder, load_grid, 
 from lightning_memtrain.core.atomic_files import write_atomically
 from lightning_memtrain.study.collect import collect, needs_test
 from lightning_memtrain.study.grid import Grid, check_seeds
+from lightning_memtrain.study.machine import num_cpus
 from lightning_memtrain.study.pages.study_page import save_study
 from lightning_memtrain.study.running.study_runner import Listener, StudyRunner
 from lightning_memtrain.study.study_folder import StudyFolder
@@ -51,13 +52,16 @@ def run_study(options: argparse.Namespace) -> int:
     niceness = _number("--nice", options.nice, 0, _NICEST, "the priority that runs have below others'")
     seeds = None if options.seeds is None else _seeds(options.seeds)
     recipe = recipes.find(options.recipe)
+    if recipe not in recipes.installed().values():
+        recipe.make_importable()
     name, grid = load_grid(recipe, options.grid, seeds)
     folder = StudyFolder(options.study_dir or Path("studies") / f"{recipe.name}-{name}")
     plan = make_plan(recipe, grid, say)
     wanted = plan.only(_known_variants(grid, options.variant), _known_seeds(plan, options.seed))
     if options.wandb_sweep:
         return _write_sweep(recipe, plan, grid, options)
-    check_folder(folder, plan, resume=options.resume or bool(os.environ.get("WANDB_SWEEP_ID")))
+    # An agent of W&B calls this for one run after the other.
+    check_folder(folder, plan, resume=None if "WANDB_SWEEP_ID" in os.environ else options.resume)
     _check_runs(recipe, folder, wanted)
     _write_plan(folder, plan)
     study = _Study(recipe, folder, plan, wanted, grid, jobs, threads, niceness, _wandb(options))
@@ -173,8 +177,6 @@ def _write_plan(folder: StudyFolder, plan: StudyPlan) -> None:
 def _check_runs(recipe: Recipe, folder: StudyFolder, plan: StudyPlan) -> None:
     """Once for each variant that has a run to begin."""
     checked: set[str] = set()
-    if recipe not in recipes.installed().values():
-        recipe.make_importable()
     for run in plan.runs:
         if run.variant not in checked and not folder.run(run.name).is_dir():
             checked.add(run.variant)
@@ -212,7 +214,7 @@ def _wandb(options: argparse.Namespace) -> _Wandb | None:
 
 def _count(option: str, text: str) -> int:
     why = "the CPUs that this process may use: more would only wait for each other, and spoil the times"
-    return _number(option, text, 1, len(os.sched_getaffinity(0)), why)
+    return _number(option, text, 1, num_cpus(), why)
 
 
 def _number(option: str, text: str, least: int, most: int, why: str) -> int:

@@ -72,13 +72,13 @@ def make_plan(recipe: Recipe, grid: Grid, remark: Any = None) -> StudyPlan:
     return plan_study(recipe.name, grid, overlays)
 
 
-def check_folder(folder: StudyFolder, plan: StudyPlan, *, resume: bool) -> None:
+def check_folder(folder: StudyFolder, plan: StudyPlan, *, resume: bool | None) -> None:
     """See that runs may be added to a folder.
 
     Args:
         folder: of the study.
         plan: all its runs.
-        resume: whether it may hold some of them already.
+        resume: whether it must hold some of them already, or must not; ``None`` for either.
 
     Raises:
         CommandError: if it holds something else, or other runs.
@@ -104,7 +104,7 @@ def check_folder(folder: StudyFolder, plan: StudyPlan, *, resume: bool) -> None:
             f"the study in `{path}` is another one: {name_differences(found)}. Take its recipe and grid, "
             "or name another --study-dir."
         )
-    if not resume:
+    if resume is False:
         raise CommandError(f"`{path}` holds this study already; go on with it by --resume.")
 
 

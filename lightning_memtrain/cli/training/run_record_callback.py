@@ -25,6 +25,7 @@ from lightning_memtrain.core import MemoryBreakdown
 from lightning_memtrain.core.atomic_files import write_atomically
 from lightning_memtrain.report import MemoryProfiler, environment
 from lightning_memtrain.report.trainer_state import technique_records
+from lightning_memtrain.study.machine import load_average, num_cpus
 from lightning_memtrain.study.run_record import NAME, RunRecord
 
 #: Where a study tells the processes of its runs which study that is, as JSON.
@@ -88,11 +89,12 @@ class RecordRun(Callback):
         """Training begins, or goes on: later than the state was restored."""
         self._began = time.monotonic()
         self._trainer = weakref.ref(trainer)
+        load = load_average()
         described = {
             **environment(pl_module.device),
-            "num_cpus": str(len(os.sched_getaffinity(0))),
+            "num_cpus": str(num_cpus()),
             "num_threads": str(torch.get_num_threads()),
-            "load_average": f"{os.getloadavg()[0]:.2f}",
+            "load_average": "not known" if load is None else f"{load:.2f}",
         }
         self._record = replace(self._record, total_steps=_total_steps(trainer), environment=described)
         _describe_in_wandb(trainer, self._record)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,11 @@ import yaml
 
 from lightning_memtrain.cli import main, recipes
 from lightning_memtrain.cli.errors import CommandError
+from lightning_memtrain.cli.studies import study_command
 from lightning_memtrain.cli.studies.config_check import check_run
 from lightning_memtrain.cli.studies.study_setup import load_grid, make_plan
 from lightning_memtrain.study.running.study_runner import StudyRunner
-from tests.helpers.cli import IGNORED
+from tests.helpers.cli import IGNORED, environment
 
 pytestmark = pytest.mark.filterwarnings(*IGNORED)
 
@@ -45,7 +49,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     # Whatever gets so far is right; what it would run is tested elsewhere.
     monkeypatch.setattr(StudyRunner, "run", lambda self: True)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(study_command, "num_cpus", lambda: 2)
+    monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
     return tmp_path
 
 
@@ -174,6 +179,57 @@ def test_a_folder_that_is_no_study(here, capsys):
     assert "`s` exists and is no study: it has no `plan.json`. Name another --study-dir." in error
     (here / "s" / "plan.json").write_text("{")
     assert "is no plan of a study" in error_of(capsys, RECIPE, option, "--study-dir=s", code=1)
+
+
+def test_an_agent_begins_a_study_and_goes_on_with_it(here, capsys, monkeypatch):
+    option = grid(here, "seeds: 2\nvariants: {plain: {}}")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    assert study(option, "--variant=plain", "--seed=1") == 1  # nothing was run
+    assert study(option, "--variant=plain", "--seed=2") == 1
+    assert "no study" not in capsys.readouterr().err
+
+
+def test_the_environment_of_a_run_names_it_in_wandb(here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(StudyRunner, "run", lambda self: seen.append(self) or True)
+    option = grid(here, "seeds: 1\nvariants: {plain: {technique: none, strength: 0.5}}")
+    main(["study", RECIPE, option, "--study-dir=mine", "--wandb=offline", "--wandb-project=p"])
+    (runner,) = seen
+    (run,) = runner._plan.runs
+    found = runner._env(run)
+    assert (found["WANDB_RUN_GROUP"], found["WANDB_NAME"]) == ("mine", "plain-seed1")
+    assert found["WANDB_RUN_ID"] == f"{(here / 'mine' / 'study_id').read_text().strip()}-plain-seed1"
+    assert (found["WANDB_MODE"], found["WANDB_RESUME"], found["OMP_NUM_THREADS"]) == ("offline", "allow", "1")
+    told = json.loads(found["MEMTRAIN_STUDY"])
+    assert (told["study"], told["variant"], told["technique"], told["strength"]) == (
+        *("mine", "plain", "none", 0.5),
+    )
+    command = runner._command(run, False)
+    assert command[4:] == [
+        *("10", "run", RECIPE, "--run-dir=mine/runs/plain-seed1", "--config=mine/configs/plain-seed1.yaml"),
+        *("--trainer.logger+=WandbLogger", "--trainer.logger.project=p", "--trainer.logger.offline=true"),
+    ]
+    assert runner._command(run, True)[5:] == ["run", "--resume", "mine/runs/plain-seed1"]
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    assert "WANDB_RUN_ID" not in runner._env(run)  # its agent's, if it has one
+
+
+def test_a_process_whose_study_is_gone_does_not_begin(here):
+    command = [sys.executable, "-m", "lightning_memtrain.cli.studies.run_process"]
+    for parent, code in (("1", 143), (str(os.getpid()), 0)):
+        done = subprocess.run(
+            [*command, parent, "3", "recipes"], capture_output=True, text=True, env=environment(), timeout=60
+        )
+        assert (done.returncode, RECIPE in done.stdout) == (code, code == 0)
+
+
+def test_a_grid_may_name_classes_of_the_users_own_recipe(here, capsys):
+    assert main(["copy", RECIPE, "mine"]) == 0
+    option = grid(
+        here, "seeds: 1\nvariants: {plain: {config: {model: {class_path: mine.module.WideResNetClassifer}}}}"
+    )
+    error = error_of(capsys, "./mine", option)
+    assert "mine.module has no `WideResNetClassifer`. Did you mean `WideResNetClassifier`?" in error
 
 
 def test_a_sweep_is_written_and_nothing_run(here, capsys):
