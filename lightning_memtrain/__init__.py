@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from lightning_memtrain import (
         sparsity as sparsity,
     )
+    from lightning_memtrain import (
+        study as study,
+    )
     from lightning_memtrain.checkpointing import ActivationCheckpointing, insert_checkpoints
     from lightning_memtrain.core import ArgumentError
     from lightning_memtrain.ledger import MemoryLedger
@@ -78,6 +81,7 @@ _SUBPACKAGES = (
     "precision",
     "report",
     "sparsity",
+    "study",
 )
 _HOMES = {
     "ActivationCheckpointing": "checkpointing",

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from lightning_memtrain.__about__ import __version__
 from lightning_memtrain.cli import recipes
 from lightning_memtrain.cli.errors import INTERRUPTED, CommandError, did_you_mean
+from lightning_memtrain.cli.studies.study_options import add_compare_options, add_study_options
 
 _RUN_EPILOG = """\
 Any other option goes to LightningCLI, for example:
@@ -61,8 +62,7 @@ def _dispatch(argv: list[str]) -> int:
     if unknown:
         options = parser.commands.get(command, parser).option_strings
         raise CommandError(f"unknown argument `{unknown[0]}`.{did_you_mean(unknown[0], options)}")
-    args.function(args)
-    return 0
+    return args.function(args) or 0
 
 
 def _recipes(args: argparse.Namespace) -> None:
@@ -92,6 +92,18 @@ def _report(args: argparse.Namespace) -> None:
     show_report(args.path, open_page=args.open)
 
 
+def _study(args: argparse.Namespace) -> int:
+    from lightning_memtrain.cli.studies.study_command import run_study
+
+    return run_study(args)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from lightning_memtrain.cli.studies.compare_command import show_comparison
+
+    show_comparison(args.runs, stage=args.stage, as_json=args.json, page=args.page)
+
+
 def _devices(args: argparse.Namespace) -> None:
     from lightning_memtrain.cli.devices import show_devices
 
@@ -109,7 +121,7 @@ def _run(argv: list[str]) -> int:
             )
         from lightning_memtrain.cli.run import resume
 
-        exit_code, folder = resume(args.resume, args.trust, overrides)
+        exit_code, folder = resume(args.resume, args.trust, overrides, test=args.test)
     elif args.trust:
         raise CommandError("--trust is for the checkpoints of a run that is resumed; add --resume RUN.")
     elif name is None:
@@ -117,7 +129,8 @@ def _run(argv: list[str]) -> int:
     else:
         from lightning_memtrain.cli.run import run
 
-        exit_code, folder = run(recipes.find(name), args.variant, args.run_dir, overrides)
+        recipe = recipes.find(name)
+        exit_code, folder = run(recipe, args.variant, args.run_dir, overrides, test=args.test)
     print(f"Run folder: {folder.path}")
     return exit_code
 
@@ -236,6 +249,8 @@ def _parser() -> _CommandParser:
     run = parser.add("run", "train by a recipe", _run_options())
     report = parser.add("report", "print the memory report of a run, or a snapshot of CUDA memory")
     predict = parser.add("predict", "say what a run will need on a GPU, without the GPU", _predict_options())
+    study = parser.add("study", "run variants of a recipe, alone and combined, with several seeds")
+    compare = parser.add("compare", "lay runs side by side: memory, modules, techniques, time, score")
     parser.add("devices", "list GPUs by name, with their memory").set_defaults(function=_devices)
     parser.add("demo", "train WRN-28-2 on handwritten digits and show its memory", _demo_options())
     for name, summary in _commands_of_recipes().items():
@@ -264,6 +279,11 @@ def _parser() -> _CommandParser:
         type=Path,
         help="a run's folder, a memory_report.json, or a snapshot by torch.cuda.memory",
     )
+    study.add_argument("recipe", **recipe)
+    add_study_options(study)
+    study.set_defaults(function=_study)
+    add_compare_options(compare)
+    compare.set_defaults(function=_compare)
     report.add_argument("--open", action="store_true", help="open the HTML page in a browser, too")
     report.set_defaults(function=_report)
     return parser
@@ -282,6 +302,7 @@ def _add_variant(options: _Parser) -> None:
 def _run_options() -> _Parser:
     options = _demo_options()
     _add_variant(options)
+    options.add_argument("--test", action="store_true", help="test what was trained, after the last step")
     options.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     options.add_argument(
         "--trust",

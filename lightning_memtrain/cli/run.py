@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def run(
-    recipe: Recipe, variants: Sequence[str], run_dir: Path | None, overrides: Sequence[str]
+    recipe: Recipe,
+    variants: Sequence[str],
+    run_dir: Path | None,
+    overrides: Sequence[str],
+    *,
+    test: bool = False,
 ) -> tuple[int, RunFolder]:
     """Train by a recipe, in a new folder of its own.
 
@@ -33,6 +38,7 @@ def run(
         variants: what to lay over it, together.
         run_dir: an empty or new folder; ``None`` for one named after the recipe and the time.
         overrides: options of LightningCLI.
+        test: whether to test what was trained, after the last step.
 
     Returns:
         The exit code of the command, and the run's folder.
@@ -46,25 +52,29 @@ def run(
 
     from lightning_memtrain.cli.training.lightning_cli import RecipeCLI
 
-    cli = RecipeCLI(folder, [*(f"--config={config}" for config in configs), *overrides])
+    options = [*(f"--config={config}" for config in configs), *overrides]
+    cli = RecipeCLI(folder, options, recipe=recipe.name)
     if is_users_own and not launched_by_first_process():
         folder.keep_code(recipe)
-    return _fit(cli, None), folder
+    return _fit(cli, None, test), folder
 
 
-def resume(run_dir: Path, trusted_classes: Sequence[str], overrides: Sequence[str]) -> tuple[int, RunFolder]:
+def resume(
+    run_dir: Path, trusted_classes: Sequence[str], overrides: Sequence[str], *, test: bool = False
+) -> tuple[int, RunFolder]:
     """Go on with a run from its last checkpoint.
 
     Args:
         run_dir: the run's folder.
         trusted_classes: names of classes that objects in its checkpoints may be of.
         overrides: options of LightningCLI that shall differ from now on.
+        test: as for :func:`run`.
 
     Returns:
         The exit code of the command, and the run's folder.
     """
     folder = RunFolder.open(run_dir)
-    _require_jsonargparse()
+    require_jsonargparse()
     if not any(folder.checkpoints.glob("*.ckpt")):
         folder.last_checkpoint()  # says so before anything is made
     kept = folder.kept_recipe()
@@ -73,13 +83,15 @@ def resume(run_dir: Path, trusted_classes: Sequence[str], overrides: Sequence[st
 
     from lightning_memtrain.cli.training.lightning_cli import RecipeCLI
 
-    cli = RecipeCLI(folder, [f"--config={folder.config}", *overrides], resumed=True)
+    recipe = folder.recipe()
+    name = "" if recipe is None else recipe.name
+    cli = RecipeCLI(folder, [f"--config={folder.config}", *overrides], resumed=True, recipe=name)
     # Now that the code of the run is imported, which may say itself what checkpoints may hold.
     trust(trusted_classes)
     checkpoint, global_step = folder.last_checkpoint()
     if not launched_by_first_process():
         folder.drop_metrics_from(global_step)
-    return _fit(cli, checkpoint), folder
+    return _fit(cli, checkpoint, test), folder
 
 
 def configurations(recipe: Recipe, variants: Sequence[str]) -> list[str]:
@@ -96,7 +108,7 @@ def configurations(recipe: Recipe, variants: Sequence[str]) -> list[str]:
         CommandError: if there is no such variant, or jsonargparse is missing.
     """
     files = {name: recipe.variant(name) for name in variants}
-    _require_jsonargparse()
+    require_jsonargparse()
     return [str(recipe.config), *([_together(recipe.config, files)] if files else [])]
 
 
@@ -116,7 +128,7 @@ def _together(recipe: Path, variants: Mapping[str, Path]) -> str:
     return yaml.safe_dump(overlay.config, sort_keys=False)
 
 
-def _fit(cli: RecipeCLI, checkpoint: Path | None) -> int:
+def _fit(cli: RecipeCLI, checkpoint: Path | None, test: bool) -> int:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
@@ -124,6 +136,10 @@ def _fit(cli: RecipeCLI, checkpoint: Path | None) -> int:
             if checkpoint is not None:
                 warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint)
+            if test:
+                cli.trainer.test(cli.model, cli.datamodule)
+        if cli.record is not None:
+            cli.record.finish(cli.trainer)
     except SystemExit as error:
         # What Lightning makes of an interrupt.
         if type(error) is not SystemExit or not cli.trainer.interrupted:
@@ -167,7 +183,12 @@ def _comes_from_data(error: BaseException, datamodule: object) -> bool:
     return False
 
 
-def _require_jsonargparse() -> None:
+def require_jsonargparse() -> None:
+    """See that what reads configurations is there.
+
+    Raises:
+        CommandError: if it is not installed.
+    """
     for package in ("jsonargparse", "docstring_parser"):
         if find_spec(package) is None:
             raise CommandError(

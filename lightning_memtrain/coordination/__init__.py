@@ -1,7 +1,7 @@
 """What techniques and the ledger tell each other without knowing each other, such as what begins."""
 
 from lightning_memtrain.coordination.accumulation import backward_is_partial, partial_backward
-from lightning_memtrain.coordination.annotations import annotate, watch_annotations
+from lightning_memtrain.coordination.annotations import annotate, is_watched, watch_annotations
 from lightning_memtrain.coordination.asides import aside, watch_asides
 from lightning_memtrain.coordination.dry_run import dry_run, dry_run_depth
 from lightning_memtrain.coordination.gradient_sync import on_gradient_sync, sync_gradients
@@ -19,6 +19,7 @@ __all__ = [
     "capture_all",
     "dry_run",
     "dry_run_depth",
+    "is_watched",
     "on_gradient_sync",
     "partial_backward",
     "register_restorable",

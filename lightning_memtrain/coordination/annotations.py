@@ -31,6 +31,20 @@ def annotate(name: str) -> None:
             listener(name)
 
 
+def is_watched() -> bool:
+    """Whether somebody watches the step right now, which takes time of its own.
+
+    Example:
+        >>> is_watched()
+        False
+        >>> undo = watch_annotations(print)
+        >>> is_watched()
+        True
+        >>> undo()
+    """
+    return bool(_listeners)
+
+
 def watch_annotations(listener: Callable[[str], None]) -> Callable[[], None]:
     """Hear every :func:`annotate` of this process from now on.
 

@@ -120,6 +120,8 @@ def shortened(arguments: list[str]) -> list[str]:
         return [*arguments, "--help"]
     if arguments[0] == "run" and "smoke" not in arguments:
         return [*arguments, "--print_config"]
+    if arguments[0] == "study":
+        return [*arguments, "--wandb-sweep"]  # the whole plan is made, and nothing run
     return arguments
 
 

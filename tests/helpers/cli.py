@@ -83,3 +83,21 @@ class RaiseIn(Callback):
 
     def on_train_batch_start(self, *_: Any) -> None:
         raise ValueError("a bug")
+
+
+class KillAt(Callback):
+    """Kills its process once in the middle of training, as a system that runs out of memory does.
+
+    Args:
+        batch: number of the batch over the whole run, from 0.
+        once: a file that is made before, and keeps it from happening again.
+    """
+
+    def __init__(self, batch: int, once: str) -> None:
+        self.batch = batch
+        self.once = Path(once)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx >= self.batch and not self.once.exists():
+            self.once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -46,6 +46,7 @@ def test_a_run_folder_holds_everything(finished):
         "hparams.yaml",
         "memory",
         "metrics.csv",
+        "run.json",
     }
     assert {path.name for path in (finished / "memory").iterdir()} == {
         "memory_report.json",

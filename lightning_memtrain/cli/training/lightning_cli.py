@@ -20,6 +20,7 @@ from lightning_memtrain.cli.training.atomic_checkpoint import use_atomic_checkpo
 from lightning_memtrain.cli.training.csv_logger import RunCSVLogger
 from lightning_memtrain.cli.training.interrupt import StopOnInterrupt
 from lightning_memtrain.cli.training.random_state_callback import RandomState
+from lightning_memtrain.cli.training.run_record_callback import RecordRun
 
 
 class RecipeCLI(LightningCLI):
@@ -29,13 +30,18 @@ class RecipeCLI(LightningCLI):
         folder: where all that the run writes goes.
         args: options of LightningCLI, ``--config`` among them.
         resumed: whether the folder holds the earlier part of the run.
+        recipe: the recipe's name, for the run's record; ``None`` for what will not be run.
 
     Raises:
         CommandError: if an option or its value is wrong.
     """
 
-    def __init__(self, folder: RunFolder, args: Sequence[str], *, resumed: bool = False) -> None:
+    def __init__(
+        self, folder: RunFolder, args: Sequence[str], *, resumed: bool = False, recipe: str | None = None
+    ) -> None:
         self.folder = folder
+        self.record: RecordRun | None = None
+        self._recipe = recipe
         self.interrupt = StopOnInterrupt(folder.interrupt_checkpoint)
         try:
             super().__init__(
@@ -86,6 +92,9 @@ class RecipeCLI(LightningCLI):
         self.config = self._asked
         trainer = self.config_init.trainer
         added: list[pl.Callback] = [RandomState()]
+        if self._recipe is not None:
+            self.record = RecordRun(self.folder.path, self._recipe, _seed(self._asked.get("seed_everything")))
+            added.append(self.record)
         if trainer.enable_checkpointing is not False:
             added += [*_default_checkpoint(trainer.callbacks), self.interrupt]
         self.trainer_defaults = {"callbacks": added}
@@ -143,6 +152,10 @@ def _default_checkpoint(configured: Any) -> list[callbacks.Checkpoint]:
 def _configured_loggers(configured: Any) -> list[Any]:
     given = configured if isinstance(configured, list) else [configured]
     return [logger for logger in given if hasattr(logger, "class_path")]
+
+
+def _seed(configured: Any) -> int | None:
+    return configured if isinstance(configured, int) and not isinstance(configured, bool) else None
 
 
 def _place_wandb(logger: Any, folder: RunFolder) -> None:

@@ -1,0 +1,1 @@
+"""The commands of many runs: ``memtrain study`` and ``memtrain compare``."""

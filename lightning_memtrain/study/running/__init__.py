@@ -1,0 +1,1 @@
+"""The processes of a study, and how long they will still take."""

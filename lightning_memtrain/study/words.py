@@ -1,0 +1,54 @@
+"""Numbers of a study as they are printed."""
+
+from __future__ import annotations
+
+from lightning_memtrain.study.grid import Score
+
+
+def duration(seconds: float) -> str:
+    """Write a time with as many digits as matter.
+
+    Args:
+        seconds: at least 0.
+
+    Returns:
+        The time with its unit.
+
+    Example:
+        >>> [duration(seconds) for seconds in (0.0124, 0.5, 12.34, 75, 5025)]
+        ['12.4 ms', '500 ms', '12.3 s', '1 min 15 s', '1 h 23 min']
+    """
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+
+
+def times(factor: float | None) -> str:
+    """Write how many times as much something is; nothing if that is not known.
+
+    Example:
+        >>> times(44.04), times(1.5), times(0.987), times(None)
+        ('44.0x', '1.50x', '0.99x', '')
+    """
+    if factor is None:
+        return ""
+    return f"{factor:.1f}x" if factor >= 10 else f"{factor:.2f}x"
+
+
+def short_score(score: Score, value: float, spread: float | None = None) -> str:
+    """Write a score as it is shown, with the spread of several seeds.
+
+    Example:
+        >>> accuracy = Score("test/accuracy", percent=True)
+        >>> short_score(accuracy, 0.7491), short_score(accuracy, 0.7491, 0.0037)
+        ('74.91 %', '74.91 ± 0.37 %')
+    """
+    digits = ".2f" if score.percent else ".4g"
+    text = format(score.shown(value), digits)
+    if spread is not None:
+        text += f" ± {format(score.shown(spread), digits if score.percent else '.2g')}"
+    return f"{text} %" if score.percent else text
