@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from lightning_memtrain.ledger import MemoryLedger
     from lightning_memtrain.microbatching import Microbatching, microbatched_backward
     from lightning_memtrain.optimizer_in_backward import OptimizerInBackward, step_in_backward
-    from lightning_memtrain.planning import predict
+    from lightning_memtrain.planning import FitMemory, plan, predict
     from lightning_memtrain.precision import CompressedActivations, LowPrecision
     from lightning_memtrain.report import MemoryProfiler, MemoryReport
     from lightning_memtrain.sparsity import SparseTraining, sparsify_
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationCheckpointing",
     "CompressedActivations",
+    "FitMemory",
     "LowPrecision",
     "MemoryLedger",
     "MemoryProfiler",
@@ -60,6 +61,7 @@ __all__ = [
     "__version__",
     "insert_checkpoints",
     "microbatched_backward",
+    "plan",
     "predict",
     "sparsify_",
     "step_in_backward",
@@ -80,6 +82,7 @@ _SUBPACKAGES = (
 _HOMES = {
     "ActivationCheckpointing": "checkpointing",
     "CompressedActivations": "precision",
+    "FitMemory": "planning",
     "LowPrecision": "precision",
     "MemoryLedger": "ledger",
     "MemoryProfiler": "report",
@@ -89,6 +92,7 @@ _HOMES = {
     "SparseTraining": "sparsity",
     "insert_checkpoints": "checkpointing",
     "microbatched_backward": "microbatching",
+    "plan": "planning",
     "predict": "planning",
     "sparsify_": "sparsity",
     "step_in_backward": "optimizer_in_backward",

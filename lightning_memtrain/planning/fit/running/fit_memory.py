@@ -121,11 +121,6 @@ class FitMemory(pl.Callback):
             return
         refuse_mix("FitMemory", trainer)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        num_given = sum(isinstance(callback, FitMemory) for callback in callbacks)
-        if num_given > 1:
-            raise MisconfigurationException(
-                f"`FitMemory` must be given once, but got {num_given} callbacks of it. Leave one."
-            )
         refused = strategy_refusal(trainer.strategy)
         if refused:
             raise MisconfigurationException(f"`FitMemory` {refused}")
