@@ -28,7 +28,7 @@ class StandInSearch:
         callbacks = [type(one).__name__ for one in trainer.callbacks] if trainer is not None else []
         self.calls.append({**options, "batch": batch, "callbacks": callbacks})
         if batch is None:
-            source = options.get("datamodule") or model
+            source = model if options.get("datamodule") is None else options["datamodule"]
             batch = next(iter(source.train_dataloader() if hasattr(source, "train_dataloader") else source))
         module = model if not isinstance(model, type) else model()
         held = 3 * sum(one.nbytes for one in module.parameters() if one.requires_grad)

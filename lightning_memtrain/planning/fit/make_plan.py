@@ -175,8 +175,8 @@ def _with_batch(found: FoundWays, batch: Any, source: Any) -> FoundWays:
 
 
 def _note_on_sizes(found: FoundWays, source: Any) -> str:
-    loader = source.train_dataloader() if hasattr(source, "train_dataloader") else source
-    if not isinstance(getattr(loader, "dataset", None), IterableDataset):
+    # A data module may not have its data yet.
+    if not isinstance(getattr(source, "dataset", None), IterableDataset):
         return ""
     size = "the largest batch" if found.batch_size is None else f"a batch of {found.batch_size}, the largest"
     return (

@@ -198,7 +198,7 @@ class FitMemory(pl.Callback):
             self._applied = None
 
         def make() -> tuple[Plan, Circumstances]:
-            source = (trainer.datamodule or None) if batch is None else None  # type: ignore[attr-defined]
+            source = trainer.datamodule if batch is None else None  # type: ignore[attr-defined]
             with without_planners(trainer):
                 found = find_ways(
                     model,

@@ -129,7 +129,8 @@ def test_a_larger_batch_is_planned_for_again(tmp_path: Path, stand_in: StandInSe
     assert model.seen == [4, 2, 4, 4, 4, 4, 4]
     assert len(stand_in.calls) == 2
     assert callback.technique_record().events[1] == (
-        "step 2: Microbatching(microbatch_size=4): 6.85 KiB of 6.85 KiB, 1.02 times the time (planned again: a "
+        "step 2: Microbatching(microbatch_size=4): 6.85 KiB of 6.85 KiB, 1.02 times the time (planned "
+        "again: a "
         "tensor of the batch is [8, 16], not [4, 16])"
     )
 
@@ -139,7 +140,9 @@ def test_a_larger_batch_that_cannot_fit_ends_the_run_with_a_clear_word(
 ) -> None:
     model = Net()
     wide = [torch.randn(2, FEATURES), torch.randn(2, 4, FEATURES)]
-    with pytest.raises(MisconfigurationException, match=r"planned again: a tensor of the batch is \[2, 4, 16\]"):
+    with pytest.raises(
+        MisconfigurationException, match=r"planned again: a tensor of the batch is \[2, 4, 16\]"
+    ):
         quiet_trainer(tmp_path, mt.FitMemory(limit_for(2))).fit(model, DataLoader(wide, batch_size=None))  # type: ignore[arg-type]
     assert model.seen == [2]
 
@@ -282,7 +285,8 @@ def test_a_plan_of_another_model_is_refused_with_what_differs(
         quiet_trainer(tmp_path, mt.FitMemory(plan=plan)).fit(other, loader(8))
     assert str(failure.value) == (
         "`Plan` was made for another run: parameter `layer.weight` is float32 [2, 16], not float32 [3, 16]; "
-        "parameter `layer.bias` is float32 [2], not float32 [3]. Plan again for this one, by `mt.plan(...)` or "
+        "parameter `layer.bias` is float32 [2], not float32 [3]. Plan again for this one, by "
+        "`mt.plan(...)` or "
         "`memtrain plan`."
     )
     assert other.seen == []
@@ -304,9 +308,15 @@ def test_a_technique_that_the_trainer_has_is_refused(tmp_path: Path, stand_in: S
     [
         ({"limit": "11GB!"}, r"`FitMemory\(limit\)` must be a number of bytes.* but got '11GB!'"),
         ({"limit": 1.5}, r"must be above 0 and at most 1 if it is a fraction.* but got 1\.5"),
-        ({"limit": 1, "allow": ("batchnorm",)}, r"but got 'batchnorm'\. Did you mean 'batchnorm-statistics'\?"),
+        (
+            {"limit": 1, "allow": ("batchnorm",)},
+            r"but got 'batchnorm'\. Did you mean 'batchnorm-statistics'\?",
+        ),
         ({"limit": 1, "allow": (3,)}, r"must be names such as allow=\('bf16',\), but got 3 of type int"),
-        ({"limit": 1, "allow": "bf16"}, r"but got 'bf16', which a Trainer needs when it is made.*trainer_kwargs"),
+        (
+            {"limit": 1, "allow": "bf16"},
+            r"but got 'bf16', which a Trainer needs when it is made.*trainer_kwargs",
+        ),
         ({"plan": "nowhere.yaml"}, r"Expected a plan at 'nowhere\.yaml', but there is no such file"),
     ],
 )
@@ -337,5 +347,7 @@ def test_what_the_search_cannot_do_is_said(tmp_path: Path, monkeypatch: pytest.M
         raise ValueError("it asks for a number")
 
     monkeypatch.setattr(fit_memory, "find_ways", search)
-    with pytest.raises(MisconfigurationException, match="`FitMemory` cannot plan this run: it asks for a number"):
+    with pytest.raises(
+        MisconfigurationException, match="`FitMemory` cannot plan this run: it asks for a number"
+    ):
         quiet_trainer(tmp_path, mt.FitMemory("1GiB")).fit(Net(), loader(8))
