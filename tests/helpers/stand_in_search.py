@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import nn
 
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.planning.fit.holding.circumstances import samples_of
@@ -24,13 +25,13 @@ class StandInSearch:
         self.calls: list[dict[str, Any]] = []
 
     def __call__(self, model: Any, batch: Any = None, **options: Any) -> FoundWays:
+        module = model if isinstance(model, nn.Module) else model()
         trainer = options.get("trainer")
         callbacks = [type(one).__name__ for one in trainer.callbacks] if trainer is not None else []
         self.calls.append({**options, "batch": batch, "callbacks": callbacks})
         if batch is None:
-            source = model if options.get("datamodule") is None else options["datamodule"]
+            source = module if options.get("datamodule") is None else options["datamodule"]
             batch = next(iter(source.train_dataloader() if hasattr(source, "train_dataloader") else source))
-        module = model if not isinstance(model, type) else model()
         held = 3 * sum(one.nbytes for one in module.parameters() if one.requires_grad)
         held += sum(one.nbytes for one in module.parameters() if not one.requires_grad)
         num_samples = samples_of(batch)
