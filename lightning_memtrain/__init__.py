@@ -7,6 +7,7 @@ What is used most is here; the rest is in the subpackages, each named after its 
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING
+from typing import Any as _Any
 
 from lightning_memtrain.__about__ import __version__
 
@@ -112,7 +113,16 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_hint(name)}")
     value = getattr(_import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
+    if name == "MemoryProfiler":
+        # A report predicts nothing itself; here, above all subpackages, it is told who does.
+        _import_module(f"{__name__}.report.suggestions").use(_suggest)
     return value
+
+
+def _suggest(*args: _Any) -> tuple[str, ...]:
+    from lightning_memtrain.planning.fit.suggest import suggest
+
+    return suggest(*args)
 
 
 def _hint(name: str) -> str:
