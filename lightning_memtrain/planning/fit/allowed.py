@@ -49,7 +49,7 @@ PERMISSIONS: dict[str, Permission] = {
         Permission(
             "sparsity",
             "trains few weights, the others are 0",
-            "test accuracy 66.2 % for 72.1 % with 90 % zeros (WRN-16-1 on 16x16 CIFAR-10, 15 epochs, 3 seeds)",
+            "accuracy 66.2 % for 72.1 % with 90 % zeros (WRN-16-1, CIFAR-10 at 16x16, 15 epochs, 3 seeds)",
             needs_trainer=True,
         ),
         Permission(

@@ -28,20 +28,42 @@ def call_text(class_path: str, init_args: Mapping[str, Any]) -> str:
     """
     name = f"mt.{class_path[len(_PACKAGE) :]}" if class_path.startswith(_PACKAGE) else class_path
     arguments = [
-        _text(value) if place == 0 and key in _FIRST_ARGUMENTS else f"{key}={_text(value)}"
+        value_text(value) if place == 0 and key in _FIRST_ARGUMENTS else f"{key}={value_text(value)}"
         for place, (key, value) in enumerate(init_args.items())
     ]
     return f"{name}({', '.join(arguments)})"
 
 
-def _text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A value as Python has it, with double quotes.
+
+    Args:
+        value: of a configuration file.
+
+    Returns:
+        An expression.
+    """
     if isinstance(value, Mapping):
         if "class_path" in value:
             return call_text(value["class_path"], value.get("init_args") or {})
-        return f"{{{', '.join(f'{key!r}: {_text(one)}' for key, one in value.items())}}}"
+        return f"{{{', '.join(f'{key!r}: {value_text(one)}' for key, one in value.items())}}}"
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_text, value))}]"
+        return f"[{', '.join(map(value_text, value))}]"
     return f'"{value}"' if isinstance(value, str) and '"' not in value and "\\" not in value else repr(value)
+
+
+def plain_values(value: Any) -> Any:
+    """Values as a configuration file has them: lists for tuples, and dictionaries of their own.
+
+    Args:
+        value: text, numbers, booleans, ``None``, and sequences and mappings of these.
+
+    Returns:
+        The same, copied.
+    """
+    if isinstance(value, Mapping):
+        return {key: plain_values(one) for key, one in value.items()}
+    return [plain_values(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def wrapped(text: str, width: int, indent: int) -> list[str]:

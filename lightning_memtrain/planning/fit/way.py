@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from lightning_memtrain.planning.fit.expressions import call_text, wrapped
+from lightning_memtrain.planning.fit.expressions import call_text, plain_values, value_text, wrapped
 from lightning_memtrain.tracing.device import Device
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class TechniqueSettings:
     place: Place = "callbacks"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "init_args", MappingProxyType(dict(self.init_args)))
+        object.__setattr__(self, "init_args", MappingProxyType(plain_values(self.init_args)))
 
     def __hash__(self) -> int:
         return hash(self.class_path)
@@ -90,7 +90,9 @@ class Way:
     by_hand: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "techniques", tuple(self.techniques))
+        # As a file has them, so that a way that was written is the way that is read.
+        in_order = sorted(self.techniques, key=lambda one: one.place)
+        object.__setattr__(self, "techniques", tuple(in_order))
         object.__setattr__(self, "changes", tuple(self.changes))
         object.__setattr__(self, "by_hand", tuple(self.by_hand))
         object.__setattr__(self, "trainer_arguments", MappingProxyType(dict(self.trainer_arguments)))
@@ -117,7 +119,7 @@ class Way:
 
     def __str__(self) -> str:
         """Techniques with their settings, in one line."""
-        parts = [f"{name}={value!r}" for name, value in self.trainer_arguments.items()]
+        parts = [f"{name}={value_text(value)}" for name, value in self.trainer_arguments.items()]
         parts += [str(one).removeprefix("mt.") for one in self.techniques]
         return " + ".join([*parts, *self.by_hand]) or "as it is"
 
@@ -132,7 +134,7 @@ class Way:
             it is.
         """
         lines = list(self.by_hand)
-        lines += [f"{name}={value!r}," for name, value in self.trainer_arguments.items()]
+        lines += [f"{name}={value_text(value)}," for name, value in self.trainer_arguments.items()]
         for place in ("callbacks", "plugins"):
             calls = [str(one) for one in self.techniques if one.place == place]
             if calls:
@@ -185,6 +187,7 @@ class FoundWays:
         refused: what was not considered, and why.
         notes: sentences that the user must know, such as which batch was taken for the largest.
         batch_size: samples of the batch that it holds for; ``None`` where they cannot be told.
+        batch_shapes: shapes of that batch's tensors, in the order in which they are found; none if unknown.
         seconds: how long the search took.
         predict_way: predicts a way with other settings; ``None`` where that is no longer possible.
     """
@@ -197,6 +200,7 @@ class FoundWays:
     refused: tuple[Refused, ...] = ()
     notes: tuple[str, ...] = ()
     batch_size: int | None = None
+    batch_shapes: tuple[tuple[int, ...], ...] = ()
     seconds: float = 0.0
     predict_way: Callable[[Way], Way] | None = field(default=None, repr=False, compare=False)
 

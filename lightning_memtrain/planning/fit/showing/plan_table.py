@@ -15,6 +15,8 @@ WIDTH = 80
 #: Ways of the front, and of those that were not allowed, that a table shows.
 MOST_ROWS = 8
 
+OFFERED = "Would fit as well, but changes the result, which was not allowed:"
+
 _UNKNOWN = "?"
 
 
@@ -113,6 +115,10 @@ def title(model: str, found: FoundWays, device: Device, limit_bytes: int) -> str
     head = f"{model} on {device.name}{batch}, limit {format_bytes(limit_bytes)}"
     if found.chosen is None:
         return f"{head}: does not fit"
+    if found.chosen.reserved_bytes is None:
+        return f"{head}: edited by hand, not predicted"
+    if found.chosen.reserved_bytes + device.context_bytes > limit_bytes:
+        return f"{head}: edited by hand, does not fit"
     if found.chosen.is_plain:
         return f"{head}: fits as it is"
     ratio = found.chosen.time_ratio
@@ -142,8 +148,10 @@ def plan_text(model: str, found: FoundWays, device: Device, limit_bytes: int) ->
         lines += ["", "Paste into `L.Trainer(...)`, after `import lightning_memtrain as mt`:"]
         lines += [f"    {line}" for line in found.chosen.lines(WIDTH - 4)]
     if found.offered:
-        lines += ["", "Would fit, too, but changes the result and was not allowed:"]
-        lines += _rows([row_of(way, device, _code_width(device)) for way in found.offered[:MOST_ROWS]], device)
+        lines += ["", OFFERED]
+        lines += _rows(
+            [row_of(way, device, _code_width(device)) for way in found.offered[:MOST_ROWS]], device
+        )
     if found.refused:
         lines += ["", "Not used:"]
         lines += [line for one in found.refused for line in _wrapped(refusal(one), "  ", "    ")]
