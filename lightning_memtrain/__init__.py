@@ -7,6 +7,7 @@ What is used most is here; the rest is in the subpackages, each named after its 
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING
+from typing import Any as _Any
 
 from lightning_memtrain.__about__ import __version__
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from lightning_memtrain.ledger import MemoryLedger
     from lightning_memtrain.microbatching import Microbatching, microbatched_backward
     from lightning_memtrain.optimizer_in_backward import OptimizerInBackward, step_in_backward
-    from lightning_memtrain.planning import predict
+    from lightning_memtrain.planning import FitMemory, plan, predict
     from lightning_memtrain.precision import CompressedActivations, LowPrecision
     from lightning_memtrain.report import MemoryProfiler, MemoryReport
     from lightning_memtrain.sparsity import SparseTraining, sparsify_
@@ -55,6 +56,7 @@ __all__ = [
     "ActivationCheckpointing",
     "ArgumentError",
     "CompressedActivations",
+    "FitMemory",
     "LowPrecision",
     "MemoryLedger",
     "MemoryProfiler",
@@ -65,6 +67,7 @@ __all__ = [
     "__version__",
     "insert_checkpoints",
     "microbatched_backward",
+    "plan",
     "predict",
     "sparsify_",
     "step_in_backward",
@@ -87,6 +90,7 @@ _HOMES = {
     "ActivationCheckpointing": "checkpointing",
     "ArgumentError": "core",
     "CompressedActivations": "precision",
+    "FitMemory": "planning",
     "LowPrecision": "precision",
     "MemoryLedger": "ledger",
     "MemoryProfiler": "report",
@@ -96,6 +100,7 @@ _HOMES = {
     "SparseTraining": "sparsity",
     "insert_checkpoints": "checkpointing",
     "microbatched_backward": "microbatching",
+    "plan": "planning",
     "predict": "planning",
     "sparsify_": "sparsity",
     "step_in_backward": "optimizer_in_backward",
@@ -115,7 +120,16 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_hint(name)}")
     value = getattr(_import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
+    if name == "MemoryProfiler":
+        # A report predicts nothing itself; here, above all subpackages, it is told who does.
+        _import_module(f"{__name__}.report.suggestions").use(_suggest)
     return value
+
+
+def _suggest(*args: _Any) -> tuple[str, ...]:
+    from lightning_memtrain.planning.fit.suggest import suggest
+
+    return suggest(*args)
 
 
 def _hint(name: str) -> str:

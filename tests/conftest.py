@@ -10,11 +10,16 @@ import pytest
 from hypothesis import settings
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from lightning_memtrain.report import suggestions
+
 # The same examples in every run, so that a failure is one of the change at hand; others by `make nightly`.
 # There is no deadline for an example: machines may be busy.
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.register_profile("random", derandomize=False, print_blob=True, max_examples=1000, deadline=None)
 settings.load_profile(os.environ.get("MEMTRAIN_HYPOTHESIS_PROFILE", "steady"))
+
+# Whoever runs out of memory in a test does not want to know for seconds what would have fitted.
+suggestions._SECONDS_AFTER_FAILURE = 0.0
 
 
 @pytest.fixture(autouse=True)

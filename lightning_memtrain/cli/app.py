@@ -25,6 +25,12 @@ The exit code is 0 if the run fits and 3 if it does not. Any other option goes t
 `memtrain run`. A class of a file is made without arguments and brings its `train_dataloader`."""
 
 
+_PLAN_EPILOG = """\
+Prints the ways that keep the limit, fastest first, and writes the plan and a page with a chart beside it.
+The exit code is 0 if there is one and 3 if there is none. Then: memtrain run RECIPE --plan plan.yaml
+Any other option goes to LightningCLI, as for `memtrain run`."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command ``memtrain`` with its arguments.
 
@@ -32,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the command's name; ``None`` for those of the process.
 
     Returns:
-        The exit code: 0, 1 if something is wrong with files, 2 if the command line is, 3 for a prediction
-        that does not fit, and 128 plus the number of the signal that ended it (130 after Ctrl-C).
+        The exit code: 0, 1 if something is wrong with files, 2 if the command line is, 3 for a prediction or
+        a plan that does not fit, and 128 plus the number of the signal that ended it (130 after Ctrl-C).
     """
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -56,6 +62,8 @@ def _dispatch(argv: list[str]) -> int:
         return _demo(argv[1:])
     if command == "predict" and not asks_for_help:
         return _predict(argv[1:])
+    if command == "plan" and not asks_for_help:
+        return _plan(argv[1:])
     if command in _commands_of_recipes():
         return _run_command(command, argv[1:])
     args, unknown = parser.parse_known_args(argv)
@@ -115,9 +123,9 @@ def _run(argv: list[str]) -> int:
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
     args, overrides = _run_options().parse_known_args(argv)
     if args.resume is not None:
-        if name or args.variant or args.run_dir:
+        if name or args.variant or args.run_dir or args.plan:
             raise CommandError(
-                "--resume goes on with a run as it is; leave out recipe, --variant and --run-dir."
+                "--resume goes on with a run as it is; leave out recipe, --variant, --plan and --run-dir."
             )
         from lightning_memtrain.cli.run import resume
 
@@ -130,7 +138,7 @@ def _run(argv: list[str]) -> int:
         from lightning_memtrain.cli.run import run
 
         recipe = recipes.find(name)
-        exit_code, folder = run(recipe, args.variant, args.run_dir, overrides, test=args.test)
+        exit_code, folder = run(recipe, args.variant, args.run_dir, overrides, plan=args.plan, test=args.test)
     print(f"Run folder: {folder.path}")
     return exit_code
 
@@ -157,6 +165,29 @@ def _predict(argv: list[str]) -> int:
         batch_size=args.batch_size,
         world_size=args.devices,
         strategy=args.strategy,
+        as_json=args.json,
+        overrides=overrides,
+    )
+
+
+def _plan(argv: list[str]) -> int:
+    # By hand, as for `run`.
+    target = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    args, overrides = _plan_options().parse_known_args(argv)
+    if target is None:
+        raise CommandError(
+            "`memtrain plan` needs a recipe, a configuration or file.py:Class before its options."
+        )
+    from lightning_memtrain.cli.plan_command import show_plan
+
+    return show_plan(
+        target,
+        limit=args.limit,
+        device=args.device,
+        allow=[name for given in args.allow for name in given.split(",") if name],
+        variants=args.variant,
+        batch_size=args.batch_size,
+        output=args.output,
         as_json=args.json,
         overrides=overrides,
     )
@@ -251,6 +282,7 @@ def _parser() -> _CommandParser:
     predict = parser.add("predict", "say what a run will need on a GPU, without the GPU", _predict_options())
     study = parser.add("study", "run variants of a recipe, alone and combined, with several seeds")
     compare = parser.add("compare", "lay runs side by side: memory, modules, techniques, time, score")
+    plan = parser.add("plan", "find how a run keeps a limit of memory, before it runs", _plan_options())
     parser.add("devices", "list GPUs by name, with their memory").set_defaults(function=_devices)
     parser.add("demo", "train WRN-28-2 on handwritten digits and show its memory", _demo_options())
     for name, summary in _commands_of_recipes().items():
@@ -273,6 +305,13 @@ def _parser() -> _CommandParser:
         "target", nargs="?", metavar="RECIPE|FILE.py:CLASS", help="a recipe, or a LightningModule of a file"
     )
     predict.epilog = _PREDICT_EPILOG
+    plan.add_argument(
+        "target",
+        nargs="?",
+        metavar="RECIPE|CONFIG.yaml|FILE.py:CLASS",
+        help="a recipe, a configuration of LightningCLI, or a LightningModule of a file",
+    )
+    plan.epilog = _PLAN_EPILOG
     report.add_argument(
         "path",
         metavar="PATH",
@@ -303,6 +342,7 @@ def _run_options() -> _Parser:
     options = _demo_options()
     _add_variant(options)
     options.add_argument("--test", action="store_true", help="test what was trained, after the last step")
+    options.add_argument("--plan", type=Path, metavar="FILE", help="follow a plan of `memtrain plan`")
     options.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     options.add_argument(
         "--trust",
@@ -322,6 +362,28 @@ def _predict_options() -> _Parser:
     options.add_argument("--devices", type=int, metavar="N", help="of how many devices one is predicted")
     options.add_argument("--strategy", metavar="NAME", help="what they exchange: ddp or fsdp2")
     options.add_argument("--json", action="store_true", help="print JSON, see docs/prediction.md")
+    return options
+
+
+def _plan_options() -> _Parser:
+    options = _Parser(prog="memtrain plan", add_help=False, allow_abbrev=False)
+    options.add_argument(
+        "--limit", metavar="SIZE", help="most memory, e.g. 11GiB, or 0.9 of the device's; default: all of it"
+    )
+    options.add_argument("--device", metavar="NAME", help="a GPU that `memtrain devices` lists, or cpu")
+    options.add_argument(
+        "--allow",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="what may change the result; several add up",
+    )
+    _add_variant(options)
+    options.add_argument("--batch-size", type=int, metavar="N", help="samples in a batch")
+    options.add_argument(
+        "--output", type=Path, default=Path("plan.yaml"), metavar="FILE", help="default: plan.yaml"
+    )
+    options.add_argument("--json", action="store_true", help="print JSON instead of the table")
     return options
 
 

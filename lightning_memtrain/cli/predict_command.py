@@ -68,7 +68,7 @@ def show_prediction(
         gpu = Device.here() if device is None else Device.named(device)  # before anything slow
         with contextlib.redirect_stdout(io.StringIO()):  # the answer alone is printed
             if colon and file.endswith(".py"):
-                _refuse_options_of_recipes(variants, overrides)
+                refuse_options_of_recipes(variants, overrides)
                 _refuse_half_a_world(world_size, strategy)
                 prediction = _of_class(Path(file), name, batch_size, gpu, ranks)
             else:
@@ -112,7 +112,7 @@ def _of_class(
 ) -> Prediction:
     from lightning_memtrain.planning import predict
 
-    kind = _class(file, name)
+    kind = class_of_file(file, name)
     if batch_size is None:
         return predict(kind, device=device, **ranks)
     if "batch_size" not in inspect.signature(kind).parameters:
@@ -128,7 +128,19 @@ def _of_class(
     return predict(OfSize, device=device, **ranks)
 
 
-def _class(file: Path, name: str) -> Callable[..., Any]:
+def class_of_file(file: Path, name: str) -> Callable[..., Any]:
+    """Import a LightningModule of a file.
+
+    Args:
+        file: of Python.
+        name: of the class.
+
+    Returns:
+        The class.
+
+    Raises:
+        CommandError: if there is no such file, or no such class in it.
+    """
     import lightning.pytorch as pl
 
     if not file.is_file():
@@ -155,7 +167,16 @@ def _class(file: Path, name: str) -> Callable[..., Any]:
     return kind
 
 
-def _refuse_options_of_recipes(variants: Sequence[str], overrides: Sequence[str]) -> None:
+def refuse_options_of_recipes(variants: Sequence[str], overrides: Sequence[str]) -> None:
+    """Refuse what only a recipe has, where a class of a file was named.
+
+    Args:
+        variants: names of variants.
+        overrides: options of LightningCLI.
+
+    Raises:
+        CommandError: if there is any.
+    """
     if variants or overrides:
         given = "--variant" if variants else overrides[0]
         raise CommandError(f"`{given}` is for recipes, but a class of a file was named; leave it out.")

@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_memtrain.cli import recipes
 from lightning_memtrain.cli.checkpoint_file import trust, trusted
 from lightning_memtrain.cli.errors import INTERRUPTED, CommandError
+from lightning_memtrain.cli.plan_overlay import trainer_of_plan
 from lightning_memtrain.cli.recipes import Recipe
 from lightning_memtrain.cli.run_folder import RunFolder, launched_by_first_process
 from lightning_memtrain.cli.variants import merge_variants
@@ -29,6 +30,7 @@ def run(
     run_dir: Path | None,
     overrides: Sequence[str],
     *,
+    plan: Path | None = None,
     test: bool = False,
 ) -> tuple[int, RunFolder]:
     """Train by a recipe, in a new folder of its own.
@@ -38,14 +40,16 @@ def run(
         variants: what to lay over it, together.
         run_dir: an empty or new folder; ``None`` for one named after the recipe and the time.
         overrides: options of LightningCLI.
+        plan: a file of ``memtrain plan`` to follow.
         test: whether to test what was trained, after the last step.
 
     Returns:
         The exit code of the command, and the run's folder.
     """
+    plan_config = {} if plan is None else trainer_of_plan(plan)
     names = {name: recipe.variant(name) for name in variants}
     folder = RunFolder.new(run_dir, "-".join([recipe.name, *names]))
-    configs = configurations(recipe, variants)
+    configs = configurations(recipe, variants, plan_config)
     is_users_own = recipe not in recipes.installed().values()
     if is_users_own:
         recipe.make_importable()
@@ -94,12 +98,15 @@ def resume(
     return _fit(cli, checkpoint, test), folder
 
 
-def configurations(recipe: Recipe, variants: Sequence[str]) -> list[str]:
+def configurations(
+    recipe: Recipe, variants: Sequence[str], plan: Mapping[str, Any] | None = None
+) -> list[str]:
     """What LightningCLI is given of a recipe.
 
     Args:
         recipe: any.
         variants: what to lay over it, together.
+        plan: what a plan lays over it besides.
 
     Returns:
         The path of the recipe's configuration, and the text of another one for after it, if there is any.
@@ -109,11 +116,11 @@ def configurations(recipe: Recipe, variants: Sequence[str]) -> list[str]:
     """
     files = {name: recipe.variant(name) for name in variants}
     require_jsonargparse()
-    return [str(recipe.config), *([_together(recipe.config, files)] if files else [])]
+    return [str(recipe.config), *([_together(recipe.config, files, plan)] if files or plan else [])]
 
 
-def _together(recipe: Path, variants: Mapping[str, Path]) -> str:
-    """The text of one configuration with what all variants set."""
+def _together(recipe: Path, variants: Mapping[str, Path], plan: Mapping[str, Any] | None) -> str:
+    """The text of one configuration with what all variants and the plan set."""
     import yaml
     from jsonargparse import get_loader
 
@@ -121,6 +128,7 @@ def _together(recipe: Path, variants: Mapping[str, Path]) -> str:
     overlay = merge_variants(
         load(recipe.read_text(encoding="utf-8")),
         {name: load(path.read_text(encoding="utf-8")) or {} for name, path in variants.items()},
+        plan or {},
     )
     if not launched_by_first_process():
         for remark in overlay.remarks:

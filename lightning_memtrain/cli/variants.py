@@ -34,7 +34,11 @@ class Overlay:
     remarks: list[str]
 
 
-def merge_variants(recipe: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]]) -> Overlay:
+def merge_variants(
+    recipe: Mapping[str, Any],
+    variants: Mapping[str, Mapping[str, Any]],
+    plan: Mapping[str, Any] | None = None,
+) -> Overlay:
     """Make one configuration of several variants.
 
     Lists of objects, such as ``trainer.callbacks``, add up: ``callbacks+`` extends the recipe's list,
@@ -44,6 +48,7 @@ def merge_variants(recipe: Mapping[str, Any], variants: Mapping[str, Mapping[str
     Args:
         recipe: the recipe's own configuration.
         variants: configurations by name, the first one first.
+        plan: what a plan sets, which a variant must not set otherwise.
 
     Returns:
         What is to be laid over the recipe.
@@ -64,6 +69,8 @@ def merge_variants(recipe: Mapping[str, Any], variants: Mapping[str, Mapping[str
     merged = _Merged(recipe)
     for name, config in variants.items():
         merged.add(f"variant `{name}`", config, ())
+    if plan:
+        merged.add("the plan", plan, ())
     for key, entries in merged.lists.items():
         merged.set_list(key, entries)
     return Overlay(merged.config, merged.remarks)

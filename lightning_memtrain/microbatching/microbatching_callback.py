@@ -14,7 +14,7 @@ from lightning_memtrain.core import ArgumentError, ByteLimit, TechniqueRecord
 from lightning_memtrain.core.arguments.value_checks import check_flags
 from lightning_memtrain.microbatching import training_loop
 from lightning_memtrain.microbatching.automatic_size.recovery import Recovery
-from lightning_memtrain.microbatching.automatic_size.size_choice import AutoSize
+from lightning_memtrain.microbatching.automatic_size.size_choice import AutoSize, GivenSize
 from lightning_memtrain.microbatching.batchnorm.batchnorm_policy import (
     BatchNormMode,
     BatchNormPolicy,
@@ -65,10 +65,12 @@ class Microbatching(Callback):
         limit: for ``"auto"``, the most memory to use, in bytes, as ``"4GiB"``, or as a share of the device's
             memory: 0.9; counted by the ledger. By default what the device has free. The CPU does not tell
             what it has, so there a size must be given.
-        grow_after_batches: for ``"auto"``, after how many batches without trouble a size that was halved is
-            doubled again. Each failure doubles this number.
+        grow_after_batches: where a size is corrected, after how many batches without trouble one that was
+            halved is doubled again. Each failure doubles this number.
         sync_each_chunk: whether FSDP2 reduces gradients in the backward of each chunk; with ``False`` only in
             that of the last one, for which every rank holds gradients of all whole weights until then.
+        recover: whether a fixed ``microbatch_size`` is halved when memory runs out and the batch run again,
+            as with ``"auto"``, which always does so.
 
     Raises:
         ArgumentError: if not exactly one of ``num_microbatches`` and ``microbatch_size`` is
@@ -99,6 +101,7 @@ class Microbatching(Callback):
         limit: int | float | str | None = None,
         grow_after_batches: int = 100,
         sync_each_chunk: bool = True,
+        recover: bool = False,
     ) -> None:
         super().__init__()
         check_splitting(
@@ -124,6 +127,17 @@ class Microbatching(Callback):
                 f"`Microbatching(limit)` needs microbatch_size='auto', but got limit={limit!r} with "
                 f"microbatch_size={microbatch_size}. Leave out the limit, or let it choose the size."
             )
+        if not isinstance(recover, bool) or (recover and microbatch_size is None):
+            raise ArgumentError(
+                "`Microbatching(recover)` must be True or False, and needs a microbatch_size to halve, but "
+                f"got recover={recover!r} with microbatch_size={microbatch_size}. Give a size in the place "
+                "of num_microbatches."
+            )
+        if recover and batchnorm == "synchronized":
+            raise ArgumentError(
+                "`Microbatching(recover=True)` does not go with batchnorm='synchronized', whose pass over "
+                "the whole batch takes memory that no microbatch size changes. Use batchnorm='pooled'."
+            )
         self._splitter = Splitter(loss_reduction, weight_fn, split_fn)
         self._batchnorm: BatchNormMode = batchnorm
         self._num_sweeps = num_batchnorm_sweeps
@@ -135,6 +149,8 @@ class Microbatching(Callback):
             self._limit = None if limit is None else ByteLimit(limit, "Microbatching(limit)")
             limit_bytes = None if self._limit is None else self._limit.num_bytes
             self._size = AutoSize(limit_bytes, grow_after_batches)
+        elif recover and isinstance(microbatch_size, int):
+            self._size = GivenSize(microbatch_size, grow_after_batches)
         else:
             self._size = FixedSplit(num_microbatches, microbatch_size)
         self._has_batchnorm = False
@@ -230,7 +246,9 @@ class Microbatching(Callback):
         if before is None or (before[0]() is trainer and before[1]() is model):
             return
         self._has_batchnorm, self._num_events_logged = False, 0
-        if isinstance(self._size, AutoSize):
+        if isinstance(self._size, GivenSize):
+            self._size = GivenSize(self._size.given, self._grow_after_batches)
+        elif isinstance(self._size, AutoSize):
             self._size = AutoSize(self._size.limit_bytes, self._grow_after_batches)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from lightning_memtrain.core.device_memory import free_device_bytes
 from lightning_memtrain.microbatching import backward_sync, rank_agreement, training_loop
-from lightning_memtrain.microbatching.automatic_size.size_choice import AutoSize
+from lightning_memtrain.microbatching.automatic_size.size_choice import AutoSize, GivenSize
 from lightning_memtrain.microbatching.splitting.chunks import FixedSplit
 
 
@@ -72,7 +72,8 @@ def validate_sync_each_chunk(trainer: Trainer, model: LightningModule) -> None:
 
 def _refuse_auto(trainer: Trainer, model: LightningModule, size: AutoSize) -> None:
     device = trainer.strategy.root_device
-    if size.limit_bytes is None and free_device_bytes(device) is None:
+    is_given = isinstance(size, GivenSize)
+    if size.limit_bytes is None and free_device_bytes(device) is None and not is_given:
         raise MisconfigurationException(
             f'`Microbatching(microbatch_size="auto")` needs a limit on {device.type}, which does not tell '
             'what it has free, but got limit=None. Give one, e.g. limit="4GiB".'
@@ -87,8 +88,9 @@ def _refuse_auto(trainer: Trainer, model: LightningModule, size: AutoSize) -> No
     elif rank_agreement.has_synchronized_batchnorm(model):
         reason = "SyncBatchNorm, which communicates in forward and backward"
     if reason is not None:
+        asked = "recover=True" if is_given else 'microbatch_size="auto"'
+        cure = "Leave `recover` out." if is_given else "Give num_microbatches or a size."
         raise MisconfigurationException(
-            '`Microbatching(microbatch_size="auto")` must be able to stop a rank that is out of memory '
-            f"while the others go on, but got {reason}: they would wait forever. "
-            "Give num_microbatches or a size."
+            f"`Microbatching({asked})` must be able to stop a rank that is out of memory "
+            f"while the others go on, but got {reason}: they would wait forever. {cure}"
         )

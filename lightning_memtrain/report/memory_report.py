@@ -87,6 +87,7 @@ class MemoryReport:
         ranks: ``world_size``, ``max_peak_bytes`` and ``min_peak_bytes`` of a distributed run, else ``None``.
         out_of_memory: what was known when the device ran out of memory, ``None`` if it did not.
         techniques: what made the steps need less memory, with the settings in force at the end of the run.
+        suggestions: what would have needed less, a line each, to be pasted into ``callbacks``.
     """
 
     model: str
@@ -99,6 +100,7 @@ class MemoryReport:
     ranks: Mapping[str, int] | None = None
     out_of_memory: OutOfMemory | None = None
     techniques: tuple[TechniqueRecord, ...] = ()
+    suggestions: tuple[str, ...] = ()
 
     @property
     def peak_stage(self) -> str | None:
@@ -120,6 +122,7 @@ class MemoryReport:
             "ranks": None if self.ranks is None else dict(self.ranks),
             "out_of_memory": None if self.out_of_memory is None else asdict(self.out_of_memory),
             "techniques": [record.to_dict() for record in self.techniques],
+            "suggestions": list(self.suggestions),
         }
 
     @classmethod
@@ -168,6 +171,7 @@ class MemoryReport:
                 out_of_memory=out_of_memory,
                 # Older files have no such entry.
                 techniques=tuple(TechniqueRecord.from_dict(row) for row in data.get("techniques", ())),
+                suggestions=tuple(data.get("suggestions", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(

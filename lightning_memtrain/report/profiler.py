@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from lightning_memtrain.report.outputs.metric_names import breakdown_metrics
 from lightning_memtrain.report.outputs.publishing import publish_report
 from lightning_memtrain.report.row_limit import validate_max_rows
 from lightning_memtrain.report.run_recorder import RunRecorder, StageRecorder
+from lightning_memtrain.report.suggestions import Suggestions
 from lightning_memtrain.report.trainer_state import (
     evaluation_name,
     kept_storages,
@@ -105,6 +107,7 @@ class MemoryProfiler(Callback):
         self._model: weakref.ref[LightningModule] | None = None
         self._folder: Path | None = None
         self._finished = False
+        self._suggestions = Suggestions()
 
     def __getstate__(self) -> dict[str, Any]:
         # Sent to spawned processes and copied by tuners; what is being measured stays here.
@@ -373,6 +376,10 @@ class MemoryProfiler(Callback):
         self._finished = True
         report = self._run.report(pl_module, technique_records(trainer))
         name = stage_name(trainer)
+        if report is not None and name == "fit":
+            failure = report.out_of_memory
+            held_bytes = None if failure is None else failure.held_bytes
+            report = replace(report, suggestions=self._suggestions.ask(trainer, pl_module, held_bytes))
         # A test that failed before its first step has nothing to add to the report of the fit before.
         if report is not None and self._folder is not None and (name == "fit" or name in report.stages):
             self.report = report

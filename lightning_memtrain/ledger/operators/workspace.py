@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lightning_memtrain.compat.torch_private import disable_current_modes
+from lightning_memtrain.compat.torch_private import OpOverload, disable_current_modes, schema_of
 from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.core.arguments.value_checks import as_device
 from lightning_memtrain.core.random_state import torch_random_kept
@@ -87,8 +87,11 @@ class OpCall:
         kwargs = {name: _make_argument(argument, device) for name, argument in self.keywords}
         return [_make_argument(argument, device) for argument in self.arguments], kwargs
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _call_of_name, (str(self.func), self.arguments, self.keywords)
+    def __reduce__(self) -> Any:
+        schema: Any = schema_of(self.func) if isinstance(self.func, OpOverload) else None
+        if schema is None:
+            return type(self), (self.func, self.arguments, self.keywords)
+        return _call_of_named, (schema.name, schema.overload_name, self.arguments, self.keywords)
 
     @property
     def tensors(self) -> list[TensorSpec]:
@@ -96,12 +99,11 @@ class OpCall:
         return [*_specs_in((self.arguments, [value for _, value in self.keywords]))]
 
 
-def _call_of_name(name: str, arguments: Any, keywords: Any) -> OpCall:
-    """A call that comes from another process, where operators have the same names."""
-    func: Any = torch.ops
-    for part in name.split("."):
-        func = getattr(func, part)
-    return OpCall(func, arguments, keywords)
+def _call_of_named(name: str, overload: str, arguments: Any, keywords: Any) -> OpCall:
+    """A call of an operator of torch, which cannot be pickled but by its name."""
+    namespace, _, operator = name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), operator)
+    return OpCall(getattr(packet, overload or "default"), arguments, keywords)
 
 
 def _specs_in(tree: Any) -> Iterator[TensorSpec]:
@@ -192,6 +194,43 @@ def op_call(func: Callable[..., Any], args: Any, kwargs: Any) -> OpCall:
     return OpCall(func, tuple(_describe(argument) for argument in args), keywords)
 
 
+@dataclass(frozen=True)
+class PeakMoments:
+    """All of a step that its peak depends on, whatever the workspace of its operators is.
+
+    Args:
+        rounded_bytes: most bytes of tensors, as the allocator rounds them, without those that were late.
+        late_bytes: of tensors that were live from the start, though they were only seen later.
+        live_before: most live bytes before each distinct call, without those that were late.
+        most_made: most bytes that each of them made.
+    """
+
+    rounded_bytes: int
+    late_bytes: int
+    live_before: Mapping[OpCall, int]
+    most_made: Mapping[OpCall, int]
+
+    def peak_bytes(self, workspace: OpWorkspace) -> int:
+        """The peak.
+
+        Args:
+            workspace: the table to look workspaces up in; measures those that it does not have.
+
+        Returns:
+            The bytes.
+        """
+        peak_bytes = self.rounded_bytes
+        bounds = {
+            call: live_bytes + workspace.most_bytes(call, self.most_made[call])
+            for call, live_bytes in self.live_before.items()
+        }
+        for call in sorted(bounds, key=lambda call: -bounds[call]):
+            if bounds[call] <= peak_bytes:
+                break
+            peak_bytes = max(peak_bytes, self.live_before[call] + workspace.peak_bytes(call))
+        return peak_bytes + self.late_bytes
+
+
 class PeakEstimator:
     """Finds the moment at which live storages and the workspace of the running operator are most.
 
@@ -236,17 +275,12 @@ class PeakEstimator:
 
     def peak_bytes(self) -> int:
         """The peak, after measuring what was not measured before and may matter."""
+        return self.moments().peak_bytes(self._workspace)
+
+    def moments(self) -> PeakMoments:
+        """What the peak depends on beside the workspace."""
         self._note_made()
-        peak_bytes = self._peak_bytes
-        bounds = {
-            call: live_bytes + self._workspace.most_bytes(call, self._most_made[call])
-            for call, live_bytes in self._most_before.items()
-        }
-        for call in sorted(bounds, key=lambda call: -bounds[call]):
-            if bounds[call] <= peak_bytes:
-                break
-            peak_bytes = max(peak_bytes, self._most_before[call] + self._workspace.peak_bytes(call))
-        return peak_bytes + self._late_bytes
+        return PeakMoments(self._peak_bytes, self._late_bytes, dict(self._most_before), dict(self._most_made))
 
     def _note_made(self) -> None:
         """Write down what was made since the last operator began."""
@@ -273,6 +307,8 @@ def _describe(tree: Any) -> Hashable:
         return _TARGET_DEVICE
     if isinstance(tree, torch.Generator):
         return None
+    if isinstance(tree, torch.ScriptObject):  # such as the handle of a named range for profilers
+        return _Unknown(type(tree).__name__)
     return tree if isinstance(tree, Hashable) else _Unknown(repr(tree))
 
 

@@ -73,7 +73,7 @@ class FittingSize(NamedTuple):
             return False
         if self.size >= then.num_samples < now.num_samples:
             return False  # it was the batch that ended there, and one chunk finds no gradients of another
-        growth = _growth(now.shapes, then.shapes)
+        growth = shape_growth(now.shapes, then.shapes)
         if self.peak_bytes is None:
             return growth == 1
         more_chunks = max(0, -(-now.num_samples // self.size) - -(-then.num_samples // self.size))
@@ -101,7 +101,7 @@ class FittingSize(NamedTuple):
             return ", with gradients of earlier batches"
         if now.update not in self.updates:
             return ", with another step of the optimizer"
-        if now.num_samples > then.num_samples or _growth(now.shapes, then.shapes) > 1:
+        if now.num_samples > then.num_samples or shape_growth(now.shapes, then.shapes) > 1:
             return ", for a larger batch"
         return ", with more that is kept from batch to batch"
 
@@ -123,7 +123,7 @@ def trained_parameters(model: nn.Module) -> int:
     return sum(1 << place for place, parameter in enumerate(model.parameters()) if parameter.requires_grad)
 
 
-def _growth(shapes: Shapes, known: Shapes) -> float:
+def shape_growth(shapes: Shapes, known: Shapes) -> float:
     """How many times more than for a known batch may be held for the samples of another, at most.
 
     Activations grow with each dimension, those of attention with its square. What has shrunk is not counted.

@@ -130,12 +130,17 @@ class AutoSize:
             self.reduce_to(step, (self.size + 1) // 2, "the allocator had to retry in two batches running")
             return
         self._num_clean += 1
-        ceiling = max((found.size for found in self._found), default=0)
+        ceiling = self._ceiling
         if self._most is not None and self._most < ceiling and self._num_clean >= self._grow_after:
             self._most = min(2 * self._most, ceiling)
             self._say(step, f"{self._num_clean} clean batches; microbatch_size={self._most} from here")
             self.size = self._most
             self._num_clean = 0
+
+    @property
+    def _ceiling(self) -> int:
+        """What the size may grow to again."""
+        return max((found.size for found in self._found), default=0)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know."""
@@ -167,6 +172,37 @@ class AutoSize:
 
     def _say(self, step: int, what: str) -> None:
         self.events.append(f"step {step}: {what}")
+
+
+class GivenSize(AutoSize):
+    """A size that somebody has chosen, which running out of memory makes smaller.
+
+    No batch is probed: each is tried with this size.
+
+    Args:
+        size: samples at a time, at least 1.
+        grow_after_batches: clean batches before a smaller size is doubled.
+    """
+
+    def __init__(self, size: int, grow_after_batches: int) -> None:
+        super().__init__(None, grow_after_batches)
+        self.given = size
+        self.size = size
+
+    def size_for(self, now: BatchConditions) -> int:
+        """As given, or what was left of that.
+
+        Args:
+            now: the batch.
+
+        Returns:
+            The size.
+        """
+        return self.given if self._most is None else min(self.given, self._most)
+
+    @property
+    def _ceiling(self) -> int:
+        return self.given
 
 
 def allocation_retries(device: torch.device) -> int:

@@ -51,8 +51,8 @@ def define_metrics(logger: Logger) -> None:
     Args:
         logger: any Lightning logger.
     """
-    with _training_goes_on(logger):
-        if _kind(logger) == "WandbLogger":
+    with training_goes_on(logger):
+        if logger_kind(logger) == "WandbLogger":
             _define_wandb_axis(logger)
 
 
@@ -65,7 +65,7 @@ def log_scalars(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     """
     step = batches_that_stepped(trainer)
     for logger in trainer.loggers:
-        with _training_goes_on(logger):
+        with training_goes_on(logger):
             logger.log_metrics(dict(metrics), step=step)
 
 
@@ -81,8 +81,8 @@ def log_report(logger: Logger, report: MemoryReport, report_dir: Path | None) ->
         report: what the profiler learned.
         report_dir: where its files lie, to be named; ``None`` if they could not be written.
     """
-    with _training_goes_on(logger):
-        match _kind(logger):
+    with training_goes_on(logger):
+        match logger_kind(logger):
             case "WandbLogger":
                 _log_to_wandb(logger, report)
             case "TensorBoardLogger":
@@ -91,7 +91,15 @@ def log_report(logger: Logger, report: MemoryReport, report_dir: Path | None) ->
                 _log_to_mlflow(logger, report)
 
 
-def _kind(logger: Logger) -> str | None:
+def logger_kind(logger: Logger) -> str | None:
+    """Which of the loggers that get more than numbers it is.
+
+    Args:
+        logger: any Lightning logger.
+
+    Returns:
+        The name of Lightning's class, or ``None``.
+    """
     # By name, so that no logger's package is imported, and that both `lightning` and `pytorch_lightning`,
     # and subclasses of their loggers, are recognised.
     names = {cls.__name__ for cls in type(logger).__mro__}
@@ -100,7 +108,15 @@ def _kind(logger: Logger) -> str | None:
 
 
 @contextmanager
-def _training_goes_on(logger: Logger) -> Iterator[None]:
+def training_goes_on(logger: Logger) -> Iterator[None]:
+    """Make a warning of whatever a logger fails by.
+
+    Args:
+        logger: who is given something.
+
+    Yields:
+        Nothing.
+    """
     try:
         yield
     except Exception as error:

@@ -55,6 +55,9 @@ def render_table(report: MemoryReport) -> RenderableType:
     if report.ranks is not None:
         smallest, largest = (format_bytes(report.ranks[f"{end}_peak_bytes"]) for end in ("min", "max"))
         parts.append(Text(f"Peak over {report.ranks['world_size']} ranks: from {smallest} to {largest}."))
+    if report.suggestions:
+        parts += ["", Text("Less memory, for `callbacks`:", style="bold")]
+        parts += [Text(f"  {line}", overflow="fold") for line in report.suggestions]
     return Group(*parts)
 
 

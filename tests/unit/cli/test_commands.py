@@ -194,7 +194,7 @@ def test_folder_that_is_no_recipe(recipe, capsys):
         (["run", "tiny", "--variant"], "argument --variant: expected one argument. See `memtrain --help`."),
         (
             ["run", "tiny", "--resume=x"],
-            "--resume goes on with a run as it is; leave out recipe, --variant and --run-dir.",
+            "--resume goes on with a run as it is; leave out recipe, --variant, --plan and --run-dir.",
         ),
         (
             ["run", "tiny", "--trust=a.B"],

@@ -1,0 +1,1 @@
+"""What a plan holds for: model, versions and batches, and who stops another run."""

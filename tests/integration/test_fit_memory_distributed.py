@@ -1,0 +1,84 @@
+"""Under ddp all ranks follow one plan, made by the rank with the largest batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lightning_memtrain as mt
+from lightning_memtrain.planning.fit.running import fit_memory
+from tests.helpers.stand_in_search import BYTES_PER_NUMBER, StandInSearch
+from tests.helpers.trainers import quiet_trainer
+from tests.helpers.two_ranks import found_by_two_ranks
+
+FEATURES = 16
+WEIGHTS = 3 * (FEATURES * 3 + 3) * 4
+
+
+class Net(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, 3)
+        self.seen: list[int] = []
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        self.seen.append(len(batch))
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def check(name: str, folder: Path, rank: int) -> dict[str, Any]:
+    search = StandInSearch()
+    fit_memory.find_ways = search  # type: ignore[assignment]  # a process of its own
+    samples = 1 / 2 if name == "refused" else 4
+    callback = mt.FitMemory(WEIGHTS + int(samples * FEATURES * BYTES_PER_NUMBER))
+    # The second rank has the larger batches, and a larger one still in the third step.
+    sizes = [(4, 4, 4), (8, 8, 16)][rank]
+    data = DataLoader([torch.ones(size, FEATURES) for size in sizes], batch_size=None)  # type: ignore[arg-type]
+    model = Net()
+    trainer = quiet_trainer(
+        folder, callback, devices=2, strategy="ddp", use_distributed_sampler=False, num_sanity_val_steps=0
+    )
+    said = ""
+    try:
+        trainer.fit(model, data)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    return {
+        "seen": model.seen,
+        "calls": len(search.calls),
+        "events": callback.technique_record().events,
+        "said": said,
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return found_by_two_ranks(check, ["kept", "refused"], tmp_path_factory.mktemp("ranks"))
+
+
+def test_all_ranks_follow_the_plan_of_the_largest(found: list[dict[str, Any]]) -> None:
+    small, large = (rank["kept"] for rank in found)
+    assert large["calls"] == 2  # the first batch, and the larger one
+    assert small["calls"] == 0
+    assert small["events"] == large["events"]
+    assert "a tensor of the batch is [16, 16], not [8, 16]" in large["events"][1]
+    assert small["seen"] == [4, 4, 4]
+    assert large["seen"] == [4] * 8
+
+
+def test_all_ranks_are_refused_together(found: list[dict[str, Any]]) -> None:
+    small, large = (rank["refused"] for rank in found)
+    assert small["said"] == large["said"]
+    assert small["said"].startswith(
+        "MisconfigurationException: `FitMemory(limit)` of 1.38 KiB cannot be kept."
+    )
+    assert small["seen"] == large["seen"] == []
