@@ -25,7 +25,7 @@ from lightning_memtrain.planning.fit.trials.step_watch import StepWatch
 from lightning_memtrain.planning.prediction.forked import call_in_copy
 from lightning_memtrain.planning.prediction.twin.moving import move, replace_when_moved
 from lightning_memtrain.planning.prediction.twin.twin_accelerator import TwinAccelerator
-from lightning_memtrain.planning.prediction.twin.twin_run import _prepare_process
+from lightning_memtrain.planning.prediction.twin.twin_run import prepare_process, prepare_twin
 from lightning_memtrain.tracing.allocator import CachingAllocator
 from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE, TwinBackend, TwinDeviceMode, install
 from lightning_memtrain.tracing.cuda_twin.arguments import CudaMeansTwin
@@ -109,7 +109,8 @@ def _on_twin(model: Model, options: Mapping[str, Any], device: Device, trial: Tr
 
     mode = TwinDeviceMode(backend, on_matrix_product)
     rules = TwinAutocast(), TwinAttention(has_flash=(device.compute_capability or AMPERE) >= AMPERE)
-    _prepare_process()
+    prepare_process()
+    prepare_twin()
     with _quietly() as undo:
         if not isinstance(model, pl.LightningModule):
             with mode.fake:

@@ -99,10 +99,7 @@ def run_on_twin(
     mode = TwinDeviceMode(backend, on_matrix_product)
     rules = TwinAutocast(), TwinAttention(has_flash=(device.compute_capability or AMPERE) >= AMPERE)
     prepare_process()
-    make_from_values()
-    # Optimizers and clipping take all parameters at once, as they do by default on CUDA.
-    for types in (types_with_foreach, types_with_foreach_norms):
-        types.append(FakeTensor)
+    prepare_twin()
     with quiet_folder() as folder, contextlib.ExitStack() as undo:
         undo.enter_context(mode)
         undo.enter_context(CudaMeansTwin())
@@ -216,6 +213,14 @@ def prepare_process() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     # Torch writes many lines where an operator has no rule for tensors without data.
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+
+
+def prepare_twin() -> None:
+    """What else has to be as on a GPU, for the rest of this process."""
+    make_from_values()
+    # Optimizers and clipping take all parameters at once, as they do by default on CUDA.
+    for types in (types_with_foreach, types_with_foreach_norms):
+        types.append(FakeTensor)
 
 
 def _load_in_this_process() -> None:
