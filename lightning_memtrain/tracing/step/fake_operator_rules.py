@@ -16,7 +16,7 @@ from lightning_memtrain.core.random_state import torch_random_kept
 from lightning_memtrain.ledger.operators.workspace import OpCall, op_call
 
 _aten = torch.ops.aten
-HALF_DTYPES = (torch.bfloat16, torch.float16)
+_HALF_DTYPES = (torch.bfloat16, torch.float16)
 Knows = Callable[[Any], bool]
 
 
@@ -122,16 +122,15 @@ def _batch_norm(func: Any, args: Any, kwargs: Any, given: Any, knows: Knows) -> 
 
 
 def _statistics_in_float32(func: Any, args: Any, kwargs: Any, given: Any, knows: Knows) -> Any:
-    """On a CPU statistics of half-precision inputs are float32 where weights are; torch's rule halves them."""
-    results = _batch_norm(func, args, kwargs, given, knows) if func in _OF_BATCHES else func(*args, **kwargs)
-    tensors = [*args, *kwargs.values()]
-    are_mixed = any(isinstance(one, Tensor) and one.dtype is torch.float32 for one in tensors[1:])
-    if args[0].device.type != "cpu" or args[0].dtype not in HALF_DTYPES or not are_mixed:
+    """On a CPU statistics of half-precision inputs are float32 where weights are, unlike in torch's rule."""
+    is_of_batches = func is _aten.native_batch_norm.default
+    results = _batch_norm(func, args, kwargs, given, knows) if is_of_batches else func(*args, **kwargs)
+    others = [*args[1:], *kwargs.values()]
+    are_mixed = any(isinstance(one, Tensor) and one.dtype is torch.float32 for one in others)
+    if args[0].device.type != "cpu" or args[0].dtype not in _HALF_DTYPES or not are_mixed:
         return results
     return results[0], *(one.new_empty(one.shape, dtype=torch.float32) for one in results[1:])
 
-
-_OF_BATCHES = (_aten.native_batch_norm.default,)
 
 FAKE_RULES: dict[Any, Callable[[Any, Any, Any, Any, Knows], Any]] = {
     _aten.masked_select.default: _masked_select,
