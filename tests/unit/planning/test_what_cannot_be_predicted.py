@@ -164,7 +164,9 @@ def test_a_trainer_of_several_devices_is_refused() -> None:
 
 def test_a_torch_without_devices_made_in_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(backend_registration, "_setup_privateuseone_for_python_backend")
-    said = rf"torch {re.escape(torch.__version__)} has no .* Install a newer torch \(2\.13 has it\), or predict"
+    said = (
+        rf"torch {re.escape(torch.__version__)} has no .* Install a newer torch \(2\.13 has it\), or predict"
+    )
     with pytest.raises(RuntimeError, match=said):
         predict(Step(mean), BATCH, device="T4")
 
