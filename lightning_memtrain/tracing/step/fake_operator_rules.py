@@ -16,6 +16,7 @@ from lightning_memtrain.core.random_state import torch_random_kept
 from lightning_memtrain.ledger.operators.workspace import OpCall, op_call
 
 _aten = torch.ops.aten
+_HALF_DTYPES = (torch.bfloat16, torch.float16)
 Knows = Callable[[Any], bool]
 
 
@@ -120,6 +121,17 @@ def _batch_norm(func: Any, args: Any, kwargs: Any, given: Any, knows: Knows) -> 
     return results[0].new_empty(results[0].shape), *results[1:]
 
 
+def _statistics_in_float32(func: Any, args: Any, kwargs: Any, given: Any, knows: Knows) -> Any:
+    """On a CPU statistics of half-precision inputs are float32 where weights are, unlike in torch's rule."""
+    is_of_batches = func is _aten.native_batch_norm.default
+    results = _batch_norm(func, args, kwargs, given, knows) if is_of_batches else func(*args, **kwargs)
+    others = [*args[1:], *kwargs.values()]
+    are_mixed = any(isinstance(one, Tensor) and one.dtype is torch.float32 for one in others)
+    if args[0].device.type != "cpu" or args[0].dtype not in _HALF_DTYPES or not are_mixed:
+        return results
+    return results[0], *(one.new_empty(one.shape, dtype=torch.float32) for one in results[1:])
+
+
 FAKE_RULES: dict[Any, Callable[[Any, Any, Any, Any, Knows], Any]] = {
     _aten.masked_select.default: _masked_select,
     _aten._pack_padded_sequence.default: _pack_padded_sequence,
@@ -127,7 +139,9 @@ FAKE_RULES: dict[Any, Callable[[Any, Any, Any, Any, Knows], Any]] = {
     _aten._ctc_loss.Tensor: _ctc_loss,
     _aten.mkldnn_rnn_layer.default: _mkldnn_rnn_layer,
     _aten.mkldnn_rnn_layer_backward.default: _mkldnn_rnn_layer_backward,
-    _aten.native_batch_norm.default: _batch_norm,
+    _aten.native_batch_norm.default: _statistics_in_float32,
+    _aten.native_layer_norm.default: _statistics_in_float32,
+    _aten.native_group_norm.default: _statistics_in_float32,
 }
 """What to call in place of an operator: with it, its arguments without data, and the arguments as given."""
 

@@ -33,6 +33,8 @@ _COMBINED: dict[Any, Callable[[Any, Any], Any]] = {
     _aten.logical_or: lambda one, other: one or other,
     _aten.bitwise_or: lambda one, other: one or other,
 }
+_ORDERED = (_aten.lt, _aten.le, _aten.gt, _aten.ge)
+_FAR = torch.finfo(torch.float16).max  # numbers lie within what their type can hold
 _KEEP_VALUES = (
     _aten.alias,
     _aten.clone,
@@ -118,6 +120,8 @@ class TypicalValues:
         second = self.of(args[1])
         if first is not None and second is not None:
             return _COMPARISONS[packet](first, second)
+        if isinstance(second, (int, float)) and abs(second) >= _FAR and packet in _ORDERED:
+            return _COMPARISONS[packet](0.0, second)
         if packet is _aten.eq:  # `x == x` asks for numbers that are none
             return args[0] is args[1]
         if packet is _aten.ne:

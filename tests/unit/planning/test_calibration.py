@@ -45,14 +45,16 @@ def test_sizes_are_in_the_order_of_bytes_and_keep_their_factors_of_two() -> None
     assert [*smaller_sizes(50_257)] == [12_564 >> shift for shift in range(14)]
 
 
-@pytest.mark.parametrize("rows", [20, 40])
-def test_a_part_tells_what_the_whole_holds(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "most_bytes"), [(20, MIB), (40, 3 * MIB // 2)])
+def test_a_part_tells_what_the_whole_holds(
+    rows: int, most_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     call = convolution(rows)
     whole = OpWorkspace("cpu").peak_bytes(call)
     made_bytes = rows * 32 * 12 * 12 * 4
     assert whole >= made_bytes
-    monkeypatch.setattr(calibration, "MOST_MEASURED_BYTES", MIB)
-    monkeypatch.setattr(calibration, "_MOST_BYTES", MIB)
+    monkeypatch.setattr(calibration, "MOST_MEASURED_BYTES", most_bytes)
+    monkeypatch.setattr(calibration, "_MOST_BYTES", most_bytes)
     monkeypatch.setattr(calibration, "_known", {})
     assert measure_call(pickle.dumps((call, made_bytes))) == (whole, None)
 

@@ -158,7 +158,7 @@ def test_a_batch_elsewhere_is_refused() -> None:
 def test_a_torch_without_devices_made_in_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registration, "set_up_python_backend", None)
     version = re.escape(torch.__version__)
-    said = rf"torch {version} has nothing to make one\. Install a newer torch \(2\.13 has it\), or count"
+    said = rf"torch {version} has nothing to make one\. Install a newer torch \(2\.13 has it\), or predict"
     with pytest.raises(RuntimeError, match=said):
         predict(Step(mean), BATCH, device="T4")
 

@@ -13,7 +13,7 @@ from lightning_memtrain.planning.prediction.cpu.smaller_calls import sizes_of, s
 from lightning_memtrain.planning.prediction.forked import Ask
 
 #: Most bytes of arguments and results that an operator is measured with.
-MOST_MEASURED_BYTES = 64 * MIB
+MOST_MEASURED_BYTES = 32 * MIB
 # ... and where a part does not tell.
 _MOST_BYTES = 512 * MIB
 
@@ -21,10 +21,13 @@ _MOST_BYTES = 512 * MIB
 _MOST_COPIES = 2
 _MOST_PER_THREAD_BYTES = 4 * MIB
 
-# Operators that only make a tensor of a form, whatever its layout.
+# Operators that only make a tensor of a form, whatever its layout, or look at one.
 _MAKERS = frozenset(
     getattr(torch.ops.aten, name)
-    for name in ("clone", "empty_like", "ones_like", "zeros_like", "new_empty", "new_zeros", "zero_", "fill_")
+    for name in (
+        *("clone", "empty_like", "ones_like", "zeros_like", "new_empty", "new_zeros", "zero_", "fill_"),
+        "_unsafe_view",
+    )
 )
 
 _known: dict[tuple[int, OpCall], tuple[int, str | None]] = {}
@@ -33,7 +36,7 @@ _known: dict[tuple[int, OpCall], tuple[int, str | None]] = {}
 def measure_call(question: bytes) -> tuple[int, str | None]:
     """Measure a call of an operator, once in this process for a number of threads.
 
-    An operator on more than 64 MiB is measured with three smaller sizes of one of its axes; if what it holds
+    An operator on more than 32 MiB is measured with three smaller sizes of one of its axes; if what it holds
     grows evenly, the whole follows. If it does not for any axis, it is run as it is, up to 512 MiB.
 
     Args:
@@ -134,7 +137,7 @@ class AskedWorkspace(OpWorkspace):
 
 def _works_by_entry(call: OpCall) -> bool:
     """Whether an operator needs nothing beside its results: those on single entries that convert no type."""
-    if getattr(call.func, "overloadpacket", None) in _MAKERS:
+    if getattr(call.func, "overloadpacket", None) in _MAKERS or str(call.func).startswith("prim."):
         return True
     tags: Any = getattr(call.func, "tags", ())
     return torch.Tag.pointwise in tags and len({spec.dtype for spec in call.tensors}) == 1
