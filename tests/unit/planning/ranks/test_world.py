@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.strategies import (
     DDPStrategy,
+    DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
@@ -87,12 +88,13 @@ def test_two_sizes() -> None:
         ("fsdp", r"but got 'fsdp': FSDP1 packs weights .* Predict strategy=\"fsdp2\""),
         ("fsdp_cpu_offload", "FSDP1"),
         (FSDPStrategy(), "but got 'FSDPStrategy': FSDP1"),
+        (DeepSpeedStrategy.__new__(DeepSpeedStrategy), "but got 'DeepSpeedStrategy': DeepSpeed has buffers"),
         ("deepspeed_stage_3", "but got 'deepspeed_stage_3': DeepSpeed has buffers"),
         ("dpp", "must be Lightning's name of a DDP strategy, such as 'ddp', or 'fsdp2', .* but got 'dpp'"),
         ("single_device", "but got 'single_device'"),
         (SingleDeviceStrategy("cpu"), "but got SingleDeviceStrategy"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_strategies_that_are_not_predicted(strategy: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
