@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import (
 )
 
 from lightning_memtrain.planning.prediction.ranks.world import world_of
+from lightning_memtrain.planning.prediction.trainer_options import trainer_options
 
 
 def trainer(**options: Any) -> pl.Trainer:
@@ -104,3 +105,9 @@ def test_strategies_that_are_not_predicted(strategy: Any, message: str) -> None:
 def test_a_class_is_no_strategy() -> None:
     with pytest.raises(TypeError, match="must be Lightning's name of a DDP strategy"):
         world_of(None, 8, DDPStrategy)  # type: ignore[arg-type]
+
+
+def test_batch_normalisation_over_all_ranks_is_refused() -> None:
+    several = trainer(devices=2, strategy="ddp", sync_batchnorm=True)
+    with pytest.raises(ValueError, match=r"got sync_batchnorm=True, .* Predict with sync_batchnorm=False"):
+        trainer_options(several, world_of(several, None, None))
