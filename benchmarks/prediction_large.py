@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.results_file import write_results
+from benchmarks.results_file import RESULTS, write_results
 from lightning_memtrain.core import GIB
 
 
@@ -98,6 +98,7 @@ class Llama70G(Llama8G):
 ROWS: dict[str, tuple[str, ...]] = {
     "GPT-2 124M, 4 x 512, float32": ("GPT2", "--device=A100 80GB"),
     "Llama 8G, 1 x 2048, bf16": ("Llama8G", "--device=A100 80GB"),
+    "Llama 8G, recomputed": ("Llama8GRecomputed", "--device=A100 80GB"),
     "Llama 8G, 1 x 2048, bf16, each of 8 by ddp": (
         "Llama8G",
         "--device=A100 80GB",
@@ -159,6 +160,7 @@ def measure(model: str, *options: str) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "processor_seconds": round(used.ru_utime + used.ru_stime, 1),
         "resident_mib": round(used.ru_maxrss / 1024),
+        "load_average": round(os.getloadavg()[1]),
     }
 
 
@@ -180,7 +182,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("rows", nargs="*", help="names of rows, or parts of them; all by default")
-    parser.add_argument("--write", metavar="NAME", help="write benchmarks/results/NAME.json")
+    parser.add_argument("--write", metavar="NAME", help="put the rows into benchmarks/results/NAME.json")
     options = parser.parse_args()
     results = {"imports alone": imports()}
     print("imports alone", results["imports alone"], flush=True)
@@ -189,7 +191,9 @@ def main() -> None:
             results[name] = measure(*row)
             print(name, results[name], flush=True)
     if options.write:
-        write_results(options.write, results)
+        file = RESULTS / f"{options.write}.json"
+        before = json.loads(file.read_text())["results"] if file.is_file() else {}
+        write_results(options.write, before | results)
 
 
 if __name__ == "__main__":

@@ -29,17 +29,24 @@ def trainer_options(
 
     Returns:
         The arguments by name.
+
+    Raises:
+        ValueError: if layers are to compute over all ranks.
     """
     own = Precision() if world is None else world.strategy.precision_plugin
     if trainer is None:
         return {"plugins": _precision(own, device_type)}
     plugin = trainer.precision_plugin
     callbacks = [one for one in trainer.callbacks if not isinstance(one, _LEFT_OUT)]  # type: ignore[attr-defined]
-    sync = layer_sync(trainer.strategy)
-    plugins = _precision(own if type(plugin) is Precision else plugin, device_type)
+    if world is not None and layer_sync(trainer.strategy) is not None:
+        raise ValueError(
+            "`predict(trainer)` must leave batch normalisation to each rank, but got sync_batchnorm=True, "
+            "whose kernels are not known without data. Predict with sync_batchnorm=False: its layers keep "
+            "the same inputs for backward."
+        )
     return {
         "callbacks": callbacks,
-        "plugins": plugins if sync is None or world is None else [*plugins, sync],
+        "plugins": _precision(own if type(plugin) is Precision else plugin, device_type),
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
         "gradient_clip_algorithm": trainer.gradient_clip_algorithm,

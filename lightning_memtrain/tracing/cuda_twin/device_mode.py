@@ -24,7 +24,7 @@ from lightning_memtrain.compat.torch_private import (
 from lightning_memtrain.ledger.observers.dispatch_mode import skip_in_dynamo
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
 from lightning_memtrain.tracing.cuda_twin.in_place import InPlaceGradients
-from lightning_memtrain.tracing.cuda_twin.known_values import KnownValues
+from lightning_memtrain.tracing.cuda_twin.known_values import KnownValues, leaves_of
 from lightning_memtrain.tracing.cuda_twin.missing_rules import forms_from_zeros, writes_only
 from lightning_memtrain.tracing.inplace_writes import written_tensors
 from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
@@ -81,7 +81,7 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._unpinned(func, args, kwargs)
         if is_fake_mode_on():  # somebody asks for shapes only, as distributed tensors do
             return func(*args, **kwargs)
-        if not any(map(_is_on_twin, tree_leaves((args, kwargs)))):
+        if not any(map(_is_on_twin, leaves_of(args, kwargs))):
             return func(*args, **kwargs)
         if self._in_place.takes_place(func, args):
             self.known.forget(args[0])
@@ -98,7 +98,7 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._usual.follow(func, args, result)
             self.known.follow(func, args, kwargs, result)
         self._in_place.follow(func, result)
-        for one in tree_leaves(result):
+        for one in (result,) if isinstance(result, Tensor) else leaves_of((result,), None):
             if isinstance(one, Tensor) and one.device.type == DEVICE_TYPE:
                 self._backend.hold(one)
         return result
@@ -124,9 +124,12 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Returns:
             Its results, tensors without data among them.
         """
-        bare_args, bare_kwargs = tree_map(self._bare, (args, kwargs))
+        if any(
+            isinstance(one, Tensor) and not isinstance(one, FakeTensor) for one in leaves_of(args, kwargs)
+        ):
+            args, kwargs = tree_map(self._bare, (args, kwargs))
         with self.fake:
-            return func(*bare_args, **bare_kwargs)
+            return func(*args, **kwargs)
 
     def _answered(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What a question for values gets, without those of weights."""

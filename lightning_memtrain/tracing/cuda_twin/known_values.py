@@ -16,6 +16,25 @@ _MOST_FLOAT_BYTES = 2**16
 _MOST_BYTES = 2**26
 
 
+def leaves_of(args: Any, kwargs: Any) -> list[Any]:
+    """What an operator was called with, lists taken apart; much faster than for any nesting.
+
+    Args:
+        args: its arguments.
+        kwargs: its arguments by name.
+
+    Returns:
+        Tensors, numbers, and whatever else there is.
+    """
+    leaves: list[Any] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, (list, tuple)):
+            leaves.extend(leaves_of(value, None))
+        else:
+            leaves.append(value)
+    return leaves
+
+
 class KnownValues:
     """Real tensors on the CPU beside tensors that hold no data, as far as their values are known."""
 
@@ -67,7 +86,7 @@ class KnownValues:
             kwargs: its arguments by name.
             result: what it returned on the twin.
         """
-        made = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
+        made = [one for one in leaves_of((result,), None) if isinstance(one, Tensor)]
         if not made:
             return
         values = self._values(func, args, kwargs, made)
@@ -81,7 +100,7 @@ class KnownValues:
 
     def _values(self, func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> list[Tensor] | None:
         """What an operator computes, ``None`` where that is not known or not worth it."""
-        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        tensors = [one for one in leaves_of(args, kwargs) if isinstance(one, Tensor)]
         if any(self.real_or_known(one) is None for one in tensors):
             return None
         if any(one.nbytes > _most_bytes(one) for one in made):

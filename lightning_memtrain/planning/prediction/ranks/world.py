@@ -123,26 +123,25 @@ def _check_size(world_size: Any, trainer: pl.Trainer | None) -> None:
 def _named(name: str, size: int) -> Strategy:
     if name in _OWN_WORDS:
         return ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1)
+    if name.startswith("fsdp"):
+        raise ValueError(_instead_of_fsdp1(name))
+    if name.startswith("deepspeed"):  # whose strategy is one of DDP's to Lightning
+        raise ValueError(_instead_of_deepspeed(name))
     known = StrategyRegistry.available_strategies()
     if name in known and issubclass(StrategyRegistry[name]["strategy"], DDPStrategy):
         found: Strategy = StrategyRegistry.get(name)
         return found
-    if name.startswith("fsdp"):
-        raise ValueError(_instead_of_fsdp1(name))
-    if name.startswith("deepspeed"):
-        raise ValueError(_instead_of_deepspeed(name))
     raise ValueError(f"`predict(strategy)` must be {_FROM}, but got {name!r}.")
 
 
 def _refuse_others(strategy: Any) -> None:
     shown = type(strategy).__name__
-    if isinstance(strategy, (DDPStrategy, ModelParallelStrategy)):
-        return
     if isinstance(strategy, FSDPStrategy):
         raise ValueError(_instead_of_fsdp1(shown))
-    if isinstance(strategy, DeepSpeedStrategy):
+    if isinstance(strategy, DeepSpeedStrategy):  # a subclass of DDPStrategy
         raise ValueError(_instead_of_deepspeed(shown))
-    raise ValueError(f"`predict(strategy)` must be {_FROM}, but got {shown}.")
+    if not isinstance(strategy, (DDPStrategy, ModelParallelStrategy)):
+        raise ValueError(f"`predict(strategy)` must be {_FROM}, but got {shown}.")
 
 
 def _instead_of_fsdp1(shown: str) -> str:

@@ -26,6 +26,9 @@ class Blocks(pl.LightningModule):
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
+        self.make(width)
+
+    def make(self, width: int) -> None:
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(width, width, bias=False), nn.Tanh()) for _ in range(NUM_BLOCKS)
         )
@@ -94,13 +97,13 @@ def test_the_first_rank_has_the_largest_shard() -> None:
 
 def test_the_models_own_sharding_counts() -> None:
     class Own(Blocks):
-        def __init__(self) -> None:
-            pl.LightningModule.__init__(self)
+        def make(self, width: int) -> None:
+            """Nothing yet."""
 
         def configure_model(self) -> None:
             from torch.distributed.fsdp import fully_shard
 
-            Blocks.__init__(self)  # made here, and never as a whole
+            super().make(WIDTH)  # here, and never as a whole
             for block in self.blocks:
                 fully_shard(block, mesh=self.device_mesh["data_parallel"], reshard_after_forward=False)
 

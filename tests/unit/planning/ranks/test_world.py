@@ -8,12 +8,14 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.strategies import (
     DDPStrategy,
+    DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
 
 from lightning_memtrain.planning.prediction.ranks.world import world_of
+from lightning_memtrain.planning.prediction.trainer_options import trainer_options
 
 
 def trainer(**options: Any) -> pl.Trainer:
@@ -87,12 +89,13 @@ def test_two_sizes() -> None:
         ("fsdp", r"but got 'fsdp': FSDP1 packs weights .* Predict strategy=\"fsdp2\""),
         ("fsdp_cpu_offload", "FSDP1"),
         (FSDPStrategy(), "but got 'FSDPStrategy': FSDP1"),
+        (DeepSpeedStrategy.__new__(DeepSpeedStrategy), "but got 'DeepSpeedStrategy': DeepSpeed has buffers"),
         ("deepspeed_stage_3", "but got 'deepspeed_stage_3': DeepSpeed has buffers"),
         ("dpp", "must be Lightning's name of a DDP strategy, such as 'ddp', or 'fsdp2', .* but got 'dpp'"),
         ("single_device", "but got 'single_device'"),
         (SingleDeviceStrategy("cpu"), "but got SingleDeviceStrategy"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_strategies_that_are_not_predicted(strategy: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -102,3 +105,9 @@ def test_strategies_that_are_not_predicted(strategy: Any, message: str) -> None:
 def test_a_class_is_no_strategy() -> None:
     with pytest.raises(TypeError, match="must be Lightning's name of a DDP strategy"):
         world_of(None, 8, DDPStrategy)  # type: ignore[arg-type]
+
+
+def test_batch_normalisation_over_all_ranks_is_refused() -> None:
+    several = trainer(devices=2, strategy="ddp", sync_batchnorm=True)
+    with pytest.raises(ValueError, match=r"got sync_batchnorm=True, .* Predict with sync_batchnorm=False"):
+        trainer_options(several, world_of(several, None, None))
