@@ -171,7 +171,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     lengths = [1] * len(folders)
     while True:
         names = [
-            "/".join(folder.parts[-length:]) or str(folder)
+            "/".join(folder.parts[-length:]) if length < len(folder.parts) else str(folder)
             for folder, length in zip(folders, lengths, strict=True)
         ]
         longer = [
