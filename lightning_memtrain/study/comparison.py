@@ -160,6 +160,12 @@ def compare_runs(loaded: Sequence[LoadedRun], stage: str = "fit") -> Comparison:
 def short_names(paths: Sequence[Path]) -> list[str]:
     """Name each run by the end of its path, with as many folders as make the names differ.
 
+    Args:
+        paths: folders of runs, or their reports.
+
+    Returns:
+        A name for each, in the same order.
+
     Example:
         >>> short_names([Path("runs/a/memory/memory_report.json"), Path("old/a"), Path("runs/b")])
         ['runs/a', 'old/a', 'b']

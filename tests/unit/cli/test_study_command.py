@@ -80,7 +80,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2)
         (["--seeds=1,1"], "but got [1, 1]"),
         (["--seeds=many"], "but got 'many'"),
         (["--grid=tny"], "the recipe has default, tiny. Did you mean `tiny`?"),
-        (["--grid=tiny", "--variant=plian"], "only plain, microbatches-5, bf16, both. Did you mean `plain`?"),
+        (["--grid=tiny", "--variant=plin"], "only plain, microbatches-5, bf16, both. Did you mean `plain`?"),
         (["--grid=tiny", "--seed=9"], "`--seed 9` is none of the study's seeds, which are [1, 2]."),
         (["--grid=tiny", "--resume"], "no study in `studies/cifar10_wrn28_2-tiny` to go on with"),
         (["--sedes=2"], "unknown argument `--sedes=2`. Did you mean `--seeds`?"),
