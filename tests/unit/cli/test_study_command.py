@@ -214,6 +214,16 @@ def test_the_environment_of_a_run_names_it_in_wandb(here, monkeypatch):
     assert "WANDB_RUN_ID" not in runner._env(run)  # its agent's, if it has one
 
 
+def test_wandb_where_loggers_are_switched_off(here, capsys, monkeypatch):
+    option = grid(here, "seeds: 1\nvariants: {quiet: {config: {trainer: {logger: false}}}}")
+    error = error_of(capsys, RECIPE, option, "--study-dir=a", "--wandb=offline")
+    assert "`--wandb offline` adds a logger, but `quiet` has `trainer.logger: false`." in error
+    seen = []
+    monkeypatch.setattr(StudyRunner, "run", lambda self: seen.append(self) or True)
+    main(["study", RECIPE, option, "--study-dir=b"])
+    assert not any("Wandb" in word for word in seen[0]._command(seen[0]._plan.runs[0], False))
+
+
 def test_a_process_whose_study_is_gone_does_not_begin(here):
     command = [sys.executable, "-m", "lightning_memtrain.cli.studies.run_process"]
     for parent, code in (("1", 143), (str(os.getpid()), 0)):
