@@ -106,7 +106,7 @@ class LoadedRun:
     record: RunRecord | None
 
 
-def load_run(path: Path) -> LoadedRun:
+def load_run(path: Path | str) -> LoadedRun:
     """Read what a run has left.
 
     Args:
@@ -118,6 +118,7 @@ def load_run(path: Path) -> LoadedRun:
     Raises:
         ValueError: if there is no report, or one of another version.
     """
+    path = Path(path)
     places = [path / "memory" / JSON_NAME, path / JSON_NAME, path]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
