@@ -34,6 +34,9 @@ def annotate(name: str) -> None:
 def is_watched() -> bool:
     """Whether somebody watches the step right now, which takes time of its own.
 
+    Returns:
+        Whether any :func:`watch_annotations` has not ended.
+
     Example:
         >>> is_watched()
         False

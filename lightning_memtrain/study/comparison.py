@@ -106,7 +106,7 @@ class LoadedRun:
     record: RunRecord | None
 
 
-def load_run(path: Path) -> LoadedRun:
+def load_run(path: Path | str) -> LoadedRun:
     """Read what a run has left.
 
     Args:
@@ -118,6 +118,7 @@ def load_run(path: Path) -> LoadedRun:
     Raises:
         ValueError: if there is no report, or one of another version.
     """
+    path = Path(path)
     places = [path / "memory" / JSON_NAME, path / JSON_NAME, path]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
@@ -160,6 +161,12 @@ def compare_runs(loaded: Sequence[LoadedRun], stage: str = "fit") -> Comparison:
 def short_names(paths: Sequence[Path]) -> list[str]:
     """Name each run by the end of its path, with as many folders as make the names differ.
 
+    Args:
+        paths: folders of runs, or their reports.
+
+    Returns:
+        A name for each, in the same order.
+
     Example:
         >>> short_names([Path("runs/a/memory/memory_report.json"), Path("old/a"), Path("runs/b")])
         ['runs/a', 'old/a', 'b']
@@ -171,7 +178,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     lengths = [1] * len(folders)
     while True:
         names = [
-            "/".join(folder.parts[-length:]) or str(folder)
+            "/".join(folder.parts[-length:]) if length < len(folder.parts) else str(folder)
             for folder, length in zip(folders, lengths, strict=True)
         ]
         longer = [

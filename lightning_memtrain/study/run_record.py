@@ -96,7 +96,7 @@ class RunRecord:
             ) from error
 
     @classmethod
-    def load(cls, folder: Path) -> RunRecord | None:
+    def load(cls, folder: Path | str) -> RunRecord | None:
         """Read the record in a run's folder.
 
         Args:
@@ -108,7 +108,7 @@ class RunRecord:
         Raises:
             ValueError: if the file is no record, or of another version.
         """
-        path = folder / NAME
+        path = Path(folder) / NAME
         if not path.is_file():
             return None
         try:

@@ -124,7 +124,7 @@ class StudyResult:
         return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
     @classmethod
-    def load(cls, path: Path) -> StudyResult:
+    def load(cls, path: Path | str) -> StudyResult:
         """Read what :meth:`to_json` made.
 
         Args:
@@ -137,7 +137,7 @@ class StudyResult:
             ValueError: if it is none, or of another version.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
             kind, version = data.pop("kind", None), data.pop("schema_version", None)
             if (kind, version) != (_KIND, SCHEMA_VERSION):
                 raise ValueError(

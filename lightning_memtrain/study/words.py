@@ -28,7 +28,13 @@ def duration(seconds: float) -> str:
 
 
 def times(factor: float | None) -> str:
-    """Write how many times as much something is; nothing if that is not known.
+    """Write how many times as much something is.
+
+    Args:
+        factor: how many times as much; ``None`` if that is not known.
+
+    Returns:
+        The factor, or nothing.
 
     Example:
         >>> times(44.04), times(1.5), times(0.987), times(None)
@@ -40,7 +46,15 @@ def times(factor: float | None) -> str:
 
 
 def short_score(score: Score, value: float, spread: float | None = None) -> str:
-    """Write a score as it is shown, with the spread of several seeds.
+    """Write a score as it is shown.
+
+    Args:
+        score: what it is a value of.
+        value: as it was logged.
+        spread: of several seeds; ``None`` if there is only one.
+
+    Returns:
+        The value with its unit.
 
     Example:
         >>> accuracy = Score("test/accuracy", percent=True)

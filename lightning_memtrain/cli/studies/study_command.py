@@ -64,7 +64,7 @@ def run_study(options: argparse.Namespace) -> int:
     check_folder(folder, plan, resume=None if "WANDB_SWEEP_ID" in os.environ else options.resume)
     _check_runs(recipe, folder, wanted)
     _write_plan(folder, plan)
-    study = _Study(recipe, folder, plan, wanted, grid, jobs, threads, niceness, _wandb(options))
+    study = _Study(recipe, folder, plan, wanted, grid, jobs, threads, niceness, _wandb(options, recipe, plan))
     return study.run()
 
 
@@ -202,14 +202,27 @@ def _write_sweep(recipe: Recipe, plan: StudyPlan, grid: Grid, options: argparse.
     return 0
 
 
-def _wandb(options: argparse.Namespace) -> _Wandb | None:
+def _wandb(options: argparse.Namespace, recipe: Recipe, plan: StudyPlan) -> _Wandb | None:
     installed = find_spec("wandb") is not None
-    mode = options.wandb or ("offline" if installed else "off")
+    without = _without_loggers(recipe, plan)
+    mode = options.wandb or ("offline" if installed and not without else "off")
+    if mode != "off" and without:
+        raise CommandError(
+            f"`--wandb {mode}` adds a logger, but {without} has `trainer.logger: false`. Leave one out."
+        )
     if mode == "off":
         return None
     if not installed:
         raise CommandError(f"`--wandb {mode}` needs wandb: pip install 'lightning-memtrain[wandb]'")
     return _Wandb(mode, options.wandb_project)
+
+
+def _without_loggers(recipe: Recipe, plan: StudyPlan) -> str:
+    """Who has switched all loggers off; nothing if nobody has."""
+    configs = {"the recipe": yaml.safe_load(recipe.config.read_text(encoding="utf-8")) or {}}
+    configs |= {f"`{run.variant}`": run.config for run in plan.runs}
+    off = [name for name, one in configs.items() if (one.get("trainer") or {}).get("logger") is False]
+    return off[0] if off else ""
 
 
 def _count(option: str, text: str) -> int:

@@ -71,7 +71,8 @@ def bars(peaks: Mapping[str, Mapping[str, int]], notes: Mapping[str, str] | None
     """
     shown = [one for one in STACK if any(held.get(one.value, 0) > 0 for held in peaks.values())]
     parts, y = _category_legend(shown)
-    highest = max((sum(held.values()) for held in peaks.values()), default=0) or 1
+    # The workspace may be negative: an allocator that saw fewer bytes than the ledger.
+    highest = max((sum(max(0, size) for size in held.values()) for held in peaks.values()), default=0) or 1
     for name, held in peaks.items():
         total = sum(held.values())
         note = (notes or {}).get(name, "")

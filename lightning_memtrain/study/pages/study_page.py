@@ -104,7 +104,7 @@ def _variant_row(row: VariantResult, result: StudyResult) -> list[str]:
     return [
         *cells,
         short_score(score, row.score, row.score_spread),
-        change if isinstance(change, str) else f"{change:+.3g}",
+        change if isinstance(change, str) else format(change, "+.2f" if score.percent else "+.3g"),
     ]
 
 

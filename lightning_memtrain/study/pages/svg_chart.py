@@ -10,7 +10,7 @@ from html import escape
 WIDTH, HEIGHT = 460, 320
 _LEFT, _RIGHT, _BOTTOM = 58, 14, 44
 _CHARACTER = 6.3  # width of one, in the mean, of the 11 pixels that names are high
-_NUM_COLOURS = 8
+_NUM_COLOURS = 11
 #: From this quotient of the largest and the smallest value on, an axis is logarithmic.
 _LOGARITHMIC_FROM = 4
 
@@ -173,7 +173,7 @@ def _axis(
 
 
 def _colour(groups: Sequence[str], group: str) -> int:
-    return groups.index(group) % _NUM_COLOURS if group in groups else _NUM_COLOURS
+    return groups.index(group) % _NUM_COLOURS if group in groups else _NUM_COLOURS  # grey
 
 
 def _dot(point: Point, x: float, y: float, up: Callable[[float], float], groups: Sequence[str]) -> str:

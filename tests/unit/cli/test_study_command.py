@@ -80,7 +80,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2)
         (["--seeds=1,1"], "but got [1, 1]"),
         (["--seeds=many"], "but got 'many'"),
         (["--grid=tny"], "the recipe has default, tiny. Did you mean `tiny`?"),
-        (["--grid=tiny", "--variant=plian"], "only plain, microbatches-5, bf16, both. Did you mean `plain`?"),
+        (["--grid=tiny", "--variant=plin"], "only plain, microbatches-5, bf16, both. Did you mean `plain`?"),
         (["--grid=tiny", "--seed=9"], "`--seed 9` is none of the study's seeds, which are [1, 2]."),
         (["--grid=tiny", "--resume"], "no study in `studies/cifar10_wrn28_2-tiny` to go on with"),
         (["--sedes=2"], "unknown argument `--sedes=2`. Did you mean `--seeds`?"),
@@ -212,6 +212,16 @@ def test_the_environment_of_a_run_names_it_in_wandb(here, monkeypatch):
     assert runner._command(run, True)[5:] == ["run", "--resume", "mine/runs/plain-seed1"]
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     assert "WANDB_RUN_ID" not in runner._env(run)  # its agent's, if it has one
+
+
+def test_wandb_where_loggers_are_switched_off(here, capsys, monkeypatch):
+    option = grid(here, "seeds: 1\nvariants: {quiet: {config: {trainer: {logger: false}}}}")
+    error = error_of(capsys, RECIPE, option, "--study-dir=a", "--wandb=offline")
+    assert "`--wandb offline` adds a logger, but `quiet` has `trainer.logger: false`." in error
+    seen = []
+    monkeypatch.setattr(StudyRunner, "run", lambda self: seen.append(self) or True)
+    main(["study", RECIPE, option, "--study-dir=b"])
+    assert not any("Wandb" in word for word in seen[0]._command(seen[0]._plan.runs[0], False))
 
 
 def test_a_process_whose_study_is_gone_does_not_begin(here):

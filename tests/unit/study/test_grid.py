@@ -64,8 +64,8 @@ V = {"plain": {}, "half": {}}
     [
         (["plain"], "the grid must be a mapping of names to values, but got ['plain']."),
         ({}, "the grid has no `variants`; give at least one, such as `plain: {}`."),
-        ({"varients": V}, "the grid has the unknown key `varients`. Did you mean `variants`?"),
-        ({"variants": {"plain": {"confg": {}}}}, "unknown key `confg`. Did you mean `config`?"),
+        ({"variant": V}, "the grid has the unknown key `variant`. Did you mean `variants`?"),
+        ({"variants": {"plain": {"confi": {}}}}, "unknown key `confi`. Did you mean `config`?"),
         ({"variants": {"a/b": {}}}, "`variants.a/b` must be a name of letters, digits"),
         ({"variants": {"base": {}}}, "and is not `base`"),
         ({"variants": {"plain": {"strength": [1]}}}, "`variants.plain.strength` must be a number or a word"),

@@ -76,6 +76,13 @@ def test_a_study_that_has_just_begun_has_a_page():
     assert "0 of 0 runs finished" in render_study(empty)
 
 
+def test_a_negative_workspace_makes_no_bar_too_long():
+    figure = bars({"a": {"activations": 300, "workspace": -100}})
+    (bar,) = [node for node in ElementTree.fromstring(figure).iter("rect") if node.get("height") == "13"]
+    assert float(bar.get("width")) == 460.0
+    assert "200 B" in texts(figure)
+
+
 def test_bars_are_as_wide_as_their_bytes():
     figure = bars({"a": {"parameters": 100, "activations": 300}, "b": {"activations": 200}})
     widths = [

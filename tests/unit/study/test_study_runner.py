@@ -172,12 +172,12 @@ def test_a_signal_lets_runs_end_with_a_checkpoint(study):
 
 
 def test_a_finished_run_without_the_score_says_what_it_has(study):
-    study.grid = read_grid({**GRID, "score": {"metric": "test/acuracy"}})
+    study.grid = read_grid({**GRID, "score": {"metric": "test/accurac"}})
     study.run(a="finish", b="finish", c="finish")
     state, reason = study.states()["a"]
     assert state == "finished"
     assert reason == (
-        "the run logged no finite `test/acuracy`, only test/accuracy. Did you mean `test/accuracy`?"
+        "the run logged no finite `test/accurac`, only test/accuracy. Did you mean `test/accuracy`?"
     )
 
 

@@ -125,20 +125,22 @@ def test_a_folder_that_cannot_be_written_to_does_not_hide_the_failure(tmp_path):
         trainer.fit(model)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_resumed_run_has_a_record_of_all_its_parts(tmp_path):
-    first = trainer_with(tmp_path, recorder(tmp_path), max_epochs=1)
+    def saving() -> pl.callbacks.ModelCheckpoint:
+        return pl.callbacks.ModelCheckpoint(tmp_path / "kept", save_top_k=-1)
+
+    first = trainer_with(tmp_path, recorder(tmp_path), saving(), max_epochs=1)
     first.fit(Logged())
     (checkpoint,) = tmp_path.rglob("*.ckpt")
-    again = pl.callbacks.ModelCheckpoint(tmp_path / "again")
-    second = trainer_with(tmp_path, recorder(tmp_path), again)
+    second = trainer_with(tmp_path, recorder(tmp_path), saving())
     second.fit(Logged(), ckpt_path=checkpoint)
     written = read(tmp_path)
     assert (written.num_parts, written.num_steps, written.num_timed_steps) == (2, 12, 12)
 
     # There is nothing left to train: what was known stays.
     record = recorder(tmp_path)
-    again = pl.callbacks.ModelCheckpoint(tmp_path / "again")
-    third = trainer_with(tmp_path, record, again, max_epochs=1)
+    third = trainer_with(tmp_path, record, saving(), max_epochs=1)
     third.fit(Logged(), ckpt_path=checkpoint)
     record.finish(third)
     written = read(tmp_path)
