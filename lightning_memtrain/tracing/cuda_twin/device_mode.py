@@ -19,6 +19,7 @@ from lightning_memtrain.compat.torch_private import (
     tree_leaves,
     tree_map,
 )
+from lightning_memtrain.coordination import dry_run_depth
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
 from lightning_memtrain.tracing.cuda_twin.in_place import InPlaceGradients
 from lightning_memtrain.tracing.cuda_twin.known_values import KnownValues
@@ -48,6 +49,9 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         on_matrix_product: called before each product of matrices.
     """
 
+    #: Without it nothing runs on the device, so it stays in dry runs.
+    is_of_device = True
+
     def __init__(self, backend: TwinBackend, on_matrix_product: Callable[[], None] = lambda: None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._backend = backend
@@ -69,7 +73,8 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._in_place.takes_place(func, args):
             self.known.forget(args[0])
             return args[0]
-        if func.overloadpacket in _MATRIX_PRODUCTS:
+        counts = not dry_run_depth()
+        if counts and func.overloadpacket in _MATRIX_PRODUCTS:
             self._on_matrix_product()
         try:
             bare_args, bare_kwargs = tree_map(self._bare, (args, kwargs))
@@ -83,7 +88,7 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._usual.follow(func, args, result)
             self.known.follow(func, args, kwargs, result)
         self._in_place.follow(func, result)
-        for one in tree_leaves(result):
+        for one in tree_leaves(result) if counts else ():
             if isinstance(one, Tensor) and one.device.type == DEVICE_TYPE:
                 self._backend.hold(one)
         return result
@@ -152,7 +157,8 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # This mode is left, too: it would take what it makes for a constant.
         with torch.no_grad(), disable_current_modes(), self.fake:
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE_TYPE)
-        self._backend.hold(made)
+        if not dry_run_depth():
+            self._backend.hold(made)
         return made
 
 

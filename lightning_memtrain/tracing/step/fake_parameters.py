@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_memtrain.compat.torch_private import FakeTensorMode
+from lightning_memtrain.compat.torch_private import FakeTensor, FakeTensorMode
 from lightning_memtrain.ledger.tensors.distributed_tensors import gradients_lie_in_buckets
 from lightning_memtrain.ledger.tensors.storages import tensors_in
 
@@ -57,6 +57,11 @@ class FakeParameters:
             )
 
     def _without_data(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):  # which the mode has made itself
+            with self._mode:
+                return torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+                )
         return self._mode.from_tensor(tensor.detach(), static_shapes=True)
 
     @property

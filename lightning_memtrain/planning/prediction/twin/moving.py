@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_memtrain.compat.torch_private import FakeTensor
 from lightning_memtrain.tracing.cuda_twin import TwinDeviceMode
 from lightning_memtrain.tracing.user_state.capture import UserState
 
@@ -24,8 +23,9 @@ def move(model: nn.Module, mode: TwinDeviceMode) -> None:
         twins[id(parameter)] = nn.Parameter(mode.moved(parameter), parameter.requires_grad)
     for buffer in model.buffers():
         twins[id(buffer)] = twin = mode.moved(buffer)
-        if not isinstance(buffer, FakeTensor) and buffer.device.type == "cpu":
-            mode.known.set(twin, buffer.detach())
+        real = mode.known.real_or_known(buffer)
+        if real is not None and real.device.type == "cpu":
+            mode.known.set(twin, real.detach())
     UserState(model).replace(twins)
 
 

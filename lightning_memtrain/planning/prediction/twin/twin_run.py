@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from lightning_memtrain.compat.torch_private import FakeTensor, types_with_foreach, types_with_foreach_norms
+from lightning_memtrain.core import is_technique
 from lightning_memtrain.planning.prediction.twin.moving import move, replace_when_moved
 from lightning_memtrain.planning.prediction.twin.twin_accelerator import TwinAccelerator
 from lightning_memtrain.precision.activations import activation_packing
@@ -96,8 +97,12 @@ def run_on_twin(
         profiler = MemoryProfiler(every_n_steps=1, report_dir=folder, max_rows=None)
         options = dict(trainer_options)
         callbacks = [*options.pop("callbacks", ()), profiler]
+        for callback in callbacks:
+            rehearse = getattr(callback, "rehearse", None)
+            if is_technique(callback) and callable(rehearse):
+                rehearse()
         trainer = pl.Trainer(
-            strategy=SingleDeviceStrategy(torch.device(DEVICE_TYPE, 0), TwinAccelerator()),
+            strategy=_OnTwin(mode),
             devices=1,
             max_steps=NUM_STEPS,
             # Steps of a module's own making may not be counted, and a batch is repeated without end.
@@ -113,7 +118,6 @@ def run_on_twin(
         )
         undo.enter_context(mode)
         undo.enter_context(CudaMeansTwin())
-        move(model, mode)
         trainer.fit(model, data)
     del rules
     assert profiler.report is not None, "a fit that has ended has a report"
@@ -124,6 +128,19 @@ def run_on_twin(
         workspace_bytes=backend.workspace_bytes,
         guessed=dict(mode.guessed),
     )
+
+
+class _OnTwin(SingleDeviceStrategy):
+    """The twin is where the model goes when it would go to the GPU: after ``configure_model``."""
+
+    def __init__(self, mode: TwinDeviceMode) -> None:
+        super().__init__(torch.device(DEVICE_TYPE, 0), TwinAccelerator())
+        self._mode = mode
+
+    def model_to_device(self) -> None:
+        """Put the model's tensors there."""
+        assert self.model is not None, "Lightning connects the model first"
+        move(self.model, self._mode)
 
 
 def _made(factory: Callable[[], Any]) -> pl.LightningModule:
