@@ -123,6 +123,7 @@ _MICROBATCHES = "run a batch in microbatches"
 SHOULD_ACCUMULATE = TrainerAttribute(
     "fit_loop._should_accumulate", "tell whether a batch ends with a step of the optimizer", ()
 )
+TRAINING_DATA = TrainerAttribute("fit_loop._data_source", "predict a run on its own batches")
 BATCHES_THAT_STEPPED = TrainerAttribute(
     f"{_LOOP}._batches_that_stepped", "log at the step that loggers count"
 )
@@ -162,6 +163,11 @@ def should_accumulate(trainer: Trainer) -> bool:
 def batches_that_stepped(trainer: Trainer) -> int:
     """The step that the trainer counts for its loggers."""
     return int(BATCHES_THAT_STEPPED.of(trainer))
+
+
+def training_data(trainer: Trainer) -> Any:
+    """Where a fit takes its batches from: a module, a data module, loaders, or ``None``."""
+    return TRAINING_DATA.of(trainer).instance
 
 
 def should_update_logs(trainer: Trainer) -> bool:

@@ -12,9 +12,10 @@ _depth = 0
 def dry_run() -> Iterator[None]:
     """Run a step that is none: what is in it must not be counted, pooled or logged with real ones.
 
-    Dispatch modes are out of the way inside, but for those that a device needs (``is_of_device``). Whoever follows steps by other means (hooks of modules, of saved
-    tensors) asks :func:`dry_run_depth` and does nothing if it is another than when the watch began, or, as
-    the ledger does, asks whether its own mode is on the stack.
+    Dispatch modes are out of the way inside, but for those that a device needs (``is_of_device``). Whoever
+    follows steps by other means (hooks of modules, of saved tensors) asks :func:`dry_run_depth` and does
+    nothing if it is another than when the watch began, or, as the ledger does, asks whether its own mode is
+    on the stack.
 
     Example:
         >>> with dry_run():

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_memtrain.core import Growth, MemoryBreakdown, TechniqueRecord
 from lightning_memtrain.core.atomic_files import write_atomically
+from lightning_memtrain.report.predicted_step import ComparedBytes, PredictedStep
 
 SCHEMA_VERSION = 1
 JSON_NAME = "memory_report.json"
@@ -87,6 +88,7 @@ class MemoryReport:
         ranks: ``world_size``, ``max_peak_bytes`` and ``min_peak_bytes`` of a distributed run, else ``None``.
         out_of_memory: what was known when the device ran out of memory, ``None`` if it did not.
         techniques: what made the steps need less memory, with the settings in force at the end of the run.
+        predicted: what was predicted of the training steps before they ran, ``None`` if nobody asked.
     """
 
     model: str
@@ -99,6 +101,14 @@ class MemoryReport:
     ranks: Mapping[str, int] | None = None
     out_of_memory: OutOfMemory | None = None
     techniques: tuple[TechniqueRecord, ...] = ()
+    predicted: PredictedStep | None = None
+
+    @property
+    def compared(self) -> tuple[ComparedBytes, ...]:
+        """What was predicted of training steps beside what was counted; empty if one of both is missing."""
+        if self.predicted is None or "fit" not in self.stages:
+            return ()
+        return self.predicted.beside(self.stages["fit"])
 
     @property
     def peak_stage(self) -> str | None:
@@ -120,6 +130,7 @@ class MemoryReport:
             "ranks": None if self.ranks is None else dict(self.ranks),
             "out_of_memory": None if self.out_of_memory is None else asdict(self.out_of_memory),
             "techniques": [record.to_dict() for record in self.techniques],
+            "predicted": None if self.predicted is None else self.predicted.to_dict(),
         }
 
     @classmethod
@@ -168,6 +179,7 @@ class MemoryReport:
                 out_of_memory=out_of_memory,
                 # Older files have no such entry.
                 techniques=tuple(TechniqueRecord.from_dict(row) for row in data.get("techniques", ())),
+                predicted=PredictedStep.from_dict(data["predicted"]) if data.get("predicted") else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(

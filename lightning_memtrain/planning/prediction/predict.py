@@ -15,8 +15,9 @@ from lightning_memtrain.planning.prediction.forked import call_in_copy
 from lightning_memtrain.planning.prediction.prediction import Prediction
 from lightning_memtrain.planning.prediction.trainer_options import trainer_options
 from lightning_memtrain.planning.prediction.twin.twin_run import TwinRun, run_on_twin
+from lightning_memtrain.planning.prediction.without_twin import NOT_KNOWN, run_without_twin
 from lightning_memtrain.report import MemoryReport
-from lightning_memtrain.tracing.cuda_twin import refuse_no_twin
+from lightning_memtrain.tracing.cuda_twin import why_no_twin
 from lightning_memtrain.tracing.device import Device
 from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
 
@@ -35,7 +36,10 @@ def predict(
     Lightning's loop, the optimizer and every callback and plugin, as they are. Nothing of it comes back but
     the answer. What torch's CUDA allocator makes of each tensor is modelled.
 
-    Validation is left out. So is what cuDNN, NCCL and kernels of other libraries allocate for themselves.
+    Validation is left out. So is what NCCL and kernels of other libraries allocate for themselves; of cuDNN
+    there is a bound. Where torch is too old for that (2.13 is not), or has another third-party device in this
+    process, one step is counted on CPU tensors without data, and :attr:`.Prediction.notes` say what is
+    then not known.
 
     Args:
         model: the module to train; or a function that makes it, which then needs no memory for its weights.
@@ -54,7 +58,6 @@ def predict(
         TypeError: if there are two sources of batches, or none, or ``model`` is something else.
         ValueError: if there is no such device, or it is no GPU by NVIDIA, if the batch is not on the CPU, if
             the trainer uses several devices, or if the step asks for values that nobody knows.
-        RuntimeError: if torch is too old, or has another third-party device in this process.
     """
     if batch is not None and datamodule is not None:
         raise TypeError(
@@ -73,11 +76,13 @@ def predict(
         )
     gpu = _gpu(device)
     _refuse_elsewhere(batch)
-    refuse_no_twin()
+    missing = why_no_twin()
     options = trainer_options(trainer) if trainer is not None else {}
 
     def run(make_data: Callable[[], Any]) -> TwinRun:
         try:
+            if missing:
+                return call_in_copy(lambda: run_without_twin(model, make_data()))
             return call_in_copy(lambda: run_on_twin(model, make_data(), options, gpu))
         except UnknownValueError as error:
             raise ValueError(
@@ -86,13 +91,15 @@ def predict(
                 "with `torch.where` instead of `if`), or see what a real step needs with `MemoryProfiler`."
             ) from error
 
+    notes = (f"{NOT_KNOWN}, since {missing}",) if missing else ()
+
     def of_size(size: int) -> Prediction:
-        return _prediction(gpu, run(lambda: Repeated(take_samples(batch, size))), size)
+        return _prediction(gpu, run(lambda: Repeated(take_samples(batch, size))), size, notes)
 
     if batch is None:
-        return _prediction(gpu, run(lambda: datamodule), None)
+        return _prediction(gpu, run(lambda: datamodule), None, notes)
     size = _batch_size(batch)
-    return replace(_prediction(gpu, run(lambda: Repeated(batch)), size), _of_size=of_size)
+    return replace(_prediction(gpu, run(lambda: Repeated(batch)), size, notes), _of_size=of_size)
 
 
 class Repeated:
@@ -116,7 +123,7 @@ def _brings_data(model: Any) -> bool:
     return own is not None and own is not pl.LightningModule.train_dataloader
 
 
-def _prediction(device: Device, found: TwinRun, batch_size: int | None) -> Prediction:
+def _prediction(device: Device, found: TwinRun, batch_size: int | None, notes: tuple[str, ...]) -> Prediction:
     return Prediction(
         device=device,
         report=_named(found.report, device),
@@ -126,6 +133,8 @@ def _prediction(device: Device, found: TwinRun, batch_size: int | None) -> Predi
         workspace_bytes=found.workspace_bytes,
         batch_size=batch_size,
         unknown=tuple(f"{what} at {site}" for site, what in found.guessed.items()),
+        notes=notes,
+        convolution_bound_bytes=found.convolution_bytes,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_memtrain.core import MemoryBreakdown, format_bytes
+from lightning_memtrain.core import MemoryBreakdown, TimelineEvent, format_bytes
 from lightning_memtrain.planning.prediction.largest import largest_that_fits
 from lightning_memtrain.report import MemoryReport, save_html
 from lightning_memtrain.tracing.device import Device
@@ -34,6 +34,10 @@ class Prediction:
         batch_size: samples in the batch; ``None`` where they cannot be told.
         unknown: numbers that the step asked for and nobody knows, taken for "not a number", with the line of
             the user's code that asked.
+        convolution_bound_bytes: what cuDNN may take besides, for as long as one convolution runs: the matrix
+            of the largest one, if it were computed as one explicit product of matrices. Not in any other
+            figure; 0 without convolutions.
+        notes: what else is not known, and why.
 
     Example:
         >>> prediction = predict(model, batch, device="RTX 4090")  # doctest: +SKIP
@@ -49,12 +53,19 @@ class Prediction:
     workspace_bytes: int
     batch_size: int | None = None
     unknown: tuple[str, ...] = ()
+    convolution_bound_bytes: int = 0
+    notes: tuple[str, ...] = ()
     _of_size: Callable[[int], Prediction] | None = field(default=None, repr=False, compare=False)
 
     @property
     def breakdown(self) -> MemoryBreakdown:
         """Bytes by category, module and moment at the peak of the predicted step."""
         return self.report.stages["fit"]
+
+    @property
+    def timeline(self) -> tuple[TimelineEvent, ...]:
+        """Bytes by category at every moment of the predicted step, that of its peak among them."""
+        return self.breakdown.timeline
 
     @property
     def needed_bytes(self) -> int:
@@ -70,6 +81,11 @@ class Prediction:
     def fits(self) -> bool:
         """Whether the run fits on the device; by how much, :attr:`spare_bytes` says."""
         return self.spare_bytes >= 0
+
+    @property
+    def fits_surely(self) -> bool:
+        """Whether it also fits if cuDNN takes :attr:`convolution_bound_bytes`."""
+        return self.spare_bytes >= self.convolution_bound_bytes
 
     def largest_batch_size(self) -> int:
         """Find how many samples of the batch fit, by predicting again with more and fewer of them.
@@ -121,7 +137,11 @@ class Prediction:
             "reserved_bytes": self.reserved_bytes,
             "context_bytes": self.context_bytes,
             "workspace_bytes": self.workspace_bytes,
+            "convolution_bound_bytes": self.convolution_bound_bytes,
+            "fits_surely": self.fits_surely,
+            "peak_event": self.breakdown.peak_event,
             "unknown": list(self.unknown),
+            "notes": list(self.notes),
             "breakdown": self.breakdown.to_dict(),
         }
 
@@ -157,7 +177,8 @@ class Prediction:
         return f"<table><caption>{html.escape(self._title())}</caption>{rows}</table>{remarks}"
 
     def _title(self) -> str:
-        return f"{self.report.model} on {self.device.name}: {'fits' if self.fits else 'does not fit'}"
+        fits = "fits" if self.fits_surely else "fits, unless cuDNN takes too much"
+        return f"{self.report.model} on {self.device.name}: {fits if self.fits else 'does not fit'}"
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = [
@@ -169,7 +190,16 @@ class Prediction:
             ("CUDA context (estimate)", self.context_bytes),
             ("spare" if self.fits else "missing", abs(self.spare_bytes)),
         ]
+        if self.convolution_bound_bytes:
+            rows.append(("cuDNN for a while, at most", self.convolution_bound_bytes))
         return [(name, format_bytes(num)) for name, num in rows]
 
     def _remarks(self) -> list[str]:
-        return [f"A number that nobody knows beforehand was asked for: {one}" for one in self.unknown]
+        asked = [f"A number that nobody knows beforehand was asked for: {one}" for one in self.unknown]
+        if self.fits and not self.fits_surely:
+            asked.append(
+                f"cuDNN chooses how to compute convolutions on the GPU itself, and may take up to "
+                f"{format_bytes(self.convolution_bound_bytes)} for the largest one, which is more than the "
+                f"spare {format_bytes(self.spare_bytes)}"
+            )
+        return [*asked, *self.notes]

@@ -21,6 +21,7 @@ from lightning_memtrain.compat.torch_private import (
 )
 from lightning_memtrain.coordination import dry_run_depth
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
+from lightning_memtrain.tracing.cuda_twin.convolutions import unfolded_bytes
 from lightning_memtrain.tracing.cuda_twin.in_place import InPlaceGradients
 from lightning_memtrain.tracing.cuda_twin.known_values import KnownValues
 from lightning_memtrain.tracing.cuda_twin.missing_rules import forms_from_zeros, writes_only
@@ -62,6 +63,8 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Values of tensors on the twin."""
         self.guessed: dict[str, str] = {}
         """What was asked that nobody knows, and taken for "not a number", by the line that asked."""
+        self.convolution_bytes = 0
+        """Most that cuDNN may take for a while, see :func:`.unfolded_bytes`."""
         self._usual = TypicalValues()
         self._in_place = InPlaceGradients()
         self._in_place.calibrate_before_backward()
@@ -88,6 +91,7 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._usual.follow(func, args, result)
             self.known.follow(func, args, kwargs, result)
         self._in_place.follow(func, result)
+        self.convolution_bytes = max(self.convolution_bytes, unfolded_bytes(func, args, result))
         for one in tree_leaves(result) if counts else ():
             if isinstance(one, Tensor) and one.device.type == DEVICE_TYPE:
                 self._backend.hold(one)

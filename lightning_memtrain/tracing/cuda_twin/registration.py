@@ -15,25 +15,35 @@ _SETUP = "_setup_privateuseone_for_python_backend"
 _NO_BACKEND = "privateuseone"
 
 
+def why_no_twin() -> str:
+    """Why there can be no twin in this process: torch is too old, or another device has its only place.
+
+    Returns:
+        The reason with its cure; empty if there can be one.
+    """
+    if not hasattr(backend_registration, _SETUP):
+        return (
+            "a prediction for a GPU needs a torch in which a device can be made in Python, but torch "
+            f"{torch.__version__} has no `torch.utils.backend_registration.{_SETUP}`. Install a newer torch "
+            "(2.13 has it)"
+        )
+    name = privateuse1_backend_name()
+    if name != _NO_BACKEND:
+        return (
+            "a prediction for a GPU needs torch's one place for a third-party device to be free, but this "
+            f"process has the backend {name!r} there. Predict in a process that does not import that backend"
+        )
+    return ""
+
+
 def refuse_no_twin() -> None:
     """Refuse a process in which there can be no twin.
 
     Raises:
-        RuntimeError: if torch offers no backends made in Python, or another one has the only place.
+        RuntimeError: see :func:`why_no_twin`.
     """
-    if not hasattr(backend_registration, _SETUP):
-        raise RuntimeError(
-            f"a prediction for a GPU needs a torch in which a device can be made in Python, but torch "
-            f"{torch.__version__} has no `torch.utils.backend_registration.{_SETUP}`. Install a newer torch "
-            "(2.13 has it), or count a step on the `meta` device with `MemoryLedger`, which does not know "
-            "the GPU's kernels, autocast and allocator."
-        )
-    name = privateuse1_backend_name()
-    if name != _NO_BACKEND:
-        raise RuntimeError(
-            f"a prediction for a GPU needs torch's one place for a third-party device to be free, but this "
-            f"process has the backend {name!r} there. Predict in a process that does not import that backend."
-        )
+    if reason := why_no_twin():
+        raise RuntimeError(f"{reason}.")
 
 
 def install(backend: TwinBackend) -> None:

@@ -46,6 +46,7 @@ class TwinRun:
         reserved_bytes: most bytes that the allocator had from the device.
         workspace_bytes: what libraries keep.
         guessed: see :attr:`.TwinDeviceMode.guessed`.
+        convolution_bytes: see :attr:`.TwinDeviceMode.convolution_bytes`.
     """
 
     report: MemoryReport
@@ -53,6 +54,7 @@ class TwinRun:
     reserved_bytes: int
     workspace_bytes: int
     guessed: Mapping[str, str]
+    convolution_bytes: int = 0
 
 
 def run_on_twin(
@@ -93,7 +95,7 @@ def run_on_twin(
         undo.enter_context(contextlib.redirect_stdout(nowhere))
         if not isinstance(model, pl.LightningModule):
             with mode.fake:
-                model = _made(model)
+                model = make_model(model)
         profiler = MemoryProfiler(every_n_steps=1, report_dir=folder, max_rows=None)
         options = dict(trainer_options)
         callbacks = [*options.pop("callbacks", ()), profiler]
@@ -119,6 +121,7 @@ def run_on_twin(
         undo.enter_context(mode)
         undo.enter_context(CudaMeansTwin())
         trainer.fit(model, data)
+        _refuse_no_optimizer(trainer, model)
     del rules
     assert profiler.report is not None, "a fit that has ended has a report"
     return TwinRun(
@@ -127,6 +130,7 @@ def run_on_twin(
         reserved_bytes=backend.allocator.peak_reserved_bytes,
         workspace_bytes=backend.workspace_bytes,
         guessed=dict(mode.guessed),
+        convolution_bytes=mode.convolution_bytes,
     )
 
 
@@ -143,7 +147,27 @@ class _OnTwin(SingleDeviceStrategy):
         move(self.model, self._mode)
 
 
-def _made(factory: Callable[[], Any]) -> pl.LightningModule:
+def _refuse_no_optimizer(trainer: pl.Trainer, model: pl.LightningModule) -> None:
+    if model.automatic_optimization and not trainer.optimizers:
+        raise ValueError(
+            f"`predict(model)` needs a model with an optimizer, but `{type(model).__name__}."
+            "configure_optimizers` returns none, so that nothing would be trained. Return one from there, "
+            "or, with LightningCLI, name one under `optimizer`."
+        )
+
+
+def make_model(factory: Callable[[], Any]) -> pl.LightningModule:
+    """Make a model by a function of the user's.
+
+    Args:
+        factory: called without arguments.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        TypeError: if that is no LightningModule.
+    """
     model = factory()
     if not isinstance(model, pl.LightningModule):
         raise TypeError(
