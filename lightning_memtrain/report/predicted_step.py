@@ -78,6 +78,7 @@ class PredictedStep:
         at_peak: bytes per category at the predicted peak.
         unknown: what of the step nobody knew.
         failure: why nothing was predicted; empty if something was.
+        device: for which it was.
     """
 
     ledger_peak_bytes: int | None = None
@@ -86,6 +87,7 @@ class PredictedStep:
     at_peak: CategoryBytes | None = None
     unknown: tuple[str, ...] = ()
     failure: str = ""
+    device: str = ""
 
     @classmethod
     def of(cls, prediction: Prediction) -> PredictedStep:
@@ -103,7 +105,8 @@ class PredictedStep:
             allocated_bytes=prediction.allocated_bytes,
             reserved_bytes=prediction.reserved_bytes,
             at_peak=breakdown.at_peak,
-            unknown=tuple(prediction.unknown),
+            unknown=(*prediction.unknown, *getattr(prediction, "notes", ())),
+            device=breakdown.device,
         )
 
     def beside(self, counted: MemoryBreakdown) -> tuple[ComparedBytes, ...]:
@@ -137,6 +140,7 @@ class PredictedStep:
             "at_peak": None if self.at_peak is None else self.at_peak.to_dict(),
             "unknown": list(self.unknown),
             "failure": self.failure,
+            "device": self.device,
         }
 
     @classmethod

@@ -465,8 +465,8 @@
     const known = report.predicted;
     if (!known) return null;
     if (known.failure) return card("predicted", "Predicted before the run", null, el("p", {}, `Nothing was predicted: ${known.failure}`));
-    const off = (row) => (row.off === null ? "" : `${row.off >= 0 ? "+" : "\u2212"}${rounded(Math.abs(row.off) * 100, 2)}%`);
-    return card("predicted", "Predicted before the run", "Of the training step with the highest peak: what was predicted before the run, and what was counted in it.",
+    const off = (row) => (row.off === null || Math.abs(row.off) >= 10 ? "" : `${row.off >= 0 ? "+" : "\u2212"}${rounded(Math.abs(row.off) * 100, 2)}%`);
+    return card("predicted", "Predicted before the run", `Of the training step with the highest peak: what was predicted before the run, for ${known.device}, and what was counted in it.`,
       el("div", { class: "scroll" }, el("table", { class: "data" },
         el("thead", {}, el("tr", {}, ["Figure", "Predicted", "Counted", "Off by"].map((text) => el("th", { scope: "col" }, text)))),
         el("tbody", {}, report.compared.map((row) => el("tr", {}, el("th", { scope: "row" }, label(row.name)), el("td", {}, bytes(row.predicted)), el("td", {}, bytes(row.counted)), el("td", {}, off(row))))))),

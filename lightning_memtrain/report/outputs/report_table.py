@@ -23,6 +23,8 @@ _NUM_MODULES = 10
 _NUM_GROWTH_ROWS = 5
 _NUM_EVENTS = 5
 _BAR_WIDTH = 16
+# A share of next to nothing says nothing.
+_MOST_OFF = 10
 
 
 def render_table(report: MemoryReport) -> RenderableType:
@@ -193,9 +195,9 @@ def _predicted(report: MemoryReport) -> list[RenderableType]:
         return []
     if predicted.failure:
         return [Text(f"Not predicted: {predicted.failure}", style="yellow")]
-    table = number_table("Predicted before the run, MiB", ("Predicted", "Counted", "Off by"))
+    table = number_table(f"{predicted.device}, MiB", ("Predicted", "Counted", "Off by"))
     for row in report.compared:
-        off = "" if row.off is None else f"{row.off:+.2%}"
+        off = "" if row.off is None or abs(row.off) >= _MOST_OFF else f"{row.off:+.2%}"
         table.add_row(
             row.name.replace("_", " "), mebibytes(row.predicted_bytes), mebibytes(row.counted_bytes), off
         )
