@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_memtrain.cli import recipes
 from lightning_memtrain.cli.errors import CommandError, did_you_mean
 from lightning_memtrain.cli.recipes import Recipe
-from lightning_memtrain.cli.run import configurations
+from lightning_memtrain.cli.run import configurations, require_jsonargparse
 from lightning_memtrain.cli.run_folder import RunFolder
 from lightning_memtrain.tracing.device import Device
 
@@ -39,8 +39,8 @@ def show_prediction(
     """Print a prediction.
 
     Args:
-        target: a recipe's name or folder, or ``file.py:Class`` for a LightningModule that brings its
-            ``train_dataloader``.
+        target: a recipe's name or folder, the file of a LightningCLI configuration, or ``file.py:Class`` for
+            a LightningModule that brings its ``train_dataloader``.
         device: a GPU that ``memtrain devices`` lists; ``None`` for that of this machine.
         variants: what to lay over the recipe, together.
         batch_size: samples in a batch; ``None`` for what recipe or class have.
@@ -64,6 +64,9 @@ def show_prediction(
             if colon and file.endswith(".py"):
                 _refuse_options_of_recipes(variants, overrides)
                 prediction = _of_class(Path(file), name, batch_size, gpu)
+            elif target.endswith((".yaml", ".yml")):
+                configs = _configuration(Path(target), variants)
+                prediction = _of_configurations(configs, batch_size, overrides, gpu)
             else:
                 prediction = _of_recipe(recipes.find(target), variants, batch_size, overrides, gpu)
     except (MisconfigurationException, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -82,7 +85,25 @@ def _of_recipe(
     configs = configurations(recipe, variants)
     if recipe not in recipes.installed().values():
         recipe.make_importable()
+    return _of_configurations(configs, batch_size, overrides, device)
 
+
+def _configuration(file: Path, variants: Sequence[str]) -> list[str]:
+    """A configuration of LightningCLI, whose classes are found as in `python -m` there."""
+    if not file.is_file():
+        raise CommandError(f"`{file}` is no file; name a configuration of LightningCLI.", exit_code=1)
+    if variants:
+        raise CommandError("`--variant` is for recipes, but a configuration was named; leave it out.")
+    require_jsonargparse()
+    for folder in (Path.cwd(), file.resolve().parent):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    return [str(file)]
+
+
+def _of_configurations(
+    configs: Sequence[str], batch_size: int | None, overrides: Sequence[str], device: Device
+) -> Prediction:
     from lightning.pytorch.cli import SaveConfigCallback
 
     from lightning_memtrain.cli.training.lightning_cli import RecipeCLI

@@ -64,7 +64,7 @@ def resume(run_dir: Path, trusted_classes: Sequence[str], overrides: Sequence[st
         The exit code of the command, and the run's folder.
     """
     folder = RunFolder.open(run_dir)
-    _require_jsonargparse()
+    require_jsonargparse()
     if not any(folder.checkpoints.glob("*.ckpt")):
         folder.last_checkpoint()  # says so before anything is made
     kept = folder.kept_recipe()
@@ -96,7 +96,7 @@ def configurations(recipe: Recipe, variants: Sequence[str]) -> list[str]:
         CommandError: if there is no such variant, or jsonargparse is missing.
     """
     files = {name: recipe.variant(name) for name in variants}
-    _require_jsonargparse()
+    require_jsonargparse()
     return [str(recipe.config), *([_together(recipe.config, files)] if files else [])]
 
 
@@ -167,7 +167,12 @@ def _comes_from_data(error: BaseException, datamodule: object) -> bool:
     return False
 
 
-def _require_jsonargparse() -> None:
+def require_jsonargparse() -> None:
+    """Refuse to go on without what LightningCLI needs.
+
+    Raises:
+        CommandError: if it is missing.
+    """
     for package in ("jsonargparse", "docstring_parser"):
         if find_spec(package) is None:
             raise CommandError(

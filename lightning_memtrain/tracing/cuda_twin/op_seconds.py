@@ -39,4 +39,4 @@ def seconds_of(
     tensors = [one for one in tree_leaves((args, kwargs, result)) if isinstance(one, Tensor)]
     moving = sum(one.nbytes for one in tensors) / _BYTES_PER_SECOND
     computing = counter.get_total_flops() / _OPERATIONS_PER_SECOND
-    return max(moving, computing) + _LAUNCH_SECONDS
+    return float(max(moving, computing) + _LAUNCH_SECONDS)
