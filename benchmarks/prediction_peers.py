@@ -93,6 +93,7 @@ def mem_tracker(made: Made, precision: Any) -> float:
     tracker = MemTracker()
     with mode:
         for _ in range(2):  # the second finds the optimizer's state
+            tracker.reset_mod_stats()
             tracker.track_external(model, optimizer, *find_tensors(batch))
             with tracker:
                 with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
@@ -149,9 +150,12 @@ def main() -> None:
                 row[key.replace("_mib", "_off_percent")] = round((value / real - 1) * 100, 1)
         results[name] = row
         print(name, row, flush=True)
-    versions = {one: importlib.metadata.version(one) for one in ("accelerate", "torch-kitsune", "torch")}
-    if options.write:
-        write_results(options.write, {"versions": versions, "rows": results})
+        if options.write:  # a row takes long
+            write_results(options.write, {"versions": _versions(), "rows": results})
+
+
+def _versions() -> dict[str, str]:
+    return {one: importlib.metadata.version(one) for one in ("accelerate", "torch-kitsune", "torch")}
 
 
 if __name__ == "__main__":

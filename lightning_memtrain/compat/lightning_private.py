@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         _DeviceDtypeModuleMixin as DeviceDtypeModuleMixin,
     )
     from lightning.pytorch import Trainer
+    from lightning.pytorch.core.optimizer import _MockOptimizer as MockOptimizer
     from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
     from lightning.pytorch.trainer.connectors.logger_connector.result import (
         _ResultCollection as ResultCollection,
@@ -30,6 +31,7 @@ __all__ = [
     "DeviceDtypeModuleMixin",
     "DtypeContextManager",
     "FabricExperimentWriter",
+    "MockOptimizer",
     "ResultCollection",
 ]
 
@@ -49,6 +51,9 @@ _NAMES = {
         "lightning.fabric.utilities.device_dtype_mixin",
         "_DeviceDtypeModuleMixin",
         "convert modules that know their own dtype",
+    ),
+    "MockOptimizer": PrivateName(
+        "lightning.pytorch.core.optimizer", "_MockOptimizer", "see that a model has no optimizer"
     ),
     "FabricExperimentWriter": PrivateName(
         "lightning.fabric.loggers.csv_logs", "_ExperimentWriter", "go on with a file of metrics"

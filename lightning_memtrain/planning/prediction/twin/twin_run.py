@@ -19,6 +19,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
+from lightning_memtrain.compat.lightning_private import MockOptimizer
 from lightning_memtrain.compat.torch_private import FakeTensor, types_with_foreach, types_with_foreach_norms
 from lightning_memtrain.core import is_technique
 from lightning_memtrain.planning.prediction.twin.moving import move, replace_when_moved
@@ -148,7 +149,9 @@ class _OnTwin(SingleDeviceStrategy):
 
 
 def _refuse_no_optimizer(trainer: pl.Trainer, model: pl.LightningModule) -> None:
-    if model.automatic_optimization and not trainer.optimizers:
+    # Lightning makes one that does nothing where there is none.
+    has_optimizer = any(not isinstance(one, MockOptimizer) for one in trainer.optimizers)
+    if model.automatic_optimization and not has_optimizer:
         raise ValueError(
             f"`predict(model)` needs a model with an optimizer, but `{type(model).__name__}."
             "configure_optimizers` returns none, so that nothing would be trained. Return one from there, "
