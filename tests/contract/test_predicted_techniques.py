@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
 from lightning_memtrain.planning import Device, Prediction, predict
+from lightning_memtrain.tracing.cuda_twin import why_no_twin
 from tests.contract.test_techniques import CASES as TECHNIQUES
 from tests.helpers.trainers import LIGHTNING_WARNINGS
 
 pytestmark = [
+    pytest.mark.skipif(bool(why_no_twin()), reason="this torch cannot make a device in Python"),
     pytest.mark.filterwarnings(*LIGHTNING_WARNINGS),
     pytest.mark.filterwarnings("ignore::lightning_memtrain.core.NoEffectWarning"),
 ]
@@ -202,6 +204,18 @@ def test_recomputation_is_chosen_on_the_device_without_data() -> None:
     (record,) = prediction.report.techniques
     assert record.settings["num_modules"] in range(NUM_LAYERS + 1)
     assert "modules are recomputed" in record.events[0] or "module is recomputed" in record.events[0]
+
+
+def test_a_compiled_model_is_counted_operator_by_operator_and_says_so() -> None:
+    def compiled() -> Layers:
+        model = Layers()
+        model.layers.compile()
+        return model
+
+    prediction, plain = predicted(compiled), predicted(Layers)
+    assert prediction.allocated_bytes == plain.allocated_bytes
+    assert plain.notes == ()
+    assert prediction.notes[0].startswith("layers is compiled, but was run operator by operator")
 
 
 def test_a_limit_that_cannot_be_kept_is_refused_as_in_the_run() -> None:

@@ -133,8 +133,17 @@ def _prediction(device: Device, found: TwinRun, batch_size: int | None, notes: t
         workspace_bytes=found.workspace_bytes,
         batch_size=batch_size,
         unknown=tuple(f"{what} at {site}" for site, what in found.guessed.items()),
-        notes=notes,
+        notes=(*notes, *_of_compiled(found.compiled)),
         convolution_bound_bytes=found.convolution_bytes,
+    )
+
+
+def _of_compiled(module: str) -> tuple[str, ...]:
+    if not module:
+        return ()
+    return (
+        f"{module} is compiled, but was run operator by operator: what compiled kernels need is not known, "
+        "which is mostly less",
     )
 
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from lightning_memtrain.compat.lightning_private import MockOptimizer
 from lightning_memtrain.compat.torch_private import FakeTensor, types_with_foreach, types_with_foreach_norms
 from lightning_memtrain.core import is_technique
+from lightning_memtrain.core.compiled_modules import is_compiled
 from lightning_memtrain.planning.prediction.twin.moving import move, replace_when_moved
 from lightning_memtrain.planning.prediction.twin.twin_accelerator import TwinAccelerator
 from lightning_memtrain.precision.activations import activation_packing
@@ -48,6 +49,7 @@ class TwinRun:
         workspace_bytes: what libraries keep.
         guessed: see :attr:`.TwinDeviceMode.guessed`.
         convolution_bytes: see :attr:`.TwinDeviceMode.convolution_bytes`.
+        compiled: path of a module that the run would compile, and the twin does not; empty without one.
     """
 
     report: MemoryReport
@@ -56,6 +58,7 @@ class TwinRun:
     workspace_bytes: int
     guessed: Mapping[str, str]
     convolution_bytes: int = 0
+    compiled: str = ""
 
 
 def run_on_twin(
@@ -132,6 +135,7 @@ def run_on_twin(
         workspace_bytes=backend.workspace_bytes,
         guessed=dict(mode.guessed),
         convolution_bytes=mode.convolution_bytes,
+        compiled=next((name or "(model)" for name, one in model.named_modules() if is_compiled(one)), ""),
     )
 
 
