@@ -302,7 +302,10 @@ def _parser() -> _CommandParser:
     run.add_argument("recipe", nargs="?", **recipe)
     run.epilog = _RUN_EPILOG
     predict.add_argument(
-        "target", nargs="?", metavar="RECIPE|FILE.py:CLASS", help="a recipe, or a LightningModule of a file"
+        "target",
+        nargs="?",
+        metavar="RECIPE|CONFIG.yaml|FILE.py:CLASS",
+        help="a recipe, a configuration of LightningCLI, or a LightningModule of a file",
     )
     predict.epilog = _PREDICT_EPILOG
     plan.add_argument(

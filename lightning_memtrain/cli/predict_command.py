@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_memtrain.cli import recipes
 from lightning_memtrain.cli.errors import CommandError, did_you_mean
 from lightning_memtrain.cli.recipes import Recipe
-from lightning_memtrain.cli.run import configurations
+from lightning_memtrain.cli.run import configurations, require_jsonargparse
 from lightning_memtrain.cli.run_folder import RunFolder
 from lightning_memtrain.tracing.device import Device
 
@@ -41,8 +41,8 @@ def show_prediction(
     """Print a prediction.
 
     Args:
-        target: a recipe's name or folder, or ``file.py:Class`` for a LightningModule that brings its
-            ``train_dataloader``.
+        target: a recipe's name or folder, the file of a LightningCLI configuration, or ``file.py:Class`` for
+            a LightningModule that brings its ``train_dataloader``.
         device: what ``memtrain devices`` lists, or ``"cpu"``; ``None`` for this machine's GPU, or its memory
             if it has none.
         variants: what to lay over the recipe, together.
@@ -71,6 +71,9 @@ def show_prediction(
                 refuse_options_of_recipes(variants, overrides)
                 _refuse_half_a_world(world_size, strategy)
                 prediction = _of_class(Path(file), name, batch_size, gpu, ranks)
+            elif target.endswith((".yaml", ".yml")):
+                configs = _configuration(Path(target), variants)
+                prediction = _of_configurations(configs, batch_size, overrides, gpu, ranks)
             else:
                 prediction = _of_recipe(recipes.find(target), variants, batch_size, overrides, gpu, ranks)
     except (MisconfigurationException, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -90,7 +93,29 @@ def _of_recipe(
     configs = configurations(recipe, variants)
     if recipe not in recipes.installed().values():
         recipe.make_importable()
+    return _of_configurations(configs, batch_size, overrides, device, ranks)
 
+
+def _configuration(file: Path, variants: Sequence[str]) -> list[str]:
+    """A configuration of LightningCLI, whose classes are found as in `python -m` there."""
+    if not file.is_file():
+        raise CommandError(f"`{file}` is no file; name a configuration of LightningCLI.", exit_code=1)
+    if variants:
+        raise CommandError("`--variant` is for recipes, but a configuration was named; leave it out.")
+    require_jsonargparse()
+    for folder in (Path.cwd(), file.resolve().parent):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    return [str(file)]
+
+
+def _of_configurations(
+    configs: Sequence[str],
+    batch_size: int | None,
+    overrides: Sequence[str],
+    device: Device,
+    ranks: dict[str, Any],
+) -> Prediction:
     from lightning.pytorch.cli import SaveConfigCallback
 
     from lightning_memtrain.cli.training.lightning_cli import RecipeCLI

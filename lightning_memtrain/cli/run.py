@@ -192,10 +192,10 @@ def _comes_from_data(error: BaseException, datamodule: object) -> bool:
 
 
 def require_jsonargparse() -> None:
-    """See that what reads configurations is there.
+    """Refuse to go on without what LightningCLI needs.
 
     Raises:
-        CommandError: if it is not installed.
+        CommandError: if it is missing.
     """
     for package in ("jsonargparse", "docstring_parser"):
         if find_spec(package) is None:

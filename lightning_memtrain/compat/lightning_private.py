@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         _DeviceDtypeModuleMixin as DeviceDtypeModuleMixin,
     )
     from lightning.pytorch import Trainer
+    from lightning.pytorch.core.optimizer import _MockOptimizer as MockOptimizer
     from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
     from lightning.pytorch.trainer.connectors.logger_connector.result import (
         _ResultCollection as ResultCollection,
@@ -30,6 +31,7 @@ __all__ = [
     "DeviceDtypeModuleMixin",
     "DtypeContextManager",
     "FabricExperimentWriter",
+    "MockOptimizer",
     "ResultCollection",
 ]
 
@@ -54,6 +56,9 @@ _NAMES: dict[str, PrivateName | PrivateAttribute] = {
         "lightning.pytorch.plugins.precision:Precision",
         "_after_closure",
         "clip gradients and call hooks between backward and step",
+    ),
+    "MockOptimizer": PrivateName(
+        "lightning.pytorch.core.optimizer", "_MockOptimizer", "see that a model has no optimizer"
     ),
     "FabricExperimentWriter": PrivateName(
         "lightning.fabric.loggers.csv_logs", "_ExperimentWriter", "go on with a file of metrics"
@@ -128,6 +133,7 @@ _MICROBATCHES = "run a batch in microbatches"
 SHOULD_ACCUMULATE = TrainerAttribute(
     "fit_loop._should_accumulate", "tell whether a batch ends with a step of the optimizer", ()
 )
+TRAINING_DATA = TrainerAttribute("fit_loop._data_source", "predict a run on its own batches")
 BATCHES_THAT_STEPPED = TrainerAttribute(
     f"{_LOOP}._batches_that_stepped", "log at the step that loggers count"
 )
@@ -167,6 +173,11 @@ def should_accumulate(trainer: Trainer) -> bool:
 def batches_that_stepped(trainer: Trainer) -> int:
     """The step that the trainer counts for its loggers."""
     return int(BATCHES_THAT_STEPPED.of(trainer))
+
+
+def training_data(trainer: Trainer) -> Any:
+    """Where a fit takes its batches from: a module, a data module, loaders, or ``None``."""
+    return TRAINING_DATA.of(trainer).instance
 
 
 def should_update_logs(trainer: Trainer) -> bool:

@@ -10,6 +10,7 @@ from lightning_memtrain.coordination.restorable_state import (
     capture_all,
     register_restorable,
 )
+from lightning_memtrain.coordination.stand_in_values import stand_in_values, stands_in
 
 __all__ = [
     "RestorableState",
@@ -23,6 +24,8 @@ __all__ = [
     "on_gradient_sync",
     "partial_backward",
     "register_restorable",
+    "stand_in_values",
+    "stands_in",
     "sync_gradients",
     "watch_annotations",
     "watch_asides",

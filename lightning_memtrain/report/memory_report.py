@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_memtrain.core import ArgumentError, Growth, MemoryBreakdown, TechniqueRecord
 from lightning_memtrain.core.atomic_files import write_atomically
+from lightning_memtrain.report.predicted_step import ComparedBytes, PredictedStep
 
 SCHEMA_VERSION = 1
 JSON_NAME = "memory_report.json"
@@ -88,6 +89,7 @@ class MemoryReport:
         out_of_memory: what was known when the device ran out of memory, ``None`` if it did not.
         techniques: what made the steps need less memory, with the settings in force at the end of the run.
         suggestions: what would have needed less, a line each, to be pasted into ``callbacks``.
+        predicted: what was predicted of the training steps before they ran, ``None`` if nobody asked.
     """
 
     model: str
@@ -101,6 +103,14 @@ class MemoryReport:
     out_of_memory: OutOfMemory | None = None
     techniques: tuple[TechniqueRecord, ...] = ()
     suggestions: tuple[str, ...] = ()
+    predicted: PredictedStep | None = None
+
+    @property
+    def compared(self) -> tuple[ComparedBytes, ...]:
+        """What was predicted of training steps beside what was counted; empty if one of both is missing."""
+        if self.predicted is None or "fit" not in self.stages:
+            return ()
+        return self.predicted.beside(self.stages["fit"])
 
     @property
     def peak_stage(self) -> str | None:
@@ -123,6 +133,7 @@ class MemoryReport:
             "out_of_memory": None if self.out_of_memory is None else asdict(self.out_of_memory),
             "techniques": [record.to_dict() for record in self.techniques],
             "suggestions": list(self.suggestions),
+            "predicted": None if self.predicted is None else self.predicted.to_dict(),
         }
 
     @classmethod
@@ -172,6 +183,7 @@ class MemoryReport:
                 # Older files have no such entry.
                 techniques=tuple(TechniqueRecord.from_dict(row) for row in data.get("techniques", ())),
                 suggestions=tuple(data.get("suggestions", ())),
+                predicted=PredictedStep.from_dict(data["predicted"]) if data.get("predicted") else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(

@@ -19,7 +19,7 @@ from lightning_memtrain.compat.lightning_private import (
     should_accumulate,
     should_update_logs,
 )
-from lightning_memtrain.core import MIB, MemoryBreakdown, ReportWarning, is_out_of_memory
+from lightning_memtrain.core import MIB, ArgumentError, MemoryBreakdown, ReportWarning, is_out_of_memory
 from lightning_memtrain.core.arguments.value_checks import check_flags, check_kinds
 from lightning_memtrain.ledger import AllocatorStatistics, allocator_statistics
 from lightning_memtrain.ledger.device_allocator import CpuStatistics
@@ -28,8 +28,10 @@ from lightning_memtrain.report.growth import total_bytes
 from lightning_memtrain.report.ledger_schedule import LedgerSchedule
 from lightning_memtrain.report.memory_report import MemoryReport
 from lightning_memtrain.report.outputs.loggers import define_metrics, log_scalars
-from lightning_memtrain.report.outputs.metric_names import breakdown_metrics
+from lightning_memtrain.report.outputs.metric_names import breakdown_metrics, comparison_metrics
 from lightning_memtrain.report.outputs.publishing import publish_report
+from lightning_memtrain.report.predicted_step import PredictedStep, Predictor
+from lightning_memtrain.report.predicting import predict_run
 from lightning_memtrain.report.row_limit import validate_max_rows
 from lightning_memtrain.report.run_recorder import RunRecorder, StageRecorder
 from lightning_memtrain.report.suggestions import Suggestions
@@ -73,6 +75,8 @@ class MemoryProfiler(Callback):
         max_rows: modules, and moments of the timeline, that a stage has in ``memory_report.json``: what is
             least is summed up by the module around it (:attr:`report` and the page have all); at least 2,
             or ``None`` for all.
+        predict: ``lightning_memtrain.predict``, to predict the training steps before the first one, and to
+            say at the end by how much that was off. What cannot be predicted is said in a warning.
 
     Raises:
         ArgumentError: if ``every_n_steps`` is no whole number from 1 on, or ``max_rows`` none from 2 on.
@@ -85,12 +89,19 @@ class MemoryProfiler(Callback):
         timeline: bool = True,
         report_dir: str | Path | None = None,
         max_rows: int | None = 1000,
+        predict: Predictor | None = None,
     ) -> None:
         super().__init__()
         self._max_rows = validate_max_rows(max_rows)
         check_flags("MemoryProfiler", per_module=per_module, timeline=timeline)
         kinds, cure = (str, PathLike, type(None)), "Leave it out for `memory` beside the logs."
         check_kinds("MemoryProfiler", kinds, "the path of a folder", cure, report_dir=report_dir)
+        if predict is not None and not callable(predict):
+            raise ArgumentError(
+                "`MemoryProfiler(predict)` must be a function such as `lightning_memtrain.predict`, but got "
+                f"predict={predict!r}. Write MemoryProfiler(predict=lightning_memtrain.predict)."
+            )
+        self._predict = predict
         self._schedule = LedgerSchedule(every_n_steps)
         self._per_module = per_module
         self._timeline = timeline
@@ -104,6 +115,7 @@ class MemoryProfiler(Callback):
         self._allocator: AllocatorStatistics | None = None
         self._batch: BatchMeasurement | None = None
         self._held = HeldTensors()
+        self._predicted: PredictedStep | None = None
         self._model: weakref.ref[LightningModule] | None = None
         self._folder: Path | None = None
         self._finished = False
@@ -143,6 +155,8 @@ class MemoryProfiler(Callback):
         self._folder = self._report_dir or Path(trainer.log_dir or trainer.default_root_dir) / "memory"
         for logger in trainer.loggers:
             define_metrics(logger)
+        if self._predict is not None and name == "fit" and trainer.is_global_zero:
+            self._predicted = predict_run(self._predict, trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a model that cannot be profiled."""
@@ -257,6 +271,7 @@ class MemoryProfiler(Callback):
         device = profiled_device(pl_module)
         if self._run is None or self._run.device != device:
             self._run = RunRecorder(device)
+            self._run.predicted = self._predicted
         self._allocator = self._statistics(device)
         if isinstance(self._allocator, CpuStatistics) and uses_torch_profiler(trainer):
             self._allocator = None  # only one profiler can record in a thread, and the user's goes first
@@ -350,9 +365,12 @@ class MemoryProfiler(Callback):
         if self._reads_every_step and measured.allocator_peak_bytes is not None:
             metrics[f"{prefix}/allocator_peak_mib"] = measured.allocator_peak_bytes / MIB
         if metrics:
-            tensors = {key: torch.tensor(value, dtype=torch.float64) for key, value in metrics.items()}
-            trainer.callback_metrics.update(tensors)
-            log_scalars(trainer, metrics)
+            self._send(trainer, metrics)
+
+    def _send(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        tensors = {key: torch.tensor(value, dtype=torch.float64) for key, value in metrics.items()}
+        trainer.callback_metrics.update(tensors)
+        log_scalars(trainer, metrics)
 
     def _compare_ranks(self, trainer: Trainer, peak_bytes: int) -> tuple[int, int]:
         """The highest and the lowest of the ranks' peaks; a collective, so all ranks have to call it."""
@@ -383,4 +401,6 @@ class MemoryProfiler(Callback):
         # A test that failed before its first step has nothing to add to the report of the fit before.
         if report is not None and self._folder is not None and (name == "fit" or name in report.stages):
             self.report = report
+            if name == "fit" and report.compared:
+                self._send(trainer, comparison_metrics(report))
             publish_report(report, trainer, self._folder, self._max_rows)

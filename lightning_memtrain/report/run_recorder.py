@@ -16,6 +16,7 @@ from lightning_memtrain.report.batch_measurement import MeasuredBatch
 from lightning_memtrain.report.environment import environment
 from lightning_memtrain.report.growth import GrowthDetector
 from lightning_memtrain.report.memory_report import MemoryReport, OutOfMemory, StepPeak
+from lightning_memtrain.report.predicted_step import PredictedStep
 
 # A run of millions of steps must neither fill the host's memory nor make a report that no browser opens.
 MAX_STEP_PEAKS = 10_000
@@ -108,6 +109,7 @@ class RunRecorder:
         self.ranks: dict[str, int] | None = None
         self.out_of_memory: OutOfMemory | None = None
         self.current: StageRecorder | None = None
+        self.predicted: PredictedStep | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -190,6 +192,7 @@ class RunRecorder:
             ranks=self.ranks,
             out_of_memory=self.out_of_memory,
             techniques=techniques,
+            predicted=self.predicted,
         )
 
 

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_memtrain.core import NoEffectWarning
 from lightning_memtrain.core.arguments.value_checks import check_counts, check_kinds, check_modules
+from lightning_memtrain.core.plain_tensors import has_no_data
 from lightning_memtrain.sparsity.methods.rules.layer_updates import UpdateTime
 from lightning_memtrain.sparsity.methods.rules.random_positions import sample_free_positions
 from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod, check_method
@@ -140,10 +141,14 @@ def _draw(
 
 
 def _count_nonzero(parameter: nn.Parameter) -> int:
-    return parameter.numel() if parameter.is_meta else int(torch.count_nonzero(parameter.detach()))
+    if has_no_data(parameter):  # random numbers are not 0
+        return parameter.numel()
+    return int(torch.count_nonzero(parameter.detach()))
 
 
 def _nonzero(parameter: nn.Parameter) -> Tensor:
+    if has_no_data(parameter):
+        return torch.arange(parameter.numel())
     return parameter.detach().reshape(-1).nonzero().flatten().cpu()
 
 

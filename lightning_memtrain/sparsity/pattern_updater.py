@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_memtrain.coordination import dry_run_depth
+from lightning_memtrain.coordination import dry_run_depth, stand_in_values
 from lightning_memtrain.core import NoEffectWarning
 from lightning_memtrain.core.arguments.value_checks import check_counts
 from lightning_memtrain.sparsity import distributed
@@ -139,6 +139,7 @@ class PatternUpdater:
         seen = self._streamed_gradients.get(name)
         self._streamed_gradients[name] = gradient.detach().clone() if seen is None else seen.add_(gradient)
 
+    @stand_in_values()
     @torch.no_grad()
     def update(self, now: UpdateTime, optimizers: Sequence[Optimizer]) -> UpdateResult:
         """Change the pattern, or finish an update that an error or an interrupt has ended.
@@ -180,6 +181,7 @@ class PatternUpdater:
             moved = self._apply_unfinished(everything, optimizers)
         return self._finish_update(moved)
 
+    @stand_in_values()
     @torch.no_grad()
     def finish(self, weights: Mapping[str, SparseWeight], optimizers: Sequence[Optimizer]) -> UpdateResult:
         """Do what is left of an update that an error or an interrupt has ended.

@@ -14,7 +14,7 @@ from lightning_memtrain.coordination import on_gradient_sync
 from lightning_memtrain.core import TechniqueRecord
 from lightning_memtrain.sparsity import distributed, sharding
 from lightning_memtrain.sparsity.methods.sparse_method import SparseMethod
-from lightning_memtrain.sparsity.methods.update_schedules import RunLength, UpdateSchedule
+from lightning_memtrain.sparsity.methods.update_schedules import RunLength, UpdateEvery, UpdateSchedule
 from lightning_memtrain.sparsity.pattern_updater import PatternUpdater
 from lightning_memtrain.sparsity.run.argument_validation import refuse_arguments, warn_of_update
 from lightning_memtrain.sparsity.run.checkpoint_validation import (
@@ -130,8 +130,7 @@ class SparseTraining(Callback):
         self._with_gradient: set[str] = set()
         self._updater: PatternUpdater | None = None
         self._timer = UpdateTimer(self.method, self._seed)
-        # The global step when candidates began to be watched: any other means that the step was left out.
-        self._watched_at = -1
+        self._watched_at = -1  # the global step; any other means that the step was left out
         self._restored: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -152,8 +151,7 @@ class SparseTraining(Callback):
             if sharding.divides_parameters(trainer.strategy) and has_selectable_layers(pl_module):
                 self.convert(pl_module)
 
-        # After `configure_model` the model is complete, and neither loaded nor known to an optimizer yet.
-        # What it shards, however, has to be sparse before.
+        # By then the model is complete, neither loaded nor known to an optimizer; what it shards is not.
         self._undo += [
             around_configure_model(pl_module, before, lambda: self._adopt(trainer, pl_module, stage)),
             around_checkpoints(
@@ -163,14 +161,17 @@ class SparseTraining(Callback):
             ),
         ]
 
+    def rehearse(self) -> None:
+        """Change the pattern after step 2, if ever, for a run of three that is to show what all take."""
+        if self._update_schedule is not None:
+            self._update_schedule = UpdateEvery(2, stop=1.0)
+
     def convert(self, model: nn.Module) -> None:
         """Make layers sparse now, for a ``configure_model`` that makes layers and shards them.
 
         Call this after the layers are made and before ``fully_shard``; otherwise there is no need to::
 
-            for callback in self.trainer.callbacks:
-                if isinstance(callback, SparseTraining):
-                    callback.convert(self)
+            next(one for one in self.trainer.callbacks if isinstance(one, SparseTraining)).convert(self)
 
         Args:
             model: becomes sparse in place, unless it is already.

@@ -175,7 +175,8 @@ class Device:
             source="torch on this machine",
             context_bytes=_CONTEXT_BYTES,
             context_source=_CONTEXT_SOURCE,
-            compute_capability=(properties.major, properties.minor),
+            # Torch calls AMD's GPUs "cuda", too, whose kernels and libraries are others.
+            compute_capability=None if torch.version.hip else (properties.major, properties.minor),
         )
 
 

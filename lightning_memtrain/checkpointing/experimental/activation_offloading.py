@@ -15,13 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from lightning_memtrain.compat import wrap_training_step
 from lightning_memtrain.compat.lightning_packages import refuse_mix
 from lightning_memtrain.compat.torch_private import storage_key, version_counter, view_base
-from lightning_memtrain.core import (
-    MIB,
-    NoEffectWarning,
-    OnDemandTensor,
-    TechniqueRecord,
-    parse_bytes,
-)
+from lightning_memtrain.core import MIB, NoEffectWarning, OnDemandTensor, TechniqueRecord, parse_bytes
+from lightning_memtrain.core.device_kinds import behaves_as_cuda
 
 
 class offloaded_activations(saved_tensors_hooks):
@@ -64,7 +59,9 @@ class offloaded_activations(saved_tensors_hooks):
         source = (storage_key(tensor.untyped_storage()), *form)
         copy = self._by_source.get(source)
         if copy is None or not copy.is_of(tensor):
-            copy = _HostCopy(tensor, self._stream(tensor.device), len(self._copies))
+            copy = _HostCopy(
+                tensor, self._stream(tensor.device), len(self._copies), behaves_as_cuda(tensor.device)
+            )
             self._copies.append(weakref.ref(copy))
             self._by_source[source] = copy
         return copy
@@ -90,8 +87,9 @@ class offloaded_activations(saved_tensors_hooks):
 class _HostCopy:
     """A tensor in host memory that can come back to its device."""
 
-    def __init__(self, tensor: Tensor, stream: Any, index: int) -> None:
+    def __init__(self, tensor: Tensor, stream: Any, index: int, fetches_ahead: bool) -> None:
         self.index = index
+        self._fetches_ahead = fetches_ahead
         self._device = tensor.device
         self._stream = stream
         self._storage = weakref.ref(tensor.untyped_storage())
@@ -111,17 +109,22 @@ class _HostCopy:
         return self._storage() is tensor.untyped_storage()
 
     def begin_fetching(self) -> None:
-        if self._fetched is not None or self._stream is None:
+        if self._fetched is not None or not self._fetches_ahead:
+            return
+        if self._stream is None:  # a twin of CUDA does everything at once
+            self._fetched = self._host.to(self._device)
             return
         with torch.cuda.stream(self._stream):  # after the copy to the host, which ran on this stream, too
             self._fetched = self._host.to(self._device, non_blocking=True)
 
     def fetched(self) -> Tensor:
-        if self._stream is None:
+        if not self._fetches_ahead:
             return self._host.to(self._device)
         self.begin_fetching()
         fetched, self._fetched = self._fetched, None
         assert fetched is not None
+        if self._stream is None:
+            return fetched
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
         fetched.record_stream(current)

@@ -22,7 +22,7 @@ from lightning_memtrain.planning.prediction.ranks.world import World, world_of
 from lightning_memtrain.planning.prediction.trainer_options import trainer_options
 from lightning_memtrain.planning.prediction.twin.twin_run import TwinRun, run_on_twin
 from lightning_memtrain.report import MemoryReport
-from lightning_memtrain.tracing.cuda_twin import refuse_no_twin
+from lightning_memtrain.tracing.cuda_twin import why_no_twin
 from lightning_memtrain.tracing.device import Device, available_bytes
 from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
 
@@ -46,7 +46,10 @@ def predict(
 
     Of several ranks the first one is predicted, whose shards are the largest, with a batch of its own.
 
-    Validation is left out. So is what cuDNN, NCCL and kernels of other libraries allocate for themselves.
+    Validation is left out. So is what NCCL and kernels of other libraries allocate for themselves; of cuDNN
+    there is a bound. Where torch is too old for that (2.13 is not), or has another third-party device in this
+    process, one step is counted on CPU tensors without data, and :attr:`.Prediction.notes` say what is
+    then not known.
 
     Args:
         model: the module to train; or a function that makes it, which then needs no memory for its weights.
@@ -68,9 +71,8 @@ def predict(
     Raises:
         ArgumentError: if there are two sources of batches, or none, or ``model`` is something else, if there
             is no such device, or it is neither a CPU nor a GPU by NVIDIA, if the batch is not on the CPU, if
-            the strategy is none that is predicted or lacks its number of ranks, or if the step asks for
-            values that nobody knows.
-        RuntimeError: for a GPU, if torch is too old, or has another third-party device in this process.
+            the strategy is none that is predicted or lacks its number of ranks, if nothing is trained, or if
+            the step asks for values that nobody knows.
     """
     if batch is not None and datamodule is not None:
         raise ArgumentError(
@@ -96,19 +98,18 @@ def predict(
     found = _known(device)
     _refuse_elsewhere(batch)
     world = world_of(trainer, world_size, strategy)
-    if found.is_cuda:
-        refuse_no_twin()
-    elif world is not None:
+    missing = why_no_twin() if found.is_cuda else ""
+    if world is not None and (missing or not found.is_cuda):
         raise ArgumentError(
-            f"`predict(device)` must be a GPU for a run of {world.size} ranks, but got {found.name!r}. Name "
-            'one that `memtrain devices` lists, such as device="RTX 4090", or predict for one device.'
+            f"`predict(device)` must be a GPU for a run of {world.size} ranks, but got {found.name!r}"
+            + (f", and {missing}." if missing else ". Name one that `memtrain devices` lists.")
         )
-    kind = {} if found.is_cuda else {"device_type": "cpu"}
-    options = trainer_options(trainer, world, **kind)
+    on_twin = found.is_cuda and not missing
+    options = trainer_options(trainer, world, **({} if on_twin else {"device_type": "cpu"}))
 
     def run(make_data: Callable[[], Any]) -> TwinRun:
         try:
-            if found.is_cuda:
+            if on_twin:
                 return call_in_copy(lambda: run_on_twin(model, make_data(), options, found, world))
             conditions = CpuConditions.now(model, batch)
             return call_in_asking_copy(
@@ -121,13 +122,23 @@ def predict(
                 "with `torch.where` instead of `if`), or see what a real step needs with `MemoryProfiler`."
             ) from error
 
+    notes = (f"{NOT_KNOWN}, since {missing}",) if missing else ()
+
     def of_size(size: int) -> Prediction:
-        return _prediction(found, run(lambda: Repeated(take_samples(batch, size))), size, world)
+        return _prediction(found, run(lambda: Repeated(take_samples(batch, size))), size, world, notes)
 
     if batch is None:
-        return _prediction(found, run(lambda: datamodule), None, world)
+        return _prediction(found, run(lambda: datamodule), None, world, notes)
     size = _batch_size(batch)
-    return replace(_prediction(found, run(lambda: Repeated(batch)), size, world), _of_size=of_size)
+    return replace(_prediction(found, run(lambda: Repeated(batch)), size, world, notes), _of_size=of_size)
+
+
+#: What a prediction for a GPU does not know where there can be no twin of it.
+NOT_KNOWN = (
+    "Counted on CPU tensors without data: not known are what the GPU's kernels hold (masks of dropout, "
+    "scores of attention), autocast by CUDA's lists, workspaces of its libraries, and what torch's allocator "
+    "makes of it: what is reserved is what tensors and the CPU's operators hold"
+)
 
 
 class Repeated:
@@ -151,7 +162,13 @@ def _brings_data(model: Any) -> bool:
     return own is not None and own is not pl.LightningModule.train_dataloader
 
 
-def _prediction(device: Device, found: TwinRun, batch_size: int | None, world: World | None) -> Prediction:
+def _prediction(
+    device: Device,
+    found: TwinRun,
+    batch_size: int | None,
+    world: World | None,
+    notes: tuple[str, ...],
+) -> Prediction:
     return Prediction(
         device=device,
         report=_named(found.report, device, world),
@@ -165,6 +182,17 @@ def _prediction(device: Device, found: TwinRun, batch_size: int | None, world: W
         unknown=tuple(f"{what} at {site}" for site, what in found.guessed.items()),
         unmeasured=tuple(f"{operator}: {reason}" for operator, reason in found.unmeasured.items()),
         available_bytes=available_bytes() if device == Device.named("cpu") else None,
+        notes=(*notes, *_of_compiled(found.compiled)),
+        convolution_bound_bytes=found.convolution_bytes,
+    )
+
+
+def _of_compiled(module: str) -> tuple[str, ...]:
+    if not module:
+        return ()
+    return (
+        f"{module} is compiled, but was run operator by operator: what compiled kernels need is not known, "
+        "which is mostly less",
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_memtrain.core import ArgumentError, MemoryBreakdown, format_bytes
+from lightning_memtrain.core import ArgumentError, MemoryBreakdown, TimelineEvent, format_bytes
 from lightning_memtrain.planning.prediction.largest import largest_that_fits
 from lightning_memtrain.report import MemoryReport, save_html
 from lightning_memtrain.tracing.device import Device
@@ -41,6 +41,10 @@ class Prediction:
         available_bytes: what this machine's other programs leave now, for a prediction for it.
         world_size: how many ranks the run has; all figures are those of the first of them.
         strategy: what the ranks exchange, ``"ddp"`` or ``"fsdp2"``; ``None`` for a run on one device.
+        convolution_bound_bytes: what cuDNN may take besides, for as long as one convolution runs: the matrix
+            of the largest one, if it were computed as one explicit product of matrices. Not in any other
+            figure; 0 without convolutions.
+        notes: what else is not known, and why.
 
     Example:
         >>> prediction = predict(model, batch, device="RTX 4090")  # doctest: +SKIP
@@ -60,12 +64,19 @@ class Prediction:
     available_bytes: int | None = None
     world_size: int = 1
     strategy: str | None = None
+    convolution_bound_bytes: int = 0
+    notes: tuple[str, ...] = ()
     _of_size: Callable[[int], Prediction] | None = field(default=None, repr=False, compare=False)
 
     @property
     def breakdown(self) -> MemoryBreakdown:
         """Bytes by category, module and moment at the peak of the predicted step."""
         return self.report.stages["fit"]
+
+    @property
+    def timeline(self) -> tuple[TimelineEvent, ...]:
+        """Bytes by category at every moment of the predicted step, that of its peak among them."""
+        return self.breakdown.timeline
 
     @property
     def needed_bytes(self) -> int:
@@ -81,6 +92,11 @@ class Prediction:
     def fits(self) -> bool:
         """Whether the run fits on the device; by how much, :attr:`spare_bytes` says."""
         return self.spare_bytes >= 0
+
+    @property
+    def fits_surely(self) -> bool:
+        """Whether it also fits if cuDNN takes :attr:`convolution_bound_bytes`."""
+        return self.spare_bytes >= self.convolution_bound_bytes
 
     def largest_batch_size(self) -> int:
         """Find how many samples of the batch fit, by predicting again with more and fewer of them.
@@ -134,9 +150,13 @@ class Prediction:
             "reserved_bytes": self.reserved_bytes,
             "context_bytes": self.context_bytes,
             "workspace_bytes": self.workspace_bytes,
+            "convolution_bound_bytes": self.convolution_bound_bytes,
+            "fits_surely": self.fits_surely,
+            "peak_event": self.breakdown.peak_event,
             "unknown": list(self.unknown),
             "unmeasured": list(self.unmeasured),
             "available_bytes": self.available_bytes,
+            "notes": list(self.notes),
             "breakdown": self.breakdown.to_dict(),
         }
 
@@ -173,7 +193,8 @@ class Prediction:
 
     def _title(self) -> str:
         ranks = "" if self.strategy is None else f", each of {self.world_size} by {self.strategy}"
-        return f"{self.report.model} on {self.device.name}{ranks}: {'fits' if self.fits else 'does not fit'}"
+        fits = "fits" if self.fits_surely else "fits, unless cuDNN takes too much"
+        return f"{self.report.model} on {self.device.name}{ranks}: {fits if self.fits else 'does not fit'}"
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = [
@@ -185,6 +206,8 @@ class Prediction:
             (self._context_name, self.context_bytes),
             ("spare" if self.fits else "missing", abs(self.spare_bytes)),
         ]
+        if self.convolution_bound_bytes:
+            rows.append(("cuDNN for a while, at most", self.convolution_bound_bytes))
         return [(name, format_bytes(num)) for name, num in rows]
 
     @property
@@ -196,4 +219,10 @@ class Prediction:
         remarks += [f"What it holds while it runs is not known of {one}" for one in self.unmeasured]
         if self.available_bytes is not None and self.available_bytes < self.needed_bytes and self.fits:
             remarks.append(f"Other programs leave only {format_bytes(self.available_bytes)} of it now.")
-        return remarks
+        if self.fits and not self.fits_surely:
+            remarks.append(
+                f"cuDNN chooses how to compute convolutions on the GPU itself, and may take up to "
+                f"{format_bytes(self.convolution_bound_bytes)} for the largest one, which is more than the "
+                f"spare {format_bytes(self.spare_bytes)}"
+            )
+        return [*remarks, *self.notes]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memtrain.compat.torch_private import storage_key, view_base
+from lightning_memtrain.core.plain_tensors import is_plain
 
 #: Nodes of autograd whose result is their argument, but for shape and dtype.
 _SAME_NUMBERS = frozenset(
@@ -87,7 +88,7 @@ class ParameterMatcher:
 
 
 def _has_storage(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return is_plain(tensor) and tensor.layout is torch.strided
 
 
 def _unordered(tensor: Tensor) -> tuple[int, ...]:

@@ -53,6 +53,10 @@ def save_html(report: MemoryReport, path: Path) -> None:
 
 def _page_data(report: MemoryReport) -> dict[str, Any]:
     data = report.to_dict()
+    data["compared"] = [
+        {"name": row.name, "predicted": row.predicted_bytes, "counted": row.counted_bytes, "off": row.off}
+        for row in report.compared
+    ]
     data["stages"] = {stage: _stage_data(breakdown) for stage, breakdown in report.stages.items()}
     data["steps"] = {
         stage: _step_points([step for step in report.steps if step.stage == stage])

@@ -16,7 +16,7 @@ from lightning_memtrain.compat.lightning_private import batches_that_stepped
 from lightning_memtrain.core import MIB, Category, MemoryBreakdown, ModuleMemory, ReportWarning, format_bytes
 from lightning_memtrain.report.memory_report import HTML_NAME, JSON_NAME, MemoryReport
 from lightning_memtrain.report.outputs.html import render_html
-from lightning_memtrain.report.outputs.metric_names import breakdown_metrics
+from lightning_memtrain.report.outputs.metric_names import breakdown_metrics, comparison_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -165,6 +165,7 @@ def _log_to_wandb(logger: Any, report: MemoryReport) -> None:
         growth_bytes = sum(row.num_bytes for row in report.growth.get(stage, ()))
         run.summary.update(breakdown_metrics(breakdown, stage, growth_bytes))
     run.log(panels)
+    run.summary.update(comparison_metrics(report))
     artifact = wandb.Artifact(f"memory-report-{run.id}", type="memory-profile")
     with artifact.new_file(JSON_NAME, mode="w", encoding="utf-8") as file:
         file.write(_json(report))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_memtrain.core import MIB, Category, MemoryBreakdown
+from lightning_memtrain.report.memory_report import MemoryReport
 
 
 def breakdown_metrics(
@@ -27,3 +28,21 @@ def breakdown_metrics(
     sizes |= {"recomputed": breakdown.recomputed_at_peak_bytes, "growth": growth_bytes}
     prefix = "memory" if stage == "fit" else f"memory/{stage}"
     return {f"{prefix}/{name}_mib": size / MIB for name, size in sizes.items()}
+
+
+def comparison_metrics(report: MemoryReport) -> dict[str, float]:
+    """Write what was predicted as scalars, and by how much that was off.
+
+    Args:
+        report: of a run that was predicted.
+
+    Returns:
+        Values by key: ``memory/predicted/ledger_mib`` and ``memory/predicted/ledger_off_percent``; likewise
+        for the allocator's peak and what it reserved, where both are known.
+    """
+    metrics: dict[str, float] = {}
+    for row in report.compared:
+        if row.name in ("ledger", "allocator", "reserved") and row.off is not None:
+            metrics[f"memory/predicted/{row.name}_mib"] = row.predicted_bytes / MIB
+            metrics[f"memory/predicted/{row.name}_off_percent"] = row.off * 100
+    return metrics

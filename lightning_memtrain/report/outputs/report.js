@@ -462,6 +462,18 @@
         el("tbody", {}, rows.map((row) => el("tr", {}, el("td", { class: "name mono" }, row.module || "(outside of any submodule)"), el("td", {}, bytes(row.num_bytes)), el("td", {}, row.num_storages.toLocaleString("en"))))))));
   }
 
+  function predicted() {
+    const known = report.predicted;
+    if (!known) return null;
+    if (known.failure) return card("predicted", "Predicted before the run", null, el("p", {}, `Nothing was predicted: ${known.failure}`));
+    const off = (row) => (row.off === null || Math.abs(row.off) >= 10 ? "" : `${row.off >= 0 ? "+" : "\u2212"}${rounded(Math.abs(row.off) * 100, 2)}%`);
+    return card("predicted", "Predicted before the run", `Of the training step with the highest peak: what was predicted before the run, for ${known.device}, and what was counted in it.`,
+      el("div", { class: "scroll" }, el("table", { class: "data" },
+        el("thead", {}, el("tr", {}, ["Figure", "Predicted", "Counted", "Off by"].map((text) => el("th", { scope: "col" }, text)))),
+        el("tbody", {}, report.compared.map((row) => el("tr", {}, el("th", { scope: "row" }, label(row.name)), el("td", {}, bytes(row.predicted)), el("td", {}, bytes(row.counted)), el("td", {}, off(row))))))),
+      known.unknown.map((one) => el("p", { class: "note" }, `Nobody knew beforehand: ${one}`)));
+  }
+
   function outOfMemory() {
     const failure = report.out_of_memory;
     if (!failure) return null;
@@ -519,6 +531,7 @@
       tabList),
     outOfMemory(),
     names.length ? panel : el("section", { class: "card" }, "No step was profiled."),
+    predicted(),
     techniques(),
     el("div", { class: "two" },
       card("environment", "Environment", null, words(report.environment)),

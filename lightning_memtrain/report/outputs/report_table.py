@@ -23,6 +23,8 @@ _NUM_MODULES = 10
 _NUM_GROWTH_ROWS = 5
 _NUM_EVENTS = 5
 _BAR_WIDTH = 16
+# A share of next to nothing says nothing.
+_MOST_OFF = 10
 
 
 def render_table(report: MemoryReport) -> RenderableType:
@@ -52,6 +54,7 @@ def render_table(report: MemoryReport) -> RenderableType:
         if breakdown.modules:
             parts.append(_modules(breakdown))
         parts += _growth(report.growth.get(stage, ()))
+    parts += _predicted(report)
     if report.ranks is not None:
         smallest, largest = (format_bytes(report.ranks[f"{end}_peak_bytes"]) for end in ("min", "max"))
         parts.append(Text(f"Peak over {report.ranks['world_size']} ranks: from {smallest} to {largest}."))
@@ -185,6 +188,23 @@ def _growth(rows: tuple[Growth, ...]) -> list[RenderableType]:
     if len(rows) > _NUM_GROWTH_ROWS:
         lines.append(Text(f"  and {len(rows) - _NUM_GROWTH_ROWS:,} more in the HTML report"))
     return lines
+
+
+def _predicted(report: MemoryReport) -> list[RenderableType]:
+    from rich.text import Text
+
+    predicted = report.predicted
+    if predicted is None:
+        return []
+    if predicted.failure:
+        return [Text(f"Not predicted: {predicted.failure}", style="yellow")]
+    table = number_table(f"{predicted.device}, MiB", ("Predicted", "Counted", "Off by"))
+    for row in report.compared:
+        off = "" if row.off is None or abs(row.off) >= _MOST_OFF else f"{row.off:+.2%}"
+        table.add_row(
+            row.name.replace("_", " "), mebibytes(row.predicted_bytes), mebibytes(row.counted_bytes), off
+        )
+    return [table, *(Text(f"Nobody knew beforehand: {one}", style="yellow") for one in predicted.unknown)]
 
 
 def _technique(record: TechniqueRecord) -> RenderableType:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightning_memtrain.compat.torch_private import is_traceable_wrapper_subclass
+from lightning_memtrain.core.plain_tensors import has_no_data
 from lightning_memtrain.sparsity.selection.weight_locations import WeightLocation
 from lightning_memtrain.sparsity.storage.sparse_weight import SparseWeight
 
@@ -87,7 +88,7 @@ def _similar_groups(locations: Mapping[str, WeightLocation]) -> Iterable[list[st
     groups: dict[Any, list[str]] = {}
     for path, location in locations.items():
         parameter = location.parameter
-        if is_lazy(parameter) or parameter.is_meta or not parameter.numel():
+        if is_lazy(parameter) or has_no_data(parameter) or not parameter.numel():
             continue
         if is_traceable_wrapper_subclass(parameter):  # a shard, which is refused where it cannot be converted
             continue

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_memtrain.coordination import RestorableState, dry_run_depth
+from lightning_memtrain.coordination import RestorableState, dry_run_depth, stand_in_values
 from lightning_memtrain.sparsity.radix_select import are_largest, keys_of, level_of_largest
 
 # Entries of a dense gradient that are ranked at a time.
@@ -56,6 +56,7 @@ class CandidateSearch:
             self._parts[first] = CandidateSearch(self._name, self._num_candidates)
         return self._parts[first]
 
+    @stand_in_values()
     @torch.no_grad()
     def observe(self, gradient: Tensor, active: Tensor, first: int) -> None:
         """Look through a part of the dense gradient for candidates.
@@ -83,6 +84,7 @@ class CandidateSearch:
         here = self._found.positions[low:high] - first
         self._found.gradients[low:high] += gradient.index_select(0, here).float()
 
+    @stand_in_values()
     def end_pass(self) -> None:
         """The dense gradient has been seen as a whole: from now on, only the candidates are."""
         if self._best:
@@ -108,6 +110,7 @@ class CandidateSearch:
             tensors + tuple(one for _, kept in parts.values() for one in kept.tensors), restore
         )
 
+    @stand_in_values()
     def result(self) -> Candidates:
         """The candidates that all passes have found.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_memtrain.core.plain_tensors import is_plain
 from lightning_memtrain.optimizer_steps import SupportsReindexing
 from lightning_memtrain.sparsity.storage.shards import full_tensor, prepare_write
 
@@ -171,7 +172,7 @@ def _is_scale(key: str, value: Tensor) -> bool:
 def _is_scalar(value: Any) -> bool:
     """One number for the whole parameter, or a setting."""
     if isinstance(value, Tensor):
-        return _is_plain(value) and value.numel() == 1
+        return is_plain(value) and value.numel() == 1
     return value is None or isinstance(value, (bool, int, float, str))
 
 
@@ -179,14 +180,9 @@ def _is_elementwise(value: Any, parameter: Tensor) -> bool:
     if isinstance(parameter.data, DTensor):
         if not isinstance(value, DTensor) or value.placements != parameter.data.placements:
             return False
-    elif not _is_plain(value):
+    elif not is_plain(value):
         return False
     return bool(value.is_floating_point() and value.shape == parameter.shape)
-
-
-def _is_plain(value: Any) -> bool:
-    # Subclasses hold codes, shards or other forms that cannot be indexed.
-    return type(value) in (Tensor, torch.nn.Parameter)
 
 
 def _described(value: Any) -> str:

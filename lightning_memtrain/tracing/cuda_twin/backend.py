@@ -13,6 +13,7 @@ from lightning_memtrain.compat.torch_private import storage_key
 from lightning_memtrain.tracing.allocator import CachingAllocator
 from lightning_memtrain.tracing.allocator.blocks import Block
 from lightning_memtrain.tracing.cuda_twin import streams
+from lightning_memtrain.tracing.cuda_twin.op_seconds import seconds_of
 
 #: What torch calls the device; no name of a real backend.
 DEVICE_TYPE = "cudatwin"
@@ -138,6 +139,10 @@ class TwinBackend:
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         """What is free of the device, and what it has in all for tensors."""
         return max(0, self._usable_bytes - self.allocator.reserved_bytes), self._usable_bytes
+
+    def seconds_of(self, make_arguments: Any, function: Any) -> float:
+        """See :func:`.op_seconds.seconds_of`."""
+        return seconds_of(make_arguments, function)
 
     def empty_cache(self) -> None:
         """Give back segments that are free as a whole."""

@@ -21,8 +21,10 @@ from lightning_memtrain.compat.torch_private import (
     tree_leaves,
     tree_map,
 )
+from lightning_memtrain.coordination import dry_run_depth
 from lightning_memtrain.ledger.observers.dispatch_mode import skip_in_dynamo
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
+from lightning_memtrain.tracing.cuda_twin.convolutions import unfolded_bytes
 from lightning_memtrain.tracing.cuda_twin.in_place import InPlaceGradients
 from lightning_memtrain.tracing.cuda_twin.known_values import KnownValues, leaves_of
 from lightning_memtrain.tracing.cuda_twin.missing_rules import forms_from_zeros, writes_only
@@ -53,6 +55,9 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         on_matrix_product: called before each product of matrices.
     """
 
+    #: Without it nothing runs on the device, so it stays in dry runs.
+    is_of_device = True
+
     def __init__(self, backend: TwinBackend, on_matrix_product: Callable[[], None] = lambda: None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._backend = backend
@@ -64,6 +69,8 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.guessed: dict[str, str] = {}
         """What was asked that nobody knows, and taken for "not a number", by the line that asked."""
         self._pinned: dict[int, weakref.ref[Tensor]] = {}
+        self.convolution_bytes = 0
+        """Most that cuDNN may take for a while, see :func:`.unfolded_bytes`."""
         self._usual = TypicalValues()
         self._in_place = InPlaceGradients()
         self._in_place.calibrate_before_backward()
@@ -86,7 +93,8 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._in_place.takes_place(func, args):
             self.known.forget(args[0])
             return args[0]
-        if func.overloadpacket in _MATRIX_PRODUCTS:
+        counts = not dry_run_depth()
+        if counts and func.overloadpacket in _MATRIX_PRODUCTS:
             self._on_matrix_product()
         try:
             result = self.without_data(func, args, kwargs)
@@ -98,7 +106,9 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._usual.follow(func, args, result)
             self.known.follow(func, args, kwargs, result)
         self._in_place.follow(func, result)
-        for one in (result,) if isinstance(result, Tensor) else leaves_of((result,), None):
+        self.convolution_bytes = max(self.convolution_bytes, unfolded_bytes(func, args, result))
+        found = (result,) if isinstance(result, Tensor) else leaves_of((result,), None)
+        for one in found if counts else ():
             if isinstance(one, Tensor) and one.device.type == DEVICE_TYPE:
                 self._backend.hold(one)
         return result
@@ -196,7 +206,7 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # This mode is left, too: it would take what it makes for a constant.
         with torch.no_grad(), disable_current_modes(), self.fake:
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-        if device == DEVICE_TYPE:
+        if device == DEVICE_TYPE and not dry_run_depth():
             self._backend.hold(made)
         return made
 

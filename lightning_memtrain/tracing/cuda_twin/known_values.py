@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_memtrain.compat.torch_private import FakeTensor, storage_key, tree_leaves, tree_map
+from lightning_memtrain.coordination import stands_in
 from lightning_memtrain.tracing.inplace_writes import written_tensors
 
 # Larger ones of floating type are not followed: nobody asks for numbers of pictures.
@@ -40,6 +41,9 @@ class KnownValues:
 
     def __init__(self) -> None:
         self._real: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        # Of floating type and made up, or made of such: known only while made-up values are asked for.
+        self._made_up: set[int] = set()
+        self._random = torch.Generator().manual_seed(0)
 
     def of(self, value: Any) -> Tensor | None:
         """The values of a tensor.
@@ -51,6 +55,8 @@ class KnownValues:
             A tensor on the CPU of the same shape and dtype; ``None`` if they are not known.
         """
         reference, real = self._real.get(id(value), (None, None))
+        if id(value) in self._made_up and not stands_in():
+            return None
         return real if reference is not None and reference() is value else None
 
     def set(self, tensor: Tensor, real: Tensor) -> None:
@@ -60,10 +66,17 @@ class KnownValues:
             tensor: one without data.
             real: on the CPU, of the same shape and dtype.
         """
-        if real.nbytes > _most_bytes(real):
+        if real.nbytes > _most_bytes(real) and not stands_in():
             return
         key = id(tensor)
-        self._real[key] = weakref.ref(tensor, lambda _: self._real.pop(key, None)), real
+
+        def forget(_: Any) -> None:
+            self._real.pop(key, None)
+            self._made_up.discard(key)
+
+        self._real[key] = weakref.ref(tensor, forget), real
+        if stands_in() and real.is_floating_point():
+            self._made_up.add(key)
 
     def forget(self, tensor: Tensor) -> None:
         """Know no more of a tensor, nor of others in its memory.
@@ -76,6 +89,7 @@ class KnownValues:
             storage = storage_key(real.untyped_storage())
             for key in [k for k, (_, r) in self._real.items() if storage_key(r.untyped_storage()) == storage]:
                 del self._real[key]
+                self._made_up.discard(key)
 
     def follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Compute the values of an operator's result, if those of all its arguments are known.
@@ -103,7 +117,7 @@ class KnownValues:
         tensors = [one for one in leaves_of(args, kwargs) if isinstance(one, Tensor)]
         if any(self.real_or_known(one) is None for one in tensors):
             return None
-        if any(one.nbytes > _most_bytes(one) for one in made):
+        if any(one.nbytes > _most_bytes(one) for one in made) and not stands_in():
             return None
         try:
             values = self.compute(func, args, kwargs)
@@ -112,8 +126,19 @@ class KnownValues:
         return [one for one in tree_leaves(values) if isinstance(one, Tensor)]
 
     def real_or_known(self, tensor: Tensor) -> Tensor | None:
-        """A tensor that has data itself, or its known values."""
-        return self.of(tensor) if isinstance(tensor, FakeTensor) else tensor
+        """A tensor that has data itself, or its known values, or, if nobody minds, made-up ones."""
+        if not isinstance(tensor, FakeTensor):
+            return tensor
+        known = self.of(tensor)
+        if known is None and stands_in():
+            known = self._make_up(tensor)
+            self.set(tensor, known)
+        return known
+
+    def _make_up(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return torch.zeros(tensor.shape, dtype=tensor.dtype)
+        return torch.randn(tensor.shape, generator=self._random).to(tensor.dtype)
 
     def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator on the known values of its arguments.

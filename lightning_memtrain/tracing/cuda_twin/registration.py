@@ -14,25 +14,34 @@ from lightning_memtrain.tracing.cuda_twin.backward_errors import make_device_gua
 _NO_BACKEND = "privateuseone"
 
 
+def why_no_twin() -> str:
+    """Why there can be no twin in this process: torch is too old, or another device has its only place.
+
+    Returns:
+        The reason with its cure; empty if there can be one.
+    """
+    if set_up_python_backend is None:
+        return (
+            "a prediction for a GPU needs a torch in which a device can be made in Python, but torch "
+            f"{torch.__version__} has nothing to make one. Install a newer torch (2.13 has it)"
+        )
+    name = privateuse1_backend_name()
+    if name != _NO_BACKEND:
+        return (
+            "a prediction for a GPU needs torch's one place for a third-party device to be free, but this "
+            f"process has the backend {name!r} there. Predict in a process that does not import that backend"
+        )
+    return ""
+
+
 def refuse_no_twin() -> None:
     """Refuse a process in which there can be no twin.
 
     Raises:
-        RuntimeError: if torch offers no backends made in Python, or another one has the only place.
+        RuntimeError: see :func:`why_no_twin`.
     """
-    if set_up_python_backend is None:
-        raise RuntimeError(
-            f"a prediction for a GPU needs a torch in which a device can be made in Python, but torch "
-            f"{torch.__version__} has nothing to make one. Install a newer torch "
-            '(2.13 has it), or predict with device="cpu", which does not know the GPU\'s kernels, autocast '
-            "and allocator."
-        )
-    name = privateuse1_backend_name()
-    if name != _NO_BACKEND:
-        raise RuntimeError(
-            f"a prediction for a GPU needs torch's one place for a third-party device to be free, but this "
-            f"process has the backend {name!r} there. Predict in a process that does not import that backend."
-        )
+    if reason := why_no_twin():
+        raise RuntimeError(f"{reason}.")
 
 
 def install(backend: TwinBackend) -> None:

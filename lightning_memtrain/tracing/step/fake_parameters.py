@@ -59,6 +59,11 @@ class FakeParameters:
             )
 
     def _without_data(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):  # which the mode has made itself
+            with self._mode:
+                return torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+                )
         return self._mode.from_tensor(tensor.detach(), static_shapes=True)
 
     @property

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_memtrain.compat.torch_private import FakeTensorMode
+from lightning_memtrain.compat.torch_private import FakeTensor, FakeTensorMode
 from lightning_memtrain.coordination import dry_run
 from lightning_memtrain.core.random_state import seeded
 from lightning_memtrain.ledger import MemoryLedger
@@ -76,7 +76,7 @@ class FakeStep:
         self._is_first = is_first
         self._may_keep_graph = may_keep_graph
         self._closure_step = closure_step
-        self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fake_mode = _mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)
         self._recorded_values = RecordedValues()
         self._unknown: list[UnknownValueError] = []
         with dry_run():  # nobody who watches steps is to see what is made here
@@ -288,3 +288,9 @@ class FakeStep:
         if not self._optimizers:
             self._parameters.forget_gradients()
         self._fake_optimizers.zero_grad()
+
+
+def _mode_of(model: nn.Module) -> FakeTensorMode | None:
+    """What made a model that holds no data itself, since tensors of two modes do not go together."""
+    fakes = (one for one in model.parameters() if isinstance(one, FakeTensor))
+    return next((one.fake_mode for one in fakes), None)

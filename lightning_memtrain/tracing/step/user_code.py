@@ -15,6 +15,12 @@ _LIBRARIES = (
     "lightning_memtrain",
 )
 _DISTRIBUTIONS = "torch.distributions"
+_PREDICTION = "lightning_memtrain.planning"
+# What stands between the line that asks and whoever answers.
+_MACHINERY = (
+    *("lightning_memtrain.tracing", "lightning_memtrain.ledger", "torch._", "torch.utils", "torch.overrides"),
+    *("contextlib", "lightning.fabric.utilities"),
+)
 
 
 class CodeLocation(NamedTuple):
@@ -33,11 +39,21 @@ class CodeLocation(NamedTuple):
 
 
 def user_location() -> CodeLocation | None:
-    """The innermost line on the stack that is the user's, or of a library on top of torch."""
+    """The innermost line on the stack that is the user's, or of a library on top of torch.
+
+    Within a prediction it is one of the predicted step; if that has none, the innermost line of a library
+    that is called from there, such as an optimizer's.
+    """
     frame: FrameType | None = sys._getframe(1)
+    library: CodeLocation | None = None
     while frame is not None:
         if not _is_library(frame):
             return CodeLocation(frame.f_code.co_filename, frame.f_lineno)
+        name = frame.f_globals.get("__name__") or ""
+        if name.startswith(_PREDICTION):  # further out is who asked for it
+            return library
+        if library is None and not name.startswith(_MACHINERY):
+            library = CodeLocation(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back
     return None
 

@@ -47,6 +47,29 @@ class NoData(Net):
         raise FileNotFoundError("no images in `pictures`: pass `data_dir`.")
 
 
+class NoOptimizer(Net):
+    def configure_optimizers(self):
+        return None
+
+
+class Bare(pl.LightningModule):
+    training_step, configure_optimizers = Net.training_step, Net.configure_optimizers
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 64)
+
+
+class Wide(Net):
+    def __init__(self, batch_size: int = 4):
+        super().__init__(batch_size)
+        self.layer = torch.nn.Linear(64, 10_000)
+
+    def train_dataloader(self):
+        row = torch.ones(1, 64).expand(4 * self.batch_size, 64)
+        return torch.utils.data.DataLoader([(row[: self.batch_size],)] * 4, batch_size=None)
+
+
 class Data(pl.LightningDataModule):
     def __init__(self, batch_size: int = 4):
         super().__init__()
@@ -157,3 +180,41 @@ def test_what_is_wrong_is_said_in_a_line(model: str, capsys: pytest.CaptureFixtu
     said = failure(capsys, f"{model}:NoData", "--device", "T4")
     assert said == "no images in `pictures`: pass `data_dir`."
     assert "unknown recipe `wantde`" in failure(capsys, "wantde", "--device", "T4")
+
+
+CONFIG_OF_MINE = """
+model: {class_path: net_of_test.%s}
+%s
+trainer: {max_steps: 3, accelerator: cpu, logger: false}
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI under jsonargparse 4.4x
+def test_a_configuration_of_own_classes(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "mine.yaml"
+    file.write_text(CONFIG_OF_MINE % ("Net", "data: {class_path: net_of_test.Data}"))
+    read = predicted(capsys, str(file), "--device", "T4", "--batch-size", "8")
+    assert (read["model"], read["fits"]) == ("Net", True)
+    file.write_text(CONFIG_OF_MINE % ("Bare", ""))
+    assert "needs one of the two for a model without `train_dataloader`" in failure(
+        capsys, str(file), "--device", "T4"
+    )
+    assert (
+        failure(capsys, "nowhere.yaml") == "`nowhere.yaml` is no file; name a configuration of LightningCLI."
+    )
+    assert "`--variant` is for recipes" in failure(capsys, str(file), "--variant", "double")
+
+
+def test_a_model_without_an_optimizer_is_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = failure(capsys, f"{model}:NoOptimizer", "--device", "T4")
+    assert "needs a model with an optimizer, but `NoOptimizer.configure_optimizers` returns none" in said
+
+
+def test_a_batch_that_is_too_large_says_what_is_missing(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", f"{model}:Wide", "--device", "T4", "--batch-size", "400000"]) == 3
+    assert "missing" in capsys.readouterr().out

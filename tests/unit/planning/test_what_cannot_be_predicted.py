@@ -155,18 +155,72 @@ def test_a_batch_elsewhere_is_refused() -> None:
         predict(Step(mean), {"x": [BATCH.to("meta")]}, device="T4")
 
 
-def test_a_torch_without_devices_made_in_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_without_devices_made_in_python_counts_a_step_without_data(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(registration, "set_up_python_backend", None)
-    version = re.escape(torch.__version__)
-    said = rf"torch {version} has nothing to make one\. Install a newer torch \(2\.13 has it\), or predict"
-    with pytest.raises(RuntimeError, match=said):
-        predict(Step(mean), BATCH, device="T4")
+    prediction = predict(lambda: Step(mean), BATCH, device="T4")
+    weights = 4 * (8 * 8 + 8)
+    held = prediction.breakdown.at_peak
+    assert (held["parameters"], held["gradients"]) == (weights, weights)  # type: ignore[index]
+    assert prediction.reserved_bytes == prediction.breakdown.peak_bytes
+    (note,) = prediction.notes
+    assert note.startswith("Counted on CPU tensors without data: not known are what the GPU's kernels hold")
+    assert re.search(
+        rf"torch {re.escape(torch.__version__)} has nothing to make one\. Install a newer torch", note
+    )
+    assert note in str(prediction)
+    model = Step(mean)
+    predict(model, BATCH, device="T4")
+    assert model.layer.weight.grad is None
+    assert model.layer.weight.device.type == "cpu"
 
 
-def test_beside_another_third_party_device_there_is_no_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beside_another_third_party_device_a_step_without_data_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(registration, "privateuse1_backend_name", lambda: "npu")
+    (note,) = predict(Step(mean), BATCH, device="T4").notes
+    assert "this process has the backend 'npu' there" in note
     with pytest.raises(RuntimeError, match="this process has the backend 'npu' there"):
-        predict(Step(mean), BATCH, device="T4")
+        registration.refuse_no_twin()
+
+
+def test_an_error_in_backward_is_caught_where_it_is_expected() -> None:
+    def step(output: Tensor, batch: Tensor) -> Tensor:
+        def stop(grad: Tensor) -> None:
+            raise KeyError("here")
+
+        middle = output.tanh()
+        middle.register_hook(stop)
+        with pytest.raises(KeyError, match="here"):
+            middle.sum().backward()
+        return output.mean()
+
+    assert predict(Step(step), BATCH, device="T4").fits
+
+
+def test_cudnn_has_a_bound_and_the_table_says_where_it_matters() -> None:
+    class Pictures(Step):
+        def __init__(self) -> None:
+            super().__init__(mean)
+            self.convolutions = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 5, stride=2))
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            return self.convolutions(batch).mean()
+
+    batch = torch.ones(4, 3, 32, 32)
+    prediction = predict(Pictures(), batch, device="T4")
+    # The gradient of the second one's input: a row for each of its pixels, of 8 channels' 5 x 5.
+    assert prediction.convolution_bound_bytes == 4 * (32 * 32) * (8 * 5 * 5) * 4
+    assert prediction.fits_surely
+    assert "cuDNN for a while, at most" in str(prediction)
+    tight = Device("tight", prediction.reserved_bytes + 2**20, compute_capability=(8, 0))
+    close = predict(Pictures(), batch, device=tight)
+    assert (close.fits, close.fits_surely) == (True, False)
+    assert "fits, unless cuDNN takes too much" in str(close)
+    assert "which is more than the spare" in str(close)
+    assert predict(Step(mean), BATCH, device="T4").convolution_bound_bytes == 0
 
 
 def test_samples_that_cannot_be_told_leave_no_largest_batch() -> None:

@@ -26,6 +26,7 @@ from lightning_memtrain.planning.prediction.twin.twin_run import (
     made_module,
     prepare_process,
     quiet_folder,
+    refuse_no_optimizer,
 )
 from lightning_memtrain.report import MemoryProfiler
 from lightning_memtrain.tracing.device import resident_bytes
@@ -107,6 +108,7 @@ def run_on_cpu(
         undo.enter_context(mode)
         undo.enter_context(FakeValueMethods(numbers, mode.knows))
         trainer.fit(model, data)
+        refuse_no_optimizer(trainer, model)
     report = profiler.report
     assert report is not None, "a fit that has ended has a report"
     breakdown = report.stages["fit"]

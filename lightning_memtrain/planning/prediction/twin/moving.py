@@ -29,8 +29,9 @@ def move(model: nn.Module, mode: TwinDeviceMode, device: str = DEVICE_TYPE) -> N
         twins[id(parameter)] = nn.Parameter(mode.moved(parameter, device), parameter.requires_grad)
     for buffer in model.buffers():
         twins[id(buffer)] = twin = mode.moved(buffer, device)
-        if not isinstance(buffer, FakeTensor) and buffer.device.type == "cpu":
-            mode.known.set(twin, buffer.detach())
+        real = mode.known.real_or_known(buffer)
+        if real is not None and real.device.type == "cpu":
+            mode.known.set(twin, real.detach())
     UserState(model).replace(twins)
 
 

@@ -19,8 +19,10 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
+from lightning_memtrain.compat.lightning_private import MockOptimizer
 from lightning_memtrain.compat.torch_private import FakeTensor, types_with_foreach, types_with_foreach_norms
-from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core import ArgumentError, is_technique
+from lightning_memtrain.core.compiled_modules import is_compiled
 from lightning_memtrain.planning.prediction.ranks.default_sharding import prepare
 from lightning_memtrain.planning.prediction.ranks.rank_strategy import strategy_of_first_rank
 from lightning_memtrain.planning.prediction.ranks.world import World
@@ -56,6 +58,8 @@ class TwinRun:
         guessed: see :attr:`.TwinDeviceMode.guessed`.
         unmeasured: operators whose workspace is not known, and why; on a CPU.
         process_bytes: what the process has in memory beside model and batch; on a CPU.
+        convolution_bytes: see :attr:`.TwinDeviceMode.convolution_bytes`.
+        compiled: path of a module that the run would compile, and the twin does not; empty without one.
     """
 
     report: MemoryReport
@@ -65,6 +69,8 @@ class TwinRun:
     guessed: Mapping[str, str]
     unmeasured: Mapping[str, str] = field(default_factory=dict)
     process_bytes: int = 0
+    convolution_bytes: int = 0
+    compiled: str = ""
 
 
 def run_on_twin(
@@ -107,12 +113,14 @@ def run_on_twin(
             with LargeWithoutData(mode):
                 model = made_module(model)
         name = type(model).__name__  # sharding makes it one of a class of its own
-        shards = world is not None and prepare(model, world)
-        move(model, mode, "cpu" if shards else DEVICE_TYPE)
+        if world is not None:
+            shards = prepare(model, world)
+            move(model, mode, "cpu" if shards else DEVICE_TYPE)
         configure_without_data(model, LargeWithoutData(mode))
         profiler = MemoryProfiler(every_n_steps=1, report_dir=folder, max_rows=None)
-        trainer = few_steps_trainer(_ranks(world), trainer_options, profiler)
+        trainer = few_steps_trainer(_place(world, mode), trainer_options, profiler)
         trainer.fit(model, data)
+        refuse_no_optimizer(trainer, model)
     del rules
     assert profiler.report is not None, "a fit that has ended has a report"
     return TwinRun(
@@ -121,6 +129,8 @@ def run_on_twin(
         reserved_bytes=backend.allocator.peak_reserved_bytes,
         workspace_bytes=backend.workspace_bytes,
         guessed=dict(mode.guessed),
+        convolution_bytes=mode.convolution_bytes,
+        compiled=next((name or "(model)" for name, one in model.named_modules() if is_compiled(one)), ""),
     )
 
 
@@ -153,6 +163,11 @@ def few_steps_trainer(
         The trainer.
     """
     options = dict(options)
+    callbacks = [*options.pop("callbacks", ()), profiler]
+    for callback in callbacks:
+        rehearse = getattr(callback, "rehearse", None)
+        if is_technique(callback) and callable(rehearse):
+            rehearse()
     return pl.Trainer(
         **place,
         max_steps=NUM_STEPS,
@@ -160,7 +175,7 @@ def few_steps_trainer(
         max_epochs=NUM_STEPS,
         limit_train_batches=NUM_STEPS * options.get("accumulate_grad_batches", 1),
         logger=DummyLogger(),
-        callbacks=[*options.pop("callbacks", ()), profiler],
+        callbacks=callbacks,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -169,15 +184,47 @@ def few_steps_trainer(
     )
 
 
-def _ranks(world: World | None) -> dict[str, Any]:
-    accelerator = TwinAccelerator()
+def _place(world: World | None, mode: TwinDeviceMode) -> dict[str, Any]:
     if world is None:
-        return {"strategy": SingleDeviceStrategy(torch.device(DEVICE_TYPE, 0), accelerator), "devices": 1}
+        return {"strategy": _OnTwin(mode), "devices": 1}
     return {
-        "strategy": strategy_of_first_rank(world, accelerator),
+        "strategy": strategy_of_first_rank(world, TwinAccelerator()),
         "devices": world.devices_per_node,
         "num_nodes": world.num_nodes,
     }
+
+
+class _OnTwin(SingleDeviceStrategy):
+    """The twin is where the model goes when it would go to the GPU: after ``configure_model``."""
+
+    def __init__(self, mode: TwinDeviceMode) -> None:
+        super().__init__(torch.device(DEVICE_TYPE, 0), TwinAccelerator())
+        self._mode = mode
+
+    def model_to_device(self) -> None:
+        """Put the model's tensors there."""
+        assert self.model is not None, "Lightning connects the model first"
+        move(self.model, self._mode)
+
+
+def refuse_no_optimizer(trainer: pl.Trainer, model: pl.LightningModule) -> None:
+    """Refuse a run that trains nothing.
+
+    Args:
+        trainer: that has fitted.
+        model: what was trained.
+
+    Raises:
+        ArgumentError: if the model has no optimizer.
+    """
+    # Lightning makes one that does nothing where there is none.
+    has_optimizer = any(not isinstance(one, MockOptimizer) for one in trainer.optimizers)
+    if model.automatic_optimization and not has_optimizer:
+        raise ArgumentError(
+            f"`predict(model)` needs a model with an optimizer, but `{type(model).__name__}."
+            "configure_optimizers` returns none, so that nothing would be trained. Return one from there, "
+            "or, with LightningCLI, name one under `optimizer`."
+        )
 
 
 def made_module(factory: Callable[[], Any]) -> pl.LightningModule:
