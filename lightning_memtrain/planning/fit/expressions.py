@@ -8,7 +8,7 @@ from typing import Any
 _PACKAGE = "lightning_memtrain."
 
 # Arguments that read well without their names.
-_FIRST_ARGUMENTS = ("policy", "limit", "names_or_types")
+_FIRST_ARGUMENTS = ("policy", "limit", "names_or_types", "segments")
 
 
 def call_text(class_path: str, init_args: Mapping[str, Any]) -> str:
