@@ -4,6 +4,7 @@ from lightning_memtrain.checkpointing import experimental as experimental
 from lightning_memtrain.checkpointing.activation_checkpointing import ActivationCheckpointing
 from lightning_memtrain.checkpointing.insertion import insert_checkpoints
 from lightning_memtrain.checkpointing.memory_budget import MemoryBudget
+from lightning_memtrain.checkpointing.named_segments import Segments
 from lightning_memtrain.checkpointing.policies import (
     Every,
     Full,
@@ -27,6 +28,7 @@ __all__ = [
     "RecomputationPlan",
     "RecomputationPolicy",
     "Recomputed",
+    "Segments",
     "SelectiveOps",
     "Sqrt",
     "insert_checkpoints",

@@ -18,7 +18,11 @@ from lightning_memtrain.core import (
 )
 from lightning_memtrain.ledger.model_devices import parameter_device
 from lightning_memtrain.ledger.operators.allocation_limit import AllocationLimit
-from lightning_memtrain.ledger.operators.workspace import OpWorkspace, PeakEstimator
+from lightning_memtrain.ledger.operators.workspace import (
+    OpWorkspace,
+    PeakEstimator,
+    PeakMoments,
+)
 from lightning_memtrain.ledger.step_tracker import StepTracker
 from lightning_memtrain.ledger.storage_records import (
     Event,
@@ -152,6 +156,11 @@ class MemoryLedger:
                 "Make it with `MemoryLedger(..., workspace=OpWorkspace(device))`."
             )
         return self._estimate.peak_bytes()
+
+    @property
+    def peak_moments(self) -> PeakMoments | None:
+        """What :attr:`predicted_peak_bytes` comes of; ``None`` if the ledger was made without ``workspace``."""
+        return None if self._estimate is None else self._estimate.moments()
 
     def breakdown(
         self, *, per_module: bool = True, timeline: bool = True, with_asides: bool = True

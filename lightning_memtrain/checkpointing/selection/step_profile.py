@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from typing import Protocol
 
-from lightning_memtrain.checkpointing.selection.call_profiler import CallProfiler, ProfiledCall
+from lightning_memtrain.checkpointing.selection.call_profiler import ProfiledCall
 from lightning_memtrain.checkpointing.selection.step_chain import ChainStage
-from lightning_memtrain.ledger.operators.op_times import OpTimes
+from lightning_memtrain.ledger.operators.workspace import OpCall
 from lightning_memtrain.ledger.storage_records import TRANSIENT, StorageRecord
 
 # Modules that hold less than this part of the peak are not looked into.
 _LEAST_PART = 1 / 500
 _DEEPEST = 6
+
+
+class WatchedCalls(Protocol):
+    """What :class:`.CallProfiler` has seen, whatever holds it now."""
+
+    @property
+    def root(self) -> ProfiledCall:
+        """The call of the step itself."""
+
+    @property
+    def op_calls(self) -> Sequence[OpCall]:
+        """Operators of forward."""
+
+    @property
+    def saves(self) -> Sequence[tuple[list[StorageRecord], int]]:
+        """Of each tensor that was saved, its records and how many operators had run by then."""
+
+    @property
+    def forward_end(self) -> int:
+        """Tick at which backward began."""
+
+
+class Times(Protocol):
+    """Knows how long operators take, as :class:`.OpTimes` does."""
+
+    def seconds(self, calls: Iterable[OpCall]) -> float:
+        """Seconds that all of the calls take together."""
 
 
 class StepProfile:
@@ -24,10 +52,19 @@ class StepProfile:
         records: the ledger's records.
         times: how long operators take.
         call_seconds: what recomputing a call takes beside its operators.
+        least_bytes: modules that hold less are not looked into; by default a small part of the peak.
+        within_operators: bytes that operators hold while they run, results among them, each with the tick
+            before; those of no operator count unless they are given.
     """
 
     def __init__(
-        self, watch: CallProfiler, records: Sequence[StorageRecord], times: OpTimes, call_seconds: float = 0.0
+        self,
+        watch: WatchedCalls,
+        records: Sequence[StorageRecord],
+        times: Times,
+        call_seconds: float = 0.0,
+        least_bytes: float | None = None,
+        within_operators: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._watch = watch
         self._call_seconds = call_seconds
@@ -35,7 +72,13 @@ class StepProfile:
         self._records = sorted(records, key=lambda record: record.born)
         self._births = [record.born for record in self._records]
         self._live = self._live_bytes()
+        # With what the operator that runs next holds meanwhile.
+        self._at_most = [*self._live]
+        self._within = sorted(within_operators)
+        for tick, num_bytes in within_operators:
+            self._at_most[tick] = max(self._at_most[tick], self._live[tick] + num_bytes)
         self.peak_bytes = max(self._live)
+        self._least_bytes = self.peak_bytes * _LEAST_PART if least_bytes is None else least_bytes
         # Of each storage that was saved, the first and the last time.
         self._saved: dict[int, tuple[int, int]] = {}
         for index, (saved, _) in enumerate(watch.saves):
@@ -107,7 +150,7 @@ class StepProfile:
             for record in records
             if _is_transient(record)
         }
-        return sum(held.values()) >= self.peak_bytes * _LEAST_PART
+        return sum(held.values()) >= self._least_bytes
 
     def _last_op_needed(self, call: ProfiledCall) -> int:
         """Recomputation ends where the last tensor was saved."""
@@ -127,7 +170,7 @@ class StepProfile:
         return list(accumulate(changes))
 
     def _most_live(self, first: int, last: int) -> int:
-        return max(self._live[first : max(first, last) + 1])
+        return max(self._at_most[first : max(first, last) + 1])
 
     def _born_in(self, call: ProfiledCall) -> list[StorageRecord]:
         return self._records[bisect_right(self._births, call.start) : bisect_right(self._births, call.end)]
@@ -138,7 +181,12 @@ class StepProfile:
             changes.append((record.born, record.num_bytes))
             if record.died is not None and record.died <= call.end:
                 changes.append((record.died, -record.num_bytes))
-        return max(accumulate(num_bytes for _, num_bytes in sorted(changes)), default=0)
+        changes.sort()
+        ticks = [tick for tick, _ in changes]
+        live = [0, *accumulate(num_bytes for _, num_bytes in changes)]
+        first, last = (bisect_right(self._within, (tick, 0)) for tick in (call.start, call.end))
+        inside = (live[bisect_right(ticks, tick)] + num_bytes for tick, num_bytes in self._within[first:last])
+        return max(max(live), max(inside, default=0))
 
     def _is_saved_within(self, record: StorageRecord, first: int, last: int) -> bool:
         saves = self._saved.get(id(record))

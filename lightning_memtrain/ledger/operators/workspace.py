@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lightning_memtrain.compat.torch_private import disable_current_modes
+from lightning_memtrain.compat.torch_private import OpOverload, disable_current_modes, schema_of
 from lightning_memtrain.core.random_state import torch_random_kept
 from lightning_memtrain.ledger.device_allocator import allocator_statistics
 
@@ -39,7 +39,8 @@ class _Unknown:
     description: str
 
 
-_TARGET_DEVICE = object()
+class _TargetDevice:
+    """Stands for it, also in another process."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,19 @@ class OpCall:
         """
         kwargs = {name: _make_argument(argument, device) for name, argument in self.keywords}
         return [_make_argument(argument, device) for argument in self.arguments], kwargs
+
+    def __reduce__(self) -> Any:
+        schema: Any = schema_of(self.func) if isinstance(self.func, OpOverload) else None
+        if schema is None:
+            return type(self), (self.func, self.arguments, self.keywords)
+        return _call_of_named, (schema.name, schema.overload_name, self.arguments, self.keywords)
+
+
+def _call_of_named(name: str, overload: str, arguments: Any, keywords: Any) -> OpCall:
+    """A call of an operator of torch, which cannot be pickled but by its name."""
+    namespace, _, operator = name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), operator)
+    return OpCall(getattr(packet, overload or "default"), arguments, keywords)
 
 
 class OpWorkspace:
@@ -132,6 +146,34 @@ def op_call(func: Callable[..., Any], args: Any, kwargs: Any) -> OpCall:
     return OpCall(func, tuple(_describe(argument) for argument in args), keywords)
 
 
+@dataclass(frozen=True)
+class PeakMoments:
+    """All of a step that its peak depends on, whatever the workspace of its operators is.
+
+    Args:
+        rounded_bytes: most bytes of tensors, as the allocator rounds them, without those that were late.
+        late_bytes: of tensors that were live from the start, though they were only seen later.
+        live_before: most live bytes before each distinct call, without those that were late.
+    """
+
+    rounded_bytes: int
+    late_bytes: int
+    live_before: Mapping[OpCall, int]
+
+    def peak_bytes(self, workspace: OpWorkspace) -> int:
+        """The peak.
+
+        Args:
+            workspace: the table to look workspaces up in; measures those that it does not have.
+
+        Returns:
+            The bytes.
+        """
+        before = self.live_before.items()
+        in_ops = max((live_bytes + workspace.peak_bytes(call) for call, live_bytes in before), default=0)
+        return max(self.rounded_bytes, in_ops) + self.late_bytes
+
+
 class PeakEstimator:
     """Finds the moment at which live storages and the workspace of the running operator are most.
 
@@ -170,11 +212,11 @@ class PeakEstimator:
 
     def peak_bytes(self) -> int:
         """The peak, after measuring what was not measured before."""
-        before = self._most_before.items()
-        in_ops = max(
-            (live_bytes + self._workspace.peak_bytes(call) for call, live_bytes in before), default=0
-        )
-        return max(self._peak_bytes, in_ops) + self._late_bytes
+        return self.moments().peak_bytes(self._workspace)
+
+    def moments(self) -> PeakMoments:
+        """What the peak depends on beside the workspace."""
+        return PeakMoments(self._peak_bytes, self._late_bytes, dict(self._most_before))
 
     def _rounded(self, num_bytes: int) -> int:
         unit = self._workspace.granularity_bytes
@@ -191,9 +233,11 @@ def _describe(tree: Any) -> Hashable:
     if isinstance(tree, tuple):
         return _Items(tuple, tuple(_describe(item) for item in tree))
     if isinstance(tree, torch.device):
-        return _TARGET_DEVICE
+        return _TargetDevice
     if isinstance(tree, torch.Generator):
         return None
+    if isinstance(tree, torch.ScriptObject):  # such as the handle of a named range for profilers
+        return _Unknown(type(tree).__name__)
     return tree if isinstance(tree, Hashable) else _Unknown(repr(tree))
 
 
@@ -204,4 +248,4 @@ def _make_argument(frozen: Hashable, device: torch.device) -> Any:
         return frozen.kind(_make_argument(item, device) for item in frozen.items)
     if isinstance(frozen, _Unknown):
         raise TypeError(f"cannot make {frozen.description}")
-    return device if frozen is _TARGET_DEVICE else frozen
+    return device if frozen is _TargetDevice else frozen

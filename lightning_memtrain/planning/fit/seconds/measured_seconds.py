@@ -1,0 +1,114 @@
+"""Seconds of operators on this CPU, each run alone, but with the caches as a step leaves them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_memtrain.compat.torch_private import disable_current_modes
+from lightning_memtrain.core.random_state import torch_random_kept
+from lightning_memtrain.ledger.observers.dispatch_mode import OperatorMode, OperatorTraits, traits_of
+from lightning_memtrain.ledger.operators.workspace import OpCall, op_call
+
+# More than the caches of one core, which the rest of a step would fill.
+_FLUSHED_BYTES = 2**23
+# What is smaller stays in a cache from when it was made until it is used.
+_LEAST_COLD_BYTES = 2**16
+_ENOUGH_SECONDS = 0.15
+_MOST_RUNS = 5
+_LAYERS = 24
+_STEPS = 15
+
+
+class MeasuredSeconds:
+    """A table of the seconds that each distinct call of an operator takes within a step on the CPU.
+
+    Its first tensor is what was computed just before, and is in the cache; all others come from memory, as
+    what was saved for backward does. With a single thread the processor's time counts, so that others who use
+    the machine do not.
+
+    Each operator costs something beside, in Python and in autograd: measured on layers that do next to
+    nothing.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[OpCall, float] = {}
+        self._elsewhere = torch.zeros(_FLUSHED_BYTES // 4)
+        self.overhead_seconds = max(0.0, self._overhead())
+        """Of each operator, beside its own."""
+
+    def seconds(self, calls: Iterable[OpCall]) -> float:
+        """Seconds that all of the calls take together.
+
+        Args:
+            calls: with repetitions; those that only make views take none.
+
+        Returns:
+            The sum.
+        """
+        return sum(
+            self._of(call) + self.overhead_seconds for call in calls if not traits_of(call.func).makes_views
+        )
+
+    def _of(self, call: OpCall) -> float:
+        if call not in self._seconds:
+            self._seconds[call] = self._measure(call)
+        return self._seconds[call]
+
+    def _measure(self, call: OpCall) -> float:
+        now = _clock()
+        fastest, spent = float("inf"), 0.0
+        with disable_current_modes(), torch_random_kept(torch.device("cpu")), torch.no_grad():
+            try:
+                for run in range(_MOST_RUNS):
+                    args, kwargs = call.make_arguments(torch.device("cpu"))
+                    self._cool([*args, *kwargs.values()])
+                    start = now()
+                    result = call.func(*args, **kwargs)
+                    seconds = now() - start
+                    del args, kwargs, result
+                    spent += seconds
+                    if run > 0 or seconds > _ENOUGH_SECONDS:
+                        fastest = min(fastest, seconds)
+                    if spent > _ENOUGH_SECONDS and fastest < float("inf"):
+                        break
+            except Exception:  # an operator may refuse made-up data in any way it likes
+                return 0.0
+        return fastest
+
+    def _cool(self, arguments: list[Any]) -> None:
+        tensors = [one for one in arguments if isinstance(one, Tensor)]
+        if sum(one.nbytes for one in tensors) < _LEAST_COLD_BYTES:
+            return
+        self._elsewhere.add_(1)
+        tensors[0].fill_(1 if tensors[0].dtype.is_floating_point else 0)
+
+    def _overhead(self) -> float:
+        layers = nn.Sequential(*(m for _ in range(_LAYERS) for m in (nn.Linear(4, 4), nn.ReLU())))
+        batch, now, calls = torch.zeros(2, 4), _clock(), []
+        mode = OperatorMode()  # type: ignore[no-untyped-call]
+
+        def note(operator: OperatorTraits, args: Any, kwargs: Any) -> None:
+            if not operator.makes_views:
+                calls.append(op_call(operator.func, args, kwargs))
+
+        def step() -> float:
+            start = now()
+            layers(batch).sum().backward()
+            return now() - start
+
+        mode.begin(note, lambda operator, results: None)
+        try:
+            step()
+        finally:
+            mode.end()
+        whole = min(step() for _ in range(_STEPS))
+        return (whole - sum(self._of(call) for call in calls)) / len(calls)
+
+
+def _clock() -> Callable[[], float]:
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter

@@ -1,0 +1,111 @@
+"""What of a run decides on its steps: arguments of its Trainer, and a batch."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins.precision import MixedPrecision
+
+from lightning_memtrain.planning.fit.trials.trial import Model
+from lightning_memtrain.planning.prediction.forked import call_in_copy
+from lightning_memtrain.planning.prediction.trainer_options import trainer_options
+from lightning_memtrain.tracing.device import Device
+
+
+def run_options(trainer: pl.Trainer | None, device: Device) -> dict[str, Any]:
+    """Arguments for a Trainer whose steps are those of the run, but for callbacks that plan.
+
+    Args:
+        trainer: of the run; ``None`` for Lightning's defaults.
+        device: what the run uses.
+
+    Returns:
+        The arguments by name.
+
+    Raises:
+        ValueError: if the run uses several devices.
+    """
+    if trainer is None:
+        return {}
+    options = trainer_options(trainer)
+    options["callbacks"] = [
+        one for one in options["callbacks"] if not getattr(type(one), "plans_memory", False)
+    ]
+    plugin = trainer.precision_plugin
+    if type(plugin) is MixedPrecision and not device.is_cuda:
+        options["plugins"] = [MixedPrecision(plugin.precision, "cpu")]
+    return {name: value for name, value in options.items() if value is not None}
+
+
+class _Enough(Exception):
+    """Ends a run once its batches are known."""
+
+
+class _FirstBatches(pl.Callback):
+    def __init__(self, num_batches: int) -> None:
+        self.batches: list[Any] = []
+        self._num_batches = num_batches
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> int:
+        self.batches.append(batch)
+        if len(self.batches) >= self._num_batches:
+            raise _Enough
+        return -1  # nothing is trained
+
+
+def first_batches(
+    model: Model, datamodule: pl.LightningDataModule | None, options: Mapping[str, Any], num_batches: int = 3
+) -> list[Any]:
+    """The first batches of a run, on the CPU, from a copy of this process.
+
+    Args:
+        model: what is trained, or what makes it.
+        datamodule: where batches come from; ``None`` for the model's own loader.
+        options: arguments of Trainer.
+        num_batches: most batches to look at.
+
+    Returns:
+        At least one.
+
+    Raises:
+        ValueError: if there is none.
+    """
+
+    def gather() -> list[Any]:
+        warnings.simplefilter("ignore")
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        module = model if isinstance(model, pl.LightningModule) else model()
+        gatherer = _FirstBatches(num_batches)
+        kept = {key: value for key, value in options.items() if key == "accumulate_grad_batches"}
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=1,
+            limit_train_batches=num_batches,
+            limit_val_batches=0,
+            logger=False,
+            callbacks=[gatherer],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **kept,
+        )
+        try:
+            trainer.fit(module, datamodule=datamodule)
+        except _Enough:
+            pass
+        return gatherer.batches
+
+    batches = call_in_copy(gather)
+    if not batches:
+        raise ValueError(
+            "`plan(datamodule)` must yield a batch, but the loader of the run is empty. Pass one batch as the "
+            "loader would yield it."
+        )
+    return batches

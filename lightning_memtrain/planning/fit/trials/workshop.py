@@ -1,0 +1,193 @@
+"""Where a run is tried out: its trials, their bytes on the device, and the seconds of what they ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_memtrain.checkpointing.selection.step_profile import StepProfile, Times
+from lightning_memtrain.ledger import OpWorkspace
+from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
+from lightning_memtrain.microbatching.splitting.batches import batch_size_of, take_samples
+from lightning_memtrain.planning.fit.seconds.measured_seconds import MeasuredSeconds
+from lightning_memtrain.planning.fit.seconds.roofline import RooflineSeconds
+from lightning_memtrain.planning.fit.trials.step_trace import StepTrace
+from lightning_memtrain.planning.fit.trials.trial import Model, Trial, run_trial
+from lightning_memtrain.planning.fit.way import TechniqueSettings
+from lightning_memtrain.tracing.device import Device
+
+#: So many chunks show what more of them would: the first finds no gradients, the third what the second kept.
+SHOWN_CHUNKS = 3
+# Of random numbers on the CPU, beside those that calls keep.
+_STATES_AT_ONCE = 3
+
+MICROBATCHING = "lightning_memtrain.Microbatching"
+CHECKPOINTING = "lightning_memtrain.ActivationCheckpointing"
+Segments = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a trial came to.
+
+    Args:
+        num_chunks: of the batch.
+        size: samples of the largest chunk.
+        segments: what is recomputed.
+        allocated_bytes: the peak of the device's allocator.
+        needed_bytes: what the device must have: reserved bytes and context on a GPU.
+        trace: all else.
+    """
+
+    num_chunks: int
+    size: int
+    segments: Segments
+    allocated_bytes: int
+    needed_bytes: int
+    trace: StepTrace
+
+
+class Workshop:
+    """Tries ways to run a model, each in a copy of this process.
+
+    Args:
+        model: what is trained, or what makes it.
+        options: arguments of Trainer, as the run has them.
+        device: what the run uses.
+        batch: a batch of it, on the CPU.
+    """
+
+    def __init__(self, model: Model, options: Mapping[str, Any], device: Device, batch: Any) -> None:
+        self.device = device
+        self.batch = batch
+        self.batch_size = _batch_size(batch)
+        self.num_trials = 0
+        self._model = model
+        self._options = options
+        self._workspace = None if device.is_cuda else OpWorkspace("cpu")
+        self._times: Times | None = None
+
+    @property
+    def times(self) -> Times:
+        """How long operators take."""
+        if self._times is None:
+            self._times = RooflineSeconds(self.device) if self.device.is_cuda else MeasuredSeconds()
+        return self._times
+
+    def size_of(self, num_chunks: int) -> int:
+        """Samples of the largest of so many chunks."""
+        return -(-(self.batch_size or 1) // num_chunks)
+
+    def settings(self, num_chunks: int, segments: Segments) -> tuple[TechniqueSettings, ...]:
+        """Microbatches and recomputation, as a Trainer takes them.
+
+        Args:
+            num_chunks: of the batch.
+            segments: what is recomputed.
+
+        Returns:
+            The callbacks.
+        """
+        found = []
+        if num_chunks > 1:
+            found.append(TechniqueSettings(MICROBATCHING, {"microbatch_size": self.size_of(num_chunks)}))
+        if segments:
+            found.append(TechniqueSettings(CHECKPOINTING, {"policy": _policy(segments)}))
+        return tuple(found)
+
+    def run(
+        self,
+        num_chunks: int,
+        segments: Segments = (),
+        switched: Sequence[TechniqueSettings] = (),
+        *,
+        with_calls: bool = False,
+    ) -> Tried:
+        """Try one way.
+
+        Args:
+            num_chunks: of the batch.
+            segments: what is recomputed.
+            switched: further techniques.
+            with_calls: whether module calls are followed.
+
+        Returns:
+            What it came to.
+        """
+        self.num_trials += 1
+        size, shown = self.size_of(num_chunks), min(num_chunks, SHOWN_CHUNKS)
+        whole = num_chunks <= SHOWN_CHUNKS
+        techniques = [*self.settings(num_chunks, segments), *switched]
+        trial = Trial(
+            techniques=[(one.class_path, one.init_args, one.place) for one in techniques],
+            trainer_arguments={},
+            first_batch=self.batch if num_chunks == 1 else take_samples(self.batch, size),
+            batch=self.batch if whole else take_samples(self.batch, size * shown),
+            num_chunks=shown,
+            with_calls=with_calls,
+        )
+        trace = run_trial(self._model, self._options, self.device, trial)
+        left_out = bytes_of(self.batch) - bytes_of(trial.batch) + (num_chunks - shown) * trace.growth_bytes
+        allocated = self._allocated_bytes(trace, segments) + left_out
+        needed = allocated
+        if self.device.is_cuda:
+            needed = trace.reserved_bytes + left_out + self.device.context_bytes
+        return Tried(num_chunks, size, segments, allocated, needed, trace)
+
+    def _allocated_bytes(self, trace: StepTrace, segments: Segments) -> int:
+        if self.device.is_cuda:
+            return trace.allocated_bytes
+        assert trace.moments is not None
+        assert self._workspace is not None
+        held = max(trace.moments.peak_bytes(self._workspace), trace.ledger_bytes)
+        if not segments:
+            return held
+        return held + (sum(map(len, segments)) + _STATES_AT_ONCE) * torch.get_rng_state().nbytes
+
+    def profile(self, tried: Tried, call_seconds: float, least_bytes: float | None) -> StepProfile:
+        """The chunk of a trial as stages.
+
+        Args:
+            tried: with its module calls.
+            call_seconds: what recomputing a call takes beside its operators.
+            least_bytes: modules that hold less are not looked into; ``None`` for the profile's own choice.
+
+        Returns:
+            The profile.
+        """
+        calls = tried.trace.calls
+        assert calls is not None
+        within: list[tuple[int, int]] = []
+        if self._workspace is not None:
+            within = [(tick, self._workspace.peak_bytes(call)) for tick, call in calls.ticks]
+        return StepProfile(calls, calls.records, self.times, call_seconds, least_bytes, within)
+
+
+def _policy(segments: Segments) -> Any:
+    """Plain names where each is recomputed by itself."""
+    if all(len(segment) == 1 for segment in segments):
+        return [segment[0] for segment in segments]
+    return {
+        "class_path": "lightning_memtrain.checkpointing.Segments",
+        "init_args": {"segments": [list(segment) for segment in segments]},
+    }
+
+
+def _batch_size(batch: Any) -> int | None:
+    try:
+        return batch_size_of(batch)
+    except MisconfigurationException:  # nothing that microbatches could be made of
+        return None
+
+
+def bytes_of(batch: Any) -> int:
+    """Bytes of all tensors of a batch."""
+    return sum(tensor.nbytes for tensor in find_tensors(batch))
+
+
+#: Tells what goes on.
+Say = Callable[[str], None]
