@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import lightning.pytorch as pl
 
 from lightning_memtrain.compat.lightning_packages import in_both
+from lightning_memtrain.planning.fit.search import search
 from lightning_memtrain.planning.fit.way import FoundWays
 
 
@@ -23,11 +23,9 @@ def find_ways(model: Any, batch: Any = None, *, datamodule: Any = None, **option
     Returns:
         The ways.
     """
-    search: Any = importlib.import_module("lightning_memtrain.planning.fit.search").search
     if datamodule is not None and not isinstance(datamodule, in_both(pl.LightningDataModule)):
         datamodule = LoaderModule(datamodule)
-    found: FoundWays = search(model, batch, datamodule=datamodule, **options)
-    return found
+    return search(model, batch, datamodule=datamodule, **options)
 
 
 class LoaderModule(pl.LightningDataModule):

@@ -105,7 +105,8 @@ def first_batches(
     batches = call_in_copy(gather)
     if not batches:
         raise ValueError(
-            "`plan(datamodule)` must yield a batch, but the loader of the run is empty. Pass one batch as the "
+            "`plan(datamodule)` must yield a batch, but the loader of the run is empty. Pass one batch as "
+            "the "
             "loader would yield it."
         )
     return batches
