@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -147,7 +149,7 @@ def plan_to_dict(
         "allow": list(allow),
         "trainer": known.pop("trainer", None),
         # What it was predicted for, so that a change by hand is seen.
-        "predicted": None if chosen is None else {"of": str(chosen), **known},
+        "predicted": None if chosen is None else {"of": _digest(trainer_section(chosen)), **known},
         **found_to_dict(found),
         "made_for": {
             "batch_size": fingerprint.batch_size,
@@ -262,9 +264,14 @@ def _chosen(data: Mapping[str, Any]) -> Way | None:
     known = data.get("predicted") or {}
     unknown = dict.fromkeys(_PREDICTED)
     way = way_from_dict({**unknown, **known, "trainer": data["trainer"]})
-    if str(way) == known.get("of"):
+    if _digest(trainer_section(way)) == known.get("of"):
         return way
     return way_from_dict({**unknown, "trainer": data["trainer"], "exact": False, "changes": [EDITED]})
+
+
+def _digest(section: Mapping[str, Any]) -> str:
+    """What tells a `trainer` section from one that was changed by hand."""
+    return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _entry(settings: TechniqueSettings) -> dict[str, Any]:

@@ -325,6 +325,14 @@ def test_the_page_needs_no_network_and_names_every_way(tmp_path: Path) -> None:
     assert "<script" not in page
 
 
+@pytest.mark.parametrize(("ratio", "drawn"), [(4.9, 5), (53.0, 4)])
+def test_a_way_that_takes_very_long_does_not_press_the_chart_together(ratio: float, drawn: int) -> None:
+    plan = plan_of()
+    front = (*plan.front, way(24, ratio, technique("Microbatching", microbatch_size=1)))
+    text = replace(plan, found=replace(plan.found, front=front))._repr_html_()
+    assert text.count("<circle") == drawn
+
+
 def test_names_of_a_model_cannot_break_the_page(tmp_path: Path) -> None:
     evil = way(30, 1.1, technique("ActivationCheckpointing", policy=["<script>alert(1)</script>"]))
     text = plan_of(evil)._repr_html_()
