@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Mapping
@@ -96,16 +97,14 @@ def first_batches(
             enable_model_summary=False,
             **kept,
         )
-        try:
+        with contextlib.suppress(_Enough):
             trainer.fit(module, datamodule=datamodule)
-        except _Enough:
-            pass
         return gatherer.batches
 
     batches = call_in_copy(gather)
     if not batches:
         raise ValueError(
-            "`plan(datamodule)` must yield a batch, but the loader of the run is empty. Pass one batch as the "
-            "loader would yield it."
+            "`plan(datamodule)` must yield a batch, but the loader of the run is empty. Pass one batch as "
+            "the loader would yield it."
         )
     return batches
