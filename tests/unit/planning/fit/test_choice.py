@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from lightning_memtrain.checkpointing.selection.step_chain import ChainStage, CheckpointSchedule
@@ -41,7 +43,7 @@ def test_many_numbers_of_chunks_are_thinned_out_with_both_ends():
     counts = chunk_counts(4096)
     assert (counts[0], counts[-1]) == (1, 4096)
     assert len(counts) <= 41
-    assert all(later <= 2 * earlier for earlier, later in zip(counts, counts[1:], strict=False))
+    assert all(later <= 2 * earlier for earlier, later in pairwise(counts))
 
 
 def chain_of(size: int) -> tuple[ChainStage, ...]:
