@@ -51,5 +51,6 @@ class Segments(RecomputationPolicy):
 
 
 def _is_segment(value: object) -> bool:
-    is_list = isinstance(value, Sequence) and not isinstance(value, str)
-    return is_list and len(value) > 0 and all(isinstance(name, str) for name in value)  # type: ignore[arg-type]
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return False
+    return len(value) > 0 and all(isinstance(name, str) for name in value)

@@ -179,7 +179,7 @@ class MemoryLedger:
 
     @property
     def peak_moments(self) -> PeakMoments | None:
-        """What :attr:`predicted_peak_bytes` comes of; ``None`` for a ledger without ``workspace``."""
+        """What :attr:`predicted_peak_bytes` comes of; ``None`` if the ledger has no ``workspace``."""
         return None if self._estimate is None else self._estimate.moments()
 
     def breakdown(

@@ -396,8 +396,9 @@ class MemoryProfiler(Callback):
         name = stage_name(trainer)
         if report is not None and name == "fit":
             failure = report.out_of_memory
-            held_bytes = None if failure is None else failure.held_bytes
-            report = replace(report, suggestions=self._suggestions.ask(trainer, pl_module, held_bytes))
+            held_bytes = report.stages["fit"].peak_bytes if failure is None else failure.held_bytes
+            lines = self._suggestions.ask(trainer, pl_module, held_bytes, failure is not None)
+            report = replace(report, suggestions=lines)
         # A test that failed before its first step has nothing to add to the report of the fit before.
         if report is not None and self._folder is not None and (name == "fit" or name in report.stages):
             self.report = report

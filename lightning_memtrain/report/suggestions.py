@@ -12,9 +12,9 @@ from lightning_memtrain.core import ReportWarning
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-#: Of a trainer and its module, and of the bytes that were too many (``None`` if all went well): lines to say.
+#: Of a trainer and its module, the bytes that it held at most, and whether that was too much: lines to say.
 #: None if that takes longer than the seconds that are given last.
-Source = Callable[["Trainer", "LightningModule", "int | None", float], tuple[str, ...]]
+Source = Callable[["Trainer", "LightningModule", int, bool, float], tuple[str, ...]]
 
 # Of the time that a run took; asking is not to be noticed.
 _SHARE = 0.1
@@ -40,13 +40,16 @@ class Suggestions:
     def __init__(self) -> None:
         self._begun = time.monotonic()
 
-    def ask(self, trainer: Trainer, model: LightningModule, too_many_bytes: int | None) -> tuple[str, ...]:
+    def ask(
+        self, trainer: Trainer, model: LightningModule, peak_bytes: int, ran_out: bool
+    ) -> tuple[str, ...]:
         """Ask for lines to paste.
 
         Args:
             trainer: the trainer that has fitted.
             model: its module.
-            too_many_bytes: what was held when memory ran out; ``None`` if it did not.
+            peak_bytes: what was held at most.
+            ran_out: whether that was too much.
 
         Returns:
             The lines; none if nobody is there to be asked, or it would take too long.
@@ -54,10 +57,10 @@ class Suggestions:
         if _source is None or trainer.world_size > 1:
             return ()
         seconds = _SHARE * (time.monotonic() - self._begun)
-        if too_many_bytes is not None:
+        if ran_out:
             seconds = max(seconds, _SECONDS_AFTER_FAILURE)
         try:
-            return _source(trainer, model, too_many_bytes, seconds)
+            return _source(trainer, model, peak_bytes, ran_out, seconds)
         except Exception as error:  # neither the run nor its report may end by this
             warnings.warn(
                 f"`MemoryProfiler` could not find out what would need less: {type(error).__name__}: {error}",

@@ -45,6 +45,7 @@ def test_the_variants_are_those_that_are_tested_here() -> None:
         "bf16",
         "checkpointed",
         "demo",
+        "fit",
         "fp16",
         "int8",
         "microbatched",

@@ -23,8 +23,12 @@ REFUSED = {
         "ActivationCheckpointing": [
             ("all", "checkpointed"),
             ("all", "demo"),
+            ("all", "fit"),
+            ("checkpointed", "fit"),
             ("checkpointed", "microbatched+checkpointed"),
+            ("demo", "fit"),
             ("demo", "microbatched+checkpointed"),
+            ("fit", "microbatched+checkpointed"),
         ],
         "SparseTraining": [("all", "demo"), ("demo", "sparse")],
         "LowPrecision": [

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lightning_memtrain.core import ArgumentError
+
 
 @dataclass(frozen=True)
 class Permission:
@@ -72,8 +74,8 @@ def checked_allow(allow: str | Iterable[str], argument: str) -> tuple[str, ...]:
         The names in the order of :data:`PERMISSIONS`.
 
     Raises:
-        TypeError: if it is something else.
-        ValueError: if one of the names is unknown.
+        ArgumentError: if it is something else.
+        ArgumentError: if one of the names is unknown.
 
     Example:
         >>> checked_allow(("sparsity", "bf16"), "plan(allow)")
@@ -88,14 +90,14 @@ def checked_allow(allow: str | Iterable[str], argument: str) -> tuple[str, ...]:
         given = (allow,)
     for name in given:
         if not isinstance(name, str):
-            raise TypeError(
+            raise ArgumentError(
                 f"`{argument}` must be names such as allow=('bf16',), but got {name!r} of type "
                 f"{type(name).__name__}. Known are {_known()}."
             )
         if name not in PERMISSIONS:
             near = difflib.get_close_matches(name.lower().replace("_", "-"), PERMISSIONS, n=1, cutoff=0.4)
             cure = f"Did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"`{argument}` must be names of {_known()}, but got {name!r}. {cure}{_CURE}")
+            raise ArgumentError(f"`{argument}` must be names of {_known()}, but got {name!r}. {cure}{_CURE}")
     return tuple(name for name in PERMISSIONS if name in given)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 _PACKAGE = "lightning_memtrain."
 
 # Arguments that read well without their names.
-_FIRST_ARGUMENTS = ("policy", "limit", "names_or_types")
+_FIRST_ARGUMENTS = ("policy", "limit", "names_or_types", "segments")
 
 
 def call_text(class_path: str, init_args: Mapping[str, Any]) -> str:
@@ -80,6 +80,8 @@ def wrapped(text: str, width: int, indent: int) -> list[str]:
     Example:
         >>> wrapped('f(["one", "two"]),', 14, 0)
         ['f(["one",', '    "two"]),']
+        >>> wrapped('function(["one"]),', 14, 0)
+        ['function(', '    ["one"]),']
     """
     lines, line = [], " " * indent
     for piece in _pieces(text):
@@ -91,14 +93,15 @@ def wrapped(text: str, width: int, indent: int) -> list[str]:
 
 
 def _pieces(text: str) -> list[str]:
-    """Split after each comma that is not within a text."""
+    """Split after each comma and each opening parenthesis that is not within a text."""
     pieces, begin, quote = [], 0, ""
     for place, letter in enumerate(text):
         if quote:
             quote = "" if letter == quote else quote
         elif letter in "'\"":
             quote = letter
-        elif text[place : place + 2] == ", ":
-            pieces.append(text[begin : place + 2])
-            begin = place + 2
+        elif letter == "(" or text[place : place + 2] == ", ":
+            end = place + (1 if letter == "(" else 2)
+            pieces.append(text[begin:end])
+            begin = end
     return [*pieces, text[begin:]]

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from lightning_memtrain.core import format_bytes, parse_bytes
+from lightning_memtrain.core import ArgumentError, format_bytes, parse_bytes
 from lightning_memtrain.tracing.device import Device
 
 #: Bytes, text such as ``"11GiB"``, a fraction of what the device has, or ``None`` for all of that.
@@ -21,10 +21,10 @@ def check_limit(limit: Limit, argument: str) -> None:
         argument: how the user's argument is called in an error.
 
     Raises:
-        ValueError: if it is none.
+        ArgumentError: if it is none.
     """
     if isinstance(limit, float) and not 0 < limit <= 1:
-        raise ValueError(
+        raise ArgumentError(
             f"`{argument}` must be above 0 and at most 1 if it is a fraction of what the device has, but got "
             f"{limit!r}. Write bytes as a whole number or with a unit, e.g. '11GiB'."
         )
@@ -46,12 +46,12 @@ def limit_in_bytes(limit: Limit, device: Device, argument: str, available_bytes:
         Bytes; on a GPU its context is among them.
 
     Raises:
-        ValueError: if that depends on what the CPU has, or is more than the GPU has.
+        ArgumentError: if that depends on what the CPU has, or is more than the GPU has.
     """
     has_bytes = device.total_bytes - device.driver_bytes if available_bytes is None else available_bytes
     if limit is None or isinstance(limit, float):
         if not device.is_cuda:
-            raise ValueError(
+            raise ArgumentError(
                 f"`{argument}` must be bytes on the CPU, whose memory belongs to other processes, too, but "
                 f"got {limit!r}. Give e.g. limit='4GiB', or name a GPU that `memtrain devices` lists."
             )
@@ -59,7 +59,7 @@ def limit_in_bytes(limit: Limit, device: Device, argument: str, available_bytes:
     limit_bytes = parse_bytes(limit, argument=argument)
     total_bytes = device.total_bytes - device.driver_bytes
     if device.is_cuda and limit_bytes > total_bytes:
-        raise ValueError(
+        raise ArgumentError(
             f"`{argument}` must be at most the {format_bytes(total_bytes)} that {device.name} has, but got "
             f"{limit!r}. Leave it out to use all of it."
         )
@@ -80,7 +80,7 @@ def refuse_less_than_weights(
         argument: how the user's argument is called in an error.
 
     Raises:
-        ValueError: with what they take.
+        ArgumentError: with what they take.
     """
     if {"bf16", "sparsity"} & set(allow):
         return
@@ -89,7 +89,7 @@ def refuse_less_than_weights(
         context = (
             f" and CUDA's context ({format_bytes(device.context_bytes)})" if device.context_bytes else ""
         )
-        raise ValueError(
+        raise ArgumentError(
             f"`{argument}` must be more than the parameters take, {format_bytes(weights_bytes)}{context}, "
             f"but got {limit!r}. Give a larger one, or allow smaller weights: allow=('bf16',)."
         )

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_memtrain.compat.lightning_packages import in_both
 from lightning_memtrain.compat.torch_private import FakeTensorMode
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.planning.fit.allowed import checked_allow
 from lightning_memtrain.planning.fit.find_ways import find_ways
@@ -62,21 +63,21 @@ def plan(
         The plan: print it, pass it on by :meth:`.Plan.trainer_kwargs`, or save it.
 
     Raises:
-        TypeError: if there is no data, or ``model`` is something else.
-        ValueError: if ``limit``, ``device`` or ``allow`` make no sense, if the limit is below what parameters
-            take, or if the step or the trainer cannot be planned.
+        ArgumentError: if there is no data, or ``model`` is something else, if ``limit``, ``device`` or
+            ``allow`` make no sense, if the limit is below what parameters take, or if the step or the trainer
+            cannot be planned.
     """
     allowed = checked_allow(allow, "plan(allow)")
     check_limit(limit, "plan(limit)")
     if not callable(model):  # a LightningModule is callable, too
-        raise TypeError(
+        raise ArgumentError(
             "`plan(model)` must be a LightningModule or a function that makes one, but got "
             f"{type(model).__name__}. Put it into a LightningModule with its training_step and optimizer."
         )
     found_device = _device(limit, device)
     limit_bytes = limit_in_bytes(limit, found_device, "plan(limit)")
     if data is None and not _brings_data(model):
-        raise TypeError(
+        raise ArgumentError(
             "`plan(data)` must be given for a model without `train_dataloader`, but got None. Pass a batch "
             "as a data loader yields it, the loader, or the data module that the run will use."
         )
@@ -108,7 +109,7 @@ def _device(limit: Limit, device: Device | str | None) -> Device:
         return Device.named(device)
     found = device or Device.here()
     if device is None and limit is None and not found.is_cuda:
-        raise ValueError(
+        raise ArgumentError(
             "`plan(limit, device)` needs one of the two on a machine without a GPU by NVIDIA, but got "
             'neither. Give limit="11GiB", or name a GPU that `memtrain devices` lists, such as device="T4".'
         )
@@ -127,7 +128,7 @@ def _brings_data(model: Any) -> bool:
 def _refuse_strategy(trainer: pl.Trainer) -> None:
     refused = strategy_refusal(trainer.strategy)
     if refused:
-        raise ValueError(f"`plan(trainer)` {refused}")
+        raise ArgumentError(f"`plan(trainer)` {refused}")
 
 
 def strategy_refusal(strategy: Any) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning_memtrain
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.planning.fit.way import TechniqueSettings
 
 _SUBPACKAGES = ("checkpointing", "microbatching", "optimizer_in_backward", "precision", "sparsity")
@@ -23,7 +24,7 @@ def made(settings: TechniqueSettings) -> Any:
         The callback or plugin.
 
     Raises:
-        ValueError: if there is no such class, or it does not take these arguments.
+        ArgumentError: if there is no such class, or it does not take these arguments.
 
     Example:
         >>> settings = TechniqueSettings("lightning_memtrain.Microbatching", {"microbatch_size": 5})
@@ -39,7 +40,7 @@ def _object(class_path: str, init_args: Mapping[str, Any]) -> Any:
     try:
         return kind(**arguments)
     except TypeError as error:
-        raise ValueError(
+        raise ArgumentError(
             f"`{class_path}` must be made of arguments that it knows, but got {dict(init_args)!r}: {error}. "
             "Correct the plan's `init_args`."
         ) from error
@@ -63,13 +64,13 @@ def class_of(class_path: str) -> type[Any]:
         The class.
 
     Raises:
-        ValueError: if there is none.
+        ArgumentError: if there is none.
     """
     module, _, name = class_path.rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
+        raise ArgumentError(
             f"`class_path` must name a class that can be imported, but got {class_path!r}: {error}. Write "
             "e.g. 'lightning_memtrain.Microbatching'."
         ) from error
@@ -88,7 +89,7 @@ def technique_path(name: str, argument: str) -> str:
         The path as a configuration file has it.
 
     Raises:
-        ValueError: if there is none of that name.
+        ArgumentError: if there is none of that name.
 
     Example:
         >>> technique_path("Microbatching", "edit(changes)")
@@ -104,4 +105,4 @@ def technique_path(name: str, argument: str) -> str:
         return paths[name]
     near = difflib.get_close_matches(name, paths, n=1)
     cure = f"Did you mean {near[0]!r}?" if near else "Write the path of its class for one of your own."
-    raise ValueError(f"`{argument}` must name a technique of this library, but got {name!r}. {cure}")
+    raise ArgumentError(f"`{argument}` must name a technique of this library, but got {name!r}. {cure}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.planning.fit.holding.fingerprint import Fingerprint
 from lightning_memtrain.planning.fit.holding.plan_guard import PlanGuard
 from lightning_memtrain.planning.fit.objects import made, technique_path
@@ -120,7 +121,7 @@ class Plan:
                 already.
         """
         if self.chosen is None or not self.fits:
-            raise ValueError(
+            raise ArgumentError(
                 "`Plan.trainer_kwargs()` needs a way that keeps the limit, but got "
                 f"{'none' if self.chosen is None else f'{self.chosen}, which does not'}. Print the plan for "
                 "what it needs and what could be allowed."
@@ -128,7 +129,7 @@ class Plan:
         arguments = dict(self.chosen.trainer_arguments)
         for name in arguments.keys() & own.keys():
             if own[name] != arguments[name]:
-                raise ValueError(
+                raise ArgumentError(
                     f"`Plan.trainer_kwargs({name})` is a part of the plan, {arguments[name]!r}, but got "
                     f"{own[name]!r}. Leave it out, or change the plan: plan.edit({name}={own[name]!r})."
                 )
@@ -230,7 +231,7 @@ class Plan:
         try:
             return cls.from_dict(read_plan(Path(path)))
         except ValueError as error:
-            raise ValueError(f"`Plan.load(path)` {error} (File: {str(path)!r}.)") from error
+            raise ArgumentError(f"`Plan.load(path)` {error} (File: {str(path)!r}.)") from error
 
     def save_html(self, path: str | Path) -> None:
         """Write a page with a chart of the front and all ways; it loads nothing from any network.
@@ -258,7 +259,7 @@ def _refuse_twice(objects: list[Any], place: str) -> None:
     for one in objects:
         if type(one) in seen and type(one).__module__.startswith("lightning_memtrain."):
             name = type(one).__name__
-            raise ValueError(
+            raise ArgumentError(
                 f"`Plan.trainer_kwargs({place})` must not have what the plan has, too, but got {name}. Leave "
                 f"yours out, or the plan's: plan.edit({name}=None)."
             )
@@ -270,7 +271,7 @@ def _refuse_unknown_argument(name: str) -> None:
     if name not in known or name in ("self", "callbacks", "plugins"):
         near = get_close_matches(name, known, n=1)
         cure = f"Did you mean {near[0]!r}?" if near else "Techniques are named by their classes."
-        raise ValueError(
+        raise ArgumentError(
             f"`Plan.edit(changes)` must name techniques or arguments of Trainer, but got {name!r}. {cure}"
         )
 
@@ -280,10 +281,10 @@ def _change(techniques: list[TechniqueSettings], path: str, arguments: Any) -> N
     place = next((index for index, one in enumerate(techniques) if one.name == name), None)
     if arguments is None:
         if place is None:
-            raise ValueError(f"`Plan.edit({name}=None)` needs a plan with {name}, but this one has none.")
+            raise ArgumentError(f"`Plan.edit({name}=None)` needs a plan with {name}, but this one has none.")
         del techniques[place]
     elif not isinstance(arguments, Mapping):
-        raise ValueError(
+        raise ArgumentError(
             f"`Plan.edit({name})` must be a mapping of arguments, e.g. {{'microbatch_size': 4}}, or None, "
             f"but got {arguments!r}."
         )

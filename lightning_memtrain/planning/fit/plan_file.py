@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lightning_memtrain.core import format_bytes
+from lightning_memtrain.core import ArgumentError, format_bytes
 from lightning_memtrain.core.atomic_files import write_atomically
 from lightning_memtrain.planning.fit.expressions import plain_values
 from lightning_memtrain.planning.fit.holding.fingerprint import Fingerprint
@@ -147,7 +149,7 @@ def plan_to_dict(
         "allow": list(allow),
         "trainer": known.pop("trainer", None),
         # What it was predicted for, so that a change by hand is seen.
-        "predicted": None if chosen is None else {"of": str(chosen), **known},
+        "predicted": None if chosen is None else {"of": _digest(trainer_section(chosen)), **known},
         **found_to_dict(found),
         "made_for": {
             "batch_size": fingerprint.batch_size,
@@ -169,16 +171,16 @@ def plan_from_dict(
         Its arguments.
 
     Raises:
-        ValueError: if it is no plan, of another schema, or lacks an entry.
+        ArgumentError: if it is no plan, of another schema, or lacks an entry.
     """
     if not isinstance(data, Mapping) or data.get("kind") != _KIND:
-        raise ValueError(
+        raise ArgumentError(
             f"must be a plan (a mapping with kind: {_KIND}), but is none. Pass what `Plan.save` or "
             "`memtrain plan` wrote."
         )
     version = data.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise ValueError(
+        raise ArgumentError(
             f"must be a plan with schema_version: {SCHEMA_VERSION}, but has {version!r}. Plan again with "
             "this version."
         )
@@ -208,7 +210,7 @@ def plan_from_dict(
         )
         return found, device, int(data["limit_bytes"]), tuple(data["allow"]), fingerprint
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise ArgumentError(
             f"must be a whole plan, but an entry is missing or wrong: {type(error).__name__}: {error}. Only "
             "`trainer` and `limit_bytes` are meant to be changed; plan again for the rest."
         ) from error
@@ -240,7 +242,7 @@ def read_plan(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no YAML.
+        ArgumentError: if it is no YAML.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -250,7 +252,7 @@ def read_plan(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"must be YAML, but is not: {error}. Correct it, or plan again.") from error
+        raise ArgumentError(f"must be YAML, but is not: {error}. Correct it, or plan again.") from error
 
 
 # ------------------------------------------------------------------ parts
@@ -262,9 +264,14 @@ def _chosen(data: Mapping[str, Any]) -> Way | None:
     known = data.get("predicted") or {}
     unknown = dict.fromkeys(_PREDICTED)
     way = way_from_dict({**unknown, **known, "trainer": data["trainer"]})
-    if str(way) == known.get("of"):
+    if _digest(trainer_section(way)) == known.get("of"):
         return way
     return way_from_dict({**unknown, "trainer": data["trainer"], "exact": False, "changes": [EDITED]})
+
+
+def _digest(section: Mapping[str, Any]) -> str:
+    """What tells a `trainer` section from one that was changed by hand."""
+    return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _entry(settings: TechniqueSettings) -> dict[str, Any]:

@@ -18,19 +18,22 @@ NUM_LINES = 2
 # More than this is worth naming for its memory only where nothing else is left.
 _LITTLE_TIME = 1.1
 
+_WORTHWHILE = 0.7
+
 # On two cores; a twin of GPT-2 small has 150 modules.
 _SECONDS, _SECONDS_PER_MODULE = 2.0, 0.12
 
 
 def suggest(
-    trainer: pl.Trainer, model: pl.LightningModule, too_many_bytes: int | None, seconds: float
+    trainer: pl.Trainer, model: pl.LightningModule, peak_bytes: int, ran_out: bool, seconds: float
 ) -> tuple[str, ...]:
     """Find what would have needed less.
 
     Args:
         trainer: the trainer that has fitted.
         model: its module.
-        too_many_bytes: what was held when memory ran out; ``None`` if it did not.
+        peak_bytes: what was held at most.
+        ran_out: whether that was too much.
         seconds: how long it may take.
 
     Returns:
@@ -45,9 +48,10 @@ def suggest(
     device = device_of(trainer.strategy.root_device)
     if loader is None or (trainer.strategy.root_device.type not in ("cpu", "cuda")):
         return ()
-    limit_bytes = device.total_bytes if too_many_bytes is None else too_many_bytes
+    # Of a run that went well, so much less that it is worth a change.
+    limit_bytes = (peak_bytes if ran_out else int(_WORTHWHILE * peak_bytes)) + device.context_bytes
     found = find_ways(model, None, datamodule=loader, trainer=trainer, device=device, limit_bytes=limit_bytes)
-    return tuple(_line(way, found.plain) for way in best_ways(found, too_many_bytes))
+    return tuple(_line(way, found.plain) for way in best_ways(found, peak_bytes if ran_out else None))
 
 
 def best_ways(found: FoundWays, too_many_bytes: int | None) -> tuple[Way, ...]:

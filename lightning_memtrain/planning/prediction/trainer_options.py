@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 
 from lightning_memtrain.compat.lightning_private import layer_sync
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.planning.prediction.ranks.world import World
 from lightning_memtrain.report import MemoryProfiler
 from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE
@@ -31,7 +32,7 @@ def trainer_options(
         The arguments by name.
 
     Raises:
-        ValueError: if layers are to compute over all ranks.
+        ArgumentError: if layers are to compute over all ranks.
     """
     own = Precision() if world is None else world.strategy.precision_plugin
     if trainer is None:
@@ -39,7 +40,7 @@ def trainer_options(
     plugin = trainer.precision_plugin
     callbacks = [one for one in trainer.callbacks if not isinstance(one, _LEFT_OUT)]  # type: ignore[attr-defined]
     if world is not None and layer_sync(trainer.strategy) is not None:
-        raise ValueError(
+        raise ArgumentError(
             "`predict(trainer)` must leave batch normalisation to each rank, but got sync_batchnorm=True, "
             "whose kernels are not known without data. Predict with sync_batchnorm=False: its layers keep "
             "the same inputs for backward."

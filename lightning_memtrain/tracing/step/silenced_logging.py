@@ -12,6 +12,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from lightning_memtrain.compat.lightning_private import trainer_of
+from lightning_memtrain.core import without_frames
 from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
 
 _REPORTS = ("log", "log_dict", "print")
@@ -80,6 +81,7 @@ def _zero_where_unknown(method: Any, unknown: list[UnknownValueError]) -> Any:
         try:
             return method(*args, **kwargs)
         except UnknownValueError as error:
+            without_frames(error)  # whose tensors would be held until the step is over
             unknown.append(error)
             return torch.zeros(())
 

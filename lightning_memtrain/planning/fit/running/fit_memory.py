@@ -36,6 +36,7 @@ from lightning_memtrain.planning.fit.running.agreement import (
 from lightning_memtrain.planning.fit.running.applied_way import AppliedWay
 from lightning_memtrain.planning.fit.running.device_in_use import device_of, reserved_on
 from lightning_memtrain.planning.fit.running.known_plans import KnownPlans
+from lightning_memtrain.planning.fit.running.one_rank import bucket_bytes, one_rank
 from lightning_memtrain.planning.fit.showing.plan_loggers import log_plan
 from lightning_memtrain.planning.fit.showing.plan_table import floor_lines
 
@@ -192,24 +193,27 @@ class FitMemory(pl.Callback):
     # ------------------------------------------------------------------ planning
 
     def _plan(self, trainer: pl.Trainer, model: pl.LightningModule, batch: Any, now: Circumstances) -> None:
-        why = self._known.lacks(now)
         if self._applied is not None:
             self._applied.end(trainer, model)
             self._applied = None
 
         def make() -> tuple[Plan, Circumstances]:
             source = trainer.datamodule if batch is None else None  # type: ignore[attr-defined]
+            buckets = bucket_bytes(trainer, model)
             with without_planners(trainer):
                 found = find_ways(
                     model,
                     batch,
                     datamodule=source,
-                    trainer=trainer,
+                    trainer=one_rank(trainer),
                     device=device_of(trainer.strategy.root_device),
-                    limit_bytes=self._limit_bytes - self._missing_bytes,
+                    limit_bytes=self._limit_bytes - self._missing_bytes - buckets,
                     allow=self.allow,
                 )
             found = replace(found, batch_size=now.batch_size, batch_shapes=now.shapes)
+            if buckets:
+                note = f"{format_bytes(buckets)} of the limit are left to the buckets of ddp."
+                found = replace(found, notes=(*found.notes, note))
             fingerprint = Fingerprint.of(model, now.batch_size)
             device = device_of(trainer.strategy.root_device)
             return Plan(found, device, self._limit_bytes, self.allow, fingerprint), now
@@ -218,6 +222,7 @@ class FitMemory(pl.Callback):
             plan, planned = plan_of_largest(trainer, now.batch_bytes, make)
         except ValueError as error:
             raise MisconfigurationException(f"`FitMemory` cannot plan this run: {error}") from error
+        why = self._known.lacks(planned)
         self._known.add(planned, plan)
         if plan.chosen is None:
             reasons = floor_lines(plan.floor, plan.plain, plan.device, self._limit_bytes)

@@ -12,6 +12,7 @@ from lightning_memtrain.tracing.device import Device
 _WIDTH, _HEIGHT = 720, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 16, 28, 40
 _NUM_TICKS = 5
+_MOST_RATIO = 5
 
 
 def front_svg(found: FoundWays, device: Device, limit_bytes: int) -> str:
@@ -25,7 +26,7 @@ def front_svg(found: FoundWays, device: Device, limit_bytes: int) -> str:
     Returns:
         An ``<svg>`` in colours of the page around it; empty if nothing was predicted.
     """
-    front = [way for way in found.front if _is_known(way)]
+    front = [way for way in found.front if _is_known(way) and _is_of_use(way, found)]
     others = [way for way in (found.plain, *found.offered) if _is_known(way) and way not in front]
     ways = [*front, *others]
     if not ways:
@@ -87,6 +88,11 @@ def front_svg(found: FoundWays, device: Device, limit_bytes: int) -> str:
     return "".join([*parts, "</svg>"])
 
 
+def _is_of_use(way: Way, found: FoundWays) -> bool:
+    """Whether it is drawn: what takes many times as long would press all others together."""
+    return way in (found.chosen, found.plain) or (way.time_ratio or 0) <= _MOST_RATIO
+
+
 def _is_known(way: Way) -> bool:
     return way.reserved_bytes is not None and way.time_ratio is not None
 
@@ -100,6 +106,7 @@ def _tick_bytes(most_bytes: int) -> tuple[float, int]:
 
 
 def _ratio_ticks(low: float, high: float) -> list[float]:
-    step = next(one for one in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if (high - low) / one <= 6)
+    power = 10.0 ** math.floor(math.log10((high - low) / 6))
+    step = next(one * power for one in (1, 2, 5, 10) if (high - low) / (one * power) <= 6)
     first = math.ceil(low / step)
     return [round(place * step, 2) for place in range(first, math.floor(high / step) + 1)]

@@ -214,7 +214,7 @@ def _code_width(device: Device) -> int:
 
 def _figures(mark: str, allocated: str, reserved: str, time: str, exact: str, device: Device) -> str:
     both = f"{allocated:>10} {reserved:>10}" if device.is_cuda else f"{allocated:>10}"
-    return f"{mark:<2}{both} {time:>5} {exact:>5}  "
+    return f"{mark:<3}{both} {time:>5} {exact:>5}  "
 
 
 def _table(found: FoundWays, device: Device) -> list[str]:

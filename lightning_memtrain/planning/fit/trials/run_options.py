@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.plugins.precision import MixedPrecision
 
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.planning.fit.trials.trial import Model
 from lightning_memtrain.planning.prediction.forked import call_in_copy
 from lightning_memtrain.planning.prediction.trainer_options import trainer_options
+from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE
 from lightning_memtrain.tracing.device import Device
 
 
@@ -27,17 +29,14 @@ def run_options(trainer: pl.Trainer | None, device: Device) -> dict[str, Any]:
         The arguments by name.
 
     Raises:
-        ValueError: if the run uses several devices.
+        ArgumentError: if the run uses several devices.
     """
     if trainer is None:
         return {}
-    options = trainer_options(trainer)
+    options = trainer_options(trainer, device_type=DEVICE_TYPE if device.is_cuda else "cpu")
     options["callbacks"] = [
         one for one in options["callbacks"] if not getattr(type(one), "plans_memory", False)
     ]
-    plugin = trainer.precision_plugin
-    if type(plugin) is MixedPrecision and not device.is_cuda:
-        options["plugins"] = [MixedPrecision(plugin.precision, "cpu")]
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -52,7 +51,7 @@ class _FirstBatches(pl.Callback):
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> int:
+    ) -> Any:
         self.batches.append(batch)
         if len(self.batches) >= self._num_batches:
             raise _Enough
@@ -74,7 +73,7 @@ def first_batches(
         At least one.
 
     Raises:
-        ValueError: if there is none.
+        ArgumentError: if there is none.
     """
 
     def gather() -> list[Any]:
@@ -96,16 +95,14 @@ def first_batches(
             enable_model_summary=False,
             **kept,
         )
-        try:
+        with suppress(_Enough):
             trainer.fit(module, datamodule=datamodule)
-        except _Enough:
-            pass
         return gatherer.batches
 
     batches = call_in_copy(gather)
     if not batches:
-        raise ValueError(
-            "`plan(datamodule)` must yield a batch, but the loader of the run is empty. Pass one batch as the "
-            "loader would yield it."
+        raise ArgumentError(
+            "`plan(datamodule)` must yield a batch, but the loader of the run is empty. Pass one batch as "
+            "the loader would yield it."
         )
     return batches

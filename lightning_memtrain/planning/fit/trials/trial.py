@@ -35,6 +35,7 @@ from lightning_memtrain.tracing.device import Device
 from lightning_memtrain.tracing.step.fake_mode import FakeStepMode
 from lightning_memtrain.tracing.step.fake_parameters import FakeParameters
 from lightning_memtrain.tracing.step.recorded_values import RecordedValues
+from lightning_memtrain.tracing.step.silenced_logging import logging_silenced
 from lightning_memtrain.tracing.step.value_methods import FakeValueMethods
 from lightning_memtrain.tracing.user_state.capture import UserState
 
@@ -95,6 +96,7 @@ def _on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Tri
         watch = StepWatch(trial.num_chunks, OpWorkspace("cpu"), trial.with_calls)
         undo.enter_context(mode)
         undo.enter_context(FakeValueMethods(values, mode.knows))
+        undo.enter_context(logging_silenced(model))  # Lightning asks for the numbers that are logged
         _fit(model, options, trial, watch, {"accelerator": "cpu"})
         return watch.trace()
 
@@ -192,5 +194,6 @@ def _quietly() -> Iterator[ExitStack]:
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, ExitStack() as undo:
         undo.enter_context(contextlib.redirect_stdout(nowhere))
-        undo.enter_context(contextlib.chdir(folder))
+        undo.callback(os.chdir, os.getcwd())
+        os.chdir(folder)
         yield undo

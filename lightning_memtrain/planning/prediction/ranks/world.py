@@ -16,6 +16,8 @@ from lightning.pytorch.strategies import (
     StrategyRegistry,
 )
 
+from lightning_memtrain.core import ArgumentError
+
 #: What FSDP2 is called here; Lightning has no word for it but its strategy's class.
 FSDP2 = "fsdp2"
 
@@ -66,21 +68,21 @@ def world_of(
         The ranks; ``None`` for a run on one device without a strategy for several.
 
     Raises:
-        TypeError: if an argument is something else.
-        ValueError: if one of the two is missing, or they cannot be predicted.
+        ArgumentError: if an argument is something else.
+        ArgumentError: if one of the two is missing, or they cannot be predicted.
     """
     theirs = None if trainer is None or _is_single(trainer) else trainer.strategy
     if world_size is not None:
         _check_size(world_size, trainer)
     if strategy is None and theirs is None:
         if world_size is not None:
-            raise ValueError(
+            raise ArgumentError(
                 f"`predict(world_size)` needs a strategy, which decides on what {world_size} ranks hold, but "
                 'got none. Add strategy="ddp" or strategy="fsdp2", or pass a trainer that has one.'
             )
         return None
     if world_size is None and (trainer is None or _is_single(trainer)):
-        raise ValueError(
+        raise ArgumentError(
             f"`predict(strategy)` needs the number of ranks, but got strategy={strategy!r} without one. Add "
             "world_size=8, or pass a trainer with `devices=8`."
         )
@@ -90,7 +92,7 @@ def world_of(
         _refuse_others(given)
         return World(given, *_nodes(trainer, size))  # type: ignore[arg-type]
     if not isinstance(strategy, str):
-        raise TypeError(f"`predict(strategy)` must be {_FROM}, but got {strategy!r}.")
+        raise ArgumentError(f"`predict(strategy)` must be {_FROM}, but got {strategy!r}.")
     return World(_named(strategy, size), *_nodes(trainer, size), shards_by_default=strategy in _OWN_WORDS)
 
 
@@ -107,13 +109,13 @@ def _nodes(trainer: pl.Trainer | None, size: int) -> tuple[int, int]:
 
 def _check_size(world_size: Any, trainer: pl.Trainer | None) -> None:
     if not isinstance(world_size, int) or isinstance(world_size, bool):
-        raise TypeError(
+        raise ArgumentError(
             f"`predict(world_size)` must be a number of ranks, but got {world_size!r}. Pass an integer."
         )
     if world_size < 1:
-        raise ValueError(f"`predict(world_size)` must be at least 1, but got {world_size}.")
+        raise ArgumentError(f"`predict(world_size)` must be at least 1, but got {world_size}.")
     if trainer is not None and trainer.world_size not in (1, world_size):
-        raise ValueError(
+        raise ArgumentError(
             f"`predict(world_size)` must be what the trainer has, but got world_size={world_size} and a "
             f"trainer of {trainer.world_size} ranks ({trainer.num_nodes} node(s) of {trainer.num_devices} "
             "device(s)). Leave world_size out, or pass a trainer for one device."
@@ -124,24 +126,24 @@ def _named(name: str, size: int) -> Strategy:
     if name in _OWN_WORDS:
         return ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1)
     if name.startswith("fsdp"):
-        raise ValueError(_instead_of_fsdp1(name))
+        raise ArgumentError(_instead_of_fsdp1(name))
     if name.startswith("deepspeed"):  # whose strategy is one of DDP's to Lightning
-        raise ValueError(_instead_of_deepspeed(name))
+        raise ArgumentError(_instead_of_deepspeed(name))
     known = StrategyRegistry.available_strategies()
     if name in known and issubclass(StrategyRegistry[name]["strategy"], DDPStrategy):
         found: Strategy = StrategyRegistry.get(name)
         return found
-    raise ValueError(f"`predict(strategy)` must be {_FROM}, but got {name!r}.")
+    raise ArgumentError(f"`predict(strategy)` must be {_FROM}, but got {name!r}.")
 
 
 def _refuse_others(strategy: Any) -> None:
     shown = type(strategy).__name__
     if isinstance(strategy, FSDPStrategy):
-        raise ValueError(_instead_of_fsdp1(shown))
+        raise ArgumentError(_instead_of_fsdp1(shown))
     if isinstance(strategy, DeepSpeedStrategy):  # a subclass of DDPStrategy
-        raise ValueError(_instead_of_deepspeed(shown))
+        raise ArgumentError(_instead_of_deepspeed(shown))
     if not isinstance(strategy, (DDPStrategy, ModelParallelStrategy)):
-        raise ValueError(f"`predict(strategy)` must be {_FROM}, but got {shown}.")
+        raise ArgumentError(f"`predict(strategy)` must be {_FROM}, but got {shown}.")
 
 
 def _instead_of_fsdp1(shown: str) -> str:

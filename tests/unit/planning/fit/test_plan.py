@@ -89,17 +89,17 @@ TABLE = """\
 Net on a GPU, batches of 8, limit 40.00 MiB: fits, a step takes 1.21 times as
 long
 
-   Allocated   Reserved  Time Exact  Way
--> 36.00 MiB  38.00 MiB  1.21   yes  mt.Microbatching(microbatch_size=5),
-  382.00 MiB 384.00 MiB  1.00   yes  nothing: as it is
-   25.00 MiB  27.00 MiB  1.40   yes  mt.Microbatching(microbatch_size=5),
-                                     mt.ActivationCheckpointing(["net.block0.0",
-                                         "net.block0.1", "net.block0.2",
-                                         "net.block0.3", "net.block1.0",
-                                         "net.block1.1", "net.block1.2",
-                                         "net.block1.3", "net.block2.0",
-                                         "net.block2.1", "net.block2.2",
-                                         "net.block2.3"]),
+    Allocated   Reserved  Time Exact  Way
+->  36.00 MiB  38.00 MiB  1.21   yes  mt.Microbatching(microbatch_size=5),
+   382.00 MiB 384.00 MiB  1.00   yes  nothing: as it is
+    25.00 MiB  27.00 MiB  1.40   yes  mt.Microbatching(microbatch_size=5),
+                                      mt.ActivationCheckpointing(
+                                          ["net.block0.0", "net.block0.1",
+                                          "net.block0.2", "net.block0.3",
+                                          "net.block1.0", "net.block1.1",
+                                          "net.block1.2", "net.block1.3",
+                                          "net.block2.0", "net.block2.1",
+                                          "net.block2.2", "net.block2.3"]),
 
 Paste into `L.Trainer(...)`, after `import lightning_memtrain as mt`:
     callbacks=[
@@ -107,9 +107,9 @@ Paste into `L.Trainer(...)`, after `import lightning_memtrain as mt`:
     ],
 
 Would fit as well, but changes the result, which was not allowed:
-   20.00 MiB  21.00 MiB  0.55    no  mt.LowPrecision(precision="bf16-true"),
-                                     (computes in bfloat16, which keeps 8 bits
-                                      of a number)
+    20.00 MiB  21.00 MiB  0.55    no  mt.LowPrecision(precision="bf16-true"),
+                                      (computes in bfloat16, which keeps 8 bits
+                                       of a number)
 
 Not used:
   bf16: changes the result (allow=('bf16',); accuracy 0.449 for 0.461 with
@@ -323,6 +323,14 @@ def test_the_page_needs_no_network_and_names_every_way(tmp_path: Path) -> None:
     assert "limit 40.00 MiB" in page
     assert "<pre" in plan_of()._repr_html_()
     assert "<script" not in page
+
+
+@pytest.mark.parametrize(("ratio", "drawn"), [(4.9, 5), (53.0, 4)])
+def test_a_way_that_takes_very_long_does_not_press_the_chart_together(ratio: float, drawn: int) -> None:
+    plan = plan_of()
+    front = (*plan.front, way(24, ratio, technique("Microbatching", microbatch_size=1)))
+    text = replace(plan, found=replace(plan.found, front=front))._repr_html_()
+    assert text.count("<circle") == drawn
 
 
 def test_names_of_a_model_cannot_break_the_page(tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""Microbatch size and recomputation together, beside a search through everything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_memtrain.checkpointing.selection.step_chain import ChainStage, simulate
+from lightning_memtrain.planning.fit.choice.pairs import cheapest, chunk_counts, front
+from lightning_memtrain.planning.fit.choice.sized_steps import SizedStep, SizedSteps
+
+BATCH_SIZE = 12
+HELD_BYTES = 1000
+
+
+@st.composite
+def chains_by_size(draw: st.DrawFn) -> list[tuple[int, int, float]]:
+    """Of each stage: saved and returned bytes for a sample, and milliseconds for a sample."""
+    number = st.integers(1, 60)
+    stages = st.tuples(number, number, st.integers(1, 50).map(float))
+    return draw(st.lists(stages, min_size=1, max_size=4))
+
+
+def chain(stages: Sequence[tuple[int, int, float]], size: int) -> tuple[ChainStage, ...]:
+    """A chain whose bytes grow evenly with the number of samples."""
+    made, live = [], HELD_BYTES
+    for index, (saved, returned, seconds) in enumerate(stages):
+        saved, returned = saved * size, returned * size
+        before = live
+        live += saved + returned
+        made.append(
+            ChainStage(
+                str(index),
+                forward_peak_bytes=live,
+                backward_peak_bytes=live + returned,
+                internal_bytes=saved,
+                boundary_bytes=0
+                if index == 0
+                else made[-1].backward_peak_bytes - made[-1].forward_peak_bytes,
+                backward_start_bytes=live,
+                own_peak_bytes=live - before,
+                seconds=0.1 + seconds * size,
+            )
+        )
+    return tuple(made)
+
+
+def segmentations(names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], ...]]:
+    """All ways to recompute: each stage is kept, begins a segment, or goes on with the one before it."""
+    for roles in product("kbg", repeat=len(names)):
+        segments: list[list[str]] = []
+        before = "k"
+        for name, role in zip(names, roles, strict=True):
+            if role == "g" and before == "k":
+                break
+            if role == "b":
+                segments.append([name])
+            elif role == "g":
+                segments[-1].append(name)
+            before = role
+        else:
+            yield tuple(map(tuple, segments))
+
+
+def steps_of(stages: Sequence[tuple[int, int, float]]) -> SizedSteps:
+    """Three traced sizes: the whole batch, halves, and a small one."""
+    steps = SizedSteps()
+    for count in (1, 2, 6):
+        size = BATCH_SIZE // count
+        traced = chain(stages, size)
+        forward = sum(stage.seconds for stage in traced)
+        steps.add(SizedStep(count, size, traced, 3 * forward, 5.0, simulate(traced, ()).peak_bytes + 7))
+    return steps
+
+
+@given(chains_by_size(), st.integers(1, 100))
+@settings(max_examples=60)
+def test_no_pair_of_chunks_and_recomputation_is_faster_within_the_limit(
+    stages: list[tuple[int, int, float]], percent: int
+):
+    steps = steps_of(stages)
+    counts = chunk_counts(BATCH_SIZE)
+    curves = [steps.curve(count, math.ceil(BATCH_SIZE / count)) for count in counts]
+    pairs = front([curve for curve in curves if curve is not None])
+    everything = []
+    for count in counts:
+        at_size = chain(stages, math.ceil(BATCH_SIZE / count))
+        forward = sum(stage.seconds for stage in at_size)
+        for segments in segmentations([stage.name or "" for stage in at_size]):
+            found = simulate(at_size, segments)
+            seconds = count * (3 * forward + found.seconds) + 5.0
+            everything.append((found.peak_bytes + 7, seconds))
+    most, least = (pick(peak for peak, _ in everything) for pick in (max, min))
+    limit_bytes = least + (most - least) * percent // 100
+    best = min(seconds for peak, seconds in everything if peak <= limit_bytes)
+    chosen = cheapest(pairs, limit_bytes)
+    assert chosen is not None
+    assert chosen.peak_bytes <= limit_bytes
+    assert math.isclose(chosen.seconds, best, rel_tol=1e-9)
+    # What nothing keeps is refused, and only that.
+    assert cheapest(pairs, least - 1) is None
+
+
+@given(chains_by_size(), st.lists(st.integers(0, 12_000), min_size=2, max_size=8))
+@settings(max_examples=60)
+def test_more_budget_is_never_slower_and_never_exceeded(
+    stages: list[tuple[int, int, float]], limits: list[int]
+):
+    steps = steps_of(stages)
+    counts = chunk_counts(BATCH_SIZE)
+    curves = [steps.curve(count, math.ceil(BATCH_SIZE / count)) for count in counts]
+    pairs = front([curve for curve in curves if curve is not None])
+    slowest = math.inf
+    for limit_bytes in sorted(limits):
+        chosen = cheapest(pairs, limit_bytes)
+        if chosen is None:
+            assert slowest == math.inf
+            continue
+        assert chosen.peak_bytes <= limit_bytes
+        assert chosen.seconds <= slowest
+        slowest = chosen.seconds
