@@ -142,7 +142,7 @@ class _Search:
                 self._refused.append(Refused(switch.name, reason))
             elif not set(self._own) & {one.name for one in switch.settings(facts, 1)}:
                 usable.append(switch)
-        sets = [(switch,) for switch in usable]
+        sets: list[tuple[Switch, ...]] = [(switch,) for switch in usable]
         if len(usable) > 1:
             sets.append(tuple(usable))
         return sets

@@ -38,7 +38,8 @@ def run_options(trainer: pl.Trainer | None, device: Device) -> dict[str, Any]:
     ]
     plugin = trainer.precision_plugin
     if type(plugin) is MixedPrecision and not device.is_cuda:
-        options["plugins"] = [MixedPrecision(plugin.precision, "cpu")]
+        precision: Any = plugin.precision
+        options["plugins"] = [MixedPrecision(precision, "cpu")]
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -51,7 +52,7 @@ class _FirstBatches(pl.Callback):
         self.batches: list[Any] = []
         self._num_batches = num_batches
 
-    def on_train_batch_start(
+    def on_train_batch_start(  # type: ignore[override]
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> int:
         self.batches.append(batch)

@@ -83,7 +83,7 @@ def _on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Tri
     torch.autograd.set_multithreading_enabled(False)  # all of a step is watched in this thread
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     replace_when_moved()
-    with _quietly() as undo:
+    with _quietly() as (undo, folder):
         if not isinstance(model, pl.LightningModule):
             with fake:
                 model = model()
@@ -95,7 +95,7 @@ def _on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Tri
         watch = StepWatch(trial.num_chunks, OpWorkspace("cpu"), trial.with_calls)
         undo.enter_context(mode)
         undo.enter_context(FakeValueMethods(values, mode.knows))
-        _fit(model, options, trial, watch, {"accelerator": "cpu"})
+        _fit(model, options, trial, watch, {"accelerator": "cpu", "default_root_dir": folder})
         return watch.trace()
 
 
@@ -110,7 +110,7 @@ def _on_twin(model: Model, options: Mapping[str, Any], device: Device, trial: Tr
     mode = TwinDeviceMode(backend, on_matrix_product)
     rules = TwinAutocast(), TwinAttention(has_flash=(device.compute_capability or AMPERE) >= AMPERE)
     _prepare_process()
-    with _quietly() as undo:
+    with _quietly() as (undo, folder):
         if not isinstance(model, pl.LightningModule):
             with mode.fake:
                 model = model()
@@ -119,7 +119,7 @@ def _on_twin(model: Model, options: Mapping[str, Any], device: Device, trial: Tr
         undo.enter_context(CudaMeansTwin())
         move(model, mode)
         strategy = SingleDeviceStrategy(torch.device(DEVICE_TYPE, 0), TwinAccelerator())
-        _fit(model, options, trial, watch, {"strategy": strategy})
+        _fit(model, options, trial, watch, {"strategy": strategy, "default_root_dir": folder})
     del rules
     return replace(
         watch.trace(),
@@ -184,12 +184,11 @@ def _value(value: Any) -> Any:
 
 
 @contextmanager
-def _quietly() -> Iterator[ExitStack]:
-    """Nothing is printed or warned of; the real run does that."""
+def _quietly() -> Iterator[tuple[ExitStack, str]]:
+    """Nothing is printed or warned of, which the real run does; and a folder for what is written."""
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, ExitStack() as undo:
         undo.enter_context(contextlib.redirect_stdout(nowhere))
-        undo.enter_context(contextlib.chdir(folder))
-        yield undo
+        yield undo, folder
