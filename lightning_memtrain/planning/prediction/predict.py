@@ -16,11 +16,12 @@ from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of, take_samples
 from lightning_memtrain.planning.prediction.cpu.calibration import measure_call
 from lightning_memtrain.planning.prediction.cpu.cpu_run import CpuConditions, run_on_cpu
+from lightning_memtrain.planning.prediction.few_steps import FewSteps
 from lightning_memtrain.planning.prediction.forked import call_in_asking_copy, call_in_copy
 from lightning_memtrain.planning.prediction.prediction import Prediction
 from lightning_memtrain.planning.prediction.ranks.world import World, world_of
 from lightning_memtrain.planning.prediction.trainer_options import trainer_options
-from lightning_memtrain.planning.prediction.twin.twin_run import TwinRun, run_on_twin
+from lightning_memtrain.planning.prediction.twin.twin_run import run_on_twin
 from lightning_memtrain.report import MemoryReport
 from lightning_memtrain.tracing.cuda_twin import why_no_twin
 from lightning_memtrain.tracing.device import Device, available_bytes
@@ -107,7 +108,7 @@ def predict(
     on_twin = found.is_cuda and not missing
     options = trainer_options(trainer, world, **({} if on_twin else {"device_type": "cpu"}))
 
-    def run(make_data: Callable[[], Any]) -> TwinRun:
+    def run(make_data: Callable[[], Any]) -> FewSteps:
         try:
             if on_twin:
                 return call_in_copy(lambda: run_on_twin(model, make_data(), options, found, world))
@@ -164,7 +165,7 @@ def _brings_data(model: Any) -> bool:
 
 def _prediction(
     device: Device,
-    found: TwinRun,
+    found: FewSteps,
     batch_size: int | None,
     world: World | None,
     notes: tuple[str, ...],

@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_memtrain.core import ArgumentError
-from lightning_memtrain.planning.fit.trials.trial import Model
+from lightning_memtrain.planning.prediction.few_steps import Model
 from lightning_memtrain.planning.prediction.forked import call_in_copy
 from lightning_memtrain.planning.prediction.trainer_options import trainer_options
 from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE

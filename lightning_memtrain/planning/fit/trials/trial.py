@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import logging
-import os
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from lightning_memtrain.compat.torch_private import FakeTensorMode
 from lightning_memtrain.ledger import OpWorkspace
 from lightning_memtrain.planning.fit.trials.step_trace import StepTrace
 from lightning_memtrain.planning.fit.trials.step_watch import StepWatch
+from lightning_memtrain.planning.prediction.cpu.cpu_run import on_cpu
+from lightning_memtrain.planning.prediction.few_steps import Model, few_steps_trainer, quiet_folder
 from lightning_memtrain.planning.prediction.forked import call_in_copy
-from lightning_memtrain.planning.prediction.twin.moving import move, replace_when_moved
-from lightning_memtrain.planning.prediction.twin.twin_accelerator import TwinAccelerator
-from lightning_memtrain.planning.prediction.twin.twin_run import prepare_process, prepare_twin
-from lightning_memtrain.tracing.allocator import CachingAllocator
-from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE, TwinBackend, TwinDeviceMode, install
-from lightning_memtrain.tracing.cuda_twin.arguments import CudaMeansTwin
-from lightning_memtrain.tracing.cuda_twin.attention import AMPERE, TwinAttention
-from lightning_memtrain.tracing.cuda_twin.autocast import TwinAutocast
+from lightning_memtrain.planning.prediction.twin.twin_place import on_twin
 from lightning_memtrain.tracing.device import Device
-from lightning_memtrain.tracing.step.fake_mode import FakeStepMode
-from lightning_memtrain.tracing.step.fake_parameters import FakeParameters
-from lightning_memtrain.tracing.step.recorded_values import RecordedValues
-from lightning_memtrain.tracing.step.silenced_logging import logging_silenced
-from lightning_memtrain.tracing.step.value_methods import FakeValueMethods
-from lightning_memtrain.tracing.user_state.capture import UserState
-
-#: A model, or what makes it.
-Model = pl.LightningModule | Callable[[], pl.LightningModule]
 
 
 @dataclass(frozen=True)
@@ -81,84 +57,44 @@ def run_trial(model: Model, options: Mapping[str, Any], device: Device, trial: T
 
 
 def _on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> StepTrace:
-    torch.autograd.set_multithreading_enabled(False)  # all of a step is watched in this thread
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    replace_when_moved()
-    with _quietly() as undo:
-        if not isinstance(model, pl.LightningModule):
-            with fake:
-                model = model()
-        state = UserState(model)
-        parameters = FakeParameters(fake, model, [], state.tensors)
-        values = RecordedValues()
-        mode = FakeStepMode(fake, parameters.by_id, values)
-        state.replace(parameters.by_id)
+    given = _with_techniques(options, trial)
+    with quiet_folder() as folder, on_cpu(model, given["callbacks"]) as place:
         watch = StepWatch(trial.num_chunks, OpWorkspace("cpu"), trial.with_calls)
-        undo.enter_context(mode)
-        undo.enter_context(FakeValueMethods(values, mode.knows))
-        undo.enter_context(logging_silenced(model))  # Lightning asks for the numbers that are logged
-        _fit(model, options, trial, watch, {"accelerator": "cpu"})
+        _fit(place.model, place.trainer_arguments, given, trial, watch, folder)
         return watch.trace()
 
 
 def _on_twin(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> StepTrace:
-    backend = TwinBackend(CachingAllocator())
-    install(backend)
-
-    def on_matrix_product() -> None:
-        backend.hold_workspace("cuBLAS", device.cublas_workspace_bytes)
-        backend.hold_workspace("cuBLASLt", device.cublaslt_workspace_bytes)
-
-    mode = TwinDeviceMode(backend, on_matrix_product)
-    rules = TwinAutocast(), TwinAttention(has_flash=(device.compute_capability or AMPERE) >= AMPERE)
-    prepare_process()
-    prepare_twin()
-    with _quietly() as undo:
-        if not isinstance(model, pl.LightningModule):
-            with mode.fake:
-                model = model()
+    given = _with_techniques(options, trial)
+    with quiet_folder() as folder, on_twin(model, device) as place:
         watch = StepWatch(trial.num_chunks, None, trial.with_calls)
-        undo.enter_context(mode)
-        undo.enter_context(CudaMeansTwin())
-        move(model, mode)
-        strategy = SingleDeviceStrategy(torch.device(DEVICE_TYPE, 0), TwinAccelerator())
-        _fit(model, options, trial, watch, {"strategy": strategy})
-    del rules
+        _fit(place.model, place.trainer_arguments, given, trial, watch, folder)
     return replace(
         watch.trace(),
-        allocated_bytes=backend.allocator.peak_allocated_bytes,
-        reserved_bytes=backend.allocator.peak_reserved_bytes,
-        workspace_bytes=backend.workspace_bytes,
+        allocated_bytes=place.backend.allocator.peak_allocated_bytes,
+        reserved_bytes=place.backend.allocator.peak_reserved_bytes,
+        workspace_bytes=place.backend.workspace_bytes,
     )
+
+
+def _with_techniques(options: Mapping[str, Any], trial: Trial) -> dict[str, Any]:
+    given = {"callbacks": (), **options, **trial.trainer_arguments}
+    made = [(place, _made(path, arguments)) for path, arguments, place in trial.techniques]
+    for place in {place for place, _ in made}:
+        given[place] = [*given.get(place, ()), *(one for at, one in made if at == place)]
+    return given
 
 
 def _fit(
     model: pl.LightningModule,
-    options: Mapping[str, Any],
+    place: Mapping[str, Any],
+    given: Mapping[str, Any],
     trial: Trial,
     watch: StepWatch,
-    where: Mapping[str, Any],
+    folder: str,
 ) -> None:
-    given = {**options, **trial.trainer_arguments}
-    made = [(place, _made(path, arguments)) for path, arguments, place in trial.techniques]
-    for place in {place for place, _ in made}:
-        given[place] = [*given.get(place, ()), *(one for at, one in made if at == place)]
-    given["callbacks"] = [*given.get("callbacks", ()), watch]
+    trainer = few_steps_trainer({**place, "default_root_dir": folder}, given, watch, num_steps=2)
     accumulated = given.get("accumulate_grad_batches", 1)
-    trainer = pl.Trainer(
-        devices=1,
-        max_steps=2,
-        max_epochs=2,
-        limit_train_batches=2 * accumulated,
-        logger=DummyLogger(),
-        log_every_n_steps=1_000,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        **where,
-        **given,
-    )
     batches = [trial.first_batch] * accumulated + [trial.batch] * accumulated
     trainer.fit(model, _Loader(batches))
 
@@ -184,16 +120,3 @@ def _value(value: Any) -> Any:
     if isinstance(value, Mapping) and "class_path" in value:
         return _made(value["class_path"], value.get("init_args") or {})
     return value
-
-
-@contextmanager
-def _quietly() -> Iterator[ExitStack]:
-    """Nothing is printed or warned of; the real run does that."""
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, ExitStack() as undo:
-        undo.enter_context(contextlib.redirect_stdout(nowhere))
-        undo.callback(os.chdir, os.getcwd())
-        os.chdir(folder)
-        yield undo

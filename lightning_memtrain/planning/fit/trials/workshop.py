@@ -10,14 +10,15 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_memtrain.checkpointing.selection.step_profile import StepProfile, Times
-from lightning_memtrain.ledger import OpWorkspace
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of, take_samples
 from lightning_memtrain.planning.fit.seconds.measured_seconds import MeasuredSeconds
 from lightning_memtrain.planning.fit.seconds.roofline import RooflineSeconds
 from lightning_memtrain.planning.fit.trials.step_trace import StepTrace
-from lightning_memtrain.planning.fit.trials.trial import Model, Trial, run_trial
+from lightning_memtrain.planning.fit.trials.trial import Trial, run_trial
 from lightning_memtrain.planning.fit.way import TechniqueSettings
+from lightning_memtrain.planning.prediction.cpu.calibration import AskedWorkspace, measure_call
+from lightning_memtrain.planning.prediction.few_steps import Model
 from lightning_memtrain.tracing.device import Device
 
 #: So many chunks show what more of them would: the first finds no gradients, the third what the second kept.
@@ -68,7 +69,7 @@ class Workshop:
         self.num_trials = 0
         self._model = model
         self._options = options
-        self._workspace = None if device.is_cuda else OpWorkspace("cpu")
+        self._workspace = None if device.is_cuda else AskedWorkspace(measure_call, torch.get_num_threads())
         self._times: Times | None = None
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +19,16 @@ from lightning_memtrain.ledger.operators.predicted_statistics import PredictedSt
 from lightning_memtrain.ledger.tensors.storages import storages_of
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.planning.prediction.cpu.calibration import AskedWorkspace
-from lightning_memtrain.planning.prediction.forked import Ask
-from lightning_memtrain.planning.prediction.twin.twin_run import (
-    TwinRun,
+from lightning_memtrain.planning.prediction.few_steps import (
+    FewSteps,
+    Model,
     few_steps_trainer,
     made_module,
     prepare_process,
     quiet_folder,
     refuse_no_optimizer,
 )
+from lightning_memtrain.planning.prediction.forked import Ask
 from lightning_memtrain.report import MemoryProfiler
 from lightning_memtrain.tracing.device import resident_bytes
 from lightning_memtrain.tracing.step.fake_mode import FakeStepMode
@@ -71,13 +72,54 @@ class CpuConditions:
         return cls(torch.get_num_threads(), max(resident_bytes() - counted_bytes, 0))
 
 
+@dataclass(frozen=True)
+class CpuPlace:
+    """A run on the CPU, without data.
+
+    Args:
+        model: what is trained there.
+        trainer_arguments: arguments of Trainer that say where.
+        guessed: numbers that nobody knows, by the line that asked, as they are asked for.
+    """
+
+    model: pl.LightningModule
+    trainer_arguments: dict[str, Any]
+    guessed: Callable[[], dict[str, str]]
+
+
+@contextlib.contextmanager
+def on_cpu(model: Model, also: Iterable[object] = ()) -> Iterator[CpuPlace]:
+    """Put a run on CPU tensors without data, in a process of its own: torch is another one afterwards.
+
+    Args:
+        model: what is trained, or what makes it.
+        also: what else its steps can get at, such as callbacks.
+
+    Yields:
+        The run, while its steps may be made.
+    """
+    fake_mode, numbers = FakeTensorMode(allow_non_fake_inputs=True), GuessedNumbers()
+    unknown: list[UnknownValueError] = []
+    prepare_process()
+    if not isinstance(model, pl.LightningModule):
+        with FakeStepMode(fake_mode, {}, numbers, _MOST_MADE_FLOATS_BYTES):
+            model = made_module(model)
+    put_without_data(model, fake_mode, also=also)
+    answer_metrics(model, unknown, dict.__setitem__)
+    mode = FakeStepMode(fake_mode, {}, numbers)
+    strategy = SingleDeviceStrategy(torch.device("cpu"), CPUAccelerator())
+
+    def guessed() -> dict[str, str]:
+        of_metrics = {str(one.location): f"{one.what} of a metric" for one in unknown}
+        return {**of_metrics, **numbers.guessed}
+
+    with torch.compiler.set_stance("force_eager"), mode, FakeValueMethods(numbers, mode.knows):
+        yield CpuPlace(model, {"strategy": strategy, "devices": 1}, guessed)
+
+
 def run_on_cpu(
-    model: pl.LightningModule | Callable[[], pl.LightningModule],
-    data: Any,
-    trainer_options: Mapping[str, Any],
-    ask: Ask,
-    conditions: CpuConditions,
-) -> TwinRun:
+    model: Model, data: Any, trainer_options: Mapping[str, Any], ask: Ask, conditions: CpuConditions
+) -> FewSteps:
     """Train for a few steps without data. Call it in a process of its own: torch is another one afterwards.
 
     Args:
@@ -91,33 +133,20 @@ def run_on_cpu(
         What was counted; all that is allocated is reserved, as the CPU's allocator keeps nothing.
     """
     workspace = AskedWorkspace(ask, conditions.num_threads)
-    fake_mode, numbers = FakeTensorMode(allow_non_fake_inputs=True), GuessedNumbers()
-    prepare_process()
-    with quiet_folder() as folder, contextlib.ExitStack() as undo:
-        if not isinstance(model, pl.LightningModule):
-            with FakeStepMode(fake_mode, {}, numbers, _MOST_MADE_FLOATS_BYTES):
-                model = made_module(model)
+    with quiet_folder() as folder, on_cpu(model, trainer_options.get("callbacks", ())) as place:
         profiler = _PredictingProfiler(workspace, folder)
-        place = {"strategy": SingleDeviceStrategy(torch.device("cpu"), CPUAccelerator()), "devices": 1}
-        trainer = few_steps_trainer(place, trainer_options, profiler)
-        put_without_data(model, fake_mode, also=trainer_options.get("callbacks", ()))
-        unknown: list[UnknownValueError] = []
-        answer_metrics(model, unknown, dict.__setitem__)
-        mode = FakeStepMode(fake_mode, {}, numbers)
-        undo.enter_context(torch.compiler.set_stance("force_eager"))
-        undo.enter_context(mode)
-        undo.enter_context(FakeValueMethods(numbers, mode.knows))
-        trainer.fit(model, data)
-        refuse_no_optimizer(trainer, model)
+        trainer = few_steps_trainer(place.trainer_arguments, trainer_options, profiler)
+        trainer.fit(place.model, data)
+        refuse_no_optimizer(trainer, place.model)
     report = profiler.report
     assert report is not None, "a fit that has ended has a report"
     breakdown = report.stages["fit"]
-    return TwinRun(
+    return FewSteps(
         report=report,
         allocated_bytes=breakdown.peak_bytes,
         reserved_bytes=breakdown.peak_bytes,
         workspace_bytes=breakdown.peak_bytes - breakdown.ledger_peak_bytes,
-        guessed={**{str(one.location): f"{one.what} of a metric" for one in unknown}, **numbers.guessed},
+        guessed=place.guessed(),
         unmeasured={str(call.func): reason for call, reason in workspace.unmeasured.items()},
         process_bytes=conditions.process_bytes,
     )
