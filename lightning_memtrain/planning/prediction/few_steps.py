@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from lightning_memtrain.compat.lightning_private import MockOptimizer
 from lightning_memtrain.compat.torch_private import FakeTensor
 from lightning_memtrain.core import ArgumentError, is_technique
-from lightning_memtrain.planning.prediction.twin.moving import replace_when_moved
+from lightning_memtrain.planning.prediction.moving import replace_when_moved
 from lightning_memtrain.precision.activations import activation_packing
 from lightning_memtrain.report import MemoryReport
 

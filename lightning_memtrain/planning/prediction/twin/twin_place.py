@@ -13,10 +13,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_memtrain.compat.torch_private import FakeTensor, types_with_foreach, types_with_foreach_norms
 from lightning_memtrain.planning.prediction.few_steps import Model, made_module, prepare_process
+from lightning_memtrain.planning.prediction.moving import configure_without_data, move
 from lightning_memtrain.planning.prediction.ranks.default_sharding import prepare
 from lightning_memtrain.planning.prediction.ranks.rank_strategy import strategy_of_first_rank
 from lightning_memtrain.planning.prediction.ranks.world import World
-from lightning_memtrain.planning.prediction.twin.moving import configure_without_data, move
 from lightning_memtrain.planning.prediction.twin.twin_accelerator import TwinAccelerator
 from lightning_memtrain.tracing.allocator import CachingAllocator
 from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE, TwinBackend, TwinDeviceMode, install
