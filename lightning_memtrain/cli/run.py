@@ -119,7 +119,7 @@ def configurations(
     return [str(recipe.config), *([_together(recipe.config, files, plan)] if files or plan else [])]
 
 
-def _together(recipe: Path, variants: Mapping[str, Path], plan: Mapping[str, Any] | None) -> str:
+def _together(recipe: Path, variants: Mapping[str, Path], plan: Mapping[str, Any] | None = None) -> str:
     """The text of one configuration with what all variants and the plan set."""
     import yaml
     from jsonargparse import get_loader

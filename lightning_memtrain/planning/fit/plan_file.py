@@ -118,7 +118,7 @@ def found_to_dict(found: FoundWays) -> dict[str, Any]:
         "refused": [{"what": one.what, "why": one.why, "allow": one.allow} for one in found.refused],
         "notes": list(found.notes),
         "batch_shapes": [list(shape) for shape in found.batch_shapes],
-        "seconds": round(found.seconds, 3),
+        "seconds": found.seconds,
     }
 
 
