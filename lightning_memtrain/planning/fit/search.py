@@ -109,6 +109,7 @@ class _Search:
     # ------------------------------------------------------------------ families
 
     def _family(self, plain: Tried, switches: tuple[Switch, ...], may_chunk: bool) -> Family:
+        may_chunk = may_chunk and not any(switch.refusal(plain.trace.facts, 2) for switch in switches)
         return Family(self._workshop, plain, switches, self._call_seconds, may_chunk)
 
     def _may_chunk(self, plain: Tried, with_batchnorm: bool = False) -> bool:

@@ -124,15 +124,36 @@ class Explorer:
         while num_finalists < _MOST_FINALISTS:
             best = self._best_tried(limit_bytes)
             pair = bounds.next_pair(self.curves(), self._was_tried)
+            if pair is None and best is None and self._trace_unknown(limit_bytes):
+                num_finalists += 1
+                continue
             if pair is None or (best is not None and pair.seconds >= best.seconds * _NOTABLY):
-                return best
+                return best or self._floor_within(limit_bytes)
             if not self._steps.is_near(pair.num_chunks, pair.size):
                 self.trace(pair.num_chunks)
                 continue
             self._try(pair)
             bounds.note(pair, self._as_tried(pair).peak_bytes)
             num_finalists += 1
-        return self._best_tried(limit_bytes)
+        return self._best_tried(limit_bytes) or self._floor_within(limit_bytes)
+
+    def _floor_within(self, limit_bytes: int) -> Pair | None:
+        """Before a limit is given up, the pair that needs least."""
+        lowest = self.floor()
+        return lowest if lowest.peak_bytes <= limit_bytes else None
+
+    def _trace_unknown(self, limit_bytes: int) -> bool:
+        """Trace a size that no line leads to, since chunks of other sizes have other stages."""
+        too_many = [one for (one, _), tried in self.tried.items() if tried.needed_bytes > limit_bytes]
+        unknown = [
+            count
+            for count in self._counts
+            if count > max(too_many, default=0)
+            and self._steps.curve(count, self._workshop.size_of(count)) is None
+        ]
+        if unknown:
+            self.trace(unknown[len(unknown) // 2])
+        return bool(unknown)
 
     def floor(self) -> Pair:
         """The pair that needs least, tried."""

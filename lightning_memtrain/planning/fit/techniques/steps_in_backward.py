@@ -19,7 +19,7 @@ class StepsInBackward(Switch):
         if not facts.automatic_optimization:
             return "needs automatic optimization: the module steps its optimizers itself"
         if num_chunks > 1 and not all(_has_momentum(defaults) for _, defaults in facts.optimizers):
-            return "adds up the gradients of several microbatches exactly for SGD with momentum only"
+            return "adds up gradients of several microbatches exactly for SGD with plain momentum only"
         return ""
 
     def settings(self, facts: RunFacts, num_chunks: int) -> tuple[TechniqueSettings, ...]:
@@ -29,5 +29,7 @@ class StepsInBackward(Switch):
 
 
 def _has_momentum(defaults: object) -> bool:
-    momentum = defaults.get("momentum") if isinstance(defaults, dict) else None
+    if not isinstance(defaults, dict) or defaults.get("nesterov"):
+        return False
+    momentum = defaults.get("momentum")
     return isinstance(momentum, float) and momentum > 0
