@@ -59,8 +59,7 @@ def test_the_run_keeps_the_limit_that_was_planned(tmp_path: Path) -> None:
     assert peak <= LIMIT < (callback.plan.plain.reserved_bytes or 0)
     assert peak == pytest.approx(callback.plan.chosen.reserved_bytes, rel=0.05)
     assert callback.exact
-    assert len(model.seen) > 2  # nothing of what was tried came back
-    assert max(model.seen) < 512
+    assert sum(model.seen) == 1024  # nothing of what was tried came back
 
 
 def test_what_needs_nothing_is_found_at_once() -> None:
