@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_memtrain.checkpointing.policies import Groups, Modules, RecomputationPolicy, Recomputed
+from lightning_memtrain.core import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Segments(RecomputationPolicy):
         segments: lists of module paths, those of one list recomputed together.
 
     Raises:
-        MisconfigurationException: if it is no list of lists of paths; at the start of the fit, if the model
+        ArgumentError: if it is no list of lists of paths; at the start of the fit, if the model
             has no such module.
 
     Example:
@@ -36,7 +36,7 @@ class Segments(RecomputationPolicy):
     def __post_init__(self) -> None:
         given = self.segments
         if isinstance(given, str) or not isinstance(given, Sequence) or not all(map(_is_segment, given)):
-            raise MisconfigurationException(
+            raise ArgumentError(
                 "`Segments(segments)` must be a list of lists of module paths, but got "
                 f"segments={given!r}. Write e.g. Segments([['encoder.layer.0', 'encoder.layer.1']])."
             )

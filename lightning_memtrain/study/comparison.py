@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_memtrain.core import MemoryBreakdown
+from lightning_memtrain.core import ArgumentError, MemoryBreakdown
 from lightning_memtrain.report.memory_report import JSON_NAME, MemoryReport
 from lightning_memtrain.study.run_record import RunRecord
 
@@ -116,15 +116,22 @@ def load_run(path: Path | str) -> LoadedRun:
         The report, and the record if there is one.
 
     Raises:
-        ValueError: if there is no report, or one of another version.
+        ArgumentError: if there is no report.
+        ValueError: if it is of another version.
     """
+    if not isinstance(path, (str, Path)):
+        raise ArgumentError(
+            f"`load_run(path)` must be the folder of a run, but got {path!r}. Name the folder of a run that "
+            "had a `MemoryProfiler`."
+        )
     path = Path(path)
     places = [path / "memory" / JSON_NAME, path / JSON_NAME, path]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         what = "is no run's folder: it has no memory report" if path.is_dir() else "does not exist"
-        raise ValueError(
-            f"`{path}` {what}. Name the folder of a run that had a `MemoryProfiler`, or its `{JSON_NAME}`."
+        raise ArgumentError(
+            f"`load_run(path)` must be the folder of a run, but `{path}` {what}. Name the folder of a run "
+            f"that had a `MemoryProfiler`, or its `{JSON_NAME}`."
         )
     folder = file.parent.parent if file.parent.name == "memory" else file.parent
     return LoadedRun(path, MemoryReport.load(file), RunRecord.load(folder))
@@ -141,14 +148,24 @@ def compare_runs(loaded: Sequence[LoadedRun], stage: str = "fit") -> Comparison:
         The comparison.
 
     Raises:
-        ValueError: if there are fewer than two, or one has no such stage.
+        ArgumentError: if there are fewer than two, or one has no such stage.
     """
+    if not isinstance(loaded, Sequence) or not all(isinstance(run, LoadedRun) for run in loaded):
+        raise ArgumentError(
+            f"`compare_runs(loaded)` must be runs that `load_run` has read, but got {loaded!r}. Write "
+            'compare_runs([load_run("first"), load_run("second")]).'
+        )
     if len(loaded) < 2:
-        raise ValueError(f"a comparison needs at least two runs, but got {len(loaded)}.")
+        raise ArgumentError(
+            f"`compare_runs(loaded)` must be at least two runs, but got {len(loaded)}. Name another one."
+        )
     for run in loaded:
         if stage not in run.report.stages:
             known = ", ".join(f"`{name}`" for name in run.report.stages) or "none"
-            raise ValueError(f"`{run.path}` has no profiled stage `{stage}`; it has {known}.")
+            raise ArgumentError(
+                f"`compare_runs(stage)` must be a stage that every run has profiled, but got {stage!r}, and "
+                f"`{run.path}` has {known}. Name one that all have."
+            )
     names = short_names([run.path for run in loaded])
     breakdowns = [run.report.stages[stage] for run in loaded]
     runs = tuple(

@@ -134,6 +134,7 @@ CASES: dict[str, Case] = {
             "timeline": FLAG,
             "report_dir": (3, True, []),
             "max_rows": (0, 1, -1, 2.5, True, TEXT),
+            "predict": FUNCTION,
         }
     ),
     "MemoryLedger": Case(
@@ -143,6 +144,7 @@ CASES: dict[str, Case] = {
             "device": (3.5, UNKNOWN, []),
             "workspace": OBJECT,
             "limit": OBJECT,
+            "held": (3, UNKNOWN, [3]),
         },
         lambda: {"model": network()},
         free=("inputs",),
@@ -239,7 +241,9 @@ CASES: dict[str, Case] = {
             "model": (3, UNKNOWN, None, network()),
             "datamodule": OBJECT,
             "trainer": OBJECT,
-            "device": (3, True, "RTX 9999", "cpu", []),
+            "device": (3, True, "RTX 9999", []),
+            "world_size": OPTIONAL_COUNT,
+            "strategy": (3, UNKNOWN, "fsdp", True),
         },
         lambda: {
             "model": BoringModel(),
@@ -419,6 +423,24 @@ CASES: dict[str, Case] = {
         },
         lambda: {"weights": sparse(), "num_candidates": {"0.weight": 2}},
     ),
+    "FitMemory": Case(
+        {"limit": OPTIONAL_LIMIT, "allow": (3, UNKNOWN, True, [3]), "plan": (3, True, [])},
+    ),
+    "plan": Case(
+        {
+            "model": (3, UNKNOWN, None, network()),
+            "limit": OPTIONAL_LIMIT,
+            "device": (3, True, "RTX 9999", []),
+            "allow": (3, UNKNOWN, True, [3]),
+            "trainer": OBJECT,
+        },
+        lambda: {"model": BoringModel(), "limit": "1GiB", "device": "RTX 4090"},
+        free=("data",),
+    ),
+    "checkpointing.Segments": Case({"segments": (3, UNKNOWN, None, ["0"], [[]], [[3]], True)}),
+    "study.pareto_front": Case({"costs": (3, UNKNOWN, None, {"a": (1,), "b": (1, 2)})}),
+    "study.load_run": Case({"path": (3, None, True, "/no/such/run")}),
+    "study.compare_runs": Case({"loaded": (3, None, UNKNOWN, [], [3, 4])}, free=("stage",)),
     "planning.Device": Case(
         {
             "name": (3, None, ""),
@@ -434,6 +456,9 @@ CASES: dict[str, Case] = {
 
 # Results and records: the library makes them, users read them.
 MADE_BY_THE_LIBRARY = {
+    *("planning.Plan", "planning.Way", "planning.TechniqueSettings", "study.Comparison", "study.ComparedRun"),
+    *("study.ChangedModule", "study.LoadedRun", "study.RunRecord", "study.StudyResult", "study.StudyRun"),
+    "study.VariantResult",
     *("MemoryReport", "core.MemoryBreakdown", "core.ModuleMemory", "core.TimelineEvent", "core.Growth"),
     *("ledger.AllocatorStatistics", "ledger.AllocatorReading", "checkpointing.RecomputationPlan"),
     *(

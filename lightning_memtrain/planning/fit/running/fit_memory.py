@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
 from lightning_memtrain.compat.lightning_packages import refuse_mix
-from lightning_memtrain.core import TechniqueRecord, format_bytes, is_out_of_memory
+from lightning_memtrain.core import ArgumentError, TechniqueRecord, format_bytes, is_out_of_memory
 from lightning_memtrain.core.device_memory import free_device_bytes
 from lightning_memtrain.planning.fit.allowed import PERMISSIONS, checked_allow
 from lightning_memtrain.planning.fit.find_ways import find_ways
@@ -368,19 +368,19 @@ class FitMemory(pl.Callback):
 def _refuse_what_needs_a_trainer(allow: tuple[str, ...], plan: Plan | None) -> None:
     for name in allow:
         if PERMISSIONS[name].needs_trainer:
-            raise MisconfigurationException(
+            raise ArgumentError(
                 f"`FitMemory(allow)` must name what a run that has begun can still be given, but got "
                 f"{name!r}, which a Trainer needs when it is made. Use L.Trainer(**mt.plan(..., "
                 f"allow=({name!r},)).trainer_kwargs())."
             )
     way = plan.chosen if plan is not None else None
     if plan is not None and (way is None or not plan.fits):
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`FitMemory(plan)` must be a plan that keeps its limit of {format_bytes(plan.limit_bytes)}, but "
             "got one that does not. Print it for what it needs."
         )
     if way is not None and (way.trainer_arguments or way.by_hand or _plugins(way.techniques)):
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"`FitMemory(plan)` must be a plan of callbacks, but got {way}, a part of which a Trainer needs "
             "when it is made. Use L.Trainer(**plan.trainer_kwargs())."
         )
