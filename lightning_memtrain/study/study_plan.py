@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,16 @@ class StudyPlan:
     recipe: str
     runs: tuple[PlannedRun, ...]
 
-    def only(self, variants: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) -> StudyPlan:
-        """The runs of some variants and seeds; none given is all."""
+    def only(
+        self, variants: Sequence[str] = (), seeds: Sequence[int] = (), names: Sequence[str] = ()
+    ) -> StudyPlan:
+        """The runs of some variants and seeds, or of some names; none given is all."""
         chosen = (
             run
             for run in self.runs
-            if (not variants or run.variant in variants) and (not seeds or run.seed in seeds)
+            if (not variants or run.variant in variants)
+            and (not seeds or run.seed in seeds)
+            and (not names or run.name in names)
         )
         return replace(self, runs=tuple(chosen))
 

@@ -13,33 +13,19 @@ def sweep_config(plan: StudyPlan, grid: Grid, command: Sequence[str], project: s
     """Make what ``wandb sweep`` takes.
 
     Args:
-        plan: all runs. A sweep is all variants times all seeds, so that variants must not have seeds of their
-            own.
+        plan: all runs, of which each is one of the sweep.
         grid: what it was made from.
-        command: of a study that has only one run to do, without the options that say which.
+        command: of a study that has only one run to do, without the option that says which.
         project: of W&B.
 
     Returns:
         The configuration of a sweep.
-
-    Raises:
-        ValueError: if a variant has seeds of its own.
     """
-    own = [variant.name for variant in grid.variants if variant.seeds not in (None, grid.seeds)]
-    if own:
-        raise ValueError(
-            f"`--wandb-sweep` runs every variant with every seed, but `{own[0]}` has seeds of its own. Leave "
-            "its `seeds` out, or write a grid with this variant alone."
-        )
-    parameters: dict[str, Any] = {
-        "variant": {"values": list(dict.fromkeys(run.variant for run in plan.runs))},
-        "seed": {"values": list(dict.fromkeys(run.seed for run in plan.runs))},
-    }
     sweep: dict[str, Any] = {
         "name": f"{plan.recipe} study",
         "project": project,
         "method": "grid",
-        "parameters": parameters,
+        "parameters": {"run": {"values": [run.name for run in plan.runs]}},
         "command": ["${env}", *command, "${args}"],
     }
     if grid.score is not None:

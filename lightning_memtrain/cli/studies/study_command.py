@@ -57,7 +57,11 @@ def run_study(options: argparse.Namespace) -> int:
     name, grid = load_grid(recipe, options.grid, seeds)
     folder = StudyFolder(options.study_dir or Path("studies") / f"{recipe.name}-{name}")
     plan = make_plan(recipe, grid, say)
-    wanted = plan.only(_known_variants(grid, options.variant), _known_seeds(plan, options.seed))
+    wanted = plan.only(
+        _known([variant.name for variant in grid.variants], options.variant, "variant"),
+        _known_seeds(plan, options.seed),
+        _known([run.name for run in plan.runs], options.run, "run"),
+    )
     if options.wandb_sweep:
         return _write_sweep(recipe, plan, grid, options)
     # An agent of W&B calls this for one run after the other.
@@ -192,10 +196,7 @@ def _write_sweep(recipe: Recipe, plan: StudyPlan, grid: Grid, options: argparse.
     command += ["--jobs=1", "--wandb=online", f"--wandb-project={options.wandb_project}"]
     if options.study_dir is not None:
         command.append(f"--study-dir={options.study_dir}")
-    try:
-        sweep = sweep_config(plan, grid, command, options.wandb_project)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    sweep = sweep_config(plan, grid, command, options.wandb_project)
     write_atomically(Path(SWEEP_NAME), yaml.safe_dump(sweep, sort_keys=False))
     print(f"{SWEEP_NAME}: {len(plan.runs)} runs. Register it once: wandb sweep {SWEEP_NAME}")
     print("Then, on each machine that takes part, run the `wandb agent ...` that this prints.")
@@ -250,12 +251,11 @@ def _seeds(text: str) -> tuple[int, ...]:
         raise CommandError(str(error)) from error
 
 
-def _known_variants(grid: Grid, names: Sequence[str]) -> tuple[str, ...]:
-    known = [variant.name for variant in grid.variants]
+def _known(known: Sequence[str], names: Sequence[str], what: str) -> tuple[str, ...]:
     for name in names:
         if name not in known:
             raise CommandError(
-                f"the grid has no variant `{name}`, only {', '.join(known)}.{did_you_mean(name, known)}"
+                f"the grid has no {what} `{name}`, only {', '.join(known)}.{did_you_mean(name, known)}"
             )
     return tuple(names)
 

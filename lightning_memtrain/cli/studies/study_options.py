@@ -24,6 +24,7 @@ def add_study_options(options: argparse.ArgumentParser) -> None:
     add("--study-dir", type=Path, metavar="DIR", help="default: studies/RECIPE-GRID")
     add("--variant", metavar="NAME", action="append", default=[], help="only this variant; several add up")
     add("--seed", type=int, metavar="N", action="append", default=[], help="only this seed; several add up")
+    add("--run", metavar="NAME", action="append", default=[], help="only this run; several add up")
     add(
         "--wandb",
         choices=("off", "offline", "online"),

@@ -81,6 +81,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2)
         (["--seeds=many"], "but got 'many'"),
         (["--grid=tny"], "the recipe has default, tiny. Did you mean `tiny`?"),
         (["--grid=tiny", "--variant=plin"], "only plain, microbatches-5, bf16, both. Did you mean `plain`?"),
+        (["--grid=tiny", "--run=bf16"], "no run `bf16`, only plain-seed1, "),
         (["--grid=tiny", "--seed=9"], "`--seed 9` is none of the study's seeds, which are [1, 2]."),
         (["--grid=tiny", "--resume"], "no study in `studies/cifar10_wrn28_2-tiny` to go on with"),
         (["--sedes=2"], "unknown argument `--sedes=2`. Did you mean `--seeds`?"),
@@ -184,8 +185,8 @@ def test_a_folder_that_is_no_study(here, capsys):
 def test_an_agent_begins_a_study_and_goes_on_with_it(here, capsys, monkeypatch):
     option = grid(here, "seeds: 2\nvariants: {plain: {}}")
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
-    assert study(option, "--variant=plain", "--seed=1") == 1  # nothing was run
-    assert study(option, "--variant=plain", "--seed=2") == 1
+    assert study(option, "--run=plain-seed1") == 1  # nothing was run
+    assert study(option, "--run=plain-seed2") == 1
     assert "no study" not in capsys.readouterr().err
 
 
@@ -248,7 +249,9 @@ def test_a_sweep_is_written_and_nothing_run(here, capsys):
     assert "sweep.yaml: 8 runs. Register it once: wandb sweep sweep.yaml" in out
     sweep = yaml.safe_load((here / "sweep.yaml").read_text())
     assert sweep["project"] == "mine"
-    assert sweep["parameters"]["variant"]["values"] == ["plain", "microbatches-5", "bf16", "both"]
+    variants = ["plain", "microbatches-5", "bf16", "both"]
+    names = [f"{variant}-seed{seed}" for seed in (1, 2) for variant in variants]
+    assert sweep["parameters"] == {"run": {"values": names}}
     assert sweep["command"] == [
         *("${env}", "memtrain", "study", RECIPE, "--grid=tiny", "--threads=1", "--jobs=1"),
         *("--wandb=online", "--wandb-project=mine", "${args}"),

@@ -17,12 +17,14 @@ def sweep_of(data: dict) -> dict:
     return sweep_config(plan_study("net", grid, {"plain": {}, "half": {}}), grid, COMMAND, "project")
 
 
-def test_the_sweep_is_all_variants_times_all_seeds():
+def test_the_sweep_is_of_all_runs():
     assert sweep_of(GRID) == {
         "name": "net study",
         "project": "project",
         "method": "grid",
-        "parameters": {"variant": {"values": ["plain", "half"]}, "seed": {"values": [1, 2]}},
+        "parameters": {
+            "run": {"values": ["plain-seed1", "half-seed1", "plain-seed2", "half-seed2"]},
+        },
         "command": ["${env}", "memtrain", "study", "net", "--jobs=1", "${args}"],
         "metric": {"name": "val/loss", "goal": "minimize"},
     }
@@ -32,11 +34,9 @@ def test_wandbs_agent_makes_the_command_of_one_run_of_it():
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
     sweep = sweep_of(GRID)
     made = utils.create_sweep_command(list(sweep["command"]))
-    arguments = utils.create_sweep_command_args(
-        {"args": {"variant": {"value": "half"}, "seed": {"value": 2}}}
-    )
+    arguments = utils.create_sweep_command_args({"args": {"run": {"value": "half-seed2"}}})
     words = [word for part in made for word in (arguments["args"] if part == "${args}" else [part])]
-    assert words == ["${env}", *COMMAND, "--variant=half", "--seed=2"]
+    assert words == ["${env}", *COMMAND, "--run=half-seed2"]
 
 
 def test_wandbs_own_schema_accepts_it():
@@ -46,8 +46,3 @@ def test_wandbs_own_schema_accepts_it():
     assert sweeps
     assert schema_violations_from_proposed_config(sweep_of(GRID)) == []
     assert schema_violations_from_proposed_config({**sweep_of(GRID), "method": "all"}) != []
-
-
-def test_variants_with_seeds_of_their_own_are_refused():
-    with pytest.raises(ValueError, match=r"`half` has seeds of its own\. Leave its `seeds` out"):
-        sweep_of({**GRID, "variants": {"plain": {}, "half": {"seeds": 1}}})
