@@ -107,7 +107,10 @@ class MemoryLedger:
         self._optimizers = tuple(optimizers) if isinstance(optimizers, Sequence) else (optimizers,)
         check_optimizers("MemoryLedger", optimizers=self._optimizers)
         self._inputs = inputs
+        check_kinds("MemoryLedger", Iterable, "tensors", "Pass a list of tensors.", held=held)
         self._held = tuple(held)
+        for one in self._held:
+            check_kinds("MemoryLedger", torch.Tensor, "tensors", "Pass a list of tensors.", held=one)
         given = None if device is None else as_device("MemoryLedger", device=device)
         self.device = parameter_device(model) if given is None else given
         self._estimate = PeakEstimator(workspace) if workspace is not None else None

@@ -19,8 +19,8 @@ from lightning_memtrain.compat.lightning_private import (
     should_accumulate,
     should_update_logs,
 )
-from lightning_memtrain.core import MIB, ArgumentError, MemoryBreakdown, ReportWarning, is_out_of_memory
-from lightning_memtrain.core.arguments.value_checks import check_flags, check_kinds
+from lightning_memtrain.core import MIB, MemoryBreakdown, ReportWarning, is_out_of_memory
+from lightning_memtrain.core.arguments.value_checks import check_flags, check_functions, check_kinds
 from lightning_memtrain.ledger import AllocatorStatistics, allocator_statistics
 from lightning_memtrain.ledger.device_allocator import CpuStatistics
 from lightning_memtrain.report.batch_measurement import BatchMeasurement
@@ -96,11 +96,7 @@ class MemoryProfiler(Callback):
         check_flags("MemoryProfiler", per_module=per_module, timeline=timeline)
         kinds, cure = (str, PathLike, type(None)), "Leave it out for `memory` beside the logs."
         check_kinds("MemoryProfiler", kinds, "the path of a folder", cure, report_dir=report_dir)
-        if predict is not None and not callable(predict):
-            raise ArgumentError(
-                "`MemoryProfiler(predict)` must be a function such as `lightning_memtrain.predict`, but got "
-                f"predict={predict!r}. Write MemoryProfiler(predict=lightning_memtrain.predict)."
-            )
+        check_functions("MemoryProfiler", optional=True, predict=predict)
         self._predict = predict
         self._schedule = LedgerSchedule(every_n_steps)
         self._per_module = per_module

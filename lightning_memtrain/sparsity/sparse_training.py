@@ -383,8 +383,7 @@ class SparseTraining(Callback):
         if not state_dict:
             return
         found = {name: distributed.pattern_fingerprint(w.positions()) for name, w in self._weights.items()}
-        overrides = self.select.overrides
-        refuse_checkpoint(state_dict, self.method, overrides, self._seed, _VERSION, found)
+        refuse_checkpoint(state_dict, self.method, self.select.overrides, self._seed, _VERSION, found)
         self._timer.num_steps, self._timer.pending = state_dict["steps"], state_dict["pending"]
         self._statistics.load_counts(state_dict)
         self._restored = state_dict

@@ -130,8 +130,8 @@ def load_run(path: Path | str) -> LoadedRun:
     if file is None:
         what = "is no run's folder: it has no memory report" if path.is_dir() else "does not exist"
         raise ArgumentError(
-            f"`load_run(path)` must be the folder of a run, but `{path}` {what}. Name the folder of a run "
-            f"that had a `MemoryProfiler`, or its `{JSON_NAME}`."
+            f"`load_run(path)` must be the folder of a run, but got `{path}`, which {what}. Name the folder "
+            f"of a run that had a `MemoryProfiler`, or its `{JSON_NAME}`."
         )
     folder = file.parent.parent if file.parent.name == "memory" else file.parent
     return LoadedRun(path, MemoryReport.load(file), RunRecord.load(folder))

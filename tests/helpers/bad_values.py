@@ -156,6 +156,7 @@ CASES: dict[str, Case] = {
             "limit": OPTIONAL_LIMIT,
             "grow_after_batches": COUNT,
             "sync_each_chunk": FLAG,
+            "recover": FLAG,
         },
         lambda: {"num_microbatches": 2},
     ),

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from lightning_memtrain.core import ArgumentError, format_bytes, parse_bytes
+from lightning_memtrain.core import ArgumentError, ByteLimit, format_bytes, parse_bytes
 from lightning_memtrain.tracing.device import Device
 
 #: Bytes, text such as ``"11GiB"``, a fraction of what the device has, or ``None`` for all of that.
@@ -23,13 +23,8 @@ def check_limit(limit: Limit, argument: str) -> None:
     Raises:
         ArgumentError: if it is none.
     """
-    if isinstance(limit, float) and not 0 < limit <= 1:
-        raise ArgumentError(
-            f"`{argument}` must be above 0 and at most 1 if it is a fraction of what the device has, but got "
-            f"{limit!r}. Write bytes as a whole number or with a unit, e.g. '11GiB'."
-        )
-    if limit is not None and not isinstance(limit, float):
-        parse_bytes(limit, argument=argument)
+    if limit is not None:
+        ByteLimit(limit, argument)
 
 
 def limit_in_bytes(limit: Limit, device: Device, argument: str, available_bytes: int | None = None) -> int:

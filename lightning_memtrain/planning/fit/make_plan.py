@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_memtrain.compat.lightning_packages import in_both
 from lightning_memtrain.compat.torch_private import FakeTensorMode
 from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core.arguments.value_checks import wrong
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.planning.fit.allowed import checked_allow
 from lightning_memtrain.planning.fit.find_ways import find_ways
@@ -74,6 +75,10 @@ def plan(
             "`plan(model)` must be a LightningModule or a function that makes one, but got "
             f"{type(model).__name__}. Put it into a LightningModule with its training_step and optimizer."
         )
+    if not isinstance(device, (str, Device, type(None))):
+        raise wrong("plan", "device", "a Device or its name", device, "Write e.g. 'RTX 4090'.")
+    if not isinstance(trainer, (*in_both(pl.Trainer), type(None))):
+        raise wrong("plan", "trainer", "a Trainer", trainer, "Leave it out for Lightning's defaults.")
     found_device = _device(limit, device)
     limit_bytes = limit_in_bytes(limit, found_device, "plan(limit)")
     if data is None and not _brings_data(model):

@@ -111,8 +111,8 @@ def test_runs_of_other_recipes_and_machines_say_so(runs, capsys):
     ("arguments", "code", "message"),
     [
         (["plain"], 2, "`memtrain compare` needs at least two runs, but got only `plain`."),
-        (["plain", "nowhere"], 1, "`nowhere` does not exist. Name the folder of a run that had a"),
-        (["plain", "empty"], 1, "`empty` is no run's folder: it has no memory report."),
+        (["plain", "nowhere"], 1, "`nowhere`, which does not exist. Name the folder of a run that had a"),
+        (["plain", "empty"], 1, "`empty`, which is no run's folder: it has no memory report."),
         (
             ["plain", "old"],
             1,
@@ -122,7 +122,7 @@ def test_runs_of_other_recipes_and_machines_say_so(runs, capsys):
         (
             ["plain", "half", "--stage", "validate"],
             1,
-            "`half` has no profiled stage `validate`; it has `fit`.",
+            "and `half` has `fit`. Name one that all have.",
         ),
         (["plain", "odd"], 1, "`odd/run.json` cannot be read: Expected the record of a run"),
         (["plain", "half", "--pge", "x"], 2, "unknown argument `--pge`. Did you mean `--page`?"),

@@ -14,8 +14,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore
 
 from lightning_memtrain.compat.lightning_packages import refuse_mix
 from lightning_memtrain.core import ArgumentError, TechniqueRecord, format_bytes, is_out_of_memory
+from lightning_memtrain.core.arguments.value_checks import check_kinds
 from lightning_memtrain.core.device_memory import free_device_bytes
-from lightning_memtrain.planning.fit.allowed import PERMISSIONS, checked_allow
+from lightning_memtrain.planning.fit.allowed import checked_allow
 from lightning_memtrain.planning.fit.find_ways import find_ways
 from lightning_memtrain.planning.fit.holding.circumstances import Circumstances
 from lightning_memtrain.planning.fit.holding.fingerprint import Fingerprint
@@ -34,9 +35,11 @@ from lightning_memtrain.planning.fit.running.agreement import (
     without_planners,
 )
 from lightning_memtrain.planning.fit.running.applied_way import AppliedWay
+from lightning_memtrain.planning.fit.running.begun_run_validation import refuse_what_needs_a_trainer
 from lightning_memtrain.planning.fit.running.device_in_use import device_of, reserved_on
 from lightning_memtrain.planning.fit.running.known_plans import KnownPlans
 from lightning_memtrain.planning.fit.running.one_rank import bucket_bytes, one_rank
+from lightning_memtrain.planning.fit.running.plan_words import cure, in_words
 from lightning_memtrain.planning.fit.showing.plan_loggers import log_plan
 from lightning_memtrain.planning.fit.showing.plan_table import floor_lines
 
@@ -63,8 +66,9 @@ class FitMemory(pl.Callback):
         plan: a plan, or the file of one, to follow in the place of a new one.
 
     Raises:
-        MisconfigurationException: if an argument makes no sense; before the first step, if the limit cannot
-            be kept, or strategy or model cannot be planned; later, if it can no longer be kept.
+        ArgumentError: if an argument makes no sense.
+        MisconfigurationException: before the first step, if the limit cannot be kept, or strategy or model
+            cannot be planned; later, if it can no longer be kept.
 
     Example:
         >>> import lightning as L
@@ -88,8 +92,11 @@ class FitMemory(pl.Callback):
             self.allow = checked_allow(allow, "FitMemory(allow)")
             self._given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
         except (TypeError, ValueError, FileNotFoundError) as error:
-            raise MisconfigurationException(str(error)) from error
-        _refuse_what_needs_a_trainer(self.allow, self._given)
+            raise ArgumentError(str(error)) from error
+        check_kinds(
+            "FitMemory", (Plan, type(None)), "a Plan or the file of one", "Leave it out.", plan=self._given
+        )
+        refuse_what_needs_a_trainer(self.allow, self._given)
         self.limit = limit
         self._forget()
 
@@ -229,7 +236,7 @@ class FitMemory(pl.Callback):
             again = f" (planned again: {why})" if why else ""
             raise MisconfigurationException(
                 f"`FitMemory(limit)` of {format_bytes(self._limit_bytes)} cannot be kept{again}. "
-                f"{' '.join(line.strip() for line in reasons)} {_cure(plan)}"
+                f"{' '.join(line.strip() for line in reasons)} {cure(plan)}"
             )
         for logger in trainer.loggers:
             log_plan(logger, plan.model_name, plan.found, plan.device, plan.limit_bytes)
@@ -255,7 +262,7 @@ class FitMemory(pl.Callback):
             self._states = {}
         self._in_force = plan
         if is_new or why:
-            self._say(trainer, f"{_in_words(plan)}{f' (planned again: {why})' if why else ''}")
+            self._say(trainer, f"{in_words(plan)}{f' (planned again: {why})' if why else ''}")
 
     def _is_for(self, plan: Plan, now: Circumstances) -> bool:
         planned = plan.fingerprint.batch_size
@@ -363,50 +370,3 @@ class FitMemory(pl.Callback):
     def _say(self, trainer: pl.Trainer, what: str) -> None:
         self._events.append(f"step {trainer.global_step}: {what}")
         rank_zero_info(f"FitMemory, {what}")
-
-
-def _refuse_what_needs_a_trainer(allow: tuple[str, ...], plan: Plan | None) -> None:
-    for name in allow:
-        if PERMISSIONS[name].needs_trainer:
-            raise ArgumentError(
-                f"`FitMemory(allow)` must name what a run that has begun can still be given, but got "
-                f"{name!r}, which a Trainer needs when it is made. Use L.Trainer(**mt.plan(..., "
-                f"allow=({name!r},)).trainer_kwargs())."
-            )
-    way = plan.chosen if plan is not None else None
-    if plan is not None and (way is None or not plan.fits):
-        raise ArgumentError(
-            f"`FitMemory(plan)` must be a plan that keeps its limit of {format_bytes(plan.limit_bytes)}, but "
-            "got one that does not. Print it for what it needs."
-        )
-    if way is not None and (way.trainer_arguments or way.by_hand or _plugins(way.techniques)):
-        raise ArgumentError(
-            f"`FitMemory(plan)` must be a plan of callbacks, but got {way}, a part of which a Trainer needs "
-            "when it is made. Use L.Trainer(**plan.trainer_kwargs())."
-        )
-
-
-def _plugins(techniques: Iterable[Any]) -> bool:
-    return any(one.place == "plugins" for one in techniques)
-
-
-def _in_words(plan: Plan) -> str:
-    way = plan.chosen
-    assert way is not None, "asked of plans that are followed"
-    needed_bytes = plan.needed_bytes(way)
-    of = format_bytes(plan.limit_bytes)
-    if needed_bytes is None:
-        return f"{way}, not predicted, of {of}"
-    if way.is_plain:
-        return f"the run fits as it is: {format_bytes(needed_bytes)} of {of}, so nothing is done"
-    time = "" if way.time_ratio is None else f", {way.time_ratio:.2f} times the time"
-    return f"{way}: {format_bytes(needed_bytes)} of {of}{time}"
-
-
-def _cure(plan: Plan) -> str:
-    helping = [name for name, num_bytes in plan.floor.unlocks if num_bytes <= plan.limit_bytes]
-    if not helping:
-        return "Raise the limit, or use a smaller batch or model."
-    if PERMISSIONS[helping[0]].needs_trainer:
-        return f"Use L.Trainer(**mt.plan(..., allow=({helping[0]!r},)).trainer_kwargs())."
-    return f"Use FitMemory(..., allow=({helping[0]!r},))."

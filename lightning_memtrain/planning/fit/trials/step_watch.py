@@ -19,6 +19,7 @@ from lightning_memtrain.ledger import MemoryLedger, OpWorkspace
 from lightning_memtrain.ledger.observers.dispatch_mode import OperatorMode, OperatorTraits
 from lightning_memtrain.ledger.operators.workspace import OpCall, op_call
 from lightning_memtrain.planning.fit.trials.step_trace import RunFacts, StepOperators, StepTrace, WatchedCalls
+from lightning_memtrain.tracing.user_state.held_tensors import HeldTensors
 
 # The first step makes the optimizer's state, and shows what the model recomputes by itself.
 _WATCHED_STEP = 1
@@ -66,7 +67,12 @@ class StepWatch(pl.Callback):
             return
         optimizers = [one for one in trainer.optimizers if isinstance(one, Optimizer)]
         self._ledger = MemoryLedger(
-            pl_module, optimizers, batch, device=trainer.strategy.root_device, workspace=self._workspace
+            pl_module,
+            optimizers,
+            batch,
+            device=trainer.strategy.root_device,
+            workspace=self._workspace,
+            held=HeldTensors().within([pl_module, trainer, trainer.strategy]),
         )
         self._step_undo.enter_context(self._ledger)
 

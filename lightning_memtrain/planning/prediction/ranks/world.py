@@ -113,7 +113,9 @@ def _check_size(world_size: Any, trainer: pl.Trainer | None) -> None:
             f"`predict(world_size)` must be a number of ranks, but got {world_size!r}. Pass an integer."
         )
     if world_size < 1:
-        raise ArgumentError(f"`predict(world_size)` must be at least 1, but got {world_size}.")
+        raise ArgumentError(
+            f"`predict(world_size)` must be at least 1, but got {world_size}. Pass the number of ranks."
+        )
     if trainer is not None and trainer.world_size not in (1, world_size):
         raise ArgumentError(
             f"`predict(world_size)` must be what the trainer has, but got world_size={world_size} and a "

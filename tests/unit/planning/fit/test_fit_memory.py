@@ -306,8 +306,8 @@ def test_a_technique_that_the_trainer_has_is_refused(tmp_path: Path, stand_in: S
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"limit": "11GB!"}, r"`FitMemory\(limit\)` must be a number of bytes.* but got '11GB!'"),
-        ({"limit": 1.5}, r"must be above 0 and at most 1 if it is a fraction.* but got 1\.5"),
+        ({"limit": "11GB!"}, r"`FitMemory\(limit\)` must be a number of bytes.* but got limit='11GB!'"),
+        ({"limit": 1.5}, r"greater than 0 and less than 1.* but got limit=1\.5"),
         (
             {"limit": 1, "allow": ("batchnorm",)},
             r"but got 'batchnorm'\. Did you mean 'batchnorm-statistics'\?",

@@ -392,7 +392,7 @@ def test_batches_of_all_sizes_are_planned_by_the_largest_seen_and_that_is_said(
         ),
         ({"limit": 0.9}, ValueError, r"must be bytes on the CPU.* but got 0\.9"),
         ({"limit": True}, ValueError, r"`plan\(limit\)` must be a number of bytes"),
-        ({"limit": 0.0}, ValueError, r"must be above 0 and at most 1"),
+        ({"limit": 0.0}, ValueError, r"greater than 0 and less than 1"),
         (
             {"limit": "2GiB", "device": GPU},
             ValueError,
