@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_memtrain.checkpointing.policies import Groups, RecomputationPolicy
 from lightning_memtrain.core import ArgumentError, ByteLimit
-from lightning_memtrain.core.device_memory import free_device_bytes
+from lightning_memtrain.core.devices.device_memory import free_device_bytes
 
 DEVICE = "device"
 """Stands for what the device has free."""

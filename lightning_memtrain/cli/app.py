@@ -156,7 +156,7 @@ def _predict(argv: list[str]) -> int:
     args, overrides = _predict_options().parse_known_args(argv)
     if target is None:
         raise CommandError("`memtrain predict` needs a recipe or file.py:Class before its options.")
-    from lightning_memtrain.cli.predict_command import show_prediction
+    from lightning_memtrain.cli.planning.predict_command import show_prediction
 
     return show_prediction(
         target,
@@ -178,7 +178,7 @@ def _plan(argv: list[str]) -> int:
         raise CommandError(
             "`memtrain plan` needs a recipe, a configuration or file.py:Class before its options."
         )
-    from lightning_memtrain.cli.plan_command import show_plan
+    from lightning_memtrain.cli.planning.plan_command import show_plan
 
     return show_plan(
         target,

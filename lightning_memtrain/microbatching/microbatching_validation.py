@@ -6,7 +6,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_memtrain.core.device_memory import free_device_bytes
+from lightning_memtrain.core.devices.device_memory import free_device_bytes
 from lightning_memtrain.microbatching import backward_sync, rank_agreement, training_loop
 from lightning_memtrain.microbatching.automatic_size.size_choice import AutoSize, GivenSize
 from lightning_memtrain.microbatching.splitting.chunks import FixedSplit

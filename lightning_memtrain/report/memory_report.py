@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_memtrain.core import ArgumentError, Growth, MemoryBreakdown, TechniqueRecord
 from lightning_memtrain.core.atomic_files import write_atomically
-from lightning_memtrain.report.predicted_step import ComparedBytes, PredictedStep
+from lightning_memtrain.report.predicted.predicted_step import ComparedBytes, PredictedStep
 
 SCHEMA_VERSION = 1
 JSON_NAME = "memory_report.json"

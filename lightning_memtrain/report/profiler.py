@@ -30,8 +30,8 @@ from lightning_memtrain.report.memory_report import MemoryReport
 from lightning_memtrain.report.outputs.loggers import define_metrics, log_scalars
 from lightning_memtrain.report.outputs.metric_names import breakdown_metrics, comparison_metrics
 from lightning_memtrain.report.outputs.publishing import publish_report
-from lightning_memtrain.report.predicted_step import PredictedStep, Predictor
-from lightning_memtrain.report.predicting import predict_run
+from lightning_memtrain.report.predicted.predicted_step import PredictedStep, Predictor
+from lightning_memtrain.report.predicted.predicting import predict_run
 from lightning_memtrain.report.row_limit import validate_max_rows
 from lightning_memtrain.report.run_recorder import RunRecorder, StageRecorder
 from lightning_memtrain.report.suggestions import Suggestions
@@ -285,13 +285,9 @@ class MemoryProfiler(Callback):
             number = batches_that_stepped(trainer) if name == "fit" else stage.num_steps
             step = stage.begin_step(number, self._schedule.watches(stage.num_steps))
         if step.watched:
+            held = self._held.within([pl_module, trainer, trainer.strategy])
             self._batch = BatchMeasurement.with_ledger(
-                self._allocator,
-                pl_module,
-                trainer.optimizers,
-                batch,
-                self._run.device,
-                self._held.within([pl_module, trainer, trainer.strategy]),
+                self._allocator, pl_module, trainer.optimizers, batch, self._run.device, held
             )
         elif self._reads_every_step or self._schedule.watches(stage.num_steps):
             # The CPU's record of allocations knows the size of a block that is freed only if it saw the block

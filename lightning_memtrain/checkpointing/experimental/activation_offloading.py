@@ -16,7 +16,7 @@ from lightning_memtrain.compat import wrap_training_step
 from lightning_memtrain.compat.lightning_packages import refuse_mix
 from lightning_memtrain.compat.torch_private import storage_key, version_counter, view_base
 from lightning_memtrain.core import MIB, NoEffectWarning, OnDemandTensor, TechniqueRecord, parse_bytes
-from lightning_memtrain.core.device_kinds import behaves_as_cuda
+from lightning_memtrain.core.devices.device_kinds import behaves_as_cuda
 
 
 class offloaded_activations(saved_tensors_hooks):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lightning_memtrain.core.arguments.argument_error import ArgumentError
-from lightning_memtrain.core.device_memory import total_device_bytes
+from lightning_memtrain.core.devices.device_memory import total_device_bytes
 
 _FACTORS = {
     "B": 1,
@@ -62,8 +62,8 @@ class ByteLimit:
     """Most bytes that a run may use, as a size or as a share of what the device has.
 
     A share is of all the memory that torch can use on the device, whoever else uses it: see
-    :func:`~lightning_memtrain.core.device_memory.total_device_bytes`. What the process needs besides tensors
-    (about half a GiB for CUDA) is in the rest, so a share near 1 leaves too little of it on small devices.
+    :func:`~lightning_memtrain.core.devices.device_memory.total_device_bytes`. What the process needs besides
+    tensors (about half a GiB for CUDA) is in the rest, so a share near 1 leaves too little on small devices.
 
     Args:
         given: what a user wrote: bytes, at least 1; a text, see :func:`parse_bytes`; or a share as a float

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_memtrain.coordination import aside
-from lightning_memtrain.core.device_memory import free_device_bytes
+from lightning_memtrain.core.devices.device_memory import free_device_bytes
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.ledger.tensors.storages import tensors_in
 from lightning_memtrain.microbatching import rank_agreement

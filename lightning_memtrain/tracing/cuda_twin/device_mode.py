@@ -24,10 +24,10 @@ from lightning_memtrain.compat.torch_private import (
 from lightning_memtrain.coordination import dry_run_depth
 from lightning_memtrain.ledger.observers.dispatch_mode import skip_in_dynamo
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
-from lightning_memtrain.tracing.cuda_twin.convolutions import unfolded_bytes
 from lightning_memtrain.tracing.cuda_twin.in_place import InPlaceGradients
 from lightning_memtrain.tracing.cuda_twin.known_values import KnownValues, leaves_of
-from lightning_memtrain.tracing.cuda_twin.missing_rules import forms_from_zeros, writes_only
+from lightning_memtrain.tracing.cuda_twin.operators.convolutions import unfolded_bytes
+from lightning_memtrain.tracing.cuda_twin.operators.missing_rules import forms_from_zeros, writes_only
 from lightning_memtrain.tracing.inplace_writes import written_tensors
 from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
 from lightning_memtrain.tracing.step.typical_values import TypicalValues

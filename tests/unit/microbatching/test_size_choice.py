@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_memtrain.core.device_memory import free_device_bytes
+from lightning_memtrain.core.devices.device_memory import free_device_bytes
 from lightning_memtrain.microbatching.automatic_size.fitting_size import BatchConditions, FittingSize
 from lightning_memtrain.microbatching.automatic_size.size_choice import (
     AutoSize,

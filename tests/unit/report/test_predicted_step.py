@@ -19,7 +19,7 @@ from lightning_memtrain.core import CategoryBytes, MemoryBreakdown, ReportWarnin
 from lightning_memtrain.report import render_html
 from lightning_memtrain.report.outputs.metric_names import comparison_metrics
 from lightning_memtrain.report.outputs.report_table import print_table
-from lightning_memtrain.report.predicted_step import ComparedBytes, PredictedStep
+from lightning_memtrain.report.predicted.predicted_step import ComparedBytes, PredictedStep
 from tests.helpers.trainers import LIGHTNING_WARNINGS
 
 pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)

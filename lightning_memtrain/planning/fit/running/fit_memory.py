@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore
 from lightning_memtrain.compat.lightning_packages import refuse_mix
 from lightning_memtrain.core import ArgumentError, TechniqueRecord, format_bytes, is_out_of_memory
 from lightning_memtrain.core.arguments.value_checks import check_kinds
-from lightning_memtrain.core.device_memory import free_device_bytes
+from lightning_memtrain.core.devices.device_memory import free_device_bytes
 from lightning_memtrain.planning.fit.allowed import checked_allow
 from lightning_memtrain.planning.fit.find_ways import find_ways
 from lightning_memtrain.planning.fit.holding.circumstances import Circumstances

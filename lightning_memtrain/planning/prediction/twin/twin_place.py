@@ -21,9 +21,9 @@ from lightning_memtrain.planning.prediction.twin.twin_accelerator import TwinAcc
 from lightning_memtrain.tracing.allocator import CachingAllocator
 from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE, TwinBackend, TwinDeviceMode, install
 from lightning_memtrain.tracing.cuda_twin.arguments import CudaMeansTwin, make_from_values
-from lightning_memtrain.tracing.cuda_twin.attention import AMPERE, TwinAttention
-from lightning_memtrain.tracing.cuda_twin.autocast import TwinAutocast
 from lightning_memtrain.tracing.cuda_twin.host_tensors import LargeWithoutData
+from lightning_memtrain.tracing.cuda_twin.operators.attention import AMPERE, TwinAttention
+from lightning_memtrain.tracing.cuda_twin.operators.autocast import TwinAutocast
 from lightning_memtrain.tracing.device import Device
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 import lightning_memtrain as mt
 from lightning_memtrain.core import GIB, KIB, MIB, ArgumentError, ByteLimit, parse_bytes
-from lightning_memtrain.core.device_memory import total_device_bytes
+from lightning_memtrain.core.devices.device_memory import total_device_bytes
 
 NAN, INFINITY = float("nan"), float("inf")
 

@@ -15,8 +15,8 @@ from lightning_memtrain.planning.prediction.forked import call_in_copy
 from lightning_memtrain.tracing.allocator import CachingAllocator
 from lightning_memtrain.tracing.cuda_twin import TwinBackend, TwinDeviceMode, install
 from lightning_memtrain.tracing.cuda_twin.arguments import CudaMeansTwin, make_from_values
-from lightning_memtrain.tracing.cuda_twin.attention import TwinAttention
-from lightning_memtrain.tracing.cuda_twin.autocast import TwinAutocast
+from lightning_memtrain.tracing.cuda_twin.operators.attention import TwinAttention
+from lightning_memtrain.tracing.cuda_twin.operators.autocast import TwinAutocast
 
 
 def on_twin(function: Callable[[TwinBackend], Any], *, has_flash: bool = True) -> Any:

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_memtrain.compat.lightning_private import training_data
 from lightning_memtrain.core import ReportWarning
-from lightning_memtrain.report.predicted_step import PredictedStep, Predictor
+from lightning_memtrain.report.predicted.predicted_step import PredictedStep, Predictor
 
 
 class _Loaders(LightningDataModule):

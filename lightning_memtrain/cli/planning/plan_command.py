@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_memtrain.cli import recipes
 from lightning_memtrain.cli.errors import CommandError
-from lightning_memtrain.cli.predict_command import (
+from lightning_memtrain.cli.planning.predict_command import (
     DOES_NOT_FIT,
     class_of_file,
     refuse_options_of_recipes,

@@ -1,0 +1,1 @@
+"""What a device is, and what memory it has."""

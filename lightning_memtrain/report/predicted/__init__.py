@@ -1,0 +1,1 @@
+"""What was predicted of a run, beside what was counted."""

@@ -1,0 +1,1 @@
+"""How operators differ on CUDA: kernels of attention, types under autocast, what they need besides."""
