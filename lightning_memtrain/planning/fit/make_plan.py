@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -134,6 +134,11 @@ def _refuse_strategy(trainer: pl.Trainer) -> None:
     refused = strategy_refusal(trainer.strategy)
     if refused:
         raise ArgumentError(f"`plan(trainer)` {refused}")
+    if isinstance(trainer.strategy, in_both(DDPStrategy)):
+        raise ArgumentError(
+            "`plan(trainer)` must be a trainer for one device, but got DDPStrategy, whose buckets take "
+            "as much as the gradients. Use FitMemory, which plans for one rank beside its buckets."
+        )
 
 
 def strategy_refusal(strategy: Any) -> str:
@@ -146,15 +151,15 @@ def strategy_refusal(strategy: Any) -> str:
         The rest of a sentence, with the cure; empty if it can be.
     """
     name = type(strategy).__name__
-    if isinstance(strategy, in_both(FSDPStrategy)):
-        return (
-            f"must shard by FSDP2 (ModelParallelStrategy), but got {name}, whose flat parameters cannot be "
-            "followed on tensors without data. Use ModelParallelStrategy with `fully_shard`, or `ddp`."
-        )
     if isinstance(strategy, in_both(DeepSpeedStrategy)) or strategy.handles_gradient_accumulation:
         return (
             f"must leave batches, backward and optimizer to Lightning, but got {name}, which has settings of "
             "its own for microbatches, recomputation and offload. Use those, or another strategy."
+        )
+    if not isinstance(strategy, (*in_both(SingleDeviceStrategy), *in_both(DDPStrategy))):
+        return (
+            f"must be on one device or under `ddp`, but got {name}, whose shards no plan is made for. Choose "
+            "techniques by hand; for FSDP2 `predict(..., strategy='fsdp2')` says what they come to."
         )
     return ""
 

@@ -431,7 +431,7 @@ class DeepSpeed(pl.strategies.SingleDeviceStrategy):
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (FSDPStrategy.__new__(FSDPStrategy), r"must shard by FSDP2.* but got FSDPStrategy"),
+        (FSDPStrategy.__new__(FSDPStrategy), r"must be on one device or under `ddp`, but got FSDPStrategy"),
         (
             DeepSpeed(device="cpu"),
             r"must leave batches, backward and optimizer to Lightning, but got DeepSpeed",
