@@ -47,5 +47,6 @@ def before_compilation(module: nn.Module) -> nn.Module:
         >>> before_compilation(torch.compile(layer)) is layer, before_compilation(layer) is layer
         (True, True)
     """
-    original = module._modules.get(_ORIGINAL)
-    return module if original is None else original
+    if _ORIGINAL not in module._modules:  # what TorchScript keeps there has no `get`
+        return module
+    return module._modules[_ORIGINAL] or module

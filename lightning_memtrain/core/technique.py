@@ -60,6 +60,8 @@ class TechniqueRecord:
                     f"`TechniqueRecord(settings)` must hold finite numbers, which JSON can write, {got}. "
                     "Write it as text, or as None if it means that there is none."
                 )
+        if isinstance(self.events, list):
+            object.__setattr__(self, "events", tuple(self.events))
         if not isinstance(self.events, tuple) or not all(isinstance(event, str) for event in self.events):
             raise ArgumentError(
                 f"`TechniqueRecord(events)` must be a tuple of sentences, but got events={self.events!r}. "

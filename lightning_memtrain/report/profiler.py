@@ -37,6 +37,7 @@ from lightning_memtrain.report.run_recorder import RunRecorder, StageRecorder
 from lightning_memtrain.report.suggestions import Suggestions
 from lightning_memtrain.report.trainer_state import (
     evaluation_name,
+    held_beside,
     kept_storages,
     profiled_device,
     stage_name,
@@ -285,7 +286,7 @@ class MemoryProfiler(Callback):
             number = batches_that_stepped(trainer) if name == "fit" else stage.num_steps
             step = stage.begin_step(number, self._schedule.watches(stage.num_steps))
         if step.watched:
-            held = self._held.within([pl_module, trainer, trainer.strategy])
+            held = held_beside(self._held, trainer, pl_module)
             self._batch = BatchMeasurement.with_ledger(
                 self._allocator, pl_module, trainer.optimizers, batch, self._run.device, held
             )

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 import torchmetrics
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_memtrain.compat.torch_private import storage_key
 from lightning_memtrain.core import ReportWarning, TechniqueRecord, is_technique
 from lightning_memtrain.ledger import parameter_devices
 from lightning_memtrain.ledger.tensors.storages import storages_of
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
+from lightning_memtrain.report.outputs.metric_names import PREFIX
+from lightning_memtrain.tracing.user_state.held_tensors import HeldTensors
 
 
 def profiled_device(model: torch.nn.Module) -> torch.device:
@@ -46,6 +49,21 @@ def profiled_device(model: torch.nn.Module) -> torch.device:
             f"or train it without the profiler."
         )
     return next(iter(devices))
+
+
+def held_beside(search: HeldTensors, trainer: Trainer, model: LightningModule) -> list[Tensor]:
+    """Tensors that live on beside a step, without the numbers that the profiler itself has logged.
+
+    Args:
+        search: finds them; the same one in each step, since it learns which classes to look into.
+        trainer: the trainer.
+        model: its module.
+
+    Returns:
+        Tensors of any kind and device; training state may be among them.
+    """
+    logged = {id(value) for name, value in trainer.callback_metrics.items() if name.startswith(PREFIX)}
+    return [one for one in search.within([model, trainer, trainer.strategy]) if id(one) not in logged]
 
 
 def stage_name(trainer: Trainer) -> str:

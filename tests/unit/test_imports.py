@@ -24,7 +24,14 @@ SUBPACKAGES = [
     ),
 ]
 OPTIONAL = ("wandb", "jsonargparse", "sklearn", "fairseq")
-CORE_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "lightning", "torchmetrics", "lightning_memtrain"}
+CORE_MAY_IMPORT = {
+    *sys.stdlib_module_names,
+    "torch",
+    "lightning",
+    "torchmetrics",
+    "yaml",
+    "lightning_memtrain",
+}
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:

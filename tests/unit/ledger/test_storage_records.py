@@ -109,7 +109,7 @@ def test_rows_of_several_processes_are_shown_where_they_hold_something():
 
 
 def test_unknown_categories_are_refused():
-    with pytest.raises(ValueError, match="'wieghts' is not a valid Category"):
+    with pytest.raises(ValueError, match=r"bytes_by_category\)` must be bytes by category, .*wieghts"):
         CategoryBytes({"wieghts": 1})
 
 

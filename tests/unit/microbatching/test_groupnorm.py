@@ -106,7 +106,8 @@ def test_a_model_without_batch_norm_warns():
 @pytest.mark.parametrize("num_groups", [0, -1])
 def test_fewer_than_one_group_is_refused(num_groups):
     message = (
-        f"`batchnorm_to_groupnorm(num_groups)` must be at least 1, but got num_groups={num_groups}. Use 32"
+        "`batchnorm_to_groupnorm(num_groups)` must be a whole number of at least 1, but got "
+        f"num_groups={num_groups}. Use 32"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         batchnorm_to_groupnorm(nn.BatchNorm2d(4), num_groups)

@@ -257,8 +257,8 @@ def test_a_training_loop_of_another_shape_is_refused(loop: Any, lacks: str):
 
 def test_waiting_with_reductions_is_a_yes_or_no() -> None:
     message = (
-        "`Microbatching(sync_each_chunk)` must be True or False, but got sync_each_chunk='last'. Leave it "
-        "out to reduce in each chunk."
+        "`Microbatching(sync_each_chunk)` must be True or False, but got sync_each_chunk='last'. Use one of "
+        "them."
     )
     with refuses(message):
         Microbatching(num_microbatches=2, sync_each_chunk="last")  # type: ignore[arg-type]

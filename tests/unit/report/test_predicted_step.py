@@ -131,9 +131,7 @@ def test_the_prediction_is_asked_for_the_run_as_it_is(tmp_path: Path, kind: str)
 
 
 def test_what_is_no_function_is_refused() -> None:
-    with pytest.raises(
-        TypeError, match=r"must be a function such as `lightning_memtrain.predict`, but got predict=True"
-    ):
+    with pytest.raises(TypeError, match=r"must be a function or None, but got predict=True"):
         mt.MemoryProfiler(predict=True)  # type: ignore[arg-type]
 
 

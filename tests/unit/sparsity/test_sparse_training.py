@@ -649,7 +649,7 @@ def test_changing_counts_are_refused_with_shards(method: Any, tmp_path: Path) ->
 
 
 def test_what_has_no_effect_warns(tmp_path: Path) -> None:
-    with pytest.warns(mt.core.NoEffectWarning, match=r"matched no layer: Select\(types=\('Conv2d',\)"):
+    with pytest.raises(mt.ArgumentError, match=r"`Select\(types\)` must name modules of the model"):
         fit(
             tmp_path,
             mt.SparseTraining(mt.sparsity.SET(0.75), EVERY_TWO, mt.sparsity.Select(types=("Conv2d",))),
