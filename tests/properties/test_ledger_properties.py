@@ -11,6 +11,7 @@ from lightning_memtrain.ledger.storage_records import Event, StorageRecord, buil
 CATEGORIES = [category for category in Category if category is not Category.WORKSPACE]
 # The batch, and what processes exchange.
 OF_NO_MODULE = [
+    Category.HELD,
     Category.INPUTS,
     Category.BUCKETS,
     Category.GATHERED_WEIGHTS,

@@ -188,6 +188,11 @@ class OpWorkspace:
         return reading.over_start_bytes if reading is not None else 0
 
 
+def holds_nothing(func: Callable[..., Any]) -> bool:
+    """Whether an operator computes nothing: it names a range for profilers, or asks what a tensor is."""
+    return getattr(func, "namespace", "") in ("prim", "profiler")
+
+
 def op_call(func: Callable[..., Any], args: Any, kwargs: Any) -> OpCall:
     """Describe a call by what decides on its allocations."""
     keywords = tuple((name, _describe(value)) for name, value in sorted(kwargs.items()))
@@ -268,6 +273,8 @@ class PeakEstimator:
 
     def before(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Note how much is live when an operator begins."""
+        if holds_nothing(func):
+            return
         self._note_made()
         call = self._running = op_call(func, args, kwargs)
         live_bytes = self._live_bytes - self._late_bytes

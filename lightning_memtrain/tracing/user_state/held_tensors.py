@@ -42,15 +42,18 @@ class HeldTensors:
     What autograd keeps for a graph is no object of Python.
 
     Example:
-        >>> class Average:
-        ...     def __init__(self):
-        ...         self.kept = {"weight": torch.ones(3)}
-        >>> [tensor.numel() for tensor in HeldTensors().within([Average()])]
+        >>> import torch
+        >>> average = types.SimpleNamespace(kept={"weight": torch.ones(3)})
+        >>> [tensor.numel() for tensor in HeldTensors().within([average])]
         [3]
     """
 
     def __init__(self) -> None:
         self._is_passed_over: dict[type, bool] = {}
+
+    def __reduce__(self) -> tuple[type[HeldTensors], tuple[()]]:
+        # What is known of classes is found out again; some of them cannot be named in another process.
+        return HeldTensors, ()
 
     def within(self, roots: Iterable[Any]) -> list[Tensor]:
         """All tensors within reach, each once.
