@@ -76,6 +76,7 @@ __all__ = [
     "is_backward_running",
     "is_traceable_wrapper_subclass",
     "schema_of",
+    "skip_in_dynamo",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -295,6 +296,28 @@ def note_step(optimizer: Optimizer) -> None:
 def can_ask_for_cpu_events() -> bool:
     """Whether this torch tells what its CPU allocator does; without, a CPU has no truth beside the ledger."""
     return hasattr(torch._C._autograd, "_enable_profiler_legacy")
+
+
+def skip_in_dynamo(*functions: Callable[..., Any]) -> bool:
+    """Have ``torch.compile`` leave functions and all that they call alone.
+
+    Args:
+        *functions: of Python.
+
+    Returns:
+        Whether this torch can; 2.5 cannot.
+    """
+    eval_frame = _name("eval_frame")
+    if eval_frame is None:
+        return False
+    try:
+        skip = eval_frame._FrameAction.SKIP
+        for function in functions:
+            strategy = eval_frame._FrameExecStrategy(skip, skip)
+            eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    except AttributeError:  # an older torch
+        return False
+    return True
 
 
 def active_ddp_module() -> Any:

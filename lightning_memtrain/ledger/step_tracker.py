@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_memtrain.compat.torch_private import fsdp_parameters
+from lightning_memtrain.compat.torch_private import fsdp_parameters, skip_in_dynamo
 from lightning_memtrain.coordination import dry_run_depth, watch_annotations, watch_asides
 from lightning_memtrain.core import Category
-from lightning_memtrain.ledger.observers.dispatch_mode import OperatorMode, OperatorTraits, skip_in_dynamo
+from lightning_memtrain.ledger.observers.dispatch_mode import OperatorMode, OperatorTraits
 from lightning_memtrain.ledger.observers.module_tracker import (
     NOT_IN_BACKWARD,
     ModuleTracker,

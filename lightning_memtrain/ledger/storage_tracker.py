@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from lightning_memtrain.compat.torch_private import storage_key
+from lightning_memtrain.compat.torch_private import skip_in_dynamo, storage_key
 from lightning_memtrain.core import Category
-from lightning_memtrain.ledger.observers.dispatch_mode import skip_in_dynamo
 from lightning_memtrain.ledger.operators.workspace import PeakEstimator
 from lightning_memtrain.ledger.storage_records import (
     FROM_THE_START,

@@ -33,7 +33,7 @@ _MODULE_ADVICE = (
 )
 
 
-def largest_holders(breakdown: MemoryBreakdown, count: int = 3) -> tuple[LargestHolder, ...]:
+def largest_holders(breakdown: MemoryBreakdown, num_holders: int = 3) -> tuple[LargestHolder, ...]:
     """Name what holds most memory at the peak, and what would help.
 
     Candidates are the categories, and the modules' activations one by one. A module's activations are a
@@ -41,13 +41,13 @@ def largest_holders(breakdown: MemoryBreakdown, count: int = 3) -> tuple[Largest
 
     Args:
         breakdown: a step's bytes.
-        count: the most holders to name, at least 1.
+        num_holders: the most holders to name, at least 1.
 
     Returns:
-        At most ``count`` holders, largest first; only those that hold anything.
+        At most ``num_holders`` holders, largest first; only those that hold anything.
 
     Raises:
-        ArgumentError: if ``count`` is below 1.
+        ArgumentError: if ``num_holders`` is below 1.
 
     Example:
         >>> from lightning_memtrain.core import CategoryBytes
@@ -56,9 +56,9 @@ def largest_holders(breakdown: MemoryBreakdown, count: int = 3) -> tuple[Largest
         >>> [(holder.name, holder.num_bytes) for holder in largest_holders(breakdown)]
         [('activations', 24), ('parameters', 4)]
     """
-    if count < 1:
+    if num_holders < 1:
         raise ArgumentError(
-            f"`largest_holders(count)` must be at least 1, but got count={count}. "
+            f"`largest_holders(num_holders)` must be at least 1, but got num_holders={num_holders}. "
             f"Ask for the number of holders to name."
         )
     holders = [
@@ -70,7 +70,7 @@ def largest_holders(breakdown: MemoryBreakdown, count: int = 3) -> tuple[Largest
     ]
     # The sort is stable: of equals, the category comes before the one module that holds all of it.
     largest = sorted(holders, key=lambda holder: -holder.num_bytes)
-    return tuple(holder for holder in largest[:count] if holder.num_bytes > 0)
+    return tuple(holder for holder in largest[:num_holders] if holder.num_bytes > 0)
 
 
 def _module_name(row: ModuleMemory) -> str:

@@ -257,7 +257,7 @@ CASES: dict[str, Case] = {
         {
             "name": ("", 3, None),
             "settings": ({"a": NAN}, {"a": []}, {3: 1}, 3),
-            "events": (["a"], (3,), "a", None),
+            "events": ([3], (3,), "a", None),
         },
         lambda: {"name": "A"},
     ),

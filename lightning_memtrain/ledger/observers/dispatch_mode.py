@@ -10,7 +10,6 @@ import torch
 from lightning_memtrain.compat.torch_private import (
     OpOverload,
     TorchDispatchMode,
-    eval_frame,
     function_of_operator,
     get_current_dispatch_mode_stack,
     get_dispatch_stack_at,
@@ -18,25 +17,12 @@ from lightning_memtrain.compat.torch_private import (
     pop_mode,
     push_mode,
     schema_of,
+    skip_in_dynamo,
 )
 from lightning_memtrain.core import Category, OnDemandTensor
 
 _len_dispatch_stack = len_torch_dispatch_stack
 _dispatch_mode_at = get_dispatch_stack_at
-
-
-def skip_in_dynamo(*functions: Callable[..., Any]) -> bool:
-    """Have ``torch.compile`` leave functions and all that they call alone; ``False`` where torch cannot."""
-    if eval_frame is None:
-        return False
-    try:
-        skip = eval_frame._FrameAction.SKIP
-        for function in functions:
-            strategy = eval_frame._FrameExecStrategy(skip, skip)
-            eval_frame.set_code_exec_strategy(function.__code__, strategy)
-    except AttributeError:  # an older torch
-        return False
-    return True
 
 
 class OperatorTraits(NamedTuple):

@@ -21,9 +21,9 @@ from lightning_memtrain.compat.torch_private import (
     forward_pre_hooks,
     next_sequence_number,
     sequence_number_of,
+    skip_in_dynamo,
     top_saved_tensors_hooks,
 )
-from lightning_memtrain.ledger.observers.dispatch_mode import skip_in_dynamo
 
 NOT_IN_BACKWARD = -1
 

@@ -17,10 +17,10 @@ from lightning_memtrain.compat.torch_private import (
     make_subclass,
     pop_saved_tensors_hooks,
     push_saved_tensors_hooks,
+    skip_in_dynamo,
     top_saved_tensors_hooks,
     version_counter,
 )
-from lightning_memtrain.ledger.observers.dispatch_mode import skip_in_dynamo
 from lightning_memtrain.ledger.tensors.storages import PLAIN_TENSORS, tensors_in
 
 _SavedCallback = Callable[[torch.Tensor], None]

@@ -18,11 +18,11 @@ from lightning_memtrain.compat.torch_private import (
     UnsupportedOperatorException,
     disable_current_modes,
     is_fake_mode_on,
+    skip_in_dynamo,
     tree_leaves,
     tree_map,
 )
 from lightning_memtrain.coordination import dry_run_depth
-from lightning_memtrain.ledger.observers.dispatch_mode import skip_in_dynamo
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
 from lightning_memtrain.tracing.cuda_twin.in_place import InPlaceGradients
 from lightning_memtrain.tracing.cuda_twin.known_values import KnownValues, leaves_of

@@ -6,8 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_memtrain.compat.torch_private import FakeTensor, TorchDispatchMode, schema_of, tree_leaves
-from lightning_memtrain.ledger.observers.dispatch_mode import skip_in_dynamo
+from lightning_memtrain.compat.torch_private import (
+    FakeTensor,
+    TorchDispatchMode,
+    schema_of,
+    skip_in_dynamo,
+    tree_leaves,
+)
 from lightning_memtrain.tracing.cuda_twin.device_mode import TwinDeviceMode
 
 # Programs ask for values of small ones: rates of dropout by depth, numbers of heads, tables of positions.

@@ -10,7 +10,7 @@ from tests.helpers.reports import tiny_breakdown
 
 
 def test_largest_are_named_largest_first() -> None:
-    holders = largest_holders(tiny_breakdown(), count=5)
+    holders = largest_holders(tiny_breakdown(), num_holders=5)
     assert [(holder.name, holder.num_bytes) for holder in holders] == [
         ("activations", 32 * MIB),
         ("activations of body (Linear)", 24 * MIB),
@@ -57,5 +57,7 @@ def test_the_model_itself_is_named_by_its_class() -> None:
 
 
 def test_count_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`largest_holders\(count\)` must be at least 1, but got count=0"):
-        largest_holders(tiny_breakdown(), count=0)
+    with pytest.raises(
+        ValueError, match=r"`largest_holders\(num_holders\)` must be at least 1"
+    ):
+        largest_holders(tiny_breakdown(), num_holders=0)
