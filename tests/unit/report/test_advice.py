@@ -57,7 +57,5 @@ def test_the_model_itself_is_named_by_its_class() -> None:
 
 
 def test_count_below_one_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"`largest_holders\(num_holders\)` must be at least 1"
-    ):
+    with pytest.raises(ValueError, match=r"`largest_holders\(num_holders\)` must be at least 1"):
         largest_holders(tiny_breakdown(), num_holders=0)
