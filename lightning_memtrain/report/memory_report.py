@@ -14,6 +14,8 @@ from lightning_memtrain.report.predicted.predicted_step import ComparedBytes, Pr
 
 SCHEMA_VERSION = 1
 JSON_NAME = "memory_report.json"
+#: How the names of all metrics begin that loggers get.
+METRIC_PREFIX = "memory/"
 HTML_NAME = "memory_report.html"
 
 # Told apart from other JSON files by this entry, whatever their version.

@@ -17,7 +17,7 @@ from lightning_memtrain.core import ReportWarning, TechniqueRecord, is_technique
 from lightning_memtrain.ledger import parameter_devices
 from lightning_memtrain.ledger.tensors.storages import storages_of
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
-from lightning_memtrain.report.outputs.metric_names import PREFIX
+from lightning_memtrain.report.memory_report import METRIC_PREFIX
 from lightning_memtrain.tracing.user_state.held_tensors import HeldTensors
 
 
@@ -62,7 +62,7 @@ def held_beside(search: HeldTensors, trainer: Trainer, model: LightningModule) -
     Returns:
         Tensors of any kind and device; training state may be among them.
     """
-    logged = {id(value) for name, value in trainer.callback_metrics.items() if name.startswith(PREFIX)}
+    logged = {id(value) for name, value in trainer.callback_metrics.items() if name.startswith(METRIC_PREFIX)}
     return [one for one in search.within([model, trainer, trainer.strategy]) if id(one) not in logged]
 
 

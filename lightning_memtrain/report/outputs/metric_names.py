@@ -5,9 +5,6 @@ from __future__ import annotations
 from lightning_memtrain.core import MIB, Category, MemoryBreakdown
 from lightning_memtrain.report.memory_report import MemoryReport
 
-#: How the names of all that is logged begin.
-PREFIX = "memory/"
-
 
 def breakdown_metrics(
     breakdown: MemoryBreakdown, stage: str = "fit", growth_bytes: int = 0
