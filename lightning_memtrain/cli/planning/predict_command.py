@@ -168,6 +168,8 @@ def class_of_file(file: Path, name: str) -> Callable[..., Any]:
     """
     import lightning.pytorch as pl
 
+    from lightning_memtrain.compat.lightning_packages import in_both
+
     if not file.is_file():
         raise CommandError(f"`{file}` is no file; name one as in `file.py:Class`.", exit_code=1)
     spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -178,11 +180,11 @@ def class_of_file(file: Path, name: str) -> Callable[..., Any]:
     sys.path.insert(0, str(file.resolve().parent))
     spec.loader.exec_module(module)
     kind = getattr(module, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, pl.LightningModule)):
+    if not (isinstance(kind, type) and issubclass(kind, in_both(pl.LightningModule))):
         known = [
             key
             for key, one in vars(module).items()
-            if isinstance(one, type) and issubclass(one, pl.LightningModule)
+            if isinstance(one, type) and issubclass(one, in_both(pl.LightningModule))
         ]
         raise CommandError(
             f"`{file}` must have a LightningModule of the name `{name}`, but has "

@@ -11,13 +11,14 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 
+from lightning_memtrain.compat.lightning_packages import in_both, namesake
 from lightning_memtrain.compat.lightning_private import MockOptimizer
 from lightning_memtrain.compat.torch_private import FakeTensor
 from lightning_memtrain.core import ArgumentError, is_technique
@@ -75,11 +76,16 @@ def quiet_folder() -> Iterator[str]:
 
 
 def few_steps_trainer(
-    place: Mapping[str, Any], options: Mapping[str, Any], watch: pl.Callback, num_steps: int = NUM_STEPS
+    model: pl.LightningModule,
+    place: Mapping[str, Any],
+    options: Mapping[str, Any],
+    watch: pl.Callback,
+    num_steps: int = NUM_STEPS,
 ) -> pl.Trainer:
     """A trainer that trains for a few steps.
 
     Args:
+        model: what it will train; the trainer is of the same package.
         place: arguments of Trainer that say on which device, as which rank.
         options: other arguments of Trainer.
         watch: watches the steps, after all other callbacks.
@@ -94,13 +100,13 @@ def few_steps_trainer(
         rehearse = getattr(callback, "rehearse", None)
         if is_technique(callback) and callable(rehearse):
             rehearse()
-    return pl.Trainer(
+    return namesake(pl.Trainer, model)(
         **place,
         max_steps=num_steps,
         # Steps of a module's own making may not be counted, and a batch is repeated without end.
         max_epochs=num_steps,
         limit_train_batches=num_steps * options.get("accumulate_grad_batches", 1),
-        logger=DummyLogger(),
+        logger=namesake(DummyLogger, model)(),
         callbacks=callbacks,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -108,6 +114,11 @@ def few_steps_trainer(
         limit_val_batches=0,
         **options,
     )
+
+
+def is_module(model: Model) -> TypeGuard[pl.LightningModule]:
+    """Whether it is a LightningModule of either package, not what makes one."""
+    return isinstance(model, in_both(pl.LightningModule))
 
 
 def made_module(factory: Callable[[], Any]) -> pl.LightningModule:
@@ -123,7 +134,7 @@ def made_module(factory: Callable[[], Any]) -> pl.LightningModule:
         ArgumentError: if it is something else.
     """
     model = factory()
-    if not isinstance(model, pl.LightningModule):
+    if not is_module(model):
         raise ArgumentError(
             "`predict(model)` must be a LightningModule or a function that makes one, but the function "
             f"returned {type(model).__name__}. Return the LightningModule."

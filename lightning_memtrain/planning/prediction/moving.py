@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_memtrain.compat.lightning_packages import namesake
 from lightning_memtrain.compat.torch_private import FakeTensor, swap_tensor_impl
 from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE, TwinDeviceMode
 from lightning_memtrain.tracing.user_state.capture import UserState
@@ -42,7 +43,7 @@ def configure_without_data(model: pl.LightningModule, mode: AbstractContextManag
         model: any.
         mode: in which it is to be called.
     """
-    if not is_overridden("configure_model", model):
+    if not namesake(is_overridden, model)("configure_model", model):
         return
     configure = model.configure_model
 

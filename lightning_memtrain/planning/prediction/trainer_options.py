@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 
+from lightning_memtrain.compat.lightning_packages import in_both, namesake
 from lightning_memtrain.compat.lightning_private import layer_sync
 from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.planning.prediction.ranks.world import World
@@ -15,7 +16,7 @@ from lightning_memtrain.report import MemoryProfiler
 from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE
 
 # They write files or to the terminal, and hold nothing on the device.
-_LEFT_OUT = (Checkpoint, MemoryProfiler, ModelSummary, ProgressBar)
+_LEFT_OUT = (Checkpoint, ModelSummary, ProgressBar)
 
 
 def trainer_options(
@@ -38,7 +39,8 @@ def trainer_options(
     if trainer is None:
         return {"plugins": _precision(own, device_type)}
     plugin = trainer.precision_plugin
-    callbacks = [one for one in trainer.callbacks if not isinstance(one, _LEFT_OUT)]  # type: ignore[attr-defined]
+    left_out: tuple[type, ...] = (MemoryProfiler, *(found for kind in _LEFT_OUT for found in in_both(kind)))
+    callbacks = [one for one in trainer.callbacks if not isinstance(one, left_out)]  # type: ignore[attr-defined]
     if world is not None and layer_sync(trainer.strategy) is not None:
         raise ArgumentError(
             "`predict(trainer)` must leave batch normalisation to each rank, but got sync_batchnorm=True, "
@@ -47,7 +49,7 @@ def trainer_options(
         )
     return {
         "callbacks": callbacks,
-        "plugins": _precision(own if type(plugin) is Precision else plugin, device_type),
+        "plugins": _precision(own if type(plugin) in in_both(Precision) else plugin, device_type),
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
         "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
@@ -55,12 +57,12 @@ def trainer_options(
 
 
 def _precision(plugin: Precision, device_type: str) -> list[Any]:
-    if type(plugin) is Precision:
+    if type(plugin) in in_both(Precision):
         return []
-    if type(plugin) is MixedPrecision:  # it has the device's name, and a scaler for that device
+    if type(plugin) in in_both(MixedPrecision):  # it has the device's name, and a scaler for that device
         precision: Any = plugin.precision
-        return [MixedPrecision(precision, device_type)]
-    if type(plugin) is HalfPrecision:
+        return [namesake(MixedPrecision, plugin)(precision, device_type)]
+    if type(plugin) in in_both(HalfPrecision):
         half: Any = plugin.precision
-        return [HalfPrecision(half)]
+        return [namesake(HalfPrecision, plugin)(half)]
     return [plugin]

@@ -263,3 +263,30 @@ def test_json_holds_what_the_attributes_are(tmp_path: Any) -> None:
     assert sum(prediction.breakdown.at_peak.values()) == prediction.breakdown.peak_bytes
     prediction.save_html(tmp_path / "page.html")
     assert "T4 16GB (predicted)" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("device", ["cpu", "T4"])
+def test_a_module_of_the_other_package_is_predicted_as_one_of_lightning(device: str) -> None:
+    other = pytest.importorskip("pytorch_lightning")
+
+    def module(package: Any) -> Any:
+        class Same(package.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = torch.nn.Linear(16, 16)
+
+            def training_step(self, batch: Any, index: int) -> Any:
+                return self.layer(batch).square().mean()
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+        return Same()
+
+    batch = torch.ones(8, 16)
+    ours, theirs = (predict(module(package), batch, device=device) for package in (pl, other))
+    assert theirs.breakdown.at_peak == ours.breakdown.at_peak
+    assert (theirs.allocated_bytes, theirs.reserved_bytes) == (ours.allocated_bytes, ours.reserved_bytes)
+    options = {"accelerator": "cpu", "devices": 1, "precision": "bf16-mixed", "logger": False}
+    trainer = other.Trainer(enable_checkpointing=False, **options)
+    assert predict(module(other), batch, device=device, trainer=trainer).allocated_bytes > 0

@@ -41,7 +41,7 @@ def _speed(float32_tera: float, half_tera: float, gigabytes: float) -> Speed:
     return Speed(float32_tera * 1e12, half_tera * 1e12, gigabytes * 1e9)
 
 
-#: NVIDIA's data sheets, by the beginning of a device's name.
+#: Nominal speeds, by the beginning of a device's name; written down without a check against device or sheet.
 SPEEDS = {
     "GTX 1080 Ti": _speed(11.3, 11.3, 484),
     "RTX 2080 Ti": _speed(13.4, 53.8, 616),

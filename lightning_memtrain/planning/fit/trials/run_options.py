@@ -10,8 +10,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_memtrain.compat.lightning_packages import namesake
 from lightning_memtrain.core import ArgumentError
-from lightning_memtrain.planning.prediction.few_steps import Model
+from lightning_memtrain.planning.prediction.few_steps import Model, is_module, made_module
 from lightning_memtrain.planning.prediction.forked import call_in_copy
 from lightning_memtrain.planning.prediction.trainer_options import trainer_options
 from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE
@@ -79,10 +80,10 @@ def first_batches(
     def gather() -> list[Any]:
         warnings.simplefilter("ignore")
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        module = model if isinstance(model, pl.LightningModule) else model()
+        module = model if is_module(model) else made_module(model)
         gatherer = _FirstBatches(num_batches)
         kept = {key: value for key, value in options.items() if key == "accumulate_grad_batches"}
-        trainer = pl.Trainer(
+        trainer = namesake(pl.Trainer, module)(
             accelerator="cpu",
             devices=1,
             max_epochs=1,

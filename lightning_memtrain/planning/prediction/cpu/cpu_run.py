@@ -13,6 +13,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
+from lightning_memtrain.compat.lightning_packages import namesake
 from lightning_memtrain.compat.torch_private import FakeTensorMode, storage_key
 from lightning_memtrain.ledger import AllocatorStatistics
 from lightning_memtrain.ledger.operators.predicted_statistics import PredictedStatistics
@@ -23,6 +24,7 @@ from lightning_memtrain.planning.prediction.few_steps import (
     FewSteps,
     Model,
     few_steps_trainer,
+    is_module,
     made_module,
     prepare_process,
     quiet_folder,
@@ -101,13 +103,14 @@ def on_cpu(model: Model, also: Iterable[object] = ()) -> Iterator[CpuPlace]:
     fake_mode, numbers = FakeTensorMode(allow_non_fake_inputs=True), GuessedNumbers()
     unknown: list[UnknownValueError] = []
     prepare_process()
-    if not isinstance(model, pl.LightningModule):
+    if not is_module(model):
         with FakeStepMode(fake_mode, {}, numbers, _MOST_MADE_FLOATS_BYTES):
             model = made_module(model)
     put_without_data(model, fake_mode, also=also)
     answer_metrics(model, unknown, dict.__setitem__)
     mode = FakeStepMode(fake_mode, {}, numbers)
-    strategy = SingleDeviceStrategy(torch.device("cpu"), CPUAccelerator())
+    kinds = namesake(SingleDeviceStrategy, model), namesake(CPUAccelerator, model)
+    strategy = kinds[0](torch.device("cpu"), kinds[1]())
 
     def guessed() -> dict[str, str]:
         of_metrics = {str(one.location): f"{one.what} of a metric" for one in unknown}
@@ -135,7 +138,7 @@ def run_on_cpu(
     workspace = AskedWorkspace(ask, conditions.num_threads)
     with quiet_folder() as folder, on_cpu(model, trainer_options.get("callbacks", ())) as place:
         profiler = _PredictingProfiler(workspace, folder)
-        trainer = few_steps_trainer(place.trainer_arguments, trainer_options, profiler)
+        trainer = few_steps_trainer(place.model, place.trainer_arguments, trainer_options, profiler)
         trainer.fit(place.model, data)
         refuse_no_optimizer(trainer, place.model)
     report = profiler.report

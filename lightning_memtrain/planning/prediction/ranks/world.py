@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import (
     StrategyRegistry,
 )
 
+from lightning_memtrain.compat.lightning_packages import in_both
 from lightning_memtrain.core import ArgumentError
 
 #: What FSDP2 is called here; Lightning has no word for it but its strategy's class.
@@ -68,8 +69,8 @@ def world_of(
         The ranks; ``None`` for a run on one device without a strategy for several.
 
     Raises:
-        ArgumentError: if an argument is something else.
-        ArgumentError: if one of the two is missing, or they cannot be predicted.
+        ArgumentError: if an argument is something else, if one of the two is missing, or if they cannot be
+            predicted.
     """
     theirs = None if trainer is None or _is_single(trainer) else trainer.strategy
     if world_size is not None:
@@ -97,7 +98,7 @@ def world_of(
 
 
 def _is_single(trainer: pl.Trainer) -> bool:
-    return trainer.world_size == 1 and isinstance(trainer.strategy, SingleDeviceStrategy)
+    return trainer.world_size == 1 and isinstance(trainer.strategy, in_both(SingleDeviceStrategy))
 
 
 def _nodes(trainer: pl.Trainer | None, size: int) -> tuple[int, int]:

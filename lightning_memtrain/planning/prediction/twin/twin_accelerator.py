@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch.accelerators import Accelerator
 
+from lightning_memtrain.compat.lightning_packages import namesake
 from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE
 
 
@@ -47,3 +48,20 @@ class TwinAccelerator(Accelerator):
     def name() -> str:
         """As torch calls it."""
         return DEVICE_TYPE
+
+
+def twin_accelerator(like: object) -> Accelerator:
+    """The twin for a trainer of either package.
+
+    Args:
+        like: a module of the trainer's package.
+
+    Returns:
+        The accelerator.
+    """
+    theirs = namesake(Accelerator, like)
+    kind = (
+        TwinAccelerator if theirs is Accelerator else type("TwinAccelerator", (TwinAccelerator, theirs), {})
+    )
+    found: Accelerator = kind()
+    return found

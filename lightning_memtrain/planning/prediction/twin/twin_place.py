@@ -11,13 +11,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from lightning_memtrain.compat.lightning_packages import namesake
 from lightning_memtrain.compat.torch_private import FakeTensor, types_with_foreach, types_with_foreach_norms
-from lightning_memtrain.planning.prediction.few_steps import Model, made_module, prepare_process
+from lightning_memtrain.planning.prediction.few_steps import Model, is_module, made_module, prepare_process
 from lightning_memtrain.planning.prediction.moving import configure_without_data, move
 from lightning_memtrain.planning.prediction.ranks.default_sharding import prepare
 from lightning_memtrain.planning.prediction.ranks.rank_strategy import strategy_of_first_rank
 from lightning_memtrain.planning.prediction.ranks.world import World
-from lightning_memtrain.planning.prediction.twin.twin_accelerator import TwinAccelerator
+from lightning_memtrain.planning.prediction.twin.twin_accelerator import twin_accelerator
 from lightning_memtrain.tracing.allocator import CachingAllocator
 from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE, TwinBackend, TwinDeviceMode, install
 from lightning_memtrain.tracing.cuda_twin.arguments import CudaMeansTwin, make_from_values
@@ -70,7 +71,7 @@ def on_twin(model: Model, device: Device, world: World | None = None) -> Iterato
     prepare_process()
     _prepare_twin()
     with mode, CudaMeansTwin():
-        if not isinstance(model, pl.LightningModule):
+        if not is_module(model):
             with LargeWithoutData(mode):
                 model = made_module(model)
         name = type(model).__name__
@@ -78,7 +79,7 @@ def on_twin(model: Model, device: Device, world: World | None = None) -> Iterato
             shards = prepare(model, world)
             move(model, mode, "cpu" if shards else DEVICE_TYPE)
         configure_without_data(model, LargeWithoutData(mode))
-        yield TwinPlace(model, name, _place(world, mode), backend, mode)
+        yield TwinPlace(model, name, _place(world, mode, model), backend, mode)
     del rules
 
 
@@ -90,24 +91,22 @@ def _prepare_twin() -> None:
         types.append(FakeTensor)
 
 
-def _place(world: World | None, mode: TwinDeviceMode) -> dict[str, Any]:
+def _place(world: World | None, mode: TwinDeviceMode, model: pl.LightningModule) -> dict[str, Any]:
     if world is None:
-        return {"strategy": _OnTwin(mode), "devices": 1}
+        return {"strategy": _on_twin(mode, model), "devices": 1}
     return {
-        "strategy": strategy_of_first_rank(world, TwinAccelerator()),
+        "strategy": strategy_of_first_rank(world, twin_accelerator(model)),
         "devices": world.devices_per_node,
         "num_nodes": world.num_nodes,
     }
 
 
-class _OnTwin(SingleDeviceStrategy):
+def _on_twin(mode: TwinDeviceMode, like: pl.LightningModule) -> SingleDeviceStrategy:
     """The twin is where the model goes when it would go to the GPU: after ``configure_model``."""
 
-    def __init__(self, mode: TwinDeviceMode) -> None:
-        super().__init__(torch.device(DEVICE_TYPE, 0), TwinAccelerator())
-        self._mode = mode
+    class OnTwin(namesake(SingleDeviceStrategy, like)):  # type: ignore[misc]
+        def model_to_device(self) -> None:
+            assert self.model is not None, "Lightning connects the model first"
+            move(self.model, mode)
 
-    def model_to_device(self) -> None:
-        """Put the model's tensors there."""
-        assert self.model is not None, "Lightning connects the model first"
-        move(self.model, self._mode)
+    return OnTwin(torch.device(DEVICE_TYPE, 0), twin_accelerator(like))

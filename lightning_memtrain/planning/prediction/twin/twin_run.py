@@ -37,7 +37,7 @@ def run_on_twin(
     """
     with quiet_folder() as folder, on_twin(model, device, world) as place:
         profiler = MemoryProfiler(every_n_steps=1, report_dir=folder, max_rows=None)
-        trainer = few_steps_trainer(place.trainer_arguments, trainer_options, profiler)
+        trainer = few_steps_trainer(place.model, place.trainer_arguments, trainer_options, profiler)
         trainer.fit(place.model, data)
         refuse_no_optimizer(trainer, place.model)
     assert profiler.report is not None, "a fit that has ended has a report"
