@@ -45,11 +45,11 @@ class Select:
 
     These may be linear, convolution, transposed convolution and recurrent layers, and modules with a
     parameter of three axes, one matrix for each expert. Such a parameter, and each weight of a recurrent
-    layer, is a layer of its own here, by the name of the parameter. Depthwise convolutions, frozen layers and
-    layers whose weight is computed (weight norm and other parametrizations) stay dense. In a model with
-    convolutions, so do by default the first convolution, shortcuts (1x1 convolutions below a module with
-    "shortcut", "downsample" or "skip" in its name) and the last linear layer: they hold few weights, which
-    count for much.
+    layer, is a layer of its own here, by the name of the parameter. Depthwise convolutions, frozen layers,
+    layers within TorchScript and layers whose weight is computed (weight norm and other parametrizations)
+    stay dense. In a model with convolutions, so do by default the first convolution, shortcuts (1x1
+    convolutions below a module with "shortcut", "downsample" or "skip" in its name) and the last linear
+    layer: they hold few weights, which count for much.
 
     Args:
         types: layers that become sparse, or modules with such layers in them: class names, classes or paths;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, cast
 
+import torch
 from torch import nn
 
 from lightning_memtrain.compat.torch_private import ConvNd
@@ -44,10 +45,12 @@ def weight_locations(model: nn.Module) -> dict[str, WeightLocation]:
         model: the module that is trained.
 
     Returns:
-        By path of the layer, in the order of the model.
+        By path of the layer, in the order of the model, without those within TorchScript.
     """
     locations = {}
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # whose forward cannot be changed
+            continue
         for attribute, parameter in module._parameters.items():
             name = f"{path}.{attribute}" if path else attribute
             if can_be_sparse(module, attribute):

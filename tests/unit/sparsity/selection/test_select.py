@@ -148,6 +148,17 @@ def test_a_name_that_matches_nothing_is_refused() -> None:
         mt.sparsity.Select(dense=["2"]).layers(model)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_layers_within_torchscript_stay_dense() -> None:
+    scripted = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GRU(4, 4)))
+    model = torch.nn.Sequential(scripted, torch.nn.Linear(4, 4))
+    assert list(mt.sparsity.Select().layers(model)) == ["1"]
+    with pytest.raises(
+        mt.ArgumentError, match=r"but got '0\.\*', which matches none\. There are '1', 'Linear'"
+    ):
+        mt.sparsity.Select(types=["0.*"]).layers(model)
+
+
 def test_recurrent_layers_transposed_convolutions_and_experts_are_chosen() -> None:
     class MixtureExperts(torch.nn.Module):
         def __init__(self) -> None:
