@@ -20,10 +20,10 @@ def free_device_bytes(device: torch.device) -> int | None:
         >>> free_device_bytes(torch.device("cpu")) is None
         True
     """
-    module: Any = getattr(torch, device.type, None)
     if device.type == "mps":
-        return int(torch.mps.recommended_max_memory())
-    if not hasattr(module, "mem_get_info"):
+        return _mps_bytes()
+    module = _backend(device)
+    if module is None:
         return None
     free_bytes, _ = module.mem_get_info(device)
     return int(free_bytes + module.memory_reserved(device))
@@ -46,10 +46,10 @@ def total_device_bytes(device: torch.device) -> int | None:
         >>> total_device_bytes(torch.device("cpu")) is None
         True
     """
-    module: Any = getattr(torch, device.type, None)
     if device.type == "mps":
-        return int(torch.mps.recommended_max_memory())
-    if not hasattr(module, "mem_get_info"):
+        return _mps_bytes()
+    module = _backend(device)
+    if module is None:
         return None
     _, total_bytes = module.mem_get_info(device)
     # Newer than the oldest torch that is supported; without it, the part cannot be told.
@@ -57,3 +57,13 @@ def total_device_bytes(device: torch.device) -> int | None:
     if fraction is not None and module.is_initialized():
         return int(total_bytes * fraction(device))
     return int(total_bytes)
+
+
+def _mps_bytes() -> int:
+    return int(torch.mps.recommended_max_memory())
+
+
+def _backend(device: torch.device) -> Any:
+    """The module of torch that tells what a device has; ``None`` where none does."""
+    module = getattr(torch, device.type, None)
+    return module if hasattr(module, "mem_get_info") else None
