@@ -179,6 +179,12 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | PrivateMethod | NewerName] = 
     # Dry runs
     "FakeTensor": PrivateName(_FAKES, "FakeTensor", _DRY_RUN),
     "FakeTensorMode": PrivateName(_FAKES, "FakeTensorMode", _DRY_RUN),
+    "dispatch_keys_of": PrivateName("torch._C", "_dispatch_keys", _DRY_RUN),
+    "refuse_data_pointer": PrivateName("torch._C", "_set_throw_on_mutable_data_ptr", _DRY_RUN),
+    "warn_of_data_pointer": PrivateName("torch._C", "_set_warn_deprecated_on_mutable_data_ptr", _DRY_RUN),
+    "allows_data_pointer": PrivateAttribute(
+        f"{_FAKES}:FakeTensorMode", "_allow_unsafe_data_ptr_access", _DRY_RUN
+    ),
     "get_dispatch_mode": PrivateName("torch._C", "_get_dispatch_mode", _TWIN),
     "TorchDispatchModeKey": PrivateName("torch._C", "_TorchDispatchModeKey", _TWIN),
     "DataDependentOutputException": PrivateName(_FAKES, "DataDependentOutputException", _DRY_RUN),

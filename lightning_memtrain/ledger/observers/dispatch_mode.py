@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_memtrain.compat.torch_private import (
+    FakeTensor,
     OpOverload,
     TorchDispatchMode,
     function_of_operator,
@@ -21,6 +22,8 @@ from lightning_memtrain.compat.torch_private import (
 )
 from lightning_memtrain.core import Category, OnDemandTensor
 
+# Of tensors without data torch asks more often where they are than it computes with them.
+_DEVICE_OF = torch.ops.prim.device.default
 _len_dispatch_stack = len_torch_dispatch_stack
 _dispatch_mode_at = get_dispatch_stack_at
 
@@ -52,6 +55,8 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     _passing: Callable[[], None] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE_OF and type(args[0]) is FakeTensor:
+            return args[0].device
         for kind in types:
             if kind is not torch.nn.Parameter and issubclass(kind, OnDemandTensor):
                 return NotImplemented  # the operators that make its numbers come here instead

@@ -190,6 +190,22 @@ class CachingAllocator:
             elif not block.is_split:
                 self._give_back(block)
 
+    def give_back_oversize(self, num_bytes: int, stream: int = 0) -> bool:
+        """Give back blocks that are never split, as an allocation does for which the device has no room.
+
+        One that is large enough, or else as many as are, largest first; none without
+        :attr:`.AllocatorSettings.max_split_size_bytes`.
+
+        Args:
+            num_bytes: of the allocation.
+            stream: its stream.
+
+        Returns:
+            Whether they are enough for it.
+        """
+        size = self.settings.block_bytes(num_bytes)
+        return self._give_back_oversize(size, size <= SMALL_BYTES, stream)
+
     def largest_free_bytes(self, num_bytes: int, stream: int = 0) -> int:
         """How large a free block is that an allocation could have had, if it were large enough.
 

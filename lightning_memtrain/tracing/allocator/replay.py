@@ -17,6 +17,7 @@ from lightning_memtrain.tracing.allocator.events import (
     FREE_COMPLETED,
     FREE_REQUESTED,
     GIVES_BACK,
+    OUT_OF_MEMORY,
     SEGMENT_ALLOC,
     SEGMENT_MAP,
     TAKES,
@@ -163,12 +164,15 @@ class Replay:
         self.real_reserved_bytes = sum(segment.size for segment in self.start)
         self._real_peak_bytes = self.real_reserved_bytes
         self._num_events = self._num_allocations = self._num_same = 0
-        self._giving_back = False
+        # What the real one gave back in a row, and the model has not yet.
+        self._given_back_bytes = 0
 
     def step(self, event: AllocatorEvent) -> None:
         """Let the model do the next thing."""
         action, address, size, stream = event
         self._num_events += 1
+        if action not in (*TAKES, *GIVES_BACK):
+            self._give_back(event)
         if action == ALLOC:
             self._num_allocations += 1
             self.blocks[address] = block = self.allocator.allocate(size, stream)
@@ -191,9 +195,22 @@ class Replay:
                 self._driver.ranges.append(address)
         elif action in GIVES_BACK:
             self.real_reserved_bytes -= size
-            if self._is_told and not self._giving_back:  # all at once
-                self.allocator.empty_cache()
-        self._giving_back = action in GIVES_BACK
+            self._given_back_bytes += size
+
+    def _give_back(self, event: AllocatorEvent | None) -> None:
+        """Let the model give back memory, if the real one just has; for what, the next event tells.
+
+        All that is free goes back at once, but where some blocks are never split: then a new block may need
+        only those.
+        """
+        given_back, self._given_back_bytes = self._given_back_bytes, 0
+        if not given_back or not self._is_told:
+            return
+        before = self.allocator.reserved_bytes
+        if event is not None and event.action in (ALLOC, OUT_OF_MEMORY):
+            self.allocator.give_back_oversize(event.size, event.stream)
+        if before - self.allocator.reserved_bytes < given_back:
+            self.allocator.empty_cache()
 
     def _let_go(self, block: Block) -> None:
         if block.state == ALLOCATED:
@@ -202,6 +219,7 @@ class Replay:
     @property
     def comparison(self) -> Comparison:
         """How the model has done so far."""
+        self._give_back(None)
         return Comparison(
             num_events=self._num_events,
             num_allocations=self._num_allocations,

@@ -27,6 +27,10 @@ SEGMENT_MULTIPLE_BYTES = 2 * MIB
 # Names in PYTORCH_CUDA_ALLOC_CONF that change how much is reserved, or when, and that the model lacks. All
 # others are about pinned host memory, locks, graphs or the driver, and change nothing here.
 _NOT_MODELLED = ("garbage_collection_threshold", "large_segment_size_mb", "max_non_split_rounding_mb")
+# What they are unless they are set, if it is not 0.
+_DEFAULTS = {"large_segment_size_mb": 20, "max_non_split_rounding_mb": 20}
+# Entries of a snapshot with the text that was set; not all of it has entries of its own.
+_TEXTS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def round_up(num_bytes: int, multiple: int) -> int:
@@ -137,9 +141,10 @@ class AllocatorSettings:
             ValueError: if a setting was in force that the model lacks.
         """
         for name in _NOT_MODELLED:
-            if recorded.get(name, 0) > 0:
+            value = _recorded_number(recorded, name)
+            if value > 0 and value != _DEFAULTS.get(name):
                 raise ValueError(
-                    f"{name}={recorded[name]} changes when torch takes and gives back memory, which is not "
+                    f"{name}={value:g} changes when torch takes and gives back memory, which is not "
                     f"modelled; leave it out."
                 )
         # As torch writes it: MiB as text, e.g. {"1": 0, "2": 4}.
@@ -165,7 +170,8 @@ class AllocatorSettings:
         try:
             return cls.from_snapshot(recorded), ""
         except ValueError as error:
-            modelled = {name: value for name, value in recorded.items() if name not in _NOT_MODELLED}
+            left_out = (*_NOT_MODELLED, *_TEXTS)
+            modelled = {name: value for name, value in recorded.items() if name not in left_out}
             return cls.from_snapshot(modelled), str(error)
 
     def block_bytes(self, num_bytes: int) -> int:
@@ -210,6 +216,15 @@ class AllocatorSettings:
 _POWERS = [MIB << exponent for exponent in range(16)]
 assert _POWERS[-1] == 32 * GIB
 _FLAGS = {"True": True, "False": False}
+
+
+def _recorded_number(recorded: Mapping[str, Any], name: str) -> float:
+    """A number among the settings of a snapshot, or in the text that was set; 0 if it is in neither."""
+    if name in recorded:
+        return float(recorded[name])
+    text = ",".join(str(recorded.get(entry) or "") for entry in _TEXTS)
+    found = re.search(rf"\b{name}\s*:\s*([\d.]+)", text)
+    return float(found[1]) if found else 0.0
 
 
 def _parse_divisions(text: str) -> dict[str, int]:

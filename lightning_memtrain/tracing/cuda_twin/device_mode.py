@@ -30,6 +30,7 @@ from lightning_memtrain.tracing.cuda_twin.operators.convolutions import unfolded
 from lightning_memtrain.tracing.cuda_twin.operators.missing_rules import forms_from_zeros, writes_only
 from lightning_memtrain.tracing.inplace_writes import written_tensors
 from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
+from lightning_memtrain.tracing.step.result_forms import DEVICE_OF, ResultForms
 from lightning_memtrain.tracing.step.typical_values import TypicalValues
 from lightning_memtrain.tracing.step.user_code import user_location
 
@@ -64,6 +65,7 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._on_matrix_product = on_matrix_product
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         """Makes tensors without data, of the CPU as well."""
+        self._forms = ResultForms(self.fake)
         self.known = KnownValues()
         """Values of tensors on the twin."""
         self.guessed: dict[str, str] = {}
@@ -81,6 +83,8 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return not skip_in_dynamo(cls.__dict__["__torch_dispatch__"])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE_OF and type(args[0]) is FakeTensor:
+            return args[0].fake_device
         kwargs = kwargs or {}
         if any(map(_holds_others, types)):
             return NotImplemented  # the operators on the tensors inside come here instead
@@ -138,6 +142,9 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             isinstance(one, Tensor) and not isinstance(one, FakeTensor) for one in leaves_of(args, kwargs)
         ):
             args, kwargs = tree_map(self._bare, (args, kwargs))
+        return self._forms.run(func, args, kwargs, self._by_torch)
+
+    def _by_torch(self, func: Any, args: Any, kwargs: Any) -> Any:
         with self.fake:
             return func(*args, **kwargs)
 

@@ -25,6 +25,7 @@ from lightning_memtrain.tracing.inplace_writes import CopyOnWrite, returns_views
 from lightning_memtrain.tracing.step.fake_operator_rules import FAKE_RULES, with_known_masks
 from lightning_memtrain.tracing.step.random_dependence import RandomDependence
 from lightning_memtrain.tracing.step.recorded_values import RecordedValues, TensorForm, needs_data
+from lightning_memtrain.tracing.step.result_forms import DEVICE_OF, ResultForms
 from lightning_memtrain.tracing.step.sparse_gradients import SparseGradients
 from lightning_memtrain.tracing.step.typical_values import TypicalValues
 from lightning_memtrain.tracing.step.user_code import is_distribution_check
@@ -62,6 +63,7 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._fakes = fakes
         self._recorded = recorded
         self._most_known_floats_bytes = most_known_floats_bytes
+        self._forms = ResultForms(fake_mode)
         self._typical = TypicalValues()
         self._copy_on_write = CopyOnWrite()
         self._random_dependence = RandomDependence()
@@ -84,6 +86,8 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._copy_on_write.restore_written()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE_OF and type(args[0]) is FakeTensor:
+            return args[0].fake_device
         kwargs = kwargs or {}
         tensors = tensors_in((args, kwargs)) if kwargs else tensors_in(args)
         if not tensors:
@@ -134,7 +138,7 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _on_fakes(self, func: Any, args: Any, kwargs: Any) -> Any:
         try:
-            result = func(*args, **kwargs)
+            result = self._forms.run(func, args, kwargs, _by_torch)
         except _DEPENDS_ON_DATA:
             return self._answered(func, args)
         self._typical.follow(func, args, result)
@@ -152,7 +156,7 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if rule is not None:
                 result = rule(func, bare_args, bare_kwargs, args, self.knows)
             else:
-                result = func(*bare_args, **bare_kwargs)
+                result = self._forms.run(func, bare_args, bare_kwargs, _by_torch)
         except _DEPENDS_ON_DATA:
             return self._answered(func, args)
         self._typical.follow(func, args, result)
@@ -197,6 +201,10 @@ class FakeStepMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         key = storage_key(storage)
         self._stale[key] = weakref.ref(storage, lambda _: self._stale.pop(key, None))
+
+
+def _by_torch(func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
 
 
 class RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -45,6 +45,26 @@ def test_sizes_are_in_the_order_of_bytes_and_keep_their_factors_of_two() -> None
     assert [*smaller_sizes(50_257)] == [12_564 >> shift for shift in range(14)]
 
 
+def test_an_operator_that_does_not_check_its_sizes_is_run_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen(Exception):
+        pass
+
+    def run(self: OpWorkspace, call: OpCall) -> int:
+        raise Seen(call)
+
+    # A layer of an LSTM whose weights have four rows for each number of its state.
+    sizes = [(64, 16, 256), (2048, 256), (2048, 512), (2048,), (2048,), (16, 512), (16, 512)]
+    given = [torch.empty(size) for size in sizes]
+    rest = (False, [], 2, 512, 1, True, False, False, True)
+    call = op_call(aten.mkldnn_rnn_layer.default, (*given, *rest), {})
+    monkeypatch.setattr(OpWorkspace, "peak_bytes", run)
+    monkeypatch.setattr(calibration, "_known", {})
+    monkeypatch.setattr(calibration, "MOST_MEASURED_BYTES", 2**16)
+    with pytest.raises(Seen) as seen:
+        measure_call(pickle.dumps((call, 2**21)))
+    assert seen.value.args == (call,)
+
+
 @pytest.mark.parametrize(("rows", "most_bytes"), [(20, MIB), (40, 3 * MIB // 2)])
 def test_a_part_tells_what_the_whole_holds(
     rows: int, most_bytes: int, monkeypatch: pytest.MonkeyPatch

@@ -142,6 +142,7 @@ def test_it_is_what_the_allocator_counts(name: str, precision: Any, tmp_path: Pa
         assert prediction.breakdown.at_peak[category] == truth.at_peak[category]
     assert prediction.workspace_bytes == prediction.breakdown.at_peak[mt.core.Category.WORKSPACE]
     assert prediction.reserved_bytes == prediction.allocated_bytes
+    assert [event.name for event in prediction.timeline] == [event.name for event in truth.timeline]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,13 @@ _MAKERS = frozenset(
     )
 )
 
+# They do not check that sizes go together, and write beside their memory where they do not.
+_WHOLE_ONLY = frozenset(
+    packet
+    for name in ("mkldnn_rnn_layer", "mkldnn_rnn_layer_backward")
+    if (packet := getattr(torch.ops.aten, name, None)) is not None
+)
+
 _known: dict[tuple[int, OpCall], tuple[int, str | None]] = {}
 
 
@@ -70,6 +77,8 @@ def _measure(call: OpCall, made_bytes: int) -> tuple[int, str | None]:
 
 def _from_parts(call: OpCall, made_bytes: int, workspace: OpWorkspace) -> int | None:
     """What three parts of it lead to; ``None`` if they do not lie on a line."""
+    if getattr(call.func, "overloadpacket", None) in _WHOLE_ONLY:
+        return None
     for size in sizes_of(call):
         for part in smaller_sizes(size):
             calls = [with_size(call, size, num * part) for num in (1, 2, 3)]

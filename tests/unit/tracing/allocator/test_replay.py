@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -67,6 +67,73 @@ def test_a_model_that_knows_the_limit_finds_out_itself_when_memory_goes_back() -
     assert replay(events, allocator.segments(), limit_bytes=900 * MIB).model_end_reserved_bytes == 204 * MIB
     with pytest.raises(DeviceFull):
         replay(events, allocator.segments(), limit_bytes=90 * MIB)
+
+
+# Blocks of 32 MiB and more are never split. There is no room for one of 40 MiB: another one, which is too
+# large for it, goes back, and the small rest stays.
+OVERSIZE = AllocatorSettings(max_split_size_bytes=32 * MIB)
+
+
+def oversize(allocator: CachingAllocator) -> None:
+    whole, part = allocator.allocate(80 * MIB), allocator.allocate(5 * MIB)
+    allocator.free(whole)
+    allocator.free(part)
+    allocator.allocate(40 * MIB)
+
+
+def several_oversize(allocator: CachingAllocator) -> None:
+    kept = [allocator.allocate(mib * MIB) for mib in (34, 36, 38, 4)]
+    for block in kept:
+        allocator.free(block)
+    allocator.allocate(70 * MIB)
+
+
+def oversize_of_another_stream(allocator: CachingAllocator) -> None:
+    """What another stream has goes back only with everything."""
+    for block in [allocator.allocate(80 * MIB, stream=1), allocator.allocate(3 * MIB)]:
+        allocator.free(block)
+    allocator.allocate(50 * MIB)
+
+
+def too_much(allocator: CachingAllocator) -> None:
+    kept, free = allocator.allocate(40 * MIB), allocator.allocate(40 * MIB)
+    allocator.free(free)
+    with pytest.raises(DeviceFull):
+        allocator.allocate(100 * MIB)
+    allocator.free(kept)
+    allocator.allocate(MIB // 2)
+
+
+@pytest.mark.parametrize(
+    ("history", "end_mib"),
+    [
+        (oversize, 60),  # 20 of a segment with nothing in it, and 40
+        (several_oversize, 20 + 34 + 70),
+        (oversize_of_another_stream, 50),
+        (too_much, 42),
+    ],
+)
+def test_blocks_that_are_never_split_go_back_alone(
+    history: Callable[[CachingAllocator], None], end_mib: int
+) -> None:
+    events: list[AllocatorEvent] = []
+    limit_mib = 130 if history is several_oversize else 110
+    allocator = CachingAllocator(OVERSIZE, limit_bytes=limit_mib * MIB, observer=events.append)
+    history(allocator)
+    assert allocator.reserved_bytes == end_mib * MIB
+    comparison = replay(events, allocator.segments(), OVERSIZE)
+    assert comparison.same_address_share == 1
+    assert comparison.model_end_reserved_bytes == comparison.real_end_reserved_bytes == end_mib * MIB
+    assert comparison.model_peak_reserved_bytes == comparison.real_peak_reserved_bytes
+
+
+def test_what_goes_back_last_goes_back_in_the_model() -> None:
+    events: list[AllocatorEvent] = []
+    allocator = CachingAllocator(observer=events.append)
+    allocator.free(allocator.allocate(3 * MIB))
+    allocator.empty_cache()
+    comparison = replay(events, allocator.segments())
+    assert comparison.real_end_reserved_bytes == comparison.model_end_reserved_bytes == 0
 
 
 def test_an_address_is_not_given_twice_where_the_model_went_another_way() -> None:

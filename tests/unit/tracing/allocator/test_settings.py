@@ -57,7 +57,7 @@ def test_what_is_not_modelled_is_left_out_and_said() -> None:
     ("configuration", "message"),
     [
         ("garbage_collection_threshold:0.8", r"garbage_collection_threshold=0\.8 changes when"),
-        ("large_segment_size_mb:64", r"large_segment_size_mb=64\.0 changes when"),
+        ("large_segment_size_mb:64", r"large_segment_size_mb=64 changes when"),
         ("max_split_size_mb:20", r"must be more than 20,971,520 \(20 MiB\)"),
         ("max_split_size_mb:many", r"invalid literal for int\(\).*'many'"),
         ("expandable_segments:yes", r"wrong: 'yes'"),
@@ -72,3 +72,13 @@ def test_what_is_not_modelled_or_not_torchs_is_refused(configuration: str, messa
 def test_divisions_are_of_powers_that_torch_knows() -> None:
     with pytest.raises(ValueError, match=r"1 MiB to 32 GiB, in bytes, .* but got \(3, 4\)"):
         AllocatorSettings(roundup_power2_divisions=((3, 4),))
+
+
+def test_what_is_only_in_the_text_of_a_snapshot_is_seen() -> None:
+    text = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True, max_non_split_rounding_mb: 64"}
+    recorded = {**text, "expandable_segments": True, "max_split_size": 2**64 - 1}
+    settings, missing = AllocatorSettings.nearest(recorded)
+    assert settings == AllocatorSettings(expandable_segments=True)
+    assert missing.startswith("max_non_split_rounding_mb=64 changes when torch takes")
+    by_default = {"PYTORCH_ALLOC_CONF": "large_segment_size_mb:20,garbage_collection_threshold:0"}
+    assert AllocatorSettings.nearest(by_default) == (AllocatorSettings(), "")
