@@ -96,6 +96,14 @@ CASES: dict[str, tuple[Callable[[], Net], Tensor]] = {
         lambda: Net(lambda: nn.Embedding(1000, 32, sparse=True), bags, torch.optim.Adagrad),
         BAGS,
     ),
+    "sparse Adam": (
+        lambda: Net(lambda: nn.EmbeddingBag(1000, 32, sparse=True), bags, torch.optim.SparseAdam),
+        BAGS,
+    ),
+    "sparse Adam, rows without bags": (
+        lambda: Net(lambda: nn.Embedding(1000, 32, sparse=True), bags, torch.optim.SparseAdam),
+        BAGS,
+    ),
 }
 
 
