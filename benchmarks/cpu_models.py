@@ -246,6 +246,13 @@ class _Recommendation(nn.Module):
         return self.top(torch.cat([self.dense(batch[0]), *bags], 1))
 
 
+def bags() -> Made:
+    """A table alone, whose rows come up again and again, with an optimizer of its own kind."""
+    net = nn.EmbeddingBag(100_000, 64, mode="mean", sparse=True)
+    indices = torch.randint(20_000, (4096, 16))
+    return Trained(net, lambda net, batch: net(batch).square().mean(), torch.optim.SparseAdam), indices
+
+
 def layers() -> Made:
     net = nn.Sequential(
         nn.Linear(784, 2048),
@@ -277,5 +284,6 @@ MODELS: dict[str, tuple[Callable[[], Made], Any]] = {
     "U-Net, 4 pictures of 128": (unet, "32-true"),
     "WRN-28-2, 16 pictures of 32": (wide_resnet, "32-true"),
     "EmbeddingBag x 4, sparse gradients, 4,096 rows": (dlrm, "32-true"),
+    "EmbeddingBag, SparseAdam, 4,096 rows": (bags, "32-true"),
     "Linear x 3, Adafactor, 2,048 rows": (layers, "32-true"),
 }

@@ -117,6 +117,8 @@ class ActivationCheckpointing(Callback):
     ) -> None:
         """Note that nothing has run of this batch yet."""
         self._in_batch = False
+        if self._automatic is not None:
+            self._automatic.begin_batch()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -63,7 +63,7 @@ def held_beside(search: HeldTensors, trainer: Trainer, model: LightningModule) -
         Tensors of any kind and device; training state may be among them.
     """
     logged = {id(value) for name, value in trainer.callback_metrics.items() if name.startswith(METRIC_PREFIX)}
-    return [one for one in search.within([model, trainer, trainer.strategy]) if id(one) not in logged]
+    return [one for one in search.beside_steps(trainer, model) if id(one) not in logged]
 
 
 def stage_name(trainer: Trainer) -> str:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.report import MemoryProfiler
+from lightning_memtrain.tracing.user_state.held_tensors import HeldTensors
 
 # Lightning 2.6 with torch 2.13, and Lightning's hints on performance.
 LIGHTNING_WARNINGS = (
@@ -81,7 +82,7 @@ def assert_training_loop_is_as_found(trainer: Trainer) -> None:
 
 
 class LedgerPeaks(Callback):
-    """By a ledger of its own, which knows of no probes: the most that was live in each batch."""
+    """By a ledger of its own, which knows of no probes: the most of each batch, with what was beside it."""
 
     def __init__(self) -> None:
         self.peaks: list[int] = []
@@ -89,7 +90,8 @@ class LedgerPeaks(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.ledger = MemoryLedger(pl_module, trainer.optimizers, batch).__enter__()
+        held = HeldTensors().beside_steps(trainer, pl_module)
+        self.ledger = MemoryLedger(pl_module, trainer.optimizers, batch, held=held).__enter__()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,6 +16,7 @@ from lightning_memtrain.checkpointing.insertion import Checkpoints, insert_check
 from lightning_memtrain.checkpointing.memory_budget import MemoryBudget
 from lightning_memtrain.checkpointing.policies import Groups
 from lightning_memtrain.checkpointing.selection.counted_step import count_step, predicted_peak_bytes
+from lightning_memtrain.checkpointing.selection.held_beside import HeldBeside
 from lightning_memtrain.checkpointing.selection.recomputation_plan import BudgetOutOfReach, RecomputationPlan
 from lightning_memtrain.checkpointing.selection.step_conditions import (
     FittingShapes,
@@ -32,7 +34,7 @@ from lightning_memtrain.tracing.step.user_code import location_of
 
 _STEADY = (
     *(Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.BUFFERS),
-    Category.BUCKETS,
+    *(Category.BUCKETS, Category.HELD),
 )
 
 
@@ -58,13 +60,20 @@ class AutomaticSelection:
         self._say = say
         self._times = OpTimes(device)
         self._workspace = None if self._limit_bytes is None else OpWorkspace(device)
+        self._held = HeldBeside(trainer, model)
+        self._held_bytes: int | None = None
         self._remove: Checkpoints | None = None
         self._groups: Groups = []
         self._plan: RecomputationPlan | None = None
         self._planned_for: StepConditions | None = None
+        self._peak_bytes = 0  # the most of batches that were counted with the choice in force
         self._fitting = FittingShapes()
         self._warned_of: set[str] = set()
         self._gave_up = False
+
+    def begin_batch(self) -> None:
+        """Another batch begins, before which anything may have come to be held."""
+        self._held_bytes = None
 
     def before_step(
         self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], zeroes: bool
@@ -116,14 +125,21 @@ class AutomaticSelection:
 
     def _choose(self, fake: FakeStep, now: StepConditions, why: str, groups: Groups) -> None:
         limit_bytes = self._limit_bytes
-        if limit_bytes is not None and self._plan is not None and not why:  # only the batch is another
+        if limit_bytes is not None and self._plan is not None and not why:  # only batch, or what is held
             fake.prepare(nullcontext)
             ledger = count_step(fake, groups, self._workspace)
-            if predicted_peak_bytes(ledger, groups) <= limit_bytes:
+            peak_bytes = predicted_peak_bytes(ledger, groups)
+            assert self._planned_for is not None
+            has_more = now.held_bytes > self._planned_for.held_bytes
+            if peak_bytes <= limit_bytes:
+                if has_more:
+                    self._fitting = FittingShapes()
                 self._fitting.add(now.shapes)
+                self._peak_bytes = peak_bytes if has_more else max(peak_bytes, self._peak_bytes)
+                self._planned_for = replace(self._planned_for, held_bytes=now.held_bytes)
                 self._insert(groups)
                 return
-            why = ", for a larger batch"
+            why = ", with more that is held beside it" if has_more else ", for a larger batch"
         curve = StepCurve(fake, self._times, self._workspace)
         if not fake.has_backward:  # such as a batch that is left out: it tells nothing of the others
             self._insert(groups)
@@ -132,7 +148,9 @@ class AutomaticSelection:
         self._warn_of_uncounted(fake)
         self._fitting = FittingShapes()
         self._fitting.add(now.shapes)
-        self._plan, self._planned_for = plan, now.at_least(fake.state_bytes, fake.gradient_bytes)
+        self._plan, self._peak_bytes = plan, plan.peak_bytes
+        now = replace(now, held_bytes=now.held_bytes + fake.logged_bytes)
+        self._planned_for = now.at_least(fake.state_bytes, fake.gradient_bytes)
         self._insert(plan.groups)
         self._say(f"step {self._trainer.global_step}{why}: {plan}")
 
@@ -142,6 +160,8 @@ class AutomaticSelection:
 
     def _conditions(self, arguments: Any) -> StepConditions:
         tensors = find_tensors(arguments)
+        if self._held_bytes is None:
+            self._held_bytes = 0 if self._limit_bytes is None else self._held.num_bytes(tensors)
         return StepConditions(
             shapes=tuple(tuple(tensor.shape) for tensor in tensors),
             batch_bytes=sum(tensor.nbytes for tensor in tensors),
@@ -149,17 +169,22 @@ class AutomaticSelection:
             state_bytes=state_bytes(self._trainer.optimizers),
             trained=trained_parameters(self._model),
             parameter_bytes=sum(parameter.nbytes for parameter in self._model.parameters()),
+            held_bytes=self._held_bytes,
         )
 
     def _has_room_for(self, now: StepConditions) -> bool:
         """Whether a batch cannot break the limit, whatever the model does with it."""
-        if self._limit_bytes is None or self._fitting.contains(now.shapes):
+        if self._limit_bytes is None:
             return True
         assert self._plan is not None
+        assert self._planned_for is not None
+        more_bytes = max(0, now.held_bytes - self._planned_for.held_bytes)
+        if self._fitting.contains(now.shapes):
+            return self._peak_bytes + more_bytes <= self._limit_bytes
         held = self._plan.breakdown.at_peak
         steady = sum(num for category, num in held.items() if category in _STEADY)
         growing = self._plan.peak_bytes - steady
-        return steady + growing * self._fitting.growth(now.shapes) <= self._limit_bytes
+        return steady + growing * self._fitting.growth(now.shapes) + more_bytes <= self._limit_bytes
 
     def _fake(self, step: Callable[..., Any], args: Any, kwargs: Any, zeroes: bool) -> FakeStep:
         trainer, model = self._trainer, self._model
@@ -177,6 +202,8 @@ class AutomaticSelection:
             is_first=zeroes and not any(parameter.grad is not None for parameter in model.parameters()),
             closure_step=step_optimizer,
             also=(trainer, trainer.lr_scheduler_configs),
+            held=() if self._limit_bytes is None else self._held.tensors(),
+            logs_first=not trainer.callback_metrics,
             may_keep_graph=self._limit_bytes is None,
         )
 

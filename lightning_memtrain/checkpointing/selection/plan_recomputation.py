@@ -22,6 +22,7 @@ from lightning_memtrain.core.arguments.value_checks import (
 from lightning_memtrain.ledger.operators.op_times import OpTimes
 from lightning_memtrain.ledger.operators.workspace import OpWorkspace
 from lightning_memtrain.tracing.step.fake_step import FakeStep
+from lightning_memtrain.tracing.user_state.held_tensors import HeldTensors
 
 
 def plan_recomputation(
@@ -70,7 +71,9 @@ def plan_recomputation(
         _ = ByteLimit(limit, "plan_recomputation(limit)")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     limit_bytes = MemoryBudget(limit).limit_bytes_on(device)
-    fake = FakeStep(model, step, arguments, optimizers)
+    states = [optimizer.state for optimizer in optimizers]
+    held = () if limit_bytes is None else HeldTensors().within([model, step], leave=states)
+    fake = FakeStep(model, step, arguments, optimizers, held=held)
     workspace = None if limit_bytes is None else OpWorkspace(device)
     curve = StepCurve(fake, OpTimes(device), workspace)
     if not fake.has_backward:

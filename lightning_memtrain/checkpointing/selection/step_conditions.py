@@ -25,6 +25,7 @@ class StepConditions:
         state_bytes: of the optimizers' state.
         trained: which parameters are trained, by ``id``.
         parameter_bytes: of all parameters.
+        held_bytes: of all that is held from step to step beside batch and state; 0 if there is no limit.
     """
 
     shapes: Shapes
@@ -33,6 +34,7 @@ class StepConditions:
     state_bytes: int
     trained: frozenset[int]
     parameter_bytes: int
+    held_bytes: int = 0
 
     def beyond(self, planned_for: StepConditions, *, exactly: bool) -> str:
         """What there is more of now but for the batch's shape, for people; nothing if there is not.
@@ -66,7 +68,7 @@ class StepConditions:
         )
 
     def joined(self, other: StepConditions) -> StepConditions:
-        """The most of both, for the batch of this one."""
+        """The most of both, for the batch of this one, and what is held now."""
         return replace(
             self,
             batch_bytes=max(self.batch_bytes, other.batch_bytes),

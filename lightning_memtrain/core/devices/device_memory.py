@@ -59,6 +59,25 @@ def total_device_bytes(device: torch.device) -> int | None:
     return int(total_bytes)
 
 
+def allocated_device_bytes(device: torch.device) -> int | None:
+    """Bytes that tensors of this process have on a device now.
+
+    Args:
+        device: any device.
+
+    Returns:
+        The bytes; ``None`` where nobody counts them, as on the CPU.
+
+    Example:
+        >>> allocated_device_bytes(torch.device("cpu")) is None
+        True
+    """
+    module: Any = getattr(torch, device.type, None)
+    if not hasattr(module, "memory_allocated"):
+        return None
+    return int(module.memory_allocated(device))
+
+
 def _mps_bytes() -> int:
     return int(torch.mps.recommended_max_memory())
 

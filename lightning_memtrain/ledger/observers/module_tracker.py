@@ -89,6 +89,10 @@ class ModuleTracker:
         self._num_frames = 0
         self.type_names: dict[str, str] = {}
 
+    def __reduce__(self) -> tuple[Callable[[], ModuleTracker], tuple[()]]:
+        # A module that is copied or pickled while it is followed takes its hooks along, which follow nothing.
+        return _follows_nothing, ()
+
     def begin(self, modules: Sequence[tuple[str, nn.Module]]) -> None:
         """Follow forward calls of modules by hooks until :meth:`end`.
 
@@ -200,6 +204,10 @@ class ModuleTracker:
         if task == NOT_IN_BACKWARD:
             self._first_nodes.append(_next_node_number())
             self._modules_of_nodes.append(module)
+
+
+def _follows_nothing() -> ModuleTracker:
+    return ModuleTracker(lambda name: None, bool)
 
 
 def _raise_recursion_limit(num_frames: int) -> None:

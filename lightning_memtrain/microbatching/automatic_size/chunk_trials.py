@@ -37,9 +37,8 @@ from lightning_memtrain.microbatching.batch_snapshot import BatchSnapshot, resto
 from lightning_memtrain.microbatching.chunk_runner import ChunkRunner
 from lightning_memtrain.microbatching.training_loop import Backward
 from lightning_memtrain.optimizer_steps import SupportsParameterStep
+from lightning_memtrain.tracing.step.fake_step import LOGGED_BYTES
 
-# Of each logged name Lightning keeps a sum and a count, and what it shows of them.
-_LOGGED_BYTES = 64
 # What the allocator holds beyond the ledger is looked at twice if it is more than one part in so many.
 _NOTABLE = 50
 # A loss scaler looks for infinities and makes a few scalars.
@@ -108,12 +107,13 @@ class ChunkTrials:
         self._num_logged = 0
         self._sum_bytes = 0
         self._has_gradients = False  # of all parameters that get one
+        self._leaves_more = False  # a chunk leaves more behind than its loss and what it has logged
 
     @property
     def coming_bytes(self) -> int:
         """What there is more of from the next batches on: optimizer state, and sums of what is logged."""
         state_bytes = 0 if self.forecast is None else self.forecast.kept_bytes
-        return state_bytes + self._num_logged * _LOGGED_BYTES
+        return state_bytes + self._num_logged * LOGGED_BYTES
 
     @property
     def unseen_before_update(self) -> dict[str, int]:
@@ -146,6 +146,7 @@ class ChunkTrials:
             ArgumentError: if ``split_fn`` does not split evenly.
         """
         size = -(-self._batch_size // num_chunks)
+        left_more = self._leaves_more
         ran_out = self._run(num_chunks, size)
         if size not in self.measured:
             release_memory(self._device)
@@ -153,6 +154,10 @@ class ChunkTrials:
             self._run(num_chunks, size)  # once more without what the allocator kept
         elif self._beyond_ledger.get(size, 0) * _NOTABLE > self._ledger.current_bytes:
             self._run(num_chunks, size)  # it may have been for once, as when another technique measures
+        elif not left_more and self._leaves_more:
+            self._run(
+                num_chunks, size
+            )  # a cache is made by the first chunk alone, so another one runs before
         measured = self.measured.get(size)
         return Peak(size, None if measured is None else measured.peak_bytes)
 
@@ -189,11 +194,16 @@ class ChunkTrials:
                     self._backward,
                     num_chunks,
                     watched,
-                    warms_up=needs_gradients and not had_gradients,
+                    warms_up=(num_chunks > 1 and self._leaves_more)
+                    or (needs_gradients and not had_gradients),
                 )
                 self._num_logged = max(self._num_logged, len(kept.logged))
                 on_device = [x for x in tensors_in(kept) if x.device.type == self._device.type]
                 kept_bytes = sum(tensor.nbytes for tensor in on_device)
+                first, last, _ = found[-1]
+                left_bytes = self._ledger.bytes_at(last) - self._ledger.bytes_at(first)
+                if num_chunks > 1 and left_bytes > kept_bytes:  # such as features in an attribute
+                    self._leaves_more, kept_bytes = True, left_bytes
                 # Beside those of all chunks, the loss of the last one as it was, and their sum.
                 if num_chunks > 1 and kept.loss is not None:
                     self._sum_bytes = 2 * kept.loss.nbytes

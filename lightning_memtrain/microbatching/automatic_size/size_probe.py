@@ -27,6 +27,7 @@ from lightning_memtrain.microbatching.automatic_size.update_guard import UpdateG
 from lightning_memtrain.microbatching.batch_snapshot import BatchSnapshot, restore
 from lightning_memtrain.microbatching.chunk_runner import ChunkRunner
 from lightning_memtrain.microbatching.training_loop import Backward
+from lightning_memtrain.tracing.user_state.held_tensors import HeldTensors
 
 
 class SizeProbe:
@@ -44,6 +45,7 @@ class SizeProbe:
         self._device = self._trainer.strategy.root_device
         self._size = size
         self._guard = guard
+        self._held = HeldTensors()
         self._ledger: MemoryLedger | None = None
         self._unknown_bytes: int | None = None  # within reach before the first batch, but used in no step
 
@@ -58,7 +60,9 @@ class SizeProbe:
         Args:
             batch: the whole batch.
         """
-        ledger = MemoryLedger(self._runner.model, self._trainer.optimizers, batch, device=self._device)
+        model, optimizers = self._runner.model, self._trainer.optimizers
+        held = self._held.beside_steps(self._trainer, model)
+        ledger = MemoryLedger(model, optimizers, batch, device=self._device, held=held)
         self._ledger = ledger.__enter__()
 
     def stop(self) -> None:

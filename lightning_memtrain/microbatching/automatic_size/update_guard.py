@@ -13,6 +13,7 @@ from lightning_memtrain.core import OutOfReach
 from lightning_memtrain.ledger import AllocationLimit, LimitReached, MemoryLedger, ResultBytes
 from lightning_memtrain.microbatching.automatic_size.limit_errors import update_limit_error
 from lightning_memtrain.microbatching.rank_agreement import raise_on_all_ranks
+from lightning_memtrain.tracing.user_state.held_tensors import HeldTensors
 
 # The first step makes state, the second is the first that has it.
 _NUM_WATCHED = 2
@@ -37,6 +38,7 @@ class UpdateGuard:
         self._unforeseeable: set[str] = set()
         self._num_watched: dict[str, int] = {}
         self._over_bytes: dict[str, int] = {}
+        self._held = HeldTensors()
         self._ledger: MemoryLedger | None = None
         self._signature = ""
         self._limit_bytes = 0
@@ -119,7 +121,8 @@ class UpdateGuard:
             return
         self._limit_bytes, device = limit_bytes, self._trainer.strategy.root_device
         optimizers, limit = self._trainer.optimizers, self._limit()
-        ledger = MemoryLedger(self._model, optimizers, batch, device=device, limit=limit)
+        held = self._held.beside_steps(self._trainer, self._model)
+        ledger = MemoryLedger(self._model, optimizers, batch, device=device, limit=limit, held=held)
         self._ledger, self._signature = ledger.__enter__(), signature
 
     def end(self) -> None:

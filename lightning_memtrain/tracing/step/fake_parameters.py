@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_memtrain.compat.torch_private import FakeTensor, FakeTensorMode
+from lightning_memtrain.compat.torch_private import FakeTensor, FakeTensorMode, storage_key
 from lightning_memtrain.ledger.tensors.distributed_tensors import gradients_lie_in_buckets
-from lightning_memtrain.ledger.tensors.storages import tensors_in
+from lightning_memtrain.ledger.tensors.storages import storages_of, tensors_in
 from lightning_memtrain.tracing.step.fake_mode import MOST_KNOWN_BYTES
 from lightning_memtrain.tracing.user_state.capture import UserState
 
@@ -65,6 +65,29 @@ class FakeParameters:
                     tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
                 )
         return self._mode.from_tensor(tensor.detach(), static_shapes=True)
+
+    def beside(self, held: Iterable[Tensor]) -> list[Tensor]:
+        """What is held beside a step on fake tensors, where these take the place of training state.
+
+        Args:
+            held: tensors of any shape and dtype, as they are while no fake ones are in place.
+
+        Returns:
+            The same with fake ones, without what shares memory with the tensors whose place they take.
+        """
+        replaced = {
+            storage_key(storage)
+            for parameter, _ in self._pairs
+            for tensor in (parameter, parameter.grad)
+            if tensor is not None
+            for storage in storages_of(tensor)
+        }
+        return [
+            self.by_id.get(id(one), one)
+            for one in held
+            if id(one) in self.by_id
+            or not any(storage_key(storage) in replaced for storage in storages_of(one))
+        ]
 
     @property
     def gradient_bytes(self) -> int:

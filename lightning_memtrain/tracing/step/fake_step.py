@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -28,6 +28,9 @@ from lightning_memtrain.tracing.step.value_methods import FakeValueMethods, Reco
 from lightning_memtrain.tracing.user_state.capture import UserState
 
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+
+#: Of each logged name Lightning keeps a sum and a count, and what it shows of them.
+LOGGED_BYTES = 64
 
 Watch = TypeVar("Watch", bound=AbstractContextManager[Any])
 
@@ -51,6 +54,8 @@ class FakeStep:
         closure_step: steps an optimizer as the run does it, with a closure that runs forward and backward;
             by default they run first, and ``optimizer.step()`` after them.
         also: what else the step may change, such as schedulers.
+        held: what lives on beside the step, of any shape and dtype; training state among it is passed over.
+        logs_first: whether nothing is logged yet, so that the steps to come hold what this one logs.
         may_keep_graph: whether a forward that is run for what its data answers may keep a graph for backward,
             if it cannot do without, as one that differentiates by itself. Its activations are held then.
     """
@@ -66,6 +71,8 @@ class FakeStep:
         is_first: bool = False,
         closure_step: ClosureStep | None = None,
         also: Sequence[Any] = (),
+        held: Iterable[Tensor] = (),
+        logs_first: bool = False,
         may_keep_graph: bool = False,
     ) -> None:
         self.model = model
@@ -75,6 +82,8 @@ class FakeStep:
         self._zeroes_after_forward = zeroes_after_forward
         self._is_first = is_first
         self._may_keep_graph = may_keep_graph
+        self._logs_first = logs_first
+        self._logged: set[str] = set()
         self._closure_step = closure_step
         self._fake_mode = _mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)
         self._recorded_values = RecordedValues()
@@ -82,6 +91,7 @@ class FakeStep:
         with dry_run():  # nobody who watches steps is to see what is made here
             self._state = UserState(model, step, self._arguments, self._optimizers, *also)
             self._parameters = FakeParameters(self._fake_mode, model, self._optimizers, self._state.tensors)
+            self._held = self._parameters.beside(held)
         self.depends_on_random_numbers = False
         """Whether another draw of random numbers may lead to another step, as where layers are left out."""
         self._seed: int | None = None
@@ -118,8 +128,26 @@ class FakeStep:
         with self._in_place() as undo:
             self._set_up()
             yield undo.enter_context(
-                MemoryLedger(self.model, self._optimizers, self._arguments, workspace=workspace)
+                MemoryLedger(
+                    self.model,
+                    self._optimizers,
+                    self._arguments,
+                    workspace=workspace,
+                    held=(*self._held, *self._logged_before()),
+                )
             )
+
+    @property
+    def logged_bytes(self) -> int:
+        """What Lightning will hold of what this step logs, if it is the first to log something."""
+        return LOGGED_BYTES * len(self._logged) if self._logs_first else 0
+
+    def _logged_before(self) -> list[Tensor]:
+        if not self.logged_bytes:
+            return []
+        device = next((parameter.device for parameter in self.model.parameters()), None)
+        with self._fake_mode:
+            return [torch.empty(self.logged_bytes, dtype=torch.uint8, device=device)]
 
     def run(self) -> None:
         """Forward, backward and the optimizers' steps, inside of :meth:`watched`.
@@ -275,7 +303,7 @@ class FakeStep:
     def _enter_quietly(self, undo: ExitStack) -> None:
         undo.enter_context(dry_run())
         undo.callback(self._state.restore)
-        self._unknown = undo.enter_context(logging_silenced(self.model))
+        self._unknown = undo.enter_context(logging_silenced(self.model, self._logged))
         undo.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # the real step gives them
         # Torch writes many lines where an operator has no rule for tensors without data.

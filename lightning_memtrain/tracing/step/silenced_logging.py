@@ -15,21 +15,21 @@ from lightning_memtrain.compat.lightning_private import trainer_of
 from lightning_memtrain.core import without_frames
 from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
 
-_REPORTS = ("log", "log_dict", "print")
-
 
 @contextmanager
-def logging_silenced(model: nn.Module) -> Iterator[list[UnknownValueError]]:
+def logging_silenced(model: nn.Module, names: set[str] | None = None) -> Iterator[list[UnknownValueError]]:
     """Run a step whose `self.log` does nothing, whose loggers log nothing, and that calls no callback.
 
     Metrics run, since they may be losses, too; one that asks for values returns zero.
 
     Args:
         model: the module that is trained.
+        names: gets those of what would have been logged.
 
     Yields:
         The questions that metrics could not answer, so far.
     """
+    logged: set[str] = set() if names is None else names
     unknown: list[UnknownValueError] = []
     undo: list[tuple[dict[str, Any], str, Any]] = []
 
@@ -39,8 +39,9 @@ def logging_silenced(model: nn.Module) -> Iterator[list[UnknownValueError]]:
 
     # Of either package that Lightning comes in.
     if any(kind.__name__ == "LightningModule" for kind in type(model).__mro__):
-        for name in _REPORTS:
-            put(model.__dict__, name, _nothing)
+        put(model.__dict__, "log", lambda name=None, *args, **kwargs: logged.add(str(name)))
+        put(model.__dict__, "log_dict", lambda dictionary=(), *args, **kwargs: logged.update(dictionary))
+        put(model.__dict__, "print", lambda *args, **kwargs: None)
         trainer = trainer_of(model)
         if trainer is not None:
             put(trainer.__dict__, "_loggers", [DummyLogger() for _ in trainer.loggers])
@@ -70,10 +71,6 @@ def answer_metrics(
         if isinstance(module, Metric):
             for name in ("forward", "update", "compute"):
                 put(module.__dict__, name, _zero_where_unknown(getattr(module, name), unknown))
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 def _zero_where_unknown(method: Any, unknown: list[UnknownValueError]) -> Any:

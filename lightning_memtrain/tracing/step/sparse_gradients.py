@@ -31,6 +31,8 @@ class SparseGradients:
     def __init__(self, note_unknown: Callable[[Tensor], None]) -> None:
         self._note_unknown = note_unknown
         self._made_up: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        # By storages of tensors without data, which live on beside the sparse tensors made of them.
+        self._moved_to: dict[int, tuple[weakref.ref[torch.UntypedStorage], Tensor]] = {}
 
     def takes(self, func: Any, args: Any, tensors: list[Tensor]) -> bool:
         """Whether a call is one for :meth:`run`.
@@ -71,8 +73,9 @@ class SparseGradients:
         elif func is _MASK:
             dense, mask = args
             values = torch.zeros(mask._values().shape, dtype=dense.dtype)
+            places = mask._indices().clone()  # as torch's own does
             result = torch.sparse_coo_tensor(
-                mask._indices(), values, mask.shape, is_coalesced=mask.is_coalesced(), check_invariants=False
+                places, values, mask.shape, is_coalesced=mask.is_coalesced(), check_invariants=False
             )
         else:
             result = func(*args, **kwargs)
@@ -81,12 +84,19 @@ class SparseGradients:
         return result
 
     def _moved(self, values: Tensor) -> Tensor:
-        """Zeros in the place of a tensor without data, whose bytes are from now on theirs."""
+        """Zeros in the place of a tensor without data, whose bytes are from now on theirs.
+
+        They last as long as it does, since whoever made the sparse tensor may hold the dense one longer.
+        """
         storage = values.untyped_storage()
-        num = storage.nbytes() // values.dtype.itemsize
+        key = storage_key(storage)
         with disable_current_modes():
-            made = torch.zeros(num, dtype=values.dtype)
-            made = made.as_strided(values.shape, values.stride(), values.storage_offset())
+            if key not in self._moved_to:
+                zeros = torch.zeros(storage.nbytes() // values.dtype.itemsize, dtype=values.dtype)
+                reference = weakref.ref(storage, lambda _: self._moved_to.pop(key, None))
+                self._moved_to[key] = reference, zeros
+            zeros = self._moved_to[key][1]
+            made = zeros.as_strided(values.shape, values.stride(), values.storage_offset())
         storage.resize_(0)
         return made
 

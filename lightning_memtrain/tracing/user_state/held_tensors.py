@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import gc
 import types
@@ -10,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -33,6 +34,8 @@ _NO_PARTS = (
 )
 # A user's object may lead to millions of others, such as the tokens of a data set.
 _MOST_OBJECTS = 1_000_000
+# Modules have a dozen of these for hooks, nearly always empty.
+_CONTAINERS = frozenset({dict, collections.OrderedDict, list, set, tuple})
 
 
 class HeldTensors:
@@ -55,18 +58,32 @@ class HeldTensors:
         # What is known of classes is found out again; some of them cannot be named in another process.
         return HeldTensors, ()
 
-    def within(self, roots: Iterable[Any]) -> list[Tensor]:
+    def beside_steps(self, trainer: Trainer, model: LightningModule) -> list[Tensor]:
+        """What a fit holds beside its steps, parameters and buffers among it, without optimizers' state.
+
+        Args:
+            trainer: fits.
+            model: its module.
+
+        Returns:
+            The tensors, of any shape, dtype and device.
+        """
+        states = [one.state for one in trainer.optimizers if hasattr(one, "state")]
+        return self.within([model, trainer, trainer.strategy], leave=states)
+
+    def within(self, roots: Iterable[Any], leave: Iterable[Any] = ()) -> list[Tensor]:
         """All tensors within reach, each once.
 
         Args:
             roots: where to begin.
+            leave: objects that are not looked into.
 
         Returns:
             The tensors, of any shape, dtype and device.
         """
         found: list[Tensor] = []
         # What is seen is kept, so that its id stays its own.
-        seen: dict[int, Any] = {}
+        seen: dict[int, Any] = {id(one): one for one in leave}
         waiting = [*roots]
         # Objects that are only made here should not make the collector look at everything.
         collects = gc.isenabled()
@@ -95,6 +112,10 @@ class HeldTensors:
             return [own] if own else []
         if kind is functools.partial:
             return [one.func, one.args, one.keywords]
+        if issubclass(kind, torch.nn.Module) and kind.__basicsize__ == torch.nn.Module.__basicsize__:
+            # As below, in a third of the time: there may be thousands.
+            values = vars(one).values()
+            return [value for value in values if value.__class__ not in _CONTAINERS or value]
         return gc.get_referents(one)
 
     def _passes_over(self, kind: type) -> bool:

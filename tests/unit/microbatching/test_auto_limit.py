@@ -60,12 +60,6 @@ class Convolutions(Net):
         self.head = nn.Linear(4 * 6 * 6, 8)
 
 
-@pytest.fixture(autouse=True)
-def _what_lies_beside_steps_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The limit is one of what steps use; what lies beside them is in the report alone.
-    monkeypatch.setattr("lightning_memtrain.report.profiler.held_beside", lambda *given: [])
-
-
 def data(*sizes: int, shape: tuple[int, ...] = (32,)) -> DataLoader:
     generator = torch.Generator().manual_seed(1)
     return DataLoader([torch.randn(size, *shape, generator=generator) for size in sizes], batch_size=None)

@@ -76,7 +76,6 @@ def _peaks_are_the_ledgers(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("report.profiler", "microbatching.automatic_size.chunk_trials"):
         monkeypatch.setattr(f"lightning_memtrain.{module}.allocator_statistics", lambda device: None)
     # The limit is one of what steps use; what lies beside them is in the report alone.
-    monkeypatch.setattr("lightning_memtrain.report.profiler.held_beside", lambda *given: [])
 
 
 def step_peaks(folder: Path, technique: Microbatching, optimizer: Any, accumulate: int = 1) -> list[int]:
@@ -91,6 +90,8 @@ def step_peaks(folder: Path, technique: Microbatching, optimizer: Any, accumulat
 # Each chunk keeps its loss until the batch is logged, at most 24 times 4 bytes.
 LOSSES_BYTES = 96
 RNG_BYTES = torch.get_rng_state().nbytes
+# Of what "auto" logs itself, the size in force.
+LOGGED_BYTES = 4
 PARAMETERS_BYTES = 4 * sum(parameter.numel() for parameter in Net().parameters())
 
 
@@ -107,6 +108,7 @@ def test_it_finds_the_largest_size_within_the_limit(
     # The first step is that of the probe.
     peak_bytes = step_peaks(tmp_path, exactly, optimizer, accumulate)[-1]
     # Lightning 2.4 holds less amid a window.
+    peak_bytes -= LOGGED_BYTES
     assert peak_bytes == limit_bytes or (accumulate > 1 and peak_bytes == limit_bytes - PARAMETERS_BYTES)
     assert largest_chunk(exactly) == size
 
@@ -119,7 +121,8 @@ def test_room_is_left_for_optimizer_state_before_it_is_there(tmp_path: Path):
     first, *_, last = step_peaks(tmp_path, Microbatching(microbatch_size=8), torch.optim.Adam)
     assert last - first == 2 * PARAMETERS_BYTES + 4 * 6  # and the number of steps, for each parameter
     microbatching = auto(last + RNG_BYTES)
-    assert step_peaks(tmp_path, microbatching, torch.optim.Adam) == [first, last, last]
+    peaks = step_peaks(tmp_path, microbatching, torch.optim.Adam)
+    assert peaks == [first, last + LOGGED_BYTES, last + LOGGED_BYTES]
     (event,) = microbatching.technique_record().events
     assert event.startswith("step 0: microbatch_size=8 of 24 samples: ")
     # In the first step, 8 samples would fit.

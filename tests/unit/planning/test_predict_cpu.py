@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +18,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_memtrain as mt
 from lightning_memtrain.cli.app import main
+from lightning_memtrain.ledger.operators.workspace import OpCall, OpWorkspace, op_call
 from lightning_memtrain.planning import Device, predict
+from lightning_memtrain.planning.prediction.cpu.calibration import measure_call
 from lightning_memtrain.planning.prediction.predict import Repeated
 from lightning_memtrain.tracing.device import available_bytes
 
@@ -94,6 +97,14 @@ CASES: dict[str, tuple[Callable[[], Net], Tensor]] = {
     "sparse bags": (lambda: Net(lambda: nn.EmbeddingBag(1000, 32, sparse=True), bags), BAGS),
     "sparse state": (
         lambda: Net(lambda: nn.Embedding(1000, 32, sparse=True), bags, torch.optim.Adagrad),
+        BAGS,
+    ),
+    "sparse Adam": (
+        lambda: Net(lambda: nn.EmbeddingBag(1000, 32, sparse=True), bags, torch.optim.SparseAdam),
+        BAGS,
+    ),
+    "sparse Adam, rows without bags": (
+        lambda: Net(lambda: nn.Embedding(1000, 32, sparse=True), bags, torch.optim.SparseAdam),
         BAGS,
     ),
 }
@@ -341,3 +352,15 @@ def test_a_choice_by_weights_names_its_line_and_a_number_is_told() -> None:
         predict(Net(lambda: nn.Linear(128, 8), chooses), ROWS, device="cpu")
     (unknown,) = predict(Net(lambda: nn.Linear(128, 8), looks), ROWS, device="cpu").unknown
     assert "test_predict_cpu.py" in unknown
+
+
+def test_recurrent_layers_are_measured_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OneDNN checks no sizes: with one of them replaced it would write elsewhere in this process."""
+    run: list[OpCall] = []
+    monkeypatch.setattr(OpWorkspace, "peak_bytes", lambda self, call: run.append(call) or 0)
+    series = torch.empty(64, 128, 2048)  # twice what is measured as it is otherwise
+    for operator in (torch.ops.aten.mkldnn_rnn_layer.default, torch.ops.aten.mm.default):
+        call = op_call(operator, (series,), {})
+        assert measure_call(pickle.dumps((call, 0))) == (0, None)
+    assert [one.tensors[0].shape for one in run if "rnn" in str(one.func)] == [(64, 128, 2048)]
+    assert (64, 128, 2048) not in [one.tensors[0].shape for one in run if "mm" in str(one.func)]

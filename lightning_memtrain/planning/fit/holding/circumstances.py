@@ -8,9 +8,14 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_memtrain.checkpointing.selection.held_beside import HeldBeside
+from lightning_memtrain.core import KIB, format_bytes
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.automatic_size.fitting_size import Shapes, shape_growth
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of
+
+# What the first step has logged, which the trial of a plan holds, too, is no more than was planned for.
+_LOGGED_BYTES = 4 * KIB
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Circumstances:
         trained: for each parameter of the model, whether it is trained.
         optimized: parameters of each optimizer.
         accumulated: batches per update.
+        held_bytes: what lives on beside the steps; 0 where nobody looked.
     """
 
     batch_size: int | None
@@ -32,15 +38,19 @@ class Circumstances:
     trained: tuple[bool, ...]
     optimized: tuple[int, ...]
     accumulated: int
+    held_bytes: int = 0
 
     @classmethod
-    def of(cls, trainer: pl.Trainer, model: pl.LightningModule, batch: Any) -> Circumstances:
+    def of(
+        cls, trainer: pl.Trainer, model: pl.LightningModule, batch: Any, held: HeldBeside | None = None
+    ) -> Circumstances:
         """Look at a run right before a batch.
 
         Args:
             trainer: the trainer that fits.
             model: its module.
             batch: the batch, on its device.
+            held: looks for what lives on beside the steps.
 
         Returns:
             What was found.
@@ -56,6 +66,7 @@ class Circumstances:
                 for optimizer in trainer.optimizers
             ),
             accumulated=trainer.accumulate_grad_batches,
+            held_bytes=0 if held is None else held.num_bytes(tensors),
         )
 
     def beyond(self, planned: Circumstances) -> list[str]:
@@ -88,7 +99,20 @@ class Circumstances:
             found.append(f"the optimizer has {more} more {_plural('parameter', more)}")
         if self.accumulated > 1 >= planned.accumulated:
             found.append(f"gradients of {self.accumulated} batches are accumulated")
+        if more_bytes := self.more_held_bytes(planned):
+            found.append(f"{format_bytes(more_bytes)} more are held beside the steps")
         return found
+
+    def more_held_bytes(self, planned: Circumstances) -> int:
+        """What lives on beside the steps that did not when a plan was made.
+
+        Args:
+            planned: what it was made for.
+
+        Returns:
+            The bytes.
+        """
+        return max(0, self.held_bytes - planned.held_bytes - _LOGGED_BYTES)
 
     def growth(self, planned: Circumstances) -> float:
         """How many times more memory than planned a batch may take at most, if only its shapes are others.

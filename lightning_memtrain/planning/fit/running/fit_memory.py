@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
+from lightning_memtrain.checkpointing.selection.held_beside import HeldBeside
 from lightning_memtrain.compat.lightning_packages import refuse_mix
 from lightning_memtrain.core import ArgumentError, TechniqueRecord, format_bytes, is_out_of_memory
 from lightning_memtrain.core.arguments.value_checks import check_kinds
@@ -107,13 +108,15 @@ class FitMemory(pl.Callback):
         self._events: list[str] = []
         self._states: Mapping[str, Any] = {}
         self._resumed: dict[str, Any] | None = None
+        self._held: HeldBeside | None = None
         self._limit_bytes = 0
         self._missing_bytes = 0
         self._run: tuple[weakref.ref[Any], weakref.ref[Any]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Sent to other processes and copied by tuners; what is applied belongs to the run that goes on here.
-        state = {**self.__dict__, "_run": None, "_applied": None, "_in_force": None, "_known": KnownPlans()}
+        nothing = dict.fromkeys(("_run", "_applied", "_in_force", "_held"))
+        state = {**self.__dict__, **nothing, "_known": KnownPlans()}
         return {**state, "_states": {}, "_resumed": None}
 
     @property
@@ -145,6 +148,7 @@ class FitMemory(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Follow the plan that is there already: one that was given, or one of a checkpoint."""
+        self._held = HeldBeside(trainer, pl_module)
         device = device_of(trainer.strategy.root_device)
         try:
             available_bytes = free_device_bytes(trainer.strategy.root_device)
@@ -169,7 +173,7 @@ class FitMemory(pl.Callback):
         """Plan, or see that the plan holds for this batch."""
         if self._resumed is not None:  # a strategy that restores late
             self._take_resumed(trainer, pl_module, in_training=True)
-        now = Circumstances.of(trainer, pl_module, batch)
+        now = Circumstances.of(trainer, pl_module, batch, self._held)
         held = self._known.plan_for(now, self._limit_bytes, self._in_force)
         if held is None and self._given is not None and not self._known and self._is_for(self._given, now):
             held = self._known.add(now, self._given)

@@ -117,4 +117,6 @@ def _holds(plan: Plan, planned: Circumstances, now: Circumstances, limit_bytes: 
     if not now.beyond(planned):
         return True
     needed_bytes = None if plan.chosen is None else plan.needed_bytes(plan.chosen)
-    return needed_bytes is not None and needed_bytes * now.growth(planned) <= limit_bytes
+    if needed_bytes is None:
+        return False
+    return needed_bytes * now.growth(planned) + now.more_held_bytes(planned) <= limit_bytes

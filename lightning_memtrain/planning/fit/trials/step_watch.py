@@ -72,7 +72,7 @@ class StepWatch(pl.Callback):
             batch,
             device=trainer.strategy.root_device,
             workspace=self._workspace,
-            held=HeldTensors().within([pl_module, trainer, trainer.strategy]),
+            held=HeldTensors().beside_steps(trainer, pl_module),
         )
         self._step_undo.enter_context(self._ledger)
 

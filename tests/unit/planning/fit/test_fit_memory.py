@@ -351,3 +351,23 @@ def test_what_the_search_cannot_do_is_said(tmp_path: Path, monkeypatch: pytest.M
         MisconfigurationException, match="`FitMemory` cannot plan this run: it asks for a number"
     ):
         quiet_trainer(tmp_path, mt.FitMemory("1GiB")).fit(Net(), loader(8))
+
+
+class Keeps(pl.Callback):
+    """Has something to keep from its second batch on."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int) -> None:
+        if index == 1:
+            self.kept = torch.zeros(5 * 1024)
+
+
+def test_it_plans_again_where_more_is_held_beside_the_steps(tmp_path: Path, stand_in: StandInSearch) -> None:
+    callback = mt.FitMemory(limit_for(4))
+    quiet_trainer(tmp_path, callback, Keeps()).fit(Net(), loader(8, 8, 8, 8))
+    assert len(stand_in.calls) == 2
+    _, again = callback.technique_record().events
+    assert again.startswith("step 2: ")
+    assert again.endswith("(planned again: 16.00 KiB more are held beside the steps)")
+    roomy = mt.FitMemory("1GiB")
+    quiet_trainer(tmp_path, roomy, Keeps()).fit(Net(), loader(8, 8, 8, 8))
+    assert len(roomy.technique_record().events) == 1
