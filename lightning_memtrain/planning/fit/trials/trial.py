@@ -93,7 +93,7 @@ def _fit(
     watch: StepWatch,
     folder: str,
 ) -> None:
-    trainer = few_steps_trainer(model, {**place, "default_root_dir": folder}, given, watch, num_steps=2)
+    trainer = few_steps_trainer(model, {**place, "default_root_dir": folder}, given, watch, num_steps=2, max_epochs=1)
     accumulated = given.get("accumulate_grad_batches", 1)
     batches = [trial.first_batch] * accumulated + [trial.batch] * accumulated
     trainer.fit(model, _Loader(batches))
@@ -104,6 +104,9 @@ class _Loader:
 
     def __init__(self, batches: list[Any]) -> None:
         self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._batches)
