@@ -204,6 +204,9 @@ class FoundWays:
     seconds: float = 0.0
     predict_way: Callable[[Way], Way] | None = field(default=None, repr=False, compare=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "predict_way": None}  # of the model of this process
+
 
 class Search(Protocol):
     """What finds ways to fit; ``planning/fit/search.py`` has the one that everybody uses."""
@@ -218,6 +221,7 @@ class Search(Protocol):
         device: Device,
         limit_bytes: int,
         allow: tuple[str, ...] = (),
+        techniques: tuple[Any, ...] = (),
     ) -> FoundWays:
         """Find what keeps a limit. Nothing of the caller's process is changed.
 
@@ -230,6 +234,7 @@ class Search(Protocol):
             device: what the run uses.
             limit_bytes: most bytes that the device may be asked for, its context included.
             allow: what may change the result, names that are known.
+            techniques: what may be switched on besides what is known.
 
         Returns:
             The ways.

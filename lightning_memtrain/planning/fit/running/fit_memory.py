@@ -27,18 +27,19 @@ from lightning_memtrain.planning.fit.limits import (
     limit_in_bytes,
     refuse_less_than_weights,
 )
-from lightning_memtrain.planning.fit.make_plan import strategy_refusal
 from lightning_memtrain.planning.fit.plan import Plan
+from lightning_memtrain.planning.fit.refusals import refusal_of_own, strategy_refusal
 from lightning_memtrain.planning.fit.running.agreement import (
     any_rank,
     plan_of_largest,
+    refuse_second_planner,
     without_planners,
 )
 from lightning_memtrain.planning.fit.running.applied_way import AppliedWay
 from lightning_memtrain.planning.fit.running.begun_run_validation import refuse_what_needs_a_trainer
 from lightning_memtrain.planning.fit.running.device_in_use import device_of, reserved_on
 from lightning_memtrain.planning.fit.running.known_plans import KnownPlans
-from lightning_memtrain.planning.fit.running.one_rank import bucket_bytes, one_rank
+from lightning_memtrain.planning.fit.running.one_rank import beside_buckets, bucket_bytes, one_rank
 from lightning_memtrain.planning.fit.running.plan_words import cure, in_words
 from lightning_memtrain.planning.fit.showing.plan_loggers import log_plan
 from lightning_memtrain.planning.fit.showing.plan_table import floor_lines
@@ -129,9 +130,10 @@ class FitMemory(pl.Callback):
             return
         refuse_mix("FitMemory", trainer)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        refused = strategy_refusal(trainer.strategy)
-        if refused:
-            raise MisconfigurationException(f"`FitMemory` {refused}")
+        for refused in (strategy_refusal(trainer.strategy), refusal_of_own(callbacks)):
+            if refused:
+                raise MisconfigurationException(f"`FitMemory` {refused}")
+        refuse_second_planner(callbacks)
         # Lightning walks along this list: what comes before this callback has had its turn.
         callbacks.remove(self)
         callbacks.insert(0, self)
@@ -217,10 +219,13 @@ class FitMemory(pl.Callback):
                     limit_bytes=self._limit_bytes - self._missing_bytes - buckets,
                     allow=self.allow,
                 )
-            found = replace(found, batch_size=now.batch_size, batch_shapes=now.shapes)
-            if buckets:
-                note = f"{format_bytes(buckets)} of the limit are left to the buckets of ddp."
-                found = replace(found, notes=(*found.notes, note))
+            # The model is about to change, so that nothing more can be predicted of it.
+            found = replace(
+                beside_buckets(found, buckets),
+                batch_size=now.batch_size,
+                batch_shapes=now.shapes,
+                predict_way=None,
+            )
             fingerprint = Fingerprint.of(model, now.batch_size)
             device = device_of(trainer.strategy.root_device)
             return Plan(found, device, self._limit_bytes, self.allow, fingerprint), now

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_memtrain.checkpointing.existing_checkpoints import ExistingCheckpoints, is_backward
@@ -49,6 +52,7 @@ class StepWatch(pl.Callback):
         self._ticks: list[tuple[int, OpCall]] = []
         self._steps = 0
         self._was_backward = False
+        self._host_bytes = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go around ``training_step``."""
@@ -113,6 +117,8 @@ class StepWatch(pl.Callback):
             calls = self._operators.update
         call = op_call(operator.func, args, kwargs)
         calls.append(call)
+        if calls is not self._operators.update:
+            self._host_bytes += _between_devices(args, kwargs)
         if self._with_calls and self._ledger is not None:
             self._ticks.append((self._ledger.tick, call))
 
@@ -144,7 +150,7 @@ class StepWatch(pl.Callback):
             workspace_bytes=0,
             at_peak=dict(breakdown.at_peak),
             growth_bytes=growth_bytes,
-            operators=self._operators,
+            operators=replace(self._operators, host_bytes=self._host_bytes),
             facts=self._facts(),
             calls=None
             if calls is None
@@ -172,4 +178,32 @@ class StepWatch(pl.Callback):
                 for one in optimizers
             ),
             exact={type(one).__name__: one.exact for one in candidates if is_technique(one)},
+            on_gpu=trainer.strategy.root_device.type != "cpu",
+            precision=str(trainer.precision),
+            takes_all_at_once=any(map(self._takes_all_at_once, optimizers)),
+            networks=tuple(
+                (name, tuple(f"{name}.{inner}" for inner, _ in child.named_children()))
+                for name, child in self._model.named_children()
+                if any(True for _ in child.parameters())
+            ),
         )
+
+    def _takes_all_at_once(self, optimizer: Optimizer) -> bool:
+        by_default = self._trainer.strategy.root_device.type != "cpu"
+        return any(
+            group.get("foreach") or (by_default and group.get("foreach", True) is None)
+            for group in optimizer.param_groups
+            if not group.get("fused")
+        )
+
+
+def _between_devices(args: Any, kwargs: Any) -> int:
+    """Bytes that a copy between devices moves; 0 for all else."""
+    tensors = [one for one in args if isinstance(one, Tensor)]
+    if not tensors:
+        return 0
+    target = kwargs.get("device")
+    kinds = {one.device.type for one in tensors if one.dim() > 0}
+    if target is not None:
+        kinds.add(torch.device(target).type)
+    return tensors[-1].nbytes if len(kinds) > 1 else 0

@@ -8,14 +8,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.plugins.precision import MixedPrecision
 
+from lightning_memtrain.compat.lightning_packages import namesake
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.ledger import OpWorkspace
 from lightning_memtrain.planning.fit.trials.step_trace import StepTrace
 from lightning_memtrain.planning.fit.trials.step_watch import StepWatch
 from lightning_memtrain.planning.prediction.cpu.cpu_run import on_cpu
-from lightning_memtrain.planning.prediction.few_steps import Model, few_steps_trainer, quiet_folder
+from lightning_memtrain.planning.prediction.few_steps import Model, few_steps_trainer, is_module, quiet_folder
 from lightning_memtrain.planning.prediction.forked import call_in_copy
 from lightning_memtrain.planning.prediction.twin.twin_place import on_twin
+from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE
 from lightning_memtrain.tracing.device import Device
 
 
@@ -57,7 +61,7 @@ def run_trial(model: Model, options: Mapping[str, Any], device: Device, trial: T
 
 
 def _on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> StepTrace:
-    given = _with_techniques(options, trial)
+    given = _with_techniques(model, options, device, trial)
     with quiet_folder() as folder, on_cpu(model, given["callbacks"]) as place:
         watch = StepWatch(trial.num_chunks, OpWorkspace("cpu"), trial.with_calls)
         _fit(place.model, place.trainer_arguments, given, trial, watch, folder)
@@ -65,7 +69,7 @@ def _on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Tri
 
 
 def _on_twin(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> StepTrace:
-    given = _with_techniques(options, trial)
+    given = _with_techniques(model, options, device, trial)
     with quiet_folder() as folder, on_twin(model, device) as place:
         watch = StepWatch(trial.num_chunks, None, trial.with_calls)
         _fit(place.model, place.trainer_arguments, given, trial, watch, folder)
@@ -77,9 +81,14 @@ def _on_twin(model: Model, options: Mapping[str, Any], device: Device, trial: Tr
     )
 
 
-def _with_techniques(options: Mapping[str, Any], trial: Trial) -> dict[str, Any]:
+def _with_techniques(
+    model: Model, options: Mapping[str, Any], device: Device, trial: Trial
+) -> dict[str, Any]:
     given = {"callbacks": (), **options, **trial.trainer_arguments}
+    precision = given.pop("precision", None)
     made = [(place, _made(path, arguments)) for path, arguments, place in trial.techniques]
+    if precision is not None:
+        made.append(("plugins", _precision(model, precision, device)))
     for place in {place for place, _ in made}:
         given[place] = [*given.get(place, ()), *(one for at, one in made if at == place)]
     return given
@@ -93,10 +102,22 @@ def _fit(
     watch: StepWatch,
     folder: str,
 ) -> None:
-    trainer = few_steps_trainer(model, {**place, "default_root_dir": folder}, given, watch, num_steps=2, max_epochs=1)
+    place = {**place, "default_root_dir": folder}
+    trainer = few_steps_trainer(model, place, given, watch, num_steps=2, max_epochs=1)
     accumulated = given.get("accumulate_grad_batches", 1)
     batches = [trial.first_batch] * accumulated + [trial.batch] * accumulated
     trainer.fit(model, _Loader(batches))
+
+
+def _precision(model: Model, precision: Any, device: Device) -> Any:
+    """What Trainer makes of ``precision``, which looks at the name of the device."""
+    if not str(precision).endswith("-mixed"):
+        raise ArgumentError(
+            f"`Plan.edit(precision)` must be 'bf16-mixed' or '16-mixed' to be predicted, but got "
+            f"{precision!r}. Use LowPrecision for weights in 16 bits."
+        )
+    kind: Any = namesake(MixedPrecision, model if is_module(model) else pl.LightningModule)
+    return kind(precision, DEVICE_TYPE if device.is_cuda else "cpu")
 
 
 class _Loader:
@@ -122,4 +143,4 @@ def _made(class_path: str, arguments: Mapping[str, Any]) -> Any:
 def _value(value: Any) -> Any:
     if isinstance(value, Mapping) and "class_path" in value:
         return _made(value["class_path"], value.get("init_args") or {})
-    return value
+    return [_value(one) for one in value] if isinstance(value, (list, tuple)) else value

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from lightning_memtrain.tracing.device import Device
 SHOWN_CHUNKS = 3
 # Of random numbers on the CPU, beside those that calls keep.
 _STATES_AT_ONCE = 3
+
+# Bytes a second between a GPU and the host: of PCIe 3.0 with 16 lanes, which nobody has checked on a device.
+_HOST_BANDWIDTH = 12e9
 
 MICROBATCHING = "lightning_memtrain.Microbatching"
 CHECKPOINTING = "lightning_memtrain.ActivationCheckpointing"
@@ -52,6 +55,21 @@ class Tried:
     trace: StepTrace
 
 
+@dataclass(frozen=True)
+class SwitchedOn:
+    """What is switched on beside microbatches and recomputation.
+
+    Args:
+        techniques: as Trainer takes them.
+        stand_ins: callbacks for what only the user can write.
+        trainer_arguments: plain arguments of Trainer.
+    """
+
+    techniques: tuple[TechniqueSettings, ...] = ()
+    stand_ins: tuple[TechniqueSettings, ...] = ()
+    trainer_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Workshop:
     """Tries ways to run a model, each in a copy of this process.
 
@@ -67,6 +85,8 @@ class Workshop:
         self.batch = batch
         self.batch_size = _batch_size(batch)
         self.num_trials = 0
+        self.exact: dict[tuple[str, bool], bool] = {}
+        """What techniques said of themselves, for one chunk and for several."""
         self._model = model
         self._options = options
         self._workspace = None if device.is_cuda else AskedWorkspace(measure_call, torch.get_num_threads())
@@ -78,6 +98,31 @@ class Workshop:
         if self._times is None:
             self._times = RooflineSeconds(self.device) if self.device.is_cuda else MeasuredSeconds()
         return self._times
+
+    def seconds(self, tried: Tried) -> float:
+        """How long a step takes that was tried.
+
+        Args:
+            tried: any.
+
+        Returns:
+            Seconds: of all chunks and the update.
+        """
+        chunk, update = self.parts_in_seconds(tried)
+        return tried.num_chunks * chunk + update
+
+    def parts_in_seconds(self, tried: Tried) -> tuple[float, float]:
+        """How long a chunk and the update of a step take that was tried.
+
+        Args:
+            tried: any.
+
+        Returns:
+            Seconds of one chunk, and of the update.
+        """
+        operators = tried.trace.operators
+        chunk = self.times.seconds(operators.forward) + self.times.seconds(operators.backward)
+        return chunk + operators.host_bytes / _HOST_BANDWIDTH, self.times.seconds(operators.update)
 
     def size_of(self, num_chunks: int) -> int:
         """Samples of the largest of so many chunks."""
@@ -104,9 +149,10 @@ class Workshop:
         self,
         num_chunks: int,
         segments: Segments = (),
-        switched: Sequence[TechniqueSettings] = (),
+        switched: SwitchedOn | None = None,
         *,
         with_calls: bool = False,
+        size: int | None = None,
     ) -> Tried:
         """Try one way.
 
@@ -115,23 +161,27 @@ class Workshop:
             segments: what is recomputed.
             switched: further techniques.
             with_calls: whether module calls are followed.
+            size: samples of the largest chunk, where ``switched`` has all techniques.
 
         Returns:
             What it came to.
         """
         self.num_trials += 1
-        size, shown = self.size_of(num_chunks), min(num_chunks, SHOWN_CHUNKS)
+        on = switched or SwitchedOn()
+        settings = self.settings(num_chunks, segments) if size is None else ()
+        size, shown = size or self.size_of(num_chunks), min(num_chunks, SHOWN_CHUNKS)
         whole = num_chunks <= SHOWN_CHUNKS
-        techniques = [*self.settings(num_chunks, segments), *switched]
+        techniques = [*settings, *on.techniques, *on.stand_ins]
         trial = Trial(
             techniques=[(one.class_path, one.init_args, one.place) for one in techniques],
-            trainer_arguments={},
+            trainer_arguments=on.trainer_arguments,
             first_batch=self.batch if num_chunks == 1 else take_samples(self.batch, size),
             batch=self.batch if whole else take_samples(self.batch, size * shown),
             num_chunks=shown,
             with_calls=with_calls,
         )
         trace = run_trial(self._model, self._options, self.device, trial)
+        self.exact |= {(name, num_chunks > 1): one for name, one in trace.facts.exact.items()}
         left_out = bytes_of(self.batch) - bytes_of(trial.batch) + (num_chunks - shown) * trace.growth_bytes
         allocated = self._allocated_bytes(trace, segments) + left_out
         needed = allocated
