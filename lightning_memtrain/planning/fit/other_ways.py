@@ -73,6 +73,7 @@ def unlocks(
     with_batchnorm: Family | None,
     switches: Sequence[Switch],
     make: Callable[..., Family],
+    limit_bytes: int,
 ) -> Unlocked:
     """Try the way that needs least with what was not allowed, one by one and all together.
 
@@ -82,6 +83,7 @@ def unlocks(
             allowed.
         switches: what is not allowed, and could be used.
         make: makes a family with some switches on.
+        limit_bytes: where one form of a technique keeps it, stronger ones are not tried.
 
     Returns:
         What that came to.
@@ -89,19 +91,23 @@ def unlocks(
     pair = lowest.explorer.floor()
     found: list[tuple[str, Found]] = []
     if with_batchnorm is not None:
+        explorer = with_batchnorm.explorer
         with suppress(Exception):
-            found.append((BATCHNORM, (with_batchnorm, with_batchnorm.explorer.floor())))
-    for switch in switches:
-        family = make(*_beside(lowest.switches, switch), switch)
-        for segments in (pair.segments, ())[: 2 if switch.replaces_recomputation and pair.segments else 1]:
-            with suppress(Exception):  # then it does not go with the others
-                found.append((switch.allow, (family, family.explorer.at(pair.num_chunks, segments))))
+            found.append((BATCHNORM, (with_batchnorm, explorer.best_tried(limit_bytes) or explorer.floor())))
+    for name in dict.fromkeys(switch.allow for switch in switches):
+        for switch in switches:
+            if switch.allow != name or any(_fits(one, name, limit_bytes) for one in found):
+                continue
+            family = make(*_beside(lowest.switches, switch), switch)
+            for segments in (pair.segments, ()) if switch.replaces_recomputation else (pair.segments,):
+                with suppress(Exception):  # then it does not go with the others
+                    found.append((name, (family, family.explorer.at(pair.num_chunks, segments))))
     least: dict[str, int] = {}
     for name, (family, reached) in found:
         if not family.by_hand and reached.peak_bytes < min(pair.peak_bytes, least.get(name, pair.peak_bytes)):
             least[name] = reached.peak_bytes
     ranked = sorted(least.items(), key=lambda one: one[1])
-    if len(ranked) > 1:
+    if len(ranked) > 1 and ranked[0][1] > limit_bytes:
         best = {
             name: min(
                 (switch for switch in switches if switch.allow == name and not _is_by_hand(found, switch)),
@@ -119,6 +125,10 @@ def unlocks(
             if reached.peak_bytes < ranked[0][1]:
                 ranked.append((",".join(least), reached.peak_bytes))
     return Unlocked(tuple(one for _, one in found), tuple(ranked))
+
+
+def _fits(one: tuple[str, Found], name: str, limit_bytes: int) -> bool:
+    return one[0] == name and one[1][1].peak_bytes <= limit_bytes and not one[1][0].by_hand
 
 
 def _beside(switches: Sequence[Switch], other: Switch) -> list[Switch]:

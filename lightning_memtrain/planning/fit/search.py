@@ -19,6 +19,7 @@ from lightning_memtrain.planning.fit.seconds.roofline import RooflineSeconds
 from lightning_memtrain.planning.fit.techniques import FREE, SWITCHES, Switch
 from lightning_memtrain.planning.fit.trials.given_way import WayPredictor
 from lightning_memtrain.planning.fit.trials.run_options import first_batches, run_options
+from lightning_memtrain.planning.fit.trials.run_progress import RunProgress
 from lightning_memtrain.planning.fit.trials.step_trace import RunFacts
 from lightning_memtrain.planning.fit.trials.workshop import Tried, Workshop, bytes_of
 from lightning_memtrain.planning.fit.way import Floor, FoundWays, Refused, Way
@@ -88,16 +89,18 @@ class _Search:
         if batch is None:
             batch = self._largest(first_batches(model, datamodule, options))
         self._own = {type(one).__name__ for one in options.get("callbacks", ())}
-        self._workshop = Workshop(model, options, device, batch)
+        self._workshop = Workshop(model, options, device, batch, RunProgress.of(trainer))
         self._call_seconds = call_seconds()
         self._plain_seconds = 0.0
         self._switches = (*SWITCHES, *techniques)
         self._free: tuple[Switch, ...] = ()
         self._can_chunk = True
+        self._stateful: tuple[int, ...] = ()
         self._chosen: tuple[Family, Pair] | None = None
 
     def run(self) -> FoundWays:
         plain = self._workshop.run(1, with_calls=True)
+        self._stateful = plain.trace.facts.stateful
         as_it_is = self._family(plain, ())
         as_it_is.explorer.take_up(plain)
         self._plain_seconds = as_it_is.explorer.curves()[0].seconds
@@ -122,7 +125,9 @@ class _Search:
         floor = self._floor(families, chosen)
         if chosen is None:
             lowest = _lowest(families)
-            found = unlocks(lowest, with_batchnorm, self._not_allowed(plain), self._unlocking(plain))
+            found = unlocks(
+                lowest, with_batchnorm, self._not_allowed(plain), self._unlocking(plain), self._limit_bytes
+            )
             offered += [self._way(one) for one in found.ways if one[1].peak_bytes <= self._limit_bytes]
             floor = replace(floor, unlocks=found.least_bytes)
         chosen_way = None if chosen is None else self._way(chosen)
@@ -245,11 +250,23 @@ class _Search:
             self._refused.append(Refused(switch.name, f"{unnamed} says that it changes the result, unasked"))
             return False
         is_faster = self._workshop.seconds(tried) < _NOTABLY * self._workshop.seconds(before)
-        if tried.needed_bytes > _NOTABLY_LESS * before.needed_bytes and not is_faster:
+        saves = tried.needed_bytes < _NOTABLY_LESS * before.needed_bytes or self._saves_later(family, first)
+        if not (saves or is_faster):
             needed = f"{format_bytes(tried.needed_bytes)} for {format_bytes(before.needed_bytes)}"
             self._refused.append(Refused(switch.name, f"saves next to nothing here: {needed}"))
             return False
         return True
+
+    def _saves_later(self, family: Family, first: Family) -> bool:
+        """Whether it saves where less is held already, such as gradients beside few activations."""
+        pair = first.explorer.front()[-1] if self._chosen is None else self._chosen[1]
+        if pair.num_chunks > 1 and not family.explorer.may_chunk:
+            return False
+        with suppress(Exception):
+            return family.explorer.at(pair.num_chunks, pair.segments).peak_bytes < (
+                _NOTABLY_LESS * pair.peak_bytes
+            )
+        return False
 
     # ------------------------------------------------------------------ what was not allowed
 
@@ -331,6 +348,7 @@ class _Search:
             notes=tuple(self._notes),
             batch_size=self._workshop.batch_size,
             seconds=time.perf_counter() - self._start,
+            stateful=self._stateful,
             predict_way=WayPredictor(self._workshop, plain, self._plain_seconds),
         )
 

@@ -188,6 +188,8 @@ class FoundWays:
         notes: sentences that the user must know, such as which batch was taken for the largest.
         batch_size: samples of the batch that it holds for; ``None`` where they cannot be told.
         batch_shapes: shapes of that batch's tensors, in the order in which they are found; none if unknown.
+        stateful: for each optimizer, for how many parameters it keeps something in the steps that were tried;
+            none if unknown.
         seconds: how long the search took.
         predict_way: predicts a way with other settings; ``None`` where that is no longer possible.
     """
@@ -201,6 +203,7 @@ class FoundWays:
     notes: tuple[str, ...] = ()
     batch_size: int | None = None
     batch_shapes: tuple[tuple[int, ...], ...] = ()
+    stateful: tuple[int, ...] = ()
     seconds: float = 0.0
     predict_way: Callable[[Way], Way] | None = field(default=None, repr=False, compare=False)
 

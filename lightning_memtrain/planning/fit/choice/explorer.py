@@ -150,7 +150,7 @@ class Explorer:
         bounds = Bounds(limit_bytes)
         num_finalists = 0
         while num_finalists < _MOST_FINALISTS:
-            best = self._best_tried(limit_bytes)
+            best = self.best_tried(limit_bytes)
             pair = bounds.next_pair(self.curves(), self._was_tried)
             if pair is None and best is None and self._trace_unknown(limit_bytes):
                 num_finalists += 1
@@ -163,7 +163,7 @@ class Explorer:
             self._try(pair)
             bounds.note(pair, self._as_tried(pair).peak_bytes)
             num_finalists += 1
-        return self._best_tried(limit_bytes) or self._floor_within(limit_bytes)
+        return self.best_tried(limit_bytes) or self._floor_within(limit_bytes)
 
     def _floor_within(self, limit_bytes: int) -> Pair | None:
         """Before a limit is given up, the pair that needs least."""
@@ -211,6 +211,14 @@ class Explorer:
         pairs = [pair for curve in self.curves() for pair in curve.pairs()]
         return [*(self._as_tried(pair) for pair in pairs if self._was_tried(pair)), *self._others]
 
-    def _best_tried(self, limit_bytes: int) -> Pair | None:
+    def best_tried(self, limit_bytes: int) -> Pair | None:
+        """The fastest pair within a limit of those that were tried.
+
+        Args:
+            limit_bytes: most bytes that the device must have.
+
+        Returns:
+            The pair; ``None`` if there is none.
+        """
         fitting = [pair for pair in self._tried_pairs() if pair.peak_bytes <= limit_bytes]
         return min(fitting, key=lambda pair: (pair.seconds, pair.peak_bytes), default=None)

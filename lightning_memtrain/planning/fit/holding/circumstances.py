@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.automatic_size.fitting_size import Shapes, shape_growth
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of
+from lightning_memtrain.planning.fit.way import FoundWays
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Circumstances:
         trained: for each parameter of the model, whether it is trained.
         optimized: parameters of each optimizer.
         accumulated: batches per update.
+        stateful: for each optimizer, how many parameters it keeps something for; none if unknown. It begins
+            to do so with its first step, as that of a GAN's generator which is trained later.
     """
 
     batch_size: int | None
@@ -32,6 +35,7 @@ class Circumstances:
     trained: tuple[bool, ...]
     optimized: tuple[int, ...]
     accumulated: int
+    stateful: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, trainer: pl.Trainer, model: pl.LightningModule, batch: Any) -> Circumstances:
@@ -56,6 +60,7 @@ class Circumstances:
                 for optimizer in trainer.optimizers
             ),
             accumulated=trainer.accumulate_grad_batches,
+            stateful=tuple(len(getattr(optimizer, "state", ())) for optimizer in trainer.optimizers),
         )
 
     def beyond(self, planned: Circumstances) -> list[str]:
@@ -86,9 +91,32 @@ class Circumstances:
         more = sum(self.optimized) - sum(planned.optimized)
         if more > 0:
             found.append(f"the optimizer has {more} more {_plural('parameter', more)}")
+        begun = self._newly_stepped(planned)
+        if begun:
+            found.append(f"optimizer {begun[0]} steps parameters that it did not step before")
         if self.accumulated > 1 >= planned.accumulated:
             found.append(f"gradients of {self.accumulated} batches are accumulated")
         return found
+
+    def _newly_stepped(self, planned: Circumstances) -> list[int]:
+        """Optimizers that keep something for more parameters than planned."""
+        if len(planned.stateful) != len(self.stateful):
+            return []
+        both = enumerate(zip(self.stateful, planned.stateful, strict=True))
+        return [place for place, (now, then) in both if now > then]
+
+    def with_steps_of(self, found: FoundWays) -> Circumstances:
+        """What a search has planned for: its trials have stepped what the next steps will step.
+
+        Args:
+            found: what it came to.
+
+        Returns:
+            The same circumstances, with what optimizers keep then.
+        """
+        if len(found.stateful) != len(self.stateful):
+            return replace(self, stateful=())
+        return replace(self, stateful=tuple(map(max, self.stateful, found.stateful)))
 
     def growth(self, planned: Circumstances) -> float:
         """How many times more memory than planned a batch may take at most, if only its shapes are others.
@@ -100,6 +128,8 @@ class Circumstances:
             At least 1; infinity where nothing can be said.
         """
         if (self.trained, self.optimized) != (planned.trained, planned.optimized):
+            return float("inf")
+        if self._newly_stepped(planned):
             return float("inf")
         if self.accumulated > 1 >= planned.accumulated or len(self.shapes) != len(planned.shapes):
             return float("inf")

@@ -130,6 +130,8 @@ class FitMemory(pl.Callback):
             return
         refuse_mix("FitMemory", trainer)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if self._applied is not None:
+            self._applied.leave(trainer)
         for refused in (strategy_refusal(trainer.strategy), refusal_of_own(callbacks)):
             if refused:
                 raise MisconfigurationException(f"`FitMemory` {refused}")
@@ -137,8 +139,6 @@ class FitMemory(pl.Callback):
         # Lightning walks along this list: what comes before this callback has had its turn.
         callbacks.remove(self)
         callbacks.insert(0, self)
-        if self._applied is not None:
-            self._applied.leave(trainer)
         before = self._run
         if before is not None and not (before[0]() is trainer and before[1]() is pl_module):
             self._forget()
@@ -174,7 +174,7 @@ class FitMemory(pl.Callback):
         now = Circumstances.of(trainer, pl_module, batch)
         held = self._known.plan_for(now, self._limit_bytes, self._in_force)
         if held is None and self._given is not None and not self._known and self._is_for(self._given, now):
-            held = self._known.add(now, self._given)
+            held = self._known.add(now.with_steps_of(self._given.found), self._given)
         if any_rank(trainer, held is None):
             self._plan(trainer, pl_module, batch, now)
         elif held is not self._in_force and held is not None:
@@ -228,7 +228,8 @@ class FitMemory(pl.Callback):
             )
             fingerprint = Fingerprint.of(model, now.batch_size)
             device = device_of(trainer.strategy.root_device)
-            return Plan(found, device, self._limit_bytes, self.allow, fingerprint), now
+            planned = now.with_steps_of(found)
+            return Plan(found, device, self._limit_bytes, self.allow, fingerprint), planned
 
         try:
             plan, planned = plan_of_largest(trainer, now.batch_bytes, make)

@@ -61,6 +61,7 @@ class RunFacts:
         on_gpu: whether it runs on a GPU.
         precision: what Trainer calls it.
         takes_all_at_once: whether an optimizer makes temporaries of all parameters (`foreach`).
+        stateful: per optimizer, for how many parameters it keeps something after the steps.
         networks: children of the module that have parameters, and the names of their own children.
     """
 
@@ -71,6 +72,7 @@ class RunFacts:
     on_gpu: bool = False
     precision: str = "32-true"
     takes_all_at_once: bool = False
+    stateful: tuple[int, ...] = ()
     networks: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 

@@ -26,10 +26,12 @@ from lightning_memtrain.tracing.user_state.held_tensors import HeldTensors
 
 # The first step makes the optimizer's state, and shows what the model recomputes by itself.
 _WATCHED_STEP = 1
+# A module that steps by itself may do so by turns, as a GAN that trains its generator in every fifth batch.
+_STEPS_BY_ITSELF = 6
 
 
 class StepWatch(pl.Callback):
-    """Watches the second step of a run.
+    """Watches the second step of a run; of a module that steps by itself also some after it.
 
     Args:
         num_chunks: calls of ``training_step`` in it.
@@ -43,6 +45,7 @@ class StepWatch(pl.Callback):
         self._with_calls = with_calls
         self._undo = ExitStack()
         self._step_undo = ExitStack()
+        self._calls_undo = ExitStack()
         self._own: ExistingCheckpoints | None = None
         self._ledger: MemoryLedger | None = None
         self._calls: CallProfiler | None = None
@@ -53,6 +56,17 @@ class StepWatch(pl.Callback):
         self._steps = 0
         self._was_backward = False
         self._host_bytes = 0
+
+    def num_steps(self, model: pl.LightningModule) -> int:
+        """How many steps it wants to see.
+
+        Args:
+            model: what is trained.
+
+        Returns:
+            The first one among them.
+        """
+        return _WATCHED_STEP + 1 if model.automatic_optimization else _STEPS_BY_ITSELF
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go around ``training_step``."""
@@ -87,22 +101,25 @@ class StepWatch(pl.Callback):
         if should_accumulate(trainer):
             return
         self._steps += 1
-        self._step_undo.close()
+        self._calls_undo.close()
+        if self._steps in (_WATCHED_STEP, self.num_steps(pl_module)):
+            self._step_undo.close()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave everything as it was."""
+        self._calls_undo.close()
         self._step_undo.close()
         self._undo.close()
 
     def _around(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._ledger is None or self._steps != _WATCHED_STEP:
+        if self._ledger is None or self._steps < _WATCHED_STEP:
             return step(*args, **kwargs)
         self._begins.append(self._ledger.tick)
         if len(self._begins) == self._num_chunks:
             if self._with_calls:
                 left_out = self._own.names if self._own is not None else frozenset()
                 self._calls = CallProfiler(self._model, self._ledger, left_out)
-                self._step_undo.enter_context(self._calls)
+                self._calls_undo.enter_context(self._calls)
             self._mode.begin(self._on_operator, lambda operator, results: None)
             self._step_undo.callback(self._mode.end)
         return step(*args, **kwargs)
@@ -181,6 +198,7 @@ class StepWatch(pl.Callback):
             on_gpu=trainer.strategy.root_device.type != "cpu",
             precision=str(trainer.precision),
             takes_all_at_once=any(map(self._takes_all_at_once, optimizers)),
+            stateful=tuple(len(one.state) for one in optimizers),
             networks=tuple(
                 (name, tuple(f"{name}.{inner}" for inner, _ in child.named_children()))
                 for name, child in self._model.named_children()

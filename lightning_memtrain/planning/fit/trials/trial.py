@@ -1,10 +1,10 @@
-"""A trial: two steps of a run without data, in a copy of this process, with some techniques."""
+"""A trial: a few steps of a run without data, in a copy of this process, with some techniques."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning_memtrain.compat.lightning_packages import namesake
 from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.ledger import OpWorkspace
+from lightning_memtrain.planning.fit.trials.run_progress import RunProgress
 from lightning_memtrain.planning.fit.trials.step_trace import StepTrace
 from lightning_memtrain.planning.fit.trials.step_watch import StepWatch
 from lightning_memtrain.planning.prediction.cpu.cpu_run import on_cpu
@@ -34,6 +35,7 @@ class Trial:
         batch: the one that is watched.
         num_chunks: calls of ``training_step`` for it.
         with_calls: whether module calls are followed.
+        progress: of the run that it stands for.
     """
 
     techniques: Sequence[tuple[str, Mapping[str, Any], str]]
@@ -42,10 +44,11 @@ class Trial:
     batch: Any
     num_chunks: int = 1
     with_calls: bool = False
+    progress: RunProgress = field(default_factory=RunProgress)
 
 
 def run_trial(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> StepTrace:
-    """Run two steps without data.
+    """Run a few steps without data.
 
     Args:
         model: what is trained, or what makes it.
@@ -54,7 +57,7 @@ def run_trial(model: Model, options: Mapping[str, Any], device: Device, trial: T
         trial: what is tried.
 
     Returns:
-        What the second step held and ran.
+        What the steps after the first one held and ran.
     """
     run = _on_twin if device.is_cuda else _on_cpu
     return call_in_copy(lambda: run(model, options, device, trial))
@@ -103,9 +106,11 @@ def _fit(
     folder: str,
 ) -> None:
     place = {**place, "default_root_dir": folder}
-    trainer = few_steps_trainer(model, place, given, watch, num_steps=2, max_epochs=1)
+    num_steps = watch.num_steps(model)
+    trainer = few_steps_trainer(model, place, given, watch, num_steps=num_steps, max_epochs=1)
+    trial.progress.give_to(trainer)
     accumulated = given.get("accumulate_grad_batches", 1)
-    batches = [trial.first_batch] * accumulated + [trial.batch] * accumulated
+    batches = [trial.first_batch] * accumulated + [trial.batch] * accumulated * (num_steps - 1)
     trainer.fit(model, _Loader(batches))
 
 

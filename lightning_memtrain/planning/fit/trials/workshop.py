@@ -14,6 +14,7 @@ from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of, take_samples
 from lightning_memtrain.planning.fit.seconds.measured_seconds import MeasuredSeconds
 from lightning_memtrain.planning.fit.seconds.roofline import RooflineSeconds
+from lightning_memtrain.planning.fit.trials.run_progress import RunProgress
 from lightning_memtrain.planning.fit.trials.step_trace import StepTrace
 from lightning_memtrain.planning.fit.trials.trial import Trial, run_trial
 from lightning_memtrain.planning.fit.way import TechniqueSettings
@@ -78,16 +79,26 @@ class Workshop:
         options: arguments of Trainer, as the run has them.
         device: what the run uses.
         batch: a batch of it, on the CPU.
+        progress: of the run; ``None`` for one that has not begun.
     """
 
-    def __init__(self, model: Model, options: Mapping[str, Any], device: Device, batch: Any) -> None:
+    def __init__(
+        self,
+        model: Model,
+        options: Mapping[str, Any],
+        device: Device,
+        batch: Any,
+        progress: RunProgress | None = None,
+    ) -> None:
         self.device = device
         self.batch = batch
         self.batch_size = _batch_size(batch)
         self.num_trials = 0
+        self._known: dict[Any, Tried] = {}
         self.exact: dict[tuple[str, bool], bool] = {}
         """What techniques said of themselves, for one chunk and for several."""
         self._model = model
+        self._progress = progress or RunProgress()
         self._options = options
         self._workspace = None if device.is_cuda else AskedWorkspace(measure_call, torch.get_num_threads())
         self._times: Times | None = None
@@ -166,8 +177,12 @@ class Workshop:
         Returns:
             What it came to.
         """
-        self.num_trials += 1
         on = switched or SwitchedOn()
+        key = num_chunks, segments, on.techniques, on.stand_ins, tuple(on.trainer_arguments.items()), size
+        known = self._known.get(key)
+        if known is not None and (known.trace.calls is not None or not with_calls):
+            return known
+        self.num_trials += 1
         settings = self.settings(num_chunks, segments) if size is None else ()
         size, shown = size or self.size_of(num_chunks), min(num_chunks, SHOWN_CHUNKS)
         whole = num_chunks <= SHOWN_CHUNKS
@@ -179,6 +194,7 @@ class Workshop:
             batch=self.batch if whole else take_samples(self.batch, size * shown),
             num_chunks=shown,
             with_calls=with_calls,
+            progress=self._progress,
         )
         trace = run_trial(self._model, self._options, self.device, trial)
         self.exact |= {(name, num_chunks > 1): one for name, one in trace.facts.exact.items()}
@@ -187,7 +203,8 @@ class Workshop:
         needed = allocated
         if self.device.is_cuda:
             needed = trace.reserved_bytes + left_out + self.device.context_bytes
-        return Tried(num_chunks, size, segments, allocated, needed, trace)
+        self._known[key] = Tried(num_chunks, size, segments, allocated, needed, trace)
+        return self._known[key]
 
     def _allocated_bytes(self, trace: StepTrace, segments: Segments) -> int:
         if self.device.is_cuda:
