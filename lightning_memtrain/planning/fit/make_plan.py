@@ -26,7 +26,7 @@ from lightning_memtrain.planning.fit.limits import (
     refuse_less_than_weights,
 )
 from lightning_memtrain.planning.fit.plan import Plan
-from lightning_memtrain.planning.fit.refusals import refusal_of_own, strategy_refusal
+from lightning_memtrain.planning.fit.refusals import is_fsdp2, refusal_of_own, strategy_refusal
 from lightning_memtrain.planning.fit.running.one_rank import beside_buckets, bucket_bytes, one_rank
 from lightning_memtrain.planning.fit.techniques import Switch
 from lightning_memtrain.planning.fit.way import FoundWays
@@ -98,7 +98,8 @@ def plan(
             raise wrong("plan", "techniques", "objects of Switch", switch, cure)
     if trainer is not None:
         _refuse_trainer(trainer, found_device)
-    if isinstance(model, nn.Module):
+    is_sharded = trainer is not None and is_fsdp2(trainer.strategy)
+    if isinstance(model, nn.Module) and not is_sharded:
         refuse_less_than_weights(limit, limit_bytes, model, allowed, found_device, "plan(limit)")
     is_source = isinstance(data, (*in_both(pl.LightningDataModule), DataLoader))
     buckets = 0 if trainer is None else _of_model(model, lambda made: bucket_bytes(trainer, made))
@@ -148,6 +149,12 @@ def _refuse_trainer(trainer: pl.Trainer, device: Device) -> None:
     refused = strategy_refusal(trainer.strategy)
     if refused:
         raise ArgumentError(f"`plan(trainer)` {refused}")
+    if is_fsdp2(trainer.strategy) and not device.is_cuda:
+        raise ArgumentError(
+            f"`plan(device)` must be a GPU for a trainer with {type(trainer.strategy).__name__}, since only "
+            f"there the shards of FSDP2 are predicted, but got {device.name!r}. Name one that `memtrain "
+            "devices` lists."
+        )
     own: Any = trainer.callbacks  # type: ignore[attr-defined]
     refused = refusal_of_own(own)
     if refused:

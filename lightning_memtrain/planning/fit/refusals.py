@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 
 from lightning_memtrain.checkpointing import ActivationCheckpointing
 from lightning_memtrain.checkpointing.experimental import OffloadActivations
@@ -68,9 +74,47 @@ def strategy_refusal(strategy: Any) -> str:
             f"must leave batches, backward and optimizer to Lightning, but got {name}, which has settings of "
             "its own for microbatches, recomputation and offload. Use those, or another strategy."
         )
-    if not isinstance(strategy, (*in_both(SingleDeviceStrategy), *in_both(DDPStrategy))):
+    if isinstance(strategy, in_both(FSDPStrategy)):
         return (
-            f"must be on one device or under `ddp`, but got {name}, whose shards no plan is made for. Choose "
-            "techniques by hand; for FSDP2 `predict(..., strategy='fsdp2')` says what they come to."
+            f"must be on one device, under `ddp` or FSDP2, but got {name}, that is FSDP1, which packs "
+            "weights into flat ones and whose steps nobody can predict. Move to `ModelParallelStrategy` and "
+            "`fully_shard`, or choose techniques by hand."
+        )
+    if not isinstance(strategy, (*in_both(SingleDeviceStrategy), *in_both(DDPStrategy))) and not is_fsdp2(
+        strategy
+    ):
+        return (
+            f"must be on one device, under `ddp` or FSDP2, but got {name}, whose shards no plan is made for. "
+            "Choose techniques by hand."
         )
     return ""
+
+
+def is_fsdp2(strategy: Any) -> bool:
+    """Whether a strategy shards by `fully_shard`.
+
+    Args:
+        strategy: a trainer's.
+
+    Returns:
+        ``True`` for Lightning's ``ModelParallelStrategy``.
+    """
+    return isinstance(strategy, in_both(ModelParallelStrategy))
+
+
+def refusal_within_fsdp2(strategy: Any, has_plan: bool) -> str:
+    """Why a run that has sharded its model cannot be planned any more.
+
+    Args:
+        strategy: a trainer's.
+        has_plan: whether it is there already.
+
+    Returns:
+        The rest of a sentence, with the cure; empty if it can be, or need not.
+    """
+    if has_plan or not is_fsdp2(strategy):
+        return ""
+    return (
+        "plans within the run, but FSDP2 shards the model before it begins, and a plan is made of the whole. "
+        "Make it before: FitMemory(plan=mt.plan(model, data, trainer=trainer, device=...))."
+    )

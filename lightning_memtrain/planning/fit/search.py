@@ -18,7 +18,7 @@ from lightning_memtrain.planning.fit.other_ways import recomputed_networks, unlo
 from lightning_memtrain.planning.fit.seconds.roofline import RooflineSeconds
 from lightning_memtrain.planning.fit.techniques import FREE, SWITCHES, Switch
 from lightning_memtrain.planning.fit.trials.given_way import WayPredictor
-from lightning_memtrain.planning.fit.trials.run_options import first_batches, run_options
+from lightning_memtrain.planning.fit.trials.run_options import first_batches, run_options, sharded_world
 from lightning_memtrain.planning.fit.trials.run_progress import RunProgress
 from lightning_memtrain.planning.fit.trials.step_trace import RunFacts
 from lightning_memtrain.planning.fit.trials.workshop import Tried, Workshop, bytes_of
@@ -85,11 +85,13 @@ class _Search:
         self._allow = allow
         self._notes: list[str] = []
         self._refused: list[Refused] = []
-        options = run_options(trainer, device)
+        world = sharded_world(trainer)
+        options = run_options(trainer, device, world)
         if batch is None:
-            batch = self._largest(first_batches(model, datamodule, options))
+            is_sharded = world is not None
+            batch = self._largest(first_batches(model, datamodule, options, is_sharded=is_sharded))
         self._own = {type(one).__name__ for one in options.get("callbacks", ())}
-        self._workshop = Workshop(model, options, device, batch, RunProgress.of(trainer))
+        self._workshop = Workshop(model, options, device, batch, RunProgress.of(trainer), world)
         self._call_seconds = call_seconds()
         self._plain_seconds = 0.0
         self._switches = (*SWITCHES, *techniques)
@@ -200,7 +202,8 @@ class _Search:
         """What may be switched on, one by one and together; what is of no use is noted."""
         facts, useful = plain.trace.facts, []
         for switch in self._usable(facts):
-            if not switch.allow and self._is_enough():
+            is_by_hand = bool(switch.by_hand(facts))
+            if (not switch.allow and self._is_enough()) or (is_by_hand and self._chosen is not None):
                 continue
             family = self._family(plain, self._with_free(switch), self._may_chunk(plain))
             if self._is_useful(family, switch, first):
@@ -212,7 +215,7 @@ class _Search:
             if group not in best or needed_bytes < best[group][1]:
                 best[group] = switch, needed_bytes
         together = tuple(switch for switch, _ in best.values())
-        if len(together) > 1 and (any(switch.allow for switch in together) or not self._is_enough()):
+        if len(together) > 1 and (any(switch.allow for switch in together) or self._chosen is None):
             yield self._family(plain, self._with_free(*together), self._may_chunk(plain))
 
     def _with_free(self, *switches: Switch) -> tuple[Switch, ...]:

@@ -85,7 +85,7 @@ class Family:
         if tried is not None:
             allocated = tried.allocated_bytes
         elif self._workshop.device.is_cuda:
-            allocated = reserved - (self._plain.trace.reserved_bytes - self._plain.trace.allocated_bytes)
+            allocated = reserved * self._plain.allocated_bytes // self._plain.trace.reserved_bytes
         changes = [switch.changes for switch in self.switches if switch.changes]
         if pair.num_chunks > 1 and self._facts.has_batchnorm:
             changes.append(PERMISSIONS[BATCHNORM].changes)

@@ -28,7 +28,12 @@ from lightning_memtrain.planning.fit.limits import (
     refuse_less_than_weights,
 )
 from lightning_memtrain.planning.fit.plan import Plan
-from lightning_memtrain.planning.fit.refusals import refusal_of_own, strategy_refusal
+from lightning_memtrain.planning.fit.refusals import (
+    is_fsdp2,
+    refusal_of_own,
+    refusal_within_fsdp2,
+    strategy_refusal,
+)
 from lightning_memtrain.planning.fit.running.agreement import (
     any_rank,
     plan_of_largest,
@@ -132,7 +137,9 @@ class FitMemory(pl.Callback):
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if self._applied is not None:
             self._applied.leave(trainer)
-        for refused in (strategy_refusal(trainer.strategy), refusal_of_own(callbacks)):
+        strategy = trainer.strategy
+        without_plan = refusal_within_fsdp2(strategy, self._given is not None)
+        for refused in (strategy_refusal(strategy), without_plan, refusal_of_own(callbacks)):
             if refused:
                 raise MisconfigurationException(f"`FitMemory` {refused}")
         refuse_second_planner(callbacks)
@@ -154,9 +161,10 @@ class FitMemory(pl.Callback):
                 available_bytes += device.context_bytes
             given = self._given.limit_bytes if self._given is not None and self.limit is None else self.limit
             self._limit_bytes = limit_in_bytes(given, device, "FitMemory(limit)", available_bytes)
-            refuse_less_than_weights(
-                given, self._limit_bytes, pl_module, self.allow, device, "FitMemory(limit)"
-            )
+            if not is_fsdp2(trainer.strategy):
+                refuse_less_than_weights(
+                    given, self._limit_bytes, pl_module, self.allow, device, "FitMemory(limit)"
+                )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         if self._resumed is not None:
@@ -176,6 +184,13 @@ class FitMemory(pl.Callback):
         if held is None and self._given is not None and not self._known and self._is_for(self._given, now):
             held = self._known.add(now.with_steps_of(self._given.found), self._given)
         if any_rank(trainer, held is None):
+            if is_fsdp2(trainer.strategy):
+                lacks = f": {self._known.lacks(now)}" if held is None and self._known else ""
+                raise MisconfigurationException(
+                    f"`FitMemory(plan)` was made for less than step {trainer.global_step} needs on some rank"
+                    f"{lacks}. FSDP2 has sharded the model, so that it cannot be planned again. Plan with "
+                    "the largest batch of the run and all parameters that it will train."
+                )
             self._plan(trainer, pl_module, batch, now)
         elif held is not self._in_force and held is not None:
             self._follow(held, trainer, pl_module, in_training=True)

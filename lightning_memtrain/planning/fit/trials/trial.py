@@ -19,6 +19,7 @@ from lightning_memtrain.planning.fit.trials.step_watch import StepWatch
 from lightning_memtrain.planning.prediction.cpu.cpu_run import on_cpu
 from lightning_memtrain.planning.prediction.few_steps import Model, few_steps_trainer, is_module, quiet_folder
 from lightning_memtrain.planning.prediction.forked import call_in_copy
+from lightning_memtrain.planning.prediction.ranks.world import World
 from lightning_memtrain.planning.prediction.twin.twin_place import on_twin
 from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE
 from lightning_memtrain.tracing.device import Device
@@ -47,7 +48,9 @@ class Trial:
     progress: RunProgress = field(default_factory=RunProgress)
 
 
-def run_trial(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> StepTrace:
+def run_trial(
+    model: Model, options: Mapping[str, Any], device: Device, trial: Trial, world: World | None = None
+) -> StepTrace:
     """Run a few steps without data.
 
     Args:
@@ -55,12 +58,14 @@ def run_trial(model: Model, options: Mapping[str, Any], device: Device, trial: T
         options: arguments of Trainer, as the run has them.
         device: the CPU, or a GPU by NVIDIA.
         trial: what is tried.
+        world: the ranks that share the model.
 
     Returns:
         What the steps after the first one held and ran.
     """
-    run = _on_twin if device.is_cuda else _on_cpu
-    return call_in_copy(lambda: run(model, options, device, trial))
+    if device.is_cuda:
+        return call_in_copy(lambda: _on_twin(model, options, device, trial, world))
+    return call_in_copy(lambda: _on_cpu(model, options, device, trial))
 
 
 def _on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> StepTrace:
@@ -71,9 +76,11 @@ def _on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Tri
         return watch.trace()
 
 
-def _on_twin(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> StepTrace:
+def _on_twin(
+    model: Model, options: Mapping[str, Any], device: Device, trial: Trial, world: World | None
+) -> StepTrace:
     given = _with_techniques(model, options, device, trial)
-    with quiet_folder() as folder, on_twin(model, device) as place:
+    with quiet_folder() as folder, on_twin(model, device, world) as place:
         watch = StepWatch(trial.num_chunks, None, trial.with_calls)
         _fit(place.model, place.trainer_arguments, given, trial, watch, folder)
     return replace(

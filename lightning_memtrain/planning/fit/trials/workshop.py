@@ -20,6 +20,7 @@ from lightning_memtrain.planning.fit.trials.trial import Trial, run_trial
 from lightning_memtrain.planning.fit.way import TechniqueSettings
 from lightning_memtrain.planning.prediction.cpu.calibration import AskedWorkspace, measure_call
 from lightning_memtrain.planning.prediction.few_steps import Model
+from lightning_memtrain.planning.prediction.ranks.world import World
 from lightning_memtrain.tracing.device import Device
 
 #: So many chunks show what more of them would: the first finds no gradients, the third what the second kept.
@@ -80,6 +81,7 @@ class Workshop:
         device: what the run uses.
         batch: a batch of it, on the CPU.
         progress: of the run; ``None`` for one that has not begun.
+        world: the ranks that share the model, of which the first is tried; ``None`` where it is whole.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Workshop:
         device: Device,
         batch: Any,
         progress: RunProgress | None = None,
+        world: World | None = None,
     ) -> None:
         self.device = device
         self.batch = batch
@@ -99,6 +102,7 @@ class Workshop:
         """What techniques said of themselves, for one chunk and for several."""
         self._model = model
         self._progress = progress or RunProgress()
+        self._world = world
         self._options = options
         self._workspace = None if device.is_cuda else AskedWorkspace(measure_call, torch.get_num_threads())
         self._times: Times | None = None
@@ -196,7 +200,7 @@ class Workshop:
             with_calls=with_calls,
             progress=self._progress,
         )
-        trace = run_trial(self._model, self._options, self.device, trial)
+        trace = run_trial(self._model, self._options, self.device, trial, self._world)
         self.exact |= {(name, num_chunks > 1): one for name, one in trace.facts.exact.items()}
         left_out = bytes_of(self.batch) - bytes_of(trial.batch) + (num_chunks - shown) * trace.growth_bytes
         allocated = self._allocated_bytes(trace, segments) + left_out

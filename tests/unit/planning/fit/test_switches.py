@@ -1,4 +1,4 @@
-"""Every technique that a plan can switch on is run on the twin of a GPU: what it saves, and whether exactly."""
+"""Every technique that a plan can switch on, run on the twin of a GPU: what it saves, and whether exactly."""
 
 from __future__ import annotations
 
