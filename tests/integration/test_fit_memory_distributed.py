@@ -53,8 +53,8 @@ def check_sharded(with_plan: bool, folder: Path, rank: int) -> dict[str, Any]:
     plan = None
     if with_plan:
         make_plan.find_ways = StandInSearch()  # type: ignore[assignment]
-        plan = mt.plan(Net(), torch.ones(8, FEATURES), limit=WEIGHTS + 4 * FEATURES * BYTES_PER_NUMBER)
-    callback = mt.FitMemory("1GiB", plan=plan)
+        plan = mt.plan(Sharded(), torch.ones(8, FEATURES), limit=WEIGHTS + 4 * FEATURES * BYTES_PER_NUMBER)
+    callback = mt.FitMemory(None if with_plan else "1GiB", plan=plan)
     data = DataLoader([torch.ones(size, FEATURES) for size in (8, 8, 8 + rank)], batch_size=None)  # type: ignore[arg-type]
     model, said = Sharded(), ""
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
