@@ -184,7 +184,7 @@ class Microbatching(Callback):
         """Take the place of the training loop's closure; the model is complete and on its device by now."""
         policy = BatchNormPolicy(pl_module, self._batchnorm, self._num_sweeps)
         self._has_batchnorm = policy.has_layers
-        if policy.has_layers and self._batchnorm == "pooled":
+        if policy.has_layers and self._batchnorm == "pooled" and self._splits:
             rank_zero_info(
                 "Microbatching: batch normalisation normalises each microbatch by its own statistics "
                 "(running statistics are pooled over the batch). "
@@ -275,9 +275,13 @@ class Microbatching(Callback):
         return isinstance(self._size, AutoSize) or self._batchnorm == "synchronized"
 
     @property
+    def _splits(self) -> bool:
+        return not (isinstance(self._size, FixedSplit) and self._size.num_microbatches == 1)
+
+    @property
     def exact(self) -> bool:
         """Whether the result is that of the whole batch in exact arithmetic; known once a fit has begun."""
-        return not self._has_batchnorm
+        return not self._has_batchnorm or not self._splits
 
     def technique_record(self) -> TechniqueRecord:
         """Settings in force, and what was chosen or changed during the run."""

@@ -8,10 +8,14 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
+from lightning_memtrain.planning.fit import make_plan
 from lightning_memtrain.planning.fit.running import fit_memory
 from tests.helpers.stand_in_search import BYTES_PER_NUMBER, StandInSearch
 from tests.helpers.trainers import quiet_trainer
@@ -36,7 +40,35 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Sharded(Net):
+    """Sharded by FSDP2."""
+
+    def configure_model(self) -> None:
+        if not isinstance(self.layer.weight, DTensor):
+            fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
+
+
+def check_sharded(with_plan: bool, folder: Path, rank: int) -> dict[str, Any]:
+    """FSDP2 on the CPU, by a plan that was made before; one rank has a larger batch at last."""
+    plan = None
+    if with_plan:
+        make_plan.find_ways = StandInSearch()  # type: ignore[assignment]
+        plan = mt.plan(Sharded(), torch.ones(8, FEATURES), limit=WEIGHTS + 4 * FEATURES * BYTES_PER_NUMBER)
+    callback = mt.FitMemory(None if with_plan else "1GiB", plan=plan)
+    data = DataLoader([torch.ones(size, FEATURES) for size in (8, 8, 8 + rank)], batch_size=None)  # type: ignore[arg-type]
+    model, said = Sharded(), ""
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    options = {"use_distributed_sampler": False, "num_sanity_val_steps": 0}
+    try:
+        quiet_trainer(folder, callback, devices=2, strategy=strategy, **options).fit(model, data)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    return {"seen": model.seen, "said": said, "events": callback.technique_record().events}
+
+
 def check(name: str, folder: Path, rank: int) -> dict[str, Any]:
+    if name.startswith("sharded"):
+        return check_sharded(name == "sharded", folder, rank)
     search = StandInSearch()
     fit_memory.find_ways = search  # type: ignore[assignment]  # a process of its own
     samples = 1 / 2 if name == "refused" else 4
@@ -63,7 +95,9 @@ def check(name: str, folder: Path, rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return found_by_two_ranks(check, ["kept", "refused"], tmp_path_factory.mktemp("ranks"))
+    return found_by_two_ranks(
+        check, ["kept", "refused", "sharded", "sharded, no plan"], tmp_path_factory.mktemp("ranks")
+    )
 
 
 def test_all_ranks_follow_the_plan_of_the_largest(found: list[dict[str, Any]]) -> None:
@@ -83,3 +117,21 @@ def test_all_ranks_are_refused_together(found: list[dict[str, Any]]) -> None:
         "MisconfigurationException: `FitMemory(limit)` of 1.58 KiB cannot be kept."
     )
     assert small["seen"] == large["seen"] == []
+
+
+def test_under_fsdp2_all_ranks_follow_the_plan_that_was_made_before(found: list[dict[str, Any]]) -> None:
+    ranks = [rank["sharded"] for rank in found]
+    assert [rank["seen"] for rank in ranks] == [[4, 4, 4, 4]] * 2
+    assert ranks[0]["events"] == ranks[1]["events"]
+    # The third batch is larger on one of them; both end.
+    for rank in ranks:
+        assert rank["said"].startswith(
+            "MisconfigurationException: `FitMemory(plan)` was made for less than step 2 needs on some rank"
+        )
+    assert "a tensor of the batch is [9, 16], not [8, 16]" in ranks[1]["said"]
+
+
+def test_under_fsdp2_a_plan_within_the_run_is_refused(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert rank["sharded, no plan"]["seen"] == []
+        assert "FSDP2 shards the model before it begins" in rank["sharded, no plan"]["said"]

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -27,6 +26,9 @@ from lightning_memtrain.planning.fit.limits import (
     refuse_less_than_weights,
 )
 from lightning_memtrain.planning.fit.plan import Plan
+from lightning_memtrain.planning.fit.refusals import is_fsdp2, refusal_of_own, strategy_refusal
+from lightning_memtrain.planning.fit.running.one_rank import beside_buckets, bucket_bytes, one_rank
+from lightning_memtrain.planning.fit.techniques import Switch
 from lightning_memtrain.planning.fit.way import FoundWays
 from lightning_memtrain.planning.prediction.forked import call_in_copy
 from lightning_memtrain.tracing.device import Device
@@ -40,6 +42,7 @@ def plan(
     device: Device | str | None = None,
     allow: str | Iterable[str] = (),
     trainer: pl.Trainer | None = None,
+    techniques: Iterable[Switch] = (),
 ) -> Plan:
     """Find how a run keeps a limit, and what that costs, before it runs and without the device.
 
@@ -58,7 +61,9 @@ def plan(
         allow: what may change the result: ``"bf16"``, ``"8bit-state"``, ``"compressed-activations"``,
             ``"sparsity"``, ``"batchnorm-statistics"``.
         trainer: as the run will have it: precision, accumulated batches, clipping, callbacks and plugins are
-            taken over. ``None`` for Lightning's defaults.
+            taken over. Under `ddp` the plan is for one rank, beside its buckets; under FSDP2 for the first
+            rank with its shards. ``None`` for Lightning's defaults.
+        techniques: what may be switched on besides those of this library.
 
     Returns:
         The plan: print it, pass it on by :meth:`.Plan.trainer_kwargs`, or save it.
@@ -86,26 +91,36 @@ def plan(
             "`plan(data)` must be given for a model without `train_dataloader`, but got None. Pass a batch "
             "as a data loader yields it, the loader, or the data module that the run will use."
         )
+    switches = tuple(techniques)
+    for switch in switches:
+        if not isinstance(switch, Switch):
+            cure = "Derive it from mt.planning.Switch, and pass an object of it."
+            raise wrong("plan", "techniques", "objects of Switch", switch, cure)
     if trainer is not None:
-        _refuse_strategy(trainer)
-    if isinstance(model, nn.Module):
+        _refuse_trainer(trainer, found_device)
+    is_sharded = trainer is not None and is_fsdp2(trainer.strategy)
+    if isinstance(model, nn.Module) and not is_sharded:
         refuse_less_than_weights(limit, limit_bytes, model, allowed, found_device, "plan(limit)")
     is_source = isinstance(data, (*in_both(pl.LightningDataModule), DataLoader))
+    buckets = 0 if trainer is None else _of_model(model, lambda made: bucket_bytes(trainer, made))
     found = find_ways(
         model,
         None if is_source else data,
         datamodule=data if is_source else None,
-        trainer=trainer,
+        trainer=None if trainer is None else one_rank(trainer),
         device=found_device,
-        limit_bytes=limit_bytes,
+        limit_bytes=limit_bytes - buckets,
         allow=allowed,
+        techniques=switches,
     )
+    found = beside_buckets(found, buckets)
+    batch_size = found.batch_size if is_source or data is None else samples_of(data)
     return Plan(
         found=_with_batch(found, None if is_source else data, model if data is None else data),
         device=found_device,
         limit_bytes=limit_bytes,
         allow=allowed,
-        fingerprint=_fingerprint(model, found, None if is_source else data),
+        fingerprint=_of_model(model, lambda made: Fingerprint.of(made, batch_size)),
     )
 
 
@@ -130,48 +145,30 @@ def _brings_data(model: Any) -> bool:
     )
 
 
-def _refuse_strategy(trainer: pl.Trainer) -> None:
+def _refuse_trainer(trainer: pl.Trainer, device: Device) -> None:
     refused = strategy_refusal(trainer.strategy)
     if refused:
         raise ArgumentError(f"`plan(trainer)` {refused}")
-    if isinstance(trainer.strategy, in_both(DDPStrategy)):
+    if is_fsdp2(trainer.strategy) and not device.is_cuda:
         raise ArgumentError(
-            "`plan(trainer)` must be a trainer for one device, but got DDPStrategy, whose buckets take "
-            "as much as the gradients. Use FitMemory, which plans for one rank beside its buckets."
+            f"`plan(device)` must be a GPU for a trainer with {type(trainer.strategy).__name__}, since only "
+            f"there the shards of FSDP2 are predicted, but got {device.name!r}. Name one that `memtrain "
+            "devices` lists."
         )
+    own: Any = trainer.callbacks  # type: ignore[attr-defined]
+    refused = refusal_of_own(own)
+    if refused:
+        raise ArgumentError(f"`plan(trainer)` {refused}")
 
 
-def strategy_refusal(strategy: Any) -> str:
-    """Why a strategy cannot be planned for.
-
-    Args:
-        strategy: a trainer's.
-
-    Returns:
-        The rest of a sentence, with the cure; empty if it can be.
-    """
-    name = type(strategy).__name__
-    if isinstance(strategy, in_both(DeepSpeedStrategy)) or strategy.handles_gradient_accumulation:
-        return (
-            f"must leave batches, backward and optimizer to Lightning, but got {name}, which has settings of "
-            "its own for microbatches, recomputation and offload. Use those, or another strategy."
-        )
-    if not isinstance(strategy, (*in_both(SingleDeviceStrategy), *in_both(DDPStrategy))):
-        return (
-            f"must be on one device or under `ddp`, but got {name}, whose shards no plan is made for. Choose "
-            "techniques by hand; for FSDP2 `predict(..., strategy='fsdp2')` says what they come to."
-        )
-    return ""
-
-
-def _fingerprint(model: Any, found: FoundWays, batch: Any) -> Fingerprint:
-    batch_size = found.batch_size if batch is None else samples_of(batch)
+def _of_model(model: Any, ask: Callable[[nn.Module], Any]) -> Any:
+    """What a model answers, made without data in a copy of this process where it is not there yet."""
     if isinstance(model, nn.Module):
-        return Fingerprint.of(model, batch_size)
+        return ask(model)
 
-    def of_made() -> Fingerprint:
+    def of_made() -> Any:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return Fingerprint.of(model(), batch_size)
+            return ask(model())
 
     return call_in_copy(of_made)
 

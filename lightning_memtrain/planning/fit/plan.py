@@ -77,9 +77,18 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether there is a way that keeps the limit; one that was edited is given the benefit of doubt."""
-        if self.chosen is None:
-            return False
-        needed_bytes = self.needed_bytes(self.chosen)
+        return self.chosen is not None and self.keeps_limit(self.chosen)
+
+    def keeps_limit(self, way: Way) -> bool:
+        """Whether a way keeps the limit; one that was edited is given the benefit of doubt.
+
+        Args:
+            way: any.
+
+        Returns:
+            ``False`` only where it is known that it does not.
+        """
+        needed_bytes = self.needed_bytes(way)
         return needed_bytes is None or needed_bytes <= self.limit_bytes
 
     @property

@@ -118,6 +118,7 @@ def found_to_dict(found: FoundWays) -> dict[str, Any]:
         "refused": [{"what": one.what, "why": one.why, "allow": one.allow} for one in found.refused],
         "notes": list(found.notes),
         "batch_shapes": [list(shape) for shape in found.batch_shapes],
+        "stateful": list(found.stateful),
         "seconds": found.seconds,
     }
 
@@ -199,6 +200,7 @@ def plan_from_dict(
             notes=tuple(data["notes"]),
             batch_size=batch_size,
             batch_shapes=tuple(tuple(shape) for shape in data["batch_shapes"]),
+            stateful=tuple(data.get("stateful") or ()),
             seconds=data["seconds"],
         )
         capability = data["device"]["compute_capability"]

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 
 from lightning_memtrain.checkpointing.selection.counted_step import call_seconds
+from lightning_memtrain.core import format_bytes
 from lightning_memtrain.planning.fit.choice.family import BATCHNORM, Family
 from lightning_memtrain.planning.fit.choice.pairs import Pair
+from lightning_memtrain.planning.fit.other_ways import recomputed_networks, unlocks
 from lightning_memtrain.planning.fit.seconds.roofline import RooflineSeconds
-from lightning_memtrain.planning.fit.techniques import SWITCHES, Switch
-from lightning_memtrain.planning.fit.trials.run_options import first_batches, run_options
+from lightning_memtrain.planning.fit.techniques import FREE, SWITCHES, Switch
+from lightning_memtrain.planning.fit.trials.given_way import WayPredictor
+from lightning_memtrain.planning.fit.trials.run_options import first_batches, run_options, sharded_world
+from lightning_memtrain.planning.fit.trials.run_progress import RunProgress
+from lightning_memtrain.planning.fit.trials.step_trace import RunFacts
 from lightning_memtrain.planning.fit.trials.workshop import Tried, Workshop, bytes_of
 from lightning_memtrain.planning.fit.way import Floor, FoundWays, Refused, Way
 from lightning_memtrain.tracing.device import Device
@@ -22,6 +29,8 @@ from lightning_memtrain.tracing.device import Device
 _FAST_ENOUGH = 1.05
 # What is switched on beside costs something in Python that no operator shows: it has to be so much faster.
 _NOTABLY = 0.98
+# Of bytes: what saves less is not worth a line.
+_NOTABLY_LESS = 0.998
 _MOST_ROWS = 8
 
 
@@ -34,6 +43,7 @@ def search(
     device: Device,
     limit_bytes: int,
     allow: tuple[str, ...] = (),
+    techniques: tuple[Switch, ...] = (),
 ) -> FoundWays:
     """Find what keeps a limit. Nothing of the caller's process is changed.
 
@@ -50,11 +60,12 @@ def search(
         device: what the run uses.
         limit_bytes: most bytes that the device may be asked for, its context included.
         allow: what may change the result, names that are known.
+        techniques: what may be switched on beside those that are known.
 
     Returns:
         The ways.
     """
-    return _Search(model, batch, datamodule, trainer, device, limit_bytes, allow).run()
+    return _Search(model, batch, datamodule, trainer, device, limit_bytes, allow, techniques).run()
 
 
 class _Search:
@@ -67,50 +78,83 @@ class _Search:
         device: Device,
         limit_bytes: int,
         allow: tuple[str, ...],
+        techniques: tuple[Switch, ...],
     ) -> None:
         self._start = time.perf_counter()
         self._limit_bytes = limit_bytes
         self._allow = allow
         self._notes: list[str] = []
         self._refused: list[Refused] = []
-        options = run_options(trainer, device)
+        world = sharded_world(trainer)
+        options = run_options(trainer, device, world)
         if batch is None:
-            batch = self._largest(first_batches(model, datamodule, options))
+            is_sharded = world is not None
+            batch = self._largest(first_batches(model, datamodule, options, is_sharded=is_sharded))
         self._own = {type(one).__name__ for one in options.get("callbacks", ())}
-        self._workshop = Workshop(model, options, device, batch)
+        self._workshop = Workshop(model, options, device, batch, RunProgress.of(trainer), world)
         self._call_seconds = call_seconds()
         self._plain_seconds = 0.0
+        self._switches = (*SWITCHES, *techniques)
+        self._free: tuple[Switch, ...] = ()
+        self._can_chunk = True
+        self._stateful: tuple[int, ...] = ()
+        self._chosen: tuple[Family, Pair] | None = None
 
     def run(self) -> FoundWays:
         plain = self._workshop.run(1, with_calls=True)
-        fits = plain.needed_bytes <= self._limit_bytes
-        base = self._family(plain, (), may_chunk=not fits and self._may_chunk(plain))
-        base.explorer.take_up(plain)
-        self._plain_seconds = base.explorer.curves()[0].seconds
-        plain_way = base.way(base.explorer.pair_of(plain, self._plain_seconds), self._plain_seconds)
-        if fits:
+        self._stateful = plain.trace.facts.stateful
+        as_it_is = self._family(plain, ())
+        as_it_is.explorer.take_up(plain)
+        self._plain_seconds = as_it_is.explorer.curves()[0].seconds
+        plain_way = self._way((as_it_is, as_it_is.explorer.pair_of(plain, self._plain_seconds)))
+        if plain.needed_bytes <= self._limit_bytes:
             return self._found(plain_way, plain_way, (plain_way,), Floor(plain_way, _held(plain)))
-        families = [base]
-        chosen = self._best(base)
-        for switches in self._switch_sets(plain):
-            if chosen is not None and chosen[1].seconds <= self._plain_seconds * _FAST_ENOUGH:
-                break
-            family = self._family(plain, switches, may_chunk=self._may_chunk(plain))
+        first = self._first(plain)
+        families: list[Family] = [as_it_is, first]
+        by_hand: list[tuple[Family, Pair]] = []
+        self._chosen = self._with_or_without_chunks(first)
+        for family in self._switched_on(plain, first):
             other = self._tried_out(family)
-            if family.explorer.tried:
-                families.append(family)
-            if other is not None and (chosen is None or other[1].seconds < _NOTABLY * chosen[1].seconds):
-                chosen = other
-        offered = self._offers(plain, chosen)
-        floor = self._floor(families, plain, chosen)
-        chosen_way = None if chosen is None else chosen[0].way(chosen[1], self._plain_seconds)
-        return self._found(plain_way, chosen_way, self._front(families, chosen), floor, offered)
+            if family.by_hand:
+                by_hand += [] if other is None else [other]
+                continue
+            families.append(family)
+            if other is not None and self._beats(other[1]):
+                self._chosen = other
+        chosen = self._chosen or recomputed_networks(first, plain, self._limit_bytes)
+        with_batchnorm = self._with_batchnorm(plain)
+        offered = [*self._offers(with_batchnorm, chosen), *map(self._way, by_hand)]
+        floor = self._floor(families, chosen)
+        if chosen is None:
+            lowest = _lowest(families)
+            found = unlocks(
+                lowest, with_batchnorm, self._not_allowed(plain), self._unlocking(plain), self._limit_bytes
+            )
+            offered += [self._way(one) for one in found.ways if one[1].peak_bytes <= self._limit_bytes]
+            floor = replace(floor, unlocks=found.least_bytes)
+        chosen_way = None if chosen is None else self._way(chosen)
+        front = self._front(families, chosen)
+        return self._found(plain_way, chosen_way, front, floor, tuple(dict.fromkeys(offered)))
 
     # ------------------------------------------------------------------ families
 
-    def _family(self, plain: Tried, switches: tuple[Switch, ...], may_chunk: bool) -> Family:
+    def _family(self, plain: Tried, switches: tuple[Switch, ...], may_chunk: bool = False) -> Family:
         may_chunk = may_chunk and not any(switch.refusal(plain.trace.facts, 2) for switch in switches)
         return Family(self._workshop, plain, switches, self._call_seconds, may_chunk)
+
+    def _first(self, plain: Tried) -> Family:
+        """Microbatches and recomputation, and what costs nothing where it saves something."""
+        may_chunk = self._may_chunk(plain)
+        facts = plain.trace.facts
+        if not FREE.refusal(facts, 1) and not self._is_own(FREE, facts):
+            family = self._family(plain, (FREE,), may_chunk)
+            with suppress(Exception):  # then without it
+                if family.explorer.trace(1).needed_bytes < _NOTABLY_LESS * plain.needed_bytes:
+                    self._free = (FREE,)
+                    return family
+        family = self._family(plain, (), may_chunk)
+        family.explorer.take_up(plain)
+        return family
 
     def _may_chunk(self, plain: Tried, with_batchnorm: bool = False) -> bool:
         facts = plain.trace.facts
@@ -118,7 +162,19 @@ class _Search:
             return False
         return with_batchnorm or not facts.has_batchnorm or BATCHNORM in self._allow
 
+    def _is_own(self, switch: Switch, facts: RunFacts) -> bool:
+        return bool(self._own & {one.name for one in switch.settings(facts, 1)})
+
+    def _is_enough(self) -> bool:
+        return self._chosen is not None and self._chosen[1].seconds <= self._plain_seconds * _FAST_ENOUGH
+
+    def _beats(self, pair: Pair) -> bool:
+        return self._chosen is None or pair.seconds < _NOTABLY * self._chosen[1].seconds
+
     def _best(self, family: Family) -> tuple[Family, Pair] | None:
+        whole = family.explorer.tried.get((1, ()))
+        if whole is not None and whole.needed_bytes <= self._limit_bytes:
+            return family, family.explorer.pair_of(whole, self._workshop.seconds(whole))
         family.explorer.explore(self._limit_bytes)
         pair = family.explorer.best(self._limit_bytes)
         return None if pair is None else (family, pair)
@@ -127,37 +183,124 @@ class _Search:
         try:
             return self._best(family)
         except Exception as error:  # what goes wrong in a trial is the answer
-            names = " + ".join(switch.name for switch in family.switches)
-            self._refused.append(Refused(names, str(error).splitlines()[0] if str(error) else repr(error)))
+            self._refused.append(Refused(" + ".join(switch.name for switch in family.switches), _said(error)))
             return None
 
-    def _switch_sets(self, plain: Tried) -> list[tuple[Switch, ...]]:
-        """What may be switched on, alone and all together; refusals are noted."""
-        facts, usable = plain.trace.facts, []
-        for switch in SWITCHES:
-            if switch.allow and switch.allow not in self._allow:
-                self._refused.append(Refused(switch.name, "changes the result", switch.allow))
-                continue
-            reason = switch.refusal(facts, 1)
-            if reason:
-                self._refused.append(Refused(switch.name, reason))
-            elif not set(self._own) & {one.name for one in switch.settings(facts, 1)}:
-                usable.append(switch)
-        sets: list[tuple[Switch, ...]] = [(switch,) for switch in usable]
-        if len(usable) > 1:
-            sets.append(tuple(usable))
-        return sets
+    def _with_or_without_chunks(self, family: Family) -> tuple[Family, Pair] | None:
+        """The best of the first family; where microbatches cannot run, of recomputation alone."""
+        try:
+            return self._best(family)
+        except Exception as error:
+            if not family.explorer.may_chunk:
+                raise
+            self._refused.append(Refused("Microbatching", _said(error)))
+            self._can_chunk = False
+            family.explorer.chunk_no_more()
+            return self._best(family)
 
-    def _offers(self, plain: Tried, chosen: tuple[Family, Pair] | None) -> tuple[Way, ...]:
-        """What would keep the limit, or take less time, if it were allowed."""
+    def _switched_on(self, plain: Tried, first: Family) -> Iterator[Family]:
+        """What may be switched on, one by one and together; what is of no use is noted."""
+        facts, useful = plain.trace.facts, []
+        for switch in self._usable(facts):
+            is_by_hand = bool(switch.by_hand(facts))
+            if (not switch.allow and self._is_enough()) or (is_by_hand and self._chosen is not None):
+                continue
+            family = self._family(plain, self._with_free(switch), self._may_chunk(plain))
+            if self._is_useful(family, switch, first):
+                useful.append((switch, family.explorer.tried[1, ()].needed_bytes))
+                yield family
+        best: dict[str, tuple[Switch, int]] = {}
+        for switch, needed_bytes in useful:
+            group = switch.instead_of or switch.name
+            if group not in best or needed_bytes < best[group][1]:
+                best[group] = switch, needed_bytes
+        together = tuple(switch for switch, _ in best.values())
+        if len(together) > 1 and (any(switch.allow for switch in together) or self._chosen is None):
+            yield self._family(plain, self._with_free(*together), self._may_chunk(plain))
+
+    def _with_free(self, *switches: Switch) -> tuple[Switch, ...]:
+        free = () if any(switch.frees_gradients for switch in switches) else self._free
+        return (*free, *switches)
+
+    def _usable(self, facts: RunFacts) -> list[Switch]:
+        found = []
+        changing: dict[str, list[str]] = {}
+        for switch in self._switches:
+            if not switch.is_of_use(facts):
+                continue
+            if switch.allow and switch.allow not in self._allow:
+                changing.setdefault(switch.allow, []).append(switch.name)
+            elif self._is_own(switch, facts):
+                self._refused.append(Refused(switch.name, "the Trainer has it already"))
+            elif switch.refusal(facts, 1):
+                self._refused.append(Refused(switch.name, switch.refusal(facts, 1)))
+            else:
+                found.append(switch)
+        for allow, names in changing.items():
+            self._refused.append(Refused(", ".join(names), "changes the result", allow))
+        return found
+
+    def _is_useful(self, family: Family, switch: Switch, first: Family) -> bool:
+        """Whether it saves something or is faster, and says what it changes."""
+        try:
+            tried = family.explorer.trace(1)
+        except Exception as error:  # what goes wrong in a trial is the answer
+            self._refused.append(Refused(switch.name, _said(error)))
+            return False
+        before = first.explorer.tried[1, ()]
+        unnamed = family.unnamed_change()
+        if unnamed:
+            self._refused.append(Refused(switch.name, f"{unnamed} says that it changes the result, unasked"))
+            return False
+        is_faster = self._workshop.seconds(tried) < _NOTABLY * self._workshop.seconds(before)
+        saves = tried.needed_bytes < _NOTABLY_LESS * before.needed_bytes or self._saves_later(family, first)
+        if not (saves or is_faster):
+            needed = f"{format_bytes(tried.needed_bytes)} for {format_bytes(before.needed_bytes)}"
+            self._refused.append(Refused(switch.name, f"saves next to nothing here: {needed}"))
+            return False
+        return True
+
+    def _saves_later(self, family: Family, first: Family) -> bool:
+        """Whether it saves where less is held already, such as gradients beside few activations."""
+        pair = first.explorer.front()[-1] if self._chosen is None else self._chosen[1]
+        if pair.num_chunks > 1 and not family.explorer.may_chunk:
+            return False
+        with suppress(Exception):
+            return family.explorer.at(pair.num_chunks, pair.segments).peak_bytes < (
+                _NOTABLY_LESS * pair.peak_bytes
+            )
+        return False
+
+    # ------------------------------------------------------------------ what was not allowed
+
+    def _with_batchnorm(self, plain: Tried) -> Family | None:
+        """Microbatches where layers look across samples, which is a change."""
         if not plain.trace.facts.has_batchnorm or self._may_chunk(plain):
-            return ()
-        family = self._family(plain, (), may_chunk=self._may_chunk(plain, with_batchnorm=True))
+            return None
+        family = self._family(plain, self._free, self._may_chunk(plain, with_batchnorm=True))
         family.explorer.take_up(plain)
-        other = self._tried_out(family)
+        return family if family.explorer.may_chunk and self._can_chunk else None
+
+    def _offers(self, with_batchnorm: Family | None, chosen: tuple[Family, Pair] | None) -> list[Way]:
+        """What would keep the limit, or take less time, if it were allowed."""
+        other = None if with_batchnorm is None else self._tried_out(with_batchnorm)
         if other is None or (chosen is not None and other[1].seconds >= chosen[1].seconds):
-            return ()
-        return (family.way(other[1], self._plain_seconds),)
+            return []
+        return [self._way(other)]
+
+    def _not_allowed(self, plain: Tried) -> list[Switch]:
+        facts = plain.trace.facts
+        return [
+            switch
+            for switch in self._switches
+            if (switch.allow and switch.allow not in self._allow)
+            and switch.is_of_use(facts)
+            and not switch.refusal(facts, 1)
+            and not self._is_own(switch, facts)
+        ]
+
+    def _unlocking(self, plain: Tried) -> Callable[..., Family]:
+        return lambda *switches: self._family(plain, switches, self._may_chunk(plain))
 
     # ------------------------------------------------------------------ the answer
 
@@ -171,13 +314,16 @@ class _Search:
                 best.append((family, pair))
         return tuple(family.way(pair, self._plain_seconds) for family, pair in _thinned(best, chosen))
 
-    def _floor(self, families: list[Family], plain: Tried, chosen: tuple[Family, Pair] | None) -> Floor:
-        lowest = min(families, key=lambda family: family.explorer.front()[-1].peak_bytes)
+    def _way(self, found: tuple[Family, Pair]) -> Way:
+        return found[0].way(found[1], self._plain_seconds)
+
+    def _floor(self, families: list[Family], chosen: tuple[Family, Pair] | None) -> Floor:
+        lowest = _lowest(families)
         if chosen is not None:
-            return Floor(lowest.way(lowest.explorer.front()[-1], self._plain_seconds))
+            return Floor(self._way((lowest, lowest.explorer.front()[-1])))
         pair = lowest.explorer.floor()
         tried = lowest.explorer.tried[pair.num_chunks, pair.segments]
-        return Floor(lowest.way(pair, self._plain_seconds), _held(tried))
+        return Floor(self._way((lowest, pair)), _held(tried))
 
     def _found(
         self,
@@ -190,9 +336,10 @@ class _Search:
         times = self._workshop.times
         if isinstance(times, RooflineSeconds):
             self._notes.append(
-                "Times are those of the GPU's data sheet (operations, bytes, launches), not measured."
+                "Times come from nominal speeds of this GPU (operations, bytes, launches) and assumed shares "
+                "of them; nobody has checked them on a device."
                 if times.is_known
-                else "Times are those of a common GPU: this one's data sheet is not known."
+                else "Times come from round figures for any GPU: nominal speeds of this one are not known."
             )
         return FoundWays(
             plain=plain,
@@ -204,6 +351,8 @@ class _Search:
             notes=tuple(self._notes),
             batch_size=self._workshop.batch_size,
             seconds=time.perf_counter() - self._start,
+            stateful=self._stateful,
+            predict_way=WayPredictor(self._workshop, plain, self._plain_seconds),
         )
 
     def _largest(self, batches: list[Any]) -> Any:
@@ -213,6 +362,14 @@ class _Search:
                 f"Batches differ in size: the plan is for the largest of the first {len(batches)}."
             )
         return largest
+
+
+def _lowest(families: list[Family]) -> Family:
+    return min(families, key=lambda family: family.explorer.front()[-1].peak_bytes)
+
+
+def _said(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else repr(error)
 
 
 def _held(tried: Tried) -> tuple[tuple[str, int], ...]:

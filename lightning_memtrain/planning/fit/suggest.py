@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 
 from lightning_memtrain.core import format_bytes
 from lightning_memtrain.planning.fit.find_ways import find_ways
-from lightning_memtrain.planning.fit.make_plan import strategy_refusal
+from lightning_memtrain.planning.fit.refusals import own_choice, strategy_refusal
 from lightning_memtrain.planning.fit.running.agreement import is_planner
 from lightning_memtrain.planning.fit.running.device_in_use import device_of
 from lightning_memtrain.planning.fit.way import FoundWays, Way
@@ -40,7 +40,7 @@ def suggest(
         At most two lines to paste, with bytes and time; none if it would take longer, or was planned already.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    if any(map(is_planner, callbacks)) or strategy_refusal(trainer.strategy):
+    if any(map(is_planner, callbacks)) or own_choice(callbacks) or strategy_refusal(trainer.strategy):
         return ()
     if seconds < _SECONDS + _SECONDS_PER_MODULE * sum(1 for _ in model.modules()):
         return ()

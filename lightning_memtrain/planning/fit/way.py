@@ -188,6 +188,8 @@ class FoundWays:
         notes: sentences that the user must know, such as which batch was taken for the largest.
         batch_size: samples of the batch that it holds for; ``None`` where they cannot be told.
         batch_shapes: shapes of that batch's tensors, in the order in which they are found; none if unknown.
+        stateful: for each optimizer, for how many parameters it keeps something in the steps that were tried;
+            none if unknown.
         seconds: how long the search took.
         predict_way: predicts a way with other settings; ``None`` where that is no longer possible.
     """
@@ -201,8 +203,12 @@ class FoundWays:
     notes: tuple[str, ...] = ()
     batch_size: int | None = None
     batch_shapes: tuple[tuple[int, ...], ...] = ()
+    stateful: tuple[int, ...] = ()
     seconds: float = 0.0
     predict_way: Callable[[Way], Way] | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "predict_way": None}  # of the model of this process
 
 
 class Search(Protocol):
@@ -218,6 +224,7 @@ class Search(Protocol):
         device: Device,
         limit_bytes: int,
         allow: tuple[str, ...] = (),
+        techniques: tuple[Any, ...] = (),
     ) -> FoundWays:
         """Find what keeps a limit. Nothing of the caller's process is changed.
 
@@ -230,6 +237,7 @@ class Search(Protocol):
             device: what the run uses.
             limit_bytes: most bytes that the device may be asked for, its context included.
             allow: what may change the result, names that are known.
+            techniques: what may be switched on besides what is known.
 
         Returns:
             The ways.

@@ -81,6 +81,7 @@ def few_steps_trainer(
     options: Mapping[str, Any],
     watch: pl.Callback,
     num_steps: int = NUM_STEPS,
+    max_epochs: int | None = None,
 ) -> pl.Trainer:
     """A trainer that trains for a few steps.
 
@@ -90,21 +91,24 @@ def few_steps_trainer(
         options: other arguments of Trainer.
         watch: watches the steps, after all other callbacks.
         num_steps: how many.
+        max_epochs: in which they are, at most; ``None`` for as many as there are steps.
 
     Returns:
         The trainer.
     """
     options = dict(options)
     callbacks = [*options.pop("callbacks", ()), watch]
+    # A module that steps by itself may do so several times a batch, or never.
+    most_steps = num_steps if model.automatic_optimization else -1
     for callback in callbacks:
         rehearse = getattr(callback, "rehearse", None)
         if is_technique(callback) and callable(rehearse):
             rehearse()
     return namesake(pl.Trainer, model)(
         **place,
-        max_steps=num_steps,
-        # Steps of a module's own making may not be counted, and a batch is repeated without end.
-        max_epochs=num_steps,
+        max_steps=most_steps,
+        # One epoch has too few batches where the loader has.
+        max_epochs=num_steps if max_epochs is None else max_epochs,
         limit_train_batches=num_steps * options.get("accumulate_grad_batches", 1),
         logger=namesake(DummyLogger, model)(),
         callbacks=callbacks,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from lightning_memtrain.planning.fit.choice.bounds import Bounds
 from lightning_memtrain.planning.fit.choice.pairs import Pair, SizeCurve, chunk_counts, unbeaten
 from lightning_memtrain.planning.fit.choice.sized_steps import SizedStep, SizedSteps
-from lightning_memtrain.planning.fit.trials.workshop import Tried, Workshop
-from lightning_memtrain.planning.fit.way import TechniqueSettings
+from lightning_memtrain.planning.fit.trials.workshop import Segments, SwitchedOn, Tried, Workshop
 
 # So many finalists are tried for one limit, and so many for the floor.
 _MOST_FINALISTS = 10
@@ -16,7 +15,7 @@ _MOST_FLOORS = 3
 # What is not so much faster than what was found is not tried.
 _NOTABLY = 0.997
 
-Switched = Callable[[int], Sequence[TechniqueSettings]]
+Switched = Callable[[int], SwitchedOn]
 
 
 class Explorer:
@@ -47,6 +46,16 @@ class Explorer:
         self._counts = chunk_counts(self._size) if may_chunk and workshop.batch_size else [1]
         self.tried: dict[tuple[int, tuple[tuple[str, ...], ...]], Tried] = {}
         """What was tried, by chunks and segments."""
+        self._others: list[Pair] = []
+
+    @property
+    def may_chunk(self) -> bool:
+        """Whether the batch can be split, and may be."""
+        return len(self._counts) > 1
+
+    def chunk_no_more(self) -> None:
+        """Leave the batch whole from here, since its parts cannot run."""
+        self._counts = [1]
 
     def trace(self, num_chunks: int) -> Tried:
         """Run a number of chunks as they are, and take up what that shows.
@@ -67,7 +76,7 @@ class Explorer:
         Args:
             tried: of nothing recomputed.
         """
-        times, operators = self._workshop.times, tried.trace.operators
+        chunk_seconds, update_seconds = self._workshop.parts_in_seconds(tried)
         least = self._least_bytes * tried.size / self._size
         chain = self._workshop.profile(tried, self._call_seconds, least).chain()
         self._steps.add(
@@ -75,8 +84,8 @@ class Explorer:
                 tried.num_chunks,
                 tried.size,
                 chain,
-                times.seconds(operators.forward) + times.seconds(operators.backward),
-                times.seconds(operators.update),
+                chunk_seconds,
+                update_seconds,
                 tried.needed_bytes,
             )
         )
@@ -106,9 +115,28 @@ class Explorer:
         found = [self._steps.curve(count, self._workshop.size_of(count)) for count in self._counts]
         return [curve for curve in found if curve is not None]
 
+    def at(self, num_chunks: int, segments: Segments) -> Pair:
+        """A pair that no curve leads to, tried.
+
+        Args:
+            num_chunks: of the batch.
+            segments: what is recomputed.
+
+        Returns:
+            The pair, which is one of the front from now on.
+        """
+        tried = self.tried.get((num_chunks, segments))
+        if tried is None:
+            tried = self._workshop.run(num_chunks, segments, self._switched(num_chunks))
+            self.tried[num_chunks, segments] = tried
+        pair = self.pair_of(tried, self._workshop.seconds(tried))
+        self._others.append(pair)
+        return pair
+
     def front(self) -> tuple[Pair, ...]:
         """The pairs that no other one beats, what was tried in the place of what the curves say of it."""
-        return unbeaten([self._as_tried(pair) for curve in self.curves() for pair in curve.pairs()])
+        known = [self._as_tried(pair) for curve in self.curves() for pair in curve.pairs()]
+        return unbeaten([*known, *self._others])
 
     def best(self, limit_bytes: int) -> Pair | None:
         """The fastest pair within a limit, which was tried.
@@ -122,7 +150,7 @@ class Explorer:
         bounds = Bounds(limit_bytes)
         num_finalists = 0
         while num_finalists < _MOST_FINALISTS:
-            best = self._best_tried(limit_bytes)
+            best = self.best_tried(limit_bytes)
             pair = bounds.next_pair(self.curves(), self._was_tried)
             if pair is None and best is None and self._trace_unknown(limit_bytes):
                 num_finalists += 1
@@ -135,7 +163,7 @@ class Explorer:
             self._try(pair)
             bounds.note(pair, self._as_tried(pair).peak_bytes)
             num_finalists += 1
-        return self._best_tried(limit_bytes) or self._floor_within(limit_bytes)
+        return self.best_tried(limit_bytes) or self._floor_within(limit_bytes)
 
     def _floor_within(self, limit_bytes: int) -> Pair | None:
         """Before a limit is given up, the pair that needs least."""
@@ -181,8 +209,16 @@ class Explorer:
 
     def _tried_pairs(self) -> list[Pair]:
         pairs = [pair for curve in self.curves() for pair in curve.pairs()]
-        return [self._as_tried(pair) for pair in pairs if self._was_tried(pair)]
+        return [*(self._as_tried(pair) for pair in pairs if self._was_tried(pair)), *self._others]
 
-    def _best_tried(self, limit_bytes: int) -> Pair | None:
+    def best_tried(self, limit_bytes: int) -> Pair | None:
+        """The fastest pair within a limit of those that were tried.
+
+        Args:
+            limit_bytes: most bytes that the device must have.
+
+        Returns:
+            The pair; ``None`` if there is none.
+        """
         fitting = [pair for pair in self._tried_pairs() if pair.peak_bytes <= limit_bytes]
         return min(fitting, key=lambda pair: (pair.seconds, pair.peak_bytes), default=None)

@@ -9,8 +9,8 @@ from lightning_memtrain.planning.fit.choice.explorer import Explorer
 from lightning_memtrain.planning.fit.choice.pairs import Pair
 from lightning_memtrain.planning.fit.techniques import Switch
 from lightning_memtrain.planning.fit.trials.step_trace import RunFacts
-from lightning_memtrain.planning.fit.trials.workshop import Tried, Workshop
-from lightning_memtrain.planning.fit.way import TechniqueSettings, Way
+from lightning_memtrain.planning.fit.trials.workshop import SwitchedOn, Tried, Workshop
+from lightning_memtrain.planning.fit.way import Way
 
 BATCHNORM = "batchnorm-statistics"
 
@@ -41,8 +41,33 @@ class Family:
         least_bytes = plain.trace.ledger_bytes / 500
         self.explorer = Explorer(workshop, self._switched, call_seconds, least_bytes, may_chunk)
 
-    def _switched(self, num_chunks: int) -> list[TechniqueSettings]:
-        return [one for switch in self.switches for one in switch.settings(self._facts, num_chunks)]
+    def _switched(self, num_chunks: int) -> SwitchedOn:
+        facts = self._facts
+        return SwitchedOn(
+            tuple(one for switch in self.switches for one in switch.settings(facts, num_chunks)),
+            tuple(one for switch in self.switches for one in switch.stand_ins(facts, num_chunks)),
+            {
+                name: value
+                for switch in self.switches
+                for name, value in switch.trainer_arguments(facts).items()
+            },
+        )
+
+    @property
+    def by_hand(self) -> tuple[str, ...]:
+        """Lines that only the user can write."""
+        return tuple(line for switch in self.switches for line in switch.by_hand(self._facts))
+
+    def unnamed_change(self) -> str:
+        """A technique that says that it is not exact, though none of what is switched on names a change.
+
+        Returns:
+            Its name; empty if there is none.
+        """
+        if any(switch.allow for switch in self.switches):
+            return ""
+        names = {one.name for one in self._switched(1).techniques}
+        return next((name for name in names if self._workshop.exact.get((name, False)) is False), "")
 
     def way(self, pair: Pair, plain_seconds: float) -> Way:
         """A pair as a way.
@@ -60,20 +85,21 @@ class Family:
         if tried is not None:
             allocated = tried.allocated_bytes
         elif self._workshop.device.is_cuda:
-            allocated = reserved - (self._plain.trace.reserved_bytes - self._plain.trace.allocated_bytes)
-        changes = [PERMISSIONS[switch.allow].changes for switch in self.switches if switch.allow]
+            allocated = reserved * self._plain.allocated_bytes // self._plain.trace.reserved_bytes
+        changes = [switch.changes for switch in self.switches if switch.changes]
         if pair.num_chunks > 1 and self._facts.has_batchnorm:
             changes.append(PERMISSIONS[BATCHNORM].changes)
-        techniques = (
-            *self._workshop.settings(pair.num_chunks, pair.segments),
-            *self._switched(pair.num_chunks),
-        )
-        is_exact = not changes and (tried is None or all(tried.trace.facts.exact.values()) or not techniques)
+        on = self._switched(pair.num_chunks)
+        techniques = (*self._workshop.settings(pair.num_chunks, pair.segments), *on.techniques)
+        exact = self._workshop.exact
         return Way(
             techniques=techniques,
             allocated_bytes=allocated,
             reserved_bytes=reserved,
             time_ratio=pair.seconds / plain_seconds if plain_seconds else None,
-            exact=is_exact,
+            # What a technique says of itself in its trial; recomputation has been in one where it is chosen.
+            exact=not changes and all(exact.get((one.name, pair.num_chunks > 1), True) for one in techniques),
             changes=tuple(changes),
+            trainer_arguments=on.trainer_arguments,
+            by_hand=self.by_hand,
         )

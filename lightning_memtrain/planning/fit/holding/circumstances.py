@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +13,7 @@ from lightning_memtrain.core import KIB, format_bytes
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.automatic_size.fitting_size import Shapes, shape_growth
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of
+from lightning_memtrain.planning.fit.way import FoundWays
 
 # What the first step has logged, which the trial of a plan holds, too, is no more than was planned for.
 _LOGGED_BYTES = 4 * KIB
@@ -30,6 +31,8 @@ class Circumstances:
         optimized: parameters of each optimizer.
         accumulated: batches per update.
         held_bytes: what lives on beside the steps; 0 where nobody looked.
+        stateful: for each optimizer, how many parameters it keeps something for; none if unknown. It begins
+            to do so with its first step, as that of a GAN's generator which is trained later.
     """
 
     batch_size: int | None
@@ -39,6 +42,7 @@ class Circumstances:
     optimized: tuple[int, ...]
     accumulated: int
     held_bytes: int = 0
+    stateful: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -67,6 +71,7 @@ class Circumstances:
             ),
             accumulated=trainer.accumulate_grad_batches,
             held_bytes=0 if held is None else held.num_bytes(tensors),
+            stateful=tuple(len(getattr(optimizer, "state", ())) for optimizer in trainer.optimizers),
         )
 
     def beyond(self, planned: Circumstances) -> list[str]:
@@ -97,6 +102,9 @@ class Circumstances:
         more = sum(self.optimized) - sum(planned.optimized)
         if more > 0:
             found.append(f"the optimizer has {more} more {_plural('parameter', more)}")
+        begun = self._newly_stepped(planned)
+        if begun:
+            found.append(f"optimizer {begun[0]} steps parameters that it did not step before")
         if self.accumulated > 1 >= planned.accumulated:
             found.append(f"gradients of {self.accumulated} batches are accumulated")
         if more_bytes := self.more_held_bytes(planned):
@@ -114,6 +122,26 @@ class Circumstances:
         """
         return max(0, self.held_bytes - planned.held_bytes - _LOGGED_BYTES)
 
+    def _newly_stepped(self, planned: Circumstances) -> list[int]:
+        """Optimizers that keep something for more parameters than planned."""
+        if len(planned.stateful) != len(self.stateful):
+            return []
+        both = enumerate(zip(self.stateful, planned.stateful, strict=True))
+        return [place for place, (now, then) in both if now > then]
+
+    def with_steps_of(self, found: FoundWays) -> Circumstances:
+        """What a search has planned for: its trials have stepped what the next steps will step.
+
+        Args:
+            found: what it came to.
+
+        Returns:
+            The same circumstances, with what optimizers keep then.
+        """
+        if len(found.stateful) != len(self.stateful):
+            return replace(self, stateful=())
+        return replace(self, stateful=tuple(map(max, self.stateful, found.stateful)))
+
     def growth(self, planned: Circumstances) -> float:
         """How many times more memory than planned a batch may take at most, if only its shapes are others.
 
@@ -124,6 +152,8 @@ class Circumstances:
             At least 1; infinity where nothing can be said.
         """
         if (self.trained, self.optimized) != (planned.trained, planned.optimized):
+            return float("inf")
+        if self._newly_stepped(planned):
             return float("inf")
         if self.accumulated > 1 >= planned.accumulated or len(self.shapes) != len(planned.shapes):
             return float("inf")

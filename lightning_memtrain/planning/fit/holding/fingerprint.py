@@ -86,7 +86,8 @@ class Fingerprint:
         # A script's class is in `__main__`, and the same class imported is in its module.
         if self.model.rpartition(".")[2] != now.model.rpartition(".")[2]:
             found.append(f"the model is {now.model}, not {self.model}")
-        found += _changed_parameters(self.parameters, now.parameters)
+        if self.parameters:  # else `configure_model` makes them, later than a plan can look
+            found += _changed_parameters(self.parameters, now.parameters)
         if self.batch_size is not None and (now.batch_size or 0) > self.batch_size:
             found.append(f"batches have {now.batch_size} samples, not {self.batch_size}")
         for package in sorted({*self.versions, *now.versions}):

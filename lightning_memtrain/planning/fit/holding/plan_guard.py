@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -39,7 +40,7 @@ class PlanGuard(pl.Callback):
         """Refuse a batch, or parameters, that the plan does not know."""
         now = Circumstances.of(trainer, pl_module, batch)
         if self._begun is None:
-            self._begun = now
+            self._begun = replace(now, stateful=())  # the first steps make what optimizers keep
         planned = self._fingerprint.batch_size
         if self._shapes and len(now.shapes) == len(self._shapes):
             larger = shape_growth(now.shapes, self._shapes) > 1

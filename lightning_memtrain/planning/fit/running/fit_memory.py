@@ -28,18 +28,24 @@ from lightning_memtrain.planning.fit.limits import (
     limit_in_bytes,
     refuse_less_than_weights,
 )
-from lightning_memtrain.planning.fit.make_plan import strategy_refusal
 from lightning_memtrain.planning.fit.plan import Plan
+from lightning_memtrain.planning.fit.refusals import (
+    is_fsdp2,
+    refusal_of_own,
+    refusal_within_fsdp2,
+    strategy_refusal,
+)
 from lightning_memtrain.planning.fit.running.agreement import (
     any_rank,
     plan_of_largest,
+    refuse_second_planner,
     without_planners,
 )
 from lightning_memtrain.planning.fit.running.applied_way import AppliedWay
 from lightning_memtrain.planning.fit.running.begun_run_validation import refuse_what_needs_a_trainer
 from lightning_memtrain.planning.fit.running.device_in_use import device_of, reserved_on
 from lightning_memtrain.planning.fit.running.known_plans import KnownPlans
-from lightning_memtrain.planning.fit.running.one_rank import bucket_bytes, one_rank
+from lightning_memtrain.planning.fit.running.one_rank import beside_buckets, bucket_bytes, one_rank
 from lightning_memtrain.planning.fit.running.plan_words import cure, in_words
 from lightning_memtrain.planning.fit.showing.plan_loggers import log_plan
 from lightning_memtrain.planning.fit.showing.plan_table import floor_lines
@@ -132,14 +138,17 @@ class FitMemory(pl.Callback):
             return
         refuse_mix("FitMemory", trainer)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        refused = strategy_refusal(trainer.strategy)
-        if refused:
-            raise MisconfigurationException(f"`FitMemory` {refused}")
+        if self._applied is not None:
+            self._applied.leave(trainer)
+        strategy = trainer.strategy
+        without_plan = refusal_within_fsdp2(strategy, self._given is not None)
+        for refused in (strategy_refusal(strategy), without_plan, refusal_of_own(callbacks)):
+            if refused:
+                raise MisconfigurationException(f"`FitMemory` {refused}")
+        refuse_second_planner(callbacks)
         # Lightning walks along this list: what comes before this callback has had its turn.
         callbacks.remove(self)
         callbacks.insert(0, self)
-        if self._applied is not None:
-            self._applied.leave(trainer)
         before = self._run
         if before is not None and not (before[0]() is trainer and before[1]() is pl_module):
             self._forget()
@@ -156,9 +165,10 @@ class FitMemory(pl.Callback):
                 available_bytes += device.context_bytes
             given = self._given.limit_bytes if self._given is not None and self.limit is None else self.limit
             self._limit_bytes = limit_in_bytes(given, device, "FitMemory(limit)", available_bytes)
-            refuse_less_than_weights(
-                given, self._limit_bytes, pl_module, self.allow, device, "FitMemory(limit)"
-            )
+            if not is_fsdp2(trainer.strategy):
+                refuse_less_than_weights(
+                    given, self._limit_bytes, pl_module, self.allow, device, "FitMemory(limit)"
+                )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         if self._resumed is not None:
@@ -176,8 +186,15 @@ class FitMemory(pl.Callback):
         now = Circumstances.of(trainer, pl_module, batch, self._held)
         held = self._known.plan_for(now, self._limit_bytes, self._in_force)
         if held is None and self._given is not None and not self._known and self._is_for(self._given, now):
-            held = self._known.add(now, self._given)
+            held = self._known.add(now.with_steps_of(self._given.found), self._given)
         if any_rank(trainer, held is None):
+            if is_fsdp2(trainer.strategy):
+                lacks = f": {self._known.lacks(now)}" if held is None and self._known else ""
+                raise MisconfigurationException(
+                    f"`FitMemory(plan)` was made for less than step {trainer.global_step} needs on some rank"
+                    f"{lacks}. FSDP2 has sharded the model, so that it cannot be planned again. Plan with "
+                    "the largest batch of the run and all parameters that it will train."
+                )
             self._plan(trainer, pl_module, batch, now)
         elif held is not self._in_force and held is not None:
             self._follow(held, trainer, pl_module, in_training=True)
@@ -221,13 +238,17 @@ class FitMemory(pl.Callback):
                     limit_bytes=self._limit_bytes - self._missing_bytes - buckets,
                     allow=self.allow,
                 )
-            found = replace(found, batch_size=now.batch_size, batch_shapes=now.shapes)
-            if buckets:
-                note = f"{format_bytes(buckets)} of the limit are left to the buckets of ddp."
-                found = replace(found, notes=(*found.notes, note))
+            # The model is about to change, so that nothing more can be predicted of it.
+            found = replace(
+                beside_buckets(found, buckets),
+                batch_size=now.batch_size,
+                batch_shapes=now.shapes,
+                predict_way=None,
+            )
             fingerprint = Fingerprint.of(model, now.batch_size)
             device = device_of(trainer.strategy.root_device)
-            return Plan(found, device, self._limit_bytes, self.allow, fingerprint), now
+            planned = now.with_steps_of(found)
+            return Plan(found, device, self._limit_bytes, self.allow, fingerprint), planned
 
         try:
             plan, planned = plan_of_largest(trainer, now.batch_bytes, make)

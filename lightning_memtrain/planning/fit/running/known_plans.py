@@ -109,6 +109,7 @@ class KnownPlans:
             planned["shapes"] = tuple(tuple(shape) for shape in planned["shapes"])
             planned["trained"] = tuple(planned["trained"])
             planned["optimized"] = tuple(planned["optimized"])
+            planned["stateful"] = tuple(planned.get("stateful", ()))
             known.add(Circumstances(**planned), Plan.from_dict(value["plan"]))
         return known
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
 
 from lightning_memtrain.compat.lightning_packages import in_both
+from lightning_memtrain.core import format_bytes
 from lightning_memtrain.microbatching.training_loop import gradients_are_bucket_views
+from lightning_memtrain.planning.fit.way import FoundWays
 
 
 class OneRank:
@@ -40,7 +44,7 @@ def one_rank(trainer: pl.Trainer) -> Any:
     return OneRank(trainer) if isinstance(trainer.strategy, in_both(DDPStrategy)) else trainer
 
 
-def bucket_bytes(trainer: pl.Trainer, model: pl.LightningModule) -> int:
+def bucket_bytes(trainer: pl.Trainer, model: nn.Module) -> int:
     """What `ddp` holds besides what one rank would: buckets that gradients are averaged in.
 
     Args:
@@ -54,3 +58,19 @@ def bucket_bytes(trainer: pl.Trainer, model: pl.LightningModule) -> int:
     if not isinstance(strategy, in_both(DDPStrategy)) or gradients_are_bucket_views(strategy):
         return 0
     return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+
+
+def beside_buckets(found: FoundWays, buckets: int) -> FoundWays:
+    """Say that a part of the limit was left to buckets.
+
+    Args:
+        found: what the search came to within the rest.
+        buckets: bytes of the buckets.
+
+    Returns:
+        The same, with a note if there are buckets.
+    """
+    if not buckets:
+        return found
+    note = f"{format_bytes(buckets)} of the limit are left to the buckets of ddp."
+    return replace(found, notes=(*found.notes, note), predict_way=None)

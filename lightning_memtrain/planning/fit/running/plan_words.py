@@ -38,8 +38,12 @@ def cure(plan: Plan) -> str:
         A sentence.
     """
     helping = [name for name, num_bytes in plan.floor.unlocks if num_bytes <= plan.limit_bytes]
+    by_hand = [way for way in plan.found.offered if way.by_hand and plan.keeps_limit(way)]
+    if not helping and by_hand:
+        return f"It would fit with a line of yours: {by_hand[0].by_hand[0]}"
     if not helping:
         return "Raise the limit, or use a smaller batch or model."
-    if PERMISSIONS[helping[0]].needs_trainer:
-        return f"Use L.Trainer(**mt.plan(..., allow=({helping[0]!r},)).trainer_kwargs())."
-    return f"Use FitMemory(..., allow=({helping[0]!r},))."
+    names = tuple(helping[0].split(","))
+    if any(PERMISSIONS[name].needs_trainer for name in names):
+        return f"Use L.Trainer(**mt.plan(..., allow={names!r}).trainer_kwargs())."
+    return f"Use FitMemory(..., allow={names!r})."

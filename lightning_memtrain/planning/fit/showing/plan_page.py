@@ -10,8 +10,8 @@ from pathlib import Path
 from lightning_memtrain.core.atomic_files import write_atomically
 from lightning_memtrain.planning.fit.showing.front_chart import front_svg
 from lightning_memtrain.planning.fit.showing.plan_table import (
-    OFFERED,
     floor_lines,
+    offers,
     refusal,
     row_of,
     title,
@@ -111,8 +111,8 @@ def _body(found: FoundWays, device: Device, limit_bytes: int) -> list[str]:
     if found.plain not in ways:
         ways.append(found.plain)
     parts.append(f"<h2>Ways</h2>{_table(ways, found, device)}")
-    if found.offered:
-        parts.append(f"<h2>{OFFERED.rstrip(':')}</h2>{_table(found.offered, found, device)}")
+    for words, offered in offers(found):
+        parts.append(f"<h2>{words.rstrip(':')}</h2>{_table(offered, found, device)}")
     if found.refused:
         rows = "".join(f"<li>{html.escape(refusal(one))}</li>" for one in found.refused)
         parts.append(f"<h2>Not used</h2><ul>{rows}</ul>")

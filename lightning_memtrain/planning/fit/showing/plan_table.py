@@ -16,6 +16,7 @@ WIDTH = 80
 MOST_ROWS = 8
 
 OFFERED = "Would fit as well, but changes the result, which was not allowed:"
+BY_HAND = "Would fit with a line of yours in the model:"
 
 _UNKNOWN = "?"
 
@@ -99,6 +100,20 @@ def shown_front(found: FoundWays) -> tuple[Way, ...]:
     return tuple(others[round(place * step)] for place in range(MOST_ROWS))
 
 
+def offers(found: FoundWays) -> list[tuple[str, list[Way]]]:
+    """What is offered and not taken.
+
+    Args:
+        found: what a search came to.
+
+    Returns:
+        Why it is not taken, and the ways; none of neither kind where there are none.
+    """
+    changing = [way for way in found.offered if not way.by_hand]
+    by_hand = [way for way in found.offered if way.by_hand]
+    return [(words, ways) for words, ways in ((OFFERED, changing), (BY_HAND, by_hand)) if ways]
+
+
 def title(model: str, found: FoundWays, device: Device, limit_bytes: int) -> str:
     """What came of it, in one sentence.
 
@@ -147,11 +162,9 @@ def plan_text(model: str, found: FoundWays, device: Device, limit_bytes: int) ->
     if found.chosen is not None and not found.chosen.is_plain:
         lines += ["", "Paste into `L.Trainer(...)`, after `import lightning_memtrain as mt`:"]
         lines += [f"    {line}" for line in found.chosen.lines(WIDTH - 4)]
-    if found.offered:
-        lines += ["", OFFERED]
-        lines += _rows(
-            [row_of(way, device, _code_width(device)) for way in found.offered[:MOST_ROWS]], device
-        )
+    for words, ways in offers(found):
+        lines += ["", words]
+        lines += _rows([row_of(way, device, _code_width(device)) for way in ways[:MOST_ROWS]], device)
     if found.refused:
         lines += ["", "Not used:"]
         lines += [line for one in found.refused for line in _wrapped(refusal(one), "  ", "    ")]
@@ -201,7 +214,8 @@ def floor_lines(floor: Floor, plain: Way, device: Device, limit_bytes: int) -> l
         lines += _wrapped(f"Held then: {held}.", "", "")
     for name, num in floor.unlocks:
         fits = "fits" if num <= limit_bytes else "still too much"
-        lines += _wrapped(f"With allow={(name,)!r} at least {format_bytes(num)}: {fits}.", "", "  ")
+        allow = tuple(name.split(","))
+        lines += _wrapped(f"With allow={allow!r} at least {format_bytes(num)}: {fits}.", "", "  ")
     return lines
 
 

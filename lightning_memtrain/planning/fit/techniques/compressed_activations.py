@@ -1,4 +1,4 @@
-"""Activations in 8 bits."""
+"""Activations in few bits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,28 @@ class ActivationsIn8Bits(Switch):
 
     name = "CompressedActivations"
     allow = "compressed-activations"
-
-    def refusal(self, facts: RunFacts, num_chunks: int) -> str:
-        """None that is known before it is tried."""
-        return ""
+    instead_of = "CompressedActivations"
+    replaces_recomputation = True
 
     def settings(self, facts: RunFacts, num_chunks: int) -> tuple[TechniqueSettings, ...]:
         """As a callback."""
-        return (TechniqueSettings("lightning_memtrain.precision.CompressedActivations"),)
+        return (TechniqueSettings("lightning_memtrain.CompressedActivations"),)
+
+
+class ActivationsIn4Bits(Switch):
+    """What is saved for backward takes half a byte a number."""
+
+    name = "CompressedActivations, 4 bits"
+    allow = "compressed-activations"
+    instead_of = "CompressedActivations"
+    replaces_recomputation = True
+
+    @property
+    def changes(self) -> str:
+        """More than 8 bits do."""
+        return "gradients are those of activations rounded to 4 bits; what that costs nobody has measured"
+
+    def settings(self, facts: RunFacts, num_chunks: int) -> tuple[TechniqueSettings, ...]:
+        """As a callback."""
+        codec = {"class_path": "lightning_memtrain.precision.ActivationCodec", "init_args": {"bits": 4}}
+        return (TechniqueSettings("lightning_memtrain.CompressedActivations", {"codec": codec}),)

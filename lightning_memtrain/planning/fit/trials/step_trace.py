@@ -40,11 +40,13 @@ class StepOperators:
         forward: of its last chunk's forward.
         backward: of its last chunk's backward, with what is recomputed in it.
         update: of all else after that: clipping, the optimizer's step.
+        host_bytes: copied between a GPU and the host in forward and backward.
     """
 
     forward: list[OpCall] = field(default_factory=list)
     backward: list[OpCall] = field(default_factory=list)
     update: list[OpCall] = field(default_factory=list)
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,22 @@ class RunFacts:
         has_batchnorm: whether some layer normalises over samples.
         optimizers: per optimizer the names of its class and bases, and the defaults of its groups.
         exact: per technique that was in the trial, by class name, whether it leaves the result as it is.
+        on_gpu: whether it runs on a GPU.
+        precision: what Trainer calls it.
+        takes_all_at_once: whether an optimizer makes temporaries of all parameters (`foreach`).
+        stateful: per optimizer, for how many parameters it keeps something after the steps.
+        networks: children of the module that have parameters, and the names of their own children.
     """
 
     automatic_optimization: bool
     has_batchnorm: bool
     optimizers: tuple[tuple[tuple[str, ...], Mapping[str, object]], ...]
     exact: Mapping[str, bool]
+    on_gpu: bool = False
+    precision: str = "32-true"
+    takes_all_at_once: bool = False
+    stateful: tuple[int, ...] = ()
+    networks: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_memtrain.checkpointing.existing_checkpoints import ExistingCheckpoints, is_backward
@@ -23,10 +26,12 @@ from lightning_memtrain.tracing.user_state.held_tensors import HeldTensors
 
 # The first step makes the optimizer's state, and shows what the model recomputes by itself.
 _WATCHED_STEP = 1
+# A module that steps by itself may do so by turns, as a GAN that trains its generator in every fifth batch.
+_STEPS_BY_ITSELF = 6
 
 
 class StepWatch(pl.Callback):
-    """Watches the second step of a run.
+    """Watches the second step of a run; of a module that steps by itself also some after it.
 
     Args:
         num_chunks: calls of ``training_step`` in it.
@@ -40,6 +45,7 @@ class StepWatch(pl.Callback):
         self._with_calls = with_calls
         self._undo = ExitStack()
         self._step_undo = ExitStack()
+        self._calls_undo = ExitStack()
         self._own: ExistingCheckpoints | None = None
         self._ledger: MemoryLedger | None = None
         self._calls: CallProfiler | None = None
@@ -49,6 +55,18 @@ class StepWatch(pl.Callback):
         self._ticks: list[tuple[int, OpCall]] = []
         self._steps = 0
         self._was_backward = False
+        self._host_bytes = 0
+
+    def num_steps(self, model: pl.LightningModule) -> int:
+        """How many steps it wants to see.
+
+        Args:
+            model: what is trained.
+
+        Returns:
+            The first one among them.
+        """
+        return _WATCHED_STEP + 1 if model.automatic_optimization else _STEPS_BY_ITSELF
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go around ``training_step``."""
@@ -83,22 +101,25 @@ class StepWatch(pl.Callback):
         if should_accumulate(trainer):
             return
         self._steps += 1
-        self._step_undo.close()
+        self._calls_undo.close()
+        if self._steps in (_WATCHED_STEP, self.num_steps(pl_module)):
+            self._step_undo.close()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave everything as it was."""
+        self._calls_undo.close()
         self._step_undo.close()
         self._undo.close()
 
     def _around(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._ledger is None or self._steps != _WATCHED_STEP:
+        if self._ledger is None or self._steps < _WATCHED_STEP:
             return step(*args, **kwargs)
         self._begins.append(self._ledger.tick)
         if len(self._begins) == self._num_chunks:
             if self._with_calls:
                 left_out = self._own.names if self._own is not None else frozenset()
                 self._calls = CallProfiler(self._model, self._ledger, left_out)
-                self._step_undo.enter_context(self._calls)
+                self._calls_undo.enter_context(self._calls)
             self._mode.begin(self._on_operator, lambda operator, results: None)
             self._step_undo.callback(self._mode.end)
         return step(*args, **kwargs)
@@ -113,6 +134,8 @@ class StepWatch(pl.Callback):
             calls = self._operators.update
         call = op_call(operator.func, args, kwargs)
         calls.append(call)
+        if calls is not self._operators.update:
+            self._host_bytes += _between_devices(args, kwargs)
         if self._with_calls and self._ledger is not None:
             self._ticks.append((self._ledger.tick, call))
 
@@ -144,7 +167,7 @@ class StepWatch(pl.Callback):
             workspace_bytes=0,
             at_peak=dict(breakdown.at_peak),
             growth_bytes=growth_bytes,
-            operators=self._operators,
+            operators=replace(self._operators, host_bytes=self._host_bytes),
             facts=self._facts(),
             calls=None
             if calls is None
@@ -172,4 +195,33 @@ class StepWatch(pl.Callback):
                 for one in optimizers
             ),
             exact={type(one).__name__: one.exact for one in candidates if is_technique(one)},
+            on_gpu=trainer.strategy.root_device.type != "cpu",
+            precision=str(trainer.precision),
+            takes_all_at_once=any(map(self._takes_all_at_once, optimizers)),
+            stateful=tuple(len(one.state) for one in optimizers),
+            networks=tuple(
+                (name, tuple(f"{name}.{inner}" for inner, _ in child.named_children()))
+                for name, child in self._model.named_children()
+                if any(True for _ in child.parameters())
+            ),
         )
+
+    def _takes_all_at_once(self, optimizer: Optimizer) -> bool:
+        by_default = self._trainer.strategy.root_device.type != "cpu"
+        return any(
+            group.get("foreach") or (by_default and group.get("foreach", True) is None)
+            for group in optimizer.param_groups
+            if not group.get("fused")
+        )
+
+
+def _between_devices(args: Any, kwargs: Any) -> int:
+    """Bytes that a copy between devices moves; 0 for all else."""
+    tensors = [one for one in args if isinstance(one, Tensor)]
+    if not tensors:
+        return 0
+    target = kwargs.get("device")
+    kinds = {one.device.type for one in tensors if one.dim() > 0}
+    if target is not None:
+        kinds.add(torch.device(target).type)
+    return tensors[-1].nbytes if len(kinds) > 1 else 0

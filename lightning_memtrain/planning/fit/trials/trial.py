@@ -1,21 +1,27 @@
-"""A trial: two steps of a run without data, in a copy of this process, with some techniques."""
+"""A trial: a few steps of a run without data, in a copy of this process, with some techniques."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.plugins.precision import MixedPrecision
 
+from lightning_memtrain.compat.lightning_packages import namesake
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.ledger import OpWorkspace
+from lightning_memtrain.planning.fit.trials.run_progress import RunProgress
 from lightning_memtrain.planning.fit.trials.step_trace import StepTrace
 from lightning_memtrain.planning.fit.trials.step_watch import StepWatch
 from lightning_memtrain.planning.prediction.cpu.cpu_run import on_cpu
-from lightning_memtrain.planning.prediction.few_steps import Model, few_steps_trainer, quiet_folder
+from lightning_memtrain.planning.prediction.few_steps import Model, few_steps_trainer, is_module, quiet_folder
 from lightning_memtrain.planning.prediction.forked import call_in_copy
+from lightning_memtrain.planning.prediction.ranks.world import World
 from lightning_memtrain.planning.prediction.twin.twin_place import on_twin
+from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE
 from lightning_memtrain.tracing.device import Device
 
 
@@ -30,6 +36,7 @@ class Trial:
         batch: the one that is watched.
         num_chunks: calls of ``training_step`` for it.
         with_calls: whether module calls are followed.
+        progress: of the run that it stands for.
     """
 
     techniques: Sequence[tuple[str, Mapping[str, Any], str]]
@@ -38,35 +45,42 @@ class Trial:
     batch: Any
     num_chunks: int = 1
     with_calls: bool = False
+    progress: RunProgress = field(default_factory=RunProgress)
 
 
-def run_trial(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> StepTrace:
-    """Run two steps without data.
+def run_trial(
+    model: Model, options: Mapping[str, Any], device: Device, trial: Trial, world: World | None = None
+) -> StepTrace:
+    """Run a few steps without data.
 
     Args:
         model: what is trained, or what makes it.
         options: arguments of Trainer, as the run has them.
         device: the CPU, or a GPU by NVIDIA.
         trial: what is tried.
+        world: the ranks that share the model.
 
     Returns:
-        What the second step held and ran.
+        What the steps after the first one held and ran.
     """
-    run = _on_twin if device.is_cuda else _on_cpu
-    return call_in_copy(lambda: run(model, options, device, trial))
+    if device.is_cuda:
+        return call_in_copy(lambda: _on_twin(model, options, device, trial, world))
+    return call_in_copy(lambda: _on_cpu(model, options, device, trial))
 
 
 def _on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> StepTrace:
-    given = _with_techniques(options, trial)
+    given = _with_techniques(model, options, device, trial)
     with quiet_folder() as folder, on_cpu(model, given["callbacks"]) as place:
         watch = StepWatch(trial.num_chunks, OpWorkspace("cpu"), trial.with_calls)
         _fit(place.model, place.trainer_arguments, given, trial, watch, folder)
         return watch.trace()
 
 
-def _on_twin(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> StepTrace:
-    given = _with_techniques(options, trial)
-    with quiet_folder() as folder, on_twin(model, device) as place:
+def _on_twin(
+    model: Model, options: Mapping[str, Any], device: Device, trial: Trial, world: World | None
+) -> StepTrace:
+    given = _with_techniques(model, options, device, trial)
+    with quiet_folder() as folder, on_twin(model, device, world) as place:
         watch = StepWatch(trial.num_chunks, None, trial.with_calls)
         _fit(place.model, place.trainer_arguments, given, trial, watch, folder)
     return replace(
@@ -77,9 +91,14 @@ def _on_twin(model: Model, options: Mapping[str, Any], device: Device, trial: Tr
     )
 
 
-def _with_techniques(options: Mapping[str, Any], trial: Trial) -> dict[str, Any]:
+def _with_techniques(
+    model: Model, options: Mapping[str, Any], device: Device, trial: Trial
+) -> dict[str, Any]:
     given = {"callbacks": (), **options, **trial.trainer_arguments}
+    precision = given.pop("precision", None)
     made = [(place, _made(path, arguments)) for path, arguments, place in trial.techniques]
+    if precision is not None:
+        made.append(("plugins", _precision(model, precision, device)))
     for place in {place for place, _ in made}:
         given[place] = [*given.get(place, ()), *(one for at, one in made if at == place)]
     return given
@@ -93,10 +112,24 @@ def _fit(
     watch: StepWatch,
     folder: str,
 ) -> None:
-    trainer = few_steps_trainer(model, {**place, "default_root_dir": folder}, given, watch, num_steps=2)
+    place = {**place, "default_root_dir": folder}
+    num_steps = watch.num_steps(model)
+    trainer = few_steps_trainer(model, place, given, watch, num_steps=num_steps, max_epochs=1)
+    trial.progress.give_to(trainer)
     accumulated = given.get("accumulate_grad_batches", 1)
-    batches = [trial.first_batch] * accumulated + [trial.batch] * accumulated
+    batches = [trial.first_batch] * accumulated + [trial.batch] * accumulated * (num_steps - 1)
     trainer.fit(model, _Loader(batches))
+
+
+def _precision(model: Model, precision: Any, device: Device) -> Any:
+    """What Trainer makes of ``precision``, which looks at the name of the device."""
+    if not str(precision).endswith("-mixed"):
+        raise ArgumentError(
+            f"`Plan.edit(precision)` must be 'bf16-mixed' or '16-mixed' to be predicted, but got "
+            f"{precision!r}. Use LowPrecision for weights in 16 bits."
+        )
+    kind: Any = namesake(MixedPrecision, model if is_module(model) else pl.LightningModule)
+    return kind(precision, DEVICE_TYPE if device.is_cuda else "cpu")
 
 
 class _Loader:
@@ -104,6 +137,9 @@ class _Loader:
 
     def __init__(self, batches: list[Any]) -> None:
         self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._batches)
@@ -119,4 +155,4 @@ def _made(class_path: str, arguments: Mapping[str, Any]) -> Any:
 def _value(value: Any) -> Any:
     if isinstance(value, Mapping) and "class_path" in value:
         return _made(value["class_path"], value.get("init_args") or {})
-    return value
+    return [_value(one) for one in value] if isinstance(value, (list, tuple)) else value

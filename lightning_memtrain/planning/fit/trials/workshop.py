@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,17 +14,22 @@ from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of, take_samples
 from lightning_memtrain.planning.fit.seconds.measured_seconds import MeasuredSeconds
 from lightning_memtrain.planning.fit.seconds.roofline import RooflineSeconds
+from lightning_memtrain.planning.fit.trials.run_progress import RunProgress
 from lightning_memtrain.planning.fit.trials.step_trace import StepTrace
 from lightning_memtrain.planning.fit.trials.trial import Trial, run_trial
 from lightning_memtrain.planning.fit.way import TechniqueSettings
 from lightning_memtrain.planning.prediction.cpu.calibration import AskedWorkspace, measure_call
 from lightning_memtrain.planning.prediction.few_steps import Model
+from lightning_memtrain.planning.prediction.ranks.world import World
 from lightning_memtrain.tracing.device import Device
 
 #: So many chunks show what more of them would: the first finds no gradients, the third what the second kept.
 SHOWN_CHUNKS = 3
 # Of random numbers on the CPU, beside those that calls keep.
 _STATES_AT_ONCE = 3
+
+# Bytes a second between a GPU and the host: of PCIe 3.0 with 16 lanes, which nobody has checked on a device.
+_HOST_BANDWIDTH = 12e9
 
 MICROBATCHING = "lightning_memtrain.Microbatching"
 CHECKPOINTING = "lightning_memtrain.ActivationCheckpointing"
@@ -52,6 +57,21 @@ class Tried:
     trace: StepTrace
 
 
+@dataclass(frozen=True)
+class SwitchedOn:
+    """What is switched on beside microbatches and recomputation.
+
+    Args:
+        techniques: as Trainer takes them.
+        stand_ins: callbacks for what only the user can write.
+        trainer_arguments: plain arguments of Trainer.
+    """
+
+    techniques: tuple[TechniqueSettings, ...] = ()
+    stand_ins: tuple[TechniqueSettings, ...] = ()
+    trainer_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Workshop:
     """Tries ways to run a model, each in a copy of this process.
 
@@ -60,14 +80,29 @@ class Workshop:
         options: arguments of Trainer, as the run has them.
         device: what the run uses.
         batch: a batch of it, on the CPU.
+        progress: of the run; ``None`` for one that has not begun.
+        world: the ranks that share the model, of which the first is tried; ``None`` where it is whole.
     """
 
-    def __init__(self, model: Model, options: Mapping[str, Any], device: Device, batch: Any) -> None:
+    def __init__(
+        self,
+        model: Model,
+        options: Mapping[str, Any],
+        device: Device,
+        batch: Any,
+        progress: RunProgress | None = None,
+        world: World | None = None,
+    ) -> None:
         self.device = device
         self.batch = batch
         self.batch_size = _batch_size(batch)
         self.num_trials = 0
+        self._known: dict[Any, Tried] = {}
+        self.exact: dict[tuple[str, bool], bool] = {}
+        """What techniques said of themselves, for one chunk and for several."""
         self._model = model
+        self._progress = progress or RunProgress()
+        self._world = world
         self._options = options
         self._workspace = None if device.is_cuda else AskedWorkspace(measure_call, torch.get_num_threads())
         self._times: Times | None = None
@@ -78,6 +113,31 @@ class Workshop:
         if self._times is None:
             self._times = RooflineSeconds(self.device) if self.device.is_cuda else MeasuredSeconds()
         return self._times
+
+    def seconds(self, tried: Tried) -> float:
+        """How long a step takes that was tried.
+
+        Args:
+            tried: any.
+
+        Returns:
+            Seconds: of all chunks and the update.
+        """
+        chunk, update = self.parts_in_seconds(tried)
+        return tried.num_chunks * chunk + update
+
+    def parts_in_seconds(self, tried: Tried) -> tuple[float, float]:
+        """How long a chunk and the update of a step take that was tried.
+
+        Args:
+            tried: any.
+
+        Returns:
+            Seconds of one chunk, and of the update.
+        """
+        operators = tried.trace.operators
+        chunk = self.times.seconds(operators.forward) + self.times.seconds(operators.backward)
+        return chunk + operators.host_bytes / _HOST_BANDWIDTH, self.times.seconds(operators.update)
 
     def size_of(self, num_chunks: int) -> int:
         """Samples of the largest of so many chunks."""
@@ -104,9 +164,10 @@ class Workshop:
         self,
         num_chunks: int,
         segments: Segments = (),
-        switched: Sequence[TechniqueSettings] = (),
+        switched: SwitchedOn | None = None,
         *,
         with_calls: bool = False,
+        size: int | None = None,
     ) -> Tried:
         """Try one way.
 
@@ -115,29 +176,39 @@ class Workshop:
             segments: what is recomputed.
             switched: further techniques.
             with_calls: whether module calls are followed.
+            size: samples of the largest chunk, where ``switched`` has all techniques.
 
         Returns:
             What it came to.
         """
+        on = switched or SwitchedOn()
+        key = num_chunks, segments, on.techniques, on.stand_ins, tuple(on.trainer_arguments.items()), size
+        known = self._known.get(key)
+        if known is not None and (known.trace.calls is not None or not with_calls):
+            return known
         self.num_trials += 1
-        size, shown = self.size_of(num_chunks), min(num_chunks, SHOWN_CHUNKS)
+        settings = self.settings(num_chunks, segments) if size is None else ()
+        size, shown = size or self.size_of(num_chunks), min(num_chunks, SHOWN_CHUNKS)
         whole = num_chunks <= SHOWN_CHUNKS
-        techniques = [*self.settings(num_chunks, segments), *switched]
+        techniques = [*settings, *on.techniques, *on.stand_ins]
         trial = Trial(
             techniques=[(one.class_path, one.init_args, one.place) for one in techniques],
-            trainer_arguments={},
+            trainer_arguments=on.trainer_arguments,
             first_batch=self.batch if num_chunks == 1 else take_samples(self.batch, size),
             batch=self.batch if whole else take_samples(self.batch, size * shown),
             num_chunks=shown,
             with_calls=with_calls,
+            progress=self._progress,
         )
-        trace = run_trial(self._model, self._options, self.device, trial)
+        trace = run_trial(self._model, self._options, self.device, trial, self._world)
+        self.exact |= {(name, num_chunks > 1): one for name, one in trace.facts.exact.items()}
         left_out = bytes_of(self.batch) - bytes_of(trial.batch) + (num_chunks - shown) * trace.growth_bytes
         allocated = self._allocated_bytes(trace, segments) + left_out
         needed = allocated
         if self.device.is_cuda:
             needed = trace.reserved_bytes + left_out + self.device.context_bytes
-        return Tried(num_chunks, size, segments, allocated, needed, trace)
+        self._known[key] = Tried(num_chunks, size, segments, allocated, needed, trace)
+        return self._known[key]
 
     def _allocated_bytes(self, trace: StepTrace, segments: Segments) -> int:
         if self.device.is_cuda:

@@ -298,8 +298,9 @@ def test_a_technique_that_the_trainer_has_is_refused(tmp_path: Path, stand_in: S
     with pytest.raises(MisconfigurationException) as failure:
         quiet_trainer(tmp_path, *callbacks).fit(Net(), loader(8))
     assert str(failure.value) == (
-        "`FitMemory` is about to use mt.Microbatching(microbatch_size=4), but the Trainer has Microbatching "
-        "already. Take yours out of `callbacks`, or change the plan: plan.edit(Microbatching=None)."
+        "`FitMemory` chooses Microbatching by itself, with its settings, but the Trainer has "
+        "Microbatching(microbatch_size=3, loss_reduction='mean') already. Take it out of `callbacks`; to "
+        "keep it as it is, do without a plan."
     )
 
 
