@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.lightning_steps import Watch, fit, gradient_of, peak_of
 from benchmarks.models import Step, padded_transformer_step, wide_resnet_step
-from lightning_memtrain.microbatching import Microbatching, batchnorm_to_groupnorm
+from lightning_memtrain.microbatching import GroupNorm, Microbatching, replace_batchnorm
 
 BATCH_SIZE = 100
 
@@ -41,7 +41,7 @@ class Problem:
 
 def group_norm_step() -> Step:
     step = wide_resnet_step("cpu", BATCH_SIZE)
-    batchnorm_to_groupnorm(step.model)
+    replace_batchnorm(step.model, GroupNorm(num_groups=32))
     return step
 
 

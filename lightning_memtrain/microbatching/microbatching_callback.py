@@ -189,7 +189,7 @@ class Microbatching(Callback):
                 "Microbatching: batch normalisation normalises each microbatch by its own statistics "
                 "(running statistics are pooled over the batch). "
                 'Microbatching(batchnorm="synchronized") normalises by those of the whole batch; '
-                "batchnorm_to_groupnorm(model) does without batch statistics."
+                "replace_batchnorm(model, GroupNorm()) does without batch statistics."
             )
         if not self._sync_each_chunk:
             validate_sync_each_chunk(trainer, pl_module)

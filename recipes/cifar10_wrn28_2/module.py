@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.microbatching import GroupNorm, replace_batchnorm
 from lightning_memtrain.precision import SGD8bit
 
 from .model import WideResNet
@@ -37,6 +38,9 @@ class WideResNetClassifier(pl.LightningModule):
         widen_factor: see :class:`WideResNet`.
         num_classes: see :class:`WideResNet`.
         dropout: see :class:`WideResNet`.
+        norm: ``"batch"``, as in the paper, or ``"group"``, which sees one image at a time, so that
+            microbatches of any size give the gradients of the whole batch.
+        channels_per_group: fewest channels of a group of group norm; at least 1.
         lr: learning rate up to the first milestone, above 0.
         momentum: Nesterov momentum, in ``(0, 1)``.
         momentum_bits: per number of the momentum; 8 for :class:`~lightning_memtrain.precision.SGD8bit`.
@@ -54,6 +58,8 @@ class WideResNetClassifier(pl.LightningModule):
         widen_factor: int = 2,
         num_classes: int = 10,
         dropout: float = 0.0,
+        norm: Literal["batch", "group"] = "batch",
+        channels_per_group: int = 4,
         lr: float = 0.1,
         momentum: float = 0.9,
         momentum_bits: Literal[32, 8] = 32,
@@ -62,6 +68,7 @@ class WideResNetClassifier(pl.LightningModule):
         lr_decay: float = 0.2,
     ) -> None:
         super().__init__()
+        _require("norm", norm, norm in ("batch", "group"), "'batch' or 'group'")
         _require("lr", lr, lr > 0, "above 0")
         _require("momentum", momentum, 0 < momentum < 1, "in (0, 1), because Nesterov's step needs it")
         _require("momentum_bits", momentum_bits, momentum_bits in (32, 8), "32 or 8")
@@ -77,6 +84,8 @@ class WideResNetClassifier(pl.LightningModule):
         )
         self.save_hyperparameters()
         self.model = WideResNet(depth, widen_factor, num_classes, dropout)
+        if norm == "group":
+            replace_batchnorm(self.model, GroupNorm(channels_per_group=channels_per_group))
         # The data module has checked the labels; torchmetrics' own check would wait for the device.
         for stage in ("train", "val", "test"):
             accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)

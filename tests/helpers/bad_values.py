@@ -115,6 +115,7 @@ _ADAM = {
     "eps": NOT_NEGATIVE,
 }
 _PARAMS = (3, None, UNKNOWN, [])
+_OPTIONAL_MODULES = tuple(value for value in MODULES if value is not None)
 
 
 def _loss() -> dict[str, Any]:
@@ -283,8 +284,14 @@ CASES: dict[str, Case] = {
     ),
     "checkpointing.experimental.OffloadActivations": Case({"min_bytes": SIZE}),
     "checkpointing.experimental.offloaded_activations": Case({"min_bytes": SIZE}),
-    "microbatching.batchnorm_to_groupnorm": Case(
-        {"model": MODEL, "num_groups": COUNT}, lambda: {"model": nn.Sequential(nn.BatchNorm1d(4))}
+    "microbatching.CenteredWeights": Case({"layers": _OPTIONAL_MODULES}),
+    "microbatching.GroupNorm": Case({"num_groups": OPTIONAL_COUNT, "channels_per_group": OPTIONAL_COUNT}),
+    "microbatching.center_weights_": Case(
+        {"model": MODEL, "layers": _OPTIONAL_MODULES}, lambda: {"model": nn.Sequential(nn.Conv2d(8, 8, 1))}
+    ),
+    "microbatching.replace_batchnorm": Case(
+        {"model": MODEL, "norm": (*OBJECT, None)},
+        lambda: {"model": nn.Sequential(nn.BatchNorm1d(4)), "norm": mt.microbatching.GroupNorm()},
     ),
     "precision.ActivationCodec": Case(
         {
@@ -476,6 +483,7 @@ MADE_BY_THE_LIBRARY = {
 WITHOUT_ARGUMENTS = {
     *("ArgumentError", "core.Category", "core.NoEffectWarning", "core.ReportWarning", "core.Technique"),
     *("checkpointing.Full", "checkpointing.Sqrt", "checkpointing.RecomputationPolicy"),
+    "microbatching.SampleNorm",
     *(
         "optimizer_in_backward.ExactMomentum",
         "optimizer_in_backward.AdamA",

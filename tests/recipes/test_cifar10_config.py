@@ -47,6 +47,7 @@ def test_the_variants_are_those_that_are_tested_here() -> None:
         "demo",
         "fit",
         "fp16",
+        "group",
         "int8",
         "microbatched",
         "microbatched+checkpointed",

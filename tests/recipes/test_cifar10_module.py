@@ -198,3 +198,32 @@ def test_no_worker_processes_are_no_reason_to_warn(mini_cifar10: Path) -> None:
         warnings.simplefilter("always")
         trainer(mini_cifar10, max_steps=1).fit(small_model(), datamodule=small_data(mini_cifar10))
     assert not [warning for warning in caught if "workers" in str(warning.message)]
+
+
+def test_the_norm_is_a_choice_that_costs_no_parameters() -> None:
+    batch, group = small_model(), small_model(norm="group", channels_per_group=8)
+    assert [name for name, _ in batch.named_parameters()] == [name for name, _ in group.named_parameters()]
+    norms = [one for one in group.modules() if isinstance(one, torch.nn.GroupNorm)]
+    assert [norm.num_channels // norm.num_groups for norm in norms] == [8] * 7
+    assert not any(isinstance(one, torch.nn.BatchNorm2d) for one in group.modules())
+    with pytest.raises(ValueError, match=r"`WideResNetClassifier\(norm\)` must be 'batch' or 'group'"):
+        small_model(norm="layer")
+
+
+def gradients(model: torch.nn.Module, images: torch.Tensor, size: int) -> list[torch.Tensor]:
+    model.zero_grad()
+    labels = torch.arange(len(images)) % 10
+    for chunk, wanted in zip(images.split(size), labels.split(size), strict=True):
+        torch.nn.functional.cross_entropy(model(chunk), wanted, reduction="sum").backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_with_group_norm_images_one_by_one_give_the_gradients_of_the_batch(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = WideResNetClassifier(depth=16, widen_factor=1, norm="group").to(dtype)
+    images = torch.randn(6, 3, 32, 32, dtype=dtype)
+    whole, single = gradients(model, images, 6), gradients(model, images, 1)
+    distance = sum(float((one - other).square().sum()) for one, other in zip(whole, single, strict=True))
+    norm = sum(float(one.square().sum()) for one in whole)
+    assert (distance / norm) ** 0.5 < {torch.float32: 1e-5, torch.float64: 1e-13}[dtype]

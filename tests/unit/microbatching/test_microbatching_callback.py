@@ -254,7 +254,7 @@ def test_batch_normalisation_is_pointed_out_once(tmp_path: Path, caplog: pytest.
     told = (
         "Microbatching: batch normalisation normalises each microbatch by its own statistics (running "
         'statistics are pooled over the batch). Microbatching(batchnorm="synchronized") normalises by '
-        "those of the whole batch; batchnorm_to_groupnorm(model) does without batch statistics."
+        "those of the whole batch; replace_batchnorm(model, GroupNorm()) does without batch statistics."
     )
     for batchnorm, mode in ((True, "pooled"), (True, "chunk"), (False, "pooled")):
         caplog.clear()
