@@ -29,6 +29,7 @@ from lightning_memtrain.tracing.cuda_twin.known_values import KnownValues, leave
 from lightning_memtrain.tracing.cuda_twin.operators.convolutions import unfolded_bytes
 from lightning_memtrain.tracing.cuda_twin.operators.missing_rules import forms_from_zeros, writes_only
 from lightning_memtrain.tracing.inplace_writes import written_tensors
+from lightning_memtrain.tracing.step.fake_operator_rules import ANY_DEVICE_RULES
 from lightning_memtrain.tracing.step.recorded_values import UnknownValueError
 from lightning_memtrain.tracing.step.result_forms import DEVICE_OF, ResultForms
 from lightning_memtrain.tracing.step.typical_values import TypicalValues
@@ -145,7 +146,10 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._forms.run(func, args, kwargs, self._by_torch)
 
     def _by_torch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        rule = ANY_DEVICE_RULES.get(func)
         with self.fake:
+            if rule is not None:
+                return rule(func, args, kwargs, args, lambda value: self.known.of(value) is not None)
             return func(*args, **kwargs)
 
     def _answered(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -145,7 +145,10 @@ FAKE_RULES: dict[Any, Callable[[Any, Any, Any, Any, Knows], Any]] = {
 }
 """What to call in place of an operator: with it, its arguments without data, and the arguments as given."""
 
+ANY_DEVICE_RULES: dict[Any, Callable[[Any, Any, Any, Any, Knows], Any]] = {}
+"""Those of :data:`FAKE_RULES` that hold on every device."""
+
 # Of newer versions of torch only.
 _packet = getattr(_aten, "_grouped_mm", None)
 if _packet is not None:
-    FAKE_RULES[_packet.default] = _grouped_mm
+    ANY_DEVICE_RULES[_packet.default] = FAKE_RULES[_packet.default] = _grouped_mm

@@ -290,3 +290,22 @@ def test_a_module_of_the_other_package_is_predicted_as_one_of_lightning(device: 
     options = {"accelerator": "cpu", "devices": 1, "precision": "bf16-mixed", "logger": False}
     trainer = other.Trainer(enable_checkpointing=False, **options)
     assert predict(module(other), batch, device=device, trainer=trainer).allocated_bytes > 0
+
+
+class Experts(Layers):
+    """Four experts, each with a quarter of the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.zeros(4, 256, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ends = torch.arange(1, 5, device=x.device, dtype=torch.int32) * (len(x) // 4)
+        return torch._grouped_mm(x, self.experts, offs=ends)
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="a newer torch has it")
+def test_experts_in_float32_are_multiplied_as_on_a_cpu() -> None:
+    on_gpu, on_cpu = (predict(Experts(), BATCH, device=device).breakdown for device in (BARE, "cpu"))
+    for category in (mt.core.Category.GRADIENTS, mt.core.Category.ACTIVATIONS):
+        assert on_gpu.maxima[category] == on_cpu.maxima[category] > 0

@@ -136,6 +136,11 @@ def real(model: Net, batch: Any, folder: Path, **options: Any) -> mt.core.Memory
     return profiler.report.stages["fit"]
 
 
+def moments(breakdown: mt.core.MemoryBreakdown) -> list[str]:
+    """All but that of the peak within an operator, which workspace decides on."""
+    return [event.name for event in breakdown.timeline if not event.name.startswith("peak, in")]
+
+
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize(
     ("name", "precision"),
@@ -153,7 +158,7 @@ def test_it_is_what_the_allocator_counts(name: str, precision: Any, tmp_path: Pa
         assert prediction.breakdown.at_peak[category] == truth.at_peak[category]
     assert prediction.workspace_bytes == prediction.breakdown.at_peak[mt.core.Category.WORKSPACE]
     assert prediction.reserved_bytes == prediction.allocated_bytes
-    assert [event.name for event in prediction.timeline] == [event.name for event in truth.timeline]
+    assert moments(prediction.breakdown) == moments(truth)
 
 
 @pytest.mark.parametrize(
