@@ -22,7 +22,7 @@ def replace_batchnorm(model: nn.Module, norm: SampleNorm) -> nn.Module:
     Chunks of a batch then give the gradient of the whole batch, whatever their size. It is another network:
     train it from its start, or go on training. Of pretrained weights, the convolutions and batch norm's own
     weight and bias are kept; the running statistics are not, and outputs differ from the first sample on.
-    Deep networks train better if their weights are centred, too: :class:`CenteredWeights`.
+    :class:`CenteredWeights` makes up for a part of what such a norm cannot do.
 
     A layer that is used in several places stays one layer. Hooks on a layer are not carried over.
 
