@@ -115,6 +115,7 @@ _ADAM = {
     "eps": NOT_NEGATIVE,
 }
 _PARAMS = (3, None, UNKNOWN, [])
+_OPTIONAL_POSITIVE = tuple(value for value in POSITIVE if value is not None)
 _OPTIONAL_MODULES = tuple(value for value in MODULES if value is not None)
 
 
@@ -284,10 +285,11 @@ CASES: dict[str, Case] = {
     ),
     "checkpointing.experimental.OffloadActivations": Case({"min_bytes": SIZE}),
     "checkpointing.experimental.offloaded_activations": Case({"min_bytes": SIZE}),
-    "microbatching.CenteredWeights": Case({"layers": _OPTIONAL_MODULES}),
+    "microbatching.CenteredWeights": Case({"layers": _OPTIONAL_MODULES, "length": _OPTIONAL_POSITIVE}),
     "microbatching.GroupNorm": Case({"num_groups": OPTIONAL_COUNT, "channels_per_group": OPTIONAL_COUNT}),
     "microbatching.center_weights_": Case(
-        {"model": MODEL, "layers": _OPTIONAL_MODULES}, lambda: {"model": nn.Sequential(nn.Conv2d(8, 8, 1))}
+        {"model": MODEL, "layers": _OPTIONAL_MODULES, "length": _OPTIONAL_POSITIVE},
+        lambda: {"model": nn.Sequential(nn.Conv2d(8, 8, 1))},
     ),
     "microbatching.replace_batchnorm": Case(
         {"model": MODEL, "norm": (*OBJECT, None)},

@@ -9,8 +9,11 @@ Standardised weights do so inside forward, :math:`\hat w = (w - \bar w) / \sigma
 copy of every weight from forward to backward. Here the weights themselves are moved back into the plane after
 each step, :math:`w \leftarrow w - \bar w`. For optimizers that are linear in the gradient, such as SGD with
 momentum and weight decay, that is the same training as with :math:`w - \bar w` inside forward, because the
-projection passes through sums. Nothing is divided by :math:`\sigma_w`: a normalisation behind the convolution
-takes the scale away, and where there is none, such as before a residual sum, the scale stays trained.
+projection passes through sums.
+
+A length :math:`\ell` of each filter is kept likewise, :math:`w \leftarrow \ell w / \lVert w \rVert`;
+standardised weights are those of length 1. That is no longer the same training as a division within forward,
+where the length of the weights behind it goes on to move, and with it how far a step turns them.
 """
 
 from __future__ import annotations
@@ -27,14 +30,17 @@ from torch.nn.parameter import is_lazy
 from lightning_memtrain.compat.torch_private import ConvNd, ConvTransposeNd
 from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.core.arguments.module_selectors import Selector, as_selectors, selected
-from lightning_memtrain.core.arguments.value_checks import check_modules
+from lightning_memtrain.core.arguments.value_checks import check_modules, check_numbers
 from lightning_memtrain.core.stored_entries import StoresEntries
 
 SELECTORS_CURE = "Write e.g. ['layers.*']; leave it out for all convolutions of more than 4 channels."
 _IMAGE_CHANNELS = 4
+_SHORTEST = 1e-12  # a filter of zeros stays one
 
 
-def center_weights_(model: nn.Module, layers: Sequence[Selector] | None = None) -> list[str]:
+def center_weights_(
+    model: nn.Module, layers: Sequence[Selector] | None = None, length: float | None = None
+) -> list[str]:
     """Subtract from each filter of convolutions the mean of its weights, in place.
 
     For loops of your own: call it before training and after each step of the optimizer. In a Trainer,
@@ -43,6 +49,7 @@ def center_weights_(model: nn.Module, layers: Sequence[Selector] | None = None) 
     Args:
         model: any module.
         layers: see :class:`CenteredWeights`.
+        length: see :class:`CenteredWeights`.
 
     Returns:
         Paths of the layers whose weights are centred.
@@ -60,8 +67,9 @@ def center_weights_(model: nn.Module, layers: Sequence[Selector] | None = None) 
     check_modules("center_weights_", model=model)
     if layers is not None:
         layers = as_selectors("center_weights_", SELECTORS_CURE, layers=layers)
+    check_length("center_weights_", length)
     found = layers_to_center("center_weights_", model, layers)
-    center(found.values())
+    center(found.values(), length)
     return list(found)
 
 
@@ -90,21 +98,34 @@ def layers_to_center(owner: str, model: nn.Module, layers: Sequence[Selector] | 
     return found
 
 
+def check_length(owner: str, length: float | None) -> None:
+    """Refuse what is no length.
+
+    Args:
+        owner: what the user has called.
+        length: of the user.
+    """
+    if length is not None:
+        cure = "Use 1.0, that of standardised weights, or None to leave it to training."
+        check_numbers(owner, "a number above 0, or None", lambda number: number > 0, cure, length=length)
+
+
 @torch.no_grad()
-def center(layers: Iterable[ConvNd]) -> None:
-    """Subtract the mean of each filter.
+def center(layers: Iterable[ConvNd], length: float | None) -> None:
+    """Subtract the mean of each filter, and give it a length.
 
     Args:
         layers: convolutions that :func:`layers_to_center` found.
+        length: above 0; ``None`` to leave it.
     """
     for layer in layers:
         if isinstance(layer, StoresEntries):
-            _center_stored(layer, layer)
+            _center_stored(layer, layer, length)
         else:
-            _center_dense(layer)
+            _center_dense(layer, length)
 
 
-def _center_dense(layer: ConvNd) -> None:
+def _center_dense(layer: ConvNd, length: float | None) -> None:
     weight = layer.weight
     accurate = torch.promote_types(weight.dtype, torch.float32)
     if isinstance(layer, ConvTransposeNd):
@@ -114,9 +135,12 @@ def _center_dense(layer: ConvNd) -> None:
     else:
         axes = tuple(range(1, weight.dim()))
     weight.sub_(weight.mean(axes, keepdim=True, dtype=accurate))
+    if length is not None:
+        lengths = torch.linalg.vector_norm(weight, dim=axes, keepdim=True, dtype=accurate)
+        weight.mul_(length / lengths.clamp_(min=_SHORTEST))
 
 
-def _center_stored(layer: ConvNd, stored: StoresEntries) -> None:
+def _center_stored(layer: ConvNd, stored: StoresEntries, length: float | None) -> None:
     values = stored.values
     filters = _filters(layer, stored.dense_shape, stored.positions())
     accurate = torch.promote_types(values.dtype, torch.float32)
@@ -125,6 +149,10 @@ def _center_stored(layer: ConvNd, stored: StoresEntries) -> None:
     sums.index_add_(0, filters, values.to(sums.dtype))
     means = sums.div_(counts.clamp_(min=1))
     values.sub_(means.index_select(0, filters))
+    if length is not None:
+        squares = torch.zeros_like(sums).index_add_(0, filters, values.to(sums.dtype).square())
+        factors = length / squares.sqrt_().clamp_(min=_SHORTEST)
+        values.mul_(factors.index_select(0, filters))
 
 
 def _filters(layer: ConvNd, shape: torch.Size, positions: Tensor) -> Tensor:

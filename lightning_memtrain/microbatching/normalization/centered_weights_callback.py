@@ -15,12 +15,13 @@ from lightning_memtrain.core.arguments.module_selectors import Selector, as_sele
 from lightning_memtrain.microbatching.normalization.centered_weights import (
     SELECTORS_CURE,
     center,
+    check_length,
     layers_to_center,
 )
 
 
 class CenteredWeights(Callback):
-    r"""Keeps the sum of each filter's weights at zero: group norm then trains as well as batch norm.
+    r"""Keeps the sum of each filter's weights at zero, for networks whose norms see one sample at a time.
 
     Each filter's mean is subtracted before the first step and after every step of the optimizer,
     :math:`w \leftarrow w - \bar w`. No tensor is kept for it, and forward and backward are those of plain
@@ -28,17 +29,20 @@ class CenteredWeights(Callback):
     one degree of freedom per filter. What a checkpoint holds is the network that was trained: it needs no
     callback to be used.
 
-    Pretrained weights are changed by it: each filter loses its mean at the start.
+    Pretrained weights are changed by it: each filter loses its mean at the start, and with ``length`` its
+    scale.
 
     Args:
         layers: paths, patterns of paths, class names or classes of convolutions, transposed ones included. By
             default all that are trained, with more than 4 input channels and more than one per filter: so not
             what looks at images, nor depthwise ones, where the mean is most of what a filter does.
+        length: Euclidean norm that each filter is kept at, too, above 0; 1 is that of standardised weights.
+            ``None`` leaves it to training.
 
     Raises:
-        ArgumentError: if ``layers`` is no list of these. When fit starts, if one of them means no
-            convolution, or one whose weights cannot be centred: computed from other parameters, lazy, frozen,
-            or divided among ranks by FSDP.
+        ArgumentError: if ``layers`` is no list of these, or ``length`` no number above 0. When fit starts, if
+            one of ``layers`` means no convolution, or one whose weights cannot be centred: computed from
+            other parameters, lazy, frozen, or divided among ranks by FSDP.
 
     Example:
         >>> callback = CenteredWeights(layers=["encoder.*"])
@@ -49,11 +53,13 @@ class CenteredWeights(Callback):
         Networks, ICCV 2017. Yong et al., Gradient Centralization, ECCV 2020, arXiv:2004.01461.
     """
 
-    def __init__(self, layers: Sequence[Selector] | None = None) -> None:
+    def __init__(self, layers: Sequence[Selector] | None = None, length: float | None = None) -> None:
         super().__init__()
         if layers is not None:
             layers = as_selectors("CenteredWeights", SELECTORS_CURE, layers=layers)
+        check_length("CenteredWeights", length)
         self._selectors = layers
+        self._length = length
         self._layers: dict[str, ConvNd] = {}
         self._is_restored = False
         self._step = 0
@@ -75,7 +81,7 @@ class CenteredWeights(Callback):
         """Center the first weights; those of a checkpoint of this callback are left to the bit."""
         self._step = trainer.global_step
         if not self._is_restored:
-            center(self._layers.values())
+            center(self._layers.values(), self._length)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -83,7 +89,7 @@ class CenteredWeights(Callback):
         """Center again if the optimizer has stepped."""
         if trainer.global_step != self._step:
             self._step = trainer.global_step
-            center(self._layers.values())
+            center(self._layers.values(), self._length)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Another fit may begin with other weights."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -21,7 +22,7 @@ def replace_batchnorm(model: nn.Module, norm: SampleNorm) -> nn.Module:
     Chunks of a batch then give the gradient of the whole batch, whatever their size. It is another network:
     train it from its start, or go on training. Of pretrained weights, the convolutions and batch norm's own
     weight and bias are kept; the running statistics are not, and outputs differ from the first sample on.
-    Deep networks train better if their weights are centred, too: :class:`CenteredWeights`.
+    :class:`CenteredWeights` makes up for a part of what such a norm cannot do.
 
     A layer that is used in several places stays one layer. Hooks on a layer are not carried over.
 
@@ -71,26 +72,25 @@ def replace_batchnorm(model: nn.Module, norm: SampleNorm) -> nn.Module:
 
 
 def _refuse(name: str, layer: nn.Module) -> None:
-    kind = getattr(layer, "original_name", type(layer).__name__)
-    shown = repr(name or kind)
-    if "BatchNorm" in kind and "Frozen" not in kind and not isinstance(layer, BatchNorm):
-        if not hasattr(layer, "original_name"):
-            return  # not torch's; the name does not tell what it computes
+    if isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in layer.original_name:
         raise ArgumentError(
             "`replace_batchnorm(model)` must have layers that can be replaced, but got the scripted layer "
-            f"{shown}. Replace before `torch.jit.script`."
+            f"{name or layer.original_name!r}. Replace before `torch.jit.script`."
         )
     if not isinstance(layer, BatchNorm):
         return
+    kind = type(layer)
+    shown = repr(name or kind.__name__)
     if isinstance(layer, LazyModuleMixin):
         raise ArgumentError(
             "`replace_batchnorm(model)` must know the channels of every layer, but got the lazy layer "
             f"{shown}. Run the model once before, or use a layer that is not lazy."
         )
-    if type(layer).forward not in _FORWARDS or "forward" in vars(layer):
+    if kind.forward not in _FORWARDS or "forward" in vars(layer):
         raise ArgumentError(
             f"`replace_batchnorm(model)` must have batch norm layers of torch, but got {shown} of the class "
-            f"{kind}, whose forward may do more than normalise. Build the model with torch's own layers."
+            f"{kind.__name__}, whose forward may do more than normalise. Build the model with torch's own "
+            "layers."
         )
     if layer.affine and layer._parameters.get("weight") is None:
         raise ArgumentError(

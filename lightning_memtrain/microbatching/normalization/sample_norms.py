@@ -54,8 +54,8 @@ class GroupNorm(SampleNorm):
         ArgumentError: if one is below 1, or both are given.
 
     Example:
-        >>> GroupNorm(channels_per_group=4).layer_for(nn.BatchNorm2d(48))
-        GroupNorm(12, 48, eps=1e-05, affine=True)
+        >>> GroupNorm(channels_per_group=4).layer_for(nn.BatchNorm2d(48)).num_groups
+        12
 
     References:
         Wu and He, Group Normalization, ECCV 2018, arXiv:1803.08494.

@@ -21,32 +21,35 @@ from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
 
 
-def expected_transposed(weight: Tensor, groups: int) -> Tensor:
-    """Written out over the groups of inputs and their outputs."""
-    weight = weight.clone()
-    for inputs in weight.split(weight.shape[0] // groups):
-        for output in range(weight.shape[1]):
-            inputs[:, output] -= inputs[:, output].mean()
-    return weight
+def scaled(row: Tensor, length: float | None) -> Tensor:
+    return row if length is None else row * length / row.square().sum().sqrt()
 
 
+@pytest.mark.parametrize("length", [None, 1.0, 2])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
-def test_each_filter_loses_its_mean(kind: type[nn.Module], groups: int) -> None:
+def test_each_filter_loses_its_mean_and_gets_a_length(
+    kind: type[nn.Module], groups: int, length: float | None
+) -> None:
     layer = kind(8, 6, 3, groups=groups).double()
     before = layer.weight.detach().clone()
-    assert center_weights_(nn.Sequential(layer)) == ["0"]
-    expected = torch.stack([row - row.mean() for row in before])
+    assert center_weights_(nn.Sequential(layer), length=length) == ["0"]
+    expected = torch.stack([scaled(row - row.mean(), length) for row in before])
     torch.testing.assert_close(layer.weight.detach(), expected, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("length", [None, 1.0])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d])
-def test_a_filter_of_a_transposed_layer_is_one_of_its_outputs(kind: type[nn.Module], groups: int) -> None:
+def test_a_filter_of_a_transposed_layer_is_one_of_its_outputs(
+    kind: type[nn.Module], groups: int, length: float | None
+) -> None:
     layer = kind(8, 6, 3, groups=groups).double()
-    before = layer.weight.detach().clone()
-    center_weights_(layer)
-    expected = expected_transposed(before, groups)
+    expected = layer.weight.detach().clone()
+    center_weights_(layer, length=length)
+    for inputs in expected.split(8 // groups):
+        for output in range(expected.shape[1]):
+            inputs[:, output] = scaled(inputs[:, output] - inputs[:, output].mean(), length)
     torch.testing.assert_close(layer.weight.detach(), expected, rtol=0, atol=1e-15)
 
 
@@ -54,7 +57,10 @@ def test_a_filter_of_a_transposed_layer_is_one_of_its_outputs(kind: type[nn.Modu
 @pytest.mark.parametrize(
     "layer", [nn.Conv2d(8, 6, 3, groups=2), nn.ConvTranspose2d(8, 6, 3, groups=2)], ids=["conv", "transposed"]
 )
-def test_of_sparse_layers_what_is_stored_is_centred(layer: nn.Module, storage: Any) -> None:
+@pytest.mark.parametrize("length", [None, 1.0])
+def test_of_sparse_layers_what_is_stored_is_centred(
+    layer: nn.Module, storage: Any, length: float | None
+) -> None:
     layer = type(layer)(8, 6, 3, groups=2).double()
     generator = torch.Generator().manual_seed(0)
     numel = layer.weight.numel()
@@ -72,9 +78,9 @@ def test_of_sparse_layers_what_is_stored_is_centred(layer: nn.Module, storage: A
     for place in filters:
         row, kept = dense[place].clone(), mask[place]
         if kept.any():
-            row[kept] -= row[kept].mean()
+            row[kept] = scaled(row[kept] - row[kept].mean(), length)
         dense[place] = row
-    assert center_weights_(model) == ["0"]
+    assert center_weights_(model, length=length) == ["0"]
     torch.testing.assert_close(layer.dense(), dense, rtol=0, atol=1e-14)
 
 
@@ -86,6 +92,12 @@ def test_half_precision_is_summed_in_float32() -> None:
     center_weights_(layer)
     assert layer.weight.dtype == torch.bfloat16
     assert layer.weight.unique().tolist() == [-1.0, 1.0]
+    center_weights_(layer, length=48)  # the length of 4608 ones is 67.9
+    assert layer.weight.unique().tolist() == [-0.70703125, 0.70703125]
+    with torch.no_grad():
+        layer.weight.zero_()
+    center_weights_(layer, length=1)
+    assert not layer.weight.any()
 
 
 def test_which_layers_are_meant() -> None:
@@ -252,6 +264,13 @@ def test_every_step_is_followed_by_centring(techniques: str, optimizer: Any, tmp
     assert len(model.sums) == 10 * (4 if techniques == "microbatches" else 1)
     assert max(model.sums) < 1e-12
     assert model.filters.sum((1, 2, 3)).abs().max() < 1e-12
+
+
+def test_the_length_of_filters_is_kept(tmp_path: Path) -> None:
+    model = Net()
+    quiet_trainer(tmp_path, CenteredWeights(length=0.5), max_epochs=2).fit(model)
+    lengths = model.filters.square().sum((1, 2, 3)).sqrt()
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 0.5), rtol=1e-14, atol=0)
 
 
 class Manual(Watched):
