@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import lightning.pytorch as pl
@@ -96,7 +97,7 @@ class _Search:
         self._plain_seconds = 0.0
         self._switches = (*SWITCHES, *techniques)
         self._free: tuple[Switch, ...] = ()
-        self._can_chunk = True
+        self._can_chunk = self._can_recompute = True
         self._stateful: tuple[int, ...] = ()
         self._chosen: tuple[Family, Pair] | None = None
 
@@ -112,7 +113,8 @@ class _Search:
         first = self._first(plain)
         families: list[Family] = [as_it_is, first]
         by_hand: list[tuple[Family, Pair]] = []
-        self._chosen = self._with_or_without_chunks(first)
+        self._chosen = self._best_of_first(first)
+        as_it_is.explorer.use(self._can_chunk, self._can_recompute)
         for family in self._switched_on(plain, first):
             other = self._tried_out(family)
             if family.by_hand:
@@ -140,7 +142,9 @@ class _Search:
 
     def _family(self, plain: Tried, switches: tuple[Switch, ...], may_chunk: bool = False) -> Family:
         may_chunk = may_chunk and not any(switch.refusal(plain.trace.facts, 2) for switch in switches)
-        return Family(self._workshop, plain, switches, self._call_seconds, may_chunk)
+        family = Family(self._workshop, plain, switches, self._call_seconds, may_chunk)
+        family.explorer.use(self._can_chunk, self._can_recompute)
+        return family
 
     def _first(self, plain: Tried) -> Family:
         """Microbatches and recomputation, and what costs nothing where it saves something."""
@@ -186,17 +190,23 @@ class _Search:
             self._refused.append(Refused(" + ".join(switch.name for switch in family.switches), _said(error)))
             return None
 
-    def _with_or_without_chunks(self, family: Family) -> tuple[Family, Pair] | None:
-        """The best of the first family; where microbatches cannot run, of recomputation alone."""
-        try:
-            return self._best(family)
-        except Exception as error:
-            if not family.explorer.may_chunk:
-                raise
-            self._refused.append(Refused("Microbatching", _said(error)))
-            self._can_chunk = False
-            family.explorer.chunk_no_more()
-            return self._best(family)
+    def _best_of_first(self, family: Family) -> tuple[Family, Pair] | None:
+        """The best of the first family; where microbatches or recomputation cannot run, without these."""
+        said = ""
+        for chunks, recomputation in product((True, False), repeat=2):
+            if not chunks and not family.explorer.may_chunk and recomputation:
+                continue
+            self._can_chunk, self._can_recompute = chunks, recomputation
+            family.explorer.use(chunks, recomputation)
+            try:
+                found = self._best(family)
+            except Exception as error:  # what goes wrong in a trial is the answer
+                said = said or _said(error)
+                continue
+            names = [("Microbatching", chunks), ("ActivationCheckpointing", recomputation)]
+            self._refused += [Refused(name, said) for name, is_used in names if not is_used]
+            return found
+        return None
 
     def _switched_on(self, plain: Tried, first: Family) -> Iterator[Family]:
         """What may be switched on, one by one and together; what is of no use is noted."""
