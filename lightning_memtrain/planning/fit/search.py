@@ -15,6 +15,7 @@ from lightning_memtrain.checkpointing.selection.counted_step import call_seconds
 from lightning_memtrain.core import format_bytes
 from lightning_memtrain.planning.fit.choice.family import BATCHNORM, Family
 from lightning_memtrain.planning.fit.choice.pairs import Pair
+from lightning_memtrain.planning.fit.choice.shown_pairs import lowest_of, thinned
 from lightning_memtrain.planning.fit.other_ways import recomputed_networks, unlocks
 from lightning_memtrain.planning.fit.seconds.roofline import RooflineSeconds
 from lightning_memtrain.planning.fit.techniques import FREE, SWITCHES, Switch
@@ -32,7 +33,6 @@ _FAST_ENOUGH = 1.05
 _NOTABLY = 0.98
 # Of bytes: what saves less is not worth a line.
 _NOTABLY_LESS = 0.998
-_MOST_ROWS = 8
 
 
 def search(
@@ -128,7 +128,7 @@ class _Search:
         offered = [*self._offers(with_batchnorm, chosen), *map(self._way, by_hand)]
         floor = self._floor(families, chosen)
         if chosen is None:
-            lowest = _lowest(families)
+            lowest = lowest_of(families)
             found = unlocks(
                 lowest, with_batchnorm, self._not_allowed(plain), self._unlocking(plain), self._limit_bytes
             )
@@ -322,13 +322,13 @@ class _Search:
         for family, pair in sorted(pairs, key=lambda one: (one[1].seconds, one[1].peak_bytes)):
             if not best or pair.peak_bytes < best[-1][1].peak_bytes:
                 best.append((family, pair))
-        return tuple(family.way(pair, self._plain_seconds) for family, pair in _thinned(best, chosen))
+        return tuple(family.way(pair, self._plain_seconds) for family, pair in thinned(best, chosen))
 
     def _way(self, found: tuple[Family, Pair]) -> Way:
         return found[0].way(found[1], self._plain_seconds)
 
     def _floor(self, families: list[Family], chosen: tuple[Family, Pair] | None) -> Floor:
-        lowest = _lowest(families)
+        lowest = lowest_of(families)
         if chosen is not None:
             return Floor(self._way((lowest, lowest.explorer.front()[-1])))
         pair = lowest.explorer.floor()
@@ -374,10 +374,6 @@ class _Search:
         return largest
 
 
-def _lowest(families: list[Family]) -> Family:
-    return min(families, key=lambda family: family.explorer.front()[-1].peak_bytes)
-
-
 def _said(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else repr(error)
 
@@ -385,19 +381,3 @@ def _said(error: Exception) -> str:
 def _held(tried: Tried) -> tuple[tuple[str, int], ...]:
     rows = [(str(category), num) for category, num in tried.trace.at_peak.items() if num > 0]
     return tuple(sorted(rows, key=lambda row: -row[1]))
-
-
-def _thinned(
-    pairs: list[tuple[Family, Pair]], chosen: tuple[Family, Pair] | None
-) -> list[tuple[Family, Pair]]:
-    """About so many rows, at even steps of bytes, with both ends and what was chosen."""
-    if len(pairs) <= _MOST_ROWS:
-        return pairs
-    most, least = pairs[0][1].peak_bytes, pairs[-1][1].peak_bytes
-    kept = {0, len(pairs) - 1}
-    for row in range(1, _MOST_ROWS - 1):
-        wanted = most - (most - least) * row / (_MOST_ROWS - 1)
-        kept.add(min(range(len(pairs)), key=lambda place: abs(pairs[place][1].peak_bytes - wanted)))
-    if chosen in pairs:
-        kept.add(pairs.index(chosen))
-    return [pairs[place] for place in sorted(kept)]

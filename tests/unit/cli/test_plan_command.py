@@ -162,7 +162,10 @@ def test_a_file_that_is_no_plan_is_refused(recipe: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI under jsonargparse 4.4x
-def test_lightning_cli_makes_it_by_its_class_path(tmp_path: Path, stand_in: StandInSearch) -> None:
+def test_lightning_cli_makes_it_by_its_class_path(
+    tmp_path: Path, stand_in: StandInSearch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py"])
     (tmp_path / "config.yaml").write_text(
         f"""
 trainer:
