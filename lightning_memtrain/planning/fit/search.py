@@ -120,7 +120,7 @@ class _Search:
             if family.by_hand:
                 by_hand += [] if other is None else [other]
                 continue
-            families.append(family)
+            families += [family] if family.explorer.front() else []
             if other is not None and self._beats(other[1]):
                 self._chosen = other
         chosen = self._chosen or recomputed_networks(first, plain, self._limit_bytes)

@@ -175,6 +175,7 @@ trainer:
   enable_checkpointing: false
   enable_progress_bar: false
   enable_model_summary: false
+  limit_val_batches: 0
   default_root_dir: {tmp_path}
   callbacks:
     - class_path: lightning_memtrain.FitMemory

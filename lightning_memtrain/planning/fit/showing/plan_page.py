@@ -28,6 +28,7 @@ _NARROW_STYLE = (
     "@media (max-width: 640px) {\n"
     ".data tr { display: grid; grid-template-columns: 1fr 1fr 4rem 4rem; }\n"
     ".data td:first-child, .data th:first-child { grid-column: 1 / -1; border-bottom: 0; }\n"
+    ".data td:first-child { white-space: normal; }\n"
     ".chart { overflow-x: auto; }\n.chart svg { min-width: 560px; }\n}\n"
 )
 
