@@ -443,6 +443,7 @@ CASES: dict[str, Case] = {
             "device": (3, True, "RTX 9999", []),
             "allow": (3, UNKNOWN, True, [3]),
             "trainer": OBJECT,
+            "techniques": (3, UNKNOWN, None, [3], [[]]),
         },
         lambda: {"model": BoringModel(), "limit": "1GiB", "device": "RTX 4090"},
         free=("data",),
@@ -492,5 +493,5 @@ WITHOUT_ARGUMENTS = {
         "optimizer_in_backward.Accumulation",
     ),
     *("sparsity.SparseMethod", "sparsity.Uniform", "sparsity.ErdosRenyi", "sparsity.ErdosRenyiKernel"),
-    *("sparsity.Schedule", "sparsity.Distribution", "sparsity.UpdateSchedule"),
+    *("sparsity.Schedule", "sparsity.Distribution", "sparsity.UpdateSchedule", "planning.Switch"),
 }

@@ -9,13 +9,18 @@ from pathlib import Path
 
 import pytest
 
+import lightning_memtrain as mt
 from lightning_memtrain.core import MIB, Category
 from lightning_memtrain.report.memory_report import MemoryReport
 from lightning_memtrain.report.outputs.html import render_html
 from lightning_memtrain.report.outputs.loggers import define_metrics, log_report
 from tests.helpers.cli import TINY, memtrain
 from tests.helpers.reports import deep_report, tiny_report
+from tests.helpers.stand_in_search import StandInSearch, stand_in
+from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 from tests.helpers.wandb_log import WandbLog, read_wandb_log
+
+__all__ = ["stand_in"]
 
 LEDGER_CATEGORIES = [category for category in Category if category is not Category.WORKSPACE]
 
@@ -138,6 +143,41 @@ def test_wandb_gets_at_most_a_thousand_points_of_a_long_timeline_with_its_peak(w
     totals = log.series("memory_timeline/total_mib")
     assert len(totals) == 801
     assert max(totals) * MIB == fit.ledger_peak_bytes
+
+
+@pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
+def test_wandb_holds_the_page_of_a_plan_and_its_front_as_a_chart(
+    wandb_folder: Path, stand_in: StandInSearch
+) -> None:
+    import torch
+    import wandb
+    from lightning.pytorch.demos.boring_classes import BoringModel
+    from lightning.pytorch.loggers import WandbLogger
+
+    save_dir = wandb_folder / "runs"
+    save_dir.mkdir()
+    logger = WandbLogger(project="memtrain", save_dir=save_dir, offline=True)
+    callback = mt.FitMemory(32 * 3 * 66 * 4)
+    trainer = quiet_trainer(wandb_folder, callback, logger=logger, limit_train_batches=2, limit_val_batches=0)
+    trainer.fit(BoringModel(), torch.utils.data.DataLoader(torch.ones(16, 32), batch_size=8))
+    plan = callback.plan
+    assert plan is not None
+    assert plan.chosen is not None
+    wandb.finish()
+    wandb.teardown()
+    log = read_wandb_log(save_dir)
+    page = log.media("memory_plan/page")
+    assert page.startswith("<!doctype html>")
+    assert page.count("<circle") == len(plan.front)
+    table = json.loads(log.media("memory_plan/front_table"))
+    assert table["columns"] == ["way", "needed_mib", "time_ratio", "exact"]
+    ways = list(dict.fromkeys((plan.chosen, *plan.front)))
+    assert table["data"] == [
+        [str(way), way.reserved_bytes / MIB, way.time_ratio, True]  # type: ignore[operator]
+        for way in ways
+    ]
+    assert log.summary["memory_plan/limit_mib"] == plan.limit_bytes / MIB
+    assert log.summary["memory_plan/way"] == str(plan.chosen)
 
 
 def test_tensorboard_file_holds_the_tables(tmp_path: Path) -> None:

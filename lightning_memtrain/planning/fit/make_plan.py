@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +42,7 @@ def plan(
     device: Device | str | None = None,
     allow: str | Iterable[str] = (),
     trainer: pl.Trainer | None = None,
-    techniques: Iterable[Switch] = (),
+    techniques: Sequence[Switch] = (),
 ) -> Plan:
     """Find how a run keeps a limit, and what that costs, before it runs and without the device.
 
@@ -91,11 +91,7 @@ def plan(
             "`plan(data)` must be given for a model without `train_dataloader`, but got None. Pass a batch "
             "as a data loader yields it, the loader, or the data module that the run will use."
         )
-    switches = tuple(techniques)
-    for switch in switches:
-        if not isinstance(switch, Switch):
-            cure = "Derive it from mt.planning.Switch, and pass an object of it."
-            raise wrong("plan", "techniques", "objects of Switch", switch, cure)
+    switches = _switches(techniques)
     if trainer is not None:
         _refuse_trainer(trainer, found_device)
     is_sharded = trainer is not None and is_fsdp2(trainer.strategy)
@@ -143,6 +139,15 @@ def _brings_data(model: Any) -> bool:
     return not isinstance(model, (type, nn.Module)) or (
         own is not None and all(own is not base.train_dataloader for base in in_both(pl.LightningModule))
     )
+
+
+def _switches(techniques: Any) -> tuple[Switch, ...]:
+    given = tuple(techniques) if isinstance(techniques, (list, tuple, set, frozenset)) else (techniques,)
+    for switch in given:
+        if not isinstance(switch, Switch):
+            cure = "Derive it from mt.planning.Switch, and pass a list of objects of it."
+            raise wrong("plan", "techniques", "a list of objects of Switch", switch, cure)
+    return given
 
 
 def _refuse_trainer(trainer: pl.Trainer, device: Device) -> None:

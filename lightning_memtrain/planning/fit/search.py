@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from lightning_memtrain.checkpointing.selection.counted_step import call_seconds
 from lightning_memtrain.core import format_bytes
 from lightning_memtrain.planning.fit.choice.family import BATCHNORM, Family
 from lightning_memtrain.planning.fit.choice.pairs import Pair
+from lightning_memtrain.planning.fit.choice.shown_pairs import lowest_of, thinned
 from lightning_memtrain.planning.fit.other_ways import recomputed_networks, unlocks
 from lightning_memtrain.planning.fit.seconds.roofline import RooflineSeconds
 from lightning_memtrain.planning.fit.techniques import FREE, SWITCHES, Switch
@@ -31,7 +33,6 @@ _FAST_ENOUGH = 1.05
 _NOTABLY = 0.98
 # Of bytes: what saves less is not worth a line.
 _NOTABLY_LESS = 0.998
-_MOST_ROWS = 8
 
 
 def search(
@@ -96,7 +97,7 @@ class _Search:
         self._plain_seconds = 0.0
         self._switches = (*SWITCHES, *techniques)
         self._free: tuple[Switch, ...] = ()
-        self._can_chunk = True
+        self._can_chunk = self._can_recompute = True
         self._stateful: tuple[int, ...] = ()
         self._chosen: tuple[Family, Pair] | None = None
 
@@ -112,13 +113,14 @@ class _Search:
         first = self._first(plain)
         families: list[Family] = [as_it_is, first]
         by_hand: list[tuple[Family, Pair]] = []
-        self._chosen = self._with_or_without_chunks(first)
+        self._chosen = self._best_of_first(first)
+        as_it_is.explorer.use(self._can_chunk, self._can_recompute)
         for family in self._switched_on(plain, first):
             other = self._tried_out(family)
             if family.by_hand:
                 by_hand += [] if other is None else [other]
                 continue
-            families.append(family)
+            families += [family] if family.explorer.front() else []
             if other is not None and self._beats(other[1]):
                 self._chosen = other
         chosen = self._chosen or recomputed_networks(first, plain, self._limit_bytes)
@@ -126,7 +128,7 @@ class _Search:
         offered = [*self._offers(with_batchnorm, chosen), *map(self._way, by_hand)]
         floor = self._floor(families, chosen)
         if chosen is None:
-            lowest = _lowest(families)
+            lowest = lowest_of(families)
             found = unlocks(
                 lowest, with_batchnorm, self._not_allowed(plain), self._unlocking(plain), self._limit_bytes
             )
@@ -140,7 +142,9 @@ class _Search:
 
     def _family(self, plain: Tried, switches: tuple[Switch, ...], may_chunk: bool = False) -> Family:
         may_chunk = may_chunk and not any(switch.refusal(plain.trace.facts, 2) for switch in switches)
-        return Family(self._workshop, plain, switches, self._call_seconds, may_chunk)
+        family = Family(self._workshop, plain, switches, self._call_seconds, may_chunk)
+        family.explorer.use(self._can_chunk, self._can_recompute)
+        return family
 
     def _first(self, plain: Tried) -> Family:
         """Microbatches and recomputation, and what costs nothing where it saves something."""
@@ -186,17 +190,23 @@ class _Search:
             self._refused.append(Refused(" + ".join(switch.name for switch in family.switches), _said(error)))
             return None
 
-    def _with_or_without_chunks(self, family: Family) -> tuple[Family, Pair] | None:
-        """The best of the first family; where microbatches cannot run, of recomputation alone."""
-        try:
-            return self._best(family)
-        except Exception as error:
-            if not family.explorer.may_chunk:
-                raise
-            self._refused.append(Refused("Microbatching", _said(error)))
-            self._can_chunk = False
-            family.explorer.chunk_no_more()
-            return self._best(family)
+    def _best_of_first(self, family: Family) -> tuple[Family, Pair] | None:
+        """The best of the first family; where microbatches or recomputation cannot run, without these."""
+        said = ""
+        for chunks, recomputation in product((True, False), repeat=2):
+            if not chunks and not family.explorer.may_chunk and recomputation:
+                continue
+            self._can_chunk, self._can_recompute = chunks, recomputation
+            family.explorer.use(chunks, recomputation)
+            try:
+                found = self._best(family)
+            except Exception as error:  # what goes wrong in a trial is the answer
+                said = said or _said(error)
+                continue
+            names = [("Microbatching", chunks), ("ActivationCheckpointing", recomputation)]
+            self._refused += [Refused(name, said) for name, is_used in names if not is_used]
+            return found
+        return None
 
     def _switched_on(self, plain: Tried, first: Family) -> Iterator[Family]:
         """What may be switched on, one by one and together; what is of no use is noted."""
@@ -312,13 +322,13 @@ class _Search:
         for family, pair in sorted(pairs, key=lambda one: (one[1].seconds, one[1].peak_bytes)):
             if not best or pair.peak_bytes < best[-1][1].peak_bytes:
                 best.append((family, pair))
-        return tuple(family.way(pair, self._plain_seconds) for family, pair in _thinned(best, chosen))
+        return tuple(family.way(pair, self._plain_seconds) for family, pair in thinned(best, chosen))
 
     def _way(self, found: tuple[Family, Pair]) -> Way:
         return found[0].way(found[1], self._plain_seconds)
 
     def _floor(self, families: list[Family], chosen: tuple[Family, Pair] | None) -> Floor:
-        lowest = _lowest(families)
+        lowest = lowest_of(families)
         if chosen is not None:
             return Floor(self._way((lowest, lowest.explorer.front()[-1])))
         pair = lowest.explorer.floor()
@@ -364,10 +374,6 @@ class _Search:
         return largest
 
 
-def _lowest(families: list[Family]) -> Family:
-    return min(families, key=lambda family: family.explorer.front()[-1].peak_bytes)
-
-
 def _said(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else repr(error)
 
@@ -375,19 +381,3 @@ def _said(error: Exception) -> str:
 def _held(tried: Tried) -> tuple[tuple[str, int], ...]:
     rows = [(str(category), num) for category, num in tried.trace.at_peak.items() if num > 0]
     return tuple(sorted(rows, key=lambda row: -row[1]))
-
-
-def _thinned(
-    pairs: list[tuple[Family, Pair]], chosen: tuple[Family, Pair] | None
-) -> list[tuple[Family, Pair]]:
-    """About so many rows, at even steps of bytes, with both ends and what was chosen."""
-    if len(pairs) <= _MOST_ROWS:
-        return pairs
-    most, least = pairs[0][1].peak_bytes, pairs[-1][1].peak_bytes
-    kept = {0, len(pairs) - 1}
-    for row in range(1, _MOST_ROWS - 1):
-        wanted = most - (most - least) * row / (_MOST_ROWS - 1)
-        kept.add(min(range(len(pairs)), key=lambda place: abs(pairs[place][1].peak_bytes - wanted)))
-    if chosen in pairs:
-        kept.add(pairs.index(chosen))
-    return [pairs[place] for place in sorted(kept)]

@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader
 
+import lightning_memtrain as mt
 from lightning_memtrain.cli import main
 from lightning_memtrain.planning import Plan
 from tests.helpers.cli import IGNORED
-from tests.helpers.stand_in_search import stand_in
+from tests.helpers.stand_in_search import StandInSearch, stand_in
 
 __all__ = ["stand_in"]
 
@@ -154,3 +159,44 @@ def test_a_file_that_is_no_plan_is_refused(recipe: Path, capsys: pytest.CaptureF
     assert main(["run", str(recipe), "--plan", "nowhere.yaml"]) == 1
     assert "Expected a plan at 'nowhere.yaml'" in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI under jsonargparse 4.4x
+def test_lightning_cli_makes_it_by_its_class_path(
+    tmp_path: Path, stand_in: StandInSearch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    (tmp_path / "config.yaml").write_text(
+        f"""
+trainer:
+  max_epochs: 1
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  limit_val_batches: 0
+  default_root_dir: {tmp_path}
+  callbacks:
+    - class_path: lightning_memtrain.FitMemory
+      init_args:
+        limit: 20KiB
+        allow: [batchnorm-statistics]
+"""
+    )
+
+    class Boring(BoringModel):
+        def train_dataloader(self) -> DataLoader[torch.Tensor]:
+            return DataLoader(torch.ones(16, 32), batch_size=8)
+
+        val_dataloader = None
+
+    cli = LightningCLI(
+        Boring, args=["fit", f"--config={tmp_path / 'config.yaml'}"], save_config_callback=None
+    )
+    callback = next(one for one in cli.trainer.callbacks if isinstance(one, mt.FitMemory))
+    assert (callback.limit, callback.allow) == ("20KiB", ("batchnorm-statistics",))
+    assert callback.plan is not None
+    assert callback.plan.chosen is not None
+    assert str(callback.plan.chosen) == "Microbatching(microbatch_size=4)"
+    assert len(stand_in.calls) == 1

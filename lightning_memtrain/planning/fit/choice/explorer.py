@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from lightning_memtrain.planning.fit.choice.bounds import Bounds
 from lightning_memtrain.planning.fit.choice.pairs import Pair, SizeCurve, chunk_counts, unbeaten
@@ -43,7 +44,9 @@ class Explorer:
         self._least_bytes = least_bytes
         self._steps = SizedSteps()
         self._size = workshop.batch_size or 1
-        self._counts = chunk_counts(self._size) if may_chunk and workshop.batch_size else [1]
+        self._all_counts = chunk_counts(self._size) if may_chunk and workshop.batch_size else [1]
+        self._counts = self._all_counts
+        self._may_recompute = True
         self.tried: dict[tuple[int, tuple[tuple[str, ...], ...]], Tried] = {}
         """What was tried, by chunks and segments."""
         self._others: list[Pair] = []
@@ -53,9 +56,15 @@ class Explorer:
         """Whether the batch can be split, and may be."""
         return len(self._counts) > 1
 
-    def chunk_no_more(self) -> None:
-        """Leave the batch whole from here, since its parts cannot run."""
-        self._counts = [1]
+    def use(self, chunks: bool, recomputation: bool) -> None:
+        """Do without what cannot run.
+
+        Args:
+            chunks: whether parts of the batch can.
+            recomputation: whether modules can be recomputed.
+        """
+        self._counts = self._all_counts if chunks else [1]
+        self._may_recompute = recomputation
 
     def trace(self, num_chunks: int) -> Tried:
         """Run a number of chunks as they are, and take up what that shows.
@@ -113,7 +122,10 @@ class Explorer:
     def curves(self) -> list[SizeCurve]:
         """Of all numbers of chunks that are known by now."""
         found = [self._steps.curve(count, self._workshop.size_of(count)) for count in self._counts]
-        return [curve for curve in found if curve is not None]
+        known = [curve for curve in found if curve is not None]
+        if not self._may_recompute:  # of each curve the beginning
+            known = [replace(curve, schedules=curve.schedules[:1]) for curve in known]
+        return known
 
     def at(self, num_chunks: int, segments: Segments) -> Pair:
         """A pair that no curve leads to, tried.

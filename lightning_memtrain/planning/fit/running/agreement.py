@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -92,23 +92,6 @@ def is_planner(callback: Any) -> bool:
         ``True`` for :class:`.FitMemory` and :class:`.PlanGuard`.
     """
     return isinstance(callback, PlanGuard) or getattr(type(callback), "plans_memory", False) is True
-
-
-def refuse_second_planner(callbacks: Iterable[Any]) -> None:
-    """Refuse two callbacks that plan.
-
-    Args:
-        callbacks: of a trainer.
-
-    Raises:
-        MisconfigurationException: if there are two.
-    """
-    found = [one for one in callbacks if getattr(type(one), "plans_memory", False) is True]
-    if len(found) > 1:
-        raise MisconfigurationException(
-            f"`FitMemory` must be there once, but the Trainer has {len(found)} of it: "
-            f"{', '.join(str(one.technique_record()) for one in found)}. Keep one."
-        )
 
 
 def _highest(trainer: pl.Trainer, value: int) -> int:

@@ -38,7 +38,6 @@ from lightning_memtrain.planning.fit.refusals import (
 from lightning_memtrain.planning.fit.running.agreement import (
     any_rank,
     plan_of_largest,
-    refuse_second_planner,
     without_planners,
 )
 from lightning_memtrain.planning.fit.running.applied_way import AppliedWay
@@ -145,7 +144,6 @@ class FitMemory(pl.Callback):
         for refused in (strategy_refusal(strategy), without_plan, refusal_of_own(callbacks)):
             if refused:
                 raise MisconfigurationException(f"`FitMemory` {refused}")
-        refuse_second_planner(callbacks)
         # Lightning walks along this list: what comes before this callback has had its turn.
         callbacks.remove(self)
         callbacks.insert(0, self)

@@ -20,6 +20,17 @@ from lightning_memtrain.planning.fit.way import FoundWays, Way
 from lightning_memtrain.tracing.device import Device
 
 _LINE_WIDTH = 100
+# Of a cell, beside the columns of figures.
+_CELL_WIDTH = 80
+
+# On a phone the figures of a way stand below it, and the chart can be pushed to the side.
+_NARROW_STYLE = (
+    "@media (max-width: 640px) {\n"
+    ".data tr { display: grid; grid-template-columns: 1fr 1fr 4rem 4rem; }\n"
+    ".data td:first-child, .data th:first-child { grid-column: 1 / -1; border-bottom: 0; }\n"
+    ".data td:first-child { white-space: normal; }\n"
+    ".chart { overflow-x: auto; }\n.chart svg { min-width: 560px; }\n}\n"
+)
 
 # For a notebook, whose own colours it takes.
 _CELL_STYLE = (
@@ -74,7 +85,8 @@ def plan_page(model: str, found: FoundWays, device: Device, limit_bytes: int) ->
         '<link rel="icon" href="data:,">\n'
         f"<style>\n{style}.data td, .data th {{ vertical-align: top; }}\n"
         ".data pre { margin: 0; text-align: left; white-space: pre-wrap; }\n"
-        ".data tr.chosen td { background: var(--soft); font-weight: 600; }\n</style>\n</head>\n"
+        ".data tr.chosen td { background: var(--soft); font-weight: 600; }\n"
+        f"{_NARROW_STYLE}</style>\n</head>\n"
         "<body>\n<main>\n"
         f'<p class="overline">Plan</p><h1>{head}</h1><p></p>\n{body}\n</main>\n</body>\n</html>\n'
     )
@@ -130,7 +142,7 @@ def _table(ways: Sequence[Way], found: FoundWays, device: Device) -> str:
 
 
 def _row(way: Way, is_chosen: bool, device: Device) -> str:
-    row = row_of(way, device, _LINE_WIDTH)
+    row = row_of(way, device, _CELL_WIDTH)
     code = html.escape("\n".join(row.lines))
     remarks = "".join(f"<div>{html.escape(remark)}</div>" for remark in row.remarks)
     reserved = f"<td>{row.reserved}</td>" if device.is_cuda else ""

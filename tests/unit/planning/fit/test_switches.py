@@ -170,5 +170,5 @@ def test_a_line_of_the_users_own_is_offered_and_not_taken(only: Any) -> None:
 
 
 def test_a_technique_of_ones_own_must_be_a_switch() -> None:
-    with pytest.raises(mt.ArgumentError, match=r"`plan\(techniques\)` must be objects of Switch"):
+    with pytest.raises(mt.ArgumentError, match=r"`plan\(techniques\)` must be a list of objects of Switch"):
         mt.plan(Net(64, momentum=0.9), torch.ones(4, 64), limit="1GiB", device="cpu", techniques=["few bits"])  # type: ignore[list-item]
