@@ -23,6 +23,8 @@ _FAST_ENOUGH = 1.05
 # What is switched on beside costs something in Python that no operator shows: it has to be so much faster.
 _NOTABLY = 0.98
 _MOST_ROWS = 8
+# Steps that take less are not run for real.
+_LEAST_REAL_SECONDS = 0.1
 
 
 def search(
@@ -92,16 +94,19 @@ class _Search:
             return self._found(plain_way, plain_way, (plain_way,), Floor(plain_way, _held(plain)))
         families = [base]
         chosen = self._best(base)
+        self._plain_seconds = base.explorer.curves()[0].seconds
+        plain_way = base.way(base.explorer.pair_of(plain, self._plain_seconds), self._plain_seconds)
         for switches in self._switch_sets(plain):
             if chosen is not None and chosen[1].seconds <= self._plain_seconds * _FAST_ENOUGH:
                 break
             family = self._family(plain, switches, may_chunk=self._may_chunk(plain))
+            family.explorer.learn(base.explorer)
             other = self._tried_out(family)
             if family.explorer.tried:
                 families.append(family)
             if other is not None and (chosen is None or other[1].seconds < _NOTABLY * chosen[1].seconds):
                 chosen = other
-        offered = self._offers(plain, chosen)
+        offered = self._offers(plain, chosen, base)
         floor = self._floor(families, plain, chosen)
         chosen_way = None if chosen is None else chosen[0].way(chosen[1], self._plain_seconds)
         return self._found(plain_way, chosen_way, self._front(families, chosen), floor, offered)
@@ -110,7 +115,16 @@ class _Search:
 
     def _family(self, plain: Tried, switches: tuple[Switch, ...], may_chunk: bool) -> Family:
         may_chunk = may_chunk and not any(switch.refusal(plain.trace.facts, 2) for switch in switches)
-        return Family(self._workshop, plain, switches, self._call_seconds, may_chunk)
+        # Of a short step nobody would notice what is not measured.
+        may_time = self._workshop.can_time and self._is_long(plain)
+        return Family(self._workshop, plain, switches, self._call_seconds, may_chunk, may_time)
+
+    def _is_long(self, plain: Tried) -> bool:
+        facts, operators, times = plain.trace.facts, plain.trace.operators, self._workshop.times
+        # A module that steps its optimizers itself would change the weights.
+        return facts.automatic_optimization and (
+            times.seconds(operators.forward) + times.seconds(operators.backward) >= _LEAST_REAL_SECONDS
+        )
 
     def _may_chunk(self, plain: Tried, with_batchnorm: bool = False) -> bool:
         facts = plain.trace.facts
@@ -148,12 +162,15 @@ class _Search:
             sets.append(tuple(usable))
         return sets
 
-    def _offers(self, plain: Tried, chosen: tuple[Family, Pair] | None) -> tuple[Way, ...]:
+    def _offers(
+        self, plain: Tried, chosen: tuple[Family, Pair] | None, base: Family
+    ) -> tuple[Way, ...]:
         """What would keep the limit, or take less time, if it were allowed."""
         if not plain.trace.facts.has_batchnorm or self._may_chunk(plain):
             return ()
         family = self._family(plain, (), may_chunk=self._may_chunk(plain, with_batchnorm=True))
         family.explorer.take_up(plain)
+        family.explorer.learn(base.explorer)
         other = self._tried_out(family)
         if other is None or (chosen is not None and other[1].seconds >= chosen[1].seconds):
             return ()

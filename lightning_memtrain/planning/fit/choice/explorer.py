@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from lightning_memtrain.planning.fit.choice.bounds import Bounds
 from lightning_memtrain.planning.fit.choice.pairs import Pair, SizeCurve, chunk_counts, unbeaten
+from lightning_memtrain.planning.fit.choice.real_times import RealTimes, TimedPair
 from lightning_memtrain.planning.fit.choice.sized_steps import SizedStep, SizedSteps
-from lightning_memtrain.planning.fit.trials.workshop import Tried, Workshop
+from lightning_memtrain.planning.fit.trials.real_rounds import Candidate
+from lightning_memtrain.planning.fit.trials.workshop import Segments, Tried, Workshop
 from lightning_memtrain.planning.fit.way import TechniqueSettings
 
 # So many finalists are tried for one limit, and so many for the floor.
@@ -15,6 +18,13 @@ _MOST_FINALISTS = 10
 _MOST_FLOORS = 3
 # What is not so much faster than what was found is not tried.
 _NOTABLY = 0.997
+
+# What seems to be so much slower at most is run for real as well, and so many others are tried for that.
+_NEARLY = 1.12
+_MOST_OTHERS = 2
+_MOST_TURNS = 3
+# What is run for real without having been tried keeps away from the limit.
+_SAFELY = 0.95
 
 Switched = Callable[[int], Sequence[TechniqueSettings]]
 
@@ -28,6 +38,7 @@ class Explorer:
         call_seconds: what recomputing a call takes beside its operators.
         least_bytes: modules that hold less of the whole batch are not looked into.
         may_chunk: whether microbatches may be used.
+        may_time: whether pairs may be run for real, to see how long they take.
     """
 
     def __init__(
@@ -37,15 +48,18 @@ class Explorer:
         call_seconds: float,
         least_bytes: float,
         may_chunk: bool,
+        may_time: bool = False,
     ) -> None:
         self._workshop = workshop
         self._switched = switched
         self._call_seconds = call_seconds
         self._least_bytes = least_bytes
-        self._steps = SizedSteps()
+        self._steps = SizedSteps(workshop.batch_size)
+        self._may_time = may_time
+        self._timed: dict[tuple[int, Segments], TimedPair] = {}
         self._size = workshop.batch_size or 1
         self._counts = chunk_counts(self._size) if may_chunk and workshop.batch_size else [1]
-        self.tried: dict[tuple[int, tuple[tuple[str, ...], ...]], Tried] = {}
+        self.tried: dict[tuple[int, Segments], Tried] = {}
         """What was tried, by chunks and segments."""
 
     def trace(self, num_chunks: int) -> Tried:
@@ -110,8 +124,19 @@ class Explorer:
         """The pairs that no other one beats, what was tried in the place of what the curves say of it."""
         return unbeaten([self._as_tried(pair) for curve in self.curves() for pair in curve.pairs()])
 
+    def learn(self, other: Explorer) -> None:
+        """Take over what real chunks of another explorer of this run have shown.
+
+        Args:
+            other: with other techniques switched on.
+        """
+        self._steps.real = other._steps.real
+
     def best(self, limit_bytes: int) -> Pair | None:
         """The fastest pair within a limit, which was tried.
+
+        It is found by the seconds of its operators. Then it and what is hardly slower are run for real, as far
+        as that may be, and the curves are corrected by what that shows, until the fastest one was run for real.
 
         Args:
             limit_bytes: most bytes that the device must have.
@@ -120,6 +145,14 @@ class Explorer:
             The pair with the bytes that it took; ``None`` if none was found.
         """
         bounds = Bounds(limit_bytes)
+        best = self._best_by_operators(limit_bytes, bounds)
+        for turn in range(_MOST_TURNS if self._may_time else 0):
+            if best is None or not self._time(self._finalists(best, limit_bytes, bounds, turn == 0)):
+                break
+            best = self._best_tried(limit_bytes)
+        return best
+
+    def _best_by_operators(self, limit_bytes: int, bounds: Bounds) -> Pair | None:
         num_finalists = 0
         while num_finalists < _MOST_FINALISTS:
             best = self._best_tried(limit_bytes)
@@ -136,6 +169,45 @@ class Explorer:
             bounds.note(pair, self._as_tried(pair).peak_bytes)
             num_finalists += 1
         return self._best_tried(limit_bytes) or self._floor_within(limit_bytes)
+
+    def _finalists(self, best: Pair, limit_bytes: int, bounds: Bounds, is_first: bool) -> list[Pair]:
+        """What keeps the limit, was not run for real, and may be as fast as the best one; that one first."""
+        near = best.seconds * (_NEARLY if is_first else 1.0)
+        others = [pair for pair in bounds.untried(self.curves(), self._was_tried) if pair.seconds < near]
+        for pair in others[:_MOST_OTHERS]:
+            self._try(pair)
+            bounds.note(pair, self._as_tried(pair).peak_bytes)
+        fitting = [pair for pair in self._tried_pairs() if pair.peak_bytes <= limit_bytes]
+        near = max(near, best.seconds)
+        found = sorted((pair for pair in fitting if pair.seconds <= near), key=lambda pair: pair.seconds)
+        found = [pair for pair in found if (pair.num_chunks, pair.segments) not in self._timed]
+        if is_first:
+            # What tells most of the plain run: the largest chunks that need no recomputation.
+            plain = [pair for curve in self.curves() for pair in curve.pairs()[:1]]
+            safe = [pair for pair in plain if self._as_tried(pair).peak_bytes <= _SAFELY * limit_bytes]
+            found += [pair for pair in safe[:1] if pair not in found]
+        return found
+
+    def _time(self, pairs: Sequence[Pair]) -> bool:
+        """Run pairs for real, and correct the curves; whether that showed anything."""
+        candidates, known = [], []
+        for pair in pairs:
+            operators = self._steps.operator_seconds(pair)
+            if operators is not None:
+                chunk_seconds = sum(operators) / pair.num_chunks
+                known.append((pair, operators))
+                candidates.append(
+                    Candidate(pair.num_chunks, pair.segments, self._switched(pair.num_chunks), chunk_seconds)
+                )
+        found = self._workshop.time(candidates)
+        for (pair, operators), seconds in zip(known, found, strict=False):
+            if seconds is not None:
+                chunks = self._steps.full_chunks(pair.num_chunks, pair.size)
+                self._timed[pair.num_chunks, pair.segments] = TimedPair(
+                    pair.size, *operators, chunks * seconds.chunk, seconds.batch
+                )
+        self._steps.real = RealTimes(self._timed) if self._timed else self._steps.real
+        return any(found)
 
     def _floor_within(self, limit_bytes: int) -> Pair | None:
         """Before a limit is given up, the pair that needs least."""
@@ -173,7 +245,11 @@ class Explorer:
 
     def _as_tried(self, pair: Pair) -> Pair:
         tried = self.tried.get((pair.num_chunks, pair.segments))
-        return pair if tried is None else self.pair_of(tried, pair.seconds)
+        timed = self._timed.get((pair.num_chunks, pair.segments))
+        seconds = pair.seconds
+        if timed is not None:
+            seconds = timed.seconds + timed.batch_seconds + self._steps.update_seconds(pair)
+        return replace(pair, seconds=seconds) if tried is None else self.pair_of(tried, seconds)
 
     def _try(self, pair: Pair) -> None:
         tried = self._workshop.run(pair.num_chunks, pair.segments, self._switched(pair.num_chunks))

@@ -24,6 +24,7 @@ class Family:
         switches: what is switched on.
         call_seconds: what recomputing a call takes beside its operators.
         may_chunk: whether microbatches may be used.
+        may_time: whether ways may be run for real, to see how long they take.
     """
 
     def __init__(
@@ -33,13 +34,15 @@ class Family:
         switches: Sequence[Switch],
         call_seconds: float,
         may_chunk: bool,
+        may_time: bool = False,
     ) -> None:
         self._workshop = workshop
         self._plain = plain
         self._facts: RunFacts = plain.trace.facts
         self.switches = tuple(switches)
         least_bytes = plain.trace.ledger_bytes / 500
-        self.explorer = Explorer(workshop, self._switched, call_seconds, least_bytes, may_chunk)
+        may_time = may_time and all(switch.may_be_timed for switch in self.switches)
+        self.explorer = Explorer(workshop, self._switched, call_seconds, least_bytes, may_chunk, may_time)
 
     def _switched(self, num_chunks: int) -> list[TechniqueSettings]:
         return [one for switch in self.switches for one in switch.settings(self._facts, num_chunks)]

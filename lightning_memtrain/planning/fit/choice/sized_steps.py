@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from lightning_memtrain.checkpointing.selection.pareto_schedules import pareto
 from lightning_memtrain.checkpointing.selection.step_chain import ChainStage, CheckpointSchedule
 from lightning_memtrain.planning.fit.choice.between_sizes import alike, between, on_line
-from lightning_memtrain.planning.fit.choice.pairs import SizeCurve
+from lightning_memtrain.planning.fit.choice.pairs import Pair, SizeCurve
+from lightning_memtrain.planning.fit.choice.real_times import RealTimes
 
 _HARDLY_ANOTHER = 1.3
 
@@ -38,9 +39,16 @@ class SizedSteps:
 
     A batch as a whole is another matter than chunks of it, which find the gradients of earlier ones: it is
     known once it was traced. Between two traced sizes of chunks, and beyond them, all is on a straight line.
+
+    Args:
+        batch_size: samples of the batch, which chunks are even parts of; ``None`` if they all have the size
+            that is said of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch_size: int | None = None) -> None:
+        self._batch_size = batch_size
+        self.real = RealTimes()
+        """Corrects seconds."""
         self._whole: SizedStep | None = None
         self._chunked: dict[int, SizedStep] = {}
         self._schedules: dict[int, tuple[CheckpointSchedule, ...]] = {}
@@ -80,13 +88,59 @@ class SizedSteps:
         if num_chunks not in self._schedules:
             self._schedules[num_chunks] = pareto(step.chain)
         schedules = self._schedules[num_chunks]
+        factor = self.real.of_size(size)
+        chunks = self.full_chunks(num_chunks, size) * factor
         return SizeCurve(
             num_chunks,
             size,
-            num_chunks * step.chunk_seconds + step.update_seconds,
+            chunks * step.chunk_seconds + self.real.batch_seconds + step.update_seconds,
             schedules,
             step.needed_bytes - schedules[0].peak_bytes,
+            chunks * self.real.of_recomputation,
         )
+
+    def operator_seconds(self, pair: Pair) -> tuple[float, float] | None:
+        """What the operators of a pair's chunks take one by one.
+
+        Args:
+            pair: of a curve.
+
+        Returns:
+            Seconds without recomputation, and those that it adds; ``None`` if nothing like it was traced.
+        """
+        step = self._whole if pair.num_chunks == 1 else self._between(pair.num_chunks, pair.size)
+        schedules = self._schedules.get(pair.num_chunks, ())
+        added = [one.seconds for one in schedules if one.segments == pair.segments]
+        if step is None or not added:
+            return None
+        chunks = self.full_chunks(pair.num_chunks, pair.size)
+        return chunks * step.chunk_seconds, chunks * added[0]
+
+    def update_seconds(self, pair: Pair) -> float:
+        """What the update of a pair takes.
+
+        Args:
+            pair: of a curve.
+
+        Returns:
+            Seconds; 0 if nothing like it was traced.
+        """
+        step = self._whole if pair.num_chunks == 1 else self._between(pair.num_chunks, pair.size)
+        return 0.0 if step is None else step.update_seconds
+
+    def full_chunks(self, num_chunks: int, size: int) -> float:
+        """Chunks of that size that take as long as all, since those of an uneven batch are not all as large.
+
+        Args:
+            num_chunks: of the batch.
+            size: samples of the largest chunk.
+
+        Returns:
+            At most ``num_chunks``.
+        """
+        if self._batch_size is None:
+            return num_chunks
+        return min(num_chunks, self._batch_size / size)
 
     def _between(self, num_chunks: int, size: int) -> SizedStep | None:
         if size in self._chunked:

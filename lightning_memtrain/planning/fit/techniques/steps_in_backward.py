@@ -13,6 +13,7 @@ class StepsInBackward(Switch):
     """Gradients never exist together."""
 
     name = "OptimizerInBackward"
+    may_be_timed = False
 
     def refusal(self, facts: RunFacts, num_chunks: int) -> str:
         """With several chunks gradients have to be added up to something."""

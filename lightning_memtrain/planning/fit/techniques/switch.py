@@ -19,6 +19,8 @@ class Switch(ABC):
     """As it is called in a table."""
     allow = ""
     """What ``allow`` must name; empty if it leaves the result as it is."""
+    may_be_timed = True
+    """Whether chunks with it can be run for real without an update of the weights."""
 
     @abstractmethod
     def refusal(self, facts: RunFacts, num_chunks: int) -> str:

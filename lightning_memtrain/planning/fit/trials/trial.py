@@ -57,7 +57,7 @@ def run_trial(model: Model, options: Mapping[str, Any], device: Device, trial: T
 
 
 def _on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> StepTrace:
-    given = _with_techniques(options, trial)
+    given = with_techniques(options, trial)
     with quiet_folder() as folder, on_cpu(model, given["callbacks"]) as place:
         watch = StepWatch(trial.num_chunks, OpWorkspace("cpu"), trial.with_calls)
         _fit(place.model, place.trainer_arguments, given, trial, watch, folder)
@@ -65,7 +65,7 @@ def _on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Tri
 
 
 def _on_twin(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> StepTrace:
-    given = _with_techniques(options, trial)
+    given = with_techniques(options, trial)
     with quiet_folder() as folder, on_twin(model, device) as place:
         watch = StepWatch(trial.num_chunks, None, trial.with_calls)
         _fit(place.model, place.trainer_arguments, given, trial, watch, folder)
@@ -77,7 +77,16 @@ def _on_twin(model: Model, options: Mapping[str, Any], device: Device, trial: Tr
     )
 
 
-def _with_techniques(options: Mapping[str, Any], trial: Trial) -> dict[str, Any]:
+def with_techniques(options: Mapping[str, Any], trial: Trial) -> dict[str, Any]:
+    """Arguments of Trainer, with what is tried.
+
+    Args:
+        options: those of the run.
+        trial: what is tried.
+
+    Returns:
+        Both; the techniques are made anew.
+    """
     given = {"callbacks": (), **options, **trial.trainer_arguments}
     made = [(place, _made(path, arguments)) for path, arguments, place in trial.techniques]
     for place in {place for place, _ in made}:
@@ -96,11 +105,15 @@ def _fit(
     trainer = few_steps_trainer(model, {**place, "default_root_dir": folder}, given, watch, num_steps=2)
     accumulated = given.get("accumulate_grad_batches", 1)
     batches = [trial.first_batch] * accumulated + [trial.batch] * accumulated
-    trainer.fit(model, _Loader(batches))
+    trainer.fit(model, BatchList(batches))
 
 
-class _Loader:
-    """Yields what it is given, in each epoch."""
+class BatchList:
+    """Yields what it is given, in each epoch.
+
+    Args:
+        batches: at least one.
+    """
 
     def __init__(self, batches: list[Any]) -> None:
         self._batches = batches

@@ -14,15 +14,19 @@ from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of, take_samples
 from lightning_memtrain.planning.fit.seconds.measured_seconds import MeasuredSeconds
 from lightning_memtrain.planning.fit.seconds.roofline import RooflineSeconds
+from lightning_memtrain.planning.fit.trials.real_rounds import Candidate, RealRounds
 from lightning_memtrain.planning.fit.trials.step_trace import StepTrace
+from lightning_memtrain.planning.fit.trials.timed_trial import RealSeconds, time_trial
 from lightning_memtrain.planning.fit.trials.trial import Trial, run_trial
 from lightning_memtrain.planning.fit.way import TechniqueSettings
 from lightning_memtrain.planning.prediction.cpu.calibration import AskedWorkspace, measure_call
-from lightning_memtrain.planning.prediction.few_steps import Model
+from lightning_memtrain.planning.prediction.few_steps import Model, is_module
 from lightning_memtrain.tracing.device import Device
 
 #: So many chunks show what more of them would: the first finds no gradients, the third what the second kept.
 SHOWN_CHUNKS = 3
+# What real chunks may take in one search.
+_MOST_REAL_SECONDS = 10.0
 # Of random numbers on the CPU, beside those that calls keep.
 _STATES_AT_ONCE = 3
 
@@ -71,6 +75,7 @@ class Workshop:
         self._options = options
         self._workspace = None if device.is_cuda else AskedWorkspace(measure_call, torch.get_num_threads())
         self._times: Times | None = None
+        self._rounds = RealRounds(self._run_for_real, _MOST_REAL_SECONDS)
 
     @property
     def times(self) -> Times:
@@ -138,6 +143,39 @@ class Workshop:
         if self.device.is_cuda:
             needed = trace.reserved_bytes + left_out + self.device.context_bytes
         return Tried(num_chunks, size, segments, allocated, needed, trace)
+
+    @property
+    def can_time(self) -> bool:
+        """Whether a way can be run for real: on the CPU, by a model that is there."""
+        return (
+            not self.device.is_cuda
+            and is_module(self._model)
+            and all(one.device.type == "cpu" for one in self._model.parameters())
+        )
+
+    def time(self, candidates: Sequence[Candidate]) -> list[RealSeconds | None]:
+        """Run ways for real, in turn.
+
+        Args:
+            candidates: the most wanted first.
+
+        Returns:
+            What their chunks took; ``None`` for what failed or would have taken too long.
+        """
+        return self._rounds.time(candidates) if self.can_time else [None] * len(candidates)
+
+    def _run_for_real(self, one: Candidate, most_seconds: float) -> RealSeconds | None:
+        assert is_module(self._model)
+        size = self.size_of(one.num_chunks)
+        is_part = one.num_watched < one.num_chunks
+        techniques = [*self.settings(one.num_chunks, one.segments), *one.switched]
+        trial = Trial(
+            techniques=[(other.class_path, other.init_args, other.place) for other in techniques],
+            trainer_arguments={},
+            first_batch=self.batch if one.num_chunks == 1 else take_samples(self.batch, size),
+            batch=take_samples(self.batch, size * one.num_watched) if is_part else self.batch,
+        )
+        return time_trial(self._model, self._options, trial, torch.get_num_threads(), most_seconds)
 
     def _allocated_bytes(self, trace: StepTrace, segments: Segments) -> int:
         if self.device.is_cuda:

@@ -1,0 +1,152 @@
+"""A trial on real tensors: how long its chunks take, in a copy of this process and without an update."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_memtrain.compat import wrap_training_step
+from lightning_memtrain.planning.fit.trials.trial import BatchList, Trial, with_techniques
+from lightning_memtrain.planning.prediction.few_steps import few_steps_trainer, quiet_folder
+from lightning_memtrain.planning.prediction.forked import ChildFailed, call_in_copy
+
+
+@dataclass(frozen=True)
+class RealSeconds:
+    """What a batch took.
+
+    Args:
+        chunk: forward and backward of one chunk, with all that goes on around it.
+        batch: once for a batch, without the update.
+    """
+
+    chunk: float
+    batch: float
+
+
+def time_trial(
+    model: pl.LightningModule,
+    options: Mapping[str, Any],
+    trial: Trial,
+    num_threads: int,
+    most_seconds: float,
+) -> RealSeconds | None:
+    """Run two batches for real, and time the second one.
+
+    Nobody steps the optimizer, so that weights stay those of this process, shared with the copy, and no state
+    of the optimizer is made: all that there is in memory are gradients and activations.
+
+    Args:
+        model: what is trained, on the CPU.
+        options: arguments of Trainer, as the run has them.
+        trial: what is tried.
+        num_threads: that the run has.
+        most_seconds: after so many it is given up.
+
+    Returns:
+        The seconds; ``None`` if it failed, or was given up.
+    """
+
+    def run() -> RealSeconds | None:
+        return _in_thread(lambda: _time(model, options, trial, clock_of(num_threads)), num_threads, most_seconds)
+
+    with suppress(ChildFailed):
+        return call_in_copy(run)
+    return None
+
+
+def clock_of(num_threads: int) -> Callable[[], float]:
+    """The clock to measure with.
+
+    Args:
+        num_threads: of torch.
+
+    Returns:
+        That of the processor where one thread does it all, so that others who use the machine do not count.
+    """
+    return time.process_time if num_threads == 1 else time.perf_counter
+
+
+def _in_thread(
+    function: Callable[[], RealSeconds | None], num_threads: int, most_seconds: float
+) -> RealSeconds | None:
+    """Call it in a new thread, which can have helpers of its own: those of the forked one are gone."""
+    found: list[RealSeconds | None] = []
+
+    def call() -> None:
+        torch.set_num_threads(num_threads)
+        with suppress(Exception):  # the model may do what it likes: then nothing was measured
+            found.append(function())
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(most_seconds)
+    return found[0] if found else None
+
+
+def _time(
+    model: pl.LightningModule, options: Mapping[str, Any], trial: Trial, now: Callable[[], float]
+) -> RealSeconds | None:
+    warnings.simplefilter("ignore")  # the real run gives them
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    given = {**with_techniques(options, trial), "accumulate_grad_batches": 1}
+    watch = _Stopwatch(now)
+    with quiet_folder() as folder:
+        place = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder}
+        trainer = few_steps_trainer(model, place, given, watch, num_steps=2)
+        trainer.fit(model, BatchList([trial.first_batch, trial.batch]))
+    return watch.seconds()
+
+
+class _Stopwatch(pl.Callback):
+    """Times the chunks of the last batch; optimizers only call their closure."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._undo = ExitStack()
+        self._begins: list[float] = []
+        self._batch_start = self._chunks_end = self._batch_end = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._undo.callback(wrap_training_step(pl_module, self._around))
+        for optimizer in trainer.optimizers:
+            optimizer.step = self._evaluate
+
+    def _evaluate(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        loss = None if closure is None else closure()
+        self._chunks_end = self._now()
+        return loss
+
+    def _around(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._begins.append(self._now())
+        return step(*args, **kwargs)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self._begins, self._chunks_end, self._batch_start = [], 0.0, self._now()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self._batch_end = self._now()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._undo.close()
+
+    def seconds(self) -> RealSeconds | None:
+        """What the last batch took; ``None`` if its chunks did not end as usual."""
+        begins = self._begins
+        if not begins or self._chunks_end <= begins[-1]:
+            return None
+        # The first of several makes the gradients.
+        first = 1 if len(begins) > 2 else 0
+        return RealSeconds(
+            (self._chunks_end - begins[first]) / (len(begins) - first),
+            max(0.0, begins[0] - self._batch_start) + max(0.0, self._batch_end - self._chunks_end),
+        )
