@@ -23,6 +23,8 @@ _NOTABLY = 0.997
 _NEARLY = 1.12
 _MOST_OTHERS = 2
 _MOST_TURNS = 3
+# So much more than the limit, and a curve need not be asked how near the truth it is.
+_FAR = 1.2
 # What is run for real without having been tried keeps away from the limit.
 _SAFELY = 0.95
 
@@ -39,6 +41,7 @@ class Explorer:
         least_bytes: modules that hold less of the whole batch are not looked into.
         may_chunk: whether microbatches may be used.
         may_time: whether pairs may be run for real, to see how long they take.
+        is_thorough: whether the lowest pair is tried before a limit is given up, whatever its curve says.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Explorer:
         least_bytes: float,
         may_chunk: bool,
         may_time: bool = False,
+        is_thorough: bool = True,
     ) -> None:
         self._workshop = workshop
         self._switched = switched
@@ -56,6 +60,7 @@ class Explorer:
         self._least_bytes = least_bytes
         self._steps = SizedSteps(workshop.batch_size)
         self._may_time = may_time
+        self._is_thorough = is_thorough
         self._timed: dict[tuple[int, Segments], TimedPair] = {}
         self._size = workshop.batch_size or 1
         self._counts = chunk_counts(self._size) if may_chunk and workshop.batch_size else [1]
@@ -210,7 +215,9 @@ class Explorer:
         return any(found)
 
     def _floor_within(self, limit_bytes: int) -> Pair | None:
-        """Before a limit is given up, the pair that needs least."""
+        """Before a limit is given up, the pair that needs least, unless its curve is far above the limit."""
+        if not self._is_thorough and self.front()[-1].peak_bytes > _FAR * limit_bytes:
+            return None
         lowest = self.floor()
         return lowest if lowest.peak_bytes <= limit_bytes else None
 

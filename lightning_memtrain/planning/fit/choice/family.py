@@ -42,7 +42,15 @@ class Family:
         self.switches = tuple(switches)
         least_bytes = plain.trace.ledger_bytes / 500
         may_time = may_time and all(switch.may_be_timed for switch in self.switches)
-        self.explorer = Explorer(workshop, self._switched, call_seconds, least_bytes, may_chunk, may_time)
+        self.explorer = Explorer(
+            workshop,
+            self._switched,
+            call_seconds,
+            least_bytes,
+            may_chunk,
+            may_time,
+            is_thorough=not self.switches,
+        )
 
     def _switched(self, num_chunks: int) -> list[TechniqueSettings]:
         return [one for switch in self.switches for one in switch.settings(self._facts, num_chunks)]
