@@ -145,7 +145,7 @@ def vit() -> Made:
 
 
 class DynamicConv(nn.Module):
-    """A layer whose convolution's kernel is predicted at each place (Wu et al. 2019), and a feed-forward part."""
+    """A layer whose convolution's kernel is predicted at each place, and a feed-forward part."""
 
     def __init__(self, width: int, num_heads: int, kernel: int) -> None:
         super().__init__()
@@ -220,7 +220,9 @@ class GAN(pl.LightningModule):
         (real,) = batch
         of_generator, of_judge = self.optimizers()
         made = self.generator(torch.randn(len(real), 64))
-        self.manual_backward(F.softplus(-self.judge(real)).mean() + F.softplus(self.judge(made.detach())).mean())
+        self.manual_backward(
+            F.softplus(-self.judge(real)).mean() + F.softplus(self.judge(made.detach())).mean()
+        )
         of_judge.step()
         of_judge.zero_grad()
         self.manual_backward(F.softplus(-self.judge(made)).mean())

@@ -226,7 +226,7 @@ def _tensors_in(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 _OF_MODULES = frozenset(vars(nn.Module()))
 
 
-# Of what modules hold, most is of these kinds: nothing is in them. Asked before each chunk, so it must be quick.
+# Most of what modules hold is of these kinds, with nothing in it. It is asked before each chunk.
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device))
 
 

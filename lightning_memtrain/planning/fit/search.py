@@ -162,9 +162,7 @@ class _Search:
             sets.append(tuple(usable))
         return sets
 
-    def _offers(
-        self, plain: Tried, chosen: tuple[Family, Pair] | None, base: Family
-    ) -> tuple[Way, ...]:
+    def _offers(self, plain: Tried, chosen: tuple[Family, Pair] | None, base: Family) -> tuple[Way, ...]:
         """What would keep the limit, or take less time, if it were allowed."""
         if not plain.trace.facts.has_batchnorm or self._may_chunk(plain):
             return ()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from lightning_memtrain.planning.fit.choice.bounds import Bounds
 from lightning_memtrain.planning.fit.choice.pairs import Pair, SizeCurve, chunk_counts, unbeaten
 from lightning_memtrain.planning.fit.choice.real_times import RealTimes, TimedPair
 from lightning_memtrain.planning.fit.choice.sized_steps import SizedStep, SizedSteps
 from lightning_memtrain.planning.fit.trials.real_rounds import Candidate
+from lightning_memtrain.planning.fit.trials.timed_trial import RealSeconds
 from lightning_memtrain.planning.fit.trials.workshop import Segments, Tried, Workshop
 from lightning_memtrain.planning.fit.way import TechniqueSettings
 
@@ -61,6 +62,7 @@ class Explorer:
         self._steps = SizedSteps(workshop.batch_size)
         self._may_time = may_time
         self._is_thorough = is_thorough
+        self._real: dict[tuple[int, Segments], tuple[Pair, RealSeconds]] = {}
         self._timed: dict[tuple[int, Segments], TimedPair] = {}
         self._size = workshop.batch_size or 1
         self._counts = chunk_counts(self._size) if may_chunk and workshop.batch_size else [1]
@@ -127,7 +129,8 @@ class Explorer:
 
     def front(self) -> tuple[Pair, ...]:
         """The pairs that no other one beats, what was tried in the place of what the curves say of it."""
-        return unbeaten([self._as_tried(pair) for curve in self.curves() for pair in curve.pairs()])
+        said = [self._as_tried(pair) for curve in self.curves() for pair in curve.pairs()]
+        return unbeaten([*said, *self._tried_pairs()])
 
     def learn(self, other: Explorer) -> None:
         """Take over what real chunks of another explorer of this run have shown.
@@ -140,8 +143,8 @@ class Explorer:
     def best(self, limit_bytes: int) -> Pair | None:
         """The fastest pair within a limit, which was tried.
 
-        It is found by the seconds of its operators. Then it and what is hardly slower are run for real, as far
-        as that may be, and the curves are corrected by what that shows, until the fastest one was run for real.
+        It is found by the seconds of its operators. Then it and what is hardly slower are run for real, as
+        far as that may be, and the curves are corrected by what that shows, until the fastest was run.
 
         Args:
             limit_bytes: most bytes that the device must have.
@@ -190,29 +193,49 @@ class Explorer:
             # What tells most of the plain run: the largest chunks that need no recomputation.
             plain = [pair for curve in self.curves() for pair in curve.pairs()[:1]]
             safe = [pair for pair in plain if self._as_tried(pair).peak_bytes <= _SAFELY * limit_bytes]
-            found += [pair for pair in safe[:1] if pair not in found]
+            keys = [(pair.num_chunks, pair.segments) for pair in found]
+            found += [pair for pair in safe[:1] if (pair.num_chunks, ()) not in keys]
         return found
 
     def _time(self, pairs: Sequence[Pair]) -> bool:
         """Run pairs for real, and correct the curves; whether that showed anything."""
-        candidates, known = [], []
+        candidates = []
         for pair in pairs:
-            operators = self._steps.operator_seconds(pair)
+            operators = self._steps.operator_seconds(pair.num_chunks, pair.size, pair.segments)
             if operators is not None:
-                chunk_seconds = sum(operators) / pair.num_chunks
-                known.append((pair, operators))
-                candidates.append(
-                    Candidate(pair.num_chunks, pair.segments, self._switched(pair.num_chunks), chunk_seconds)
-                )
-        found = self._workshop.time(candidates)
-        for (pair, operators), seconds in zip(known, found, strict=False):
+                chunk_seconds = (operators.chunks + operators.recomputed) / pair.num_chunks
+                switched = self._switched(pair.num_chunks)
+                candidates.append((pair, Candidate(pair.num_chunks, pair.segments, switched, chunk_seconds)))
+        traced = [tried for tried in self.tried.values() if tried.trace.calls is not None]
+        # The plain run, and what is nearest to the chunks that run for real.
+        traced = [traced[0], traced[-1]] if traced else []
+        operators_beside = [
+            call
+            for tried in traced
+            for call in (*tried.trace.operators.forward, *tried.trace.operators.backward)
+        ]
+        found = self._workshop.time([one for _, one in candidates], operators_beside)
+        for (pair, _), seconds in zip(candidates, found, strict=True):
             if seconds is not None:
-                chunks = self._steps.full_chunks(pair.num_chunks, pair.size)
-                self._timed[pair.num_chunks, pair.segments] = TimedPair(
-                    pair.size, *operators, chunks * seconds.chunk, seconds.batch
-                )
-        self._steps.real = RealTimes(self._timed) if self._timed else self._steps.real
+                self._real[pair.num_chunks, pair.segments] = pair, seconds
+        if any(found):
+            for tried in traced:
+                self.take_up(tried)
+        self._correct()
         return any(found)
+
+    def _correct(self) -> None:
+        """Lay the seconds of operators beside those of all that was run for real."""
+        self._timed = {}
+        for key, (pair, seconds) in self._real.items():
+            operators = self._steps.operator_seconds(pair.num_chunks, pair.size, pair.segments)
+            if operators is not None:
+                chunks = self._steps.full_chunks(pair.num_chunks, pair.size)
+                self._timed[key] = TimedPair(
+                    pair.size, operators.chunks, operators.recomputed, chunks * seconds.chunk, seconds.batch
+                )
+        if self._timed:
+            self._steps.real = RealTimes(self._timed.values())
 
     def _floor_within(self, limit_bytes: int) -> Pair | None:
         """Before a limit is given up, the pair that needs least, unless its curve is far above the limit."""
@@ -251,20 +274,28 @@ class Explorer:
         return (pair.num_chunks, pair.segments) in self.tried
 
     def _as_tried(self, pair: Pair) -> Pair:
-        tried = self.tried.get((pair.num_chunks, pair.segments))
-        timed = self._timed.get((pair.num_chunks, pair.segments))
-        seconds = pair.seconds
+        """A pair with what its trial needed and what it took, in the place of what its curve says."""
+        key = pair.num_chunks, pair.segments
+        return self._tried_pair(key, self.tried[key]) if key in self.tried else pair
+
+    def _tried_pair(self, key: tuple[int, Segments], tried: Tried) -> Pair:
+        operators = self._steps.operator_seconds(key[0], tried.size, key[1])
+        timed, real = self._timed.get(key), self._steps.real
         if timed is not None:
-            seconds = timed.seconds + timed.batch_seconds + self._steps.update_seconds(pair)
-        return replace(pair, seconds=seconds) if tried is None else self.pair_of(tried, seconds)
+            seconds = timed.seconds + timed.batch_seconds
+        elif operators is not None:
+            chunks = operators.chunks + real.of_recomputation * operators.recomputed
+            seconds = real.of_size(tried.size) * chunks + real.batch_seconds
+        else:
+            seconds = math.inf  # a size that no line leads to
+        return self.pair_of(tried, seconds + (0.0 if operators is None else operators.update))
 
     def _try(self, pair: Pair) -> None:
         tried = self._workshop.run(pair.num_chunks, pair.segments, self._switched(pair.num_chunks))
         self.tried[pair.num_chunks, pair.segments] = tried
 
     def _tried_pairs(self) -> list[Pair]:
-        pairs = [pair for curve in self.curves() for pair in curve.pairs()]
-        return [self._as_tried(pair) for pair in pairs if self._was_tried(pair)]
+        return [self._tried_pair(key, tried) for key, tried in self.tried.items()]
 
     def _best_tried(self, limit_bytes: int) -> Pair | None:
         fitting = [pair for pair in self._tried_pairs() if pair.peak_bytes <= limit_bytes]

@@ -1,24 +1,24 @@
 r"""What pairs took when they were run for real, and what that says of those that were not.
 
-Of the seconds that operators take one by one, :math:`t` for a chunk and :math:`a` for what recomputing adds, a
-real chunk takes
+Of the seconds that operators take one by one, :math:`t` for a chunk and :math:`a` for what recomputing adds,
+a real chunk takes
 
 .. math:: f(m) \, (t(m) + r \, a(m))
 
-with a factor :math:`f` that depends on its size :math:`m`, since much is done beside operators, and caches and
-allocator do well or badly by size; and :math:`r`, since what is recomputed finds other caches. Between the sizes
-that were run :math:`f` is on a straight line over the logarithm of the size; beyond them it stays what it is.
+with a factor :math:`f` that depends on its size :math:`m`, since much is done beside operators, and caches
+and allocator do well or badly by size; and :math:`r`, since what is recomputed finds other caches. Between
+the sizes that were run :math:`f` is on a straight line over the logarithm of the size; beyond them it stays.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
 # What is recomputed may take so many times its operators' share: less or more is a slip of the clock.
-_LEAST, _MOST = 0.5, 2.0
+_LEAST, _MOST = 0.5, 3.0
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class RealTimes:
         timed: what was run, by anything.
     """
 
-    def __init__(self, timed: Mapping[object, TimedPair] | None = None) -> None:
-        self._pairs = [one for one in (timed or {}).values() if one.plain_seconds > 0]
+    def __init__(self, timed: Iterable[TimedPair] = ()) -> None:
+        self._pairs = [one for one in timed if one.plain_seconds > 0]
         self.batch_seconds = median([one.batch_seconds for one in self._pairs] or [0.0])
         """Of each batch, beside its chunks and the update."""
         plain = [one for one in self._pairs if one.more_seconds == 0]

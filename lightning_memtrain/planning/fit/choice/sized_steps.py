@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_memtrain.checkpointing.selection.pareto_schedules import pareto
-from lightning_memtrain.checkpointing.selection.step_chain import ChainStage, CheckpointSchedule
+from lightning_memtrain.checkpointing.selection.step_chain import ChainStage, CheckpointSchedule, simulate
 from lightning_memtrain.planning.fit.choice.between_sizes import alike, between, on_line
-from lightning_memtrain.planning.fit.choice.pairs import Pair, SizeCurve
+from lightning_memtrain.planning.fit.choice.pairs import SizeCurve
 from lightning_memtrain.planning.fit.choice.real_times import RealTimes
 
 _HARDLY_ANOTHER = 1.3
@@ -32,6 +33,21 @@ class SizedStep:
     chunk_seconds: float
     update_seconds: float
     needed_bytes: int
+
+
+@dataclass(frozen=True)
+class OperatorSeconds:
+    """What the operators of a step take one by one.
+
+    Args:
+        chunks: forward and backward of all chunks, without recomputation.
+        recomputed: what recomputation adds to that.
+        update: once for the batch.
+    """
+
+    chunks: float
+    recomputed: float
+    update: float
 
 
 class SizedSteps:
@@ -99,34 +115,25 @@ class SizedSteps:
             chunks * self.real.of_recomputation,
         )
 
-    def operator_seconds(self, pair: Pair) -> tuple[float, float] | None:
-        """What the operators of a pair's chunks take one by one.
+    def operator_seconds(
+        self, num_chunks: int, size: int, segments: Sequence[Sequence[str]]
+    ) -> OperatorSeconds | None:
+        """What operators take one by one.
 
         Args:
-            pair: of a curve.
+            num_chunks: of the batch.
+            size: samples of the largest chunk.
+            segments: what is recomputed in each.
 
         Returns:
-            Seconds without recomputation, and those that it adds; ``None`` if nothing like it was traced.
+            The seconds; ``None`` if nothing like it was traced.
         """
-        step = self._whole if pair.num_chunks == 1 else self._between(pair.num_chunks, pair.size)
-        schedules = self._schedules.get(pair.num_chunks, ())
-        added = [one.seconds for one in schedules if one.segments == pair.segments]
-        if step is None or not added:
+        step = self._whole if num_chunks == 1 else self._between(num_chunks, size)
+        if step is None:
             return None
-        chunks = self.full_chunks(pair.num_chunks, pair.size)
-        return chunks * step.chunk_seconds, chunks * added[0]
-
-    def update_seconds(self, pair: Pair) -> float:
-        """What the update of a pair takes.
-
-        Args:
-            pair: of a curve.
-
-        Returns:
-            Seconds; 0 if nothing like it was traced.
-        """
-        step = self._whole if pair.num_chunks == 1 else self._between(pair.num_chunks, pair.size)
-        return 0.0 if step is None else step.update_seconds
+        chunks = self.full_chunks(num_chunks, size)
+        more = simulate(step.chain, segments).seconds if segments else 0.0
+        return OperatorSeconds(chunks * step.chunk_seconds, chunks * more, step.update_seconds)
 
     def full_chunks(self, num_chunks: int, size: int) -> float:
         """Chunks of that size that take as long as all, since those of an uneven batch are not all as large.

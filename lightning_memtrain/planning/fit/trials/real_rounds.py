@@ -59,11 +59,12 @@ class RealRounds:
         self._run = run
         self._seconds_left = most_seconds
 
-    def time(self, candidates: Sequence[Candidate]) -> list[RealSeconds | None]:
+    def time(self, candidates: Sequence[Candidate], between: Callable[[], None]) -> list[RealSeconds | None]:
         """Run the candidates in turn.
 
         Args:
             candidates: the most wanted first; the last ones are left out if there is not enough time.
+            between: called after each round.
 
         Returns:
             The median of each, ``None`` for one that failed or was left out.
@@ -85,6 +86,8 @@ class RealRounds:
                 if result is not None:
                     seconds.append(result)
             self._seconds_left -= time.perf_counter() - begin
+            if any(found):
+                between()
         medians: list[RealSeconds | None] = [
             RealSeconds(median(one.chunk for one in seconds), median(one.batch for one in seconds))
             if seconds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -15,9 +14,12 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_memtrain.compat import wrap_training_step
+from lightning_memtrain.planning.fit.seconds.even_clock import EvenClock
 from lightning_memtrain.planning.fit.trials.trial import BatchList, Trial, with_techniques
 from lightning_memtrain.planning.prediction.few_steps import few_steps_trainer, quiet_folder
 from lightning_memtrain.planning.prediction.forked import ChildFailed, call_in_copy
+
+_SEVERAL = 3
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def time_trial(
     num_threads: int,
     most_seconds: float,
 ) -> RealSeconds | None:
-    """Run two batches for real, and time the second one.
+    """Run a batch for real, after another one if it has few chunks, and time it.
 
     Nobody steps the optimizer, so that weights stay those of this process, shared with the copy, and no state
     of the optimizer is made: all that there is in memory are gradients and activations.
@@ -57,23 +59,13 @@ def time_trial(
     """
 
     def run() -> RealSeconds | None:
-        return _in_thread(lambda: _time(model, options, trial, clock_of(num_threads)), num_threads, most_seconds)
+        return _in_thread(
+            lambda: _time(model, options, trial, EvenClock(num_threads)), num_threads, most_seconds
+        )
 
     with suppress(ChildFailed):
         return call_in_copy(run)
     return None
-
-
-def clock_of(num_threads: int) -> Callable[[], float]:
-    """The clock to measure with.
-
-    Args:
-        num_threads: of torch.
-
-    Returns:
-        That of the processor where one thread does it all, so that others who use the machine do not count.
-    """
-    return time.process_time if num_threads == 1 else time.perf_counter
 
 
 def _in_thread(
@@ -102,8 +94,10 @@ def _time(
     watch = _Stopwatch(now)
     with quiet_folder() as folder:
         place = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder}
-        trainer = few_steps_trainer(model, place, given, watch, num_steps=2)
-        trainer.fit(model, BatchList([trial.first_batch, trial.batch]))
+        # Of several chunks the first one does for what is only done once.
+        batches = [trial.first_batch, trial.batch] if trial.num_chunks < _SEVERAL else [trial.batch]
+        trainer = few_steps_trainer(model, place, given, watch, num_steps=len(batches))
+        trainer.fit(model, BatchList(batches))
     return watch.seconds()
 
 
@@ -119,7 +113,7 @@ class _Stopwatch(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._undo.callback(wrap_training_step(pl_module, self._around))
         for optimizer in trainer.optimizers:
-            optimizer.step = self._evaluate
+            vars(optimizer)["step"] = self._evaluate
 
     def _evaluate(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         loss = None if closure is None else closure()
@@ -145,7 +139,7 @@ class _Stopwatch(pl.Callback):
         if not begins or self._chunks_end <= begins[-1]:
             return None
         # The first of several makes the gradients.
-        first = 1 if len(begins) > 2 else 0
+        first = 1 if len(begins) >= _SEVERAL else 0
         return RealSeconds(
             (self._chunks_end - begins[first]) / (len(begins) - first),
             max(0.0, begins[0] - self._batch_start) + max(0.0, self._batch_end - self._chunks_end),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_memtrain.checkpointing.selection.step_profile import StepProfile, Times
+from lightning_memtrain.ledger.operators.workspace import OpCall
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of, take_samples
 from lightning_memtrain.planning.fit.seconds.measured_seconds import MeasuredSeconds
@@ -26,7 +27,7 @@ from lightning_memtrain.tracing.device import Device
 #: So many chunks show what more of them would: the first finds no gradients, the third what the second kept.
 SHOWN_CHUNKS = 3
 # What real chunks may take in one search.
-_MOST_REAL_SECONDS = 10.0
+_MOST_REAL_SECONDS = 12.0
 # Of random numbers on the CPU, beside those that calls keep.
 _STATES_AT_ONCE = 3
 
@@ -153,16 +154,22 @@ class Workshop:
             and all(one.device.type == "cpu" for one in self._model.parameters())
         )
 
-    def time(self, candidates: Sequence[Candidate]) -> list[RealSeconds | None]:
+    def time(self, candidates: Sequence[Candidate], beside: Iterable[OpCall]) -> list[RealSeconds | None]:
         """Run ways for real, in turn.
 
         Args:
             candidates: the most wanted first.
+            beside: operators to measure again in each round, with repetitions.
 
         Returns:
             What their chunks took; ``None`` for what failed or would have taken too long.
         """
-        return self._rounds.time(candidates) if self.can_time else [None] * len(candidates)
+        if not self.can_time:
+            return [None] * len(candidates)
+        times, calls = self.times, list(beside)
+        return self._rounds.time(
+            candidates, lambda: times.measure_again(calls) if isinstance(times, MeasuredSeconds) else None
+        )
 
     def _run_for_real(self, one: Candidate, most_seconds: float) -> RealSeconds | None:
         assert is_module(self._model)
@@ -174,6 +181,7 @@ class Workshop:
             trainer_arguments={},
             first_batch=self.batch if one.num_chunks == 1 else take_samples(self.batch, size),
             batch=take_samples(self.batch, size * one.num_watched) if is_part else self.batch,
+            num_chunks=one.num_watched,
         )
         return time_trial(self._model, self._options, trial, torch.get_num_threads(), most_seconds)
 
