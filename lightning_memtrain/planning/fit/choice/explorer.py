@@ -23,11 +23,9 @@ _NOTABLY = 0.997
 # What seems to be so much slower at most is run for real as well, and so many others are tried for that.
 _NEARLY = 1.12
 _MOST_OTHERS = 2
-_MOST_TURNS = 3
+_MOST_TURNS = 2
 # So much more than the limit, and a curve need not be asked how near the truth it is.
 _FAR = 1.2
-# What is run for real without having been tried keeps away from the limit.
-_SAFELY = 0.95
 
 Switched = Callable[[int], Sequence[TechniqueSettings]]
 
@@ -182,20 +180,28 @@ class Explorer:
         """What keeps the limit, was not run for real, and may be as fast as the best one; that one first."""
         near = best.seconds * (_NEARLY if is_first else 1.0)
         others = [pair for pair in bounds.untried(self.curves(), self._was_tried) if pair.seconds < near]
-        for pair in others[:_MOST_OTHERS]:
+        plain = self._largest_plain(limit_bytes, bounds) if is_first else None
+        for pair in others[: _MOST_OTHERS - (plain is not None)]:
             self._try(pair)
             bounds.note(pair, self._as_tried(pair).peak_bytes)
         fitting = [pair for pair in self._tried_pairs() if pair.peak_bytes <= limit_bytes]
         near = max(near, best.seconds)
         found = sorted((pair for pair in fitting if pair.seconds <= near), key=lambda pair: pair.seconds)
-        found = [pair for pair in found if (pair.num_chunks, pair.segments) not in self._timed]
-        if is_first:
-            # What tells most of the plain run: the largest chunks that need no recomputation.
-            plain = [pair for curve in self.curves() for pair in curve.pairs()[:1]]
-            safe = [pair for pair in plain if self._as_tried(pair).peak_bytes <= _SAFELY * limit_bytes]
-            keys = [(pair.num_chunks, pair.segments) for pair in found]
-            found += [pair for pair in safe[:1] if (pair.num_chunks, ()) not in keys]
-        return found
+        if plain is not None:  # it tells most of the plain run
+            found = [*found[:1], plain, *(pair for pair in found[1:] if pair != plain)]
+            found = found[1:] if found[0] == plain else found
+        return [pair for pair in found if (pair.num_chunks, pair.segments) not in self._timed]
+
+    def _largest_plain(self, limit_bytes: int, bounds: Bounds) -> Pair | None:
+        """The largest chunks that need no recomputation, tried; ``None`` if the curves are off."""
+        plain = [pair for curve in self.curves() for pair in curve.pairs()[:1]]
+        for pair in [one for one in plain if self._as_tried(one).peak_bytes <= limit_bytes][:_MOST_OTHERS]:
+            if not self._was_tried(pair):
+                self._try(pair)
+                bounds.note(pair, self._as_tried(pair).peak_bytes)
+            if self._as_tried(pair).peak_bytes <= limit_bytes:
+                return self._as_tried(pair)
+        return None
 
     def _time(self, pairs: Sequence[Pair]) -> bool:
         """Run pairs for real, and correct the curves; whether that showed anything."""

@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
+# Recomputation of so much of a step is believed as much as that it takes what its operators do.
+_DRAWN = 0.1
 # What is recomputed may take so many times its operators' share: less or more is a slip of the clock.
 _LEAST, _MOST = 0.5, 3.0
 
@@ -56,15 +58,16 @@ class RealTimes:
         for one in plain or self._pairs:
             found.setdefault(one.size, []).append(one.seconds / (one.plain_seconds + one.more_seconds))
         self._factors = sorted((math.log(size), median(factors)) for size, factors in found.items())
-        self.of_recomputation = 1.0
+        self.of_recomputation = self._of_recomputation() if plain else 1.0
         """What recomputing takes over what its operators do, beside the factor of the size."""
-        shares = [
-            (one.seconds / self.of_size(one.size) - one.plain_seconds) / one.more_seconds
-            for one in self._pairs
-            if plain and one.more_seconds > 0
-        ]
-        if shares:
-            self.of_recomputation = min(_MOST, max(_LEAST, median(shares)))
+
+    def _of_recomputation(self) -> float:
+        """The mean over pairs, drawn to 1 where so little is recomputed that the clock would not tell."""
+        pairs = [one for one in self._pairs if one.more_seconds > 0]
+        drawn = _DRAWN * sum(one.plain_seconds for one in pairs)
+        real = sum(one.seconds / self.of_size(one.size) - one.plain_seconds for one in pairs)
+        said = sum(one.more_seconds for one in pairs)
+        return min(_MOST, max(_LEAST, (real + drawn) / (said + drawn))) if pairs else 1.0
 
     def of_size(self, size: float) -> float:
         """What a chunk takes over what its operators do.

@@ -161,11 +161,14 @@ class SizedSteps:
         if not alike(one.chain, other.chain):
             return None
         where = (size - low) / (high - low)
+        chunk_seconds = on_line(one.chunk_seconds, other.chunk_seconds, where)
+        if size < low:  # smaller chunks do not use the device better
+            chunk_seconds = max(chunk_seconds, one.chunk_seconds * size / low)
         return SizedStep(
             num_chunks,
             size,
             between(one.chain, other.chain, where),
-            on_line(one.chunk_seconds, other.chunk_seconds, where),
+            chunk_seconds,
             one.update_seconds,
             round(on_line(one.needed_bytes, other.needed_bytes, where)),
         )

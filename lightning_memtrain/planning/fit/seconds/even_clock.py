@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import mmap
 import time
+from collections import deque
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
-_TOUCHED_BYTES = 2**24
-_RUNS = 3
+_TOUCHED_BYTES = 2**22
+_REMEMBERED = 7
+
+
+class Moment(NamedTuple):
+    """A moment of a process.
+
+    Args:
+        seconds: since some other one.
+        pages: of memory that the process was given since it began.
+    """
+
+    seconds: float
+    pages: int
 
 
 class EvenClock:
@@ -25,23 +40,41 @@ class EvenClock:
 
     def __init__(self, num_threads: int) -> None:
         self._now = time.process_time if num_threads == 1 else time.perf_counter
-        self._page_seconds = 0.0
-        self._page_seconds = median(self._of_a_page() for _ in range(_RUNS))
+        self._of_pages: deque[float] = deque(maxlen=_REMEMBERED)
+        for _ in range(_REMEMBERED):
+            self.calibrate()
 
-    def __call__(self) -> float:
-        """Seconds since some moment."""
-        return self._now() - _pages() * self._page_seconds
+    def now(self) -> Moment:
+        """This moment."""
+        return Moment(self._now(), _pages())
 
-    def _of_a_page(self) -> float:
-        fresh = torch.empty(_TOUCHED_BYTES, dtype=torch.uint8)
-        times, pages = [self._now()], [_pages()]
-        for _ in range(2):
-            fresh.fill_(1)
-            times.append(self._now())
-            pages.append(_pages())
-        more = (pages[1] - pages[0]) - (pages[2] - pages[1])
-        seconds = (times[1] - times[0]) - (times[2] - times[1])
-        return max(0.0, seconds / more) if more > 0 else 0.0
+    def between(self, one: Moment, other: Moment) -> float:
+        """Seconds between two moments.
+
+        Args:
+            one: the earlier.
+            other: the later.
+
+        Returns:
+            At least 0.
+        """
+        pages_seconds = (other.pages - one.pages) * median(self._of_pages)
+        return max(0.0, other.seconds - one.seconds - pages_seconds)
+
+    def calibrate(self) -> None:
+        """Measure what a page takes; the median of the last times counts."""
+        with mmap.mmap(-1, _TOUCHED_BYTES) as fresh:
+            values = torch.frombuffer(fresh, dtype=torch.uint8)
+            moments = [self.now()]
+            for _ in range(2):
+                values.fill_(1)
+                moments.append(self.now())
+            del values
+        pages, seconds = (
+            (moments[1][field] - moments[0][field]) - (moments[2][field] - moments[1][field])
+            for field in (1, 0)
+        )
+        self._of_pages.append(max(0.0, seconds / pages) if pages > 0 else 0.0)
 
 
 def _pages() -> int:

@@ -40,7 +40,7 @@ class MeasuredSeconds:
 
     def __init__(self) -> None:
         self._seconds: dict[OpCall, list[float]] = {}
-        self._now = EvenClock(torch.get_num_threads())
+        self._clock = EvenClock(torch.get_num_threads())
         self._elsewhere = torch.zeros(_FLUSHED_BYTES // 4)
         self.overhead_seconds = max(0.0, self._overhead())
         """Of each operator, beside its own."""
@@ -76,16 +76,17 @@ class MeasuredSeconds:
         return median(self._seconds[call])
 
     def _measure(self, call: OpCall, num_runs: int) -> float:
-        now = self._now
+        clock = self._clock
+        clock.calibrate()
         fastest, spent = float("inf"), 0.0
         with disable_current_modes(), torch_random_kept(torch.device("cpu")), torch.no_grad():
             try:
                 for run in range(num_runs):
                     args, kwargs = call.make_arguments(torch.device("cpu"))
                     self._cool([*args, *kwargs.values()])
-                    start = now()
+                    start = clock.now()
                     result = call.func(*args, **kwargs)
-                    seconds = max(0.0, now() - start)
+                    seconds = clock.between(start, clock.now())
                     del args, kwargs, result
                     spent += seconds
                     if run > 0 or seconds > _ENOUGH_SECONDS:
@@ -105,7 +106,7 @@ class MeasuredSeconds:
 
     def _overhead(self) -> float:
         layers = nn.Sequential(*(m for _ in range(_LAYERS) for m in (nn.Linear(4, 4), nn.ReLU())))
-        batch, now, calls = torch.zeros(2, 4), self._now, []
+        batch, clock, calls = torch.zeros(2, 4), self._clock, []
         mode = OperatorMode()  # type: ignore[no-untyped-call]
 
         def note(operator: OperatorTraits, args: Any, kwargs: Any) -> None:
@@ -113,9 +114,9 @@ class MeasuredSeconds:
                 calls.append(op_call(operator.func, args, kwargs))
 
         def step() -> float:
-            start = now()
+            start = clock.now()
             layers(batch).sum().backward()
-            return now() - start
+            return clock.between(start, clock.now())
 
         mode.begin(note, lambda operator, results: None)
         try:

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_memtrain.compat import wrap_training_step
-from lightning_memtrain.planning.fit.seconds.even_clock import EvenClock
+from lightning_memtrain.planning.fit.seconds.even_clock import EvenClock, Moment
 from lightning_memtrain.planning.fit.trials.trial import BatchList, Trial, with_techniques
 from lightning_memtrain.planning.prediction.few_steps import few_steps_trainer, quiet_folder
 from lightning_memtrain.planning.prediction.forked import ChildFailed, call_in_copy
@@ -86,12 +86,12 @@ def _in_thread(
 
 
 def _time(
-    model: pl.LightningModule, options: Mapping[str, Any], trial: Trial, now: Callable[[], float]
+    model: pl.LightningModule, options: Mapping[str, Any], trial: Trial, clock: EvenClock
 ) -> RealSeconds | None:
     warnings.simplefilter("ignore")  # the real run gives them
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     given = {**with_techniques(options, trial), "accumulate_grad_batches": 1}
-    watch = _Stopwatch(now)
+    watch = _Stopwatch(clock)
     with quiet_folder() as folder:
         place = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder}
         # Of several chunks the first one does for what is only done once.
@@ -104,11 +104,11 @@ def _time(
 class _Stopwatch(pl.Callback):
     """Times the chunks of the last batch; optimizers only call their closure."""
 
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
+    def __init__(self, clock: EvenClock) -> None:
+        self._clock = clock
         self._undo = ExitStack()
-        self._begins: list[float] = []
-        self._batch_start = self._chunks_end = self._batch_end = 0.0
+        self._begins: list[Moment] = []
+        self._start = self._chunks_end = self._end = clock.now()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._undo.callback(wrap_training_step(pl_module, self._around))
@@ -117,30 +117,31 @@ class _Stopwatch(pl.Callback):
 
     def _evaluate(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         loss = None if closure is None else closure()
-        self._chunks_end = self._now()
+        self._chunks_end = self._clock.now()
         return loss
 
     def _around(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._begins.append(self._now())
+        self._begins.append(self._clock.now())
         return step(*args, **kwargs)
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self._begins, self._chunks_end, self._batch_start = [], 0.0, self._now()
+        self._clock.calibrate()
+        self._begins, self._start = [], self._clock.now()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        self._batch_end = self._now()
+        self._end = self._clock.now()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._undo.close()
 
     def seconds(self) -> RealSeconds | None:
         """What the last batch took; ``None`` if its chunks did not end as usual."""
-        begins = self._begins
-        if not begins or self._chunks_end <= begins[-1]:
+        begins, between = self._begins, self._clock.between
+        if not begins or self._chunks_end.seconds <= begins[-1].seconds:
             return None
         # The first of several makes the gradients.
         first = 1 if len(begins) >= _SEVERAL else 0
         return RealSeconds(
-            (self._chunks_end - begins[first]) / (len(begins) - first),
-            max(0.0, begins[0] - self._batch_start) + max(0.0, self._batch_end - self._chunks_end),
+            between(begins[first], self._chunks_end) / (len(begins) - first),
+            between(self._start, begins[0]) + between(self._chunks_end, self._end),
         )
