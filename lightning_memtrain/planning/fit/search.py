@@ -25,6 +25,8 @@ _NOTABLY = 0.98
 _MOST_ROWS = 8
 # Steps that take less are not run for real.
 _LEAST_REAL_SECONDS = 0.1
+# After so long nothing more is looked for beside what was found.
+_LATE_SECONDS = 15.0
 
 
 def search(
@@ -99,6 +101,12 @@ class _Search:
         for switches in self._switch_sets(plain):
             if chosen is not None and chosen[1].seconds <= self._plain_seconds * _FAST_ENOUGH:
                 break
+            if chosen is not None and self._is_late():
+                names = " + ".join(switch.name for switch in switches)
+                self._refused.append(
+                    Refused(names, f"not looked at: after {_LATE_SECONDS:.0f} s a way was found")
+                )
+                continue
             family = self._family(plain, switches, may_chunk=self._may_chunk(plain))
             family.explorer.learn(base.explorer)
             other = self._tried_out(family)
@@ -117,7 +125,10 @@ class _Search:
         may_chunk = may_chunk and not any(switch.refusal(plain.trace.facts, 2) for switch in switches)
         # Of a short step nobody would notice what is not measured.
         may_time = self._workshop.can_time and self._is_long(plain)
-        return Family(self._workshop, plain, switches, self._call_seconds, may_chunk, may_time)
+        return Family(self._workshop, plain, switches, self._call_seconds, may_chunk, may_time, self._is_late)
+
+    def _is_late(self) -> bool:
+        return time.perf_counter() - self._start > _LATE_SECONDS
 
     def _is_long(self, plain: Tried) -> bool:
         facts, operators, times = plain.trace.facts, plain.trace.operators, self._workshop.times

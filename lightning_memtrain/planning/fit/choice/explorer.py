@@ -40,6 +40,7 @@ class Explorer:
         least_bytes: modules that hold less of the whole batch are not looked into.
         may_chunk: whether microbatches may be used.
         may_time: whether pairs may be run for real, to see how long they take.
+        is_late: whether so much time was spent that what was found will do.
         is_thorough: whether the lowest pair is tried before a limit is given up, whatever its curve says.
     """
 
@@ -51,6 +52,7 @@ class Explorer:
         least_bytes: float,
         may_chunk: bool,
         may_time: bool = False,
+        is_late: Callable[[], bool] = lambda: False,
         is_thorough: bool = True,
     ) -> None:
         self._workshop = workshop
@@ -59,6 +61,7 @@ class Explorer:
         self._least_bytes = least_bytes
         self._steps = SizedSteps(workshop.batch_size)
         self._may_time = may_time
+        self._is_late = is_late
         self._is_thorough = is_thorough
         self._real: dict[tuple[int, Segments], tuple[Pair, RealSeconds]] = {}
         self._timed: dict[tuple[int, Segments], TimedPair] = {}
@@ -153,6 +156,8 @@ class Explorer:
         bounds = Bounds(limit_bytes)
         best = self._best_by_operators(limit_bytes, bounds)
         for turn in range(_MOST_TURNS if self._may_time else 0):
+            if turn and self._is_late():
+                break
             if best is None or not self._time(self._finalists(best, limit_bytes, bounds, turn == 0)):
                 break
             best = self._best_tried(limit_bytes)
@@ -166,7 +171,9 @@ class Explorer:
             if pair is None and best is None and self._trace_unknown(limit_bytes):
                 num_finalists += 1
                 continue
-            if pair is None or (best is not None and pair.seconds >= best.seconds * _NOTABLY):
+            if pair is None or (
+                best is not None and (self._is_late() or pair.seconds >= best.seconds * _NOTABLY)
+            ):
                 return best or self._floor_within(limit_bytes)
             if not self._steps.is_near(pair.num_chunks, pair.size):
                 self.trace(pair.num_chunks)
@@ -181,7 +188,8 @@ class Explorer:
         near = best.seconds * (_NEARLY if is_first else 1.0)
         others = [pair for pair in bounds.untried(self.curves(), self._was_tried) if pair.seconds < near]
         plain = self._largest_plain(limit_bytes, bounds) if is_first else None
-        for pair in others[: _MOST_OTHERS - (plain is not None)]:
+        num_others = 0 if self._is_late() else _MOST_OTHERS - (plain is not None)
+        for pair in others[:num_others]:
             self._try(pair)
             bounds.note(pair, self._as_tried(pair).peak_bytes)
         fitting = [pair for pair in self._tried_pairs() if pair.peak_bytes <= limit_bytes]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lightning_memtrain.planning.fit.allowed import PERMISSIONS
 from lightning_memtrain.planning.fit.choice.explorer import Explorer
@@ -25,6 +25,7 @@ class Family:
         call_seconds: what recomputing a call takes beside its operators.
         may_chunk: whether microbatches may be used.
         may_time: whether ways may be run for real, to see how long they take.
+        is_late: whether so much time was spent that what was found will do.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Family:
         call_seconds: float,
         may_chunk: bool,
         may_time: bool = False,
+        is_late: Callable[[], bool] = lambda: False,
     ) -> None:
         self._workshop = workshop
         self._plain = plain
@@ -49,6 +51,7 @@ class Family:
             least_bytes,
             may_chunk,
             may_time,
+            is_late,
             is_thorough=not self.switches,
         )
 

@@ -14,13 +14,18 @@ from lightning_memtrain.core.random_state import torch_random_kept
 from lightning_memtrain.ledger.observers.dispatch_mode import OperatorMode, OperatorTraits, traits_of
 from lightning_memtrain.ledger.operators.workspace import OpCall, op_call
 from lightning_memtrain.planning.fit.seconds.even_clock import EvenClock
+from lightning_memtrain.planning.prediction.cpu.smaller_calls import sizes_of, smaller_sizes, with_size
 
 # More than the caches of one core, which the rest of a step would fill.
 _FLUSHED_BYTES = 2**23
 # What is smaller stays in a cache from when it was made until it is used.
 _LEAST_COLD_BYTES = 2**16
 _ENOUGH_SECONDS = 0.15
-_MOST_RUNS = 5
+_MOST_RUNS = 3
+# What a page of memory takes is measured once in so many operators.
+_CALIBRATED = 8
+# Of an operator on more than this a part is measured, which takes less time and less memory.
+_MOST_BYTES = 2**25
 _LAYERS = 24
 _STEPS = 15
 
@@ -41,6 +46,7 @@ class MeasuredSeconds:
     def __init__(self) -> None:
         self._seconds: dict[OpCall, list[float]] = {}
         self._clock = EvenClock(torch.get_num_threads())
+        self._num_measured = 0
         self._elsewhere = torch.zeros(_FLUSHED_BYTES // 4)
         self.overhead_seconds = max(0.0, self._overhead())
         """Of each operator, beside its own."""
@@ -76,8 +82,17 @@ class MeasuredSeconds:
         return median(self._seconds[call])
 
     def _measure(self, call: OpCall, num_runs: int) -> float:
+        if sum(spec.num_bytes for spec in call.tensors) > _MOST_BYTES:
+            smaller = _part_of(call)
+            if smaller is not None:
+                return smaller[1] * self._run(smaller[0], num_runs)
+        return self._run(call, num_runs)
+
+    def _run(self, call: OpCall, num_runs: int) -> float:
         clock = self._clock
-        clock.calibrate()
+        self._num_measured += 1
+        if self._num_measured % _CALIBRATED == 0:
+            clock.calibrate()
         fastest, spent = float("inf"), 0.0
         with disable_current_modes(), torch_random_kept(torch.device("cpu")), torch.no_grad():
             try:
@@ -125,3 +140,17 @@ class MeasuredSeconds:
             mode.end()
         whole = min(step() for _ in range(_STEPS))
         return (whole - sum(self._of(call) for call in calls)) / len(calls)
+
+
+def _part_of(call: OpCall) -> tuple[OpCall, float] | None:
+    """A smaller call, and how many times as long the whole takes; ``None`` if no axis can be made shorter."""
+    for size in sizes_of(call):
+        if any(spec.shape.count(size) > 1 for spec in call.tensors):
+            continue  # such as a square matrix, of which a part is not so many times faster
+        for part in smaller_sizes(size):
+            smaller = with_size(call, size, part)
+            if smaller is None:
+                break
+            if sum(spec.num_bytes for spec in smaller.tensors) <= _MOST_BYTES:
+                return smaller, size / part
+    return None

@@ -27,7 +27,7 @@ from lightning_memtrain.tracing.device import Device
 #: So many chunks show what more of them would: the first finds no gradients, the third what the second kept.
 SHOWN_CHUNKS = 3
 # What real chunks may take in one search.
-_MOST_REAL_SECONDS = 12.0
+_MOST_REAL_SECONDS = 8.0
 # Of random numbers on the CPU, beside those that calls keep.
 _STATES_AT_ONCE = 3
 

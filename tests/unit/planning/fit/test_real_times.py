@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from lightning_memtrain.checkpointing.selection.step_chain import ChainStage
+from lightning_memtrain.ledger.operators.workspace import OpCall, op_call
 from lightning_memtrain.planning.fit import search as search_module
 from lightning_memtrain.planning.fit.choice.real_times import RealTimes, TimedPair
 from lightning_memtrain.planning.fit.choice.sized_steps import OperatorSeconds, SizedStep, SizedSteps
 from lightning_memtrain.planning.fit.search import search
+from lightning_memtrain.planning.fit.seconds.even_clock import EvenClock, Moment
+from lightning_memtrain.planning.fit.seconds.measured_seconds import MeasuredSeconds
 from lightning_memtrain.planning.fit.trials.real_rounds import Candidate, RealRounds
 from lightning_memtrain.planning.fit.trials.timed_trial import RealSeconds, time_trial
 from lightning_memtrain.planning.fit.trials.trial import Trial
@@ -170,3 +173,50 @@ def test_the_fastest_by_real_chunks_is_taken(monkeypatch: pytest.MonkeyPatch):
     found = found_with(monkeypatch, {False: 1.0, True: 3.0})
     assert found.chosen is not None
     assert [one.name for one in found.chosen.techniques] == ["Microbatching"]
+
+
+def test_a_clock_takes_off_what_fresh_pages_took(monkeypatch: pytest.MonkeyPatch):
+    clock = EvenClock(1)
+    monkeypatch.setattr(clock, "_of_pages", [0.001, 0.002, 0.5])
+    assert clock.between(Moment(1.0, 100), Moment(2.0, 200)) == pytest.approx(0.8)
+    assert clock.between(Moment(1.0, 0), Moment(2.0, 2000)) == 0.0  # never negative
+
+
+def test_of_a_large_operator_a_part_is_measured(monkeypatch: pytest.MonkeyPatch):
+    measured = MeasuredSeconds()
+    ran: list[tuple[int, ...]] = []
+
+    def run(self: MeasuredSeconds, call: OpCall, num_runs: int) -> float:
+        ran.append(call.tensors[0].shape)
+        return 0.25
+
+    monkeypatch.setattr(MeasuredSeconds, "_run", run)
+    rows = torch.empty(2**16, 256, device="meta")
+    call = op_call(torch.ops.aten.relu.default, (rows,), {})
+    measured.overhead_seconds = 0.0
+    assert measured.seconds([call]) == 0.25 * 4
+    assert ran == [(2**14, 256)]
+    square = torch.empty(2**13, 2**13, device="meta")
+    assert measured.seconds([op_call(torch.ops.aten.relu.default, (square,), {})]) == 0.25
+    assert ran[1:] == [(2**13, 2**13)]
+
+
+def test_an_operator_that_is_measured_again_takes_the_median(monkeypatch: pytest.MonkeyPatch):
+    measured = MeasuredSeconds()
+    seconds = iter([1.0, 5.0, 2.0])
+    monkeypatch.setattr(MeasuredSeconds, "_run", lambda self, call, num_runs: next(seconds))
+    measured.overhead_seconds = 0.0
+    call = op_call(torch.ops.aten.relu.default, (torch.zeros(4),), {})
+    assert measured.seconds([call]) == 1.0
+    measured.measure_again([call, call])
+    measured.measure_again([call])
+    assert measured.seconds([call, call]) == 4.0
+
+
+def test_a_search_that_is_late_takes_what_it_has(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(search_module, "_LATE_SECONDS", -1.0)
+    plain = search(Net(), batch(), device=CPU, limit_bytes=2**33).plain.allocated_bytes
+    assert plain is not None
+    found = search(Net(), batch(), device=CPU, limit_bytes=int(0.6 * plain))
+    assert found.chosen is not None
+    assert (found.chosen.allocated_bytes or 0) <= 0.6 * plain
