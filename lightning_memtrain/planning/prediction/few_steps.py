@@ -81,6 +81,8 @@ def few_steps_trainer(
     options: Mapping[str, Any],
     watch: pl.Callback,
     num_steps: int = NUM_STEPS,
+    *,
+    ends_with_data: bool = False,
 ) -> pl.Trainer:
     """A trainer that trains for a few steps.
 
@@ -90,6 +92,8 @@ def few_steps_trainer(
         options: other arguments of Trainer.
         watch: watches the steps, after all other callbacks.
         num_steps: how many.
+        ends_with_data: whether it trains on just what it is given once. A module that steps two optimizers
+            itself takes two steps for a batch.
 
     Returns:
         The trainer.
@@ -102,9 +106,9 @@ def few_steps_trainer(
             rehearse()
     return namesake(pl.Trainer, model)(
         **place,
-        max_steps=num_steps,
+        max_steps=-1 if ends_with_data else num_steps,
         # Steps of a module's own making may not be counted, and a batch is repeated without end.
-        max_epochs=num_steps,
+        max_epochs=1 if ends_with_data else num_steps,
         limit_train_batches=num_steps * options.get("accumulate_grad_batches", 1),
         logger=namesake(DummyLogger, model)(),
         callbacks=callbacks,

@@ -96,7 +96,7 @@ def _time(
         place = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder}
         # Of several chunks the first one does for what is only done once.
         batches = [trial.first_batch, trial.batch] if trial.num_chunks < _SEVERAL else [trial.batch]
-        trainer = few_steps_trainer(model, place, given, watch, num_steps=len(batches))
+        trainer = few_steps_trainer(model, place, given, watch, len(batches), ends_with_data=True)
         trainer.fit(model, BatchList(batches))
     return watch.seconds()
 

@@ -102,7 +102,9 @@ def _fit(
     watch: StepWatch,
     folder: str,
 ) -> None:
-    trainer = few_steps_trainer(model, {**place, "default_root_dir": folder}, given, watch, num_steps=2)
+    trainer = few_steps_trainer(
+        model, {**place, "default_root_dir": folder}, given, watch, num_steps=2, ends_with_data=True
+    )
     accumulated = given.get("accumulate_grad_batches", 1)
     batches = [trial.first_batch] * accumulated + [trial.batch] * accumulated
     trainer.fit(model, BatchList(batches))
