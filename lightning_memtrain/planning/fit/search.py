@@ -220,6 +220,11 @@ class _Search:
                 if times.is_known
                 else "Times are those of a common GPU: this one's data sheet is not known."
             )
+        elif self._workshop.num_timed:
+            self._notes.append(
+                "The fastest ways were run for real for some chunks, to see how long they take; times of the "
+                "others, and of the run as it is, follow from that and from their operators."
+            )
         return FoundWays(
             plain=plain,
             chosen=chosen,

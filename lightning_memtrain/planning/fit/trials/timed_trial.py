@@ -12,8 +12,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_memtrain.compat import wrap_training_step
+from lightning_memtrain.compat.lightning_packages import namesake
 from lightning_memtrain.planning.fit.seconds.even_clock import EvenClock, Moment
 from lightning_memtrain.planning.fit.trials.trial import BatchList, Trial, with_techniques
 from lightning_memtrain.planning.prediction.few_steps import few_steps_trainer, quiet_folder
@@ -93,7 +96,9 @@ def _time(
     given = {**with_techniques(options, trial), "accumulate_grad_batches": 1}
     watch = _Stopwatch(clock)
     with quiet_folder() as folder:
-        place = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder}
+        kinds = namesake(SingleDeviceStrategy, model), namesake(CPUAccelerator, model)
+        strategy = kinds[0](torch.device("cpu"), kinds[1]())
+        place = {"strategy": strategy, "devices": 1, "default_root_dir": folder}
         # Of several chunks the first one does for what is only done once.
         batches = [trial.first_batch, trial.batch] if trial.num_chunks < _SEVERAL else [trial.batch]
         trainer = few_steps_trainer(model, place, given, watch, len(batches), ends_with_data=True)

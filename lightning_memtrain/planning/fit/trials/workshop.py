@@ -72,6 +72,7 @@ class Workshop:
         self.batch = batch
         self.batch_size = _batch_size(batch)
         self.num_trials = 0
+        self.num_timed = 0
         self._model = model
         self._options = options
         self._workspace = None if device.is_cuda else AskedWorkspace(measure_call, torch.get_num_threads())
@@ -167,9 +168,11 @@ class Workshop:
         if not self.can_time:
             return [None] * len(candidates)
         times, calls = self.times, list(beside)
-        return self._rounds.time(
+        found = self._rounds.time(
             candidates, lambda: times.measure_again(calls) if isinstance(times, MeasuredSeconds) else None
         )
+        self.num_timed += sum(one is not None for one in found)
+        return found
 
     def _run_for_real(self, one: Candidate, most_seconds: float) -> RealSeconds | None:
         assert is_module(self._model)
