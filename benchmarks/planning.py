@@ -1,253 +1,265 @@
-"""Plans beside what they lead to: peaks of the allocator, times of steps, and the best of a grid.
+"""Plans beside what they lead to: peaks of the allocator, times of steps, a grid, and the ways of others.
 
-    python -m benchmarks.planning [--models NAME...] [--limits SHARE...] [--grid] [--write NAME]
+    python -m benchmarks.planning bytes [--models NAME...] [--write NAME]
+    python -m benchmarks.planning grid  [--models NAME...] [--write NAME]
+    python -m benchmarks.planning times [--models NAME...] [--limits INDEX...] [--mib MIB...] [--write NAME]
+    python -m benchmarks.planning peers [--models NAME...] [--write NAME]
 
-Each plan is made within a share of the plain peak, and for 0 within its own floor. The chosen way is run for
-real, on the CPU with one thread; seconds are those of the processor. With ``--grid`` microbatch sizes and
-recomputation policies are run for real as well, and the fastest that keeps the limit is named.
+``bytes`` plans for five limits of each model, at even steps from 80 % of what the run needs as it is down to
+the least that a plan finds, and runs each chosen way for real: the allocator's peak beside the prediction.
+``grid`` runs microbatch sizes and recomputation policies for real. ``times`` plans again and steps the plain
+run, the chosen way and the fastest of the grid that keep the limit in turn; times are processor seconds of
+one thread, and a ratio is the median over rounds. ``peers`` does the same with other ways to need less, at
+the limit that each of them keeps.
+
+With ``--write`` rows go to results/NAME.json as they come; those that are there are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
-import tempfile
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.utils.data import DataLoader
 
-from benchmarks.results_file import write_results
-from lightning_memtrain import ActivationCheckpointing, MemoryProfiler, Microbatching
+from benchmarks.planning_models import MODELS
+from benchmarks.planning_runs import Make, arguments_of, peak_bytes, ratios, seconds_in_turn
+from benchmarks.results_file import RESULTS, write_results
+from lightning_memtrain import ActivationCheckpointing, Microbatching
 from lightning_memtrain.core import MIB
 from lightning_memtrain.planning.fit.search import search
-from lightning_memtrain.planning.fit.way import TechniqueSettings, Way
-from lightning_memtrain.planning.prediction.forked import call_in_copy
+from lightning_memtrain.planning.fit.way import FoundWays
 from lightning_memtrain.tracing.device import Device
 
-_STEPS = 5
-_ALLOWED = ("batchnorm-statistics",)
+ALLOWED = ("batchnorm-statistics",)
+NUM_LIMITS = 5
+_MOST = 0.8
+# Up to so many bytes each, all ways may be there at once.
+_SIDE_BY_SIDE_BYTES = 2**29
+_ROUNDS, _ROUNDS_OF_LARGE = 5, 2
+_OF_GRID = 3
+
+Row = dict[str, Any]
 
 
-class _Step(pl.LightningModule):
-    """A network with its loss and its optimizer."""
+class Rows:
+    """Rows in a file, in which a new run goes on."""
 
-    def __init__(
-        self, net: nn.Module, loss: Callable[..., Any], optimizer: Callable[..., Any], **options: Any
-    ) -> None:
-        super().__init__()
-        self.net, self._loss, self._optimizer, self._options = net, loss, optimizer, options
+    def __init__(self, name: str | None) -> None:
+        self._name = name
+        file = RESULTS / f"{name}.json"
+        self.rows: list[Row] = json.loads(file.read_text())["results"] if name and file.exists() else []
 
-    def training_step(self, batch: Any, index: int) -> Any:
-        """The loss."""
-        return self._loss(self.net, *batch)
+    def find(self, **key: Any) -> Row | None:
+        """The row with these values."""
+        return next((row for row in self.rows if all(row.get(k) == v for k, v in key.items())), None)
 
-    def configure_optimizers(self) -> Any:
-        """As it was given."""
-        return self._optimizer(self.parameters(), **self._options)
-
-
-def _classify(net: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(net(inputs), labels)
-
-
-def _next_token(net: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(net(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    def of(self, measure: Callable[[], Row], **key: Any) -> Row:
+        """The row, measured if it is not there."""
+        found = self.find(**key)
+        if found is None:
+            found = {**key, **measure()}
+            self.rows.append(found)
+            print(found, flush=True)
+            if self._name:
+                write_results(self._name, self.rows)
+        return found
 
 
-def _wide_resnet() -> tuple[pl.LightningModule, Any]:
-    from lightning_memtrain.recipes.cifar10_wrn28_2.model import WideResNet
-
-    net = WideResNet(depth=28, widen_factor=2, num_classes=10)
-    batch = torch.randn(100, 3, 32, 32), torch.randint(0, 10, (100,))
-    options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
-    return _Step(net, _classify, torch.optim.SGD, **options), batch
-
-
-class _LanguageModel(nn.Module):
-    def __init__(self, width: int, num_layers: int, num_words: int) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, batch_first=True, norm_first=True)
-        self.embed = nn.Embedding(num_words, width)
-        self.encoder = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, num_words)
-
-    def forward(self, tokens: torch.Tensor) -> Any:
-        return self.head(self.encoder(self.embed(tokens)))
-
-
-def _language_model(width: int, num_layers: int, num_words: int, shape: tuple[int, int]) -> Any:
-    net = _LanguageModel(width, num_layers, num_words)
-    return _Step(net, _next_token, torch.optim.AdamW), (torch.randint(num_words, shape),)
-
-
-def _layers() -> tuple[pl.LightningModule, Any]:
-    blocks = (nn.Sequential(nn.Linear(128, 128), nn.GELU(), nn.LayerNorm(128)) for _ in range(8))
-    batch = torch.randn(256, 128), torch.randint(0, 128, (256,))
-    return _Step(nn.Sequential(*blocks), _classify, torch.optim.SGD, lr=0.1), batch
-
-
-MODELS: dict[str, Callable[[], tuple[pl.LightningModule, Any]]] = {
-    "chain of layers, batch 256": _layers,
-    "language model 0.9 M, 16 x 64": lambda: _language_model(128, 4, 500, (16, 65)),
-    "GPT 4.8 M, 32 x 128": lambda: _language_model(256, 6, 256, (32, 129)),
-    "WRN-28-2, batch 100": _wide_resnet,
-}
-
-
-def made(one: Any) -> Any:
-    """The object that a technique's settings, or a nested ``class_path``, name."""
-    if isinstance(one, TechniqueSettings):
-        one = {"class_path": one.class_path, "init_args": one.init_args}
-    if not isinstance(one, dict) or "class_path" not in one:
-        return one
-    module, _, name = one["class_path"].rpartition(".")
-    arguments = one.get("init_args") or {}
-    return getattr(importlib.import_module(module), name)(
-        **{key: made(value) for key, value in arguments.items()}
-    )
-
-
-class _Clock(pl.Callback):
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        self._start = time.process_time()
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.seconds.append(time.process_time() - self._start)
-
-
-class _Repeated(torch.utils.data.IterableDataset[Any]):
-    def __init__(self, batch: Any) -> None:
-        self._batch = batch
-
-    def __iter__(self) -> Any:
-        return itertools.repeat(self._batch, _STEPS)
-
-
-def run(name: str, make_callbacks: Callable[[], Sequence[pl.Callback]], measures_bytes: bool) -> float:
-    """Train for real, in a copy of this process.
-
-    Args:
-        name: of the model.
-        make_callbacks: makes the techniques.
-        measures_bytes: whether the allocator's peak is wanted, or the seconds of the fastest step.
-
-    Returns:
-        That.
-    """
-
-    def train() -> float:
-        torch.manual_seed(0)
-        model, batch = MODELS[name]()
-        with tempfile.TemporaryDirectory() as folder:
-            watch = MemoryProfiler(every_n_steps=1, report_dir=folder) if measures_bytes else _Clock()
-            trainer = pl.Trainer(
-                max_steps=3 if measures_bytes else _STEPS,
-                accelerator="cpu",
-                logger=False,
-                callbacks=[*make_callbacks(), watch],
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
-            trainer.fit(model, DataLoader(_Repeated(batch), batch_size=None))
-            if isinstance(watch, _Clock):
-                return min(watch.seconds[1:])
-            assert watch.report is not None
-            return float(watch.report.stages["fit"].allocator_peak_bytes or 0)
-
-    return call_in_copy(train)
-
-
-def grid(name: str, batch_size: int) -> list[dict[str, Any]]:
-    """Microbatch sizes and policies, each run for real."""
-    rows = []
-    counts = [count for count in (1, 2, 4, 8, 16, 32, 64) if count <= batch_size]
-    for count, policy in itertools.product(counts, (None, "full", "sqrt")):
-
-        def callbacks(count: int = count, policy: str | None = policy) -> list[pl.Callback]:
-            found: list[pl.Callback] = [] if count == 1 else [Microbatching(num_microbatches=count)]
-            return found if policy is None else [*found, ActivationCheckpointing(policy)]
-
-        rows.append(
-            {
-                "num_microbatches": count,
-                "policy": policy,
-                "peak_bytes": run(name, callbacks, True),
-                "seconds": run(name, callbacks, False),
-            }
-        )
-    return rows
-
-
-def measure(name: str, shares: Sequence[float], with_grid: bool) -> list[dict[str, Any]]:
-    """All limits of a model."""
+def _search(name: str, limit_bytes: int, allow: tuple[str, ...] = ALLOWED) -> FoundWays:
     torch.manual_seed(0)
     model, batch = MODELS[name]()
-    cpu = Device.named("cpu")
-    plain_bytes, plain_seconds = run(name, list, True), run(name, list, False)
-    others = grid(name, len(batch[0])) if with_grid else []
-    rows = []
-    for share in shares:
-        limit_bytes = int(plain_bytes * share)
-        found = search(model, batch, device=cpu, limit_bytes=limit_bytes, allow=_ALLOWED)
-        row: dict[str, Any] = {
-            "model": name,
-            "plain_mib": round(plain_bytes / MIB, 2),
-            "limit_mib": round(limit_bytes / MIB, 2),
-            "plan_seconds": round(found.seconds, 1),
-            "way": None if found.chosen is None else str(found.chosen),
-        }
-        if found.chosen is not None:
-            row |= _beside_truth(name, found.chosen, limit_bytes, plain_seconds)
-        fitting = [one for one in others if one["peak_bytes"] <= limit_bytes]
-        if fitting:
-            best = min(fitting, key=lambda one: one["seconds"])
-            row["best_of_grid"] = {**best, "time": round(best["seconds"] / plain_seconds, 3)}
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+    return search(model, batch, device=Device.named("cpu"), limit_bytes=limit_bytes, allow=allow)
 
 
-def _beside_truth(name: str, way: Way, limit_bytes: int, plain_seconds: float) -> dict[str, Any]:
-    def callbacks() -> list[pl.Callback]:
-        return [made(one) for one in way.techniques]
+def _plain() -> dict[str, Any]:
+    return {}
 
-    peak_bytes = run(name, callbacks, True)
-    predicted_bytes, ratio = way.allocated_bytes, way.time_ratio
-    assert predicted_bytes is not None
-    assert ratio is not None
+
+def ends(name: str) -> Row:
+    """What the run needs as it is, and the least that a plan finds."""
+    peak = peak_bytes(name, _plain)
+    torch.manual_seed(0)
+    model, _ = MODELS[name]()
+    weights = sum(one.nbytes for one in model.parameters())
+    found = _search(name, weights)
+    floor = found.floor.way.allocated_bytes
+    assert floor is not None
     return {
-        "predicted_mib": round(predicted_bytes / MIB, 2),
-        "real_mib": round(peak_bytes / MIB, 2),
-        "keeps_limit": peak_bytes <= limit_bytes,
-        "off_percent": round(100 * (predicted_bytes / peak_bytes - 1), 2),
-        "predicted_time": round(ratio, 3),
-        "real_time": round(run(name, callbacks, False) / plain_seconds, 3),
+        "plain_bytes": peak,
+        "predicted_plain_bytes": found.plain.allocated_bytes,
+        "floor_bytes": floor,
+        "floor": str(found.floor.way),
     }
+
+
+def limit_of(ends_row: Row, index: int) -> int:
+    """The limit with that number."""
+    plain, floor = ends_row["plain_bytes"], ends_row["floor_bytes"]
+    most = max(_MOST * plain, (plain + floor) / 2)
+    return int(floor + (most - floor) * (NUM_LIMITS - 1 - index) / (NUM_LIMITS - 1))
+
+
+def bytes_row(name: str, limit_bytes: int) -> Row:
+    """A plan for a limit, and the peak of its way."""
+    start = time.perf_counter()
+    found = _search(name, limit_bytes)
+    row: Row = {
+        "limit_mib": round(limit_bytes / MIB, 2),
+        "plan_seconds_on_a_busy_machine": round(time.perf_counter() - start, 1),
+        "way": None if found.chosen is None else str(found.chosen),
+    }
+    if found.chosen is not None:
+        peak = peak_bytes(name, arguments_of(found.chosen))
+        assert found.chosen.allocated_bytes is not None
+        row |= {
+            "predicted_mib": round(found.chosen.allocated_bytes / MIB, 2),
+            "real_mib": round(peak / MIB, 2),
+            "keeps_limit": peak <= limit_bytes,
+            "off_percent": round(100 * (found.chosen.allocated_bytes / peak - 1), 2),
+        }
+    return row
+
+
+def _by_hand(size: int | None, policy: str | None) -> dict[str, Any]:
+    callbacks: list[Any] = [] if size is None else [Microbatching(microbatch_size=size)]
+    return {"callbacks": callbacks if policy is None else [*callbacks, ActivationCheckpointing(policy)]}
+
+
+def _grid(name: str) -> dict[str, Make]:
+    model, batch = MODELS[name]()
+    sizes: dict[int | None, None] = {None: None}
+    count = 2
+    while model.automatic_optimization and count <= len(batch[0]):
+        sizes[-(-len(batch[0]) // count)] = None
+        count *= 2
+    return {
+        f"{size or 'all'}, {policy or 'kept'}": partial(_by_hand, size, policy)
+        for size, policy in itertools.product(sizes, (None, "sqrt", "full"))
+    }
+
+
+def grid_row(name: str, way: str) -> Row:
+    """One way of the grid, run for real; seconds are only to choose by."""
+    make = _grid(name)[way]
+    seconds = seconds_in_turn(name, {way: make}, 1, side_by_side=False)[way][0]
+    return {"peak_bytes": peak_bytes(name, make), "seconds": round(seconds, 3)}
+
+
+def times_row(name: str, limit_bytes: int, rows: Rows, allow: tuple[str, ...] = ALLOWED) -> Row:
+    """The plain run, the chosen way and the best of the grid, in turn."""
+    start = time.perf_counter()
+    found = _search(name, limit_bytes, allow)
+    plan_seconds = time.perf_counter() - start
+    row: Row = {
+        "limit_mib": round(limit_bytes / MIB, 2),
+        "plan_seconds": round(plan_seconds, 1),
+        "way": None if found.chosen is None else str(found.chosen),
+    }
+    if found.chosen is None or found.chosen.is_plain:
+        return row
+    ways: dict[str, Make] = {"plain": _plain, "chosen": arguments_of(found.chosen)}
+    grid = [one for one in rows.rows if one["kind"] == "grid" and one["model"] == name]
+    fitting = sorted(
+        (one for one in grid if one["peak_bytes"] <= limit_bytes), key=lambda one: float(one["seconds"])
+    )
+    ways |= {one["way"]: _grid(name)[one["way"]] for one in fitting[:_OF_GRID]}
+    is_small = (found.plain.allocated_bytes or 0) <= _SIDE_BY_SIDE_BYTES
+    spent = seconds_in_turn(name, ways, _ROUNDS if is_small else _ROUNDS_OF_LARGE, side_by_side=is_small)
+    real = ratios(spent)
+    predicted = found.chosen.time_ratio
+    assert predicted is not None
+    row |= {
+        "plain_seconds": [round(one, 3) for one in spent["plain"]],
+        "predicted_time": round(predicted, 3),
+        "real_time": round(real["chosen"], 3),
+        "off_by": round(predicted - real["chosen"], 3),
+        "grid_fits": len(fitting),
+        "grid": {key: round(value, 3) for key, value in real.items() if key not in ("plain", "chosen")},
+    }
+    best = min(row["grid"].items(), key=lambda one: one[1], default=None)
+    if best is not None:
+        row |= {"best_of_grid": best[0], "over_best": round(real["chosen"] / best[1] - 1, 3)}
+    return row
+
+
+def _checkpointed(model: Any) -> None:
+    model.net.gradient_checkpointing_enable({"use_reentrant": False})
+    model.net.train()
+
+
+def _peers(name: str) -> dict[str, Make]:
+    model, batch = MODELS[name]()
+    size = len(batch[0])
+    found: dict[str, Make] = {}
+    if model.automatic_optimization:
+        for count in (4, 16):
+            if size % count == 0:
+                found[f"accumulate_grad_batches={count}, batches of {size // count}"] = partial(
+                    dict, accumulate_grad_batches=count, batch_size=size // count
+                )
+    if hasattr(model.net if hasattr(model, "net") else model, "gradient_checkpointing_enable"):
+        found["gradient checkpointing of transformers"] = partial(dict, prepare=_checkpointed)
+    return found
+
+
+def peers_row(name: str, peer: str) -> Row:
+    """Another way to need less, and a plan within what it needs."""
+    make = _peers(name)[peer]
+    limit_bytes = peak_bytes(name, make)
+    found = _search(name, limit_bytes)
+    row: Row = {
+        "limit_mib": round(limit_bytes / MIB, 2),
+        "way": None if found.chosen is None else str(found.chosen),
+    }
+    if found.chosen is not None:
+        is_small = (found.plain.allocated_bytes or 0) <= _SIDE_BY_SIDE_BYTES
+        ways: dict[str, Make] = {"plain": _plain, "peer": make, "chosen": arguments_of(found.chosen)}
+        spent = seconds_in_turn(name, ways, _ROUNDS if is_small else _ROUNDS_OF_LARGE, side_by_side=is_small)
+        real = ratios(spent)
+        row |= {"time": round(real["chosen"], 3), "time_of_peer": round(real["peer"], 3)}
+    return row
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=["bytes", "grid", "times", "peers"])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
-    parser.add_argument("--limits", nargs="+", type=float, default=[0.8, 0.6, 0.4, 0.25, 0.15])
-    parser.add_argument("--grid", action="store_true", help="run a grid for real, too")
+    parser.add_argument("--limits", nargs="*", type=int, default=list(range(NUM_LIMITS)), metavar="INDEX")
+    parser.add_argument("--mib", nargs="*", type=float, default=[], help="limits for `times`, beside")
+    parser.add_argument("--allow", nargs="*", default=[], help="what else may be used for `--mib`")
     parser.add_argument("--write", metavar="NAME", help="write results/NAME.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for name in arguments.models for row in measure(name, arguments.limits, arguments.grid)]
-    if arguments.write:
-        write_results(arguments.write, rows)
+    rows = Rows(arguments.write)
+    for name in arguments.models:
+        if arguments.what == "grid":
+            for way in _grid(name):
+                rows.of(partial(grid_row, name, way), kind="grid", model=name, way=way)
+            continue
+        if arguments.what == "peers":
+            for peer in _peers(name):
+                rows.of(partial(peers_row, name, peer), kind="peers", model=name, peer=peer)
+            continue
+        row = rows.of(partial(ends, name), kind="ends", model=name)
+        for index in arguments.limits:
+            limit = limit_of(row, index)
+            measure = (
+                partial(bytes_row, name, limit)
+                if arguments.what == "bytes"
+                else partial(times_row, name, limit, rows)
+            )
+            rows.of(measure, kind=arguments.what, model=name, limit=index)
+        for mib in arguments.mib if arguments.what == "times" else []:
+            allow = (*ALLOWED, *arguments.allow)
+            measure = partial(times_row, name, int(mib * MIB), rows, allow)
+            rows.of(measure, kind="times", model=name, limit=f"{mib} MiB", allow=arguments.allow)
 
 
 if __name__ == "__main__":

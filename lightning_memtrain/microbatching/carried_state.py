@@ -205,20 +205,29 @@ def _version(tensor: Tensor) -> int:
 
 def _tensors_in(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Tensors that modules have in attributes or buffers, with their places; not those of metrics."""
-    metrics = [module for module in model.modules() if isinstance(module, Metric)]
+    modules = list(model.named_modules())
+    metrics = [module for _, module in modules if isinstance(module, Metric)]
     within_metrics = {id(part) for metric in metrics for part in metric.modules()}
-    for path, module in model.named_modules():
+    for path, module in modules:
         package = _package(module)
         if id(module) in within_metrics or package == "lightning_memtrain":
             continue
-        place = f"{type(model).__name__}.{path}" if path else type(model).__name__
-        held = {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
+        held = {
+            name: value
+            for name, value in vars(module).items()
+            if name not in _OF_MODULES and not _is_plain(value)
+        }
         if package != "torch":  # statistics of its normalisations, which have their own rules
             held |= module._buffers
-        yield from _inside(place, held)
+        if held:
+            yield from _inside(f"{type(model).__name__}.{path}" if path else type(model).__name__, held)
 
 
 _OF_MODULES = frozenset(vars(nn.Module()))
+
+
+# Most of what modules hold is of these kinds, with nothing in it. It is asked before each chunk.
+_PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device))
 
 
 def _inside(place: str, held: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -235,11 +244,17 @@ def _inside(place: str, held: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]
             yield path, item
         elif isinstance(item, Mapping):
             items = islice(item.items(), _MOST_ITEMS)
-            waiting.extend((f"{path}[{key!r}]", value) for key, value in items)
+            waiting.extend((f"{path}[{key!r}]", value) for key, value in items if not _is_plain(value))
         elif isinstance(item, (list, tuple, deque)):
-            waiting.extend((f"{path}[{i}]", value) for i, value in enumerate(islice(item, _MOST_ITEMS)))
+            numbered = enumerate(islice(item, _MOST_ITEMS))
+            waiting.extend((f"{path}[{i}]", value) for i, value in numbered if not _is_plain(value))
         elif _is_object_of_the_user(item):
             waiting.extend((f"{path}.{name}", value) for name, value in vars(item).items())
+
+
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    return kind in _PLAIN or (kind in (tuple, list) and all(type(one) in _PLAIN for one in value))
 
 
 def _is_object_of_the_user(item: Any) -> bool:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
+from types import SimpleNamespace
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_memtrain.checkpointing.selection.step_chain import ChainStage, simulate
+from lightning_memtrain.planning.fit.choice.explorer import Explorer
 from lightning_memtrain.planning.fit.choice.pairs import cheapest, chunk_counts, front
 from lightning_memtrain.planning.fit.choice.sized_steps import SizedStep, SizedSteps
 
@@ -123,3 +126,57 @@ def test_more_budget_is_never_slower_and_never_exceeded(
         assert chosen.peak_bytes <= limit_bytes
         assert chosen.seconds <= slowest
         slowest = chosen.seconds
+
+
+class Shop:
+    """Where steps of a chain are tried, all of whose bytes and seconds are known."""
+
+    times = SimpleNamespace(seconds=sum)
+    batch_size = BATCH_SIZE
+
+    def __init__(self, stages: Sequence[tuple[int, int, float]]) -> None:
+        self._stages = stages
+
+    def size_of(self, num_chunks: int) -> int:
+        return -(-BATCH_SIZE // num_chunks)
+
+    def run(
+        self, num_chunks: int, segments: Any, switched: Any, *, with_calls: bool = False
+    ) -> SimpleNamespace:
+        size = self.size_of(num_chunks)
+        traced = chain(self._stages, size)
+        forward = sum(stage.seconds for stage in traced)
+        return SimpleNamespace(
+            num_chunks=num_chunks,
+            size=size,
+            segments=segments,
+            needed_bytes=simulate(traced, segments).peak_bytes + 7,
+            trace=SimpleNamespace(
+                calls=None,
+                operators=SimpleNamespace(forward=[forward], backward=[2 * forward], update=[5.0]),
+            ),
+        )
+
+    def profile(self, tried: SimpleNamespace, *args: Any) -> SimpleNamespace:
+        return SimpleNamespace(chain=lambda: chain(self._stages, tried.size))
+
+
+@given(chains_by_size(), st.lists(st.integers(1, 100), min_size=2, max_size=5))
+@settings(max_examples=40)
+def test_what_is_found_with_more_budget_is_never_slower_and_keeps_the_limit(
+    stages: list[tuple[int, int, float]], percents: list[int]
+):
+    shop = Shop(stages)
+    most = shop.run(1, (), ()).needed_bytes
+    slowest = math.inf
+    for limit_bytes in sorted(most * percent // 100 for percent in percents):
+        explorer = Explorer(shop, lambda num_chunks: (), 0.0, 0.0, may_chunk=True)  # type: ignore[arg-type]
+        explorer.explore(limit_bytes)
+        best = explorer.best(limit_bytes)
+        if best is None:
+            assert slowest == math.inf  # what was found within less fits as well
+            continue
+        assert shop.run(best.num_chunks, best.segments, ()).needed_bytes <= limit_bytes
+        # What is faster by less than 0.3 % is not looked for.
+        assert best.seconds <= 1.003 * slowest
+        slowest = best.seconds

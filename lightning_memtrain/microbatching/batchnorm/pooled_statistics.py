@@ -46,13 +46,14 @@ def pool_statistics(one: Statistics, other: Statistics) -> Statistics:
     """
     dtype = pooling_dtype(one.mean)
     count = one.num_values + other.num_values
-    difference = other.mean.to(dtype) - one.mean.to(dtype)
-    mean = one.mean.to(dtype) + difference * (other.num_values / count)
-    squares = (one.num_values - 1) * one.variance.to(dtype) + (other.num_values - 1) * other.variance.to(
-        dtype
-    )
-    squares += difference.square() * (one.num_values * other.num_values / count)
-    return Statistics(count, mean, squares / (count - 1))
+    # Few operators, since this is done for each layer of each chunk: what is added is converted on the way.
+    mean = one.mean.to(dtype)
+    difference = other.mean - mean
+    variance = one.variance.to(dtype) * ((one.num_values - 1) / (count - 1))
+    variance.add_(other.variance, alpha=(other.num_values - 1) / (count - 1))
+    between = one.num_values * other.num_values / count / (count - 1)
+    variance.addcmul_(difference, difference, value=between)
+    return Statistics(count, torch.add(mean, difference, alpha=other.num_values / count), variance)
 
 
 def pooling_dtype(like: Tensor) -> torch.dtype:

@@ -13,11 +13,12 @@ import lightning.pytorch as pl
 
 from lightning_memtrain.checkpointing.selection.counted_step import call_seconds
 from lightning_memtrain.core import format_bytes
+from lightning_memtrain.planning.fit.choice.explorer import Explorer
 from lightning_memtrain.planning.fit.choice.family import BATCHNORM, Family
 from lightning_memtrain.planning.fit.choice.pairs import Pair
-from lightning_memtrain.planning.fit.choice.shown_pairs import lowest_of, thinned
+from lightning_memtrain.planning.fit.choice.shown_pairs import front_of, lowest_of, thinned
 from lightning_memtrain.planning.fit.other_ways import recomputed_networks, unlocks
-from lightning_memtrain.planning.fit.seconds.roofline import RooflineSeconds
+from lightning_memtrain.planning.fit.showing.time_note import note_on_times
 from lightning_memtrain.planning.fit.techniques import FREE, SWITCHES, Switch
 from lightning_memtrain.planning.fit.trials.given_way import WayPredictor
 from lightning_memtrain.planning.fit.trials.run_options import first_batches, run_options, sharded_world
@@ -33,6 +34,10 @@ _FAST_ENOUGH = 1.05
 _NOTABLY = 0.98
 # Of bytes: what saves less is not worth a line.
 _NOTABLY_LESS = 0.998
+# Steps that take less are not run for real.
+_LEAST_REAL_SECONDS = 0.1
+# After so long nothing more that leaves the result as it is is looked for beside what was found.
+_LATE_SECONDS = 15.0
 
 
 def search(
@@ -100,6 +105,7 @@ class _Search:
         self._can_chunk = self._can_recompute = True
         self._stateful: tuple[int, ...] = ()
         self._chosen: tuple[Family, Pair] | None = None
+        self._base: Explorer | None = None
 
     def run(self) -> FoundWays:
         plain = self._workshop.run(1, with_calls=True)
@@ -109,11 +115,17 @@ class _Search:
         self._plain_seconds = as_it_is.explorer.curves()[0].seconds
         plain_way = self._way((as_it_is, as_it_is.explorer.pair_of(plain, self._plain_seconds)))
         if plain.needed_bytes <= self._limit_bytes:
-            return self._found(plain_way, plain_way, (plain_way,), Floor(plain_way, _held(plain)))
+            return self._found(plain_way, plain_way, (plain_way,), Floor(plain_way, plain.held))
         first = self._first(plain)
         families: list[Family] = [as_it_is, first]
         by_hand: list[tuple[Family, Pair]] = []
         self._chosen = self._best_of_first(first)
+        self._base = first.explorer
+        # Real chunks tell how long the run as it is takes, too.
+        as_it_is.explorer.take_up(plain)
+        as_it_is.explorer.learn(self._base)
+        self._plain_seconds = as_it_is.explorer.curves()[0].seconds
+        plain_way = self._way((as_it_is, as_it_is.explorer.pair_of(plain, self._plain_seconds)))
         as_it_is.explorer.use(self._can_chunk, self._can_recompute)
         for family in self._switched_on(plain, first):
             other = self._tried_out(family)
@@ -142,8 +154,14 @@ class _Search:
 
     def _family(self, plain: Tried, switches: tuple[Switch, ...], may_chunk: bool = False) -> Family:
         may_chunk = may_chunk and not any(switch.refusal(plain.trace.facts, 2) for switch in switches)
-        family = Family(self._workshop, plain, switches, self._call_seconds, may_chunk)
+        # Of a short step nobody would notice what is not measured.
+        may_time = self._workshop.can_time and self._is_long(plain)
+        family = Family(
+            self._workshop, plain, switches, self._call_seconds, may_chunk, may_time, self._is_late
+        )
         family.explorer.use(self._can_chunk, self._can_recompute)
+        if self._base is not None:
+            family.explorer.learn(self._base)
         return family
 
     def _first(self, plain: Tried) -> Family:
@@ -159,6 +177,16 @@ class _Search:
         family = self._family(plain, (), may_chunk)
         family.explorer.take_up(plain)
         return family
+
+    def _is_late(self) -> bool:
+        return time.perf_counter() - self._start > _LATE_SECONDS
+
+    def _is_long(self, plain: Tried) -> bool:
+        facts, operators, times = plain.trace.facts, plain.trace.operators, self._workshop.times
+        # A module that steps its optimizers itself would change the weights.
+        return facts.automatic_optimization and (
+            times.seconds(operators.forward) + times.seconds(operators.backward) >= _LEAST_REAL_SECONDS
+        )
 
     def _may_chunk(self, plain: Tried, with_batchnorm: bool = False) -> bool:
         facts = plain.trace.facts
@@ -176,9 +204,9 @@ class _Search:
         return self._chosen is None or pair.seconds < _NOTABLY * self._chosen[1].seconds
 
     def _best(self, family: Family) -> tuple[Family, Pair] | None:
-        whole = family.explorer.tried.get((1, ()))
-        if whole is not None and whole.needed_bytes <= self._limit_bytes:
-            return family, family.explorer.pair_of(whole, self._workshop.seconds(whole))
+        whole = family.explorer.whole()
+        if whole is not None and whole.peak_bytes <= self._limit_bytes:
+            return family, whole
         family.explorer.explore(self._limit_bytes)
         pair = family.explorer.best(self._limit_bytes)
         return None if pair is None else (family, pair)
@@ -214,6 +242,10 @@ class _Search:
         for switch in self._usable(facts):
             is_by_hand = bool(switch.by_hand(facts))
             if (not switch.allow and self._is_enough()) or (is_by_hand and self._chosen is not None):
+                continue
+            if not switch.allow and self._chosen is not None and self._is_late():
+                said = f"not looked at: after {_LATE_SECONDS:.0f} s a way was found"
+                self._refused.append(Refused(switch.name, said))
                 continue
             family = self._family(plain, self._with_free(switch), self._may_chunk(plain))
             if self._is_useful(family, switch, first):
@@ -315,14 +347,7 @@ class _Search:
     # ------------------------------------------------------------------ the answer
 
     def _front(self, families: list[Family], chosen: tuple[Family, Pair] | None) -> tuple[Way, ...]:
-        pairs = [(family, pair) for family in families for pair in family.explorer.front()]
-        if chosen is not None:
-            pairs.append(chosen)
-        best: list[tuple[Family, Pair]] = []
-        for family, pair in sorted(pairs, key=lambda one: (one[1].seconds, one[1].peak_bytes)):
-            if not best or pair.peak_bytes < best[-1][1].peak_bytes:
-                best.append((family, pair))
-        return tuple(family.way(pair, self._plain_seconds) for family, pair in thinned(best, chosen))
+        return tuple(map(self._way, thinned(front_of(families, chosen), chosen)))
 
     def _way(self, found: tuple[Family, Pair]) -> Way:
         return found[0].way(found[1], self._plain_seconds)
@@ -333,7 +358,7 @@ class _Search:
             return Floor(self._way((lowest, lowest.explorer.front()[-1])))
         pair = lowest.explorer.floor()
         tried = lowest.explorer.tried[pair.num_chunks, pair.segments]
-        return Floor(self._way((lowest, pair)), _held(tried))
+        return Floor(self._way((lowest, pair)), tried.held)
 
     def _found(
         self,
@@ -343,14 +368,8 @@ class _Search:
         floor: Floor,
         offered: tuple[Way, ...] = (),
     ) -> FoundWays:
-        times = self._workshop.times
-        if isinstance(times, RooflineSeconds):
-            self._notes.append(
-                "Times come from nominal speeds of this GPU (operations, bytes, launches) and assumed shares "
-                "of them; nobody has checked them on a device."
-                if times.is_known
-                else "Times come from round figures for any GPU: nominal speeds of this one are not known."
-            )
+        note = note_on_times(self._workshop.times, self._workshop.num_timed)
+        self._notes += [note] if note else []
         return FoundWays(
             plain=plain,
             chosen=chosen,
@@ -376,8 +395,3 @@ class _Search:
 
 def _said(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else repr(error)
-
-
-def _held(tried: Tried) -> tuple[tuple[str, int], ...]:
-    rows = [(str(category), num) for category, num in tried.trace.at_peak.items() if num > 0]
-    return tuple(sorted(rows, key=lambda row: -row[1]))

@@ -37,9 +37,21 @@ class Bounds:
         Returns:
             The pair; ``None`` if there is none.
         """
+        return next(iter(self.untried(curves, was_tried)), None)
+
+    def untried(self, curves: Sequence[SizeCurve], was_tried: Callable[[Pair], bool]) -> list[Pair]:
+        """The pairs that are worth trying, at most one for each number of chunks.
+
+        Args:
+            curves: of all numbers of chunks.
+            was_tried: whether a pair was.
+
+        Returns:
+            The fastest first.
+        """
         found = [self._of(curve, was_tried) for curve in curves]
         pairs = [pair for pair in found if pair is not None]
-        return min(pairs, key=lambda pair: (pair.seconds, pair.peak_bytes), default=None)
+        return sorted(pairs, key=lambda pair: (pair.seconds, pair.peak_bytes))
 
     def note(self, pair: Pair, needed_bytes: int) -> None:
         """Take up what a pair needed.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lightning_memtrain.planning.fit.allowed import PERMISSIONS
 from lightning_memtrain.planning.fit.choice.explorer import Explorer
 from lightning_memtrain.planning.fit.choice.pairs import Pair
-from lightning_memtrain.planning.fit.techniques import Switch
+from lightning_memtrain.planning.fit.techniques import FREE, Switch
 from lightning_memtrain.planning.fit.trials.step_trace import RunFacts
-from lightning_memtrain.planning.fit.trials.workshop import SwitchedOn, Tried, Workshop
+from lightning_memtrain.planning.fit.trials.switched_on import SwitchedOn
+from lightning_memtrain.planning.fit.trials.workshop import Tried, Workshop
 from lightning_memtrain.planning.fit.way import Way
 
 BATCHNORM = "batchnorm-statistics"
@@ -24,6 +25,8 @@ class Family:
         switches: what is switched on.
         call_seconds: what recomputing a call takes beside its operators.
         may_chunk: whether microbatches may be used.
+        may_time: whether ways may be run for real, to see how long they take.
+        is_late: whether so much time was spent that what was found will do.
     """
 
     def __init__(
@@ -33,13 +36,25 @@ class Family:
         switches: Sequence[Switch],
         call_seconds: float,
         may_chunk: bool,
+        may_time: bool = False,
+        is_late: Callable[[], bool] = lambda: False,
     ) -> None:
         self._workshop = workshop
         self._plain = plain
         self._facts: RunFacts = plain.trace.facts
         self.switches = tuple(switches)
         least_bytes = plain.trace.ledger_bytes / 500
-        self.explorer = Explorer(workshop, self._switched, call_seconds, least_bytes, may_chunk)
+        may_time = may_time and not self.by_hand and all(one.may_be_timed for one in self.switches)
+        self.explorer = Explorer(
+            workshop,
+            self._switched,
+            call_seconds,
+            least_bytes,
+            may_chunk,
+            may_time,
+            is_late,
+            is_thorough=set(self.switches) <= {FREE},
+        )
 
     def _switched(self, num_chunks: int) -> SwitchedOn:
         facts = self._facts

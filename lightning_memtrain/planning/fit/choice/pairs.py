@@ -30,6 +30,7 @@ class SizeCurve:
         seconds: of the step, without recomputation.
         schedules: what can be recomputed in each chunk, by falling peak and rising seconds.
         more_bytes: what the step holds beside what the schedules count, such as workspace.
+        for_recomputed: seconds of the step for each second that its chunks' schedules say.
     """
 
     num_chunks: int
@@ -37,16 +38,18 @@ class SizeCurve:
     seconds: float
     schedules: Sequence[CheckpointSchedule]
     more_bytes: int = 0
+    for_recomputed: float | None = None
 
     def pairs(self) -> list[Pair]:
         """One per schedule."""
+        each = self.num_chunks if self.for_recomputed is None else self.for_recomputed
         return [
             Pair(
                 self.num_chunks,
                 self.size,
                 one.segments,
                 one.peak_bytes + self.more_bytes,
-                self.seconds + self.num_chunks * one.seconds,
+                self.seconds + each * one.seconds,
             )
             for one in self.schedules
         ]

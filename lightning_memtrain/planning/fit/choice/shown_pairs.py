@@ -22,6 +22,26 @@ def lowest_of(families: Sequence[Family]) -> Family:
     return min(families, key=lambda family: family.explorer.front()[-1].peak_bytes)
 
 
+def front_of(families: Sequence[Family], chosen: tuple[Family, Pair] | None) -> list[tuple[Family, Pair]]:
+    """The pairs of all families that no other one beats.
+
+    Args:
+        families: at least one.
+        chosen: a pair that is not in its family's front; ``None`` for no other.
+
+    Returns:
+        Fastest first, so most bytes first.
+    """
+    pairs = [(family, pair) for family in families for pair in family.explorer.front()]
+    if chosen is not None:
+        pairs.append(chosen)
+    best: list[tuple[Family, Pair]] = []
+    for family, pair in sorted(pairs, key=lambda one: (one[1].seconds, one[1].peak_bytes)):
+        if not best or pair.peak_bytes < best[-1][1].peak_bytes:
+            best.append((family, pair))
+    return best
+
+
 def thinned(
     pairs: list[tuple[Family, Pair]], chosen: tuple[Family, Pair] | None
 ) -> list[tuple[Family, Pair]]:

@@ -14,6 +14,7 @@ class StepsInBackward(Switch):
 
     name = "OptimizerInBackward"
     frees_gradients = True
+    may_be_timed = False
 
     def refusal(self, facts: RunFacts, num_chunks: int) -> str:
         """With several chunks gradients have to be added up to something."""

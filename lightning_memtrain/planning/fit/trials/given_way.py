@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_memtrain.core import ArgumentError
-from lightning_memtrain.planning.fit.trials.workshop import SwitchedOn, Workshop
+from lightning_memtrain.planning.fit.trials.switched_on import SwitchedOn
+from lightning_memtrain.planning.fit.trials.workshop import Workshop
 from lightning_memtrain.planning.fit.way import Way
 
 

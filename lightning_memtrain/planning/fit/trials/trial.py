@@ -69,7 +69,7 @@ def run_trial(
 
 
 def _on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> StepTrace:
-    given = _with_techniques(model, options, device, trial)
+    given = with_techniques(model, options, device, trial)
     with quiet_folder() as folder, on_cpu(model, given["callbacks"]) as place:
         watch = StepWatch(trial.num_chunks, OpWorkspace("cpu"), trial.with_calls)
         _fit(place.model, place.trainer_arguments, given, trial, watch, folder)
@@ -79,7 +79,7 @@ def _on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Tri
 def _on_twin(
     model: Model, options: Mapping[str, Any], device: Device, trial: Trial, world: World | None
 ) -> StepTrace:
-    given = _with_techniques(model, options, device, trial)
+    given = with_techniques(model, options, device, trial)
     with quiet_folder() as folder, on_twin(model, device, world) as place:
         watch = StepWatch(trial.num_chunks, None, trial.with_calls)
         _fit(place.model, place.trainer_arguments, given, trial, watch, folder)
@@ -91,9 +91,21 @@ def _on_twin(
     )
 
 
-def _with_techniques(
-    model: Model, options: Mapping[str, Any], device: Device, trial: Trial
-) -> dict[str, Any]:
+def with_techniques(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> dict[str, Any]:
+    """Arguments of Trainer, with what is tried.
+
+    Args:
+        model: what is trained, or what makes it.
+        options: those of the run.
+        device: what the run uses.
+        trial: what is tried.
+
+    Returns:
+        Both; the techniques are made anew.
+
+    Raises:
+        ArgumentError: if ``precision`` is among the arguments that are tried, and is none that can be.
+    """
     given = {"callbacks": (), **options, **trial.trainer_arguments}
     precision = given.pop("precision", None)
     made = [(place, _made(path, arguments)) for path, arguments, place in trial.techniques]
@@ -118,7 +130,7 @@ def _fit(
     trial.progress.give_to(trainer)
     accumulated = given.get("accumulate_grad_batches", 1)
     batches = [trial.first_batch] * accumulated + [trial.batch] * accumulated * (num_steps - 1)
-    trainer.fit(model, _Loader(batches))
+    trainer.fit(model, BatchList(batches))
 
 
 def _precision(model: Model, precision: Any, device: Device) -> Any:
@@ -132,8 +144,12 @@ def _precision(model: Model, precision: Any, device: Device) -> Any:
     return kind(precision, DEVICE_TYPE if device.is_cuda else "cpu")
 
 
-class _Loader:
-    """Yields what it is given, in each epoch."""
+class BatchList:
+    """Yields what it is given, in each epoch.
+
+    Args:
+        batches: at least one.
+    """
 
     def __init__(self, batches: list[Any]) -> None:
         self._batches = batches

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_memtrain.checkpointing.selection.step_profile import StepProfile, Times
+from lightning_memtrain.ledger.operators.workspace import OpCall
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of, take_samples
 from lightning_memtrain.planning.fit.seconds.measured_seconds import MeasuredSeconds
 from lightning_memtrain.planning.fit.seconds.roofline import RooflineSeconds
+from lightning_memtrain.planning.fit.trials.real_rounds import Candidate, RealRounds
 from lightning_memtrain.planning.fit.trials.run_progress import RunProgress
 from lightning_memtrain.planning.fit.trials.step_trace import StepTrace
+from lightning_memtrain.planning.fit.trials.switched_on import SwitchedOn
+from lightning_memtrain.planning.fit.trials.timed_trial import RealSeconds, time_trial
 from lightning_memtrain.planning.fit.trials.trial import Trial, run_trial
 from lightning_memtrain.planning.fit.way import TechniqueSettings
 from lightning_memtrain.planning.prediction.cpu.calibration import AskedWorkspace, measure_call
-from lightning_memtrain.planning.prediction.few_steps import Model
+from lightning_memtrain.planning.prediction.few_steps import Model, is_module
 from lightning_memtrain.planning.prediction.ranks.world import World
 from lightning_memtrain.tracing.device import Device
 
 #: So many chunks show what more of them would: the first finds no gradients, the third what the second kept.
 SHOWN_CHUNKS = 3
+# What real chunks may take in one search.
+_MOST_REAL_SECONDS = 8.0
 # Of random numbers on the CPU, beside those that calls keep.
 _STATES_AT_ONCE = 3
 
@@ -56,20 +62,11 @@ class Tried:
     needed_bytes: int
     trace: StepTrace
 
-
-@dataclass(frozen=True)
-class SwitchedOn:
-    """What is switched on beside microbatches and recomputation.
-
-    Args:
-        techniques: as Trainer takes them.
-        stand_ins: callbacks for what only the user can write.
-        trainer_arguments: plain arguments of Trainer.
-    """
-
-    techniques: tuple[TechniqueSettings, ...] = ()
-    stand_ins: tuple[TechniqueSettings, ...] = ()
-    trainer_arguments: Mapping[str, Any] = field(default_factory=dict)
+    @property
+    def held(self) -> tuple[tuple[str, int], ...]:
+        """Bytes by category at the peak, most first."""
+        rows = [(str(category), num) for category, num in self.trace.at_peak.items() if num > 0]
+        return tuple(sorted(rows, key=lambda row: -row[1]))
 
 
 class Workshop:
@@ -97,6 +94,7 @@ class Workshop:
         self.batch = batch
         self.batch_size = _batch_size(batch)
         self.num_trials = 0
+        self.num_timed = 0
         self._known: dict[Any, Tried] = {}
         self.exact: dict[tuple[str, bool], bool] = {}
         """What techniques said of themselves, for one chunk and for several."""
@@ -106,6 +104,7 @@ class Workshop:
         self._options = options
         self._workspace = None if device.is_cuda else AskedWorkspace(measure_call, torch.get_num_threads())
         self._times: Times | None = None
+        self._rounds = RealRounds(self._run_for_real, _MOST_REAL_SECONDS)
 
     @property
     def times(self) -> Times:
@@ -209,6 +208,51 @@ class Workshop:
             needed = trace.reserved_bytes + left_out + self.device.context_bytes
         self._known[key] = Tried(num_chunks, size, segments, allocated, needed, trace)
         return self._known[key]
+
+    @property
+    def can_time(self) -> bool:
+        """Whether a way can be run for real: on the CPU, by a model that is there."""
+        return (
+            not self.device.is_cuda
+            and self._world is None
+            and is_module(self._model)
+            and all(one.device.type == "cpu" for one in self._model.parameters())
+        )
+
+    def time(self, candidates: Sequence[Candidate], beside: Iterable[OpCall]) -> list[RealSeconds | None]:
+        """Run ways for real, in turn.
+
+        Args:
+            candidates: the most wanted first.
+            beside: operators to measure again in each round, with repetitions.
+
+        Returns:
+            What their chunks took; ``None`` for what failed or would have taken too long.
+        """
+        if not self.can_time:
+            return [None] * len(candidates)
+        times, calls = self.times, list(beside)
+        found = self._rounds.time(
+            candidates, lambda: times.measure_again(calls) if isinstance(times, MeasuredSeconds) else None
+        )
+        self.num_timed += sum(one is not None for one in found)
+        return found
+
+    def _run_for_real(self, one: Candidate, most_seconds: float) -> RealSeconds | None:
+        assert is_module(self._model)
+        size = self.size_of(one.num_chunks)
+        is_part = one.num_watched < one.num_chunks
+        techniques = [*self.settings(one.num_chunks, one.segments), *one.switched.techniques]
+        trial = Trial(
+            techniques=[(other.class_path, other.init_args, other.place) for other in techniques],
+            trainer_arguments=one.switched.trainer_arguments,
+            first_batch=self.batch if one.num_chunks == 1 else take_samples(self.batch, size),
+            batch=take_samples(self.batch, size * one.num_watched) if is_part else self.batch,
+            num_chunks=one.num_watched,
+            progress=self._progress,
+        )
+        num_threads = torch.get_num_threads()
+        return time_trial(self._model, self._options, self.device, trial, num_threads, most_seconds)
 
     def _allocated_bytes(self, trace: StepTrace, segments: Segments) -> int:
         if self.device.is_cuda:

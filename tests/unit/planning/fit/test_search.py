@@ -115,3 +115,27 @@ def test_with_batch_normalisation_microbatches_are_offered_and_not_taken():
     assert "Microbatching" not in taken
     assert found.offered[0].techniques[0].name == "Microbatching"
     assert not found.offered[0].exact
+
+
+class Pair(Net):
+    """Two halves, each with an optimizer that the module steps itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: torch.Tensor, index: int) -> None:
+        self.manual_backward(self.layers(batch.flatten(0, -2)).square().mean())
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(half.parameters(), lr=0.1) for half in (self.layers[:2], self.layers[2:])]
+
+
+def test_a_module_that_steps_two_optimizers_itself_is_planned_by_recomputation():
+    found, limit_bytes = found_within(0.8, Pair())
+    assert found.chosen is not None
+    assert (found.chosen.allocated_bytes or 0) <= limit_bytes
+    assert [one.name for one in found.chosen.techniques] == ["ActivationCheckpointing"]
