@@ -6,7 +6,6 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from lightning_memtrain.cli.planning.plan_command import show_plan
 from lightning_memtrain.cli.recipes import find
 from lightning_memtrain.cli.run import run
 
@@ -16,13 +15,6 @@ _WANDB = [
     "--trainer.logger+=WandbLogger",
     "--trainer.logger.project=memtrain",
     "--trainer.logger.offline=true",
-]
-# A network of 10 layers in the place of 28, since a plan of that takes most of a minute.
-_PLAN_LIMIT = "80MiB"
-_PLAN_OVERRIDES = [
-    "--model.depth=10",
-    "--data.class_path=lightning_memtrain.recipes.cifar10_wrn28_2.data.DigitsDataModule",
-    "--data.num_val_images=200",
 ]
 
 
@@ -49,10 +41,6 @@ def run_demo(run_dir: Path | None, overrides: list[str]) -> int:
         offline = " ".join(str(path) for path in sorted(folder.path.glob("wandb/offline-run-*")))
     else:
         offline = "none, as wandb is not installed (pip install 'lightning-memtrain[wandb]')"
-    print(f"\n$ memtrain plan {RECIPE} --limit {_PLAN_LIMIT} --device cpu {_PLAN_OVERRIDES[0]}\n")
-    plan = folder.path / "plan.yaml"
-    show_plan(RECIPE, limit=_PLAN_LIMIT, device="cpu", output=plan, overrides=_PLAN_OVERRIDES)
-    print(f"\nPlan: {plan.with_suffix('.html')}")
     print(f"Memory report: {folder.path / 'memory' / 'memory_report.html'}")
     print(f"W&B offline run: {offline}")
     return exit_code

@@ -352,10 +352,6 @@ def test_demo(tmp_path):
     # Everything lies in the run's folder.
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert "activations" in result.stdout
-    # How another network would keep a limit, as a table and as a page.
-    (plan,) = (tmp_path / "runs").glob("**/plan.html")
-    assert f"Plan: {plan.relative_to(tmp_path)}" in result.stdout
-    assert "limit 80.00 MiB: fits, a step" in result.stdout
 
 
 def test_demo_without_wandb(tmp_path, monkeypatch, capfd):

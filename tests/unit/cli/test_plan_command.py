@@ -161,6 +161,7 @@ def test_a_file_that_is_no_plan_is_refused(recipe: Path, capsys: pytest.CaptureF
     assert not Path("runs").exists()
 
 
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI under jsonargparse 4.4x
 def test_lightning_cli_makes_it_by_its_class_path(
     tmp_path: Path, stand_in: StandInSearch, monkeypatch: pytest.MonkeyPatch
@@ -168,6 +169,7 @@ def test_lightning_cli_makes_it_by_its_class_path(
     monkeypatch.setattr("sys.argv", ["train.py"])
     (tmp_path / "config.yaml").write_text(
         f"""
+seed_everything: 1
 trainer:
   max_epochs: 1
   accelerator: cpu
@@ -189,7 +191,7 @@ trainer:
         def train_dataloader(self) -> DataLoader[torch.Tensor]:
             return DataLoader(torch.ones(16, 32), batch_size=8)
 
-        val_dataloader = None
+        validation_step = None
 
     cli = LightningCLI(
         Boring, args=["fit", f"--config={tmp_path / 'config.yaml'}"], save_config_callback=None
