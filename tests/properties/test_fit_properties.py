@@ -157,6 +157,10 @@ class Shop:
             ),
         )
 
+    def parts_in_seconds(self, tried: SimpleNamespace) -> tuple[float, float]:
+        operators = tried.trace.operators
+        return sum(operators.forward) + sum(operators.backward), sum(operators.update)
+
     def profile(self, tried: SimpleNamespace, *args: Any) -> SimpleNamespace:
         return SimpleNamespace(chain=lambda: chain(self._stages, tried.size))
 

@@ -337,18 +337,17 @@ class Explorer:
         return self._tried_pair(key, self.tried[key]) if key in self.tried else pair
 
     def _tried_pair(self, key: tuple[int, Segments], tried: Tried) -> Pair:
-        operators = self._steps.operator_seconds(key[0], tried.size, key[1])
         timed, real = self._timed.get(key), self._steps.real
+        if key in self._others:
+            chunk, update = self._workshop.parts_in_seconds(tried)
+            chunks = real.of_size(tried.size) * key[0] * chunk
+            return self.pair_of(tried, chunks + real.batch_seconds + update)
+        operators = self._steps.operator_seconds(key[0], tried.size, key[1])
         if timed is not None:
             seconds = timed.seconds + timed.batch_seconds
         elif operators is not None:
             chunks = operators.chunks + real.of_recomputation * operators.recomputed
             seconds = real.of_size(tried.size) * chunks + real.batch_seconds
-        elif key in self._others:
-            chunk, update = self._workshop.parts_in_seconds(tried)
-            return self.pair_of(
-                tried, real.of_size(tried.size) * key[0] * chunk + real.batch_seconds + update
-            )
         else:
             seconds = math.inf  # a size that no line leads to
         return self.pair_of(tried, seconds + (0.0 if operators is None else operators.update))

@@ -134,7 +134,7 @@ def test_a_timed_trial_says_what_a_chunk_takes_and_leaves_no_trace(num_threads: 
     model = Net()
     before = [parameter.clone() for parameter in model.parameters()]
     trial = Trial([MICROBATCHES], {}, batch()[:4], batch())
-    seconds = time_trial(model, {}, trial, num_threads, 60.0)
+    seconds = time_trial(model, {}, CPU, trial, num_threads, 60.0)
     assert seconds is not None
     assert 0 < seconds.chunk < 5
     assert 0 < seconds.batch < 5
@@ -143,13 +143,13 @@ def test_a_timed_trial_says_what_a_chunk_takes_and_leaves_no_trace(num_threads: 
 
 
 def test_a_trial_that_fails_says_nothing(capfd: Any):
-    assert time_trial(Net(fails=True), {}, Trial([], {}, batch(), batch()), 1, 60.0) is None
+    assert time_trial(Net(fails=True), {}, CPU, Trial([], {}, batch(), batch()), 1, 60.0) is None
     sys.stderr.flush()
     assert "not today" not in capfd.readouterr().err
 
 
 def test_a_trial_that_does_not_end_is_given_up():
-    assert time_trial(Net(), {}, Trial([], {}, batch(), batch()), 1, 0.0) is None
+    assert time_trial(Net(), {}, CPU, Trial([], {}, batch(), batch()), 1, 0.0) is None
 
 
 def found_with(monkeypatch: pytest.MonkeyPatch, seconds_of: dict[bool, float]) -> FoundWays:
