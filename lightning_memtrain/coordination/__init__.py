@@ -5,6 +5,7 @@ from lightning_memtrain.coordination.annotations import annotate, is_watched, wa
 from lightning_memtrain.coordination.asides import aside, watch_asides
 from lightning_memtrain.coordination.dry_run import dry_run, dry_run_depth
 from lightning_memtrain.coordination.gradient_sync import on_gradient_sync, sync_gradients
+from lightning_memtrain.coordination.recovering import recovering, recovers
 from lightning_memtrain.coordination.restorable_state import (
     RestorableState,
     capture_all,
@@ -23,6 +24,8 @@ __all__ = [
     "is_watched",
     "on_gradient_sync",
     "partial_backward",
+    "recovering",
+    "recovers",
     "register_restorable",
     "stand_in_values",
     "stands_in",

@@ -95,9 +95,9 @@ class DelayedGradientSync:
 
     def _average_in_buckets(self, ddp: DistributedDataParallel, held: list[nn.Parameter]) -> None:
         module = ddp.module
-        module.forward = lambda: _Touch.apply(*held)  # type: ignore[no-untyped-call]
+        module.forward = lambda nothing: _Touch.apply(*held)  # type: ignore[no-untyped-call]
         try:
-            loss = ddp()
+            loss = ddp(None)  # on a GPU it moves its arguments, and fails without any
         finally:
             del module.__dict__["forward"]
         loss.backward()

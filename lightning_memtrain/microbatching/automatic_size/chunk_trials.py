@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lightning_memtrain.compat.torch_private import storage_key
-from lightning_memtrain.coordination import annotate
+from lightning_memtrain.coordination import annotate, recovering
 from lightning_memtrain.core import (
     Category,
     CategoryBytes,
@@ -188,7 +188,7 @@ class ChunkTrials:
         had_gradients = self._has_gradients
         annotate(f"probe of {size} {'sample' if size == 1 else 'samples'}")
         try:
-            with self._ledger.limited(limit):
+            with recovering(size > 1), self._ledger.limited(limit):
                 num_samples, kept = self._runner.run_trial(
                     self._kwargs,
                     self._backward,

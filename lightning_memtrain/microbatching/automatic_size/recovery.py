@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_memtrain.coordination import recovering
 from lightning_memtrain.core import does_not_fit, is_out_of_memory, release_memory, without_frames
 from lightning_memtrain.microbatching import backward_sync, rank_agreement, training_loop
 from lightning_memtrain.microbatching.automatic_size import size_choice
@@ -187,7 +188,7 @@ class Recovery:
         try:
             chunks = runner.chunks(batch, runner.splitter.num_microbatches(batch, size))
             num_samples = max(chunk.num_samples or 1 for chunk in chunks)
-            with self._guard.chunks():
+            with recovering(num_samples > 1), self._guard.chunks():
                 outcome = runner.run_chunks(
                     kwargs, backward, chunks, communicate=communicate, after_probe=after_probe
                 )

@@ -36,18 +36,22 @@ def move(model: nn.Module, mode: TwinDeviceMode, device: str = DEVICE_TYPE) -> N
     UserState(model).replace(twins)
 
 
-def configure_without_data(model: pl.LightningModule, mode: AbstractContextManager[Any]) -> None:
+def configure_without_data(
+    model: pl.LightningModule, mode: AbstractContextManager[Any], before: Callable[[], None] = lambda: None
+) -> None:
     """Let a module's ``configure_model`` make its layers without data.
 
     Args:
         model: any.
         mode: in which it is to be called.
+        before: called right before it, when all callbacks have been set up.
     """
     if not namesake(is_overridden, model)("configure_model", model):
         return
     configure = model.configure_model
 
     def configure_model() -> None:
+        before()
         with mode:
             configure()
 

@@ -35,7 +35,7 @@ def trainer_options(
     Raises:
         ArgumentError: if layers are to compute over all ranks.
     """
-    own = Precision() if world is None else world.strategy.precision_plugin
+    own: Precision = Precision() if world is None else world.strategy.precision_plugin
     if trainer is None:
         return {"plugins": _precision(own, device_type)}
     plugin = trainer.precision_plugin

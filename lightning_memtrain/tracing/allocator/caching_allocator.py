@@ -99,6 +99,15 @@ class CachingAllocator:
         return self._heap.reserved_bytes
 
     @property
+    def limit_bytes(self) -> int | None:
+        """Most that it can have of the device at once, ``None`` for any; may change at any time."""
+        return self._heap.limit_bytes
+
+    @limit_bytes.setter
+    def limit_bytes(self, limit_bytes: int | None) -> None:
+        self._heap.limit_bytes = limit_bytes
+
+    @property
     def peak_reserved_bytes(self) -> int:
         """The most that it had from the device at once."""
         return self._heap.peak_reserved_bytes

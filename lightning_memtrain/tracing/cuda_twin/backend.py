@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_memtrain.compat.torch_private import storage_key
-from lightning_memtrain.tracing.allocator import CachingAllocator
+from lightning_memtrain.coordination import recovers
+from lightning_memtrain.tracing.allocator import CachingAllocator, DeviceFull
 from lightning_memtrain.tracing.allocator.blocks import Block
 from lightning_memtrain.tracing.cuda_twin import streams
 from lightning_memtrain.tracing.cuda_twin.op_seconds import seconds_of
@@ -27,19 +28,25 @@ class TwinBackend:
     Args:
         allocator: takes and gives back what storages need.
         num_devices: devices of this process that there are; all but the current one hold nothing.
-        usable_bytes: what torch's allocator could have of the device, for those who ask what is free; more
-            is allocated all the same.
+        usable_bytes: what torch's allocator could have of the device. More is allocated all the same, so that
+            it is known what a step needs; but not where somebody recovers from running out of memory.
+        total_bytes: what the device says that it has in all; ``None`` for as much.
     """
 
     #: What techniques do on CUDA alone they do here, too.
     behaves_as_cuda = True
 
     def __init__(
-        self, allocator: CachingAllocator, num_devices: int = 1, usable_bytes: int = _NO_LIMIT
+        self,
+        allocator: CachingAllocator,
+        num_devices: int = 1,
+        usable_bytes: int = _NO_LIMIT,
+        total_bytes: int | None = None,
     ) -> None:
         self.allocator = allocator
         self._num_devices = num_devices
         self._usable_bytes = usable_bytes
+        self._total_bytes = usable_bytes if total_bytes is None else total_bytes
         self._streams = streams.Streams()
         # None for a storage that was emptied.
         self._blocks: dict[int, tuple[Block | None, weakref.ref[torch.UntypedStorage]]] = {}
@@ -77,10 +84,20 @@ class TwinBackend:
             return
         if block is not None:
             self.allocator.free(block)
-        self._blocks[key] = self._allocate(num_bytes) if num_bytes else None, reference
+            self._blocks[key] = None, reference  # there may be no room for the other size
+        if num_bytes:
+            self._blocks[key] = self._allocate(num_bytes), reference
 
     def _allocate(self, num_bytes: int) -> Block:
-        block = self.allocator.allocate(num_bytes, self._streams.current.number)
+        stream = self._streams.current.number
+        self.allocator.limit_bytes = self._usable_bytes  # what is free goes back first, as on the device
+        try:
+            block = self.allocator.allocate(num_bytes, stream)
+        except DeviceFull as error:
+            if recovers():
+                raise torch.OutOfMemoryError(f"CUDA out of memory. {error}") from None
+            self.allocator.limit_bytes = None
+            block = self.allocator.allocate(num_bytes, stream)
         self._note_peaks()
         return block
 
@@ -92,8 +109,7 @@ class TwinBackend:
             num_bytes: how much; 0 for nothing.
         """
         if num_bytes and name not in self._workspaces:
-            self._workspaces[name] = self.allocator.allocate(num_bytes)
-            self._note_peaks()
+            self._workspaces[name] = self._allocate(num_bytes)
 
     @property
     def workspace_bytes(self) -> int:
@@ -137,8 +153,8 @@ class TwinBackend:
         return {"num_alloc_retries": self.allocator.num_retries}
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
-        """What is free of the device, and what it has in all for tensors."""
-        return max(0, self._usable_bytes - self.allocator.reserved_bytes), self._usable_bytes
+        """What is free of the device, and what it has in all."""
+        return max(0, self._usable_bytes - self.allocator.reserved_bytes), self._total_bytes
 
     def seconds_of(self, make_arguments: Any, function: Any) -> float:
         """See :func:`.op_seconds.seconds_of`."""

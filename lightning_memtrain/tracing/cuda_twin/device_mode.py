@@ -23,6 +23,7 @@ from lightning_memtrain.compat.torch_private import (
     tree_map,
 )
 from lightning_memtrain.coordination import dry_run_depth
+from lightning_memtrain.core import ArgumentError
 from lightning_memtrain.tracing.cuda_twin.backend import DEVICE_TYPE, TwinBackend
 from lightning_memtrain.tracing.cuda_twin.in_place import InPlaceGradients
 from lightning_memtrain.tracing.cuda_twin.known_values import KnownValues, leaves_of
@@ -115,6 +116,7 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = (result,) if isinstance(result, Tensor) else leaves_of((result,), None)
         for one in found if counts else ():
             if isinstance(one, Tensor) and one.device.type == DEVICE_TYPE:
+                _refuse_sparse(func, one)
                 self._backend.hold(one)
         return result
 
@@ -220,6 +222,15 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if device == DEVICE_TYPE and not dry_run_depth():
             self._backend.hold(made)
         return made
+
+
+def _refuse_sparse(func: Any, made: Tensor) -> None:
+    if made.layout is not torch.strided:
+        raise ArgumentError(
+            f"`predict(model)` must have dense tensors on a GPU, but {func} makes one of layout "
+            f"{made.layout}, whose places nobody knows without data. Predict with `sparse=False` in "
+            "Embedding and EmbeddingBag, or for device='cpu', where sparse gradients are counted."
+        )
 
 
 def _holds_others(kind: type) -> bool:

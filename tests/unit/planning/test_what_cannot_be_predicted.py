@@ -240,3 +240,23 @@ def test_samples_that_cannot_be_told_leave_no_largest_batch() -> None:
 def test_a_device_may_be_described() -> None:
     mine = Device("mine", 2**20, compute_capability=(8, 0))
     assert not predict(Step(mean), BATCH, device=mine).fits
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_are_refused_for_a_gpu_and_counted_for_a_cpu(layer: type[nn.Module]) -> None:
+    class Table(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = layer(10, 4, sparse=True)
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            return self.table(batch).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SparseAdam(self.parameters())
+
+    batch = torch.zeros(8, 3, dtype=torch.int64)
+    message = r"`predict\(model\)` must have dense tensors on a GPU, but .* Predict with `sparse=False` in"
+    with pytest.raises((ValueError, ChildFailed), match=message):
+        predict(Table(), batch, device="T4")
+    assert predict(Table(), batch, device="cpu").allocated_bytes > 0

@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_memtrain.checkpointing.repeated_blocks import repeated_blocks
+from lightning_memtrain.compat.lightning_packages import in_both, namesake
 from lightning_memtrain.planning.prediction.ranks.world import World
 
 
@@ -22,9 +23,9 @@ def prepare(model: pl.LightningModule, world: World) -> bool:
     Returns:
         Whether it is sharded when fit begins, and is to stay on the CPU until then.
     """
-    if world.shards_by_default and not is_overridden("configure_model", model):
+    if world.shards_by_default and not namesake(is_overridden, model)("configure_model", model):
         model.configure_model = lambda: shard_by_block(model)  # type: ignore[method-assign]
-    return isinstance(world.strategy, ModelParallelStrategy)
+    return isinstance(world.strategy, in_both(ModelParallelStrategy))
 
 
 def shard_by_block(model: pl.LightningModule) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch import strategies
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -13,10 +14,9 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
     Strategy,
-    StrategyRegistry,
 )
 
-from lightning_memtrain.compat.lightning_packages import in_both
+from lightning_memtrain.compat.lightning_packages import in_both, namesake, package_of
 from lightning_memtrain.core import ArgumentError
 
 #: What FSDP2 is called here; Lightning has no word for it but its strategy's class.
@@ -37,12 +37,14 @@ class World:
         devices_per_node: at least 1.
         num_nodes: at least 1.
         shards_by_default: whether the model is sharded by its repeated blocks where it does not do so itself.
+        given_name: what the user called the strategy; empty for an object.
     """
 
     strategy: Strategy
     devices_per_node: int
     num_nodes: int = 1
     shards_by_default: bool = False
+    given_name: str = ""
 
     @property
     def size(self) -> int:
@@ -52,7 +54,20 @@ class World:
     @property
     def name(self) -> str:
         """What the strategy is called in a prediction."""
-        return FSDP2 if isinstance(self.strategy, ModelParallelStrategy) else "ddp"
+        return FSDP2 if isinstance(self.strategy, in_both(ModelParallelStrategy)) else "ddp"
+
+    def strategy_for(self, model: pl.LightningModule) -> Strategy:
+        """The strategy, of the package that a module is of if the user has only named it.
+
+        Args:
+            model: what is trained.
+
+        Returns:
+            The strategy.
+        """
+        if self.given_name and package_of(model) != package_of(self.strategy):
+            return _named(self.given_name, self.size, like=model)
+        return self.strategy
 
 
 def world_of(
@@ -88,13 +103,18 @@ def world_of(
             "world_size=8, or pass a trainer with `devices=8`."
         )
     size = trainer.world_size if world_size is None else world_size  # type: ignore[union-attr]
-    if strategy is None or isinstance(strategy, Strategy):
+    if strategy is None or isinstance(strategy, in_both(Strategy)):  # type: ignore[type-abstract]
         given = theirs if strategy is None else strategy
         _refuse_others(given)
         return World(given, *_nodes(trainer, size))  # type: ignore[arg-type]
     if not isinstance(strategy, str):
         raise ArgumentError(f"`predict(strategy)` must be {_FROM}, but got {strategy!r}.")
-    return World(_named(strategy, size), *_nodes(trainer, size), shards_by_default=strategy in _OWN_WORDS)
+    return World(
+        _named(strategy, size, like=trainer),
+        *_nodes(trainer, size),
+        shards_by_default=strategy in _OWN_WORDS,
+        given_name=strategy,
+    )
 
 
 def _is_single(trainer: pl.Trainer) -> bool:
@@ -125,27 +145,28 @@ def _check_size(world_size: Any, trainer: pl.Trainer | None) -> None:
         )
 
 
-def _named(name: str, size: int) -> Strategy:
+def _named(name: str, size: int, like: object) -> Strategy:
     if name in _OWN_WORDS:
-        return ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1)
+        return namesake(ModelParallelStrategy, like)(data_parallel_size=size, tensor_parallel_size=1)
     if name.startswith("fsdp"):
         raise ArgumentError(_instead_of_fsdp1(name))
     if name.startswith("deepspeed"):  # whose strategy is one of DDP's to Lightning
         raise ArgumentError(_instead_of_deepspeed(name))
-    known = StrategyRegistry.available_strategies()
-    if name in known and issubclass(StrategyRegistry[name]["strategy"], DDPStrategy):
-        found: Strategy = StrategyRegistry.get(name)
+    registry = namesake(strategies, like).StrategyRegistry
+    known = registry.available_strategies()
+    if name in known and issubclass(registry[name]["strategy"], in_both(DDPStrategy)):
+        found: Strategy = registry.get(name)
         return found
     raise ArgumentError(f"`predict(strategy)` must be {_FROM}, but got {name!r}.")
 
 
 def _refuse_others(strategy: Any) -> None:
     shown = type(strategy).__name__
-    if isinstance(strategy, FSDPStrategy):
+    if isinstance(strategy, in_both(FSDPStrategy)):
         raise ArgumentError(_instead_of_fsdp1(shown))
-    if isinstance(strategy, DeepSpeedStrategy):  # a subclass of DDPStrategy
+    if isinstance(strategy, in_both(DeepSpeedStrategy)):  # a subclass of DDPStrategy
         raise ArgumentError(_instead_of_deepspeed(shown))
-    if not isinstance(strategy, (DDPStrategy, ModelParallelStrategy)):
+    if not isinstance(strategy, (*in_both(DDPStrategy), *in_both(ModelParallelStrategy))):
         raise ArgumentError(f"`predict(strategy)` must be {_FROM}, but got {shown}.")
 
 

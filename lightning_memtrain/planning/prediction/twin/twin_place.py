@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ def on_twin(model: Model, device: Device, world: World | None = None) -> Iterato
     Yields:
         The run, while its steps may be made.
     """
-    backend = TwinBackend(CachingAllocator(), usable_bytes=device.usable_bytes)
+    seen_bytes = device.total_bytes - device.driver_bytes  # as `torch.cuda.mem_get_info` has it
+    backend = TwinBackend(CachingAllocator(), usable_bytes=device.usable_bytes, total_bytes=seen_bytes)
     install(backend)
 
     def on_matrix_product() -> None:
@@ -75,12 +77,16 @@ def on_twin(model: Model, device: Device, world: World | None = None) -> Iterato
             with LargeWithoutData(mode):
                 model = made_module(model)
         name = type(model).__name__
-        if world is not None:
-            shards = prepare(model, world)
-            move(model, mode, "cpu" if shards else DEVICE_TYPE)
-        configure_without_data(model, LargeWithoutData(mode))
+        # What techniques do to the weights they do before, where there are any.
+        shards = world is not None and prepare(model, world)
+        before = functools.partial(move, model, mode, "cpu") if shards else _nothing
+        configure_without_data(model, LargeWithoutData(mode), before)
         yield TwinPlace(model, name, _place(world, mode, model), backend, mode)
     del rules
+
+
+def _nothing() -> None:
+    return None
 
 
 def _prepare_twin() -> None:
@@ -95,7 +101,7 @@ def _place(world: World | None, mode: TwinDeviceMode, model: pl.LightningModule)
     if world is None:
         return {"strategy": _on_twin(mode, model), "devices": 1}
     return {
-        "strategy": strategy_of_first_rank(world, twin_accelerator(model)),
+        "strategy": strategy_of_first_rank(world, twin_accelerator(model), mode, model),
         "devices": world.devices_per_node,
         "num_nodes": world.num_nodes,
     }
