@@ -114,7 +114,7 @@ class SparseTraining(Callback):
         refuse_arguments(method, update, layers, storage, chunk_bytes, seed, track_exploration, leave)
         self.method = method
         self.select = layers or Select()
-        self._update_schedule = update or method.default_update
+        self.update_schedule = update or method.default_update
         self._seed = seed
         self._tracks = track_exploration
         self._leaves_dense = leave == "dense"
@@ -163,8 +163,8 @@ class SparseTraining(Callback):
 
     def rehearse(self) -> None:
         """Change the pattern after step 2, if ever, for a run of three that is to show what all take."""
-        if self._update_schedule is not None:
-            self._update_schedule = UpdateEvery(2, stop=1.0)
+        if self.update_schedule is not None:
+            self.update_schedule = UpdateEvery(2, stop=1.0)
 
     def convert(self, model: nn.Module) -> None:
         """Make layers sparse now, for a ``configure_model`` that makes layers and shards them.
@@ -207,7 +207,7 @@ class SparseTraining(Callback):
         values = self._values()
         warn_of_groups(trainer.optimizers, values)
         warn_of_recompiling(pl_module, self.method)
-        if self._update_schedule is not None:
+        if self.update_schedule is not None:
             refuse_optimizers(trainer.optimizers, values)
         if trainer.global_step == 0 and self._restored is None:
             self._converted.follow_trained(pl_module, trainer.optimizers)
@@ -222,8 +222,8 @@ class SparseTraining(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count in steps when the pattern changes; the length of the run is known by now."""
         run = run_length(trainer)
-        if self._update_schedule is not None and self._weights:
-            self._timer.update_steps = self._update_schedule.in_steps(run)
+        if self.update_schedule is not None and self._weights:
+            self._timer.update_steps = self.update_schedule.in_steps(run)
             # By hand there may be any number of steps per batch.
             known = run if pl_module.automatic_optimization else RunLength()
             nnz = {name: weight.nnz for name, weight in self._weights.items()}
@@ -275,7 +275,7 @@ class SparseTraining(Callback):
         assert self._updater is not None
         self._timer.end_batch()
         if not self._statistics.is_measured and self._timer.num_steps:
-            if self._update_schedule is not None:  # what has state by now, long before an update
+            if self.update_schedule is not None:  # what has state by now, long before an update
                 refuse_optimizers(trainer.optimizers, self._values())
             self._statistics.measure_bytes(self._weights, trainer.optimizers)
         if not self._timer.pending:

@@ -25,12 +25,15 @@ from lightning_memtrain.core import ArgumentError, is_technique
 from lightning_memtrain.planning.prediction.moving import replace_when_moved
 from lightning_memtrain.precision.activations import activation_packing
 from lightning_memtrain.report import MemoryReport
+from lightning_memtrain.sparsity import SparseTraining, UpdateEvery
 
 #: A model, or what makes it.
 Model = pl.LightningModule | Callable[[], pl.LightningModule]
 
 #: The first makes the optimizer's state, the second finds it, the third finds what the second left.
 NUM_STEPS = 3
+# More steps than any prediction takes.
+_NEVER = 2**31
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class FewSteps:
         process_bytes: what the process has in memory beside model and batch; on a CPU.
         convolution_bytes: see :attr:`.TwinDeviceMode.convolution_bytes`.
         compiled: path of a module that the run would compile, and the twin does not; empty without one.
+        left_out: what was not run, since it needs values.
     """
 
     report: MemoryReport
@@ -58,6 +62,19 @@ class FewSteps:
     process_bytes: int = 0
     convolution_bytes: int = 0
     compiled: str = ""
+    left_out: tuple[str, ...] = ()
+
+
+def needs_values(callback: object) -> bool:
+    """Whether a callback changes a pattern by the values of weights.
+
+    Args:
+        callback: any.
+
+    Returns:
+        ``True`` for sparse training, but for that of a pattern that stays.
+    """
+    return isinstance(callback, SparseTraining) and callback.update_schedule is not None
 
 
 @contextlib.contextmanager
@@ -82,6 +99,8 @@ def few_steps_trainer(
     watch: pl.Callback,
     num_steps: int = NUM_STEPS,
     max_epochs: int | None = None,
+    *,
+    knows_values: bool = True,
 ) -> pl.Trainer:
     """A trainer that trains for a few steps.
 
@@ -92,6 +111,7 @@ def few_steps_trainer(
         watch: watches the steps, after all other callbacks.
         num_steps: how many.
         max_epochs: in which they are, at most; ``None`` for as many as there are steps.
+        knows_values: whether weights have values.
 
     Returns:
         The trainer.
@@ -102,7 +122,9 @@ def few_steps_trainer(
     most_steps = num_steps if model.automatic_optimization else -1
     for callback in callbacks:
         rehearse = getattr(callback, "rehearse", None)
-        if is_technique(callback) and callable(rehearse):
+        if needs_values(callback) and not knows_values:
+            callback.update_schedule = UpdateEvery(_NEVER, stop=1.0)
+        elif is_technique(callback) and callable(rehearse):
             rehearse()
     return namesake(pl.Trainer, model)(
         **place,

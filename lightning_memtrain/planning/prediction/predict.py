@@ -183,7 +183,7 @@ def _prediction(
         unknown=tuple(f"{what} at {site}" for site, what in found.guessed.items()),
         unmeasured=tuple(f"{operator}: {reason}" for operator, reason in found.unmeasured.items()),
         available_bytes=available_bytes() if device == Device.named("cpu") else None,
-        notes=(*notes, *_of_compiled(found.compiled)),
+        notes=(*notes, *_of_compiled(found.compiled), *found.left_out),
         convolution_bound_bytes=found.convolution_bytes,
     )
 

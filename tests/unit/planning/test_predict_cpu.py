@@ -181,6 +181,27 @@ def test_techniques_run_as_they_are(technique: Callable[[], dict[str, Any]], tmp
     assert abs(prediction.allocated_bytes / truth.allocator_peak_bytes - 1) < 0.01
 
 
+@pytest.mark.parametrize("method", [mt.sparsity.DSR(0.5), mt.sparsity.RigL(0.5), mt.sparsity.SET(0.5)])
+def test_a_pattern_that_changes_by_values_is_left_out_and_said(method: Any) -> None:
+    steps = mt.sparsity.UpdateEvery(1, stop=1.0)
+    found = predict(
+        blocks(),
+        ROWS,
+        device="cpu",
+        trainer=trainer(max_epochs=3, callbacks=[mt.SparseTraining(method, steps)]),
+    )
+    still = predict(
+        blocks(),
+        ROWS,
+        device="cpu",
+        trainer=trainer(max_epochs=3, callbacks=[mt.SparseTraining(mt.sparsity.StaticSparse(0.5))]),
+    )
+    assert found.allocated_bytes == pytest.approx(still.allocated_bytes, rel=0.02)
+    (note,) = found.notes
+    assert note.startswith("SparseTraining changes its pattern by the values of weights")
+    assert still.notes == ()
+
+
 def test_a_function_makes_the_model_without_its_memory() -> None:
     make, batch = CASES["layers"]
     assert (

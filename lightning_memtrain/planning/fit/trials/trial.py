@@ -72,7 +72,7 @@ def _on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Tri
     given = with_techniques(model, options, device, trial)
     with quiet_folder() as folder, on_cpu(model, given["callbacks"]) as place:
         watch = StepWatch(trial.num_chunks, OpWorkspace("cpu"), trial.with_calls)
-        _fit(place.model, place.trainer_arguments, given, trial, watch, folder)
+        _fit(place.model, place.trainer_arguments, given, trial, watch, folder, knows_values=False)
         return watch.trace()
 
 
@@ -82,7 +82,7 @@ def _on_twin(
     given = with_techniques(model, options, device, trial)
     with quiet_folder() as folder, on_twin(model, device, world) as place:
         watch = StepWatch(trial.num_chunks, None, trial.with_calls)
-        _fit(place.model, place.trainer_arguments, given, trial, watch, folder)
+        _fit(place.model, place.trainer_arguments, given, trial, watch, folder, knows_values=True)
     return replace(
         watch.trace(),
         allocated_bytes=place.backend.allocator.peak_allocated_bytes,
@@ -123,10 +123,14 @@ def _fit(
     trial: Trial,
     watch: StepWatch,
     folder: str,
+    *,
+    knows_values: bool,
 ) -> None:
     place = {**place, "default_root_dir": folder}
     num_steps = watch.num_steps(model)
-    trainer = few_steps_trainer(model, place, given, watch, num_steps=num_steps, max_epochs=1)
+    trainer = few_steps_trainer(
+        model, place, given, watch, num_steps=num_steps, max_epochs=1, knows_values=knows_values
+    )
     trial.progress.give_to(trainer)
     accumulated = given.get("accumulate_grad_batches", 1)
     batches = [trial.first_batch] * accumulated + [trial.batch] * accumulated * (num_steps - 1)

@@ -26,6 +26,7 @@ from lightning_memtrain.planning.prediction.few_steps import (
     few_steps_trainer,
     is_module,
     made_module,
+    needs_values,
     prepare_process,
     quiet_folder,
     refuse_no_optimizer,
@@ -41,6 +42,10 @@ from lightning_memtrain.tracing.step.value_methods import FakeValueMethods
 
 # A model that is made here gets its weights replaced anyway: only small tensors need numbers, such as scales.
 _MOST_MADE_FLOATS_BYTES = 2**16
+_PATTERNS = (
+    "SparseTraining changes its pattern by the values of weights, which nobody knows here: what such a "
+    "change takes for a while is not counted"
+)
 
 
 @dataclass(frozen=True)
@@ -136,9 +141,12 @@ def run_on_cpu(
         What was counted; all that is allocated is reserved, as the CPU's allocator keeps nothing.
     """
     workspace = AskedWorkspace(ask, conditions.num_threads)
-    with quiet_folder() as folder, on_cpu(model, trainer_options.get("callbacks", ())) as place:
+    callbacks = trainer_options.get("callbacks", ())
+    with quiet_folder() as folder, on_cpu(model, callbacks) as place:
         profiler = _PredictingProfiler(workspace, folder)
-        trainer = few_steps_trainer(place.model, place.trainer_arguments, trainer_options, profiler)
+        trainer = few_steps_trainer(
+            place.model, place.trainer_arguments, trainer_options, profiler, knows_values=False
+        )
         trainer.fit(place.model, data)
         refuse_no_optimizer(trainer, place.model)
     report = profiler.report
@@ -152,6 +160,7 @@ def run_on_cpu(
         guessed=place.guessed(),
         unmeasured={str(call.func): reason for call, reason in workspace.unmeasured.items()},
         process_bytes=conditions.process_bytes,
+        left_out=(_PATTERNS,) if any(map(needs_values, callbacks)) else (),
     )
 
 

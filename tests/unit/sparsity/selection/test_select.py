@@ -87,9 +87,9 @@ def test_a_method_arrives_as_it_was_written(
     assert made.method == expected
     assert made.select == mt.sparsity.Select(types=["Linear"], dense=["head"], overrides={"layer": 0.5})
     if name == "DSR":
-        assert made._update_schedule == mt.sparsity.UpdatePiecewise({0: 100, 25: 200}, unit="epoch", stop=190)
+        assert made.update_schedule == mt.sparsity.UpdatePiecewise({0: 100, 25: 200}, unit="epoch", stop=190)
     if name == "SET":
-        assert made._update_schedule == mt.sparsity.UpdateEvery(5, stop=0.5)
+        assert made.update_schedule == mt.sparsity.UpdateEvery(5, stop=0.5)
 
 
 def test_the_layers_that_papers_keep_dense_are_dense() -> None:
