@@ -161,7 +161,7 @@ _NAMES: dict[str, PrivateName | PrivateAttribute | PrivateMethod | NewerName] = 
     "current_autograd_node": PrivateName("torch._C", "_current_autograd_node", _BACKWARD),
     "next_sequence_number": PrivateName(_AUTOGRAD, "_get_sequence_nr", "tell which module a gradient is of"),
     "sequence_number_of": PrivateMethod(
-        "torch.autograd.graph:Node", "_sequence_nr", "tell which module a gradient is of"
+        "torch._C:_functions.AccumulateGrad", "_sequence_nr", "tell which module a gradient is of"
     ),
     "push_saved_tensors_hooks": PrivateName(
         _AUTOGRAD, "_push_saved_tensors_default_hooks", "see the activations that are kept"

@@ -67,7 +67,7 @@ def install(backend: TwinBackend) -> None:
 # What programs ask other modules about the device, which these can only answer for real ones.
 _ASKED_ELSEWHERE: dict[Any, tuple[str, ...]] = {
     torch.cuda: ("Stream", "Event", "stream", "current_stream", "default_stream", "set_stream"),
-    torch.accelerator: (
+    getattr(torch, "accelerator", None): (  # newer than the oldest torch that is supported
         "current_stream",
         "set_stream",
         "synchronize",
