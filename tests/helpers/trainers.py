@@ -84,13 +84,14 @@ def assert_training_loop_is_as_found(trainer: Trainer) -> None:
 class LedgerPeaks(Callback):
     """By a ledger of its own, which knows of no probes: the most of each batch, with what was beside it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, with_held: bool = True) -> None:
         self.peaks: list[int] = []
+        self.with_held = with_held
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        held = HeldTensors().beside_steps(trainer, pl_module)
+        held = HeldTensors().beside_steps(trainer, pl_module) if self.with_held else ()
         self.ledger = MemoryLedger(pl_module, trainer.optimizers, batch, held=held).__enter__()
 
     def on_train_batch_end(

@@ -155,15 +155,14 @@ class ChunkTrials:
         elif self._beyond_ledger.get(size, 0) * _NOTABLE > self._ledger.current_bytes:
             self._run(num_chunks, size)  # it may have been for once, as when another technique measures
         elif not left_more and self._leaves_more:
-            self._run(
-                num_chunks, size
-            )  # a cache is made by the first chunk alone, so another one runs before
+            self._run(num_chunks, size)  # a cache is made by the first chunk alone: another one runs before
         measured = self.measured.get(size)
         return Peak(size, None if measured is None else measured.peak_bytes)
 
     def _run(self, num_chunks: int, size: int) -> bool:
         """Run a chunk; whether the device itself ran out of memory."""
         found: list[tuple[int, int, int | None]] = []
+        new_gradient_bytes = 0
         limit = TrialLimit(self._allowed_bytes(size, num_chunks), self._results, self._snapshot.before_write)
         needs_gradients = self._finds_gradients or num_chunks > 1
         self._restore(with_gradients=needs_gradients)
@@ -171,7 +170,8 @@ class ChunkTrials:
         @contextmanager
         def watched() -> Iterator[None]:
             allocator = allocator_statistics(self._device)
-            held_bytes = self._unseen_bytes
+            nonlocal new_gradient_bytes
+            held_bytes, gradient_bytes = self._unseen_bytes, _gradient_bytes(self._runner.model)
             first = self._ledger.tick
             if allocator is not None:
                 allocator.start()
@@ -182,6 +182,7 @@ class ChunkTrials:
                 if allocator is not None:
                     ends = (self._ledger.bytes_at(first), self._ledger.current_bytes)
                     reading = allocator.stop(*(num_bytes + held_bytes for num_bytes in ends))
+            new_gradient_bytes = max(0, _gradient_bytes(self._runner.model) - gradient_bytes)
             found.append((first, self._ledger.tick, None if reading is None else reading.peak_bytes))
 
         ran_out = False
@@ -202,6 +203,7 @@ class ChunkTrials:
                 kept_bytes = sum(tensor.nbytes for tensor in on_device)
                 first, last, _ = found[-1]
                 left_bytes = self._ledger.bytes_at(last) - self._ledger.bytes_at(first)
+                left_bytes -= new_gradient_bytes  # which the next chunks add up in
                 if num_chunks > 1 and left_bytes > kept_bytes:  # such as features in an attribute
                     self._leaves_more, kept_bytes = True, left_bytes
                 # Beside those of all chunks, the loss of the last one as it was, and their sum.
