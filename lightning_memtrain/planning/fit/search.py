@@ -26,6 +26,7 @@ from lightning_memtrain.planning.fit.trials.run_progress import RunProgress
 from lightning_memtrain.planning.fit.trials.step_trace import RunFacts
 from lightning_memtrain.planning.fit.trials.workshop import Tried, Workshop, bytes_of
 from lightning_memtrain.planning.fit.way import Floor, FoundWays, Refused, Way
+from lightning_memtrain.planning.prediction.few_steps import PATTERNS_LEFT_OUT, needs_values
 from lightning_memtrain.tracing.device import Device
 
 # A way that takes no more than so many times the plain step is not worth looking for a faster one.
@@ -97,6 +98,8 @@ class _Search:
             is_sharded = world is not None
             batch = self._largest(first_batches(model, datamodule, options, is_sharded=is_sharded))
         self._own = {type(one).__name__ for one in options.get("callbacks", ())}
+        if not device.is_cuda and any(map(needs_values, options.get("callbacks", ()))):
+            self._notes.append(f"{PATTERNS_LEFT_OUT}.")
         self._workshop = Workshop(model, options, device, batch, RunProgress.of(trainer), world)
         self._call_seconds = call_seconds()
         self._plain_seconds = 0.0

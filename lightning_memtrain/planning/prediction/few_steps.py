@@ -34,6 +34,11 @@ Model = pl.LightningModule | Callable[[], pl.LightningModule]
 NUM_STEPS = 3
 # More steps than any prediction takes.
 _NEVER = 2**31
+#: What is said where a pattern that changes by values is left as it is.
+PATTERNS_LEFT_OUT = (
+    "SparseTraining changes its pattern by the values of weights, which nobody knows here: what such a "
+    "change takes for a while is not counted"
+)
 
 
 @dataclass(frozen=True)

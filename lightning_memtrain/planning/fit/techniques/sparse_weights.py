@@ -15,6 +15,10 @@ class FewWeights(Switch):
     name = "SparseTraining"
     allow = "sparsity"
 
+    def refusal(self, facts: RunFacts, num_chunks: int) -> str:
+        """Its pattern changes by the values of weights, which trials on the CPU do not have."""
+        return "" if facts.on_gpu else "what a change of its pattern takes is not known on the CPU"
+
     def settings(self, facts: RunFacts, num_chunks: int) -> tuple[TechniqueSettings, ...]:
         """As a callback."""
         return (TechniqueSettings("lightning_memtrain.SparseTraining", {"method": dict(_METHOD)}),)

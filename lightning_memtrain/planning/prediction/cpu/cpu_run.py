@@ -21,6 +21,7 @@ from lightning_memtrain.ledger.tensors.storages import storages_of
 from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.planning.prediction.cpu.calibration import AskedWorkspace
 from lightning_memtrain.planning.prediction.few_steps import (
+    PATTERNS_LEFT_OUT,
     FewSteps,
     Model,
     few_steps_trainer,
@@ -42,10 +43,6 @@ from lightning_memtrain.tracing.step.value_methods import FakeValueMethods
 
 # A model that is made here gets its weights replaced anyway: only small tensors need numbers, such as scales.
 _MOST_MADE_FLOATS_BYTES = 2**16
-_PATTERNS = (
-    "SparseTraining changes its pattern by the values of weights, which nobody knows here: what such a "
-    "change takes for a while is not counted"
-)
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ def run_on_cpu(
         guessed=place.guessed(),
         unmeasured={str(call.func): reason for call, reason in workspace.unmeasured.items()},
         process_bytes=conditions.process_bytes,
-        left_out=(_PATTERNS,) if any(map(needs_values, callbacks)) else (),
+        left_out=(PATTERNS_LEFT_OUT,) if any(map(needs_values, callbacks)) else (),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +18,7 @@ from lightning_memtrain.planning.fit.choice.family import Family
 from lightning_memtrain.planning.fit.techniques import FREE, SWITCHES
 from lightning_memtrain.planning.fit.techniques.half_precision import WeightsInBfloat16
 from lightning_memtrain.planning.fit.techniques.small_state import StateIn8Bits
+from lightning_memtrain.planning.fit.techniques.sparse_weights import FewWeights
 from lightning_memtrain.planning.fit.trials.workshop import Tried, Workshop
 from lightning_memtrain.tracing.cuda_twin import why_no_twin
 
@@ -172,3 +174,19 @@ def test_a_line_of_the_users_own_is_offered_and_not_taken(only: Any) -> None:
 def test_a_technique_of_ones_own_must_be_a_switch() -> None:
     with pytest.raises(mt.ArgumentError, match=r"`plan\(techniques\)` must be a list of objects of Switch"):
         mt.plan(Net(64, momentum=0.9), torch.ones(4, 64), limit="1GiB", device="cpu", techniques=["few bits"])  # type: ignore[list-item]
+
+
+def test_a_cpu_has_no_plan_with_a_pattern_that_changes_by_values() -> None:
+    own = pl.Trainer(callbacks=[mt.SparseTraining(mt.sparsity.RigL(0.5))], accelerator="cpu", logger=False)
+
+    def notes(trainer: pl.Trainer | None) -> tuple[str, ...]:
+        plan = mt.plan(Net(64), torch.ones(8, 64), limit="1GiB", device="cpu", trainer=trainer)
+        return plan.found.notes
+
+    assert not any("SparseTraining" in note for note in notes(None))
+    (note,) = [one for one in notes(own) if "SparseTraining" in one]
+    assert note.endswith("what such a change takes for a while is not counted.")
+    assert FewWeights().refusal(SimpleNamespace(on_gpu=False), 1) == (
+        "what a change of its pattern takes is not known on the CPU"
+    )
+    assert FewWeights().refusal(SimpleNamespace(on_gpu=True), 1) == ""
