@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import pickle
 from collections.abc import Callable
@@ -129,6 +130,7 @@ def trainer(**options: Any) -> pl.Trainer:
 
 
 def real(model: Net, batch: Any, folder: Path, **options: Any) -> mt.core.MemoryBreakdown:
+    gc.collect()  # what other tests left would be freed amid a step, which then is not measured
     profiler = mt.MemoryProfiler(every_n_steps=1, report_dir=folder)
     options["callbacks"] = [*options.pop("callbacks", ()), profiler]
     trainer(max_steps=3, **options).fit(model, Repeated(batch))
