@@ -63,6 +63,7 @@ def test_an_operator_that_does_not_check_its_sizes_is_run_as_it_is(monkeypatch: 
     with pytest.raises(Seen) as seen:
         measure_call(pickle.dumps((call, 2**21)))
     assert seen.value.args == (call,)
+    assert with_size(call, 256, 64) is None  # nor is a part of it timed
 
 
 @pytest.mark.parametrize(("rows", "most_bytes"), [(20, MIB), (40, 3 * MIB // 2)])

@@ -30,13 +30,6 @@ _MAKERS = frozenset(
     )
 )
 
-# oneDNN takes sizes on trust, gates times hidden size among them: with one replaced it writes elsewhere.
-_UNCHECKED = frozenset(
-    getattr(torch.ops.aten, name)
-    for name in ("mkldnn_rnn_layer", "mkldnn_rnn_layer_backward")
-    if hasattr(torch.ops.aten, name)
-)
-
 _known: dict[tuple[int, OpCall], tuple[int, str | None]] = {}
 
 
@@ -77,8 +70,6 @@ def _measure(call: OpCall, made_bytes: int) -> tuple[int, str | None]:
 
 def _from_parts(call: OpCall, made_bytes: int, workspace: OpWorkspace) -> int | None:
     """What three parts of it lead to; ``None`` if they do not lie on a line, or none may be made."""
-    if getattr(call.func, "overloadpacket", None) in _UNCHECKED:
-        return None
     for size in sizes_of(call):
         for part in smaller_sizes(size):
             calls = [with_size(call, size, num * part) for num in (1, 2, 3)]

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from dataclasses import replace
 
+import torch
+
 from lightning_memtrain.ledger.operators.workspace import Items, OpCall, TensorSpec
 
 # Kernels treat whole vectors and the rest of a size in different ways.
 _MOST_UNIT = 64
+# OneDNN takes sizes on trust, gates times hidden size among them: with one replaced it writes elsewhere.
+_UNCHECKED = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("mkldnn_rnn_layer", "mkldnn_rnn_layer_backward")
+    if hasattr(torch.ops.aten, name)
+)
 
 
 def sizes_of(call: OpCall) -> list[int]:
@@ -53,8 +61,11 @@ def with_size(call: OpCall, size: int, other: int) -> OpCall | None:
         other: what to put there.
 
     Returns:
-        The call; ``None`` if a tensor of it has gaps, or shares memory as another size would not.
+        The call; ``None`` if a tensor of it has gaps, or shares memory as another size would not, or if the
+        operator does not check that sizes go together.
     """
+    if getattr(call.func, "overloadpacket", None) in _UNCHECKED:
+        return None
     try:
         arguments = tuple(_replaced(one, size, other) for one in call.arguments)
         keywords = tuple((name, _replaced(one, size, other)) for name, one in call.keywords)
