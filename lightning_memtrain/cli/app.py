@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 from lightning_memtrain.__about__ import __version__
 from lightning_memtrain.cli import recipes
 from lightning_memtrain.cli.errors import INTERRUPTED, CommandError, did_you_mean
-from lightning_memtrain.cli.planning.collector import collector_paused
 from lightning_memtrain.cli.studies.study_options import add_compare_options, add_study_options
 
 _RUN_EPILOG = """\
@@ -157,9 +156,7 @@ def _predict(argv: list[str]) -> int:
     args, overrides = _predict_options().parse_known_args(argv)
     if target is None:
         raise CommandError("`memtrain predict` needs a recipe or file.py:Class before its options.")
-    with collector_paused():
-        import lightning_memtrain.planning  # noqa: F401
-        from lightning_memtrain.cli.planning.predict_command import show_prediction
+    from lightning_memtrain.cli.planning.predict_command import show_prediction
 
     return show_prediction(
         target,
