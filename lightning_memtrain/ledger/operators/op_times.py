@@ -10,7 +10,7 @@ import torch
 
 from lightning_memtrain.compat.torch_private import disable_current_modes
 from lightning_memtrain.core.random_state import torch_random_kept
-from lightning_memtrain.ledger.operators.workspace import OpCall, holds_nothing
+from lightning_memtrain.ledger.operators.workspace import OpCall, computes_nothing
 
 _ENOUGH_SECONDS = 0.02
 _MOST_RUNS = 5
@@ -46,7 +46,7 @@ class OpTimes:
         return sum(self._of(call) for call in calls)
 
     def _of(self, call: OpCall) -> float:
-        if holds_nothing(call.func):
+        if computes_nothing(call.func):
             return 0.0
         if call not in self._seconds:
             estimate = getattr(getattr(torch, self.device.type, None), "seconds_of", None)

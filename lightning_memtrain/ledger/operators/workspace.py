@@ -188,7 +188,7 @@ class OpWorkspace:
         return reading.over_start_bytes if reading is not None else 0
 
 
-def holds_nothing(func: Callable[..., Any]) -> bool:
+def computes_nothing(func: Callable[..., Any]) -> bool:
     """Whether an operator computes nothing: it names a range for profilers, or asks what a tensor is."""
     return getattr(func, "namespace", "") in ("prim", "profiler")
 
@@ -273,7 +273,7 @@ class PeakEstimator:
 
     def before(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Note how much is live when an operator begins."""
-        if holds_nothing(func):
+        if computes_nothing(func):
             return
         self._note_made()
         call = self._running = op_call(func, args, kwargs)
