@@ -23,11 +23,11 @@ from lightning_memtrain.microbatching.normalization.centered_weights import (
 class CenteredWeights(Callback):
     r"""Keeps the sum of each filter's weights at zero, for networks whose norms see one sample at a time.
 
-    Each filter's mean is subtracted before the first step and after every step of the optimizer,
-    :math:`w \leftarrow w - \bar w`. No tensor is kept for it, and forward and backward are those of plain
-    convolutions, so that microbatches of any size stay exact. It has no parameters of its own and takes away
-    one degree of freedom per filter. What a checkpoint holds is the network that was trained: it needs no
-    callback to be used.
+    Each filter's mean is subtracted before the first step and at the end of every batch in which an optimizer
+    has stepped, :math:`w \leftarrow w - \bar w`. No tensor is kept for it, and forward and backward are those
+    of plain convolutions, so that microbatches of any size stay exact. It has no parameters of its own and
+    takes away one degree of freedom per filter. What a checkpoint holds is the network that was trained: it
+    needs no callback to be used.
 
     Pretrained weights are changed by it: each filter loses its mean at the start, and with ``length`` its
     scale.
