@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_memtrain import ActivationCheckpointing, MemoryProfiler
 from lightning_memtrain.checkpointing import plan_recomputation
 from lightning_memtrain.core import KIB, Category
+from tests.helpers.held import Average
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
@@ -47,18 +48,6 @@ class Net(LightningModule):
 
 def held() -> Tensor:
     return torch.zeros(HELD // 4)
-
-
-class Average(Callback):
-    """A copy of the weights, made after so many steps."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-        self.kept: nn.Module | None = None
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        if trainer.global_step == self.after:
-            self.kept = copy.deepcopy(pl_module.blocks)
 
 
 def peaks(folder: Path, model: Net, *callbacks: Callback, num_steps: int = 3) -> list[int]:
@@ -104,9 +93,9 @@ def test_views_of_weights_are_no_more_than_weights(tmp_path: Path) -> None:
 def test_what_comes_to_be_held_later_is_in_the_limit_of_later_steps(tmp_path: Path) -> None:
     at_first = max(peaks(tmp_path, Net()))
     limit = at_first + 100 * KIB  # less than the copy of the weights
-    assert max(peaks(tmp_path, Net(), Average(2), num_steps=5)) > limit
+    assert max(peaks(tmp_path, Net(), Average("blocks", after=2), num_steps=5)) > limit
     callback = ActivationCheckpointing(limit)
-    assert max(peaks(tmp_path, Net(), Average(2), callback, num_steps=5)) <= limit
+    assert max(peaks(tmp_path, Net(), Average("blocks", after=2), callback, num_steps=5)) <= limit
     first, second = callback.technique_record().events
     assert first.startswith("step 0: 0 modules are recomputed")
     assert second.startswith("step 2, with more that is held beside it: ")

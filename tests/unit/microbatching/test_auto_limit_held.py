@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_memtrain.core import KIB
 from lightning_memtrain.microbatching import Microbatching
 from lightning_memtrain.report import MemoryProfiler
+from tests.helpers.held import Average
 from tests.helpers.trainers import LIGHTNING_WARNINGS, LedgerPeaks, quiet_trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in LIGHTNING_WARNINGS]
@@ -39,18 +39,6 @@ class Net(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
-class Average(Callback):
-    """A copy of the weights, made after so many steps."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-        self.kept: nn.Module | None = None
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        if trainer.global_step == self.after:
-            self.kept = copy.deepcopy(pl_module.layers)
 
 
 class Keeps(Net):
@@ -95,7 +83,7 @@ def test_what_is_held_and_not_used_is_in_the_limit(held: Any, tmp_path: Path) ->
 def test_what_comes_to_be_held_later_is_in_the_limit_of_later_steps(tmp_path: Path) -> None:
     limit = highest(tmp_path, Net()) + 10 * KIB  # less than the copy of the weights
     microbatching = auto(limit)
-    assert highest(tmp_path, Net(), Average(2), microbatching) <= limit
+    assert highest(tmp_path, Net(), Average("layers", after=2), microbatching) <= limit
     first, second = microbatching.technique_record().events
     assert first.startswith(f"step 0: microbatch_size={NUM_SAMPLES} of {NUM_SAMPLES} samples: ")
     assert second.startswith("step 2: microbatch_size=32 of 64 samples, with more that is kept from batch")
