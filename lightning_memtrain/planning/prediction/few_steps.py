@@ -22,6 +22,7 @@ from lightning_memtrain.compat.lightning_packages import in_both, namesake
 from lightning_memtrain.compat.lightning_private import MockOptimizer
 from lightning_memtrain.compat.torch_private import FakeTensor
 from lightning_memtrain.core import ArgumentError, is_technique
+from lightning_memtrain.core.compiled_modules import is_compiled
 from lightning_memtrain.planning.prediction.moving import replace_when_moved
 from lightning_memtrain.precision.activations import activation_packing
 from lightning_memtrain.report import MemoryReport
@@ -54,7 +55,7 @@ class FewSteps:
         unmeasured: operators whose workspace is not known, and why; on a CPU.
         process_bytes: what the process has in memory beside model and batch; on a CPU.
         convolution_bytes: see :attr:`.TwinDeviceMode.convolution_bytes`.
-        compiled: path of a module that the run would compile, and the twin does not; empty without one.
+        compiled: path of a module that the run would compile, and these steps do not; empty without one.
         left_out: what was not run, since it needs values.
     """
 
@@ -68,6 +69,18 @@ class FewSteps:
     convolution_bytes: int = 0
     compiled: str = ""
     left_out: tuple[str, ...] = ()
+
+
+def compiled_module(model: pl.LightningModule) -> str:
+    """Path of the first module that a run would compile.
+
+    Args:
+        model: any.
+
+    Returns:
+        The path; empty if there is none.
+    """
+    return next((name or "(model)" for name, one in model.named_modules() if is_compiled(one)), "")
 
 
 def needs_values(callback: object) -> bool:

@@ -24,6 +24,7 @@ from lightning_memtrain.planning import Device, predict
 from lightning_memtrain.planning.prediction.cpu.calibration import measure_call
 from lightning_memtrain.planning.prediction.predict import Repeated
 from lightning_memtrain.tracing.device import available_bytes
+from tests.helpers.compiling import TORCH_COMPILE_WARNINGS
 
 
 class Net(pl.LightningModule):
@@ -181,6 +182,18 @@ def test_techniques_run_as_they_are(technique: Callable[[], dict[str, Any]], tmp
     truth = real(blocks(), batch, tmp_path, **technique())
     assert truth.allocator_peak_bytes is not None
     assert abs(prediction.allocated_bytes / truth.allocator_peak_bytes - 1) < 0.01
+
+
+@pytest.mark.filterwarnings(*TORCH_COMPILE_WARNINGS)
+def test_what_would_be_compiled_is_run_by_operators_and_said() -> None:
+    model = blocks()
+    model.layers[1].compile()
+    found = predict(model, ROWS, device="cpu", trainer=trainer())
+    plain = predict(blocks(), ROWS, device="cpu", trainer=trainer())
+    assert found.allocated_bytes == plain.allocated_bytes
+    assert plain.notes == ()
+    (note,) = found.notes
+    assert note.startswith("layers.1 is compiled, but was run operator by operator")
 
 
 @pytest.mark.parametrize("method", [mt.sparsity.DSR(0.5), mt.sparsity.RigL(0.5), mt.sparsity.SET(0.5)])

@@ -24,6 +24,7 @@ from lightning_memtrain.planning.prediction.few_steps import (
     PATTERNS_LEFT_OUT,
     FewSteps,
     Model,
+    compiled_module,
     few_steps_trainer,
     is_module,
     made_module,
@@ -157,6 +158,7 @@ def run_on_cpu(
         guessed=place.guessed(),
         unmeasured={str(call.func): reason for call, reason in workspace.unmeasured.items()},
         process_bytes=conditions.process_bytes,
+        compiled=compiled_module(place.model),
         left_out=(PATTERNS_LEFT_OUT,) if any(map(needs_values, callbacks)) else (),
     )
 

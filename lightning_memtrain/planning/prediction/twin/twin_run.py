@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lightning_memtrain.core.compiled_modules import is_compiled
 from lightning_memtrain.planning.prediction.few_steps import (
     FewSteps,
     Model,
+    compiled_module,
     few_steps_trainer,
     quiet_folder,
     refuse_no_optimizer,
@@ -41,7 +41,7 @@ def run_on_twin(
         trainer.fit(place.model, data)
         refuse_no_optimizer(trainer, place.model)
     assert profiler.report is not None, "a fit that has ended has a report"
-    backend, modules = place.backend, place.model.named_modules()
+    backend = place.backend
     return FewSteps(
         report=replace(profiler.report, model=place.model_name),
         allocated_bytes=backend.allocator.peak_allocated_bytes,
@@ -49,5 +49,5 @@ def run_on_twin(
         workspace_bytes=backend.workspace_bytes,
         guessed=dict(place.mode.guessed),
         convolution_bytes=place.mode.convolution_bytes,
-        compiled=next((name or "(model)" for name, one in modules if is_compiled(one)), ""),
+        compiled=compiled_module(place.model),
     )
