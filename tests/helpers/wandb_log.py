@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from typing import Any
 _HEADER_BYTES = 7
 _BLOCK_BYTES = 32 * 1024
 _WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+# How often a file that has no end yet is looked at, and what is waited between.
+_MOST_LOOKS, _LOOK_SECONDS = 100, 0.1
 
 
 @dataclass
@@ -57,9 +60,7 @@ def read_wandb_log(root: Path) -> WandbLog:
 
     (path,) = root.glob("**/run-*.wandb")
     log = WandbLog(folder=path.parent / "files")
-    for payload in _payloads(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(payload)
+    for record in _finished_records(path, wandb_internal_pb2.Record):
         match record.WhichOneof("record_type"):
             case "history":
                 log.history.append(_items(record.history.item))
@@ -76,6 +77,16 @@ def read_wandb_log(root: Path) -> WandbLog:
                 for entry in artifact.manifest.contents:
                     log.artifact_files[artifact.name, entry.path] = Path(entry.local_path)
     return log
+
+
+def _finished_records(path: Path, kind: Any) -> list[Any]:
+    """All records; W&B's own process may still write the last ones when `finish` has returned."""
+    for _ in range(_MOST_LOOKS):
+        records = [kind.FromString(payload) for payload in _payloads(path.read_bytes())]
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        time.sleep(_LOOK_SECONDS)
+    raise AssertionError(f"{path} has no record of the end of the run")
 
 
 def _items(items: Any) -> dict[str, Any]:
@@ -110,6 +121,8 @@ def _payloads(data: bytes) -> Iterator[bytes]:
         position += _HEADER_BYTES
         piece = data[position : position + length]
         position += length
+        if len(piece) < length:  # the rest is still to be written
+            return
         if kind == 0:
             continue
         assert zlib.crc32(piece, zlib.crc32(bytes([kind]))) == checksum, "damaged W&B log"
