@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lightning_memtrain.core import Category, format_bytes
 from lightning_memtrain.study.comparison import Comparison
-from lightning_memtrain.study.words import duration, times
+from lightning_memtrain.study.printed_numbers import duration, times
 
 MISSING = "-"
 

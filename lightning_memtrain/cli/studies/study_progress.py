@@ -12,11 +12,11 @@ from rich.table import Table
 from lightning_memtrain.cli.studies.study_setup import say
 from lightning_memtrain.core import format_bytes
 from lightning_memtrain.study.grid import Grid
+from lightning_memtrain.study.printed_numbers import duration, short_score, times
 from lightning_memtrain.study.running.study_runner import Standing
 from lightning_memtrain.study.study_folder import StudyFolder
 from lightning_memtrain.study.study_plan import PlannedRun
 from lightning_memtrain.study.study_result import StudyResult
-from lightning_memtrain.study.words import duration, short_score, times
 
 
 class StudyProgress:

@@ -8,8 +8,8 @@ from html import escape
 from lightning_memtrain.core import MIB, Category, format_bytes
 from lightning_memtrain.study.grid import Score
 from lightning_memtrain.study.pages.svg_chart import WIDTH, Line, Point, scatter, svg
+from lightning_memtrain.study.printed_numbers import duration, short_score, times
 from lightning_memtrain.study.study_result import StudyResult, VariantResult
-from lightning_memtrain.study.words import duration, short_score, times
 
 # From the bottom of the stack to its top, as in the page of a memory report.
 STACK = (

@@ -9,9 +9,9 @@ from lightning_memtrain.core import format_bytes
 from lightning_memtrain.core.atomic_files import write_atomically
 from lightning_memtrain.study.pages.figures import draw_figures
 from lightning_memtrain.study.pages.page_parts import card, page, standalone, table
+from lightning_memtrain.study.printed_numbers import duration, short_score, times
 from lightning_memtrain.study.study_folder import StudyFolder
 from lightning_memtrain.study.study_result import StudyResult, StudyRun, VariantResult
-from lightning_memtrain.study.words import duration, short_score, times
 
 _NOTES = {
     "peaks": "Of the run with the highest peak of each variant; by the device's allocator where it is known.",
