@@ -159,7 +159,10 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
         if all(self.known.real_or_known(one) is not None for one in tensors):
             values = self.known.compute(func, args, kwargs)
-            return tree_map(lambda one: self._on_twin(one) if isinstance(one, Tensor) else one, values)
+            device = _device_of_results(args, kwargs)
+            return tree_map(
+                lambda one: self._with_values(one, device) if isinstance(one, Tensor) else one, values
+            )
         if func is _aten.allclose.default:
             return True
         if func is _aten._local_scalar_dense.default:
@@ -184,14 +187,15 @@ class TwinDeviceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 f"{func} has no rule for tensors without data (at {user_location()}); register one with "
                 "`torch.library.register_fake`"
             ) from error
-        return tree_map(lambda one: self._of_form(one) if isinstance(one, Tensor) else one, forms)
+        device = _device_of_results(args, kwargs)
+        return tree_map(lambda one: self._of_form(one, device) if isinstance(one, Tensor) else one, forms)
 
-    def _of_form(self, form: Tensor) -> Tensor:
+    def _of_form(self, form: Tensor, device: str) -> Tensor:
         with self.fake:
-            return torch.empty_strided(form.shape, form.stride(), dtype=form.dtype, device=DEVICE_TYPE)
+            return torch.empty_strided(form.shape, form.stride(), dtype=form.dtype, device=device)
 
-    def _on_twin(self, real: Tensor) -> Tensor:
-        made = self._of_form(real)
+    def _with_values(self, real: Tensor, device: str) -> Tensor:
+        made = self._of_form(real, device)
         self.known.set(made, real)
         return made
 
@@ -236,6 +240,13 @@ def _refuse_sparse(func: Any, made: Tensor) -> None:
 def _holds_others(kind: type) -> bool:
     """Whether tensors of a class are a shell around others, as distributed ones are."""
     return hasattr(kind, "__tensor_flatten__")
+
+
+def _device_of_results(args: Any, kwargs: Any) -> str:
+    """Where results are that torch makes no form of: what has been copied to the CPU stays there."""
+    devices = (getattr(one, "device", one) for one in leaves_of(args, kwargs))
+    on_twin = any(isinstance(one, torch.device) and one.type == DEVICE_TYPE for one in devices)
+    return DEVICE_TYPE if on_twin else "cpu"
 
 
 def _is_on_twin(value: Any) -> bool:

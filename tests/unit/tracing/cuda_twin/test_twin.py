@@ -52,6 +52,18 @@ def test_tensors_hold_blocks_and_no_data() -> None:
     assert on_twin(hold) == [0, 2**30, 2**30 + 512, 2**30 + 512, 0, 2**30 + 2**21]
 
 
+def test_what_was_copied_to_the_cpu_stays_there_where_shapes_depend_on_values() -> None:
+    def devices(backend: TwinBackend) -> Any:
+        numbers = torch.tensor([3, 0, 3], device="cuda")
+        found = {}
+        for name, one in (("twin", numbers), ("cpu", numbers.cpu())):
+            values, inverse = torch.unique(one, return_inverse=True)
+            found[name] = values.device.type, inverse.device.type, one.nonzero().device.type, len(values)
+        return found
+
+    assert on_twin(devices) == {"twin": ("cudatwin",) * 3 + (2,), "cpu": ("cpu",) * 3 + (2,)}
+
+
 def test_cuda_means_the_twin() -> None:
     def devices(backend: TwinBackend) -> Any:
         made = torch.tensor([1.0, 2.0], device="cuda"), torch.ones(2).to(torch.device("cuda", 0))
