@@ -45,7 +45,7 @@ class Microbatching(Callback):
 
     Args:
         num_microbatches: chunks per batch, at least 1. A smaller batch makes as many chunks as it has
-            samples.
+            samples. ``"auto"`` is ``microbatch_size="auto"``.
         microbatch_size: most samples per chunk, at least 1; or ``"auto"``: as many as fit into memory, by a
             probe of the first batch, with recovery from out-of-memory errors in forward and backward: the
             same batch is run again from the same state with chunks of half the size.
@@ -91,7 +91,7 @@ class Microbatching(Callback):
 
     def __init__(
         self,
-        num_microbatches: int | None = None,
+        num_microbatches: int | Literal["auto"] | None = None,
         microbatch_size: int | Literal["auto"] | None = None,
         loss_reduction: LossReduction = "mean",
         weight_fn: WeightFn | None = None,
@@ -113,6 +113,8 @@ class Microbatching(Callback):
             split_fn,
             finds_size=True,
         )
+        if num_microbatches == "auto":
+            num_microbatches, microbatch_size = None, "auto"
         check_batchnorm("Microbatching", batchnorm, num_batchnorm_sweeps)
         check_count("Microbatching", "grow_after_batches", grow_after_batches, optional=False)
         check_flags("Microbatching", sync_each_chunk=sync_each_chunk)

@@ -65,7 +65,7 @@ def check_splitting(
         loss_reduction: of the loss.
         weight_fn: weighs means.
         split_fn: splits the batch.
-        finds_size: whether ``microbatch_size="auto"`` is possible.
+        finds_size: whether ``"auto"`` is possible.
 
     Raises:
         ArgumentError: naming the argument.
@@ -76,9 +76,9 @@ def check_splitting(
             f"num_microbatches={num_microbatches} and microbatch_size={microbatch_size}. "
             "Give one of them" + ('; microbatch_size="auto" finds the size by itself.' if finds_size else ".")
         )
-    check_count(owner, "num_microbatches", num_microbatches)
-    if not (finds_size and microbatch_size == "auto"):
-        check_count(owner, "microbatch_size", microbatch_size, ' or "auto"' if finds_size else "")
+    for name, count in (("num_microbatches", num_microbatches), ("microbatch_size", microbatch_size)):
+        if not (finds_size and count == "auto"):
+            check_count(owner, name, count, ' or "auto"' if finds_size else "")
     check_choice(owner, "loss_reduction", loss_reduction, get_args(LossReduction))
     check_functions(owner, optional=True, weight_fn=weight_fn, split_fn=split_fn)
     if weight_fn is not None and loss_reduction == "sum":

@@ -58,7 +58,7 @@ def loader(num: int, *sizes: int) -> DataLoader:
 
 
 def auto(limit: int | str = "1GiB", **given: Any) -> Microbatching:
-    return Microbatching(microbatch_size="auto", limit=limit, **given)
+    return Microbatching("auto", limit=limit, **given)  # as microbatch_size="auto", which other tests have
 
 
 def events_after_the_probe(microbatching: Microbatching) -> list[str]:

@@ -32,8 +32,15 @@ def refuses(message: str, error: type[Exception] = MisconfigurationException) ->
 # ---------------------------------------------------------------------- construction
 
 
-@pytest.mark.parametrize("given", [{}, {"num_microbatches": 2, "microbatch_size": 4}])
-def test_either_a_number_or_a_size_is_needed(given: dict[str, int]):
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"num_microbatches": 2, "microbatch_size": 4},
+        {"num_microbatches": "auto", "microbatch_size": 4},
+    ],
+)
+def test_either_a_number_or_a_size_is_needed(given: dict[str, Any]):
     got = {"num_microbatches": None, "microbatch_size": None} | given
     message = (
         "`Microbatching` needs either `num_microbatches` or `microbatch_size`, but got "
@@ -47,7 +54,7 @@ def test_either_a_number_or_a_size_is_needed(given: dict[str, int]):
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "3"])
 @pytest.mark.parametrize("name", ["num_microbatches", "microbatch_size", "grow_after_batches"])
 def test_counts_are_positive_whole_numbers(name: str, value: Any):
-    otherwise = ' or "auto"' if name == "microbatch_size" else ""
+    otherwise = "" if name == "grow_after_batches" else ' or "auto"'
     message = (
         f"`Microbatching({name})` must be an integer of at least 1{otherwise}, but got {name}={value!r}. "
         "Use a positive whole number."
