@@ -13,10 +13,10 @@ from torch.nn.parameter import is_lazy
 from lightning_memtrain.core import Growth, MemoryBreakdown, TechniqueRecord
 from lightning_memtrain.report.advice import largest_holders
 from lightning_memtrain.report.batch_measurement import MeasuredBatch
-from lightning_memtrain.report.environment import environment
 from lightning_memtrain.report.growth import GrowthDetector
 from lightning_memtrain.report.memory_report import MemoryReport, OutOfMemory, StepPeak
 from lightning_memtrain.report.predicted.predicted_step import PredictedStep
+from lightning_memtrain.report.run_environment import environment
 
 # A run of millions of steps must neither fill the host's memory nor make a report that no browser opens.
 MAX_STEP_PEAKS = 10_000
