@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_memtrain.core import ArgumentError, Growth, MemoryBreakdown, TechniqueRecord
 from lightning_memtrain.core.atomic_files import write_atomically
+from lightning_memtrain.core.units import format_seconds
 from lightning_memtrain.report.predicted.predicted_step import ComparedBytes, PredictedStep
 
 SCHEMA_VERSION = 1
@@ -38,6 +39,48 @@ class StepPeak:
     stage: str
     peak_bytes: int
     ledger: bool
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """How long the steps of a stage took, from the arrival of a batch until its end.
+
+    Args:
+        median_seconds: of steps that nobody measured; ``None`` if there was none.
+        num_steps: how many these are; of a long run the latest.
+        measured_median_seconds: of steps whose memory was measured, by the ledger for example; ``None``
+            likewise.
+        num_measured: how many these are.
+        measured_seconds: all of them together.
+    """
+
+    median_seconds: float | None
+    num_steps: int
+    measured_median_seconds: float | None = None
+    num_measured: int = 0
+    measured_seconds: float = 0.0
+
+    @property
+    def added_seconds(self) -> float | None:
+        """What measuring has added to the run: what measured steps took beyond the median of the others.
+
+        ``None`` if that is not known. What a first step takes longer by itself is in it.
+        """
+        if self.median_seconds is None or not self.num_measured:
+            return None
+        return self.measured_seconds - self.num_measured * self.median_seconds
+
+    def __str__(self) -> str:
+        """A sentence for the terminal."""
+        if self.median_seconds is None:
+            seconds = self.measured_median_seconds or 0.0
+            return f"{format_seconds(seconds)} per step, with measuring in all of them"
+        text = f"{format_seconds(self.median_seconds)} per step (median of {self.num_steps:,})"
+        if self.added_seconds is None:
+            return text
+        steps = "the measured step" if self.num_measured == 1 else f"the {self.num_measured:,} measured steps"
+        more = "more" if self.added_seconds >= 0 else "less"
+        return f"{text}; {steps} took {format_seconds(abs(self.added_seconds))} {more} than that in all"
 
 
 @dataclass(frozen=True)
@@ -92,6 +135,7 @@ class MemoryReport:
         techniques: what made the steps need less memory, with the settings in force at the end of the run.
         suggestions: what would have needed less, a line each, to be pasted into ``callbacks``.
         predicted: what was predicted of the training steps before they ran, ``None`` if nobody asked.
+        step_times: per stage, how long its steps took.
     """
 
     model: str
@@ -106,6 +150,7 @@ class MemoryReport:
     techniques: tuple[TechniqueRecord, ...] = ()
     suggestions: tuple[str, ...] = ()
     predicted: PredictedStep | None = None
+    step_times: Mapping[str, StepTimes] = field(default_factory=dict)
 
     @property
     def compared(self) -> tuple[ComparedBytes, ...]:
@@ -136,7 +181,12 @@ class MemoryReport:
             "techniques": [record.to_dict() for record in self.techniques],
             "suggestions": list(self.suggestions),
             "predicted": None if self.predicted is None else self.predicted.to_dict(),
+            "step_times": {stage: asdict(times) for stage, times in self.step_times.items()},
         }
+
+    def to_json(self) -> str:
+        """The text of the file that :meth:`save` writes."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MemoryReport:
@@ -186,6 +236,7 @@ class MemoryReport:
                 techniques=tuple(TechniqueRecord.from_dict(row) for row in data.get("techniques", ())),
                 suggestions=tuple(data.get("suggestions", ())),
                 predicted=PredictedStep.from_dict(data["predicted"]) if data.get("predicted") else None,
+                step_times={stage: StepTimes(**row) for stage, row in data.get("step_times", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
@@ -200,7 +251,7 @@ class MemoryReport:
         Args:
             path: the file to write; its folder is made if need be.
         """
-        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        write_atomically(path, self.to_json())
 
     def save_snapshot(self, path: Path, stage: str | None = None) -> None:
         """Write the timeline of a stage's highest step as torch writes snapshots of CUDA memory.

@@ -80,6 +80,21 @@
       parts.map((category) => el("i", { style: `${color(category)};width:${(100 * held[category]) / whole}%`, title: `${label(category)} ${bytes(held[category])}` })));
   }
 
+  function seconds(number) {
+    if (number < 1) return `${+(1000 * number).toPrecision(3)} ms`;
+    if (number < 60) return `${number.toFixed(1)} s`;
+    if (number < 3600) return `${Math.floor(number / 60)} min ${Math.floor(number % 60)} s`;
+    return `${Math.floor(number / 3600)} h ${Math.floor((number % 3600) / 60)} min`;
+  }
+  function times(name) {
+    const known = (report.step_times || {})[name];
+    if (!known) return [];
+    if (known.median_seconds === null) return [["Step time", `${seconds(known.measured_median_seconds)}\nall steps were measured`]];
+    const added = known.measured_seconds - known.num_measured * known.median_seconds;
+    const more = `${known.num_measured === 1 ? "the measured step" : `${known.num_measured.toLocaleString("en")} measured steps`}: ${seconds(Math.abs(added))} ${added >= 0 ? "more" : "less"} in all`;
+    return [["Step time", `${seconds(known.median_seconds)}\nmedian of ${known.num_steps.toLocaleString("en")}${known.num_measured ? `; ${more}` : ""}`]];
+  }
+
   // ---- headline -----------------------------------------------------------------------------------------
   function headline(stage, name) {
     const held = stage.at_peak;
@@ -97,6 +112,7 @@
       stage.aside_peak_bytes ? ["Probes, left out", bytes(stage.aside_peak_bytes)] : null,
       ["Growth over the run", grown ? bytes(grown) : "none"],
       report.ranks ? [`Over ${count(report.ranks.world_size, "rank")}`, `${bytes(report.ranks.min_peak_bytes)} to ${bytes(report.ranks.max_peak_bytes)}`] : null,
+      ...times(name),
       report.techniques.length ? ["Techniques", report.techniques.map((technique) => technique.name).join("\n")] : null,
     ];
     const groups = Object.entries(GROUPS).map(([group, members]) => [group, sum(members.map((member) => held[member]))]);
@@ -499,8 +515,11 @@
 
   const words = (entries) => el("dl", { class: "words" }, Object.entries(entries).map(([term, text]) => [el("dt", {}, term), el("dd", {}, text)]));
 
+  const folded = (title, ...cards) => el("details", { class: "fold" }, el("summary", {}, title), ...cards);
+
   // ---- page ---------------------------------------------------------------------------------------------
-  const names = Object.keys(report.stages);
+  // Training comes first, whatever holds most.
+  const names = Object.keys(report.stages).sort((a, b) => (b === "fit") - (a === "fit"));
   const panel = el("div", { id: "panel" });
   function show(name) {
     for (const tab of tabs) {
@@ -510,7 +529,11 @@
     const stage = report.stages[name];
     const overRun = [steps(name), growth(name)].filter(Boolean);
     const summary = overRun.length ? el("div", { class: "two wide" }, categories(stage), el("div", {}, overRun)) : categories(stage);
-    panel.replaceChildren(...[headline(stage, name), timeline(stage), summary, modules(stage)].filter(Boolean));
+    // Beside training, other stages are told in short.
+    const short = name !== "fit" && names.includes("fit");
+    panel.replaceChildren(...(short
+      ? [headline(stage, name), summary, folded("Timeline and modules", timeline(stage), modules(stage))]
+      : [headline(stage, name), timeline(stage), summary, modules(stage)]).filter(Boolean));
   }
   const tabs = names.map((name) => el("button", { type: "button", role: "tab", "data-stage": name, "aria-controls": "panel", onclick: () => show(name) }, name));
   const tabList = names.length > 1 ? el("div", { class: "tabs", role: "tablist", "aria-label": "Stage", onkeydown: (event) => {
@@ -536,5 +559,5 @@
     el("div", { class: "two" },
       card("environment", "Environment", null, words(report.environment)),
       el("section", { class: "card" }, el("details", {}, el("summary", {}, "What the words mean"), words(WORDS))))));
-  if (names.length) show(names.reduce((best, name) => (sum(Object.values(report.stages[name].at_peak)) > sum(Object.values(report.stages[best].at_peak)) ? name : best)));
+  if (names.length) show(names[0]);
 })();

@@ -13,7 +13,7 @@ from lightning_memtrain.core import (
     format_bytes,
 )
 from lightning_memtrain.report.memory_report import MemoryReport, OutOfMemory
-from lightning_memtrain.report.number_table import mebibytes, number_table
+from lightning_memtrain.report.number_table import OneLine, mebibytes, number_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -48,10 +48,14 @@ def render_table(report: MemoryReport) -> RenderableType:
     parts += [_technique(record) for record in report.techniques]
     if not report.stages:
         parts.append(Text("No step was profiled."))
-    for stage, breakdown in report.stages.items():
-        parts += ["", _headline(report, stage, breakdown), _categories(breakdown), _groups(breakdown)]
+    for stage, breakdown in sorted(report.stages.items(), key=lambda one: one[0] != "fit"):
+        parts += ["", _headline(report, stage, breakdown), *_times(report, stage)]
+        if stage != "fit" and "fit" in report.stages:  # beside training it is only said what matters
+            parts.append(_held(breakdown))
+        else:
+            parts += [_categories(breakdown), _groups(breakdown)]
         parts += _allocator(breakdown)
-        if breakdown.modules:
+        if breakdown.modules and (stage == "fit" or "fit" not in report.stages):
             parts.append(_modules(breakdown))
         parts += _growth(report.growth.get(stage, ()))
     parts += _predicted(report)
@@ -94,6 +98,24 @@ def _headline(report: MemoryReport, stage: str, breakdown: MemoryBreakdown) -> R
     if breakdown.aside_peak_bytes:
         line.append(f"; probes, which are left out, held {format_bytes(breakdown.aside_peak_bytes)}")
     return line
+
+
+def _times(report: MemoryReport, stage: str) -> list[RenderableType]:
+    from rich.text import Text
+
+    times = report.step_times.get(stage)
+    return [] if times is None else [Text(f"Time: {times}")]
+
+
+def _held(breakdown: MemoryBreakdown) -> RenderableType:
+    """What holds most at the peak, in a line."""
+    from rich.text import Text
+
+    largest = sorted(breakdown.at_peak.items(), key=lambda one: -one[1])
+    held = [
+        f"{category.value.replace('_', ' ')} {format_bytes(size)}" for category, size in largest if size > 0
+    ]
+    return Text(f"Held: {', '.join(held) or 'nothing'}")
 
 
 def _categories(breakdown: MemoryBreakdown) -> Table:
@@ -148,14 +170,17 @@ def _allocator(breakdown: MemoryBreakdown) -> list[RenderableType]:
 
 
 def _modules(breakdown: MemoryBreakdown) -> Table:
-    from rich.text import Text
-
     largest = sorted(breakdown.modules, key=lambda row: -row.total_bytes)[:_NUM_MODULES]
-    columns = ("Total", "Produced", "Saved", "Model", "Grads", "Optim")
-    table = number_table("Module, MiB at peak", columns)
+    names = ("Total", "Produced", "Saved", "Model", "Grads", "Optim")
+    # Columns without a number leave their room to the names.
+    shown = [
+        index for index in range(len(names)) if not index or any(_module_bytes(row)[index] for row in largest)
+    ]
+    table = number_table("Module, MiB at peak", tuple(names[index] for index in shown))
     for row in largest:
-        name = Text.assemble(row.name or "(model)", (f" {row.type_name}", "dim"), overflow="fold")
-        table.add_row(name, *(mebibytes(size) for size in _module_bytes(row)))
+        sizes = _module_bytes(row)
+        name = OneLine(row.name or "(model)", row.type_name)
+        table.add_row(name, *(mebibytes(sizes[index]) for index in shown))
     rest = len(breakdown.modules) - len(largest)
     if rest:
         table.caption = f"{rest:,} more {'module' if rest == 1 else 'modules'} in the HTML report"
