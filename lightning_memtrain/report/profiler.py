@@ -33,6 +33,7 @@ from lightning_memtrain.report.predicted.predicted_step import PredictedStep, Pr
 from lightning_memtrain.report.predicted.predicting import predict_run
 from lightning_memtrain.report.row_limit import validate_max_rows
 from lightning_memtrain.report.run_recorder import RunRecorder, StageRecorder
+from lightning_memtrain.report.stacks.stack_recorder import KnownLines
 from lightning_memtrain.report.trainer_state import (
     evaluation_name,
     held_beside,
@@ -76,6 +77,8 @@ class MemoryProfiler(Callback):
             or ``None`` for all.
         log_all: whether loggers get all metrics, and W&B the timeline as series too; else at most a dozen, by
             which runs are compared. ``trainer.callback_metrics`` has all.
+        stacks: whether the report says which line of your code has made what is live at the peak; watched
+            steps take longer by it.
         predict: ``lightning_memtrain.predict``, to predict the training steps before the first one, and to
             say at the end by how much that was off. What cannot be predicted is said in a warning.
 
@@ -95,15 +98,19 @@ class MemoryProfiler(Callback):
         max_rows: int | None = 1000,
         predict: Predictor | None = None,
         log_all: bool = False,
+        stacks: bool = False,
     ) -> None:
         super().__init__()
         self._max_rows = validate_max_rows(max_rows)
-        check_flags("MemoryProfiler", per_module=per_module, timeline=timeline, log_all=log_all)
+        check_flags(
+            "MemoryProfiler", per_module=per_module, timeline=timeline, log_all=log_all, stacks=stacks
+        )
         kinds, cure = (str, PathLike, type(None)), "Leave it out for `memory` beside the logs."
         check_kinds("MemoryProfiler", kinds, "the path of a folder", cure, report_dir=report_dir)
         check_functions("MemoryProfiler", optional=True, predict=predict)
         self._predict = predict
         self._log_all = log_all
+        self._stacks = stacks
         self._schedule = LedgerSchedule(every_n_steps)
         self._per_module = per_module
         self._timeline = timeline
@@ -117,6 +124,7 @@ class MemoryProfiler(Callback):
         self._allocator: AllocatorStatistics | None = None
         self._batch: BatchMeasurement | None = None
         self._held = HeldTensors()
+        self._lines = KnownLines() if self._stacks else None
         self._predicted: PredictedStep | None = None
         self._model: weakref.ref[LightningModule] | None = None
         self._folder: Path | None = None
@@ -126,7 +134,7 @@ class MemoryProfiler(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # Sent to spawned processes and copied by tuners; what is being measured stays here.
         state = self.__dict__.copy()
-        state.update(_run=None, _allocator=None, _batch=None, _model=None)
+        state.update(_run=None, _allocator=None, _batch=None, _model=None, _lines=None)
         return state
 
     @property
@@ -301,7 +309,7 @@ class MemoryProfiler(Callback):
         if step.watched:
             held = held_beside(self._held, trainer, pl_module)
             self._batch = BatchMeasurement.with_ledger(
-                self._allocator, pl_module, trainer.optimizers, batch, self._run.device, held
+                self._allocator, pl_module, trainer.optimizers, batch, self._run.device, held, self._lines
             )
         elif self._reads_every_step or self._schedule.watches(stage.num_steps):
             # The CPU's record of allocations knows the size of a block that is freed only if it saw the block

@@ -53,6 +53,45 @@ def test_devices_are_listed_without_torch_where_no_driver_is() -> None:
         assert heavy == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["run", "cifar10_wrn28_2", "--run-dir"], "the run folder"),
+        (["demo", "--run-dir"], "the run folder"),
+        (["copy", "cifar10_wrn28_2"], "the copy"),
+        (["study", "cifar10_wrn28_2", "--grid", "GRID", "--study-dir"], "the study's folder"),
+        (["compare", "RUN", "RUN", "--page"], "the page's folder"),
+        (["plan", "cifar10_wrn28_2", "--output"], "the plan's folder"),
+        (["profile", "cifar10_wrn28_2", "--output"], "the report's folder"),
+    ],
+)
+def test_what_cannot_be_written_is_said_at_once_and_in_one_line(
+    arguments: list[str], what: str, run: Path, tmp_path: Path
+) -> None:
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("variants: [smoke]\n")
+    (tmp_path / "file").write_text("")
+    filled = [{"RUN": str(run), "GRID": str(grid)}.get(argument, argument) for argument in arguments]
+    filled.append(str(tmp_path / "file" / "in"))
+    code = (
+        f"from lightning_memtrain.cli import main\ncode = main({filled!r})\n"
+        f"{_PRINT_HEAVY}\nassert code == 1, code"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"memtrain: error: {what} `{tmp_path}/file")
+    assert line.endswith("it is no folder. Name another one.")
+    assert done.stdout == "[]\n"
+
+
 def test_the_checks_above_can_fail() -> None:
     code = f"import lightning_memtrain.report.profiler\n{_PRINT_HEAVY}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())

@@ -23,6 +23,7 @@ from lightning_memtrain.cli.studies.config_check import check_run
 from lightning_memtrain.cli.studies.study_options import SWEEP_NAME
 from lightning_memtrain.cli.studies.study_progress import StudyProgress
 from lightning_memtrain.cli.studies.study_setup import check_folder, load_grid, make_plan, say
+from lightning_memtrain.cli.writable import require_writable
 from lightning_memtrain.core.atomic_files import write_atomically
 from lightning_memtrain.study.collect import collect, needs_test
 from lightning_memtrain.study.grid import Grid, check_seeds
@@ -65,6 +66,7 @@ def run_study(options: argparse.Namespace) -> int:
     if options.wandb_sweep:
         return _write_sweep(recipe, plan, grid, options)
     # An agent of W&B calls this for one run after the other.
+    require_writable(folder.path, "the study's folder")
     check_folder(folder, plan, resume=None if "WANDB_SWEEP_ID" in os.environ else options.resume)
     _check_runs(recipe, folder, wanted)
     _write_plan(folder, plan)

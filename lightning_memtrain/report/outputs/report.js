@@ -468,6 +468,19 @@
       el("div", { class: "scroll" }, el("table", { class: "data modules" }, el("thead", {}, el("tr", {}, heads[0], el("td", { class: "bar" }), heads.slice(1))), body)), more);
   }
 
+  function sites(stage) {
+    if (!(stage.sites || []).length) return null;
+    const place = (site) => site.file ? `${site.in_backward ? "backward of " : ""}${site.file}:${site.line}` : site.was_there ? "there before the step" : site.line || "not known";
+    const rows = stage.sites.map((site) => el("tr", {},
+      el("td", { class: "name" }, el("span", { class: "mono" }, breakable(place(site))), " ", el("span", { class: "small muted" }, site.function)),
+      el("td", {}, swatch(site.category), ` ${label(site.category)}`), el("td", { class: "mono" }, site.module), el("td", {}, bytes(site.num_bytes)), el("td", {}, site.num_storages.toLocaleString("en"))));
+    const body = el("tbody", {}, rows.slice(0, FIRST_ROWS));
+    const more = rows.length > FIRST_ROWS ? el("button", { type: "button", class: "more", onclick: () => { body.append(...rows.slice(FIRST_ROWS)); more.remove(); } }, `Show all ${rows.length.toLocaleString("en")} lines`) : null;
+    return card("sites", "Your lines of code", "Which line has made what is live at the peak. What a backward makes is told by the line that it is the backward of.",
+      el("div", { class: "scroll" }, el("table", { class: "data" },
+        el("thead", {}, el("tr", {}, ["Line", "Used for", "Module", "Bytes", "Storages"].map((text) => el("th", { scope: "col" }, text)))), body)), more);
+  }
+
   function growth(name) {
     const rows = report.growth[name] || [];
     if (!rows.length) return null;
@@ -515,7 +528,7 @@
 
   const words = (entries) => el("dl", { class: "words" }, Object.entries(entries).map(([term, text]) => [el("dt", {}, term), el("dd", {}, text)]));
 
-  const folded = (title, ...cards) => el("details", { class: "fold" }, el("summary", {}, title), ...cards);
+  const folded = (title, ...cards) => el("details", { class: "fold" }, el("summary", {}, title), ...cards.filter(Boolean));
 
   // ---- page ---------------------------------------------------------------------------------------------
   // Training comes first, whatever holds most.
@@ -532,8 +545,8 @@
     // Beside training, other stages are told in short.
     const short = name !== "fit" && names.includes("fit");
     panel.replaceChildren(...(short
-      ? [headline(stage, name), summary, folded("Timeline and modules", timeline(stage), modules(stage))]
-      : [headline(stage, name), timeline(stage), summary, modules(stage)]).filter(Boolean));
+      ? [headline(stage, name), summary, folded("Timeline and modules", timeline(stage), modules(stage), sites(stage))]
+      : [headline(stage, name), timeline(stage), summary, modules(stage), sites(stage)]).filter(Boolean));
   }
   const tabs = names.map((name) => el("button", { type: "button", role: "tab", "data-stage": name, "aria-controls": "panel", onclick: () => show(name) }, name));
   const tabList = names.length > 1 ? el("div", { class: "tabs", role: "tablist", "aria-label": "Stage", onkeydown: (event) => {

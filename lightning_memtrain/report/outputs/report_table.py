@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from lightning_memtrain.core import (
@@ -57,6 +59,8 @@ def render_table(report: MemoryReport) -> RenderableType:
         parts += _allocator(breakdown)
         if breakdown.modules and (stage == "fit" or "fit" not in report.stages):
             parts.append(_modules(breakdown))
+        if breakdown.sites:
+            parts.append(_sites(breakdown))
         parts += _growth(report.growth.get(stage, ()))
     parts += _predicted(report)
     if report.ranks is not None:
@@ -186,6 +190,31 @@ def _modules(breakdown: MemoryBreakdown) -> Table:
         table.caption = f"{rest:,} more {'module' if rest == 1 else 'modules'} in the HTML report"
         table.caption_justify = "left"
     return table
+
+
+def _sites(breakdown: MemoryBreakdown) -> Table:
+    """Lines of code with what they have made; what was there before the step by what it is."""
+    sums: dict[tuple[str, str], list[int]] = {}
+    for site in breakdown.sites:
+        known = site.function if site.file else site.category.replace("_", " ")
+        row = sums.setdefault((_from_here(str(site), site.file), known), [0, 0])
+        row[0] += site.num_bytes
+        row[1] += site.num_storages
+    largest = sorted(sums.items(), key=lambda one: -one[1][0])
+    table = number_table("Your code, MiB at peak", ("Made", "Storages"))
+    for (place, function), (num_bytes, count) in largest[:_NUM_MODULES]:
+        table.add_row(OneLine(place, function), mebibytes(num_bytes), f"{count:,}")
+    if len(largest) > _NUM_MODULES:
+        rest = len(largest) - _NUM_MODULES
+        table.caption = f"{rest:,} more {'line' if rest == 1 else 'lines'} in the HTML report"
+        table.caption_justify = "left"
+    return table
+
+
+def _from_here(text: str, file: str) -> str:
+    """A file below the present folder without the way to there."""
+    here = f"{Path.cwd()}{os.sep}"
+    return text.replace(file, file.removeprefix(here), 1) if file.startswith(here) else text
 
 
 def _module_bytes(row: ModuleMemory) -> tuple[int, ...]:
