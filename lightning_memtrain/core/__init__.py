@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
+from lightning_memtrain.compat.first_use import at_first_use
 from lightning_memtrain.core.arguments.argument_error import ArgumentError
 from lightning_memtrain.core.arguments.byte_sizes import ByteLimit, parse_bytes
 from lightning_memtrain.core.breakdown import CodeSite, Growth, MemoryBreakdown, ModuleMemory, TimelineEvent
 from lightning_memtrain.core.categories import Category, CategoryBytes
-from lightning_memtrain.core.first_use import at_first_use
 from lightning_memtrain.core.technique import Setting, Technique, TechniqueRecord, is_technique
 from lightning_memtrain.core.units import GIB, KIB, MIB, format_bytes
 from lightning_memtrain.core.warnings import NoEffectWarning, ReportWarning

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lightning_memtrain.core.categories import Category, CategoryBytes
+from lightning_memtrain.core.notebooks import show
+from lightning_memtrain.core.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class Growth:
         return cls(**data)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MemoryBreakdown:
     """Where every byte of a training step went.
 
@@ -192,6 +195,31 @@ class MemoryBreakdown:
     reserved_bytes: int | None = None
     num_alloc_retries: int | None = None
     sites: tuple[CodeSite, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<MemoryBreakdown on {self.device}: peak {format_bytes(self.peak_bytes)}>"
+
+    def __str__(self) -> str:
+        """Bytes by category at the peak, largest first."""
+        rows = self._rows()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name.ljust(width)}  {size:>12}" for name, size in rows)
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for notebooks."""
+        rows = "".join(
+            f"<tr><td style='text-align:left'>{name}</td><td>{size}</td></tr>" for name, size in self._rows()
+        )
+        return f"<table><caption>Memory on {html.escape(self.device)}</caption>{rows}</table>"
+
+    def show(self) -> None:
+        """Draw the table in a notebook, or print it."""
+        show(self, str(self))
+
+    def _rows(self) -> list[tuple[str, str]]:
+        held = sorted(self.at_peak.items(), key=lambda one: -one[1])
+        rows = [(category.value.replace("_", " "), format_bytes(size)) for category, size in held if size]
+        return [*rows, ("peak", format_bytes(self.peak_bytes))]
 
     @property
     def ledger_peak_bytes(self) -> int:

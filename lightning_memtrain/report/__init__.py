@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lightning_memtrain.core.first_use import at_first_use
+from lightning_memtrain.compat.first_use import at_first_use
 
 if TYPE_CHECKING:
     from lightning_memtrain.report.advice import largest_holders
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_memtrain.report.outputs.html import render_html, save_html
     from lightning_memtrain.report.outputs.loggers import define_metrics, log_report, log_scalars
     from lightning_memtrain.report.outputs.metric_names import breakdown_metrics
+    from lightning_memtrain.report.outputs.own_loop import report_of_steps
     from lightning_memtrain.report.outputs.report_table import print_table, render_table
     from lightning_memtrain.report.profiler import MemoryProfiler
     from lightning_memtrain.report.run_environment import environment
@@ -42,6 +43,7 @@ else:
             "log_scalars": "outputs.loggers",
             "print_table": "outputs.report_table",
             "render_html": "outputs.html",
+            "report_of_steps": "outputs.own_loop",
             "render_table": "outputs.report_table",
             "save_html": "outputs.html",
         },
@@ -65,5 +67,6 @@ __all__ = [
     "print_table",
     "render_html",
     "render_table",
+    "report_of_steps",
     "save_html",
 ]

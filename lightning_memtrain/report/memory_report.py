@@ -10,7 +10,8 @@ from typing import Any
 
 from lightning_memtrain.core import ArgumentError, Growth, MemoryBreakdown, TechniqueRecord
 from lightning_memtrain.core.atomic_files import write_atomically
-from lightning_memtrain.core.units import format_seconds
+from lightning_memtrain.core.notebooks import framed, show
+from lightning_memtrain.core.units import format_bytes, format_seconds
 from lightning_memtrain.report.predicted.predicted_step import ComparedBytes, PredictedStep
 
 SCHEMA_VERSION = 1
@@ -117,7 +118,7 @@ class OutOfMemory:
     holders: tuple[LargestHolder, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MemoryReport:
     """All that a run's profiler learned.
 
@@ -151,6 +152,36 @@ class MemoryReport:
     suggestions: tuple[str, ...] = ()
     predicted: PredictedStep | None = None
     step_times: Mapping[str, StepTimes] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        peaks = ", ".join(f"{name} {format_bytes(one.peak_bytes)}" for name, one in self.stages.items())
+        return f"<MemoryReport of {self.model}: {f'peak of {peaks}' if peaks else 'no step'}>"
+
+    def __str__(self) -> str:
+        """The table, as for the terminal."""
+        from lightning_memtrain.report.outputs.report_table import table_text
+
+        return table_text(self)
+
+    def _repr_html_(self) -> str:
+        """The page, for notebooks."""
+        from lightning_memtrain.report.outputs.html import render_html
+
+        return framed(render_html(self))
+
+    def show(self) -> None:
+        """Draw the page in a notebook, or print the table."""
+        show(self, str(self))
+
+    def save_html(self, path: str | Path) -> None:
+        """Write the page.
+
+        Args:
+            path: the file; its folder is made if need be.
+        """
+        from lightning_memtrain.report.outputs.html import render_html
+
+        write_atomically(Path(path), render_html(self))
 
     @property
     def compared(self) -> tuple[ComparedBytes, ...]:

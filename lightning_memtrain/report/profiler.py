@@ -137,6 +137,10 @@ class MemoryProfiler(Callback):
         state.update(_run=None, _allocator=None, _batch=None, _model=None, _lines=None)
         return state
 
+    def __repr__(self) -> str:
+        settings = f"every_n_steps={self.every_n_steps}, stacks={self._stacks}, report_dir={self._report_dir}"
+        return f"MemoryProfiler({settings})"
+
     @property
     def every_n_steps(self) -> int:
         """Steps from one that the ledger watches to the next."""

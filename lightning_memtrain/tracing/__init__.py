@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lightning_memtrain.core.first_use import at_first_use
+from lightning_memtrain.compat.first_use import at_first_use
 
 if TYPE_CHECKING:
     from lightning_memtrain.tracing.user_state.capture import UserState

@@ -172,7 +172,7 @@ def test_a_failure_of_the_profiler_does_not_hide_the_failure(tmp_path: Path, mon
     def broken(*args: Any) -> None:
         raise ZeroDivisionError("in the report")
 
-    monkeypatch.setattr("lightning_memtrain.report.profiler.publish_report", broken)
+    monkeypatch.setattr("lightning_memtrain.report.outputs.run_telling.publish_report", broken)
     model = Fails(ValueError("the reason"), at_step=1)
     with (
         pytest.warns(ReportWarning, match="could not report on the step that failed: ZeroDivisionError"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -82,6 +83,23 @@ def print_table(report: MemoryReport, file: IO[str] | None = None) -> None:
     from rich.console import Console
 
     Console(file=file, highlight=False).print(render_table(report))
+
+
+def table_text(report: MemoryReport, width: int = 100) -> str:
+    """The report as plain text.
+
+    Args:
+        report: what the profiler learned.
+        width: columns that there are.
+
+    Returns:
+        The text, without colours.
+    """
+    from rich.console import Console
+
+    file = io.StringIO()
+    Console(file=file, width=width, highlight=False).print(render_table(report))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
 def _headline(report: MemoryReport, stage: str, breakdown: MemoryBreakdown) -> RenderableType:

@@ -53,7 +53,9 @@ def describe(logger: Any, techniques: Sequence[TechniqueRecord], **others: Any) 
         techniques: of the run.
         **others: entries besides, such as the recipe's name; what is there already stays.
     """
-    config = logger.experiment.config
+    config = getattr(logger.experiment, "config", None)
+    if config is None:
+        return  # no run of W&B's, as where wandb is missing
     before = config.get("memtrain")
     described = {
         **(before if isinstance(before, Mapping) else {}),
