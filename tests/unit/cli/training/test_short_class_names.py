@@ -43,5 +43,5 @@ def test_callbacks(arguments: list[str], tmp_path: Path) -> None:
 def test_what_is_no_callback_and_what_there_is_not(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="`RigL` cannot be used here: another kind of object is expected"):
         made(tmp_path, "--trainer.callbacks+=RigL")
-    with pytest.raises(CommandError, match="there is no class `Microbatchin`. Did you mean `Microbatching`"):
+    with pytest.raises(CommandError, match=r"there is no class `Microbatchin`\. Did you mean `Microbatching`"):
         made(tmp_path, "--trainer.callbacks+=Microbatchin")
