@@ -31,7 +31,7 @@ def made(folder: Path, *arguments: str) -> RecipeCLI:
         ["CompressedActivations"],
         ["OffloadActivations"],
         ["CenteredWeights"],
-        ["SparseTraining", "--trainer.callbacks.method=RigL"],
+        ["SparseTraining", "--trainer.callbacks.method=RigL", "--trainer.callbacks.method.sparsity=0.9"],
     ],
 )
 def test_callbacks(arguments: list[str], tmp_path: Path) -> None:
@@ -43,5 +43,7 @@ def test_callbacks(arguments: list[str], tmp_path: Path) -> None:
 def test_what_is_no_callback_and_what_there_is_not(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="`RigL` cannot be used here: another kind of object is expected"):
         made(tmp_path, "--trainer.callbacks+=RigL")
-    with pytest.raises(CommandError, match=r"there is no class `Microbatchin`\. Did you mean `Microbatching`"):
+    with pytest.raises(
+        CommandError, match=r"there is no class `Microbatchin`\. Did you mean `Microbatching`"
+    ):
         made(tmp_path, "--trainer.callbacks+=Microbatchin")
