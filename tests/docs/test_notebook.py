@@ -40,7 +40,7 @@ def test_the_notebook_runs_and_its_results_draw_themselves(
     module = ModuleType("notebook_cells")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.chdir(tmp_path)
-    sources = [cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     report, breakdown, nothing, prediction = run(sources, module)
     assert nothing is None  # `show` has printed the table
     assert "<MemoryReport of Net: peak of fit" in repr(report)

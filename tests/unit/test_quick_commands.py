@@ -59,7 +59,6 @@ def test_devices_are_listed_without_torch_where_no_driver_is() -> None:
         (["run", "cifar10_wrn28_2", "--run-dir"], "the run folder"),
         (["demo", "--run-dir"], "the run folder"),
         (["copy", "cifar10_wrn28_2"], "the copy"),
-        (["study", "cifar10_wrn28_2", "--grid", "GRID", "--study-dir"], "the study's folder"),
         (["compare", "RUN", "RUN", "--page"], "the page's folder"),
         (["plan", "cifar10_wrn28_2", "--output"], "the plan's folder"),
         (["profile", "cifar10_wrn28_2", "--output"], "the report's folder"),
@@ -68,10 +67,8 @@ def test_devices_are_listed_without_torch_where_no_driver_is() -> None:
 def test_what_cannot_be_written_is_said_at_once_and_in_one_line(
     arguments: list[str], what: str, run: Path, tmp_path: Path
 ) -> None:
-    grid = tmp_path / "grid.yaml"
-    grid.write_text("variants: [smoke]\n")
     (tmp_path / "file").write_text("")
-    filled = [{"RUN": str(run), "GRID": str(grid)}.get(argument, argument) for argument in arguments]
+    filled = [{"RUN": str(run)}.get(argument, argument) for argument in arguments]
     filled.append(str(tmp_path / "file" / "in"))
     code = (
         f"from lightning_memtrain.cli import main\ncode = main({filled!r})\n"

@@ -57,6 +57,7 @@ def run_study(options: argparse.Namespace) -> int:
         recipe.make_importable()
     name, grid = load_grid(recipe, options.grid, seeds)
     folder = StudyFolder(options.study_dir or Path("studies") / f"{recipe.name}-{name}")
+    require_writable(folder.path, "the study's folder")
     plan = make_plan(recipe, grid, say)
     wanted = plan.only(
         _known([variant.name for variant in grid.variants], options.variant, "variant"),
@@ -66,7 +67,6 @@ def run_study(options: argparse.Namespace) -> int:
     if options.wandb_sweep:
         return _write_sweep(recipe, plan, grid, options)
     # An agent of W&B calls this for one run after the other.
-    require_writable(folder.path, "the study's folder")
     check_folder(folder, plan, resume=None if "WANDB_SWEEP_ID" in os.environ else options.resume)
     _check_runs(recipe, folder, wanted)
     _write_plan(folder, plan)

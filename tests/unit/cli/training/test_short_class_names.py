@@ -31,7 +31,10 @@ def made(folder: Path, *arguments: str) -> RecipeCLI:
         ["CompressedActivations"],
         ["OffloadActivations"],
         ["CenteredWeights"],
-        ["SparseTraining", "--trainer.callbacks.method=RigL", "--trainer.callbacks.method.sparsity=0.9"],
+        [
+            "SparseTraining",
+            '--trainer.callbacks.method={"class_path": "RigL", "init_args": {"sparsity": 0.9}}',
+        ],
     ],
 )
 def test_callbacks(arguments: list[str], tmp_path: Path) -> None:
