@@ -23,7 +23,8 @@ from lightning_memtrain.cli.studies.study_options import add_compare_options, ad
 _RUN_EPILOG = """\
 Any other option goes to LightningCLI, for example:
   memtrain run RECIPE --trainer.max_epochs=10 --data.batch_size=50 --trainer.callbacks+=RichProgressBar
-`--print_config` prints the resolved configuration; `--trainer.callbacks.help=NAME` explains a callback.
+`memtrain run RECIPE --help` lists what can be set, `--print_config` prints the resolved configuration, and
+`--trainer.callbacks.help=NAME` explains a callback.
 Ctrl-C or SIGTERM ends a run after its current step with a checkpoint and a report; --resume goes on there."""
 
 
@@ -84,6 +85,8 @@ def _dispatch(argv: list[str]) -> int:
         return _profile(argv[1:])
     if command in _commands_of_recipes():
         return _run_command(command, argv[1:])
+    if command == "run" and len(argv) > 1 and not argv[1].startswith("-"):  # and help of it is asked for
+        return _help_of_run(parser, argv[1])
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         options = parser.commands.get(command, parser).option_strings
@@ -159,6 +162,15 @@ def _run(argv: list[str]) -> int:
         exit_code, folder = run(recipe, args.variant, args.run_dir, overrides, plan=args.plan, test=args.test)
     print(f"Run folder: {folder.path}")
     return exit_code
+
+
+def _help_of_run(parser: CommandParser, name: str) -> int:
+    recipe = recipes.find(name)
+    parser.commands["run"].print_help()
+    from lightning_memtrain.cli.parsing.recipe_settings import settings_text
+
+    print(f"\n{settings_text(recipe)}")
+    return 0
 
 
 def _demo(argv: list[str]) -> int:

@@ -473,12 +473,12 @@
     const place = (site) => site.file ? `${site.in_backward ? "backward of " : ""}${site.file}:${site.line}` : site.was_there ? "there before the step" : site.line || "not known";
     const rows = stage.sites.map((site) => el("tr", {},
       el("td", { class: "name" }, el("span", { class: "mono" }, breakable(place(site))), " ", el("span", { class: "small muted" }, site.function)),
-      el("td", { class: "left" }, site.category ? swatch(site.category) : null, ` ${label(site.category)}`), el("td", { class: "left mono" }, site.module), el("td", {}, bytes(site.num_bytes)), el("td", {}, site.num_storages.toLocaleString("en"))));
+      el("td", {}, bytes(site.num_bytes)), el("td", { class: "left" }, site.category ? swatch(site.category) : null, ` ${label(site.category)}`), el("td", { class: "left mono" }, site.module), el("td", {}, site.num_storages.toLocaleString("en"))));
     const body = el("tbody", {}, rows.slice(0, FIRST_ROWS));
     const more = rows.length > FIRST_ROWS ? el("button", { type: "button", class: "more", onclick: () => { body.append(...rows.slice(FIRST_ROWS)); more.remove(); } }, `Show all ${rows.length.toLocaleString("en")} lines`) : null;
     return card("sites", "Your lines of code", "Which line has made what is live at the peak. What a backward makes is told by the line that it is the backward of.",
       el("div", { class: "scroll" }, el("table", { class: "data" },
-        el("thead", {}, el("tr", {}, ["Line", "Used for", "Module", "Bytes", "Storages"].map((text, at) => el("th", { scope: "col", class: at < 3 ? "left" : null }, text)))), body)), more);
+        el("thead", {}, el("tr", {}, ["Line", "Bytes", "Used for", "Module", "Storages"].map((text, at) => el("th", { scope: "col", class: at === 2 || at === 3 ? "left" : null }, text)))), body)), more);
   }
 
   function growth(name) {
