@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from lightning_memtrain.compat.first_use import at_first_use
+from lightning_memtrain.report.memory_report import draw_with
 
 if TYPE_CHECKING:
     from lightning_memtrain.report.advice import largest_holders
@@ -70,3 +71,18 @@ __all__ = [
     "report_of_steps",
     "save_html",
 ]
+
+
+def _table(report: "MemoryReport") -> str:
+    from lightning_memtrain.report.outputs.report_table import table_text
+
+    return table_text(report)
+
+
+def _page(report: "MemoryReport") -> str:
+    from lightning_memtrain.report.outputs.html import render_html
+
+    return render_html(report)
+
+
+draw_with(table=_table, page=_page)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ JSON_NAME = "memory_report.json"
 #: How the names of all metrics begin that loggers get.
 METRIC_PREFIX = "memory/"
 HTML_NAME = "memory_report.html"
+
+# What draws a report knows it, and so is not known here: the package says who does.
+_drawing: dict[str, Callable[[MemoryReport], str]] = {}
 
 # Told apart from other JSON files by this entry, whatever their version.
 _KIND = "lightning_memtrain memory report"
@@ -159,15 +162,11 @@ class MemoryReport:
 
     def __str__(self) -> str:
         """The table, as for the terminal."""
-        from lightning_memtrain.report.outputs.report_table import table_text
-
-        return table_text(self)
+        return _drawing["table"](self)
 
     def _repr_html_(self) -> str:
         """The page, for notebooks."""
-        from lightning_memtrain.report.outputs.html import render_html
-
-        return framed(render_html(self))
+        return framed(_drawing["page"](self))
 
     def show(self) -> None:
         """Draw the page in a notebook, or print the table."""
@@ -179,9 +178,7 @@ class MemoryReport:
         Args:
             path: the file; its folder is made if need be.
         """
-        from lightning_memtrain.report.outputs.html import render_html
-
-        write_atomically(Path(path), render_html(self))
+        write_atomically(Path(path), _drawing["page"](self))
 
     @property
     def compared(self) -> tuple[ComparedBytes, ...]:
@@ -354,3 +351,12 @@ def _describe(data: Any) -> str:
     if isinstance(data, Mapping):
         return f"an object with the entries {sorted(map(str, data))[:5]}"
     return f"{type(data).__name__} data"
+
+
+def draw_with(**drawing: Callable[[MemoryReport], str]) -> None:
+    """Say who draws reports.
+
+    Args:
+        **drawing: ``table`` and ``page``.
+    """
+    _drawing.update(drawing)

@@ -75,12 +75,12 @@ class MemoryProfiler(Callback):
         max_rows: modules, and moments of the timeline, that a stage has in ``memory_report.json``: what is
             least is summed up by the module around it (:attr:`report` and the page have all); at least 2,
             or ``None`` for all.
+        predict: ``lightning_memtrain.predict``, to predict the training steps before the first one, and to
+            say at the end by how much that was off. What cannot be predicted is said in a warning.
         log_all: whether loggers get all metrics, and W&B the timeline as series too; else at most a dozen, by
             which runs are compared. ``trainer.callback_metrics`` has all.
         stacks: whether the report says which line of your code has made what is live at the peak; watched
             steps take longer by it.
-        predict: ``lightning_memtrain.predict``, to predict the training steps before the first one, and to
-            say at the end by how much that was off. What cannot be predicted is said in a warning.
 
     Raises:
         ArgumentError: if ``every_n_steps`` is no whole number from 1 on, or ``max_rows`` none from 2 on.
