@@ -41,7 +41,7 @@ def report_of_steps(
         >>> with MemoryLedger(model) as ledger:
         ...     model(torch.ones(8, 4)).sum().backward()
         >>> report_of_steps(model, ledger.breakdown())
-        <MemoryReport of Linear: peak of fit 248 B>
+        <MemoryReport of Linear: peak of fit 236 B>
     """
     check_modules("report_of_steps", model=model)
     given = [steps] if isinstance(steps, MemoryBreakdown) else steps
