@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_memtrain.report.environment import environment
+from lightning_memtrain.report.run_environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 

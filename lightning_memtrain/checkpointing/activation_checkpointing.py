@@ -22,6 +22,7 @@ from lightning_memtrain.compat.lightning_packages import in_both, refuse_mix
 from lightning_memtrain.compat.lightning_private import checkpoints_activations
 from lightning_memtrain.core import NoEffectWarning, Setting, TechniqueRecord
 from lightning_memtrain.core.arguments.module_selectors import Selector
+from lightning_memtrain.core.technique import readable_repr
 
 
 class ActivationCheckpointing(Callback):
@@ -165,6 +166,8 @@ class ActivationCheckpointing(Callback):
     def exact(self) -> bool:
         """The result is the same to the bit."""
         return True
+
+    __repr__ = readable_repr
 
     def technique_record(self) -> TechniqueRecord:
         """What is recomputed, and how it was chosen."""

@@ -6,17 +6,25 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from lightning_memtrain.__about__ import __version__
 from lightning_memtrain.cli import recipes
 from lightning_memtrain.cli.errors import INTERRUPTED, CommandError, did_you_mean
+from lightning_memtrain.cli.parsing.command_options import (
+    demo_options,
+    plan_options,
+    predict_options,
+    profile_options,
+    run_options,
+)
+from lightning_memtrain.cli.parsing.command_parser import CommandParser, Parser
 from lightning_memtrain.cli.studies.study_options import add_compare_options, add_study_options
 
 _RUN_EPILOG = """\
 Any other option goes to LightningCLI, for example:
   memtrain run RECIPE --trainer.max_epochs=10 --data.batch_size=50 --trainer.callbacks+=RichProgressBar
-`--print_config` prints the resolved configuration; `--trainer.callbacks.help=NAME` explains a callback.
+`memtrain run RECIPE --help` lists what can be set, `--print_config` prints the resolved configuration, and
+`--trainer.callbacks.help=NAME` explains a callback.
 Ctrl-C or SIGTERM ends a run after its current step with a checkpoint and a report; --resume goes on there."""
 
 
@@ -29,6 +37,11 @@ _PLAN_EPILOG = """\
 Prints the ways that keep the limit, fastest first, and writes the plan and a page with a chart beside it.
 The exit code is 0 if there is one and 3 if there is none. Then: memtrain run RECIPE --plan plan.yaml
 Any other option goes to LightningCLI, as for `memtrain run`."""
+
+
+_PROFILE_EPILOG = """\
+Any other option goes to LightningCLI, as for `memtrain run`. A class of a file is made without arguments and
+brings its `train_dataloader`; its Trainer has the defaults."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +68,10 @@ def _dispatch(argv: list[str]) -> int:
     if not argv:
         parser.print_help(sys.stderr)
         return 2
+    if argv[0] == "__complete":
+        from lightning_memtrain.cli.parsing.completion import print_words
+
+        return print_words(parser, argv[1:])
     command, asks_for_help = argv[0], not {"-h", "--help"}.isdisjoint(argv)
     if command == "run" and not asks_for_help:
         return _run(argv[1:])
@@ -64,8 +81,12 @@ def _dispatch(argv: list[str]) -> int:
         return _predict(argv[1:])
     if command == "plan" and not asks_for_help:
         return _plan(argv[1:])
+    if command == "profile" and not asks_for_help:
+        return _profile(argv[1:])
     if command in _commands_of_recipes():
         return _run_command(command, argv[1:])
+    if command == "run" and len(argv) > 1 and not argv[1].startswith("-"):  # and help of it is asked for
+        return _help_of_run(parser, argv[1])
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         options = parser.commands.get(command, parser).option_strings
@@ -121,7 +142,7 @@ def _devices(args: argparse.Namespace) -> None:
 def _run(argv: list[str]) -> int:
     # By hand, because argparse would take the value of a LightningCLI option that follows for the recipe.
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    args, overrides = _run_options().parse_known_args(argv)
+    args, overrides = run_options().parse_known_args(argv)
     if args.resume is not None:
         if name or args.variant or args.run_dir or args.plan:
             raise CommandError(
@@ -143,17 +164,26 @@ def _run(argv: list[str]) -> int:
     return exit_code
 
 
+def _help_of_run(parser: CommandParser, name: str) -> int:
+    recipe = recipes.find(name)
+    parser.commands["run"].print_help()
+    from lightning_memtrain.cli.parsing.recipe_settings import settings_text
+
+    print(f"\n{settings_text(recipe)}")
+    return 0
+
+
 def _demo(argv: list[str]) -> int:
     from lightning_memtrain.cli.demo import run_demo
 
-    args, overrides = _demo_options().parse_known_args(argv)
+    args, overrides = demo_options().parse_known_args(argv)
     return run_demo(args.run_dir, overrides)
 
 
 def _predict(argv: list[str]) -> int:
     # By hand, as for `run`.
     target = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    args, overrides = _predict_options().parse_known_args(argv)
+    args, overrides = predict_options().parse_known_args(argv)
     if target is None:
         raise CommandError("`memtrain predict` needs a recipe or file.py:Class before its options.")
     from lightning_memtrain.cli.planning.predict_command import show_prediction
@@ -173,7 +203,7 @@ def _predict(argv: list[str]) -> int:
 def _plan(argv: list[str]) -> int:
     # By hand, as for `run`.
     target = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    args, overrides = _plan_options().parse_known_args(argv)
+    args, overrides = plan_options().parse_known_args(argv)
     if target is None:
         raise CommandError(
             "`memtrain plan` needs a recipe, a configuration or file.py:Class before its options."
@@ -193,6 +223,33 @@ def _plan(argv: list[str]) -> int:
     )
 
 
+def _profile(argv: list[str]) -> int:
+    # By hand, as for `run`.
+    target = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    args, overrides = profile_options().parse_known_args(argv)
+    if target is None:
+        raise CommandError(
+            "`memtrain profile` needs a recipe, a configuration or file.py:Class before its options."
+        )
+    from lightning_memtrain.cli.planning.profile_command import show_profile
+
+    return show_profile(
+        target,
+        steps=args.steps,
+        variants=args.variant,
+        batch_size=args.batch_size,
+        stacks=not args.no_stacks,
+        output=args.output,
+        overrides=overrides,
+    )
+
+
+def _completion(args: argparse.Namespace) -> None:
+    from lightning_memtrain.cli.parsing.completion import script
+
+    print(script(args.shell))
+
+
 def _commands_of_recipes() -> dict[str, str]:
     """What the commands that recipes bring along do, by name."""
     return {
@@ -204,7 +261,7 @@ def _run_command(name: str, argv: list[str]) -> int:
     """Run a command of a recipe; its options are known once it is known of which run it is asked."""
     from lightning_memtrain.cli.run_folder import RunFolder
 
-    parser = _Parser(prog=f"memtrain {name}", description=_commands_of_recipes()[name], allow_abbrev=False)
+    parser = Parser(prog=f"memtrain {name}", description=_commands_of_recipes()[name], allow_abbrev=False)
     parser.add_argument("folder", metavar="RUN", type=Path, help="a run's folder")
     if not argv or argv[0].startswith("-"):
         if not {"-h", "--help"}.isdisjoint(argv):
@@ -230,61 +287,21 @@ def _run_command(name: str, argv: list[str]) -> int:
         raise CommandError(str(error)) from error
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake as a :class:`CommandError`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise CommandError(f"{message}. See `{self.prog} --help`.")
-
-    @property
-    def option_strings(self) -> list[str]:
-        return list(self._option_string_actions)
-
-
-class _CommandParser(_Parser):
-    """The parser of the whole command line: knows all commands and their options."""
-
-    def __init__(self) -> None:
-        summary = "Train in less memory and see where every byte goes."
-        super().__init__(prog="memtrain", description=summary, allow_abbrev=False)
-        self.add_argument("--version", action="version", version=f"memtrain {__version__}")
-        self._subparsers_action = self.add_subparsers(
-            metavar="COMMAND", title="commands", parser_class=_Parser
-        )
-        self.commands: dict[str, _Parser] = {}
-
-    def add(self, name: str, summary: str, options: _Parser | None = None) -> _Parser:
-        command = self._subparsers_action.add_parser(
-            name,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            allow_abbrev=False,
-            parents=[options] if options else [],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        self.commands[name] = command
-        return command
-
-    def _check_value(self, action: argparse.Action, value: object) -> None:
-        if action is self._subparsers_action and value not in self.commands:
-            hint = did_you_mean(str(value), self.commands)
-            raise CommandError(f"unknown command `{value}`.{hint} `memtrain --help` lists all.")
-        super()._check_value(action, value)
-
-
-def _parser() -> _CommandParser:
-    parser = _CommandParser()
+def _parser() -> CommandParser:
+    parser = CommandParser()
     parser.add("recipes", "list the recipes and their variants").set_defaults(function=_recipes)
     show = parser.add("show", "print a recipe's YAML")
     copy = parser.add("copy", "copy a recipe's folder, to be changed and run")
-    run = parser.add("run", "train by a recipe", _run_options())
+    run = parser.add("run", "train by a recipe", run_options())
     report = parser.add("report", "print the memory report of a run, or a snapshot of CUDA memory")
-    predict = parser.add("predict", "say what a run will need on a GPU, without the GPU", _predict_options())
+    predict = parser.add("predict", "say what a run will need on a GPU, without the GPU", predict_options())
     study = parser.add("study", "run variants of a recipe, alone and combined, with several seeds")
     compare = parser.add("compare", "lay runs side by side: memory, modules, techniques, time, score")
-    plan = parser.add("plan", "find how a run keeps a limit of memory, before it runs", _plan_options())
+    plan = parser.add("plan", "find how a run keeps a limit of memory, before it runs", plan_options())
+    profile = parser.add("profile", "train a few steps and show their memory", profile_options())
+    completion = parser.add("completion", "print what makes a shell complete this command")
     parser.add("devices", "list GPUs by name, with their memory").set_defaults(function=_devices)
-    parser.add("demo", "train WRN-28-2 on handwritten digits and show its memory", _demo_options())
+    parser.add("demo", "train WRN-28-2 on handwritten digits and show its memory", demo_options())
     for name, summary in _commands_of_recipes().items():
         parser.add(name, summary[0].lower() + summary[1:])
 
@@ -315,6 +332,16 @@ def _parser() -> _CommandParser:
         help="a recipe, a configuration of LightningCLI, or a LightningModule of a file",
     )
     plan.epilog = _PLAN_EPILOG
+    profile.add_argument(
+        "target",
+        nargs="?",
+        metavar="RECIPE|CONFIG.yaml|FILE.py:CLASS",
+        help="a recipe, a configuration of LightningCLI, or a LightningModule of a file",
+    )
+    profile.epilog = _PROFILE_EPILOG
+    completion.add_argument("shell", choices=["bash", "zsh"], help="which shell")
+    completion.epilog = 'For this shell: eval "$(memtrain completion bash)"'
+    completion.set_defaults(function=_completion)
     report.add_argument(
         "path",
         metavar="PATH",
@@ -329,68 +356,3 @@ def _parser() -> _CommandParser:
     report.add_argument("--open", action="store_true", help="open the HTML page in a browser, too")
     report.set_defaults(function=_report)
     return parser
-
-
-def _add_variant(options: _Parser) -> None:
-    options.add_argument(
-        "--variant",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="what to lay over the recipe; several add up",
-    )
-
-
-def _run_options() -> _Parser:
-    options = _demo_options()
-    _add_variant(options)
-    options.add_argument("--test", action="store_true", help="test what was trained, after the last step")
-    options.add_argument("--plan", type=Path, metavar="FILE", help="follow a plan of `memtrain plan`")
-    options.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
-    options.add_argument(
-        "--trust",
-        metavar="CLASS",
-        action="append",
-        default=[],
-        help="with --resume: let its checkpoint have objects of this class, named with its module",
-    )
-    return options
-
-
-def _predict_options() -> _Parser:
-    options = _Parser(prog="memtrain predict", add_help=False, allow_abbrev=False)
-    options.add_argument("--device", metavar="NAME", help="a GPU that `memtrain devices` lists, or cpu")
-    _add_variant(options)
-    options.add_argument("--batch-size", type=int, metavar="N", help="samples in a batch of one device")
-    options.add_argument("--devices", type=int, metavar="N", help="of how many devices one is predicted")
-    options.add_argument("--strategy", metavar="NAME", help="what they exchange: ddp or fsdp2")
-    options.add_argument("--json", action="store_true", help="print JSON, see docs/prediction.md")
-    return options
-
-
-def _plan_options() -> _Parser:
-    options = _Parser(prog="memtrain plan", add_help=False, allow_abbrev=False)
-    options.add_argument(
-        "--limit", metavar="SIZE", help="most memory, e.g. 11GiB, or 0.9 of the device's; default: all of it"
-    )
-    options.add_argument("--device", metavar="NAME", help="a GPU that `memtrain devices` lists, or cpu")
-    options.add_argument(
-        "--allow",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="what may change the result; several add up",
-    )
-    _add_variant(options)
-    options.add_argument("--batch-size", type=int, metavar="N", help="samples in a batch")
-    options.add_argument(
-        "--output", type=Path, default=Path("plan.yaml"), metavar="FILE", help="default: plan.yaml"
-    )
-    options.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    return options
-
-
-def _demo_options() -> _Parser:
-    options = _Parser(prog="memtrain", add_help=False, allow_abbrev=False)
-    options.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder; default: runs/NAME-TIME")
-    return options

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from lightning_memtrain.cli.errors import CommandError, did_you_mean
+from lightning_memtrain.cli.writable import require_writable
 
 CONFIG = "config.yaml"
 PACKAGE = "lightning_memtrain.recipes"
@@ -148,6 +149,7 @@ class Recipe:
             raise CommandError(
                 f"`{target}` is not empty; name another folder, or overwrite its files with --force."
             )
+        require_writable(target, "the copy")
         old, new = self.package, _package_name(target)
         _refuse_taken(new, target)
         shutil.copytree(

@@ -17,6 +17,7 @@ from lightning_memtrain.cli.plan_overlay import trainer_of_plan
 from lightning_memtrain.cli.recipes import Recipe
 from lightning_memtrain.cli.run_folder import RunFolder, launched_by_first_process
 from lightning_memtrain.cli.variants import merge_variants
+from lightning_memtrain.cli.writable import require_writable
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
@@ -78,6 +79,7 @@ def resume(
         The exit code of the command, and the run's folder.
     """
     folder = RunFolder.open(run_dir)
+    require_writable(folder.path, "the run folder")
     require_jsonargparse()
     if not any(folder.checkpoints.glob("*.ckpt")):
         folder.last_checkpoint()  # says so before anything is made
@@ -163,10 +165,18 @@ def _fit(cli: RecipeCLI, checkpoint: Path | None, test: bool) -> int:
                 f"What was whole is left as it was; go on with: memtrain run --resume {cli.folder.path}",
                 exit_code=1,
             ) from error
+        if isinstance(error, OSError) and _is_within(error.filename, cli.folder.path):
+            raise CommandError(
+                f"`{error.filename}` of the run cannot be written or read: {error.strerror}.", exit_code=1
+            ) from error
         if not _comes_from_data(error, cli.datamodule):
             raise
         raise CommandError(str(error), exit_code=1) from error
     return cli.interrupt.exit_code
+
+
+def _is_within(name: object, folder: Path) -> bool:
+    return isinstance(name, str) and folder.absolute() in Path(name).absolute().parents
 
 
 def _say_how_to_go_on(cli: RecipeCLI) -> None:

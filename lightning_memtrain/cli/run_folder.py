@@ -13,6 +13,7 @@ from pathlib import Path
 from lightning_memtrain.cli.checkpoint_file import DamagedError, read_checkpoint
 from lightning_memtrain.cli.errors import CommandError
 from lightning_memtrain.cli.recipes import CONFIG, Recipe, installed, package_in
+from lightning_memtrain.cli.writable import require_writable
 
 # Where the first process of a distributed run tells those it starts which folder it chose.
 _CHOSEN = "MEMTRAIN_RUN_DIR"
@@ -65,7 +66,7 @@ class RunFolder:
             The run's folder.
 
         Raises:
-            CommandError: if the folder holds something already.
+            CommandError: if the folder holds something already, or cannot be written to.
         """
         if launched_by_first_process():
             # The path that was given, or else the timestamp of the first process.
@@ -76,6 +77,7 @@ class RunFolder:
                 f"the run folder `{folder}` exists and is not an empty folder; name another one, "
                 f"or go on with the run in it: memtrain run --resume {folder}"
             )
+        require_writable(folder, "the run folder")
         os.environ[_CHOSEN] = str(folder)
         return cls(folder)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lightning_memtrain.core.categories import Category, CategoryBytes
+from lightning_memtrain.core.notebooks import show
+from lightning_memtrain.core.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,49 @@ class TimelineEvent:
 
 
 @dataclass(frozen=True)
+class CodeSite:
+    """Storages that are live at the peak and that one line of the user's code has made.
+
+    Args:
+        file: path of the file, or the name of a notebook's cell; ``""`` if it is not known.
+        line: number of the line, from 1; 0 if it is not known.
+        function: in which it is.
+        in_backward: whether the backward of the line has made them.
+        was_there: whether they were there before the step, as parameters are.
+        category: what they are used for, as :class:`~lightning_memtrain.core.Category` has it.
+        module: path of the module that made them, or whose parameters they belong to.
+        num_bytes: their bytes.
+        num_storages: how many they are.
+    """
+
+    file: str
+    line: int
+    function: str
+    category: str
+    num_bytes: int
+    num_storages: int
+    module: str = ""
+    in_backward: bool = False
+    was_there: bool = False
+
+    def __str__(self) -> str:
+        """The line in short."""
+        if not self.file:
+            return "there before the step" if self.was_there else "not known"
+        place = f"{self.file}:{self.line}"
+        return f"backward of {place}" if self.in_backward else place
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain names and values, for JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CodeSite:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**data)
+
+
+@dataclass(frozen=True)
 class Growth:
     """Storages that outlived the step in which they were made and are no part of the training state.
 
@@ -106,7 +152,7 @@ class Growth:
         return cls(**data)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MemoryBreakdown:
     """Where every byte of a training step went.
 
@@ -129,6 +175,8 @@ class MemoryBreakdown:
             ``None`` where it takes none ahead.
         num_alloc_retries: how often the allocator had to give its free blocks back to go on; ``None``
             likewise.
+        sites: the user's lines of code that have made what is live at the peak, largest first; empty unless
+            they were asked for.
     """
 
     device: str
@@ -146,6 +194,32 @@ class MemoryBreakdown:
     allocator_peak_bytes: int | None = None
     reserved_bytes: int | None = None
     num_alloc_retries: int | None = None
+    sites: tuple[CodeSite, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<MemoryBreakdown on {self.device}: peak {format_bytes(self.peak_bytes)}>"
+
+    def __str__(self) -> str:
+        """Bytes by category at the peak, largest first."""
+        rows = self._rows()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name.ljust(width)}  {size:>12}" for name, size in rows)
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for notebooks."""
+        rows = "".join(
+            f"<tr><td style='text-align:left'>{name}</td><td>{size}</td></tr>" for name, size in self._rows()
+        )
+        return f"<table><caption>Memory on {html.escape(self.device)}</caption>{rows}</table>"
+
+    def show(self) -> None:
+        """Draw the table in a notebook, or print it."""
+        show(self, str(self))
+
+    def _rows(self) -> list[tuple[str, str]]:
+        held = sorted(self.at_peak.items(), key=lambda one: -one[1])
+        rows = [(category.value.replace("_", " "), format_bytes(size)) for category, size in held if size]
+        return [*rows, ("peak", format_bytes(self.peak_bytes))]
 
     @property
     def ledger_peak_bytes(self) -> int:
@@ -201,7 +275,7 @@ class MemoryBreakdown:
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("at_peak", "maxima"):
             plain[name] = plain[name].to_dict()
-        for name in ("modules", "timeline", "growth"):
+        for name in ("modules", "timeline", "growth", "sites"):
             plain[name] = [row.to_dict() for row in plain[name]]
         return plain
 
@@ -211,6 +285,8 @@ class MemoryBreakdown:
         rows: dict[str, Any] = dict(data)
         for name in ("at_peak", "maxima"):
             rows[name] = CategoryBytes(rows[name])
-        for name, row_type in (("modules", ModuleMemory), ("timeline", TimelineEvent), ("growth", Growth)):
-            rows[name] = tuple(row_type.from_dict(row) for row in rows[name])
+        rows["modules"] = tuple(map(ModuleMemory.from_dict, rows["modules"]))
+        rows["timeline"] = tuple(map(TimelineEvent.from_dict, rows["timeline"]))
+        rows["growth"] = tuple(map(Growth.from_dict, rows["growth"]))
+        rows["sites"] = tuple(map(CodeSite.from_dict, rows.get("sites", ())))  # older files have none
         return cls(**rows)

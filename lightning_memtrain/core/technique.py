@@ -106,6 +106,21 @@ class Technique(Protocol):
         """
 
 
+def readable_repr(technique: Technique) -> str:
+    """A technique with its settings, for its ``__repr__``.
+
+    Args:
+        technique: which may not have begun yet.
+
+    Returns:
+        E.g. ``"Microbatching(num_microbatches=4)"``.
+    """
+    try:
+        return str(technique.technique_record())
+    except Exception:  # in the middle of something; a repr is asked for by debuggers then
+        return f"{type(technique).__name__}(...)"
+
+
 def is_technique(candidate: object) -> TypeGuard[Technique]:
     """Whether an object is a :class:`Technique` by its own class.
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore
 from lightning_memtrain.compat.lightning_packages import refuse_mix
 from lightning_memtrain.core import ArgumentError, ByteLimit, TechniqueRecord
 from lightning_memtrain.core.arguments.value_checks import check_flags
+from lightning_memtrain.core.technique import readable_repr
 from lightning_memtrain.microbatching import training_loop
 from lightning_memtrain.microbatching.automatic_size.recovery import Recovery
 from lightning_memtrain.microbatching.automatic_size.size_choice import AutoSize, GivenSize
@@ -284,6 +285,8 @@ class Microbatching(Callback):
     def exact(self) -> bool:
         """Whether the result is that of the whole batch in exact arithmetic; known once a fit has begun."""
         return not self._has_batchnorm or not self._splits
+
+    __repr__ = readable_repr
 
     def technique_record(self) -> TechniqueRecord:
         """Settings in force, and what was chosen or changed during the run."""

@@ -17,6 +17,7 @@ from lightning_memtrain.compat.lightning_packages import refuse_mix
 from lightning_memtrain.compat.lightning_private import should_accumulate
 from lightning_memtrain.coordination import backward_is_partial
 from lightning_memtrain.core import ArgumentError, NoEffectWarning, TechniqueRecord, format_bytes
+from lightning_memtrain.core.technique import readable_repr
 from lightning_memtrain.optimizer_in_backward.backward_steps import BackwardSteps
 from lightning_memtrain.optimizer_in_backward.gradient_accumulation import Accumulation
 from lightning_memtrain.optimizer_in_backward.gradient_averages import GradientAverages
@@ -268,6 +269,8 @@ class OptimizerInBackward(Callback):
     def exact(self) -> bool:
         """Whether the steps are those of the optimizer on all gradients, in exact arithmetic."""
         return self._accumulation is None or self._accumulation.exact
+
+    __repr__ = readable_repr
 
     def technique_record(self) -> TechniqueRecord:
         """Settings in force, and how many parameters were stepped."""

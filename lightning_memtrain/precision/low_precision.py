@@ -24,6 +24,7 @@ from lightning_memtrain.compat.lightning_packages import (
 )
 from lightning_memtrain.core import TechniqueRecord
 from lightning_memtrain.core.arguments.module_selectors import Selector, selector_name
+from lightning_memtrain.core.technique import readable_repr
 from lightning_memtrain.optimizer_steps.parameter_steps import step_parameter
 from lightning_memtrain.precision.activations.activation_codec import ActivationCodec
 from lightning_memtrain.precision.activations.packed_training_steps import PackedTrainingSteps
@@ -299,6 +300,8 @@ class LowPrecision(KnownToBoth, Precision, kind=Precision):
     def exact(self) -> bool:
         """Whether results are those of float32."""
         return self._settings.precision == "32-true" and self._packed is None
+
+    __repr__ = readable_repr
 
     def technique_record(self) -> TechniqueRecord:
         """PrecisionSettings in force, and how many steps were left out."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from lightning_memtrain.coordination import watch_asides
 from lightning_memtrain.core import MemoryBreakdown
 from lightning_memtrain.ledger import AllocatorStatistics, MemoryLedger, Survivor
 from lightning_memtrain.ledger.operators.predicted_statistics import PredictedStatistics
+from lightning_memtrain.report.stacks.stack_recorder import KnownLines, StackRecorder
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,18 @@ class BatchMeasurement:
     Args:
         allocator: reader of the allocator's peak, or ``None`` to do without.
         ledger: a ledger that was not entered yet, or ``None`` to do without.
+        stacks: lines of code that have made storages, to be noted beside the ledger; ``None`` for none.
     """
 
-    def __init__(self, allocator: AllocatorStatistics | None, ledger: MemoryLedger | None) -> None:
+    def __init__(
+        self,
+        allocator: AllocatorStatistics | None,
+        ledger: MemoryLedger | None,
+        stacks: KnownLines | None = None,
+    ) -> None:
         self._allocator = allocator
         self._ledger = ledger
+        self._stacks = None if stacks is None or ledger is None else StackRecorder(ledger, stacks)
         self._reading_since: int | None = None
         self._unwatch: Callable[[], None] | None = None
 
@@ -74,6 +82,7 @@ class BatchMeasurement:
         batch: Any,
         device: torch.device,
         held: Sequence[torch.Tensor] = (),
+        stacks: KnownLines | None = None,
     ) -> BatchMeasurement:
         """A measurement of one batch by a ledger of its own.
 
@@ -84,13 +93,15 @@ class BatchMeasurement:
             batch: the batch, of any kind.
             device: the device whose storages are counted.
             held: what else is live on it.
+            stacks: lines of code that have made storages, to be noted; ``None`` for none.
 
         Returns:
             The measurement, not started yet.
         """
         torch_optimizers = [optimizer for optimizer in optimizers if isinstance(optimizer, Optimizer)]
         if not isinstance(allocator, PredictedStatistics):
-            return cls(allocator, MemoryLedger(model, torch_optimizers, batch, device=device, held=held))
+            ledger = MemoryLedger(model, torch_optimizers, batch, device=device, held=held)
+            return cls(allocator, ledger, stacks)
         ledger = MemoryLedger(
             model, torch_optimizers, batch, device=device, held=held, workspace=allocator.workspace
         )
@@ -101,8 +112,11 @@ class BatchMeasurement:
         """Begin to measure: the allocator's peak is reset, and the ledger entered."""
         if self._ledger is not None:
             self._ledger.__enter__()
+        if self._stacks is not None:
+            self._stacks.begin()
         if self._allocator is not None:
             self._allocator.start()
+        if self._allocator is not None or self._stacks is not None:
             self._unwatch = watch_asides(self._pause, self._resume)
 
     def annotate(self, name: str) -> None:
@@ -111,11 +125,15 @@ class BatchMeasurement:
             self._ledger.annotate(name)
 
     def _pause(self) -> None:
+        if self._stacks is not None:
+            self._stacks.begin_aside()
         # Whatever is aside may read the allocator itself.
         if self._allocator is not None:
             self._allocator.stop()
 
     def _resume(self) -> None:
+        if self._stacks is not None:
+            self._stacks.end_aside()
         if self._allocator is not None:
             self._allocator.start()
             self._reading_since = self._ledger.tick if self._ledger is not None else None
@@ -133,10 +151,13 @@ class BatchMeasurement:
         ledger, self._ledger = self._ledger, None
         breakdown: MemoryBreakdown | None = None
         survivors: tuple[Survivor, ...] = ()
+        stacks = self._end_stacks()
         if ledger is not None:
             ledger.__exit__(None, None, None)
             breakdown = ledger.breakdown(per_module=per_module, timeline=timeline, with_asides=False)
             survivors = ledger.survivors()
+            if stacks is not None:
+                breakdown = replace(breakdown, sites=stacks.sites())
         allocator = self._take_allocator()
         ends: tuple[int, ...] = ()
         if ledger is not None and breakdown is not None:
@@ -158,9 +179,16 @@ class BatchMeasurement:
         allocator = self._take_allocator()
         if allocator is not None:
             allocator.stop()
+        self._end_stacks()
         ledger, self._ledger = self._ledger, None
         if ledger is not None:
             ledger.__exit__(None, None, None)
+
+    def _end_stacks(self) -> StackRecorder | None:
+        stacks, self._stacks = self._stacks, None
+        if stacks is not None:
+            stacks.end()
+        return stacks
 
     def _take_allocator(self) -> AllocatorStatistics | None:
         allocator, self._allocator = self._allocator, None

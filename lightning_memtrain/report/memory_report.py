@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_memtrain.core import ArgumentError, Growth, MemoryBreakdown, TechniqueRecord
 from lightning_memtrain.core.atomic_files import write_atomically
+from lightning_memtrain.core.notebooks import framed, show
+from lightning_memtrain.core.units import format_bytes, format_seconds
 from lightning_memtrain.report.predicted.predicted_step import ComparedBytes, PredictedStep
 
 SCHEMA_VERSION = 1
@@ -17,6 +19,9 @@ JSON_NAME = "memory_report.json"
 #: How the names of all metrics begin that loggers get.
 METRIC_PREFIX = "memory/"
 HTML_NAME = "memory_report.html"
+
+# What draws a report knows it, and so is not known here: the package says who does.
+_drawing: dict[str, Callable[[MemoryReport], str]] = {}
 
 # Told apart from other JSON files by this entry, whatever their version.
 _KIND = "lightning_memtrain memory report"
@@ -38,6 +43,48 @@ class StepPeak:
     stage: str
     peak_bytes: int
     ledger: bool
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """How long the steps of a stage took, from the arrival of a batch until its end.
+
+    Args:
+        median_seconds: of steps that nobody measured; ``None`` if there was none.
+        num_steps: how many these are; of a long run the latest.
+        measured_median_seconds: of steps whose memory was measured, by the ledger for example; ``None``
+            likewise.
+        num_measured: how many these are.
+        measured_seconds: all of them together.
+    """
+
+    median_seconds: float | None
+    num_steps: int
+    measured_median_seconds: float | None = None
+    num_measured: int = 0
+    measured_seconds: float = 0.0
+
+    @property
+    def added_seconds(self) -> float | None:
+        """What measuring has added to the run: what measured steps took beyond the median of the others.
+
+        ``None`` if that is not known. What a first step takes longer by itself is in it.
+        """
+        if self.median_seconds is None or not self.num_measured:
+            return None
+        return self.measured_seconds - self.num_measured * self.median_seconds
+
+    def __str__(self) -> str:
+        """A sentence for the terminal."""
+        if self.median_seconds is None:
+            seconds = self.measured_median_seconds or 0.0
+            return f"{format_seconds(seconds)} per step, with measuring in all of them"
+        text = f"{format_seconds(self.median_seconds)} per step (median of {self.num_steps:,})"
+        if self.added_seconds is None:
+            return text
+        steps = "the measured step" if self.num_measured == 1 else f"the {self.num_measured:,} measured steps"
+        more = "more" if self.added_seconds >= 0 else "less"
+        return f"{text}; {steps} took {format_seconds(abs(self.added_seconds))} {more} than that in all"
 
 
 @dataclass(frozen=True)
@@ -74,7 +121,7 @@ class OutOfMemory:
     holders: tuple[LargestHolder, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MemoryReport:
     """All that a run's profiler learned.
 
@@ -92,6 +139,7 @@ class MemoryReport:
         techniques: what made the steps need less memory, with the settings in force at the end of the run.
         suggestions: what would have needed less, a line each, to be pasted into ``callbacks``.
         predicted: what was predicted of the training steps before they ran, ``None`` if nobody asked.
+        step_times: per stage, how long its steps took.
     """
 
     model: str
@@ -106,6 +154,31 @@ class MemoryReport:
     techniques: tuple[TechniqueRecord, ...] = ()
     suggestions: tuple[str, ...] = ()
     predicted: PredictedStep | None = None
+    step_times: Mapping[str, StepTimes] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        peaks = ", ".join(f"{name} {format_bytes(one.peak_bytes)}" for name, one in self.stages.items())
+        return f"<MemoryReport of {self.model}: {f'peak of {peaks}' if peaks else 'no step'}>"
+
+    def __str__(self) -> str:
+        """The table, as for the terminal."""
+        return _drawing["table"](self)
+
+    def _repr_html_(self) -> str:
+        """The page, for notebooks."""
+        return framed(_drawing["page"](self))
+
+    def show(self) -> None:
+        """Draw the page in a notebook, or print the table."""
+        show(self, str(self))
+
+    def save_html(self, path: str | Path) -> None:
+        """Write the page.
+
+        Args:
+            path: the file; its folder is made if need be.
+        """
+        write_atomically(Path(path), _drawing["page"](self))
 
     @property
     def compared(self) -> tuple[ComparedBytes, ...]:
@@ -136,7 +209,12 @@ class MemoryReport:
             "techniques": [record.to_dict() for record in self.techniques],
             "suggestions": list(self.suggestions),
             "predicted": None if self.predicted is None else self.predicted.to_dict(),
+            "step_times": {stage: asdict(times) for stage, times in self.step_times.items()},
         }
+
+    def to_json(self) -> str:
+        """The text of the file that :meth:`save` writes."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MemoryReport:
@@ -186,6 +264,7 @@ class MemoryReport:
                 techniques=tuple(TechniqueRecord.from_dict(row) for row in data.get("techniques", ())),
                 suggestions=tuple(data.get("suggestions", ())),
                 predicted=PredictedStep.from_dict(data["predicted"]) if data.get("predicted") else None,
+                step_times={stage: StepTimes(**row) for stage, row in data.get("step_times", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
@@ -200,7 +279,7 @@ class MemoryReport:
         Args:
             path: the file to write; its folder is made if need be.
         """
-        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        write_atomically(path, self.to_json())
 
     def save_snapshot(self, path: Path, stage: str | None = None) -> None:
         """Write the timeline of a stage's highest step as torch writes snapshots of CUDA memory.
@@ -272,3 +351,12 @@ def _describe(data: Any) -> str:
     if isinstance(data, Mapping):
         return f"an object with the entries {sorted(map(str, data))[:5]}"
     return f"{type(data).__name__} data"
+
+
+def draw_with(**drawing: Callable[[MemoryReport], str]) -> None:
+    """Say who draws reports.
+
+    Args:
+        **drawing: ``table`` and ``page``.
+    """
+    _drawing.update(drawing)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,27 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lightning_memtrain.compat.lightning_packages import misconfiguration_errors
 from lightning_memtrain.compat.lightning_private import (
     batches_that_stepped,
     should_accumulate,
     should_update_logs,
 )
-from lightning_memtrain.core import MIB, MemoryBreakdown, ReportWarning, is_out_of_memory
+from lightning_memtrain.coordination import is_watched
+from lightning_memtrain.core import ArgumentError, MemoryBreakdown, ReportWarning, is_out_of_memory
 from lightning_memtrain.core.arguments.value_checks import check_flags, check_functions, check_kinds
 from lightning_memtrain.ledger import AllocatorStatistics, allocator_statistics
 from lightning_memtrain.ledger.device_allocator import CpuStatistics
 from lightning_memtrain.report.batch_measurement import BatchMeasurement
-from lightning_memtrain.report.growth import total_bytes
 from lightning_memtrain.report.ledger_schedule import LedgerSchedule
 from lightning_memtrain.report.memory_report import MemoryReport
-from lightning_memtrain.report.outputs.loggers import define_metrics, log_scalars
-from lightning_memtrain.report.outputs.metric_names import breakdown_metrics, comparison_metrics
-from lightning_memtrain.report.outputs.publishing import publish_report
+from lightning_memtrain.report.outputs.loggers import define_metrics, describe_techniques
+from lightning_memtrain.report.outputs.run_telling import RunTelling, compare_peaks
 from lightning_memtrain.report.predicted.predicted_step import PredictedStep, Predictor
 from lightning_memtrain.report.predicted.predicting import predict_run
 from lightning_memtrain.report.row_limit import validate_max_rows
 from lightning_memtrain.report.run_recorder import RunRecorder, StageRecorder
-from lightning_memtrain.report.suggestions import Suggestions
+from lightning_memtrain.report.stacks.stack_recorder import KnownLines
 from lightning_memtrain.report.trainer_state import (
     evaluation_name,
     held_beside,
@@ -71,17 +70,24 @@ class MemoryProfiler(Callback):
         every_n_steps: steps from one that the ledger watches to the next, after the first three; at least 1.
         per_module: whether the report has a row per module.
         timeline: whether the report has the events of the highest step.
-        report_dir: folder for the report; ``None`` is ``memory`` in the trainer's ``log_dir``. A later report
-            replaces an earlier one.
+        report_dir: folder for the report; ``None`` is ``memory`` in the trainer's ``log_dir``. The files in
+            it are those of the latest run; each run keeps its own in a folder in it, named after its time.
         max_rows: modules, and moments of the timeline, that a stage has in ``memory_report.json``: what is
             least is summed up by the module around it (:attr:`report` and the page have all); at least 2,
             or ``None`` for all.
         predict: ``lightning_memtrain.predict``, to predict the training steps before the first one, and to
             say at the end by how much that was off. What cannot be predicted is said in a warning.
+        log_all: whether loggers get all metrics, and W&B the timeline as series too; else at most a dozen, by
+            which runs are compared. ``trainer.callback_metrics`` has all.
+        stacks: whether the report says which line of your code has made what is live at the peak; watched
+            steps take longer by it.
 
     Raises:
         ArgumentError: if ``every_n_steps`` is no whole number from 1 on, or ``max_rows`` none from 2 on.
     """
+
+    # Steps that run without data take other times.
+    _times_steps = True
 
     def __init__(
         self,
@@ -91,14 +97,20 @@ class MemoryProfiler(Callback):
         report_dir: str | Path | None = None,
         max_rows: int | None = 1000,
         predict: Predictor | None = None,
+        log_all: bool = False,
+        stacks: bool = False,
     ) -> None:
         super().__init__()
         self._max_rows = validate_max_rows(max_rows)
-        check_flags("MemoryProfiler", per_module=per_module, timeline=timeline)
+        check_flags(
+            "MemoryProfiler", per_module=per_module, timeline=timeline, log_all=log_all, stacks=stacks
+        )
         kinds, cure = (str, PathLike, type(None)), "Leave it out for `memory` beside the logs."
         check_kinds("MemoryProfiler", kinds, "the path of a folder", cure, report_dir=report_dir)
         check_functions("MemoryProfiler", optional=True, predict=predict)
         self._predict = predict
+        self._log_all = log_all
+        self._stacks = stacks
         self._schedule = LedgerSchedule(every_n_steps)
         self._per_module = per_module
         self._timeline = timeline
@@ -112,17 +124,22 @@ class MemoryProfiler(Callback):
         self._allocator: AllocatorStatistics | None = None
         self._batch: BatchMeasurement | None = None
         self._held = HeldTensors()
+        self._lines = KnownLines() if self._stacks else None
         self._predicted: PredictedStep | None = None
         self._model: weakref.ref[LightningModule] | None = None
         self._folder: Path | None = None
+        self._telling = RunTelling(self._max_rows, self._log_all)
         self._finished = False
-        self._suggestions = Suggestions()
 
     def __getstate__(self) -> dict[str, Any]:
         # Sent to spawned processes and copied by tuners; what is being measured stays here.
         state = self.__dict__.copy()
-        state.update(_run=None, _allocator=None, _batch=None, _model=None)
+        state.update(_run=None, _allocator=None, _batch=None, _model=None, _lines=None)
         return state
+
+    def __repr__(self) -> str:
+        settings = f"every_n_steps={self.every_n_steps}, stacks={self._stacks}, report_dir={self._report_dir}"
+        return f"MemoryProfiler({settings})"
 
     @property
     def every_n_steps(self) -> int:
@@ -151,7 +168,7 @@ class MemoryProfiler(Callback):
         self._model = weakref.ref(pl_module)
         self._folder = self._report_dir or Path(trainer.log_dir or trainer.default_root_dir) / "memory"
         for logger in trainer.loggers:
-            define_metrics(logger)
+            define_metrics(logger, log_all=self._log_all)
         if self._predict is not None and name == "fit" and trainer.is_global_zero:
             self._predicted = predict_run(self._predict, trainer, pl_module)
 
@@ -159,9 +176,15 @@ class MemoryProfiler(Callback):
         """Refuse a model that cannot be profiled."""
         self._begin_run(trainer, pl_module)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell W&B which techniques are at work: all have begun by now."""
+        if self._times_steps:
+            describe_techniques(trainer, technique_records(trainer))
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the peaks of all ranks, while all of them are still there."""
-        self._compare_ranks(trainer, 0)
+        if self._run is not None:
+            compare_peaks(trainer, self._run, None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write, log and print the report."""
@@ -267,7 +290,7 @@ class MemoryProfiler(Callback):
     def _begin_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         device = profiled_device(pl_module)
         if self._run is None or self._run.device != device:
-            self._run = RunRecorder(device)
+            self._run = RunRecorder(device, timed=self._times_steps)
             self._run.predicted = self._predicted
         self._allocator = self._statistics(device)
         if isinstance(self._allocator, CpuStatistics) and uses_torch_profiler(trainer):
@@ -281,6 +304,8 @@ class MemoryProfiler(Callback):
         self._drop_batch()
         assert self._run is not None
         stage = self._run.enter_stage(name)
+        if stage.clock is not None:
+            stage.clock.start_batch()
         step = stage.open_step
         if step is None:
             number = batches_that_stepped(trainer) if name == "fit" else stage.num_steps
@@ -288,7 +313,7 @@ class MemoryProfiler(Callback):
         if step.watched:
             held = held_beside(self._held, trainer, pl_module)
             self._batch = BatchMeasurement.with_ledger(
-                self._allocator, pl_module, trainer.optimizers, batch, self._run.device, held
+                self._allocator, pl_module, trainer.optimizers, batch, self._run.device, held, self._lines
             )
         elif self._reads_every_step or self._schedule.watches(stage.num_steps):
             # The CPU's record of allocations knows the size of a block that is freed only if it saw the block
@@ -302,14 +327,19 @@ class MemoryProfiler(Callback):
         stage = self._run.current if self._run is not None else None
         if stage is None or stage.open_step is None:
             return None
+        step = stage.open_step
+        # Whoever else looks at memory takes time, too; reading an accelerator's counters takes none.
+        step.has_observer |= is_watched() or (self._batch is not None and not self._reads_every_step)
         if self._batch is not None:
             batch, self._batch = self._batch, None
             try:
                 measured = batch.finish(per_module=self._per_module, timeline=self._timeline)
             finally:
                 batch.abandon()
-            if stage.open_step.watched or self._reads_every_step:
-                stage.open_step.measured += measured
+            if step.watched or self._reads_every_step:
+                step.measured += measured
+        if stage.clock is not None:
+            stage.clock.end_batch()
         return stage
 
     def _end_step(self, trainer: Trainer, pl_module: LightningModule, stage: StageRecorder | None) -> None:
@@ -323,13 +353,16 @@ class MemoryProfiler(Callback):
             self._batch.abandon()
             self._batch = None
             if self._run is not None and self._run.current is not None:
-                self._run.current.open_step = None
+                self._run.current.drop_step()
 
     def _annotate(self, name: str) -> None:
         if self._batch is not None:
             self._batch.annotate(name)
 
     def _end_failing_step(self, exception: BaseException) -> None:
+        if isinstance(exception, (ArgumentError, *misconfiguration_errors())):
+            self._drop_batch()  # a step that somebody has refused did not begin
+            return
         try:
             stage = self._end_batch()
         finally:
@@ -344,57 +377,13 @@ class MemoryProfiler(Callback):
     # ------------------------------------------------------------------ telling
 
     def _publish(self, trainer: Trainer, stage: StageRecorder, all_ranks: bool) -> None:
-        """Log what was measured since the last time; ``all_ranks`` says that every rank is here."""
-        measured = stage.take_unpublished()
-        metrics: dict[str, float] = {}
-        prefix = "memory" if stage.name == "fit" else f"memory/{stage.name}"
-        if all_ranks:
-            peak_bytes = measured.breakdown.peak_bytes if measured.breakdown is not None else 0
-            highest, lowest = self._compare_ranks(trainer, peak_bytes)
-            if measured.breakdown is not None:
-                metrics |= breakdown_metrics(measured.breakdown, stage.name, total_bytes(stage.growth))
-                metrics[f"{prefix}/ranks/max_peak_mib"] = highest / MIB
-                metrics[f"{prefix}/ranks/min_peak_mib"] = lowest / MIB
-        if self._reads_every_step and measured.allocator_peak_bytes is not None:
-            metrics[f"{prefix}/allocator_peak_mib"] = measured.allocator_peak_bytes / MIB
-        if metrics:
-            self._send(trainer, metrics)
-
-    def _send(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        tensors = {key: torch.tensor(value, dtype=torch.float64) for key, value in metrics.items()}
-        trainer.callback_metrics.update(tensors)
-        log_scalars(trainer, metrics)
-
-    def _compare_ranks(self, trainer: Trainer, peak_bytes: int) -> tuple[int, int]:
-        """The highest and the lowest of the ranks' peaks; a collective, so all ranks have to call it."""
-        if self._run is None or trainer.world_size == 1:
-            return peak_bytes, peak_bytes
-        # The minimum is the maximum of the negatives: one collective for all.
-        run_peak_bytes = self._run.peak_bytes
-        peaks = torch.tensor([peak_bytes, -peak_bytes, run_peak_bytes, -run_peak_bytes])
-        reduced = trainer.strategy.reduce(peaks.to(trainer.strategy.root_device), reduce_op="max")
-        highest, lowest, run_highest, run_lowest = (abs(int(peak)) for peak in reduced.tolist())
-        self._run.ranks = {
-            "world_size": trainer.world_size,
-            "max_peak_bytes": run_highest,
-            "min_peak_bytes": run_lowest,
-        }
-        return highest, lowest
+        assert self._run is not None
+        self._telling.publish(
+            trainer, self._run, stage, all_ranks=all_ranks, reads_every_step=self._reads_every_step
+        )
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._finished or self._run is None:
+        if self._finished or self._run is None or self._folder is None:
             return
         self._finished = True
-        report = self._run.report(pl_module, technique_records(trainer))
-        name = stage_name(trainer)
-        if report is not None and name == "fit":
-            failure = report.out_of_memory
-            held_bytes = report.stages["fit"].peak_bytes if failure is None else failure.held_bytes
-            lines = self._suggestions.ask(trainer, pl_module, held_bytes, failure is not None)
-            report = replace(report, suggestions=lines)
-        # A test that failed before its first step has nothing to add to the report of the fit before.
-        if report is not None and self._folder is not None and (name == "fit" or name in report.stages):
-            self.report = report
-            if name == "fit" and report.compared:
-                self._send(trainer, comparison_metrics(report))
-            publish_report(report, trainer, self._folder, self._max_rows)
+        self.report = self._telling.finish(trainer, pl_module, self._run, self._folder) or self.report

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from numbers import Integral
 
-from lightning_memtrain.core import ArgumentError, MemoryBreakdown, ModuleMemory, TimelineEvent
+from lightning_memtrain.core import ArgumentError, CodeSite, MemoryBreakdown, ModuleMemory, TimelineEvent
 from lightning_memtrain.report.memory_report import MemoryReport
 
 
@@ -55,10 +55,11 @@ def validate_max_rows(max_rows: int | None) -> int | None:
 
 
 def _condensed(stage: MemoryBreakdown, max_rows: int) -> MemoryBreakdown:
-    if max(len(stage.modules), len(stage.timeline)) <= max_rows:
+    if max(len(stage.modules), len(stage.timeline), len(stage.sites)) <= max_rows:
         return stage
     return replace(
         stage,
+        sites=_fewer_sites(stage.sites, max_rows),
         modules=_fewer_modules(stage.modules, max_rows),
         timeline=_fewer_moments(stage.timeline, max_rows),
     )
@@ -91,6 +92,15 @@ def _sum(parent: str, rows: list[ModuleMemory]) -> ModuleMemory:
     names = [field.name for field in fields(ModuleMemory) if field.name.endswith("_bytes")]
     sums = {name: sum(getattr(row, name) for row in rows) for name in names}
     return ModuleMemory(f"{parent}.*" if parent else "*", f"{len(rows):,} modules", **sums)
+
+
+def _fewer_sites(rows: Sequence[CodeSite], max_rows: int) -> tuple[CodeSite, ...]:
+    if len(rows) <= max_rows:
+        return tuple(rows)
+    rest = rows[max_rows - 1 :]  # the largest come first
+    num_bytes, num_storages = sum(row.num_bytes for row in rest), sum(row.num_storages for row in rest)
+    others = CodeSite("", 0, f"{len(rest):,} other lines", "", num_bytes, num_storages)
+    return (*rows[: max_rows - 1], others)
 
 
 def _fewer_moments(rows: Sequence[TimelineEvent], max_rows: int) -> tuple[TimelineEvent, ...]:

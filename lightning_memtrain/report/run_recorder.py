@@ -13,10 +13,11 @@ from torch.nn.parameter import is_lazy
 from lightning_memtrain.core import Growth, MemoryBreakdown, TechniqueRecord
 from lightning_memtrain.report.advice import largest_holders
 from lightning_memtrain.report.batch_measurement import MeasuredBatch
-from lightning_memtrain.report.environment import environment
 from lightning_memtrain.report.growth import GrowthDetector
-from lightning_memtrain.report.memory_report import MemoryReport, OutOfMemory, StepPeak
+from lightning_memtrain.report.memory_report import MemoryReport, OutOfMemory, StepPeak, StepTimes
 from lightning_memtrain.report.predicted.predicted_step import PredictedStep
+from lightning_memtrain.report.run_environment import environment
+from lightning_memtrain.report.step_clock import StepClock
 
 # A run of millions of steps must neither fill the host's memory nor make a report that no browser opens.
 MAX_STEP_PEAKS = 10_000
@@ -29,10 +30,12 @@ class OpenStep:
     Args:
         number: position in the stage, as the report shows it.
         watched: whether the ledger watches its batches.
+        has_observer: whether anybody has measured memory in it, which takes time.
     """
 
     number: int
     watched: bool
+    has_observer: bool = False
     measured: MeasuredBatch = field(default_factory=MeasuredBatch)
 
 
@@ -41,10 +44,12 @@ class StageRecorder:
 
     Args:
         name: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        clock: times its steps; ``None`` where they are none of a real run.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, clock: StepClock | None = None) -> None:
         self.name = name
+        self.clock = clock
         self.num_steps = 0
         self.open_step: OpenStep | None = None
         self.highest: MemoryBreakdown | None = None
@@ -61,6 +66,12 @@ class StageRecorder:
         self.open_step = OpenStep(number, watched)
         return self.open_step
 
+    def drop_step(self) -> None:
+        """Forget the open step, which will not be ended."""
+        self.open_step = None
+        if self.clock is not None:
+            self.clock.drop_step()
+
     def end_step(self, spared: Container[int] | None) -> StepPeak | None:
         """Close the open step and take over what it measured.
 
@@ -74,6 +85,11 @@ class StageRecorder:
         step, self.open_step = self.open_step, None
         if step is None:
             return None
+        if self.clock is not None:
+            if spared is None:
+                self.clock.drop_step()
+            else:
+                self.clock.end_step(step.has_observer)
         measured = step.measured
         if spared is not None:
             self.growth = self.growth_watch.end_step(measured.survivors, spared=spared)
@@ -100,10 +116,12 @@ class RunRecorder:
 
     Args:
         device: the device that is profiled.
+        timed: whether steps are timed.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, timed: bool = True) -> None:
         self.device = device
+        self._timed = timed
         self.stages: dict[str, StageRecorder] = {}
         self.step_peaks: list[StepPeak] = []
         self.ranks: dict[str, int] | None = None
@@ -118,7 +136,9 @@ class RunRecorder:
 
     def enter_stage(self, name: str) -> StageRecorder:
         """The record of a stage, which becomes the current one."""
-        self.current = self.stages.setdefault(name, StageRecorder(name))
+        if name not in self.stages:
+            self.stages[name] = StageRecorder(name, StepClock(self.device) if self._timed else None)
+        self.current = self.stages[name]
         return self.current
 
     def forget_stage(self, name: str) -> None:
@@ -193,7 +213,13 @@ class RunRecorder:
             out_of_memory=self.out_of_memory,
             techniques=techniques,
             predicted=self.predicted,
+            step_times=self._step_times(),
         )
+
+    def _step_times(self) -> dict[str, StepTimes]:
+        clocks = {name: stage.clock for name, stage in self.stages.items() if stage.highest is not None}
+        times = {name: clock.times() for name, clock in clocks.items() if clock is not None}
+        return {name: known for name, known in times.items() if known is not None}
 
 
 def _height(breakdown: MemoryBreakdown) -> tuple[int, bool]:

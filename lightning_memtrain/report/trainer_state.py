@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -139,3 +139,22 @@ def _kept_values(trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None:
         yield from vars(scaler).values()
+
+
+def compare_ranks(trainer: Trainer, peak_bytes: Sequence[int]) -> list[tuple[int, int]] | None:
+    """The highest and the lowest of the ranks' peaks; a collective, so all ranks have to call it.
+
+    Args:
+        trainer: the trainer.
+        peak_bytes: of this rank, several figures at once.
+
+    Returns:
+        Highest and lowest of each figure; ``None`` where there is one rank only.
+    """
+    if trainer.world_size == 1:
+        return None
+    # The minimum is the maximum of the negatives: one collective for all.
+    peaks = torch.tensor([size for peak in peak_bytes for size in (peak, -peak)])
+    reduced = trainer.strategy.reduce(peaks.to(trainer.strategy.root_device), reduce_op="max")
+    sizes = [abs(int(size)) for size in reduced.tolist()]
+    return list(zip(sizes[::2], sizes[1::2], strict=True))

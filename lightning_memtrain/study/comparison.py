@@ -133,7 +133,9 @@ def load_run(path: Path | str) -> LoadedRun:
             f"`load_run(path)` must be the folder of a run, but got `{path}`, which {what}. Name the folder "
             f"of a run that had a `MemoryProfiler`, or its `{JSON_NAME}`."
         )
-    folder = file.parent.parent if file.parent.name == "memory" else file.parent
+    # The latest report lies in `memory`, and each run's own in a folder in it.
+    above = [file.parent, file.parent.parent]
+    folder = next((one.parent for one in above if one.name == "memory"), file.parent)
     return LoadedRun(path, MemoryReport.load(file), RunRecord.load(folder))
 
 
@@ -169,7 +171,7 @@ def compare_runs(loaded: Sequence[LoadedRun], stage: str = "fit") -> Comparison:
     names = short_names([run.path for run in loaded])
     breakdowns = [run.report.stages[stage] for run in loaded]
     runs = tuple(
-        _compared(name, run, breakdown)
+        _compared(name, run, breakdown, stage)
         for name, run, breakdown in zip(names, loaded, breakdowns, strict=True)
     )
     return Comparison(stage, runs, changed_modules(breakdowns), _notes(runs, loaded))
@@ -230,9 +232,15 @@ def changed_modules(breakdowns: Sequence[MemoryBreakdown]) -> tuple[ChangedModul
     return tuple(sorted(changed, key=lambda module: -module.range_bytes)[:_NUM_MODULES])
 
 
-def _compared(name: str, run: LoadedRun, breakdown: MemoryBreakdown) -> ComparedRun:
+def _compared(name: str, run: LoadedRun, breakdown: MemoryBreakdown, stage: str) -> ComparedRun:
     record = run.record
     metrics = {} if record is None else dict(record.metrics)
+    # A run that is no recipe's has its times in the report alone.
+    times = run.report.step_times.get(stage)
+    seconds = None if times is None else times.median_seconds
+    num_timed = 0 if times is None else times.num_steps
+    if record is not None and stage == "fit":
+        seconds, num_timed = record.step_seconds, record.num_timed_steps
     return ComparedRun(
         name=name,
         path=str(run.path),
@@ -242,8 +250,8 @@ def _compared(name: str, run: LoadedRun, breakdown: MemoryBreakdown) -> Compared
         ledger_peak_bytes=breakdown.ledger_peak_bytes,
         allocator_peak_bytes=breakdown.allocator_peak_bytes,
         at_peak={key: size for key, size in breakdown.at_peak.to_dict().items() if size},
-        step_seconds=None if record is None else record.step_seconds,
-        num_timed_steps=0 if record is None else record.num_timed_steps,
+        step_seconds=seconds,
+        num_timed_steps=num_timed,
         metrics={key: value for key, value in metrics.items() if key.startswith(("val/", "test/"))},
         techniques=tuple(str(technique) for technique in run.report.techniques),
     )
@@ -264,7 +272,7 @@ def _notes(runs: Sequence[ComparedRun], loaded: Sequence[LoadedRun]) -> tuple[st
         if one.record is None:
             notes.append(
                 f"{run.name} has no `run.json`: it was not made by `memtrain run`, or by an older version; "
-                "its step time and score are not known."
+                "its score is not known."
             )
         elif one.record.state != "finished":
             notes.append(f"{run.name} is not finished ({one.record.state}).")

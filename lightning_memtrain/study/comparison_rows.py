@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_memtrain.core import Category, format_bytes
+from lightning_memtrain.core.units import format_seconds
 from lightning_memtrain.study.comparison import Comparison
-from lightning_memtrain.study.printed_numbers import duration, times
+from lightning_memtrain.study.printed_numbers import times
 
 MISSING = "-"
 
@@ -34,7 +35,7 @@ def other_rows(comparison: Comparison) -> list[list[str]]:
     """Step time, and what validation and test have logged."""
     runs = comparison.runs
     seconds = [run.step_seconds for run in runs]
-    row = ["median step", *(MISSING if one is None else duration(one) for one in seconds)]
+    row = ["median step", *(MISSING if one is None else format_seconds(one) for one in seconds)]
     if len(runs) == 2:
         row.append(times(seconds[1] / seconds[0]) if seconds[0] and seconds[1] else "")
     rows = [row]

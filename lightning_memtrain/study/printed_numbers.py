@@ -5,28 +5,6 @@ from __future__ import annotations
 from lightning_memtrain.study.grid import Score
 
 
-def duration(seconds: float) -> str:
-    """Write a time with as many digits as matter.
-
-    Args:
-        seconds: at least 0.
-
-    Returns:
-        The time with its unit.
-
-    Example:
-        >>> [duration(seconds) for seconds in (0.0124, 0.5, 12.34, 75, 5025)]
-        ['12.4 ms', '500 ms', '12.3 s', '1 min 15 s', '1 h 23 min']
-    """
-    if seconds < 1:
-        return f"{1000 * seconds:.3g} ms"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
-    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
-
-
 def times(factor: float | None) -> str:
     """Write how many times as much something is.
 

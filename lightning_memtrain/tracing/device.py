@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ HOPPER_WORKSPACE_BYTES = 32 * MIB
 # nvidia-smi and data sheets show what the driver keeps for itself, too. Torch saw 1.3 % (L40S), 1.5 % (RTX
 # 4090), 2.2 % (A10) and 2.9 % (T4) less.
 _DRIVER_SHARE = 0.03
+# Without a driver's file there is no GPU: by NVIDIA (in a Jetson, too), by AMD, of Windows under Linux.
+_GPU_FILES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/nvmap", "/dev/kfd", "/dev/dxg")
 _CONTEXT_BYTES = 512 * MIB
 _CONTEXT_SOURCE = (
     "an estimate: out-of-memory messages on RTX 4090 leave 0.46 and 0.49 GiB outside of torch's allocator "
@@ -159,6 +162,8 @@ class Device:
         Raises:
             ArgumentError: if there are GPUs, but none of that number.
         """
+        if not _may_have_gpu():
+            return _cpu()
         import torch
 
         if not torch.cuda.is_available():
@@ -178,6 +183,13 @@ class Device:
             # Torch calls AMD's GPUs "cuda", too, whose kernels and libraries are others.
             compute_capability=None if torch.version.hip else (properties.major, properties.minor),
         )
+
+
+def _may_have_gpu() -> bool:
+    """Whether torch, whose import takes seconds, has to be asked for a GPU."""
+    if "torch" in sys.modules or sys.platform != "linux":
+        return True
+    return any(Path(file).exists() for file in _GPU_FILES)
 
 
 def _is_pair(value: object) -> bool:

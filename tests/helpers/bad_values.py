@@ -137,6 +137,8 @@ CASES: dict[str, Case] = {
             "report_dir": (3, True, []),
             "max_rows": (0, 1, -1, 2.5, True, TEXT),
             "predict": FUNCTION,
+            "log_all": FLAG,
+            "stacks": FLAG,
         }
     ),
     "MemoryLedger": Case(

@@ -169,10 +169,10 @@ def test_ctrl_c(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_failure_of_the_profiler_does_not_hide_the_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def broken(*args: Any) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError("in the report")
 
-    monkeypatch.setattr("lightning_memtrain.report.profiler.publish_report", broken)
+    monkeypatch.setattr("lightning_memtrain.report.outputs.run_telling.publish_report", broken)
     model = Fails(ValueError("the reason"), at_step=1)
     with (
         pytest.warns(ReportWarning, match="could not report on the step that failed: ZeroDivisionError"),

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 
-from lightning_memtrain.core import MIB, Category
+from lightning_memtrain.core import MIB, ArgumentError, Category
 from lightning_memtrain.report import MemoryProfiler, MemoryReport
 from tests.helpers.boring_models import (
     BATCH_SIZE,
@@ -33,8 +33,6 @@ KEYS = {
     "ledger_peak_mib",
     "recomputed_mib",
     "growth_mib",
-    "ranks/max_peak_mib",
-    "ranks/min_peak_mib",
     *(f"at_peak/{category}_mib" for category in CATEGORIES),
     *(f"max/{category}_mib" for category in CATEGORIES if category != "workspace"),
 }
@@ -424,8 +422,6 @@ def test_metrics_have_fixed_keys_and_the_bytes_of_the_report(tmp_path: Path):
     for prefix, stage in (("memory", "fit"), ("memory/validate", "validate")):
         breakdown = profiler.breakdowns[stage]
         assert metrics[f"{prefix}/peak_mib"] * MIB == breakdown.peak_bytes
-        assert metrics[f"{prefix}/ranks/max_peak_mib"] == metrics[f"{prefix}/peak_mib"]
-        assert metrics[f"{prefix}/ranks/min_peak_mib"] == metrics[f"{prefix}/peak_mib"]
         rows = sum(metrics[f"{prefix}/at_peak/{category}_mib"] for category in CATEGORIES)
         assert rows == metrics[f"{prefix}/peak_mib"]
         for category in Category:
@@ -455,8 +451,60 @@ def test_the_report_goes_beside_the_first_loggers_files(tmp_path: Path):
 
     fit(BoringModel(), MemoryProfiler(), tmp_path, logger=CSVLogger(tmp_path, name="runs"))
     folder = tmp_path / "runs" / "version_0" / "memory"
-    assert sorted(path.name for path in folder.iterdir()) == ["memory_report.html", "memory_report.json"]
+    files = ["memory_report.html", "memory_report.json"]
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == files
+    (own,) = (path for path in folder.iterdir() if path.is_dir())
+    assert sorted(path.name for path in own.iterdir()) == files
     assert json.loads((folder / "memory_report.json").read_text())["model"] == "BoringModel"
+
+
+def test_the_page_of_a_run_is_named_and_stays_when_the_next_one_comes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pages = []
+    for _ in range(2):
+        # Not the same object: a script is run again.
+        trainer = fit(BoringModel(num_batches=1), MemoryProfiler(report_dir=tmp_path / "out"), tmp_path)
+        (page,) = re.findall(r"^Page: (.*)$", capsys.readouterr().out, flags=re.MULTILINE)
+        pages.append((Path(page), Path(page).read_bytes()))
+    assert pages[0][0] != pages[1][0]
+    assert all(page.read_bytes() == written for page, written in pages)
+    assert all(page.parent.parent == tmp_path / "out" for page, _ in pages)
+    latest = tmp_path / "out" / "memory_report.html"
+    assert latest.read_bytes() == pages[1][1]
+    # A test of the same run goes on with its report.
+    trainer.test(trainer.lightning_module, verbose=False)
+    (page,) = re.findall(r"^Page: (.*)$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert Path(page) == pages[1][0]
+    assert latest.read_bytes() == Path(page).read_bytes() != pages[1][1]
+
+
+def test_steps_are_timed_with_what_the_ledger_adds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clock = iter(range(10_000))
+    monkeypatch.setattr("lightning_memtrain.report.step_clock.time.perf_counter", lambda: float(next(clock)))
+    profiler = MemoryProfiler(every_n_steps=4)
+    fit(BoringModel(num_batches=8), profiler, tmp_path)
+    assert profiler.report is not None
+    # Steps 0, 1, 2 and 4 have the ledger; in 3 and 7, before such steps, the CPU's allocator is watched.
+    times = profiler.report.step_times["fit"]
+    assert (times.num_steps, times.num_measured) == (2, 6)
+    assert (times.median_seconds, times.added_seconds) == (1.0, 0.0)
+
+
+def test_a_run_that_is_refused_in_its_first_step_has_no_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    class Refused(BoringModel):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            raise ArgumentError("`Refused(batch)` must be another one.")
+
+    profiler = MemoryProfiler(report_dir=tmp_path / "out")
+    with pytest.raises(ArgumentError):
+        fit(Refused(), profiler, tmp_path)
+    assert profiler.report is None
+    assert not (tmp_path / "out").exists()
+    assert "Memory report" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- an accelerator's counters

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 import lightning_memtrain as mt
-from lightning_memtrain.core import MIB, Category
+from lightning_memtrain.core import GIB, MIB, Category, CategoryBytes
 from lightning_memtrain.report.memory_report import MemoryReport
 from lightning_memtrain.report.outputs.html import render_html
 from lightning_memtrain.report.outputs.loggers import define_metrics, log_report
+from tests.helpers.boring_models import BoringModel
 from tests.helpers.cli import TINY, memtrain
 from tests.helpers.reports import deep_report, tiny_report
 from tests.helpers.stand_in_search import StandInSearch, stand_in
@@ -40,16 +41,16 @@ def wandb_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     wandb.teardown()
 
 
-def logged_to_wandb(report: MemoryReport, folder: Path) -> WandbLog:
+def logged_to_wandb(report: MemoryReport, folder: Path, *, log_all: bool = True) -> WandbLog:
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
     save_dir = folder / "runs"
     save_dir.mkdir()
     logger = WandbLogger(project="memtrain", save_dir=save_dir, offline=True)
-    define_metrics(logger)
+    define_metrics(logger, log_all=log_all)
     logger.log_metrics({"memory/peak_mib": 1.5}, step=3)
-    log_report(logger, report, folder)
+    log_report(logger, report, folder, log_all=log_all)
     logger.log_metrics({"memory/peak_mib": 2.5}, step=4)
     wandb.finish()
     # Only when its service has ended is the file sure to be whole.
@@ -118,15 +119,62 @@ def test_wandb_timeline_is_not_drawn_again_by_a_later_report_of_the_same_run(wan
     after_fit = replace(report, stages={"fit": report.stages["fit"]})
     later = replace(report, stages={**after_fit.stages, "test": report.stages["fit"]})
     logger = WandbLogger(project="memtrain", save_dir=wandb_folder, offline=True)
-    define_metrics(logger)
-    log_report(logger, after_fit, wandb_folder)
-    log_report(logger, later, wandb_folder)
+    define_metrics(logger, log_all=True)
+    log_report(logger, after_fit, wandb_folder, log_all=True)
+    log_report(logger, later, wandb_folder, log_all=True)
     wandb.finish()
     wandb.teardown()
     log = read_wandb_log(wandb_folder)
     assert log.series("memory_timeline/total_mib") == [14, 38, 46, 50, 18]
     assert log.series("memory_timeline/test/total_mib") == [14, 38, 46, 50, 18]
     assert len(log.series("memory_report/page")) == 2
+
+
+@pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)
+def test_wandb_gets_a_dozen_scalars_and_what_to_group_runs_by(wandb_folder: Path) -> None:
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    logger = WandbLogger(project="memtrain", save_dir=wandb_folder / "runs", offline=True)
+    (wandb_folder / "runs").mkdir()
+    profiler = mt.MemoryProfiler(every_n_steps=1, report_dir=wandb_folder / "report")
+    trainer = quiet_trainer(
+        wandb_folder, profiler, mt.Microbatching(num_microbatches=2), logger=logger, max_epochs=1
+    )
+    trainer.fit(BoringModel(num_batches=2))
+    wandb.finish()
+    wandb.teardown()
+    log = read_wandb_log(wandb_folder / "runs")
+    logged = {key for row in log.history for key in row if key.startswith("memory/")}
+    shown = {"parameters", "gradients", "optimizer_state", "activations", "workspace", "other"}
+    assert logged == {
+        *("memory/peak_mib", "memory/growth_mib", "memory/validate/peak_mib"),
+        *(f"memory/at_peak/{name}_mib" for name in shown),
+    }
+    assert {key for key in log.summary if key.startswith("memory/")} == logged
+    assert not [key for row in log.history for key in row if key.startswith("memory_timeline/")]
+    parts = [log.summary[f"memory/at_peak/{name}_mib"] for name in shown]
+    assert sum(parts) == pytest.approx(log.summary["memory/peak_mib"], rel=1e-12)
+    described = log.config["memtrain"]
+    described = described.get("value", described)
+    assert described["technique"] == "Microbatching"
+    assert described["techniques"]["Microbatching"]["num_microbatches"] == 2
+    chart = log.media("memory_report/fit/timeline")
+    assert "var(--parameters)" in chart
+    assert "<script" not in chart
+
+
+def test_wandb_gets_gib_where_mib_would_have_five_digits(wandb_folder: Path) -> None:
+    report = tiny_report()
+    fit = report.stages["fit"]
+    large = replace(fit, at_peak=CategoryBytes({"parameters": 8 * GIB, "activations": 4 * GIB}), timeline=())
+    log = logged_to_wandb(replace(report, stages={"fit": large}), wandb_folder, log_all=False)
+    assert log.summary["memory/peak_gib"] == 12
+    assert log.summary["memory/at_peak/activations_gib"] == 4
+    bars = json.loads(log.media("memory_report/fit/at_peak_table"))
+    assert bars["columns"] == ["category", "gib"]
+    assert dict(bars["data"])["parameters"] == 8
+    assert json.loads(log.media("memory_report/fit/modules"))["columns"][2] == "total_gib"
 
 
 def test_wandb_run_holds_no_key_of_the_system_panels(wandb_folder: Path) -> None:

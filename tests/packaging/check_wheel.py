@@ -106,7 +106,7 @@ def main() -> None:
         check(RECIPE in listed, f"`memtrain recipes` does not list {RECIPE}:\n{listed}")
         run([memtrain, "run", RECIPE, "--variant", "smoke", "--trainer.max_steps=2"], cwd=elsewhere)
         written = (path for path in elsewhere.rglob("memory_report.*") if "env" not in path.parts)
-        reports = sorted(path.name for path in written)
+        reports = sorted({path.name for path in written})
         check(reports == ["memory_report.html", "memory_report.json"], f"the run wrote the reports {reports}")
         print("installed the wheel elsewhere, listed its recipes and trained two steps with it")
 

@@ -17,6 +17,7 @@ from lightning_memtrain.compat.lightning_packages import refuse_mix
 from lightning_memtrain.compat.torch_private import storage_key, version_counter, view_base
 from lightning_memtrain.core import MIB, NoEffectWarning, OnDemandTensor, TechniqueRecord, parse_bytes
 from lightning_memtrain.core.devices.device_kinds import behaves_as_cuda
+from lightning_memtrain.core.technique import readable_repr
 
 
 class offloaded_activations(saved_tensors_hooks):
@@ -186,6 +187,8 @@ class OffloadActivations(Callback):
     def exact(self) -> bool:
         """The result is the same to the bit."""
         return True
+
+    __repr__ = readable_repr
 
     def technique_record(self) -> TechniqueRecord:
         """What the memory report says of it."""

@@ -21,6 +21,7 @@ from lightning_memtrain.cli.planning.predict_command import (
 )
 from lightning_memtrain.cli.run import configurations
 from lightning_memtrain.cli.run_folder import RunFolder
+from lightning_memtrain.cli.writable import require_writable
 
 if TYPE_CHECKING:
     from lightning_memtrain.planning import Plan
@@ -58,6 +59,7 @@ def show_plan(
     Raises:
         CommandError: if something of it is wrong, or cannot be planned.
     """
+    require_writable(output.parent, "the plan's folder")
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     if batch_size is not None and batch_size < 1:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_memtrain.cli.errors import CommandError, did_you_mean
+from lightning_memtrain.cli.writable import require_writable
 from lightning_memtrain.core.atomic_files import write_atomically
 from lightning_memtrain.study.comparison import Comparison, compare_runs, load_run
 from lightning_memtrain.study.comparison_rows import (
@@ -40,6 +41,8 @@ def show_comparison(paths: Sequence[Path], *, stage: str | None, as_json: bool, 
         raise CommandError(
             f"--stage must be one of {', '.join(_STAGES)}, but got `{stage}`.{did_you_mean(stage, _STAGES)}"
         )
+    if page is not None:
+        require_writable(page.parent, "the page's folder")
     if len(paths) < 2:
         raise CommandError(f"`memtrain compare` needs at least two runs, but got only `{paths[0]}`.")
     try:

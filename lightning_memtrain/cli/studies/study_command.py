@@ -23,6 +23,7 @@ from lightning_memtrain.cli.studies.config_check import check_run
 from lightning_memtrain.cli.studies.study_options import SWEEP_NAME
 from lightning_memtrain.cli.studies.study_progress import StudyProgress
 from lightning_memtrain.cli.studies.study_setup import check_folder, load_grid, make_plan, say
+from lightning_memtrain.cli.writable import require_writable
 from lightning_memtrain.core.atomic_files import write_atomically
 from lightning_memtrain.study.collect import collect, needs_test
 from lightning_memtrain.study.grid import Grid, check_seeds
@@ -56,6 +57,7 @@ def run_study(options: argparse.Namespace) -> int:
         recipe.make_importable()
     name, grid = load_grid(recipe, options.grid, seeds)
     folder = StudyFolder(options.study_dir or Path("studies") / f"{recipe.name}-{name}")
+    require_writable(folder.path, "the study's folder")
     plan = make_plan(recipe, grid, say)
     wanted = plan.only(
         _known([variant.name for variant in grid.variants], options.variant, "variant"),

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from lightning_memtrain.cli.studies.study_setup import say
 from lightning_memtrain.core import format_bytes
+from lightning_memtrain.core.units import format_seconds
 from lightning_memtrain.study.grid import Grid
-from lightning_memtrain.study.printed_numbers import duration, short_score, times
+from lightning_memtrain.study.printed_numbers import short_score, times
 from lightning_memtrain.study.running.study_runner import Standing
 from lightning_memtrain.study.study_folder import StudyFolder
 from lightning_memtrain.study.study_plan import PlannedRun
@@ -96,7 +97,7 @@ class StudyProgress:
             parts.append(f"{score.metric} {short_score(score, record.metrics[score.metric])}")
         if record.peak_bytes is not None:
             parts.append(format_bytes(record.peak_bytes))
-        parts.append(duration(record.seconds))
+        parts.append(format_seconds(record.seconds))
         left = "" if self._console.is_terminal else f"; {self._left()}"
         self._console.print(f"{run.name}: {', '.join(parts)}{left}", markup=False, highlight=False)
 
@@ -115,7 +116,7 @@ class StudyProgress:
                 f"{row.num_finished}/{row.num_runs}",
                 "" if row.peak_bytes is None else format_bytes(row.peak_bytes),
                 times(row.times_less),
-                "" if row.step_seconds is None else duration(row.step_seconds),
+                "" if row.step_seconds is None else format_seconds(row.step_seconds),
                 times(row.times_slower),
             ]
             if result.score is not None:
@@ -137,4 +138,4 @@ class StudyProgress:
         standing = self._standing
         if standing.seconds_left is None:
             return "time left not known yet"
-        return f"about {duration(standing.seconds_left)} left" if standing.seconds_left else "none left"
+        return f"about {format_seconds(standing.seconds_left)} left" if standing.seconds_left else "none left"

@@ -35,6 +35,7 @@ def shorten_error(message: str, options: Iterable[str], class_names: Iterable[st
     Returns:
         The option, what is wrong with it, and what may have been meant.
     """
+    class_names = list(class_names)
     if match := re.match(r"unrecognized arguments: (\S+)", message):
         return _unknown(match[1].split("=")[0], options)
     if match := re.search(r"Group '(\S+)' does not accept option '(\S+)'", message):
@@ -51,6 +52,8 @@ def shorten_error(message: str, options: Iterable[str], class_names: Iterable[st
             f"--{key_match[1]}.{match[2]}", [f"--{key_match[1]}.{n}" for n in _arguments(match[1])]
         )
     if match := re.search(r"Expected a dot import path string: (\S+)", body):
+        if match[1] in class_names:
+            return f"{key}`{match[1]}` cannot be used here: another kind of object is expected."
         return f"{key}there is no class `{match[1]}`.{did_you_mean(match[1], class_names)}"
     lines = (line.strip().removeprefix("- ") for line in body.splitlines())
     return key + "; ".join(dict.fromkeys(line for line in lines if line and not _NOISE.match(line)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -56,7 +57,11 @@ class RecipeCLI(LightningCLI):
 
     def _explain(self, error: Exception) -> str:
         options = (option for action in self.parser._actions for option in action.option_strings)
-        class_names = [*callbacks.__all__, *loggers.__all__, *lightning_memtrain.__all__, *_data_modules()]
+        own = (
+            importlib.import_module(f"lightning_memtrain.{one}") for one in lightning_memtrain._SUBPACKAGES
+        )
+        classes = [name for module in own for name in module.__all__ if name[:1].isupper()]
+        class_names = [*callbacks.__all__, *loggers.__all__, *classes, *_data_modules()]
         return shorten_error(str(error), options, class_names)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -64,9 +69,10 @@ class RecipeCLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except argparse.ArgumentError:
-            # Not earlier: the classes that have short names are imported when the configuration is read.
+            # Not earlier: the classes that have short names are imported when the configuration is read, and
+            # those of this library, which takes a second, only if a run needs more than its file names.
             spelled_out = spell_out_data(args, _data_modules())
-            if spelled_out == args:
+            if not import_own_classes() and spelled_out == args:
                 raise
             self.config = parser.parse_args(spelled_out)
 
@@ -105,6 +111,24 @@ class RecipeCLI(LightningCLI):
         made = super().instantiate_trainer(default_root_dir=str(self.folder.path), logger=logger, **kwargs)
         use_atomic_checkpoints(made)
         return made
+
+
+def import_own_classes() -> bool:
+    """Import all classes of this library: of a class that is imported, the name alone is enough.
+
+    Returns:
+        Whether that was not done before.
+    """
+    if _imported:
+        return False
+    for name in (*lightning_memtrain._SUBPACKAGES, "checkpointing.experimental"):
+        module = importlib.import_module(f"lightning_memtrain.{name}")
+        _imported.extend(getattr(module, one) for one in module.__all__)
+    return True
+
+
+# All of it, once it is there.
+_imported: list[Any] = []
 
 
 def spell_out_data(args: Sequence[str], data_modules: Mapping[str, str]) -> list[str]:

@@ -7,7 +7,6 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -24,6 +23,7 @@ from lightning_memtrain.coordination import is_watched
 from lightning_memtrain.core import MemoryBreakdown
 from lightning_memtrain.core.atomic_files import write_atomically
 from lightning_memtrain.report import MemoryProfiler, environment
+from lightning_memtrain.report.outputs.wandb_panels import describe
 from lightning_memtrain.report.trainer_state import technique_records
 from lightning_memtrain.study.machine import load_average, num_cpus
 from lightning_memtrain.study.run_record import NAME, RunRecord
@@ -235,11 +235,8 @@ def _describe_in_wandb(trainer: pl.Trainer, record: RunRecord) -> None:
     """Put techniques with their settings into the configuration of W&B runs, which are filtered by it."""
     if not trainer.is_global_zero:
         return
-    techniques: dict[str, Mapping[str, Any]] = {
-        one.name: dict(one.settings) for one in technique_records(trainer)
-    }
-    described = {"techniques": techniques, "recipe": record.recipe, "seed": record.seed, **record.study}
     loggers: list[Any] = trainer.loggers
     for logger in loggers:
         if any(cls.__name__ == "WandbLogger" for cls in type(logger).__mro__):
-            logger.experiment.config.update({"memtrain": described}, allow_val_change=True)
+            techniques = technique_records(trainer)
+            describe(logger, techniques, recipe=record.recipe, seed=record.seed, **record.study)

@@ -15,12 +15,12 @@ import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 from numbers import Integral, Real
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lightning_memtrain.core.arguments.argument_error import ArgumentError
-from lightning_memtrain.core.devices.device_memory import total_device_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 _FACTORS = {
     "B": 1,
@@ -76,6 +76,7 @@ class ByteLimit:
     Example:
         >>> ByteLimit("4GiB").num_bytes, ByteLimit(0.9).num_bytes
         (4294967296, None)
+        >>> import torch
         >>> ByteLimit("4GiB").on(torch.device("cpu"))
         4294967296
     """
@@ -117,6 +118,8 @@ class ByteLimit:
         """
         if self.num_bytes is not None:
             return self.num_bytes
+        from lightning_memtrain.core.devices.device_memory import total_device_bytes  # imports torch
+
         total_bytes = total_device_bytes(device)
         if total_bytes is None:
             name = self.argument.partition("(")[2].rstrip(")")

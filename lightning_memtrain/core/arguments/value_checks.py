@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 from lightning_memtrain.core.arguments.argument_error import ArgumentError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def wrong(owner: str, name: str, expected: str, value: object, cure: str) -> ArgumentError:
@@ -79,7 +81,7 @@ def check_numbers(
         ArgumentError: naming the first that is wrong.
     """
     for name, value in values.items():
-        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        number = value.item() if _is_of_torch(value, "Tensor") and value.numel() == 1 else value
         if (
             isinstance(number, bool)
             or not isinstance(number, Real)
@@ -149,6 +151,8 @@ def check_modules(owner: str, **values: Any) -> None:
     Raises:
         ArgumentError: naming the first that is wrong.
     """
+    from torch import nn
+
     check_kinds(owner, nn.Module, "a torch.nn.Module", "Pass the model itself, not its class.", **values)
 
 
@@ -218,6 +222,8 @@ def as_device(owner: str, **values: Any) -> torch.device:
         >>> as_device("MemoryLedger", device="cuda:1")
         device(type='cuda', index=1)
     """
+    import torch
+
     ((name, value),) = values.items()
     try:
         return torch.device(value)
@@ -233,7 +239,13 @@ def _is_optimizer(value: Any) -> bool:
 
 def _shown(value: object) -> str:
     """A value in one line; of a model, a tensor or a long list what it is."""
-    if isinstance(value, (nn.Module, Tensor)):
+    if _is_of_torch(value, "nn.Module") or _is_of_torch(value, "Tensor"):
         return f"a {type(value).__name__}"
     text = " ".join(repr(value).split())
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _is_of_torch(value: Any, name: str) -> bool:
+    """Whether a value is of a class of torch; none is while nobody has imported torch (it takes seconds)."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, attrgetter(name)(torch))

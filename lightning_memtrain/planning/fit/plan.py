@@ -11,7 +11,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_memtrain.core import ArgumentError
+from lightning_memtrain.core import ArgumentError, format_bytes
+from lightning_memtrain.core.notebooks import show
 from lightning_memtrain.planning.fit.holding.fingerprint import Fingerprint
 from lightning_memtrain.planning.fit.holding.plan_guard import PlanGuard
 from lightning_memtrain.planning.fit.objects import made, technique_path
@@ -28,7 +29,7 @@ from lightning_memtrain.planning.fit.way import Floor, FoundWays, TechniqueSetti
 from lightning_memtrain.tracing.device import Device
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """How a run keeps a limit: the way to take, all others worth having, and the run that it is made for.
 
@@ -249,6 +250,14 @@ class Plan:
             path: the file.
         """
         save_plan_page(self.model_name, self.found, self.device, self.limit_bytes, Path(path))
+
+    def __repr__(self) -> str:
+        kept = "fits" if self.fits else "does not fit"
+        return f"<Plan of {self.model_name} on {self.device.name}: {kept} {format_bytes(self.limit_bytes)}>"
+
+    def show(self) -> None:
+        """Draw table and chart in a notebook, or print the table."""
+        show(self, str(self))
 
     def __str__(self) -> str:
         """The table, for the terminal."""

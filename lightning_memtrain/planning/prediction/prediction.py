@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_memtrain.core import ArgumentError, MemoryBreakdown, TimelineEvent, format_bytes
+from lightning_memtrain.core.notebooks import show
 from lightning_memtrain.planning.prediction.largest import largest_that_fits
 from lightning_memtrain.report import MemoryReport, save_html
 from lightning_memtrain.tracing.device import Device
@@ -20,7 +21,7 @@ SCHEMA_VERSION = 1
 _KIND = "lightning_memtrain prediction"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction:
     """What training will need on a device.
 
@@ -176,6 +177,13 @@ class Prediction:
         """
         save_html(self.report, Path(path))
 
+    def __repr__(self) -> str:
+        return f"<Prediction of {self._title()}, needs {format_bytes(self.needed_bytes)}>"
+
+    def show(self) -> None:
+        """Draw table and page in a notebook, or print the table."""
+        show(self, str(self))
+
     def __str__(self) -> str:
         """A table for the terminal."""
         width = max(len(name) for name, _ in self._rows())
@@ -183,13 +191,15 @@ class Prediction:
         return "\n".join([self._title(), *lines, *self._remarks()])
 
     def _repr_html_(self) -> str:
-        """A table for notebooks."""
+        """A table for notebooks, and the page below."""
         rows = "".join(
             f"<tr><td style='text-align:left'>{html.escape(name)}</td><td>{value}</td></tr>"
             for name, value in self._rows()
         )
         remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
-        return f"<table><caption>{html.escape(self._title())}</caption>{rows}</table>{remarks}"
+        return f"<table><caption>{html.escape(self._title())}</caption>{rows}</table>{remarks}" + (
+            self.report._repr_html_()
+        )
 
     def _title(self) -> str:
         ranks = "" if self.strategy is None else f", each of {self.world_size} by {self.strategy}"

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_memtrain.compat.lightning_packages import refuse_mix
 from lightning_memtrain.core import TechniqueRecord
+from lightning_memtrain.core.technique import readable_repr
 from lightning_memtrain.precision.activations.activation_codec import ActivationCodec, validate_codec
 from lightning_memtrain.precision.activations.packed_training_steps import PackedTrainingSteps
 
@@ -88,6 +89,8 @@ class CompressedActivations(Callback):
     def exact(self) -> bool:
         """Whether gradients are exact, which rounded activations never give."""
         return False
+
+    __repr__ = readable_repr
 
     def technique_record(self) -> TechniqueRecord:
         """What the memory report says of it."""

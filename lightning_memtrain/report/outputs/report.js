@@ -80,6 +80,21 @@
       parts.map((category) => el("i", { style: `${color(category)};width:${(100 * held[category]) / whole}%`, title: `${label(category)} ${bytes(held[category])}` })));
   }
 
+  function seconds(number) {
+    if (number < 1) return `${+(1000 * number).toPrecision(3)} ms`;
+    if (number < 60) return `${number.toFixed(1)} s`;
+    if (number < 3600) return `${Math.floor(number / 60)} min ${Math.floor(number % 60)} s`;
+    return `${Math.floor(number / 3600)} h ${Math.floor((number % 3600) / 60)} min`;
+  }
+  function times(name) {
+    const known = (report.step_times || {})[name];
+    if (!known) return [];
+    if (known.median_seconds === null) return [["Step time", `${seconds(known.measured_median_seconds)}\nall steps were measured`]];
+    const added = known.measured_seconds - known.num_measured * known.median_seconds;
+    const more = `${known.num_measured === 1 ? "the measured step" : `${known.num_measured.toLocaleString("en")} measured steps`}: ${seconds(Math.abs(added))} ${added >= 0 ? "more" : "less"} in all`;
+    return [["Step time", `${seconds(known.median_seconds)}\nmedian of ${known.num_steps.toLocaleString("en")}${known.num_measured ? `; ${more}` : ""}`]];
+  }
+
   // ---- headline -----------------------------------------------------------------------------------------
   function headline(stage, name) {
     const held = stage.at_peak;
@@ -97,6 +112,7 @@
       stage.aside_peak_bytes ? ["Probes, left out", bytes(stage.aside_peak_bytes)] : null,
       ["Growth over the run", grown ? bytes(grown) : "none"],
       report.ranks ? [`Over ${count(report.ranks.world_size, "rank")}`, `${bytes(report.ranks.min_peak_bytes)} to ${bytes(report.ranks.max_peak_bytes)}`] : null,
+      ...times(name),
       report.techniques.length ? ["Techniques", report.techniques.map((technique) => technique.name).join("\n")] : null,
     ];
     const groups = Object.entries(GROUPS).map(([group, members]) => [group, sum(members.map((member) => held[member]))]);
@@ -452,6 +468,19 @@
       el("div", { class: "scroll" }, el("table", { class: "data modules" }, el("thead", {}, el("tr", {}, heads[0], el("td", { class: "bar" }), heads.slice(1))), body)), more);
   }
 
+  function sites(stage) {
+    if (!(stage.sites || []).length) return null;
+    const place = (site) => site.file ? `${site.in_backward ? "backward of " : ""}${site.file}:${site.line}` : site.was_there ? "there before the step" : site.line || "not known";
+    const rows = stage.sites.map((site) => el("tr", {},
+      el("td", { class: "name" }, el("span", { class: "mono" }, breakable(place(site))), " ", el("span", { class: "small muted" }, site.function)),
+      el("td", {}, bytes(site.num_bytes)), el("td", { class: "left" }, site.category ? swatch(site.category) : null, ` ${label(site.category)}`), el("td", { class: "left mono" }, site.module), el("td", {}, site.num_storages.toLocaleString("en"))));
+    const body = el("tbody", {}, rows.slice(0, FIRST_ROWS));
+    const more = rows.length > FIRST_ROWS ? el("button", { type: "button", class: "more", onclick: () => { body.append(...rows.slice(FIRST_ROWS)); more.remove(); } }, `Show all ${rows.length.toLocaleString("en")} lines`) : null;
+    return card("sites", "Your lines of code", "Which line has made what is live at the peak. What a backward makes is told by the line that it is the backward of.",
+      el("div", { class: "scroll" }, el("table", { class: "data" },
+        el("thead", {}, el("tr", {}, ["Line", "Bytes", "Used for", "Module", "Storages"].map((text, at) => el("th", { scope: "col", class: at === 2 || at === 3 ? "left" : null }, text)))), body)), more);
+  }
+
   function growth(name) {
     const rows = report.growth[name] || [];
     if (!rows.length) return null;
@@ -499,8 +528,11 @@
 
   const words = (entries) => el("dl", { class: "words" }, Object.entries(entries).map(([term, text]) => [el("dt", {}, term), el("dd", {}, text)]));
 
+  const folded = (title, ...cards) => el("details", { class: "fold" }, el("summary", {}, title), ...cards.filter(Boolean));
+
   // ---- page ---------------------------------------------------------------------------------------------
-  const names = Object.keys(report.stages);
+  // Training comes first, whatever holds most.
+  const names = Object.keys(report.stages).sort((a, b) => (b === "fit") - (a === "fit"));
   const panel = el("div", { id: "panel" });
   function show(name) {
     for (const tab of tabs) {
@@ -510,7 +542,11 @@
     const stage = report.stages[name];
     const overRun = [steps(name), growth(name)].filter(Boolean);
     const summary = overRun.length ? el("div", { class: "two wide" }, categories(stage), el("div", {}, overRun)) : categories(stage);
-    panel.replaceChildren(...[headline(stage, name), timeline(stage), summary, modules(stage)].filter(Boolean));
+    // Beside training, other stages are told in short.
+    const short = name !== "fit" && names.includes("fit");
+    panel.replaceChildren(...(short
+      ? [headline(stage, name), summary, folded("Timeline and modules", timeline(stage), modules(stage), sites(stage))]
+      : [headline(stage, name), timeline(stage), summary, modules(stage), sites(stage)]).filter(Boolean));
   }
   const tabs = names.map((name) => el("button", { type: "button", role: "tab", "data-stage": name, "aria-controls": "panel", onclick: () => show(name) }, name));
   const tabList = names.length > 1 ? el("div", { class: "tabs", role: "tablist", "aria-label": "Stage", onkeydown: (event) => {
@@ -536,5 +572,5 @@
     el("div", { class: "two" },
       card("environment", "Environment", null, words(report.environment)),
       el("section", { class: "card" }, el("details", {}, el("summary", {}, "What the words mean"), words(WORDS))))));
-  if (names.length) show(names.reduce((best, name) => (sum(Object.values(report.stages[name].at_peak)) > sum(Object.values(report.stages[best].at_peak)) ? name : best)));
+  if (names.length) show(names[0]);
 })();

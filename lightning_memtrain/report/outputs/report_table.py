@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from lightning_memtrain.core import (
@@ -13,7 +16,7 @@ from lightning_memtrain.core import (
     format_bytes,
 )
 from lightning_memtrain.report.memory_report import MemoryReport, OutOfMemory
-from lightning_memtrain.report.number_table import mebibytes, number_table
+from lightning_memtrain.report.number_table import OneLine, mebibytes, number_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -48,11 +51,17 @@ def render_table(report: MemoryReport) -> RenderableType:
     parts += [_technique(record) for record in report.techniques]
     if not report.stages:
         parts.append(Text("No step was profiled."))
-    for stage, breakdown in report.stages.items():
-        parts += ["", _headline(report, stage, breakdown), _categories(breakdown), _groups(breakdown)]
+    for stage, breakdown in sorted(report.stages.items(), key=lambda one: one[0] != "fit"):
+        parts += ["", _headline(report, stage, breakdown), *_times(report, stage)]
+        if stage != "fit" and "fit" in report.stages:  # beside training it is only said what matters
+            parts.append(_held(breakdown))
+        else:
+            parts += [_categories(breakdown), _groups(breakdown)]
         parts += _allocator(breakdown)
-        if breakdown.modules:
+        if breakdown.modules and (stage == "fit" or "fit" not in report.stages):
             parts.append(_modules(breakdown))
+        if breakdown.sites:
+            parts.append(_sites(breakdown))
         parts += _growth(report.growth.get(stage, ()))
     parts += _predicted(report)
     if report.ranks is not None:
@@ -76,6 +85,23 @@ def print_table(report: MemoryReport, file: IO[str] | None = None) -> None:
     Console(file=file, highlight=False).print(render_table(report))
 
 
+def table_text(report: MemoryReport, width: int = 100) -> str:
+    """The report as plain text.
+
+    Args:
+        report: what the profiler learned.
+        width: columns that there are.
+
+    Returns:
+        The text, without colours.
+    """
+    from rich.console import Console
+
+    file = io.StringIO()
+    Console(file=file, width=width, highlight=False).print(render_table(report))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
 def _headline(report: MemoryReport, stage: str, breakdown: MemoryBreakdown) -> RenderableType:
     from rich.text import Text
 
@@ -94,6 +120,24 @@ def _headline(report: MemoryReport, stage: str, breakdown: MemoryBreakdown) -> R
     if breakdown.aside_peak_bytes:
         line.append(f"; probes, which are left out, held {format_bytes(breakdown.aside_peak_bytes)}")
     return line
+
+
+def _times(report: MemoryReport, stage: str) -> list[RenderableType]:
+    from rich.text import Text
+
+    times = report.step_times.get(stage)
+    return [] if times is None else [Text(f"Time: {times}")]
+
+
+def _held(breakdown: MemoryBreakdown) -> RenderableType:
+    """What holds most at the peak, in a line."""
+    from rich.text import Text
+
+    largest = sorted(breakdown.at_peak.items(), key=lambda one: -one[1])
+    held = [
+        f"{category.value.replace('_', ' ')} {format_bytes(size)}" for category, size in largest if size > 0
+    ]
+    return Text(f"Held: {', '.join(held) or 'nothing'}")
 
 
 def _categories(breakdown: MemoryBreakdown) -> Table:
@@ -148,19 +192,47 @@ def _allocator(breakdown: MemoryBreakdown) -> list[RenderableType]:
 
 
 def _modules(breakdown: MemoryBreakdown) -> Table:
-    from rich.text import Text
-
     largest = sorted(breakdown.modules, key=lambda row: -row.total_bytes)[:_NUM_MODULES]
-    columns = ("Total", "Produced", "Saved", "Model", "Grads", "Optim")
-    table = number_table("Module, MiB at peak", columns)
+    names = ("Total", "Produced", "Saved", "Model", "Grads", "Optim")
+    # Columns without a number leave their room to the names.
+    shown = [
+        index for index in range(len(names)) if not index or any(_module_bytes(row)[index] for row in largest)
+    ]
+    table = number_table("Module, MiB at peak", tuple(names[index] for index in shown))
     for row in largest:
-        name = Text.assemble(row.name or "(model)", (f" {row.type_name}", "dim"), overflow="fold")
-        table.add_row(name, *(mebibytes(size) for size in _module_bytes(row)))
+        sizes = _module_bytes(row)
+        name = OneLine(row.name or "(model)", row.type_name)
+        table.add_row(name, *(mebibytes(sizes[index]) for index in shown))
     rest = len(breakdown.modules) - len(largest)
     if rest:
         table.caption = f"{rest:,} more {'module' if rest == 1 else 'modules'} in the HTML report"
         table.caption_justify = "left"
     return table
+
+
+def _sites(breakdown: MemoryBreakdown) -> Table:
+    """Lines of code with what they have made; what was there before the step by what it is."""
+    sums: dict[tuple[str, str], list[int]] = {}
+    for site in breakdown.sites:
+        known = site.function if site.file else site.category.replace("_", " ")
+        row = sums.setdefault((_from_here(str(site), site.file), known), [0, 0])
+        row[0] += site.num_bytes
+        row[1] += site.num_storages
+    largest = sorted(sums.items(), key=lambda one: -one[1][0])
+    table = number_table("Your code, MiB at peak", ("Made", "Storages"))
+    for (place, function), (num_bytes, count) in largest[:_NUM_MODULES]:
+        table.add_row(OneLine(place, function), mebibytes(num_bytes), f"{count:,}")
+    if len(largest) > _NUM_MODULES:
+        rest = len(largest) - _NUM_MODULES
+        table.caption = f"{rest:,} more {'line' if rest == 1 else 'lines'} in the HTML report"
+        table.caption_justify = "left"
+    return table
+
+
+def _from_here(text: str, file: str) -> str:
+    """A file below the present folder without the way to there."""
+    here = f"{Path.cwd()}{os.sep}"
+    return text.replace(file, file.removeprefix(here), 1) if file.startswith(here) else text
 
 
 def _module_bytes(row: ModuleMemory) -> tuple[int, ...]:

@@ -32,11 +32,12 @@ def render_comparison(comparison: Comparison) -> str:
         notes = "".join(f"<li>{escape(note)}</li>" for note in comparison.notes)
         cards.append(card("To be known", "", f"<ul>{notes}</ul>", "notes"))
     first = card("Peak by category", f"Stage: {comparison.stage}.", figure, "peaks")
-    first += card(
+    second = card(
         "Techniques", "", table(["Run", "Techniques"], technique_rows(comparison), left=[1]), "techniques"
     )
-    second = card("Numbers", "", table(headings(comparison, ""), rows), "numbers")
     cards.append(f'<div class="two"><div>{first}</div><div>{second}</div></div>')
+    # Of its own, since it is wide: a column for each run.
+    cards.append(card("Numbers", "", table(headings(comparison, ""), rows), "numbers"))
     modules = module_rows(comparison, types=True)
     if modules:
         note = "What each holds at the peak, matched by name; those that differ most."

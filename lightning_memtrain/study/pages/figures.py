@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from lightning_memtrain.core import MIB, Category, format_bytes
+from lightning_memtrain.core.units import format_seconds
 from lightning_memtrain.study.grid import Score
 from lightning_memtrain.study.pages.svg_chart import WIDTH, Line, Point, scatter, svg
-from lightning_memtrain.study.printed_numbers import duration, short_score, times
+from lightning_memtrain.study.printed_numbers import short_score, times
 from lightning_memtrain.study.study_result import StudyResult, VariantResult
 
 # From the bottom of the stack to its top, as in the page of a memory report.
@@ -124,7 +125,7 @@ def _details(row: VariantResult, score: Score | None) -> str:
     if row.score is not None and score is not None:
         parts.append(short_score(score, row.score, row.score_spread))
     if row.step_seconds is not None:
-        parts.append(f"{duration(row.step_seconds)} a step")
+        parts.append(f"{format_seconds(row.step_seconds)} a step")
     return ", ".join(parts)
 
 

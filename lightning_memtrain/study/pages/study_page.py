@@ -7,9 +7,10 @@ from html import escape
 
 from lightning_memtrain.core import format_bytes
 from lightning_memtrain.core.atomic_files import write_atomically
+from lightning_memtrain.core.units import format_seconds
 from lightning_memtrain.study.pages.figures import draw_figures
 from lightning_memtrain.study.pages.page_parts import card, page, standalone, table
-from lightning_memtrain.study.printed_numbers import duration, short_score, times
+from lightning_memtrain.study.printed_numbers import short_score, times
 from lightning_memtrain.study.study_folder import StudyFolder
 from lightning_memtrain.study.study_result import StudyResult, StudyRun, VariantResult
 
@@ -68,7 +69,7 @@ def _summary(result: StudyResult) -> str:
     seconds = sum(run.record.seconds for run in result.runs if run.record is not None)
     parts = [f"{finished} of {len(result.runs)} runs finished"]
     parts += [f"{failed} failed"] if failed else []
-    parts += [f"{duration(seconds)} of training", result.created[:16].replace("T", " ") + " UTC"]
+    parts += [f"{format_seconds(seconds)} of training", result.created[:16].replace("T", " ") + " UTC"]
     return ", ".join(parts)
 
 
@@ -92,7 +93,7 @@ def _variant_row(row: VariantResult, result: StudyResult) -> list[str]:
         "" if row.peak_bytes is None else format_bytes(row.peak_bytes),
         "" if row.ledger_peak_bytes is None else format_bytes(row.ledger_peak_bytes),
         times(row.times_less),
-        "" if row.step_seconds is None else duration(row.step_seconds),
+        "" if row.step_seconds is None else format_seconds(row.step_seconds),
         times(row.times_slower),
     ]
     score = result.score
@@ -128,7 +129,7 @@ def _run_row(run: StudyRun, result: StudyResult) -> list[str]:
     row = [
         run.name,
         run.state,
-        "" if record is None else duration(record.seconds),
+        "" if record is None else format_seconds(record.seconds),
         "" if record is None else str(record.num_parts),
     ]
     if result.score is not None:

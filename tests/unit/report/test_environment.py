@@ -7,7 +7,7 @@ import lightning
 import torch
 
 import lightning_memtrain
-from lightning_memtrain.report.environment import _processor_name, environment
+from lightning_memtrain.report.run_environment import _processor_name, environment
 
 
 def test_versions_and_device_are_named() -> None:

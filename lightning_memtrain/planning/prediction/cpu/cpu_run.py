@@ -171,6 +171,8 @@ class _PredictingProfiler(MemoryProfiler):
         folder: for the report.
     """
 
+    _times_steps = False
+
     def __init__(self, workspace: AskedWorkspace, folder: str) -> None:
         super().__init__(every_n_steps=1, report_dir=folder, max_rows=None)
         self._workspace = workspace

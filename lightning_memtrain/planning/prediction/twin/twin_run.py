@@ -36,7 +36,7 @@ def run_on_twin(
         What was counted.
     """
     with quiet_folder() as folder, on_twin(model, device, world) as place:
-        profiler = MemoryProfiler(every_n_steps=1, report_dir=folder, max_rows=None)
+        profiler = _TwinProfiler(every_n_steps=1, report_dir=folder, max_rows=None)
         trainer = few_steps_trainer(place.model, place.trainer_arguments, trainer_options, profiler)
         trainer.fit(place.model, data)
         refuse_no_optimizer(trainer, place.model)
@@ -51,3 +51,7 @@ def run_on_twin(
         convolution_bytes=place.mode.convolution_bytes,
         compiled=compiled_module(place.model),
     )
+
+
+class _TwinProfiler(MemoryProfiler):
+    _times_steps = False

@@ -17,7 +17,7 @@ from lightning_memtrain.core import (
     TimelineEvent,
     format_bytes,
 )
-from lightning_memtrain.report.memory_report import MemoryReport, StepPeak
+from lightning_memtrain.report.memory_report import MemoryReport, StepPeak, StepTimes
 from lightning_memtrain.report.outputs.html import render_html, save_html
 from tests.helpers.browser import Visit, visit
 from tests.helpers.reports import deep_report, out_of_memory_report, tiny_report
@@ -214,6 +214,36 @@ def test_browser_changes_stage_with_the_keyboard(tmp_path: Path) -> None:
         "ledger",
     ]
     assert focused
+
+
+def test_browser_opens_on_training_and_tells_other_stages_in_short(tmp_path: Path) -> None:
+    report = tiny_report()
+    fit = report.stages["fit"]
+    larger = replace(fit, at_peak=CategoryBytes({"activations": 99 * MIB}), maxima=fit.maxima)
+    report = replace(report, stages={"validate": larger, "fit": fit})
+    script = """
+      const tabs = [...document.querySelectorAll("[role=tab]")];
+      const folds = () => [...document.querySelectorAll("#panel details")].map((fold) => fold.open);
+      const first = [tabs.map((tab) => tab.textContent), text("#peak"), folds()];
+      tabs[1].click();
+      return [first, text("#peak"), folds(), document.querySelector("details #modules") !== null];"""
+    seen = undisturbed(visit(render_html(report), tmp_path, script)).answer
+    assert seen == [[["fit", "validate"], "56.00 MiB", []], "99.00 MiB", [False], True]
+
+
+def test_browser_tells_what_steps_took(tmp_path: Path) -> None:
+    times = {"fit": StepTimes(0.0124, 47, 0.05, 4, 0.2), "validate": StepTimes(None, 0, 1.5, 1, 1.5)}
+    script = """
+      const tile = () => [...document.querySelectorAll(".tiles div")].map((one) => one.textContent)
+        .find((one) => one.startsWith("Step time"));
+      const first = tile();
+      document.querySelectorAll("[role=tab]")[1].click();
+      return [first, tile()];"""
+    seen = undisturbed(visit(render_html(replace(tiny_report(), step_times=times)), tmp_path, script)).answer
+    assert seen == [
+        "Step time12.4 ms\nmedian of 47; 4 measured steps: 150 ms more in all",
+        "Step time1.5 s\nall steps were measured",
+    ]
 
 
 def test_browser_tells_an_events_bytes_to_the_pointer_and_the_keyboard(tmp_path: Path) -> None:

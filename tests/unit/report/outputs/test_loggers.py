@@ -135,10 +135,12 @@ def test_lightning_itself_refuses_a_wandb_logger_without_wandb(monkeypatch: pyte
 
 def test_only_wandb_is_given_axes() -> None:
     for logger in (FakeLogger(), TensorBoardLogger(), MLFlowLogger()):
-        define_metrics(logger)
+        define_metrics(logger, log_all=True)
         assert logger.recorder.calls == []
     logger = WandbLogger()
     define_metrics(logger)
+    assert logger.recorder.calls == []  # nor W&B, unless it gets these series
+    define_metrics(logger, log_all=True)
     axis, *series = logger.recorder.calls
     assert axis == ("define_metric", ("memtrain/event",), {"hidden": True, "summary": "none"})
     assert len(series) == 4 * len(Category)  # all but workspace, and the total

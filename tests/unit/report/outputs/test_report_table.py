@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from lightning_memtrain.core import MIB, CategoryBytes, Growth, ModuleMemory, TechniqueRecord
-from lightning_memtrain.report.memory_report import MemoryReport
+from lightning_memtrain.report.memory_report import MemoryReport, StepTimes
 from lightning_memtrain.report.outputs.report_table import print_table, render_table
 from tests.helpers.reports import deep_report, out_of_memory_report, tiny_report
 
@@ -38,10 +38,66 @@ def test_categories_are_listed_in_mib_with_share_and_maximum() -> None:
 
 
 def test_rows_of_a_stage_without_allocator_add_up_to_the_ledger() -> None:
-    lines = rendered(tiny_report())
+    alone = replace(tiny_report(), stages={"validate": tiny_report().stages["validate"]})
+    lines = rendered(alone)
     start = next(i for i, line in enumerate(lines) if line.startswith("validate: peak 50.00 MiB (ledger)"))
     assert row(lines[start:], "total (ledger)") == ["50.00", "100.0%"]
     assert not [line for line in lines[start:] if line.strip().startswith("workspace")]
+
+
+def test_beside_training_another_stage_takes_two_lines() -> None:
+    report = tiny_report()
+    report = replace(report, stages={"validate": report.stages["validate"], "fit": report.stages["fit"]})
+    lines = rendered(report, width=160)
+    start = lines.index("validate: peak 50.00 MiB (ledger) on cpu, after 'forward head'")
+    assert start > next(i for i, line in enumerate(lines) if line.startswith("fit: peak"))
+    assert lines[start + 1] == (
+        "Held: activations 32.00 MiB, optimizer state 8.00 MiB, parameters 4.00 MiB, temporary 3.00 MiB, "
+        "inputs 2.00 MiB, gradients 1.00 MiB"
+    )
+    assert lines[start + 2] == "Peak over 2 ranks: from 55.00 MiB to 56.00 MiB."
+
+
+@pytest.mark.parametrize(
+    ("times", "line"),
+    [
+        (
+            StepTimes(0.0124, 47, 0.05, 4, 0.2),
+            "Time: 12.4 ms per step (median of 47); the 4 measured steps took 150 ms more than that in all",
+        ),
+        (StepTimes(0.0124, 47), "Time: 12.4 ms per step (median of 47)"),
+        (StepTimes(None, 0, 0.5, 3, 1.5), "Time: 500 ms per step, with measuring in all of them"),
+        (
+            StepTimes(0.02, 7, 0.01, 1, 0.01),
+            "Time: 20 ms per step (median of 7); the measured step took 10 ms less than that in all",
+        ),
+    ],
+)
+def test_step_times_stand_beside_the_bytes(times: StepTimes, line: str) -> None:
+    lines = rendered(replace(tiny_report(), step_times={"fit": times}), width=120)
+    assert (
+        lines[lines.index("fit: peak 56.00 MiB (allocator) on cpu, after 'forward head'; 4 steps") + 1]
+        == line
+    )
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_a_module_is_one_line(width: int) -> None:
+    fit = tiny_report().stages["fit"]
+    paths = [f"network.encoder.layers.{i}.self_attention.output_projection" for i in range(3)]
+    modules = tuple(
+        ModuleMemory(path, "NonDynamicallyQuantizableLinear", 9 * MIB, 0, 0, MIB) for path in paths
+    )
+    lines = rendered(replace(tiny_report(), stages={"fit": replace(fit, modules=modules)}), width)
+    start = next(i for i, line in enumerate(lines) if line.lstrip().startswith("Module, MiB at peak"))
+    assert lines[start].split()[-3:] == ["Total", "Model", "Optim"]  # no column of zeros only
+    rows = lines[start + 2 : start + 5]
+    for row, path in zip(rows, paths, strict=True):
+        assert row.split()[-3:] == ["10.00", "9.00", "1.00"]
+        shown = row.split()[0]
+        assert shown == path if width == 160 else path.endswith(shown.removeprefix("..."))
+        assert len(shown) >= 40
+    assert ("NonDynamicallyQuantizableLinear" in rows[0]) == (width == 160)
 
 
 def test_groups_of_the_paper() -> None:
