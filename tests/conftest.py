@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,12 @@ settings.load_profile(os.environ.get("MEMTRAIN_HYPOTHESIS_PROFILE", "steady"))
 
 # Whoever runs out of memory in a test does not want to know for seconds what would have fitted.
 suggestions._SECONDS_AFTER_FAILURE = 0.0
+
+
+def pytest_collection_finish() -> None:
+    """Where a test needs it, the process that others are forks of imports while the first tests run."""
+    if "tests.helpers.forked" in sys.modules:
+        forkserver.ensure_running()
 
 
 @pytest.fixture(autouse=True)

@@ -141,7 +141,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
 
 # Every operator, in parts for several workers; a window only adds gradients that are set back.
 @pytest.mark.parametrize(
-    ("accumulate", "first", "stride"), [(1, 0, 4), (1, 1, 4), (1, 2, 4), (1, 3, 4), (3, 0, 4)]
+    ("accumulate", "first", "stride"), [*((1, first, 8) for first in range(8)), (3, 0, 8), (3, 4, 8)]
 )
 def test_a_failure_at_any_operator_leaves_no_trace(
     accumulate: int, first: int, stride: int, found: dict[int, Any], tmp_path: Path

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import doctest
 import io
-import json
+import os
 import re
 import shlex
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +21,9 @@ import yaml
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from sybil import Example, Sybil
 from sybil.parsers.myst import CodeBlockParser, PythonCodeBlockParser
+
+from lightning_memtrain.cli import main
+from tests.helpers.forked import run_forked
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,15 +55,16 @@ EXECUTED = ("python", "bash", "console", "yaml")
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@contextlib.contextmanager
+def elsewhere(folder: Path) -> Iterator[None]:
     """Examples write reports and runs: never into the checkout, and never to a server."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
     filters, random_state = warnings.filters[:], torch.get_rng_state()
-    yield
-    wandb.finish()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        yield
+        wandb.finish()
     warnings.filters[:] = filters
     torch.set_rng_state(random_state)
 
@@ -91,27 +94,24 @@ def run_lines(lines: list[str]) -> None:
     run_memtrain([arguments for program, *arguments in commands if program == "memtrain"])
 
 
-# Runs `memtrain` commands one after the other.
-DRIVER = """
-import json, sys
-from lightning_memtrain.cli import main
-
-for command in json.loads(sys.argv[1]):
-    try:
-        code = main(command)
-    except SystemExit as ended:
-        code = ended.code
-    if code:
-        sys.exit(f"memtrain {command}: exit code {code}")
-"""
-
-
 def run_memtrain(commands: list[list[str]]) -> None:
     """Run a block's commands in a process of their own, where LightningCLI meets no test's classes."""
     if commands:
-        arguments = [sys.executable, "-c", DRIVER, json.dumps([shortened(command) for command in commands])]
-        done = subprocess.run(arguments, text=True, capture_output=True, timeout=240)
+        shorter = [shortened(command) for command in commands]
+        done = run_forked(one_after_the_other, shorter, cwd=Path.cwd(), environment={**os.environ})
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def one_after_the_other(commands: list[list[str]]) -> str | None:
+    """Runs `memtrain` commands; says which one failed."""
+    for command in commands:
+        try:
+            code = main(command)
+        except SystemExit as ended:
+            code = ended.code
+        if code:
+            return f"memtrain {command}: exit code {code}"
+    return None
 
 
 def shortened(arguments: list[str]) -> list[str]:
@@ -169,10 +169,37 @@ def examples_of(page: Path) -> list[Example]:
     return list(document.examples())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_examples_of_a_page(page: Path) -> None:
-    for example in examples_of(page):
-        example.evaluate()
+class PageRun:
+    """The examples of one page, executed one after the other, each by the test that first asks for it."""
+
+    def __init__(self, page: Path) -> None:
+        self._examples = examples_of(page)
+        self._num_executed = 0
+
+    def execute(self, index: int) -> None:
+        """Execute an example, after those before it: they share their names."""
+        while self._num_executed <= index:
+            self._examples[self._num_executed].evaluate()
+            self._num_executed += 1
+
+
+@pytest.fixture(scope="module")
+def page_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageRun]:
+    with elsewhere(tmp_path_factory.mktemp("page")):
+        yield PageRun(request.param)
+
+
+@pytest.mark.parametrize(
+    ("page_run", "index"),
+    [
+        pytest.param(page, index, id=f"{page.relative_to(ROOT)}-{index}")
+        for page in PAGES
+        for index in range(len(examples_of(page)))
+    ],
+    indirect=["page_run"],
+)
+def test_examples_of_a_page(page_run: PageRun, index: int) -> None:
+    page_run.execute(index)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -194,9 +221,9 @@ def test_an_example_that_is_wrong_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name: str) -> None:
+def test_docstring_examples(name: str, tmp_path: Path) -> None:
     output = io.StringIO()
-    with contextlib.redirect_stdout(output):
+    with elsewhere(tmp_path), contextlib.redirect_stdout(output):
         failed, _ = doctest.testmod(import_module(name))
     assert not failed, output.getvalue()
 

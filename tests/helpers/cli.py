@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from tests.helpers.forked import run_forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +53,35 @@ def memtrain(*args: str | Path, cwd: Path, **env: str) -> subprocess.CompletedPr
         text=True,
         timeout=240,
     )
+
+
+def memtrain_forked(*args: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, which need not import Lightning first."""
+    return run_forked(_command, [*map(str, args)], cwd=cwd, environment=environment(**env))
+
+
+def _command(args: list[str]) -> int | None:
+    from lightning_memtrain.cli import main
+
+    # Lightning starts the other ranks of a distributed run with it.
+    sys.argv = [str(ROOT / "lightning_memtrain" / "cli" / "__main__.py"), *args]
+    return main(args)
+
+
+def python_forked(code: str, *args: str, cwd: Path) -> str:
+    """The last line that a script prints, which knows nothing of this checkout."""
+    # A file, whose folder is searched for modules: jsonargparse changes the working directory as it reads.
+    script = cwd / "train.py"
+    script.write_text(code)
+    result = run_forked(_script, str(script), [*args], cwd=cwd, environment=environment())
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1]
+
+
+def _script(path: str, args: list[str]) -> None:
+    warnings.simplefilter("ignore")
+    sys.argv = [path, *args]
+    runpy.run_path(path, run_name="__main__")
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 import lightning_memtrain as mt
 from tests.contract.test_techniques import CASES, ROWS, SmallNet
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
-from tests.helpers.two_ranks import found_by_two_ranks
+from tests.helpers.two_ranks import TwoRanks
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)]
 
@@ -91,26 +90,16 @@ def test_partners_are_all_techniques() -> None:
     }
 
 
-# To start two processes takes longer than a partner does, and all partners take too long for one test.
-SHARES = [[*PARTNERS][i::3] for i in range(3)]
-
-
 @pytest.fixture(scope="module")
-def found_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
-    """What each rank has after the fit, by partner, for one of the shares; run when it is first asked for."""
-    return cache(
-        lambda share: found_by_two_ranks(trained, SHARES[share], tmp_path_factory.mktemp("auto_pairs"))
-    )
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
+    """What each rank has after the fit, by partner."""
+    with TwoRanks(trained, tmp_path_factory.mktemp("auto_pairs")) as ranks:
+        yield ranks
 
 
-@pytest.mark.parametrize(
-    ("share", "name"),
-    [pytest.param(i, name, id=name) for i, share in enumerate(SHARES) for name in share],
-)
-def test_ranks_have_the_same_weights(
-    share: int, name: str, found_in: Callable[[int], list[dict[str, Any]]]
-) -> None:
-    first, second = (rank[name] for rank in found_in(share))
+@pytest.mark.parametrize("name", PARTNERS)
+def test_ranks_have_the_same_weights(name: str, found: TwoRanks) -> None:
+    first, second = found(name)
     if name in REFUSED:
         assert "needs that each batch is run once, but got Microbatching" in first
         assert first == second

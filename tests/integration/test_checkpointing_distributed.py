@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lightning_memtrain import ActivationCheckpointing, Microbatching
 from lightning_memtrain.checkpointing import MemoryBudget
 from lightning_memtrain.core import NoEffectWarning
 from tests.helpers.trainers import quiet_trainer
-from tests.helpers.two_ranks import found_by_two_ranks
+from tests.helpers.two_ranks import TwoRanks
 
 pytestmark = pytest.mark.slow
 
@@ -143,19 +143,20 @@ def _check(name: str, folder: Path, rank: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
     """What each rank found, by case."""
-    return found_by_two_ranks(_check, [*CASES], tmp_path_factory.mktemp("two_processes"))
+    with TwoRanks(_check, tmp_path_factory.mktemp("two_processes")) as ranks:
+        yield ranks
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_both_ranks_train_as_without_recomputing(name: str, found: list[dict[str, Any]]) -> None:
-    for result in found:
-        assert isinstance(result[name], int), result[name]
+def test_both_ranks_train_as_without_recomputing(name: str, found: TwoRanks) -> None:
+    for result in found(name):
+        assert isinstance(result, int), result
         if isinstance(CASES[name].policy, MemoryBudget):  # how many is up to how long each takes
-            assert result[name] > 0
+            assert result > 0
         else:
-            assert result[name] == 4
+            assert result == 4
 
 
 def test_a_budget_is_refused_where_parameters_are_sharded() -> None:

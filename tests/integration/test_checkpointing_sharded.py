@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_memtrain.checkpointing import Full, Nested, Recomputed, Sqrt, insert_checkpoints
 from tests.helpers.recomputed import recomputations
-from tests.helpers.two_ranks import found_by_two_ranks
+from tests.helpers.two_ranks import TwoRanks
 
 pytestmark = pytest.mark.slow
 
@@ -168,14 +168,15 @@ def _check(name: str, folder: Path, rank: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank recomputed, by case."""
-    return found_by_two_ranks(_check, [*CASES], tmp_path_factory.mktemp("two_processes"))
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
+    """What each rank found, by case."""
+    with TwoRanks(_check, tmp_path_factory.mktemp("two_processes")) as ranks:
+        yield ranks
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_both_ranks_train_as_without_recomputing(name: str, found: list[dict[str, Any]]) -> None:
-    for result in found:
-        assert isinstance(result[name], list), result[name]
-        assert len(result[name]) >= 3 * 4
-        assert len(set(result[name])) == 4
+def test_both_ranks_train_as_without_recomputing(name: str, found: TwoRanks) -> None:
+    for result in found(name):
+        assert isinstance(result, list), result
+        assert len(result) >= 3 * 4
+        assert len(set(result)) == 4

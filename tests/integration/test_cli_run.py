@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
 import sys
 import webbrowser
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from lightning_memtrain.cli import main
 from lightning_memtrain.core import NoEffectWarning
-from tests.helpers.cli import IGNORED, TINY, environment, memtrain
+from tests.helpers.cli import IGNORED, TINY, memtrain, memtrain_forked, python_forked
 
 pytestmark = pytest.mark.filterwarnings(*IGNORED)
 
@@ -180,7 +179,7 @@ def test_wandb_without_wandb(tmp_path, capfd, monkeypatch):
 
 
 def test_a_copied_recipe_runs_its_own_code(tmp_path):
-    assert memtrain("copy", "cifar10_wrn28_2", "mine", cwd=tmp_path).returncode == 0
+    assert memtrain_forked("copy", "cifar10_wrn28_2", "mine", cwd=tmp_path).returncode == 0
     module = tmp_path / "mine" / "module.py"
     code = module.read_text()
     loss = "loss = F.cross_entropy(logits, labels)"
@@ -189,17 +188,17 @@ def test_a_copied_recipe_runs_its_own_code(tmp_path):
     options = (*TWO_STEPS[1:], "--run-dir=run", "--trainer.callbacks=null")
 
     interrupt = ("--trainer.callbacks+=tests.helpers.cli.InterruptAt", "--trainer.callbacks.batch=0")
-    result = memtrain("run", "./mine/", *options, *interrupt, cwd=tmp_path)
+    result = memtrain_forked("run", "./mine/", *options, *interrupt, cwd=tmp_path)
 
     assert result.returncode == 130, result.stderr
     kept = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run" / "recipe").rglob("*.py")}
     assert "recipe/mine/module.py" in kept
     # The resumed run goes on with the code that it began with.
     module.write_text("raise RuntimeError('changed in the meantime')")
-    result = memtrain("run", "--resume", "run", cwd=tmp_path)
+    result = memtrain_forked("run", "--resume", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     # A mistake in it shows its traceback.
-    result = memtrain("run", "./mine", cwd=tmp_path)
+    result = memtrain_forked("run", "./mine", cwd=tmp_path)
     assert result.returncode == 1
     assert result.stderr.endswith("RuntimeError: changed in the meantime\n")
     assert "mine/module.py" in result.stderr
@@ -224,16 +223,6 @@ print(type(network).__module__, network.mark, installed)
 """
 
 
-def python(code: str, *args: str, cwd: Path) -> str:
-    # A file, whose folder is searched for modules: jsonargparse changes the working directory as it reads.
-    script = cwd / "train.py"
-    script.write_text(code)
-    command = [sys.executable, "-W", "ignore", str(script), *args]
-    result = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()[-1]
-
-
 def test_an_edited_copy_uses_its_own_code_everywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["copy", "cifar10_wrn28_2", "mine"]) == 0
@@ -244,16 +233,16 @@ def test_an_edited_copy_uses_its_own_code_everywhere(tmp_path, monkeypatch):
     assert code.count(head) == 1
     model.write_text(code.replace(head, f"{head}    mark = 7\n"))
 
-    assert python(PLAIN_PYTHON, cwd=tmp_path) == "mine.model 7 []"
+    assert python_forked(PLAIN_PYTHON, cwd=tmp_path) == "mine.model 7 []"
     configs = ("--config=mine/config.yaml", "--config=mine/variants/smoke.yaml", "--trainer.accelerator=cpu")
-    assert python(PLAIN_CLI, *configs, cwd=tmp_path) == "mine.module mine.data 7"
+    assert python_forked(PLAIN_CLI, *configs, cwd=tmp_path) == "mine.module mine.data 7"
 
     # By the command line also where it was moved, and another folder has its name.
     shutil.copytree("mine", "moved")
     model.write_text("raise RuntimeError('the other folder')")
     (tmp_path / "probe.py").write_text(PROBE)
     callback = ("--trainer.callbacks=null", "--trainer.callbacks+=probe.Probe")
-    result = memtrain("run", "./moved", *TWO_STEPS[1:], *callback, "--run-dir=run", cwd=tmp_path)
+    result = memtrain_forked("run", "./moved", *TWO_STEPS[1:], *callback, "--run-dir=run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "mark 7 in mine.model" in result.stdout
     assert (tmp_path / "run" / "recipe" / "moved" / "model.py").is_file()
@@ -270,7 +259,7 @@ class Probe(Callback):
 
 
 def test_a_run_with_objects_in_its_hyper_parameters_is_resumed_by_naming_their_class(tmp_path):
-    assert memtrain("copy", "cifar10_wrn28_2", "mine", cwd=tmp_path).returncode == 0
+    assert memtrain_forked("copy", "cifar10_wrn28_2", "mine", cwd=tmp_path).returncode == 0
     module = tmp_path / "mine" / "module.py"
     code = module.read_text()
     saves = "        self.save_hyperparameters()\n"
@@ -280,41 +269,50 @@ def test_a_run_with_objects_in_its_hyper_parameters_is_resumed_by_naming_their_c
     module.write_text(code.replace(saves, f'{saves}        self.hparams["note"] = Note()\n'))
     interrupt = ("--trainer.callbacks=null", "--trainer.callbacks+=tests.helpers.cli.InterruptAt")
     options = (*TWO_STEPS[1:], "--run-dir=run", "--trainer.logger=false")
-    result = memtrain("run", "./mine", *options, *interrupt, "--trainer.callbacks.batch=0", cwd=tmp_path)
+    result = memtrain_forked(
+        "run", "./mine", *options, *interrupt, "--trainer.callbacks.batch=0", cwd=tmp_path
+    )
     assert result.returncode == 130, result.stderr
 
-    result = memtrain("run", "--resume", "run", cwd=tmp_path)
+    result = memtrain_forked("run", "--resume", "run", cwd=tmp_path)
     assert result.returncode == 1
     assert "is whole, but has objects of `mine.module.Note` among its values" in result.stderr
     assert "resume with --trust mine.module.Note, or" in result.stderr
 
-    result = memtrain("run", "--resume", "run", "--trust", "mine.module.Note", cwd=tmp_path)
+    result = memtrain_forked("run", "--resume", "run", "--trust", "mine.module.Note", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("epoch*.ckpt")
     assert "step=2" in checkpoint.name
 
 
-def test_distributed(tmp_path):
+@pytest.fixture(scope="module")
+def stopped_by_one_process(tmp_path_factory) -> Path:
+    """A run in two processes, of which one got Ctrl-C; both have stopped."""
+    folder = tmp_path_factory.mktemp("distributed")
     options = ("--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.callbacks=null", "--run-dir=run")
-    result = memtrain("run", *TWO_STEPS, *options, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
+    interrupt = ("--trainer.callbacks+=tests.helpers.cli.InterruptAt", "--trainer.callbacks.batch=0")
+    result = memtrain_forked("run", *TINY, "--trainer.max_steps=4", *options, *interrupt, cwd=folder)
+    assert result.returncode == 130, result.stderr
+    return folder
+
+
+def test_distributed_interrupt_that_only_one_process_gets(stopped_by_one_process):
+    assert [path.name for path in stopped_by_one_process.iterdir()] == ["run"]
+    (path,) = (stopped_by_one_process / "run" / "checkpoints").iterdir()
+    assert path.name == "interrupted.ckpt"
     checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint["global_step"] == 2
+    assert 0 < checkpoint["global_step"] < 4
     assert len(checkpoint["callbacks"]["RandomState"]["processes"]) == 2
 
 
-def test_distributed_interrupt_that_only_one_process_gets(tmp_path):
-    options = ("--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.callbacks=null")
-    interrupt = ("--trainer.callbacks+=tests.helpers.cli.InterruptAt", "--trainer.callbacks.batch=0")
-    result = memtrain("run", *TINY, "--trainer.max_steps=4", *options, *interrupt, cwd=tmp_path)
-    assert result.returncode == 130, result.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
-    result = memtrain("run", "--resume", folder, cwd=tmp_path)
+def test_a_distributed_run_goes_on_in_as_many_processes(stopped_by_one_process):
+    result = memtrain_forked("run", "--resume", "run", cwd=stopped_by_one_process)
     assert result.returncode == 0, result.stderr
-    (path,) = folder.glob("checkpoints/epoch*.ckpt")
-    assert torch.load(path, weights_only=True)["global_step"] == 4
+    assert [path.name for path in stopped_by_one_process.iterdir()] == ["run"]
+    (path,) = stopped_by_one_process.glob("run/checkpoints/epoch*.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["global_step"] == 4
+    assert len(checkpoint["callbacks"]["RandomState"]["processes"]) == 2
 
 
 def test_interrupted_process_leaves_checkpoint_and_report(tmp_path):
@@ -340,7 +338,7 @@ SMALL_DEMO = (
 
 
 def test_demo(tmp_path):
-    result = memtrain("demo", *SMALL_DEMO, cwd=tmp_path, WANDB_MODE="")
+    result = memtrain_forked("demo", *SMALL_DEMO, cwd=tmp_path, WANDB_MODE="")
     assert result.returncode == 0, result.stderr
     report, wandb = result.stdout.splitlines()[-2:]
     page = tmp_path / report.removeprefix("Memory report: ")

@@ -18,7 +18,7 @@ from lightning_memtrain import CompressedActivations, MemoryProfiler, MemoryRepo
 from lightning_memtrain.core import Category
 from lightning_memtrain.precision import ActivationCodec
 from tests.helpers.trainers import assert_torch_is_as_found, quiet_trainer
-from tests.helpers.two_ranks import found_by_two_ranks
+from tests.helpers.two_ranks import TwoRanks
 
 NUM_CLASSES = 10
 
@@ -156,7 +156,8 @@ def check(name: str, folder: Path, rank: int) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_two_processes(plain: float, tmp_path: Path) -> None:
-    first, second = (rank["4 bits"] for rank in found_by_two_ranks(check, ["4 bits"], tmp_path))
+    with TwoRanks(check, tmp_path) as ranks:
+        first, second = ranks("4 bits")
     assert isinstance(first, dict), first
     assert first["weights"] == second["weights"]
     assert first["loss"] < 1.5 * plain

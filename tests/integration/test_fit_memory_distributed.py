@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lightning_memtrain.planning.fit import make_plan
 from lightning_memtrain.planning.fit.running import fit_memory
 from tests.helpers.stand_in_search import BYTES_PER_NUMBER, StandInSearch
 from tests.helpers.trainers import quiet_trainer
-from tests.helpers.two_ranks import found_by_two_ranks
+from tests.helpers.two_ranks import TwoRanks
 
 FEATURES = 16
 # Parameters, gradients and state of the stand-in, and buckets.
@@ -94,14 +95,13 @@ def check(name: str, folder: Path, rank: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return found_by_two_ranks(
-        check, ["kept", "refused", "sharded", "sharded, no plan"], tmp_path_factory.mktemp("ranks")
-    )
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
+    with TwoRanks(check, tmp_path_factory.mktemp("ranks")) as ranks:
+        yield ranks
 
 
-def test_all_ranks_follow_the_plan_of_the_largest(found: list[dict[str, Any]]) -> None:
-    small, large = (rank["kept"] for rank in found)
+def test_all_ranks_follow_the_plan_of_the_largest(found: TwoRanks) -> None:
+    small, large = found("kept")
     assert large["calls"] == 2  # the first batch, and the larger one
     assert small["calls"] == 0
     assert small["events"] == large["events"]
@@ -110,8 +110,8 @@ def test_all_ranks_follow_the_plan_of_the_largest(found: list[dict[str, Any]]) -
     assert large["seen"] == [4] * 8
 
 
-def test_all_ranks_are_refused_together(found: list[dict[str, Any]]) -> None:
-    small, large = (rank["refused"] for rank in found)
+def test_all_ranks_are_refused_together(found: TwoRanks) -> None:
+    small, large = found("refused")
     assert small["said"] == large["said"]
     assert small["said"].startswith(
         "MisconfigurationException: `FitMemory(limit)` of 1.58 KiB cannot be kept."
@@ -119,8 +119,8 @@ def test_all_ranks_are_refused_together(found: list[dict[str, Any]]) -> None:
     assert small["seen"] == large["seen"] == []
 
 
-def test_under_fsdp2_all_ranks_follow_the_plan_that_was_made_before(found: list[dict[str, Any]]) -> None:
-    ranks = [rank["sharded"] for rank in found]
+def test_under_fsdp2_all_ranks_follow_the_plan_that_was_made_before(found: TwoRanks) -> None:
+    ranks = found("sharded")
     assert [rank["seen"] for rank in ranks] == [[4, 4, 4, 4]] * 2
     assert ranks[0]["events"] == ranks[1]["events"]
     # The third batch is larger on one of them; both end.
@@ -131,7 +131,7 @@ def test_under_fsdp2_all_ranks_follow_the_plan_that_was_made_before(found: list[
     assert "a tensor of the batch is [9, 16], not [8, 16]" in ranks[1]["said"]
 
 
-def test_under_fsdp2_a_plan_within_the_run_is_refused(found: list[dict[str, Any]]) -> None:
-    for rank in found:
-        assert rank["sharded, no plan"]["seen"] == []
-        assert "FSDP2 shards the model before it begins" in rank["sharded, no plan"]["said"]
+def test_under_fsdp2_a_plan_within_the_run_is_refused(found: TwoRanks) -> None:
+    for rank in found("sharded, no plan"):
+        assert rank["seen"] == []
+        assert "FSDP2 shards the model before it begins" in rank["said"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from lightning_memtrain.ledger import MemoryLedger
 from lightning_memtrain.precision import ActivationCodec, SGD8bit
 from lightning_memtrain.precision.optimizers.sharded_parameters import validate_unsharded
-from tests.helpers.two_ranks import found_by_two_ranks
+from tests.helpers.two_ranks import TwoRanks
 
 pytestmark = pytest.mark.slow
 
@@ -125,15 +126,16 @@ CHECKS = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
     """What each rank found, by case."""
-    return found_by_two_ranks(_check, [*CHECKS], tmp_path_factory.mktemp("sharded"))
+    with TwoRanks(_check, tmp_path_factory.mktemp("sharded")) as ranks:
+        yield ranks
 
 
-def test_gathered_weights_and_unsharded_gradients_have_rows_of_their_own(found: list[dict[str, Any]]) -> None:
-    for result in found:
-        assert isinstance(result["rows"], list), result["rows"]
-        for step in result["rows"]:
+def test_gathered_weights_and_unsharded_gradients_have_rows_of_their_own(found: TwoRanks) -> None:
+    for steps in found("rows"):
+        assert isinstance(steps, list), steps
+        for step in steps:
             maxima = step["maxima"]
             assert maxima["parameters"] == maxima["gradients"] == NUM_BLOCKS * BLOCK_BYTES // 2
             # Of the block that runs and the one that is gathered ahead of it, and the flat buffer.
@@ -145,27 +147,27 @@ def test_gathered_weights_and_unsharded_gradients_have_rows_of_their_own(found: 
             assert maxima["temporary"] <= 4 * BATCH_BYTES + 64
 
 
-def test_the_ledgers_peak_is_that_of_the_process(found: list[dict[str, Any]]) -> None:
-    for result in found:
-        risen = {step["risen"] for step in result["rows"]}
+def test_the_ledgers_peak_is_that_of_the_process(found: TwoRanks) -> None:
+    for steps in found("rows"):
+        risen = {step["risen"] for step in steps}
         assert len(risen) == 1
         # Whatever else a process does meanwhile adds to it.
-        resident = min(step["resident"] for step in result["rows"])
+        resident = min(step["resident"] for step in steps)
         assert resident == pytest.approx(risen.pop(), rel=0.2)
 
 
 @pytest.mark.parametrize(("name", "num_bytes"), [("packed", 4), ("frozen", 4), ("half", 2)])
-def test_gathered_weights_are_not_packed(name: str, num_bytes: int, found: list[dict[str, Any]]) -> None:
+def test_gathered_weights_are_not_packed(name: str, num_bytes: int, found: TwoRanks) -> None:
     # The output of each block, and the batch, from which the first weight's gradient is made.
     tensors = NUM_BLOCKS + 1
     saved_bytes = tensors * BATCH_BYTES * num_bytes // 4
-    for result in found:
-        assert result[name] == {"tensors": tensors, "bytes": saved_bytes}
+    for result in found(name):
+        assert result == {"tensors": tensors, "bytes": saved_bytes}
 
 
-def test_optimizers_with_state_in_8_bits_are_refused_by_name(found: list[dict[str, Any]]) -> None:
-    for result in found:
-        assert result["refused"] == [
+def test_optimizers_with_state_in_8_bits_are_refused_by_name(found: TwoRanks) -> None:
+    for messages in found("refused"):
+        assert messages == [
             f"`{name}(params)` must be whole tensors, whose state in 8 bits has one scale per block of "
             f"numbers, but got a distributed one (DTensor) of shape ({WIDTH}, {WIDTH}). Under FSDP2 "
             "(`ModelParallelStrategy`) and tensor parallelism use an optimizer of torch, such as "

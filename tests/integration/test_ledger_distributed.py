@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightning_memtrain import ActivationCheckpointing, MemoryProfiler, Optimize
 from lightning_memtrain.checkpointing import MemoryBudget
 from lightning_memtrain.ledger import MemoryLedger
 from tests.helpers.trainers import quiet_trainer
-from tests.helpers.two_ranks import found_by_two_ranks
+from tests.helpers.two_ranks import TwoRanks
 
 pytestmark = pytest.mark.slow
 
@@ -101,16 +101,16 @@ def _steps_without_trainer() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], list[Any]]]:
     """What each rank found, by case."""
-    results = found_by_two_ranks(_check, [*FORMS, *OTHERS], tmp_path_factory.mktemp("two"))
+    with TwoRanks(_check, tmp_path_factory.mktemp("two")) as ranks:
 
-    def of(name: str) -> list[Any]:
-        for result in results:
-            assert isinstance(result[name], dict), result[name]
-        return [result[name] for result in results]
+        def of(name: str) -> list[Any]:
+            for result in ranks(name):
+                assert isinstance(result, dict), result
+            return ranks(name)
 
-    return of
+        yield of
 
 
 @pytest.mark.parametrize("name", FORMS)

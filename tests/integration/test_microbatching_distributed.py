@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torchmetrics import Metric
 from lightning_memtrain.microbatching import Microbatching
 from tests.helpers.faults import FailAt
 from tests.helpers.trainers import quiet_trainer
-from tests.helpers.two_ranks import found_by_two_ranks
+from tests.helpers.two_ranks import TwoRanks
 
 pytestmark = pytest.mark.slow
 
@@ -223,21 +223,22 @@ def _check(name: str, folder: Path, rank: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
     """What each rank found, by case."""
-    return found_by_two_ranks(_check, [*CASES], tmp_path_factory.mktemp("two_processes"))
+    with TwoRanks(_check, tmp_path_factory.mktemp("two_processes")) as ranks:
+        yield ranks
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_both_ranks_train_as_without_splitting(name: str, found: list[dict[str, Any]]) -> None:
-    for result in found:
-        assert isinstance(result[name], dict), result[name]
-        assert result[name]["compared"] > 30
+def test_both_ranks_train_as_without_splitting(name: str, found: TwoRanks) -> None:
+    for result in found(name):
+        assert isinstance(result, dict), result
+        assert result["compared"] > 30
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "different counts" not in name])
-def test_gradients_are_reduced_as_often_as_without_splitting(name: str, found: list[dict[str, Any]]) -> None:
-    num_plain, num_split = found[0][name]["reduced"]
+def test_gradients_are_reduced_as_often_as_without_splitting(name: str, found: TwoRanks) -> None:
+    num_plain, num_split = found(name)[0]["reduced"]
     assert num_plain > 0
     # DDP must communicate in every backward of a static graph, here in three chunks, and FSDP2 does unless it
     # is told to wait.
@@ -245,8 +246,8 @@ def test_gradients_are_reduced_as_often_as_without_splitting(name: str, found: l
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.fail is not None])
-def test_both_ranks_shrink_when_one_is_out_of_memory(name: str, found: list[dict[str, Any]]) -> None:
-    events = [[e for e in result[name]["events"] if "out of memory" in e] for result in found]
+def test_both_ranks_shrink_when_one_is_out_of_memory(name: str, found: TwoRanks) -> None:
+    events = [[e for e in result["events"] if "out of memory" in e] for result in found(name)]
     assert sorted("another rank" in one[0] for one in events) == [False, True]
     assert len(events[0]) == len(events[1]) == 1
     for (event,) in events:

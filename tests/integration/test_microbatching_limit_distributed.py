@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_memtrain.core import OutOfReach
 from lightning_memtrain.microbatching import Microbatching
 from tests.helpers.trainers import LedgerPeaks, quiet_trainer
-from tests.helpers.two_ranks import found_by_two_ranks
+from tests.helpers.two_ranks import TwoRanks
 
 pytestmark = pytest.mark.slow
 
@@ -120,31 +121,33 @@ def _check(name: str, folder: Path, rank: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
     """What each rank found, by case."""
-    return found_by_two_ranks(_check, [*CASES], tmp_path_factory.mktemp("two_processes"))
+    with TwoRanks(_check, tmp_path_factory.mktemp("two_processes")) as ranks:
+        yield ranks
 
 
 @pytest.mark.parametrize("name", ["alike", "bucket views", "one is small at first"])
-def test_every_rank_keeps_the_limit_with_what_ddp_holds(name: str, found: list[dict[str, Any]]) -> None:
-    for result in found:
-        assert isinstance(result[name], dict), result[name]
-        assert result[name]["error"] == ""
-        assert len(result[name]["peaks"]) == len(CASES[name][0])
-        assert max(result[name]["peaks"]) <= LIMIT
-        assert all(size > 1 for size in result[name]["sizes"])
+def test_every_rank_keeps_the_limit_with_what_ddp_holds(name: str, found: TwoRanks) -> None:
+    first, second = found(name)
+    for result in (first, second):
+        assert isinstance(result, dict), result
+        assert result["error"] == ""
+        assert len(result["peaks"]) == len(CASES[name][0])
+        assert max(result["peaks"]) <= LIMIT
+        assert all(size > 1 for size in result["sizes"])
     if name != "one is small at first":
-        assert found[0][name]["sizes"] == found[1][name]["sizes"]
+        assert first["sizes"] == second["sizes"]
 
 
-def test_a_rank_with_a_small_batch_does_not_hold_the_others_back(found: list[dict[str, Any]]) -> None:
-    first, second = (result["one is small at first"]["sizes"] for result in found)
+def test_a_rank_with_a_small_batch_does_not_hold_the_others_back(found: TwoRanks) -> None:
+    first, second = (result["sizes"] for result in found("one is small at first"))
     assert first[0] == 2
     assert second[0] == first[1] == first[2] == second[2] > 2
 
 
-def test_a_limit_that_one_rank_cannot_keep_is_refused_on_all(found: list[dict[str, Any]]) -> None:
-    able, unable = (result["one cannot"] for result in found)
+def test_a_limit_that_one_rank_cannot_keep_is_refused_on_all(found: TwoRanks) -> None:
+    able, unable = found("one cannot")
     assert able["error"] == unable["error"]
     assert unable["error"].startswith("On rank 1: `Microbatching(limit)` must have room for ")
     assert "of the batch and other inputs" in unable["error"]
@@ -153,10 +156,10 @@ def test_a_limit_that_one_rank_cannot_keep_is_refused_on_all(found: list[dict[st
 
 @pytest.mark.parametrize("name", ["step", "step that evaluates twice"])
 def test_a_step_that_one_rank_cannot_take_within_the_limit_is_refused_on_all(
-    name: str, found: list[dict[str, Any]]
+    name: str, found: TwoRanks
 ) -> None:
     """Nothing could foretell it, so it is refused amid the first step, before any rank has ended it."""
-    able, unable = (result[name] for result in found)
+    able, unable = found(name)
     assert able["error"] == unable["error"]
     assert unable["error"].startswith(
         "On rank 1: `Microbatching(limit)` must have room for the step of the optimizer, which takes at "
@@ -165,8 +168,8 @@ def test_a_step_that_one_rank_cannot_take_within_the_limit_is_refused_on_all(
     assert max(*able["peaks"], *unable["peaks"]) <= LIMIT
 
 
-def test_a_limit_of_another_technique_that_one_rank_cannot_keep_ends_all(found: list[dict[str, Any]]) -> None:
-    able, unable = (result["another's limit"] for result in found)
+def test_a_limit_of_another_technique_that_one_rank_cannot_keep_ends_all(found: TwoRanks) -> None:
+    able, unable = found("another's limit")
     assert unable["error"] == "too much for another technique"
     assert able["error"] == (
         '`Microbatching(microbatch_size="auto")` must find a size with which every rank keeps the limits of '

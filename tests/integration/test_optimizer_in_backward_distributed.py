@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
 from tests.helpers.trainers import quiet_trainer
-from tests.helpers.two_ranks import found_by_two_ranks
+from tests.helpers.two_ranks import TwoRanks
 
 pytestmark = pytest.mark.slow
 
@@ -144,13 +144,14 @@ def check(name: str, folder: Path, rank: int) -> Any:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return found_by_two_ranks(check, [*CASES, *REFUSED, *SKIPPING], tmp_path_factory.mktemp("ddp"))
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
+    with TwoRanks(check, tmp_path_factory.mktemp("ddp")) as ranks:
+        yield ranks
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_are_equal_and_equal_to_plain_ddp(name: str, ranks: list[dict[str, Any]]) -> None:
-    first, second = (rank[name] for rank in ranks)
+def test_ranks_are_equal_and_equal_to_plain_ddp(name: str, found: TwoRanks) -> None:
+    first, second = found(name)
     assert isinstance(first, dict), first
     for one, other, key in zip(first["state"], second["state"], Net(True).state_dict(), strict=True):
         if "running" not in key:  # plain DDP, too, broadcasts these before the next forward only
@@ -162,11 +163,12 @@ def test_ranks_are_equal_and_equal_to_plain_ddp(name: str, ranks: list[dict[str,
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_works_on_buckets_is_refused(name: str, ranks: list[dict[str, Any]]) -> None:
-    assert [rank[name] for rank in ranks] == [True, True]
+def test_what_works_on_buckets_is_refused(name: str, found: TwoRanks) -> None:
+    assert found(name) == [True, True]
 
 
 @pytest.mark.parametrize("name", SKIPPING)
-def test_a_rank_without_a_gradient_says_so_and_nobody_waits(name: str, ranks: list[dict[str, Any]]) -> None:
-    assert "needs a gradient of every parameter in every backward, but 6 got none" in ranks[1][name]
-    assert ranks[0][name] == "went on"
+def test_a_rank_without_a_gradient_says_so_and_nobody_waits(name: str, found: TwoRanks) -> None:
+    first, second = found(name)
+    assert "needs a gradient of every parameter in every backward, but 6 got none" in second
+    assert first == "went on"

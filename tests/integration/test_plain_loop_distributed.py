@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_memtrain.microbatching import microbatched_backward
-from tests.helpers.two_ranks import found_by_two_ranks
+from tests.helpers.two_ranks import TwoRanks
 
 pytestmark = pytest.mark.slow
 
@@ -67,17 +68,17 @@ def _check(name: str, folder: Path, rank: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
     """What each rank found, by case."""
-    return found_by_two_ranks(_check, [*CASES], tmp_path_factory.mktemp("two_processes"))
+    with TwoRanks(_check, tmp_path_factory.mktemp("two_processes")) as ranks:
+        yield ranks
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_average_once_per_batch_what_they_would_without_splitting(
-    name: str, found: list[dict[str, Any]]
-) -> None:
-    for result in found:
-        assert isinstance(result[name], dict), result[name]
-        num_whole, num_split = result[name]["reduced"]
+def test_ranks_average_once_per_batch_what_they_would_without_splitting(name: str, found: TwoRanks) -> None:
+    first, second = found(name)
+    for result in (first, second):
+        assert isinstance(result, dict), result
+        num_whole, num_split = result["reduced"]
         assert num_whole == num_split == 2
-    assert found[0][name]["gradients"] == found[1][name]["gradients"]
+    assert first["gradients"] == second["gradients"]

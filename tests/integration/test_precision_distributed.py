@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_memtrain.microbatching import Microbatching
 from lightning_memtrain.precision import LowPrecision, ScalerConfig
 from tests.helpers.trainers import quiet_trainer
-from tests.helpers.two_ranks import found_by_two_ranks
+from tests.helpers.two_ranks import TwoRanks
 
 pytestmark = pytest.mark.slow
 
@@ -81,16 +82,17 @@ def check(name: str, folder: Path, rank: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return found_by_two_ranks(check, list(CASES), tmp_path_factory.mktemp("ddp"))
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
+    with TwoRanks(check, tmp_path_factory.mktemp("ddp")) as ranks:
+        yield ranks
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_both_ranks_keep_equal_weights_that_have_learnt(name: str, ranks: list[dict[str, Any]]) -> None:
-    first, second = (rank[name] for rank in ranks)
+def test_both_ranks_keep_equal_weights_that_have_learnt(name: str, found: TwoRanks) -> None:
+    first, second = found(name)
     assert isinstance(first, dict), first
     assert first["weights"] == second["weights"]
-    assert first["loss"] == pytest.approx(ranks[0]["fp32"]["loss"], rel=0.1)
+    assert first["loss"] == pytest.approx(found("fp32")[0]["loss"], rel=0.1)
     half = CASES[name][0] == "16-true"
     assert first["scale"] == second["scale"] == (512.0 if half else None)
     assert first["steps"] == second["steps"] == [23 if half else 24]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightning_memtrain import ActivationCheckpointing, MemoryProfiler, Microbat
 from lightning_memtrain.checkpointing import Full
 from lightning_memtrain.planning import Device, predict
 from tests.helpers.trainers import quiet_trainer
-from tests.helpers.two_ranks import found_by_two_ranks
+from tests.helpers.two_ranks import TwoRanks
 
 pytestmark = pytest.mark.slow
 
@@ -113,9 +113,10 @@ def _fit(name: str, folder: Path, rank: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
     """What each of two ranks held, by case."""
-    return found_by_two_ranks(_fit, [*CASES], tmp_path_factory.mktemp("real"))
+    with TwoRanks(_fit, tmp_path_factory.mktemp("real")) as ranks:
+        yield ranks
 
 
 def _sent_and_not_let_go(name: str, measured: dict[str, int], predicted: dict[str, int]) -> int:
@@ -129,17 +130,15 @@ def _sent_and_not_let_go(name: str, measured: dict[str, int], predicted: dict[st
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_the_device_does_not_decide_on_is_as_it_was(
-    name: str, real: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_what_the_device_does_not_decide_on_is_as_it_was(name: str, real: TwoRanks, tmp_path: Path) -> None:
     options = CASES[name]()
     kind, strategy = options.pop("kind"), options.pop("strategy")()
     trainer = quiet_trainer(tmp_path, *options.pop("callbacks", ()), strategy=strategy, devices=2, **options)
     prediction = predict(kind, trainer=trainer, device=GPU)
     maxima = prediction.breakdown.maxima.to_dict()
-    for rank in real:
-        assert isinstance(rank[name], dict), rank[name]
-        measured = {key: rank[name].get(key, 0) for key in SAME}
+    for rank in real(name):
+        assert isinstance(rank, dict), rank
+        measured = {key: rank.get(key, 0) for key in SAME}
         measured["gathered_weights"] -= _sent_and_not_let_go(name, measured, maxima)
         assert {key: maxima.get(key, 0) for key in SAME} == measured
     assert (prediction.world_size, prediction.strategy) == (2, name.split(",")[0])

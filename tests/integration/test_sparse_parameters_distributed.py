@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
-from tests.helpers.two_ranks import found_by_two_ranks
+from tests.helpers.two_ranks import TwoRanks
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)]
 
@@ -79,16 +80,24 @@ def checked(name: str, folder: Path, rank: int) -> Any:
     return {key: value.tolist() for key, value in mt.sparsity.export_dense(model).items()}
 
 
-def test_two_ranks_train_as_one_process_on_the_joint_batch(tmp_path: Path) -> None:
-    first, second = found_by_two_ranks(checked, ["ddp", "sharded"], tmp_path)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
+    with TwoRanks(checked, tmp_path_factory.mktemp("two_processes")) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize("name", ["ddp", "sharded"])
+def test_two_ranks_train_as_one_process_on_the_joint_batch(
+    name: str, found: TwoRanks, tmp_path: Path
+) -> None:
+    first, second = found(name)
     seed_everything(1, verbose=False)
     alone = run(tmp_path, Net())
     assert [*mt.sparsity.sparse_weights(alone)] == [
         *("lstm.weight_ih_l0", "lstm.weight_hh_l0", "experts.up", "head.weight")
     ]
-    for name in ("ddp", "sharded"):
-        assert isinstance(first[name], dict), first[name]
-        assert first[name] == second[name]
-        for key, value in mt.sparsity.export_dense(alone).items():
-            found = torch.tensor(first[name][key], dtype=torch.float64)
-            torch.testing.assert_close(found, value, rtol=1e-8, atol=1e-10)
+    assert isinstance(first, dict), first
+    assert first == second
+    for key, value in mt.sparsity.export_dense(alone).items():
+        joint = torch.tensor(first[key], dtype=torch.float64)
+        torch.testing.assert_close(joint, value, rtol=1e-8, atol=1e-10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import lightning_memtrain as mt
 from lightning_memtrain.coordination import gradient_sync
 from lightning_memtrain.sparsity import distributed
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
-from tests.helpers.two_ranks import found_by_two_ranks
+from tests.helpers.two_ranks import TwoRanks
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)]
 
@@ -124,26 +125,40 @@ def checked(name: str, folder: Path, rank: int) -> Any:
     }
 
 
-def test_two_ranks_train_as_one_process_on_the_joint_batch(tmp_path: Path) -> None:
-    first, second = found_by_two_ranks(checked, [*OPTIONS, "drift", "half"], tmp_path)
-    for name in OPTIONS:
-        assert isinstance(first[name], dict), first[name]
-        assert first[name] == second[name], name
-        assert not first[name]["leftover"]
-        alone = run(name, tmp_path, seed=1)
-        for key, weight in mt.sparsity.sparse_weights(alone).items():
-            assert first[name]["patterns"][key] == weight.positions().tolist(), (name, key)
-            values = torch.tensor(first[name]["values"][key], dtype=torch.float64)
-            torch.testing.assert_close(values, weight.values.detach(), rtol=1e-8, atol=1e-10)
-    assert "differs between rank 0 and rank 1 after the update of step 4" in first["drift"]
-    assert "gradients that were not averaged over ranks" in first["drift"]
-    assert "'net.0'" in first["drift"]
-    assert first["drift"] == second["drift"]
-    assert first["half"] is None
-    assert second["half"] is None
-    # One process goes on where two have stopped.
-    resumed = mt.sparsity.sparse_weights(run("RigL", tmp_path, seed=1, ckpt_path=tmp_path / "half.ckpt"))
-    for key, weight in resumed.items():
-        assert first["RigL"]["patterns"][key] == weight.positions().tolist()
-        values = torch.tensor(first["RigL"]["values"][key], dtype=torch.float64)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
+    """What each rank has after a case."""
+    with TwoRanks(checked, tmp_path_factory.mktemp("two_processes")) as ranks:
+        yield ranks
+
+
+def assert_trained_alike(rank: dict[str, Any], alone: Net) -> None:
+    for key, weight in mt.sparsity.sparse_weights(alone).items():
+        assert rank["patterns"][key] == weight.positions().tolist(), key
+        values = torch.tensor(rank["values"][key], dtype=torch.float64)
         torch.testing.assert_close(values, weight.values.detach(), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_two_ranks_train_as_one_process_on_the_joint_batch(
+    name: str, found: TwoRanks, tmp_path: Path
+) -> None:
+    first, second = found(name)
+    assert isinstance(first, dict), first
+    assert first == second
+    assert not first["leftover"]
+    assert_trained_alike(first, run(name, tmp_path, seed=1))
+
+
+def test_ranks_that_differ_are_told_of_at_the_next_update(found: TwoRanks) -> None:
+    first, second = found("drift")
+    assert "differs between rank 0 and rank 1 after the update of step 4" in first
+    assert "gradients that were not averaged over ranks" in first
+    assert "'net.0'" in first
+    assert first == second
+
+
+def test_one_process_goes_on_where_two_have_stopped(found: TwoRanks, tmp_path: Path) -> None:
+    assert found("half") == [None, None]
+    resumed = run("RigL", tmp_path, seed=1, ckpt_path=found.folder / "half.ckpt")
+    assert_trained_alike(found("RigL")[0], resumed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import lightning_memtrain as mt
 from tests.helpers.trainers import LIGHTNING_WARNINGS, quiet_trainer
-from tests.helpers.two_ranks import found_by_two_ranks
+from tests.helpers.two_ranks import TwoRanks
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(*LIGHTNING_WARNINGS)]
 
@@ -228,17 +229,17 @@ def checked(name: str, folder: Path, rank: int) -> Any:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
     """What each rank found, by case."""
-    names = [*OPTIONS, "resumed", *REFUSED]
-    return found_by_two_ranks(checked, names, tmp_path_factory.mktemp("two_processes"))
+    with TwoRanks(checked, tmp_path_factory.mktemp("two_processes")) as ranks:
+        yield ranks
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_two_ranks_train_as_one_process_on_the_joint_batch(
-    name: str, found: list[dict[str, Any]], tmp_path: Path
+    name: str, found: TwoRanks, tmp_path: Path
 ) -> None:
-    first, second = (result[name] for result in found)
+    first, second = found(name)
     assert isinstance(first, dict), first
     for key in ("weights", "patterns"):
         assert first[key] == second[key]
@@ -257,10 +258,10 @@ def test_two_ranks_train_as_one_process_on_the_joint_batch(
     assert first["num_layers"] == ([1] * (8 * 3) if name.startswith("SET") else [])
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(found: list[dict[str, Any]]) -> None:
-    for result in found:
-        assert isinstance(result["resumed"], dict), result["resumed"]
-        assert result["resumed"] == {key: result["SET"][key] for key in ("weights", "patterns")}
+def test_a_resumed_run_equals_the_uninterrupted_one(found: TwoRanks) -> None:
+    for resumed, straight in zip(found("resumed"), found("SET"), strict=True):
+        assert isinstance(resumed, dict), resumed
+        assert resumed == {key: straight[key] for key in ("weights", "patterns")}
 
 
 @pytest.mark.parametrize(
@@ -278,7 +279,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(found: list[dict[str, Any]])
         ("SET, whole", r"those of 'net\.0' are whole\. Call `fully_shard` in `configure_model`"),
     ],
 )
-def test_what_cannot_work_is_refused(name: str, message: str, found: list[dict[str, Any]]) -> None:
-    for result in found:
-        assert result[name].startswith(("MisconfigurationException: ", "ArgumentError: "))
-        assert re.search(message, result[name]), result[name]
+def test_what_cannot_work_is_refused(name: str, message: str, found: TwoRanks) -> None:
+    for error in found(name):
+        assert error.startswith(("MisconfigurationException: ", "ArgumentError: "))
+        assert re.search(message, error), error

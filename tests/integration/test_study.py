@@ -7,11 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_memtrain.cli import main
 from lightning_memtrain.study import StudyResult
-from tests.helpers.cli import IGNORED, environment
-
-pytestmark = pytest.mark.filterwarnings(*IGNORED)
+from tests.helpers.cli import memtrain_forked
 
 
 def grid(once: Path) -> dict[str, object]:
@@ -31,22 +28,29 @@ def grid(once: Path) -> dict[str, object]:
     }
 
 
-@pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_from_its_checkpoint(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    for name, value in environment(WANDB_MODE="offline").items():
-        monkeypatch.setenv(name, value)
-    Path("grid.yaml").write_text(yaml.safe_dump(grid(tmp_path / "once")))
-    command = ["study", "cifar10_wrn28_2", "--grid=grid.yaml", "--study-dir=s", "--nice=0", "--jobs=1"]
+COMMAND = ["study", "cifar10_wrn28_2", "--grid=grid.yaml", "--study-dir=s", "--nice=0", "--jobs=1"]
 
-    assert main(command) == 1
-    (run,) = StudyResult.load(Path("s/study.json")).runs
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a study whose run was killed, and what the study said of it."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid(folder / "once")))
+    ended = memtrain_forked(*COMMAND, cwd=folder, WANDB_MODE="offline")
+    assert ended.returncode == 1, ended.stderr
+    (run,) = StudyResult.load(folder / "s" / "study.json").runs
     assert (run.state, run.reason) == ("failed", "killed by SIGKILL, as by the system when memory runs out")
-    assert "killed-seed3: failed: killed by SIGKILL" in capfd.readouterr().out
+    return folder, ended.stdout
 
-    assert main([*command, "--resume"]) == 0
-    assert "killed-seed3: test/accuracy" in capfd.readouterr().out
-    (run,) = StudyResult.load(Path("s/study.json")).runs
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_from_its_checkpoint(killed):
+    folder, said = killed
+    assert "killed-seed3: failed: killed by SIGKILL" in said
+    ended = memtrain_forked(*COMMAND, "--resume", cwd=folder, WANDB_MODE="offline")
+    assert ended.returncode == 0, ended.stderr
+    assert "killed-seed3: test/accuracy" in ended.stdout
+    (run,) = StudyResult.load(folder / "s" / "study.json").runs
     record = run.record
     assert record is not None
     # Six steps until the checkpoint, and six after it.
@@ -57,7 +61,7 @@ def test_a_run_that_was_killed_goes_on_from_its_checkpoint(tmp_path, monkeypatch
     assert record.study["variant"] == "killed"
     assert record.study["settings"]["seed_everything"] == 3
     # Both parts are one run of W&B.
-    logs = [path.name for path in Path("s/runs/killed-seed3/wandb").glob("offline-run-*")]
+    logs = [path.name for path in Path(folder, "s/runs/killed-seed3/wandb").glob("offline-run-*")]
     assert len(logs) == 2
     assert len({name.split("-", 3)[3] for name in logs}) == 1
-    assert Path("s/figures/peaks.svg").is_file()
+    assert Path(folder, "s/figures/peaks.svg").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -111,40 +112,43 @@ def test_what_is_needed_beside_tensor_and_codes_is_a_small_part_of_it(bits: int,
 needs_compiler = pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
 
 
+@functools.cache
+def compiled_kernels(bits: int) -> QuantizationKernels:
+    """One for all dtypes, as in a run; each of them is compiled in a test of its own."""
+    return QuantizationKernels(bits, 64, compiled=True)
+
+
 @needs_compiler
 @pytest.mark.slow
 # torch's compiler says so on a CPU with AVX2 alone, and compiles all the same.
 @pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [8, 4, 2])
-def test_compiled_codes_are_the_eager_ones(bits: int) -> None:
-    compiled, eager = (
-        QuantizationKernels(bits, 64, compiled=True),
-        QuantizationKernels(bits, 64, compiled=False),
-    )
+def test_compiled_codes_are_the_eager_ones(bits: int, dtype: torch.dtype) -> None:
+    compiled, eager = compiled_kernels(bits), QuantizationKernels(bits, 64, compiled=False)
     generator = torch.Generator().manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for size in (64 * 100, 64 * 321 + 7):
-            tensor = torch.randn(size, generator=generator)
-            tensor[:3000].relu_()
-            tensor[5000], tensor[6000], tensor[6001] = torch.inf, torch.nan, -torch.inf
-            tensor = tensor.to(dtype)
-            order = memory_order(tensor)
-            assert order is not None
-            for seed in (None, 3):
-                noise = [None if seed is None else torch.Generator().manual_seed(seed) for _ in range(2)]
-                one, other = (
-                    compiled.quantize(tensor, order, noise[0]),
-                    eager.quantize(tensor, order, noise[1]),
-                )
-                for part, other_part in zip(one, other, strict=True):
-                    assert torch.equal(part, other_part)
-            assert compiled._functions is not None
-            if size % 64 == 0:  # on the CPU only eager operations dequantize
-                backs = [torch.empty_like(tensor) for _ in range(2)]
-                with torch.no_grad():
-                    compiled._functions[1](one, backs[0].view(-1, 64))
-                eager.dequantize(one, backs[1], order)
-                torch.testing.assert_close(*backs, rtol=0, atol=0, equal_nan=True)
+    for size in (64 * 100, 64 * 321 + 7):
+        tensor = torch.randn(size, generator=generator)
+        tensor[:3000].relu_()
+        tensor[5000], tensor[6000], tensor[6001] = torch.inf, torch.nan, -torch.inf
+        tensor = tensor.to(dtype)
+        order = memory_order(tensor)
+        assert order is not None
+        for seed in (None, 3):
+            noise = [None if seed is None else torch.Generator().manual_seed(seed) for _ in range(2)]
+            one, other = (
+                compiled.quantize(tensor, order, noise[0]),
+                eager.quantize(tensor, order, noise[1]),
+            )
+            for part, other_part in zip(one, other, strict=True):
+                assert torch.equal(part, other_part)
+        assert compiled._functions is not None
+        if size % 64 == 0:  # on the CPU only eager operations dequantize
+            backs = [torch.empty_like(tensor) for _ in range(2)]
+            with torch.no_grad():
+                compiled._functions[1](one, backs[0].view(-1, 64))
+            eager.dequantize(one, backs[1], order)
+            torch.testing.assert_close(*backs, rtol=0, atol=0, equal_nan=True)
     assert compiled._compiled is True  # nothing made it give up
 
 
