@@ -89,6 +89,8 @@ def unlocks(
         What that came to.
     """
     pair = lowest.explorer.floor()
+    if lowest.explorer.least_bytes > limit_bytes:  # what saves activations alone is of no help
+        switches = [switch for switch in switches if switch.lowers_state]
     found: list[tuple[str, Found]] = []
     if with_batchnorm is not None:
         explorer = with_batchnorm.explorer

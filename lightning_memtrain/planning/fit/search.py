@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -72,7 +72,8 @@ def search(
     Returns:
         The ways.
     """
-    return _Search(model, batch, datamodule, trainer, device, limit_bytes, allow, techniques).run()
+    with closing(_Search(model, batch, datamodule, trainer, device, limit_bytes, allow, techniques)) as found:
+        return found.run()
 
 
 class _Search:
@@ -109,6 +110,9 @@ class _Search:
         self._stateful: tuple[int, ...] = ()
         self._chosen: tuple[Family, Pair] | None = None
         self._base: Explorer | None = None
+
+    def close(self) -> None:
+        self._workshop.close()
 
     def run(self) -> FoundWays:
         plain = self._workshop.run(1, with_calls=True)
@@ -171,8 +175,10 @@ class _Search:
         """Microbatches and recomputation, and what costs nothing where it saves something."""
         may_chunk = self._may_chunk(plain)
         facts = plain.trace.facts
-        if not FREE.refusal(facts, 1) and not self._is_own(FREE, facts):
+        needs_other = self._least_bytes(plain) > self._limit_bytes  # something else is to be switched on
+        if not (needs_other or FREE.refusal(facts, 1) or self._is_own(FREE, facts)):
             family = self._family(plain, (FREE,), may_chunk)
+            family.explorer.ahead([1, 2] if family.explorer.may_chunk else [1])
             with suppress(Exception):  # then without it
                 if family.explorer.trace(1).needed_bytes < _NOTABLY_LESS * plain.needed_bytes:
                     self._free = (FREE,)
@@ -180,6 +186,10 @@ class _Search:
         family = self._family(plain, (), may_chunk)
         family.explorer.take_up(plain)
         return family
+
+    def _least_bytes(self, tried: Tried) -> int:
+        """What no size of chunks and no recomputation can bring a run below."""
+        return tried.trace.state_bytes + self._workshop.device.context_bytes
 
     def _is_late(self) -> bool:
         return time.perf_counter() - self._start > _LATE_SECONDS
@@ -210,6 +220,8 @@ class _Search:
         whole = family.explorer.whole()
         if whole is not None and whole.peak_bytes <= self._limit_bytes:
             return family, whole
+        if family.explorer.least_bytes > self._limit_bytes:
+            return None
         family.explorer.explore(self._limit_bytes)
         pair = family.explorer.best(self._limit_bytes)
         return None if pair is None else (family, pair)
@@ -242,17 +254,26 @@ class _Search:
     def _switched_on(self, plain: Tried, first: Family) -> Iterator[Family]:
         """What may be switched on, one by one and together; what is of no use is noted."""
         facts, useful = plain.trace.facts, []
-        for switch in self._usable(facts):
-            is_by_hand = bool(switch.by_hand(facts))
-            if (not switch.allow and self._is_enough()) or (is_by_hand and self._chosen is not None):
+        least_bytes = self._least_bytes(plain)
+        usable = self._usable(facts)
+        for place, switch in enumerate(usable):
+            if not self._is_wanted(switch, facts, 0):
                 continue
             if not switch.allow and self._chosen is not None and self._is_late():
                 said = f"not looked at: after {_LATE_SECONDS:.0f} s a way was found"
                 self._refused.append(Refused(switch.name, said))
                 continue
+            if not switch.lowers_state and least_bytes > self._limit_bytes:
+                needed = format_bytes(least_bytes)
+                said = f"leaves weights, gradients and optimizer state as they are, which take {needed}"
+                self._refused.append(Refused(switch.name, said))
+                continue
+            # The next one is tried beside.
+            self._ahead(plain, [one for one in usable[place:] if self._is_wanted(one, facts, least_bytes)])
             family = self._family(plain, self._with_free(switch), self._may_chunk(plain))
             if self._is_useful(family, switch, first):
                 useful.append((switch, family.explorer.tried[1, ()].needed_bytes))
+                least_bytes = min(least_bytes, family.explorer.least_bytes)
                 yield family
         best: dict[str, tuple[Switch, int]] = {}
         for switch, needed_bytes in useful:
@@ -262,6 +283,15 @@ class _Search:
         together = tuple(switch for switch, _ in best.values())
         if len(together) > 1 and (any(switch.allow for switch in together) or self._chosen is None):
             yield self._family(plain, self._with_free(*together), self._may_chunk(plain))
+
+    def _is_wanted(self, switch: Switch, facts: RunFacts, least_bytes: int) -> bool:
+        if (not switch.allow and self._is_enough()) or (switch.by_hand(facts) and self._chosen is not None):
+            return False
+        return switch.lowers_state or least_bytes <= self._limit_bytes
+
+    def _ahead(self, plain: Tried, switches: list[Switch]) -> None:
+        families = [self._family(plain, self._with_free(switch)) for switch in switches]
+        self._workshop.ahead([family.explorer.asked(1) for family in families])
 
     def _with_free(self, *switches: Switch) -> tuple[Switch, ...]:
         free = () if any(switch.frees_gradients for switch in switches) else self._free
