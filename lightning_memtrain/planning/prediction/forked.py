@@ -137,6 +137,7 @@ class BegunCopy(Generic[Result]):
     """
 
     def __init__(self, function: Callable[[Ask], Result]) -> None:
+        self._owner = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
         reading, writing = os.pipe()
@@ -206,11 +207,16 @@ class BegunCopy(Generic[Result]):
 
     def stop(self) -> None:
         """End the copy, whose result nobody wants any more; nothing happens if it has ended."""
-        if self._pipe.closed:
+        pipe = getattr(self, "_pipe", None)
+        if pipe is None or pipe.closed or self._owner != os.getpid():  # a copy of this process has it, too
             return
         with suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
         self._ended()
+
+    def __del__(self) -> None:
+        """Nobody is left who could ask for its result."""
+        self.stop()
 
     def _ended(self) -> int:
         self._pipe.close()

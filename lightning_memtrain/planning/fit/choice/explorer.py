@@ -75,6 +75,7 @@ class Explorer:
         self.tried: dict[tuple[int, Segments], Tried] = {}
         """What was tried, by chunks and segments."""
         self._others: set[tuple[int, Segments]] = set()
+        self._num_floors = 0
 
     @property
     def may_chunk(self) -> bool:
@@ -353,10 +354,11 @@ class Explorer:
 
     def floor(self) -> Pair:
         """The pair that needs least, tried."""
-        for _ in range(_MOST_FLOORS):
+        while self._num_floors < _MOST_FLOORS:
             lowest = self.front()[-1]
             if self._was_tried(lowest):
                 return lowest
+            self._num_floors += 1
             self._try(lowest)
         return min(self._tried_pairs(), key=lambda pair: pair.peak_bytes)
 

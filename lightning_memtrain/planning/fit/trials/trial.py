@@ -35,6 +35,7 @@ class Trial:
         num_chunks: calls of ``training_step`` for it.
         with_calls: whether module calls are followed.
         progress: of the run that it stands for.
+        most_seconds: after so many it is given up; ``None`` for never.
     """
 
     techniques: Sequence[tuple[str, Mapping[str, Any], str]]
@@ -44,6 +45,7 @@ class Trial:
     num_chunks: int = 1
     with_calls: bool = False
     progress: RunProgress = field(default_factory=RunProgress)
+    most_seconds: float | None = None
 
 
 def trial_on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> StepTrace:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -53,10 +55,7 @@ class TrialCopies:
             trials: side by side; :meth:`results` must have been called for those before.
         """
         if not self._device.is_cuda:
-            self._begun = [
-                _Begun(partial(trial_on_cpu, self._model, self._options, self._device, trial))
-                for trial in trials
-            ]
+            self._begun = [_Begun(partial(self._on_cpu, trial)) for trial in trials]
             return
         try:
             messages = [pickle.dumps(trial) for trial in trials]
@@ -92,7 +91,11 @@ class TrialCopies:
             self._made.stop()
             self._made = None
 
-    # ------------------------------------------------------------------ in the copy, where the model is
+    # ------------------------------------------------------------------ in copies
+
+    def _on_cpu(self, trial: Trial) -> StepTrace:
+        with _for_at_most(trial.most_seconds):
+            return trial_on_cpu(self._model, self._options, self._device, trial)
 
     def _serve(self, ask: Ask) -> None:
         with on_twin(self._model, self._device, self._world) as place:
@@ -105,7 +108,8 @@ class TrialCopies:
         with disable_current_modes(), DisableTorchFunction():  # as if nothing were on the twin yet
             trial = pickle.loads(message)
             given = with_techniques(self._model, self._options, self._device, trial)
-        return trial_on_twin(place, given, trial)
+        with _for_at_most(trial.most_seconds):
+            return trial_on_twin(place, given, trial)
 
     def _alone(self, trial: Trial) -> StepTrace:
         given = with_techniques(self._model, self._options, self._device, trial)
@@ -130,6 +134,24 @@ class _Begun:
     def result(self) -> StepTrace:
         """Wait for it."""
         return result_of(self.copy, self._asking_nothing)
+
+
+@contextmanager
+def _for_at_most(seconds: float | None) -> Iterator[None]:
+    """Give up after so many seconds; in a copy, whose only thread is the one that has begun it."""
+    if seconds is None:
+        yield
+        return
+
+    def give_up(*args: Any) -> None:
+        raise TimeoutError(f"trying it was given up after {seconds:.0f} s")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _outcome(wait: Callable[[], StepTrace]) -> Outcome:

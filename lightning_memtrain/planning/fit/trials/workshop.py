@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,8 @@ from lightning_memtrain.tracing.device import Device
 
 #: So many chunks show what more of them would: the first finds no gradients, the third what the second kept.
 SHOWN_CHUNKS = 3
+# A trial that takes so many times as long as the first one is given up, but not before so many seconds.
+_GIVEN_TIMES, _LEAST_GIVEN_SECONDS = 3.0, 10.0
 # What real chunks may take in one search.
 _MOST_REAL_SECONDS = 8.0
 # Of random numbers on the CPU, beside those that calls keep.
@@ -125,6 +128,7 @@ class Workshop:
         self._known: dict[Any, Tried | Exception] = {}
         self._copies = TrialCopies(model, options, device, world)
         self._begun: list[Asked] = []
+        self._most_seconds: float | None = None
         self.exact: dict[tuple[str, bool], bool] = {}
         """What techniques said of themselves, for one chunk and for several."""
         self._model = model
@@ -212,8 +216,12 @@ class Workshop:
         way = Asked(num_chunks, segments, switched or SwitchedOn(), with_calls, size)
         self._take_up_begun()
         if not self._is_known(way):
+            start = time.perf_counter()
             self._begin([way])
             self._take_up_begun()
+            if self._most_seconds is None:
+                took = time.perf_counter() - start
+                self._most_seconds = max(_LEAST_GIVEN_SECONDS, _GIVEN_TIMES * took)
         found = self._known[way.key]
         if isinstance(found, Exception):
             raise found
@@ -265,6 +273,7 @@ class Workshop:
             num_chunks=shown,
             with_calls=way.with_calls,
             progress=self._progress,
+            most_seconds=self._most_seconds,
         )
 
     def _tried(self, way: Asked, trace: StepTrace) -> Tried:
