@@ -117,6 +117,8 @@ class _Search:
     def run(self) -> FoundWays:
         plain = self._workshop.run(1, with_calls=True)
         self._stateful = plain.trace.facts.stateful
+        if plain.needed_bytes > self._limit_bytes:
+            self._begin_first(plain)
         as_it_is = self._family(plain, ())
         as_it_is.explorer.take_up(plain)
         self._plain_seconds = as_it_is.explorer.curves()[0].seconds
@@ -174,11 +176,8 @@ class _Search:
     def _first(self, plain: Tried) -> Family:
         """Microbatches and recomputation, and what costs nothing where it saves something."""
         may_chunk = self._may_chunk(plain)
-        facts = plain.trace.facts
-        needs_other = self._least_bytes(plain) > self._limit_bytes  # something else is to be switched on
-        if not (needs_other or FREE.refusal(facts, 1) or self._is_own(FREE, facts)):
+        if self._may_free(plain):
             family = self._family(plain, (FREE,), may_chunk)
-            family.explorer.ahead([1, 2] if family.explorer.may_chunk else [1])
             with suppress(Exception):  # then without it
                 if family.explorer.trace(1).needed_bytes < _NOTABLY_LESS * plain.needed_bytes:
                     self._free = (FREE,)
@@ -186,6 +185,19 @@ class _Search:
         family = self._family(plain, (), may_chunk)
         family.explorer.take_up(plain)
         return family
+
+    def _may_free(self, plain: Tried) -> bool:
+        facts = plain.trace.facts
+        needs_other = self._least_bytes(plain) > self._limit_bytes  # something else is to be switched on
+        return not (needs_other or FREE.refusal(facts, 1) or self._is_own(FREE, facts))
+
+    def _begin_first(self, plain: Tried) -> None:
+        """Begin what :meth:`_first` asks for, and ask for bytes of operators, which nothing disturbs."""
+        if self._may_free(plain):
+            explorer = self._family(plain, (FREE,), self._may_chunk(plain)).explorer
+            explorer.ahead([1, 2] if explorer.may_chunk else [1])
+            self._workshop.within(plain)
+            self._workshop.wait()
 
     def _least_bytes(self, tried: Tried) -> int:
         """What no size of chunks and no recomputation can bring a run below."""

@@ -20,13 +20,15 @@ from lightning_memtrain.planning.prediction.cpu.smaller_calls import sizes_of, w
 _FLUSHED_BYTES = 2**23
 # What is smaller stays in a cache from when it was made until it is used.
 _LEAST_COLD_BYTES = 2**16
-_ENOUGH_SECONDS = 0.05
+_ENOUGH_SECONDS = 0.1
 _MOST_RUNS = 3
 # What a page of memory takes is measured once in so many operators.
 _CALIBRATED = 8
 # Of an operator on more than this a part is measured, which takes less time and less memory, and is often
-# a part of the same operator on other sizes, too. It is still more than the cache of a core has.
-_MOST_BYTES = 2**23
+# a part of the same operator on other sizes, too. What is done to single entries is faster on small parts.
+_MOST_BYTES = 2**25
+_MOST_BYTES_OF_PRODUCTS = 2**23
+_PRODUCTS = frozenset(getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm"))
 # Of long axes parts are so many times as long as something, as kernels have it.
 _VECTOR = 64
 _LAYERS = 24
@@ -85,9 +87,11 @@ class MeasuredSeconds:
         return median(self._seconds[call])
 
     def _measure(self, call: OpCall, num_runs: int) -> float:
-        if sum(spec.num_bytes for spec in call.tensors) <= _MOST_BYTES:
+        is_product = getattr(call.func, "overloadpacket", None) in _PRODUCTS
+        most_bytes = _MOST_BYTES_OF_PRODUCTS if is_product else _MOST_BYTES
+        if sum(spec.num_bytes for spec in call.tensors) <= most_bytes:
             return self._run(call, num_runs)
-        smaller = _part_of(call)
+        smaller = _part_of(call, most_bytes)
         if smaller is None:
             return self._run(call, num_runs)
         part, times = smaller
@@ -149,7 +153,7 @@ class MeasuredSeconds:
         return (whole - sum(self._of(call) for call in calls)) / len(calls)
 
 
-def _part_of(call: OpCall) -> tuple[OpCall, float] | None:
+def _part_of(call: OpCall, most_bytes: int) -> tuple[OpCall, float] | None:
     """A smaller call, and how many times as long the whole takes; ``None`` if no axis can be made shorter.
 
     Of parts that are all too large, the smallest.
@@ -164,7 +168,7 @@ def _part_of(call: OpCall) -> tuple[OpCall, float] | None:
                 break
             num_bytes = sum(spec.num_bytes for spec in smaller.tensors)
             found.append((num_bytes, smaller, size / part))
-            if num_bytes <= _MOST_BYTES:
+            if num_bytes <= most_bytes:
                 return smaller, size / part
     return min(found, key=lambda one: one[0])[1:] if found else None
 

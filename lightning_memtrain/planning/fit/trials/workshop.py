@@ -239,6 +239,10 @@ class Workshop:
         if len(wanted) > 1 and most > 1:
             self._begin(list(wanted.values())[:most])
 
+    def wait(self) -> None:
+        """Wait for what was begun, such as before something is timed."""
+        self._take_up_begun()
+
     def close(self) -> None:
         """End what was begun and not asked for; trials may follow all the same."""
         self._begun = []
@@ -357,10 +361,22 @@ class Workshop:
         """
         calls = tried.trace.calls
         assert calls is not None
-        within: list[tuple[int, int]] = []
-        if self._workspace is not None:
-            within = [(tick, self._workspace.peak_bytes(call)) for tick, call in calls.ticks]
+        within = self.within(tried)
         return StepProfile(calls, calls.records, self.times, call_seconds, least_bytes, within)
+
+    def within(self, tried: Tried) -> list[tuple[int, int]]:
+        """What each operator of a chunk holds while it runs, on the CPU.
+
+        Args:
+            tried: with its module calls.
+
+        Returns:
+            Ticks and bytes.
+        """
+        calls = tried.trace.calls
+        if self._workspace is None or calls is None:
+            return []
+        return [(tick, self._workspace.peak_bytes(call)) for tick, call in calls.ticks]
 
 
 def _policy(segments: Segments) -> Any:
