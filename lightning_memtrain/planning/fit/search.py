@@ -147,6 +147,9 @@ class _Search:
         chosen = self._chosen or recomputed_networks(first, plain, self._limit_bytes)
         with_batchnorm = self._with_batchnorm(plain)
         offered = [*self._offers(with_batchnorm, chosen), *map(self._way, by_hand)]
+        if chosen is None:  # then it was not worth looking at all sizes before
+            with suppress(Exception):
+                lowest_of(families).explorer.explore(self._limit_bytes)
         floor = self._floor(families, chosen)
         if chosen is None:
             lowest = lowest_of(families)
@@ -349,6 +352,9 @@ class _Search:
 
     def _saves_later(self, family: Family, first: Family) -> bool:
         """Whether it saves where less is held already, such as gradients beside few activations."""
+        lowest = first.explorer.front()[-1].peak_bytes
+        if self._chosen is None and family.explorer.front()[-1].peak_bytes < _NOTABLY_LESS * lowest:
+            return True
         pair = first.explorer.front()[-1] if self._chosen is None else self._chosen[1]
         if pair.num_chunks > 1 and not family.explorer.may_chunk:
             return False

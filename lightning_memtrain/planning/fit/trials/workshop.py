@@ -32,7 +32,7 @@ from lightning_memtrain.tracing.device import Device
 #: So many chunks show what more of them would: the first finds no gradients, the third what the second kept.
 SHOWN_CHUNKS = 3
 # A trial that takes so many times as long as the first one is given up, but not before so many seconds.
-_GIVEN_TIMES, _LEAST_GIVEN_SECONDS = 3.0, 10.0
+_GIVEN_TIMES, _LEAST_GIVEN_SECONDS = 3.0, 6.0
 # What real chunks may take in one search.
 _MOST_REAL_SECONDS = 8.0
 # Of random numbers on the CPU, beside those that calls keep.
