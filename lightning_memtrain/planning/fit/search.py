@@ -147,9 +147,8 @@ class _Search:
         chosen = self._chosen or recomputed_networks(first, plain, self._limit_bytes)
         with_batchnorm = self._with_batchnorm(plain)
         offered = [*self._offers(with_batchnorm, chosen), *map(self._way, by_hand)]
-        if chosen is None:  # then it was not worth looking at all sizes before
-            with suppress(Exception):
-                lowest_of(families).explorer.explore(self._limit_bytes)
+        if chosen is None:
+            self._look_lower(families)
         floor = self._floor(families, chosen)
         if chosen is None:
             lowest = lowest_of(families)
@@ -188,6 +187,14 @@ class _Search:
         family = self._family(plain, (), may_chunk)
         family.explorer.take_up(plain)
         return family
+
+    def _look_lower(self, families: list[Family]) -> None:
+        """Look at small chunks of what can come below the rest, though not below the limit."""
+        for family in families:
+            explorer, lowest = family.explorer, lowest_of(families).explorer.front()[-1].peak_bytes
+            if explorer.may_chunk and explorer.least_bytes < lowest:
+                with suppress(Exception):  # then as far as is known
+                    explorer.explore(self._limit_bytes)
 
     def _may_free(self, plain: Tried) -> bool:
         facts = plain.trace.facts
