@@ -102,7 +102,8 @@ class _Search:
         if not device.is_cuda and any(map(needs_values, options.get("callbacks", ()))):
             self._notes.append(f"{PATTERNS_LEFT_OUT}.")
         self._workshop = Workshop(model, options, device, batch, RunProgress.of(trainer), world)
-        self._call_seconds = call_seconds()
+        # On a GPU what Python does meanwhile runs beside its kernels, whose launches are counted.
+        self._call_seconds = 0.0 if device.is_cuda else call_seconds()
         self._plain_seconds = 0.0
         self._switches = (*SWITCHES, *techniques)
         self._free: tuple[Switch, ...] = ()
