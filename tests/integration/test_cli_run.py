@@ -352,6 +352,10 @@ def test_demo(tmp_path):
     # Everything lies in the run's folder.
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert "activations" in result.stdout
+    # How a GPU with less memory would do, the same on every run; the page has the other ways.
+    (plan,) = (tmp_path / "runs").glob("**/plan.html")
+    assert f"Plan: {plan.relative_to(tmp_path)}" in result.stdout
+    assert "on RTX 3060 12GB, batches of 100, limit 760.00 MiB: fits" in result.stdout
 
 
 def test_demo_without_wandb(tmp_path, monkeypatch, capfd):
