@@ -7,8 +7,8 @@
 
 ``bytes`` plans for five limits of each model, at even steps from 80 % of what the run needs as it is down to
 the least that a plan finds, and runs each chosen way for real: the allocator's peak beside the prediction.
-``grid`` runs microbatch sizes and recomputation policies for real. ``times`` does what ``bytes`` does, and
-steps the plain run, the chosen way and the fastest of the grid that keep the limit in turn; times are processor
+``grid`` runs microbatch sizes and recomputation policies for real. ``times`` does what ``bytes`` does, and in
+turn steps the plain run, the chosen way and the fastest of the grid that keep the limit; times are processor
 seconds of one thread, and a ratio is the median over rounds. ``peers`` does the same with other ways to need
 less, at the limit that each of them keeps.
 
