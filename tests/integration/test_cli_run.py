@@ -360,6 +360,7 @@ def test_demo(tmp_path):
 
 def test_demo_without_wandb(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("lightning_memtrain.cli.demo.show_plan", lambda *args, **kwargs: 0)
     monkeypatch.chdir(tmp_path)
     with pytest.warns(NoEffectWarning, match=r"`SparseTraining\(update\)` has no effect.*in the 2 steps"):
         assert main(["demo", *SMALL_DEMO, "--run-dir=run"]) == 0
