@@ -7,10 +7,10 @@
 
 ``bytes`` plans for five limits of each model, at even steps from 80 % of what the run needs as it is down to
 the least that a plan finds, and runs each chosen way for real: the allocator's peak beside the prediction.
-``grid`` runs microbatch sizes and recomputation policies for real. ``times`` plans again and steps the plain
-run, the chosen way and the fastest of the grid that keep the limit in turn; times are processor seconds of
-one thread, and a ratio is the median over rounds. ``peers`` does the same with other ways to need less, at
-the limit that each of them keeps.
+``grid`` runs microbatch sizes and recomputation policies for real. ``times`` does what ``bytes`` does, and in
+turn steps the plain run, the chosen way and the fastest of the grid that keep the limit; times are processor
+seconds of one thread, and a ratio is the median over rounds. ``peers`` does the same with other ways to need
+less, at the limit that each of them keeps.
 
 With ``--write`` rows go to results/NAME.json as they come; those that are there are not measured again.
 """
@@ -33,7 +33,7 @@ from benchmarks.results_file import RESULTS, write_results
 from lightning_memtrain import ActivationCheckpointing, Microbatching
 from lightning_memtrain.core import MIB
 from lightning_memtrain.planning.fit.search import search
-from lightning_memtrain.planning.fit.way import FoundWays
+from lightning_memtrain.planning.fit.way import FoundWays, Way
 from lightning_memtrain.tracing.device import Device
 
 ALLOWED = ("batchnorm-statistics",)
@@ -111,19 +111,21 @@ def bytes_row(name: str, limit_bytes: int) -> Row:
     found = _search(name, limit_bytes)
     row: Row = {
         "limit_mib": round(limit_bytes / MIB, 2),
-        "plan_seconds_on_a_busy_machine": round(time.perf_counter() - start, 1),
+        "plan_seconds": round(time.perf_counter() - start, 1),
         "way": None if found.chosen is None else str(found.chosen),
     }
-    if found.chosen is not None:
-        peak = peak_bytes(name, arguments_of(found.chosen))
-        assert found.chosen.allocated_bytes is not None
-        row |= {
-            "predicted_mib": round(found.chosen.allocated_bytes / MIB, 2),
-            "real_mib": round(peak / MIB, 2),
-            "keeps_limit": peak <= limit_bytes,
-            "off_percent": round(100 * (found.chosen.allocated_bytes / peak - 1), 2),
-        }
-    return row
+    return row if found.chosen is None else row | _bytes(name, found.chosen, limit_bytes)
+
+
+def _bytes(name: str, way: Way, limit_bytes: int) -> Row:
+    peak = peak_bytes(name, arguments_of(way))
+    assert way.allocated_bytes is not None
+    return {
+        "predicted_mib": round(way.allocated_bytes / MIB, 2),
+        "real_mib": round(peak / MIB, 2),
+        "keeps_limit": peak <= limit_bytes,
+        "off_percent": round(100 * (way.allocated_bytes / peak - 1), 2),
+    }
 
 
 def _by_hand(size: int | None, policy: str | None) -> dict[str, Any]:
@@ -163,6 +165,7 @@ def times_row(name: str, limit_bytes: int, rows: Rows, allow: tuple[str, ...] = 
     }
     if found.chosen is None or found.chosen.is_plain:
         return row
+    row |= _bytes(name, found.chosen, limit_bytes)
     ways: dict[str, Make] = {"plain": _plain, "chosen": arguments_of(found.chosen)}
     grid = [one for one in rows.rows if one["kind"] == "grid" and one["model"] == name]
     fitting = sorted(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from lightning_memtrain.cli.planning.plan_command import show_plan
 from lightning_memtrain.cli.recipes import find
 from lightning_memtrain.cli.run import run
 
@@ -15,6 +18,13 @@ _WANDB = [
     "--trainer.logger+=WandbLogger",
     "--trainer.logger.project=memtrain",
     "--trainer.logger.offline=true",
+]
+# For a GPU, whose nominal speeds make a plan the same on every run.
+_LINES = 12
+_LIMIT, _DEVICE = "760MiB", "RTX 3060"
+_PLAN_OVERRIDES = [
+    "--data.class_path=lightning_memtrain.recipes.cifar10_wrn28_2.data.DigitsDataModule",
+    "--data.num_val_images=200",
 ]
 
 
@@ -41,6 +51,19 @@ def run_demo(run_dir: Path | None, overrides: list[str]) -> int:
         offline = " ".join(str(path) for path in sorted(folder.path.glob("wandb/offline-run-*")))
     else:
         offline = "none, as wandb is not installed (pip install 'lightning-memtrain[wandb]')"
+    plan = folder.path / "plan.yaml"
+    table = io.StringIO()
+    with contextlib.redirect_stdout(table), contextlib.redirect_stderr(io.StringIO()):
+        show_plan(RECIPE, limit=_LIMIT, device=_DEVICE, output=plan, overrides=_PLAN_OVERRIDES)
+    print(f'\n$ memtrain plan {RECIPE} --limit {_LIMIT} --device "{_DEVICE}"\n')
+    print(_beginning(table.getvalue()))
+    print(f"\nPlan: {plan.with_suffix('.html')}")
     print(f"Memory report: {folder.path / 'memory' / 'memory_report.html'}")
     print(f"W&B offline run: {offline}")
     return exit_code
+
+
+def _beginning(table: str) -> str:
+    """What is said of the way to take; the other ways are in the page."""
+    lines = table.splitlines()
+    return "\n".join(lines[:_LINES] + (["    ..."] if len(lines) > _LINES else []))

@@ -350,10 +350,15 @@ def test_demo(tmp_path):
     # Everything lies in the run's folder.
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert "activations" in result.stdout
+    # How a GPU with less memory would do, the same on every run; the page has the other ways.
+    (plan,) = (tmp_path / "runs").glob("**/plan.html")
+    assert f"Plan: {plan.relative_to(tmp_path)}" in result.stdout
+    assert "on RTX 3060 12GB, batches of 100, limit 760.00 MiB: fits" in result.stdout
 
 
 def test_demo_without_wandb(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("lightning_memtrain.cli.demo.show_plan", lambda *args, **kwargs: 0)
     monkeypatch.chdir(tmp_path)
     with pytest.warns(NoEffectWarning, match=r"`SparseTraining\(update\)` has no effect.*in the 2 steps"):
         assert main(["demo", *SMALL_DEMO, "--run-dir=run"]) == 0

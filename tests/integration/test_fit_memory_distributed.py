@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 import lightning_memtrain as mt
 from lightning_memtrain.planning.fit import make_plan
 from lightning_memtrain.planning.fit.running import fit_memory
+from lightning_memtrain.tracing.device import Device
 from tests.helpers.stand_in_search import BYTES_PER_NUMBER, StandInSearch
 from tests.helpers.trainers import quiet_trainer
 from tests.helpers.two_ranks import TwoRanks
@@ -67,7 +68,52 @@ def check_sharded(with_plan: bool, folder: Path, rank: int) -> dict[str, Any]:
     return {"seen": model.seen, "said": said, "events": callback.technique_record().events}
 
 
+WIDTH, SAMPLES = 256, 512
+LIMIT = 45 * 2**20  # a MiB or more below what it needs as it is
+GPU = Device("a small one", 2**30, compute_capability=(8, 0))
+FOUND = "plan of a search.yaml"
+
+
+class Deep(pl.LightningModule):
+    """Four blocks, each sharded by FSDP2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(4))
+        self.blocks = nn.Sequential(*blocks)
+        self.seen: list[int] = []
+
+    def configure_model(self) -> None:
+        for block in self.blocks:
+            if not isinstance(block[0].weight, DTensor):
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        self.seen.append(len(batch))
+        return self.blocks(batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters())
+
+
+def options_of_two() -> dict[str, Any]:
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    return {"devices": 2, "strategy": strategy, "use_distributed_sampler": False, "num_sanity_val_steps": 0}
+
+
+def check_searched(folder: Path) -> dict[str, Any]:
+    """Two ranks follow the file of a plan that was searched for before they began."""
+    callback = mt.FitMemory(plan=folder / FOUND)
+    model = Deep()
+    data = DataLoader([torch.ones(SAMPLES, WIDTH)] * 2, batch_size=None)  # type: ignore[arg-type]
+    quiet_trainer(folder, callback, **options_of_two()).fit(model, data)
+    shard = sum(one.to_local().numel() for one in model.parameters() if isinstance(one, DTensor))
+    return {"seen": model.seen, "shard": shard, "events": callback.technique_record().events}
+
+
 def check(name: str, folder: Path, rank: int) -> dict[str, Any]:
+    if name == "searched":
+        return check_searched(folder)
     if name.startswith("sharded"):
         return check_sharded(name == "sharded", folder, rank)
     search = StandInSearch()
@@ -135,3 +181,28 @@ def test_under_fsdp2_a_plan_within_the_run_is_refused(found: TwoRanks) -> None:
     for rank in found("sharded, no plan"):
         assert rank["seen"] == []
         assert "FSDP2 shards the model before it begins" in rank["said"]
+
+
+def test_a_search_for_fsdp2_leads_to_a_plan_that_two_ranks_follow(found: TwoRanks, tmp_path: Path) -> None:
+    batch = torch.ones(SAMPLES, WIDTH)
+    trainer = quiet_trainer(tmp_path, **options_of_two())
+    limit = GPU.context_bytes + LIMIT
+    plan = mt.plan(Deep(), batch, limit=limit, device=GPU, trainer=trainer)
+    assert plan.fits
+    assert plan.chosen.exact
+    assert plan.chosen.reserved_bytes <= limit - GPU.context_bytes
+    assert plan.plain.reserved_bytes is not None
+    assert plan.plain.reserved_bytes > LIMIT
+    plan.save(found.folder / FOUND)
+    ranks = found("searched")
+    assert ranks[0]["events"] == ranks[1]["events"]
+    assert [rank["shard"] for rank in ranks] == [4 * (WIDTH + 1) * WIDTH // 2] * 2
+    size = next(
+        (
+            one.init_args["microbatch_size"]
+            for one in plan.chosen.techniques
+            if "microbatch_size" in one.init_args
+        ),
+        SAMPLES,
+    )
+    assert [set(rank["seen"]) for rank in ranks] == [{size}] * 2

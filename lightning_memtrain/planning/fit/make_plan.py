@@ -31,6 +31,7 @@ from lightning_memtrain.planning.fit.running.one_rank import beside_buckets, buc
 from lightning_memtrain.planning.fit.techniques import Switch
 from lightning_memtrain.planning.fit.way import FoundWays
 from lightning_memtrain.planning.prediction.forked import call_in_copy
+from lightning_memtrain.planning.prediction.moving import replace_when_moved
 from lightning_memtrain.tracing.device import Device
 
 
@@ -172,6 +173,7 @@ def _of_model(model: Any, ask: Callable[[nn.Module], Any]) -> Any:
         return ask(model)
 
     def of_made() -> Any:
+        replace_when_moved()  # as `.to(torch.bfloat16)` does
         with FakeTensorMode(allow_non_fake_inputs=True):
             return ask(model())
 

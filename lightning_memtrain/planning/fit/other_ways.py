@@ -89,19 +89,27 @@ def unlocks(
         What that came to.
     """
     pair = lowest.explorer.floor()
+    if lowest.explorer.least_bytes > limit_bytes:  # what saves activations alone is of no help
+        switches = [switch for switch in switches if switch.lowers_state]
     found: list[tuple[str, Found]] = []
     if with_batchnorm is not None:
         explorer = with_batchnorm.explorer
         with suppress(Exception):
             found.append((BATCHNORM, (with_batchnorm, explorer.best_tried(limit_bytes) or explorer.floor())))
+    late: set[str] = set()
     for name in dict.fromkeys(switch.allow for switch in switches):
         for switch in switches:
-            if switch.allow != name or any(_fits(one, name, limit_bytes) for one in found):
+            if switch.allow != name or name in late or any(_fits(one, name, limit_bytes) for one in found):
                 continue
             family = make(*_beside(lowest.switches, switch), switch)
             for segments in (pair.segments, ()) if switch.replaces_recomputation else (pair.segments,):
-                with suppress(Exception):  # then it does not go with the others
+                try:
                     found.append((name, (family, family.explorer.at(pair.num_chunks, segments))))
+                except TimeoutError:  # other forms of it would take as long
+                    late.add(name)
+                    break
+                except Exception:  # then it does not go with the others
+                    continue
     least: dict[str, int] = {}
     for name, (family, reached) in found:
         if not family.by_hand and reached.peak_bytes < min(pair.peak_bytes, least.get(name, pair.peak_bytes)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -72,7 +72,8 @@ def search(
     Returns:
         The ways.
     """
-    return _Search(model, batch, datamodule, trainer, device, limit_bytes, allow, techniques).run()
+    with closing(_Search(model, batch, datamodule, trainer, device, limit_bytes, allow, techniques)) as found:
+        return found.run()
 
 
 class _Search:
@@ -101,7 +102,8 @@ class _Search:
         if not device.is_cuda and any(map(needs_values, options.get("callbacks", ()))):
             self._notes.append(f"{PATTERNS_LEFT_OUT}.")
         self._workshop = Workshop(model, options, device, batch, RunProgress.of(trainer), world)
-        self._call_seconds = call_seconds()
+        # On a GPU what Python does meanwhile runs beside its kernels, whose launches are counted.
+        self._call_seconds = 0.0 if device.is_cuda else call_seconds()
         self._plain_seconds = 0.0
         self._switches = (*SWITCHES, *techniques)
         self._free: tuple[Switch, ...] = ()
@@ -110,9 +112,14 @@ class _Search:
         self._chosen: tuple[Family, Pair] | None = None
         self._base: Explorer | None = None
 
+    def close(self) -> None:
+        self._workshop.close()
+
     def run(self) -> FoundWays:
         plain = self._workshop.run(1, with_calls=True)
         self._stateful = plain.trace.facts.stateful
+        if plain.needed_bytes > self._limit_bytes:
+            self._begin_first(plain)
         as_it_is = self._family(plain, ())
         as_it_is.explorer.take_up(plain)
         self._plain_seconds = as_it_is.explorer.curves()[0].seconds
@@ -141,6 +148,8 @@ class _Search:
         chosen = self._chosen or recomputed_networks(first, plain, self._limit_bytes)
         with_batchnorm = self._with_batchnorm(plain)
         offered = [*self._offers(with_batchnorm, chosen), *map(self._way, by_hand)]
+        if chosen is None:
+            self._look_lower(families)
         floor = self._floor(families, chosen)
         if chosen is None:
             lowest = lowest_of(families)
@@ -170,8 +179,7 @@ class _Search:
     def _first(self, plain: Tried) -> Family:
         """Microbatches and recomputation, and what costs nothing where it saves something."""
         may_chunk = self._may_chunk(plain)
-        facts = plain.trace.facts
-        if not FREE.refusal(facts, 1) and not self._is_own(FREE, facts):
+        if self._may_free(plain):
             family = self._family(plain, (FREE,), may_chunk)
             with suppress(Exception):  # then without it
                 if family.explorer.trace(1).needed_bytes < _NOTABLY_LESS * plain.needed_bytes:
@@ -180,6 +188,31 @@ class _Search:
         family = self._family(plain, (), may_chunk)
         family.explorer.take_up(plain)
         return family
+
+    def _look_lower(self, families: list[Family]) -> None:
+        """Look at small chunks of what can come below the rest, though not below the limit."""
+        for family in families:
+            explorer, lowest = family.explorer, lowest_of(families).explorer.front()[-1].peak_bytes
+            if explorer.may_chunk and explorer.least_bytes < lowest:
+                with suppress(Exception):  # then as far as is known
+                    explorer.explore(self._limit_bytes)
+
+    def _may_free(self, plain: Tried) -> bool:
+        facts = plain.trace.facts
+        needs_other = self._least_bytes(plain) > self._limit_bytes  # something else is to be switched on
+        return not (needs_other or FREE.refusal(facts, 1) or self._is_own(FREE, facts))
+
+    def _begin_first(self, plain: Tried) -> None:
+        """Begin what :meth:`_first` asks for, and ask for bytes of operators, which nothing disturbs."""
+        if self._may_free(plain):
+            explorer = self._family(plain, (FREE,), self._may_chunk(plain)).explorer
+            explorer.ahead([1, 2] if explorer.may_chunk else [1])
+            self._workshop.within(plain)
+            self._workshop.wait()
+
+    def _least_bytes(self, tried: Tried) -> int:
+        """What no size of chunks and no recomputation can bring a run below."""
+        return tried.trace.state_bytes + self._workshop.device.context_bytes
 
     def _is_late(self) -> bool:
         return time.perf_counter() - self._start > _LATE_SECONDS
@@ -210,6 +243,8 @@ class _Search:
         whole = family.explorer.whole()
         if whole is not None and whole.peak_bytes <= self._limit_bytes:
             return family, whole
+        if family.explorer.least_bytes > self._limit_bytes:
+            return None
         family.explorer.explore(self._limit_bytes)
         pair = family.explorer.best(self._limit_bytes)
         return None if pair is None else (family, pair)
@@ -242,17 +277,26 @@ class _Search:
     def _switched_on(self, plain: Tried, first: Family) -> Iterator[Family]:
         """What may be switched on, one by one and together; what is of no use is noted."""
         facts, useful = plain.trace.facts, []
-        for switch in self._usable(facts):
-            is_by_hand = bool(switch.by_hand(facts))
-            if (not switch.allow and self._is_enough()) or (is_by_hand and self._chosen is not None):
+        least_bytes = self._least_bytes(plain)
+        usable = self._usable(facts)
+        for place, switch in enumerate(usable):
+            if not self._is_wanted(switch, facts, 0):
                 continue
             if not switch.allow and self._chosen is not None and self._is_late():
                 said = f"not looked at: after {_LATE_SECONDS:.0f} s a way was found"
                 self._refused.append(Refused(switch.name, said))
                 continue
+            if not switch.lowers_state and least_bytes > self._limit_bytes:
+                needed = format_bytes(least_bytes)
+                said = f"leaves weights, gradients and optimizer state as they are, which take {needed}"
+                self._refused.append(Refused(switch.name, said))
+                continue
+            # The next one is tried beside.
+            self._ahead(plain, [one for one in usable[place:] if self._is_wanted(one, facts, least_bytes)])
             family = self._family(plain, self._with_free(switch), self._may_chunk(plain))
             if self._is_useful(family, switch, first):
                 useful.append((switch, family.explorer.tried[1, ()].needed_bytes))
+                least_bytes = min(least_bytes, family.explorer.least_bytes)
                 yield family
         best: dict[str, tuple[Switch, int]] = {}
         for switch, needed_bytes in useful:
@@ -262,6 +306,15 @@ class _Search:
         together = tuple(switch for switch, _ in best.values())
         if len(together) > 1 and (any(switch.allow for switch in together) or self._chosen is None):
             yield self._family(plain, self._with_free(*together), self._may_chunk(plain))
+
+    def _is_wanted(self, switch: Switch, facts: RunFacts, least_bytes: int) -> bool:
+        if (not switch.allow and self._is_enough()) or (switch.by_hand(facts) and self._chosen is not None):
+            return False
+        return switch.lowers_state or least_bytes <= self._limit_bytes
+
+    def _ahead(self, plain: Tried, switches: list[Switch]) -> None:
+        families = [self._family(plain, self._with_free(switch)) for switch in switches]
+        self._workshop.ahead([family.explorer.asked(1) for family in families])
 
     def _with_free(self, *switches: Switch) -> tuple[Switch, ...]:
         free = () if any(switch.frees_gradients for switch in switches) else self._free
@@ -307,6 +360,9 @@ class _Search:
 
     def _saves_later(self, family: Family, first: Family) -> bool:
         """Whether it saves where less is held already, such as gradients beside few activations."""
+        lowest = first.explorer.front()[-1].peak_bytes
+        if self._chosen is None and family.explorer.front()[-1].peak_bytes < _NOTABLY_LESS * lowest:
+            return True
         pair = first.explorer.front()[-1] if self._chosen is None else self._chosen[1]
         if pair.num_chunks > 1 and not family.explorer.may_chunk:
             return False

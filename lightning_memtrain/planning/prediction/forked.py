@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, NoReturn, TypeVar
+from typing import IO, Any, Generic, NoReturn, TypeVar
 
 import torch
 
@@ -81,8 +81,27 @@ def call_in_asking_copy(function: Callable[[Ask], Result], answer: Ask) -> Resul
     Raises:
         ChildFailed: if the copy ended in another way, such as by a signal.
     """
+    return result_of(BegunCopy(function), function, answer)
+
+
+def result_of(
+    begun: BegunCopy[Result], function: Callable[[Ask], Result], answer: Ask = _no_answer
+) -> Result:
+    """Wait for a copy that was begun; see :func:`call_in_asking_copy` for errors.
+
+    Args:
+        begun: the copy.
+        function: what runs in it.
+        answer: answers a question.
+
+    Returns:
+        Its result.
+
+    Raises:
+        ChildFailed: if the copy ended without one.
+    """
     try:
-        return _call(function, answer)
+        return begun.result(answer)
     except ChildFailed as failure:
         if failure.exit_code != -signal.SIGABRT:
             raise
@@ -107,48 +126,108 @@ def _error_in_backward(function: Callable[[Ask], Any], answer: Ask) -> str | Non
 
 
 def _call(function: Callable[[Ask], Result], answer: Ask) -> Result:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    reading, writing = os.pipe()
-    listening, answering = os.pipe()
-    with tempfile.TemporaryFile() as errors:
+    return BegunCopy(function).result(answer)
+
+
+class BegunCopy(Generic[Result]):
+    """A copy of this process in which a function has begun to run, such as beside others.
+
+    Args:
+        function: called with what asks the original process.
+    """
+
+    def __init__(self, function: Callable[[Ask], Result]) -> None:
+        self._owner = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        reading, writing = os.pipe()
+        listening, answering = os.pipe()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  until its result is there
         with warnings.catch_warnings():
             # Python 3.12 warns of threads that may hold locks; torch's hold none between operators.
             warnings.filterwarnings("ignore", category=DeprecationWarning)
-            pid = os.fork()
-        if pid == 0:
+            self._pid = os.fork()
+        if self._pid == 0:
             os.close(reading)
             os.close(answering)
-            os.dup2(errors.fileno(), _STANDARD_ERROR)
+            os.dup2(self._errors.fileno(), _STANDARD_ERROR)
             _answer_and_end(function, writing, listening)
         os.close(writing)
         os.close(listening)
-        with os.fdopen(reading, "rb") as pipe, os.fdopen(answering, "wb") as replies:
-            result = _served(pipe, replies, answer)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if code != -signal.SIGABRT:  # what the runtime of C++ writes then is of no help
-            errors.seek(0)
-            sys.stderr.write(_WARNING_OF_TORCH.sub("", errors.read().decode(errors="replace")))
-    if result is None:
-        raise ChildFailed(f"the process that ran it ended with exit code {code} and gave no result", code)
-    returned, value, trace = result
-    if returned:
-        made: Result = value
-        return made
-    value.__notes__ = [*getattr(value, "__notes__", ()), trace]
-    raise value
+        self._pipe, self._replies = os.fdopen(reading, "rb"), os.fdopen(answering, "wb")
 
+    def result(self, answer: Ask) -> Result:
+        """Wait for what the function returns; once.
 
-def _served(pipe: IO[bytes], replies: IO[bytes], answer: Ask) -> tuple[bool, Any, str] | None:
-    """Answer what the copy asks until it gives its result; ``None`` if it ends without one."""
-    while (message := _read(pipe)) is not None:
-        asks, content = message
-        if not asks:
-            result: tuple[bool, Any, str] = content
-            return result
+        Args:
+            answer: answers a question.
+
+        Returns:
+            Its result.
+
+        Raises:
+            ChildFailed: if the copy ended without one.
+        """
+        while True:
+            asks, content = self.next()
+            if not asks:
+                made: Result = content
+                return made
+            self.tell(answer(content))
+
+    def next(self) -> tuple[bool, Any]:
+        """Wait for its next question, or its result.
+
+        Returns:
+            Whether it is a question, and that; after a result it has ended.
+
+        Raises:
+            ChildFailed: if the copy ended without a result.
+        """
+        message = _read(self._pipe)
+        if message is not None and message[0]:
+            return True, message[1]
+        code = self._ended()
+        if message is None:
+            raise ChildFailed(f"the process that ran it ended with exit code {code} and gave no result", code)
+        returned, value, trace = message[1]
+        if returned:
+            return False, value
+        value.__notes__ = [*getattr(value, "__notes__", ()), trace]
+        raise value
+
+    def tell(self, answer: Any) -> None:
+        """Answer its last question.
+
+        Args:
+            answer: can be pickled.
+        """
         with suppress(BrokenPipeError):  # it may have ended meanwhile
-            _write(replies, pickle.dumps(answer(content)))
-    return None
+            _write(self._replies, pickle.dumps(answer))
+
+    def stop(self) -> None:
+        """End the copy, whose result nobody wants any more; nothing happens if it has ended."""
+        pipe = getattr(self, "_pipe", None)
+        if pipe is None or pipe.closed or self._owner != os.getpid():  # a copy of this process has it, too
+            return
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
+        self._ended()
+
+    def __del__(self) -> None:
+        """Nobody is left who could ask for its result."""
+        self.stop()
+
+    def _ended(self) -> int:
+        self._pipe.close()
+        with suppress(BrokenPipeError):
+            self._replies.close()
+        code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        with self._errors as errors:
+            if code not in (-signal.SIGABRT, -signal.SIGKILL):  # what C++ writes then is of no help
+                errors.seek(0)
+                sys.stderr.write(_WARNING_OF_TORCH.sub("", errors.read().decode(errors="replace")))
+        return code
 
 
 def _read(pipe: IO[bytes]) -> Any:

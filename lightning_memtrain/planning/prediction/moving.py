@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lightning_memtrain.compat.lightning_packages import namesake
 from lightning_memtrain.compat.torch_private import FakeTensor, swap_tensor_impl
@@ -28,12 +29,20 @@ def move(model: nn.Module, mode: TwinDeviceMode, device: str = DEVICE_TYPE) -> N
     twins: dict[int, Tensor] = {}
     for parameter in model.parameters():
         twins[id(parameter)] = nn.Parameter(mode.moved(parameter, device), parameter.requires_grad)
-    for buffer in model.buffers():
+    for buffer in [*model.buffers(), *_states_of_metrics(model)]:
         twins[id(buffer)] = twin = mode.moved(buffer, device)
         real = mode.known.real_or_known(buffer)
         if real is not None and real.device.type == "cpu":
             mode.known.set(twin, real.detach())
     UserState(model).replace(twins)
+
+
+def _states_of_metrics(model: nn.Module) -> Iterator[Tensor]:
+    """What metrics gather, which goes where their module goes, though it is neither parameter nor buffer."""
+    for module in model.modules():
+        if isinstance(module, Metric):
+            for state in module.metric_state.values():
+                yield from [state] if isinstance(state, Tensor) else state
 
 
 def configure_without_data(

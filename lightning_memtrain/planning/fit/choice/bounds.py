@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 from lightning_memtrain.planning.fit.choice.pairs import Pair, SizeCurve
 
+# After so many pairs of a curve that need more than the limit its lowest one is asked: the curve is far off.
+_MOST_FAILURES = 2
 # Between a pair that fits and one that does not, nothing is tried that is nearer than this part of the limit.
 _NEAR_ENOUGH = 0.002
 
@@ -26,6 +28,7 @@ class Bounds:
         self._bounds: dict[int, float] = {}
         self._fits: dict[int, int] = {}
         self._fails: dict[int, int] = {}
+        self._num_fails: dict[int, int] = {}
 
     def next_pair(self, curves: Sequence[SizeCurve], was_tried: Callable[[Pair], bool]) -> Pair | None:
         """The fastest pair that is worth trying.
@@ -65,10 +68,13 @@ class Bounds:
             self._fits[count] = max(said, self._fits.get(count, 0))
         else:
             self._fails[count] = min(said, self._fails.get(count, said))
+            self._num_fails[count] = self._num_fails.get(count, 0) + 1
         fits, fails = self._fits.get(count), self._fails.get(count)
         bound: float = said - (needed_bytes - self._limit_bytes)
         if fits is not None and fails is not None:
             bound = (fits + fails) / 2 if fails - fits > _NEAR_ENOUGH * self._limit_bytes else 0
+        elif self._num_fails.get(count, 0) >= _MOST_FAILURES:
+            bound = 0
         self._bounds[count] = bound
 
     def _of(self, curve: SizeCurve, was_tried: Callable[[Pair], bool]) -> Pair | None:

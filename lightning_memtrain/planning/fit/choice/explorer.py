@@ -13,11 +13,13 @@ from lightning_memtrain.planning.fit.choice.sized_steps import SizedStep, SizedS
 from lightning_memtrain.planning.fit.trials.real_rounds import Candidate
 from lightning_memtrain.planning.fit.trials.switched_on import SwitchedOn
 from lightning_memtrain.planning.fit.trials.timed_trial import RealSeconds
-from lightning_memtrain.planning.fit.trials.workshop import Segments, Tried, Workshop
+from lightning_memtrain.planning.fit.trials.workshop import Asked, Segments, Tried, Workshop
 
 # So many finalists are tried for one limit, and so many for the floor.
 _MOST_FINALISTS = 10
 _MOST_FLOORS = 3
+# The pair that is to be tried, and the one that would be next if it does not fit.
+_SIDE_BY_SIDE = 2
 # What is not so much faster than what was found is not tried.
 _NOTABLY = 0.997
 
@@ -73,6 +75,7 @@ class Explorer:
         self.tried: dict[tuple[int, Segments], Tried] = {}
         """What was tried, by chunks and segments."""
         self._others: set[tuple[int, Segments]] = set()
+        self._num_floors = 0
 
     @property
     def may_chunk(self) -> bool:
@@ -131,16 +134,48 @@ class Explorer:
         """
         if (1, ()) not in self.tried:
             self.trace(1)
-        if len(self._counts) < 2:
-            return
-        half = self.trace(2)
+        counts = self._counts[1:2] + self._small_count(limit_bytes)
+        self.ahead(counts)
+        for count in counts:
+            self.trace(count)
+
+    def ahead(self, counts: Sequence[int]) -> None:
+        """Begin to trace numbers of chunks, side by side.
+
+        Args:
+            counts: those that will be asked for.
+        """
+        self._workshop.ahead([self.asked(count) for count in counts])
+
+    def asked(self, num_chunks: int, segments: Segments = (), with_calls: bool = True) -> Asked:
+        """What is asked of the workshop.
+
+        Args:
+            num_chunks: of the batch.
+            segments: what is recomputed.
+            with_calls: whether module calls are followed.
+
+        Returns:
+            The way.
+        """
+        return Asked(num_chunks, segments, self._switched(num_chunks), with_calls)
+
+    @property
+    def least_bytes(self) -> int:
+        """Less than any pair needs: what is there when the optimizer steps; 0 before the whole was traced."""
+        whole = self.tried.get((1, ()))
+        context_bytes = self._workshop.device.context_bytes
+        return 0 if whole is None else whole.trace.state_bytes + context_bytes
+
+    def _small_count(self, limit_bytes: int) -> list[int]:
+        """A number of chunks that about keep the limit, an eighth to half as large as halves of the batch."""
         if len(self._counts) < 3:
-            return
-        whole = self.tried[1, ()]
-        for_sample = max(1.0, (whole.needed_bytes - half.needed_bytes) / max(1, whole.size - half.size))
-        fitting = half.size - (half.needed_bytes - limit_bytes) / for_sample
-        wanted = max(half.size / 8, min(fitting, half.size / 2))
-        self.trace(min(self._counts[2:], key=lambda count: abs(self._size / count - wanted)))
+            return []
+        whole, half_size = self.tried[1, ()], self._workshop.size_of(2)
+        for_sample = max(1.0, (whole.needed_bytes - self.least_bytes) / whole.size)
+        fitting = (limit_bytes - self.least_bytes) / for_sample
+        wanted = max(half_size / 8, min(fitting, half_size / 2))
+        return [min(self._counts[2:], key=lambda count: abs(self._size / count - wanted))]
 
     def curves(self) -> list[SizeCurve]:
         """Of all numbers of chunks that are known by now."""
@@ -222,6 +257,7 @@ class Explorer:
             if not self._steps.is_near(pair.num_chunks, pair.size):
                 self.trace(pair.num_chunks)
                 continue
+            self._try_ahead(bounds.untried(self.curves(), self._was_tried)[:_SIDE_BY_SIDE])
             self._try(pair)
             bounds.note(pair, self._as_tried(pair).peak_bytes)
             num_finalists += 1
@@ -233,6 +269,7 @@ class Explorer:
         others = [pair for pair in bounds.untried(self.curves(), self._was_tried) if pair.seconds < near]
         plain = self._largest_plain(limit_bytes, bounds) if is_first else None
         num_others = 0 if self._is_late() else _MOST_OTHERS - (plain is not None)
+        self._try_ahead(others[:num_others])
         for pair in others[:num_others]:
             self._try(pair)
             bounds.note(pair, self._as_tried(pair).peak_bytes)
@@ -317,10 +354,11 @@ class Explorer:
 
     def floor(self) -> Pair:
         """The pair that needs least, tried."""
-        for _ in range(_MOST_FLOORS):
+        while self._num_floors < _MOST_FLOORS:
             lowest = self.front()[-1]
             if self._was_tried(lowest):
                 return lowest
+            self._num_floors += 1
             self._try(lowest)
         return min(self._tried_pairs(), key=lambda pair: pair.peak_bytes)
 
@@ -355,6 +393,9 @@ class Explorer:
     def _try(self, pair: Pair) -> None:
         tried = self._workshop.run(pair.num_chunks, pair.segments, self._switched(pair.num_chunks))
         self.tried[pair.num_chunks, pair.segments] = tried
+
+    def _try_ahead(self, pairs: Sequence[Pair]) -> None:
+        self._workshop.ahead([self.asked(one.num_chunks, one.segments, with_calls=False) for one in pairs])
 
     def _tried_pairs(self) -> list[Pair]:
         return [self._tried_pair(key, tried) for key, tried in self.tried.items() if self._may_be(key)]

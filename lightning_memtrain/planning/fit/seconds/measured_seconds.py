@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from statistics import median
 from typing import Any
 
@@ -14,18 +14,23 @@ from lightning_memtrain.core.random_state import torch_random_kept
 from lightning_memtrain.ledger.observers.dispatch_mode import OperatorMode, OperatorTraits, traits_of
 from lightning_memtrain.ledger.operators.workspace import OpCall, op_call
 from lightning_memtrain.planning.fit.seconds.even_clock import EvenClock
-from lightning_memtrain.planning.prediction.cpu.smaller_calls import sizes_of, smaller_sizes, with_size
+from lightning_memtrain.planning.prediction.cpu.smaller_calls import sizes_of, with_size
 
 # More than the caches of one core, which the rest of a step would fill.
 _FLUSHED_BYTES = 2**23
 # What is smaller stays in a cache from when it was made until it is used.
 _LEAST_COLD_BYTES = 2**16
-_ENOUGH_SECONDS = 0.15
+_ENOUGH_SECONDS = 0.1
 _MOST_RUNS = 3
 # What a page of memory takes is measured once in so many operators.
 _CALIBRATED = 8
-# Of an operator on more than this a part is measured, which takes less time and less memory.
+# Of an operator on more than this a part is measured, which takes less time and less memory, and is often
+# a part of the same operator on other sizes, too. What is done to single entries is faster on small parts.
 _MOST_BYTES = 2**25
+_MOST_BYTES_OF_PRODUCTS = 2**23
+_PRODUCTS = frozenset(getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm"))
+# Of long axes parts are so many times as long as something, as kernels have it.
+_VECTOR = 64
 _LAYERS = 24
 _STEPS = 15
 
@@ -82,11 +87,17 @@ class MeasuredSeconds:
         return median(self._seconds[call])
 
     def _measure(self, call: OpCall, num_runs: int) -> float:
-        if sum(spec.num_bytes for spec in call.tensors) > _MOST_BYTES:
-            smaller = _part_of(call)
-            if smaller is not None:
-                return smaller[1] * self._run(smaller[0], num_runs)
-        return self._run(call, num_runs)
+        is_product = getattr(call.func, "overloadpacket", None) in _PRODUCTS
+        most_bytes = _MOST_BYTES_OF_PRODUCTS if is_product else _MOST_BYTES
+        if sum(spec.num_bytes for spec in call.tensors) <= most_bytes:
+            return self._run(call, num_runs)
+        smaller = _part_of(call, most_bytes)
+        if smaller is None:
+            return self._run(call, num_runs)
+        part, times = smaller
+        if part not in self._seconds or num_runs < _MOST_RUNS:
+            self._seconds.setdefault(part, []).append(self._run(part, num_runs))
+        return times * median(self._seconds[part])
 
     def _run(self, call: OpCall, num_runs: int) -> float:
         clock = self._clock
@@ -142,15 +153,29 @@ class MeasuredSeconds:
         return (whole - sum(self._of(call) for call in calls)) / len(calls)
 
 
-def _part_of(call: OpCall) -> tuple[OpCall, float] | None:
-    """A smaller call, and how many times as long the whole takes; ``None`` if no axis can be made shorter."""
+def _part_of(call: OpCall, most_bytes: int) -> tuple[OpCall, float] | None:
+    """A smaller call, and how many times as long the whole takes; ``None`` if no axis can be made shorter.
+
+    Of parts that are all too large, the smallest.
+    """
+    found: list[tuple[int, OpCall, float]] = []
     for size in sizes_of(call):
         if any(spec.shape.count(size) > 1 for spec in call.tensors):
             continue  # such as a square matrix, of which a part is not so many times faster
-        for part in smaller_sizes(size):
+        for part in _parts(size):
             smaller = with_size(call, size, part)
             if smaller is None:
                 break
-            if sum(spec.num_bytes for spec in smaller.tensors) <= _MOST_BYTES:
+            num_bytes = sum(spec.num_bytes for spec in smaller.tensors)
+            found.append((num_bytes, smaller, size / part))
+            if num_bytes <= most_bytes:
                 return smaller, size / part
-    return None
+    return min(found, key=lambda one: one[0])[1:] if found else None
+
+
+def _parts(size: int) -> Iterator[int]:
+    """Sizes from the half on, of whole vectors as long as that can be."""
+    part = size // 2
+    while part:
+        yield part - part % _VECTOR if part > _VECTOR else part
+        part //= 2

@@ -14,6 +14,7 @@ class ActivationsIn8Bits(Switch):
     allow = "compressed-activations"
     instead_of = "CompressedActivations"
     replaces_recomputation = True
+    lowers_state = False
 
     def settings(self, facts: RunFacts, num_chunks: int) -> tuple[TechniqueSettings, ...]:
         """As a callback."""
@@ -27,6 +28,7 @@ class ActivationsIn4Bits(Switch):
     allow = "compressed-activations"
     instead_of = "CompressedActivations"
     replaces_recomputation = True
+    lowers_state = False
 
     @property
     def changes(self) -> str:

@@ -16,6 +16,10 @@ class _InBfloat16(Switch):
     allow = "bf16"
     instead_of = "precision"
 
+    def is_of_use(self, facts: RunFacts) -> bool:
+        """Weights that are in 2 bytes a number compute so anyway."""
+        return facts.has_float32
+
     def refusal(self, facts: RunFacts, num_chunks: int) -> str:
         """A run has one precision."""
         return "" if facts.precision in _WHOLE else f"the run has a precision already, {facts.precision}"

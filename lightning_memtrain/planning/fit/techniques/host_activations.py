@@ -11,6 +11,7 @@ class ActivationsInHostMemory(Switch):
     """What is saved for backward waits for it outside of the GPU."""
 
     name = "OffloadActivations"
+    lowers_state = False
 
     def is_of_use(self, facts: RunFacts) -> bool:
         """The CPU's activations are in host memory anyway."""

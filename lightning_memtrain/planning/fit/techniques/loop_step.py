@@ -14,6 +14,7 @@ class StepsInALoop(Switch):
 
     name = "optimizer with foreach=False"
     instead_of = "optimizer"
+    lowers_state = False
 
     def is_of_use(self, facts: RunFacts) -> bool:
         """Only `foreach` makes them."""

@@ -44,6 +44,8 @@ class Switch(ABC):
     """Whether gradients are freed before the next forward anyway."""
     replaces_recomputation = False
     """Whether it saves what recomputation saves, so that it is worth trying without."""
+    lowers_state = True
+    """Whether it can make less of what is there when the optimizer steps: weights, gradients, its state."""
     may_be_timed = True
     """Whether chunks with it can be run for real without an update of the weights."""
 

@@ -56,6 +56,8 @@ class WayPredictor:
             raise ArgumentError(
                 f"`Plan.edit(changes)` must make a way that can run, but got {way}: {said}"
             ) from error
+        finally:
+            self._workshop.close()
         seconds = self._workshop.seconds(tried)
         inexact = [
             one.name

@@ -59,6 +59,7 @@ class RunFacts:
         optimizers: per optimizer the names of its class and bases, and the defaults of its groups.
         exact: per technique that was in the trial, by class name, whether it leaves the result as it is.
         on_gpu: whether it runs on a GPU.
+        has_float32: whether a parameter has 4 bytes a number.
         precision: what Trainer calls it.
         takes_all_at_once: whether an optimizer makes temporaries of all parameters (`foreach`).
         stateful: per optimizer, for how many parameters it keeps something after the steps.
@@ -70,6 +71,7 @@ class RunFacts:
     optimizers: tuple[tuple[tuple[str, ...], Mapping[str, object]], ...]
     exact: Mapping[str, bool]
     on_gpu: bool = False
+    has_float32: bool = True
     precision: str = "32-true"
     takes_all_at_once: bool = False
     stateful: tuple[int, ...] = ()
@@ -91,6 +93,8 @@ class StepTrace:
         operators: what ran.
         facts: about the run.
         calls: module calls of the last chunk; ``None`` if nobody asked.
+        state_bytes: of parameters, buffers, gradients and optimizer state when the update begins, which
+            neither smaller chunks nor recomputation can make less; 0 if that is not known.
     """
 
     ledger_bytes: int
@@ -103,3 +107,4 @@ class StepTrace:
     operators: StepOperators
     facts: RunFacts
     calls: WatchedCalls | None = None
+    state_bytes: int = 0

@@ -17,7 +17,7 @@ from lightning_memtrain.checkpointing.selection.call_profiler import CallProfile
 from lightning_memtrain.compat import wrap_training_step
 from lightning_memtrain.compat.lightning_private import should_accumulate
 from lightning_memtrain.compat.torch_private import BatchNorm
-from lightning_memtrain.core import is_technique
+from lightning_memtrain.core import Category, is_technique
 from lightning_memtrain.ledger import MemoryLedger, OpWorkspace
 from lightning_memtrain.ledger.observers.dispatch_mode import OperatorMode, OperatorTraits
 from lightning_memtrain.ledger.operators.workspace import OpCall, op_call
@@ -26,6 +26,8 @@ from lightning_memtrain.tracing.user_state.held_tensors import HeldTensors
 
 # The first step makes the optimizer's state, and shows what the model recomputes by itself.
 _WATCHED_STEP = 1
+_GRADIENTS = frozenset((Category.GRADIENTS,))
+_STATE = _GRADIENTS | {Category.PARAMETERS, Category.BUFFERS, Category.OPTIMIZER_STATE}
 # A module that steps by itself may do so by turns, as a GAN that trains its generator in every fifth batch.
 _STEPS_BY_ITSELF = 6
 
@@ -56,6 +58,7 @@ class StepWatch(pl.Callback):
         self._steps = 0
         self._was_backward = False
         self._host_bytes = 0
+        self._update_begin: int | None = None
 
     def num_steps(self, model: pl.LightningModule) -> int:
         """How many steps it wants to see.
@@ -134,7 +137,10 @@ class StepWatch(pl.Callback):
             calls = self._operators.update
         call = op_call(operator.func, args, kwargs)
         calls.append(call)
-        if calls is not self._operators.update:
+        if calls is self._operators.update:
+            if self._update_begin is None and self._ledger is not None:
+                self._update_begin = self._ledger.tick
+        else:
             self._host_bytes += _between_devices(args, kwargs)
         if self._with_calls and self._ledger is not None:
             self._ticks.append((self._ledger.tick, call))
@@ -174,7 +180,17 @@ class StepWatch(pl.Callback):
             else WatchedCalls(
                 calls.root, calls.op_calls, calls.saves, calls.forward_end, ledger.records, self._ticks
             ),
+            state_bytes=self._state_bytes(ledger),
         )
+
+    def _state_bytes(self, ledger: MemoryLedger) -> int:
+        """What is there when the update begins, or after it; one that steps by itself may do so in parts."""
+        if not self._model.automatic_optimization:
+            return 0
+        begin, end = self._update_begin, ledger.tick
+        held = [one for one in ledger.records if one.category in _STATE]
+        kept = sum(one.num_bytes for one in held if one.category not in _GRADIENTS and one.live_at(end))
+        return max(kept, 0 if begin is None else sum(one.num_bytes for one in held if one.live_at(begin)))
 
     def _facts(self) -> RunFacts:
         trainer = self._trainer
@@ -196,6 +212,7 @@ class StepWatch(pl.Callback):
             ),
             exact={type(one).__name__: one.exact for one in candidates if is_technique(one)},
             on_gpu=trainer.strategy.root_device.type != "cpu",
+            has_float32=any(one.dtype == torch.float32 for one in self._model.parameters()),
             precision=str(trainer.precision),
             takes_all_at_once=any(map(self._takes_all_at_once, optimizers)),
             stateful=tuple(len(one.state) for one in optimizers),

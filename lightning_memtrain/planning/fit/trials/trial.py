@@ -1,4 +1,4 @@
-"""A trial: a few steps of a run without data, in a copy of this process, with some techniques."""
+"""A trial: a few steps of a run without data, with some techniques."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from lightning_memtrain.planning.fit.trials.step_trace import StepTrace
 from lightning_memtrain.planning.fit.trials.step_watch import StepWatch
 from lightning_memtrain.planning.prediction.cpu.cpu_run import on_cpu
 from lightning_memtrain.planning.prediction.few_steps import Model, few_steps_trainer, is_module, quiet_folder
-from lightning_memtrain.planning.prediction.forked import call_in_copy
-from lightning_memtrain.planning.prediction.ranks.world import World
-from lightning_memtrain.planning.prediction.twin.twin_place import on_twin
+from lightning_memtrain.planning.prediction.twin.twin_place import TwinPlace
 from lightning_memtrain.tracing.cuda_twin import DEVICE_TYPE
 from lightning_memtrain.tracing.device import Device
 
@@ -37,6 +35,7 @@ class Trial:
         num_chunks: calls of ``training_step`` for it.
         with_calls: whether module calls are followed.
         progress: of the run that it stands for.
+        most_seconds: after so many it is given up; ``None`` for never.
     """
 
     techniques: Sequence[tuple[str, Mapping[str, Any], str]]
@@ -46,29 +45,21 @@ class Trial:
     num_chunks: int = 1
     with_calls: bool = False
     progress: RunProgress = field(default_factory=RunProgress)
+    most_seconds: float | None = None
 
 
-def run_trial(
-    model: Model, options: Mapping[str, Any], device: Device, trial: Trial, world: World | None = None
-) -> StepTrace:
-    """Run a few steps without data.
+def trial_on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> StepTrace:
+    """Run a few steps on CPU tensors without data. Call it in a process of its own.
 
     Args:
         model: what is trained, or what makes it.
         options: arguments of Trainer, as the run has them.
-        device: the CPU, or a GPU by NVIDIA.
+        device: the CPU.
         trial: what is tried.
-        world: the ranks that share the model.
 
     Returns:
         What the steps after the first one held and ran.
     """
-    if device.is_cuda:
-        return call_in_copy(lambda: _on_twin(model, options, device, trial, world))
-    return call_in_copy(lambda: _on_cpu(model, options, device, trial))
-
-
-def _on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Trial) -> StepTrace:
     given = with_techniques(model, options, device, trial)
     with quiet_folder() as folder, on_cpu(model, given["callbacks"]) as place:
         watch = StepWatch(trial.num_chunks, OpWorkspace("cpu"), trial.with_calls)
@@ -76,12 +67,19 @@ def _on_cpu(model: Model, options: Mapping[str, Any], device: Device, trial: Tri
         return watch.trace()
 
 
-def _on_twin(
-    model: Model, options: Mapping[str, Any], device: Device, trial: Trial, world: World | None
-) -> StepTrace:
-    given = with_techniques(model, options, device, trial)
-    with quiet_folder() as folder, on_twin(model, device, world) as place:
-        watch = StepWatch(trial.num_chunks, None, trial.with_calls)
+def trial_on_twin(place: TwinPlace, given: Mapping[str, Any], trial: Trial) -> StepTrace:
+    """Run a few steps on the twin of a GPU. Call it in a process of its own.
+
+    Args:
+        place: the run on the twin, of which nothing has run.
+        given: arguments of Trainer, with what is tried.
+        trial: what is tried.
+
+    Returns:
+        What the steps after the first one held and ran.
+    """
+    watch = StepWatch(trial.num_chunks, None, trial.with_calls)
+    with quiet_folder() as folder:
         _fit(place.model, place.trainer_arguments, given, trial, watch, folder, knows_values=True)
     return replace(
         watch.trace(),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from lightning_memtrain.planning.fit.trials.run_progress import RunProgress
 from lightning_memtrain.planning.fit.trials.step_trace import StepTrace
 from lightning_memtrain.planning.fit.trials.switched_on import SwitchedOn
 from lightning_memtrain.planning.fit.trials.timed_trial import RealSeconds, time_trial
-from lightning_memtrain.planning.fit.trials.trial import Trial, run_trial
+from lightning_memtrain.planning.fit.trials.trial import Trial
+from lightning_memtrain.planning.fit.trials.trial_copies import TrialCopies
 from lightning_memtrain.planning.fit.way import TechniqueSettings
 from lightning_memtrain.planning.prediction.cpu.calibration import AskedWorkspace, measure_call
 from lightning_memtrain.planning.prediction.few_steps import Model, is_module
@@ -29,6 +31,8 @@ from lightning_memtrain.tracing.device import Device
 
 #: So many chunks show what more of them would: the first finds no gradients, the third what the second kept.
 SHOWN_CHUNKS = 3
+# A trial that takes so many times as long as the first one is given up, but not before so many seconds.
+_GIVEN_TIMES, _LEAST_GIVEN_SECONDS = 3.0, 6.0
 # What real chunks may take in one search.
 _MOST_REAL_SECONDS = 8.0
 # Of random numbers on the CPU, beside those that calls keep.
@@ -69,6 +73,32 @@ class Tried:
         return tuple(sorted(rows, key=lambda row: -row[1]))
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A way that is to be tried.
+
+    Args:
+        num_chunks: of the batch.
+        segments: what is recomputed.
+        switched: further techniques.
+        with_calls: whether module calls are followed.
+        size: samples of the largest chunk, where ``switched`` has all techniques.
+    """
+
+    num_chunks: int
+    segments: Segments = ()
+    switched: SwitchedOn = field(default_factory=SwitchedOn)
+    with_calls: bool = False
+    size: int | None = None
+
+    @property
+    def key(self) -> Any:
+        """What tells it from others; following calls changes nothing of it."""
+        on = self.switched
+        arguments = tuple(on.trainer_arguments.items())
+        return self.num_chunks, self.segments, on.techniques, on.stand_ins, arguments, self.size
+
+
 class Workshop:
     """Tries ways to run a model, each in a copy of this process.
 
@@ -95,7 +125,10 @@ class Workshop:
         self.batch_size = _batch_size(batch)
         self.num_trials = 0
         self.num_timed = 0
-        self._known: dict[Any, Tried] = {}
+        self._known: dict[Any, Tried | Exception] = {}
+        self._copies = TrialCopies(model, options, device, world)
+        self._begun: list[Asked] = []
+        self._most_seconds: float | None = None
         self.exact: dict[tuple[str, bool], bool] = {}
         """What techniques said of themselves, for one chunk and for several."""
         self._model = model
@@ -180,34 +213,85 @@ class Workshop:
         Returns:
             What it came to.
         """
-        on = switched or SwitchedOn()
-        key = num_chunks, segments, on.techniques, on.stand_ins, tuple(on.trainer_arguments.items()), size
-        known = self._known.get(key)
-        if known is not None and (known.trace.calls is not None or not with_calls):
-            return known
-        self.num_trials += 1
-        settings = self.settings(num_chunks, segments) if size is None else ()
-        size, shown = size or self.size_of(num_chunks), min(num_chunks, SHOWN_CHUNKS)
-        whole = num_chunks <= SHOWN_CHUNKS
+        way = Asked(num_chunks, segments, switched or SwitchedOn(), with_calls, size)
+        self._take_up_begun()
+        if not self._is_known(way):
+            start = time.perf_counter()
+            self._begin([way])
+            self._take_up_begun()
+            if self._most_seconds is None:
+                took = time.perf_counter() - start
+                self._most_seconds = max(_LEAST_GIVEN_SECONDS, _GIVEN_TIMES * took)
+        found = self._known[way.key]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def ahead(self, ways: Sequence[Asked]) -> None:
+        """Begin to try ways that will be asked for, as many side by side as this process has cores.
+
+        Args:
+            ways: the most wanted first; what they come to is waited for when one of them is asked for.
+        """
+        self._take_up_begun()
+        wanted: dict[Any, Asked] = {way.key: way for way in ways if not self._is_known(way)}
+        most = self._copies.num_at_once
+        if len(wanted) > 1 and most > 1:
+            self._begin(list(wanted.values())[:most])
+
+    def wait(self) -> None:
+        """Wait for what was begun, such as before something is timed."""
+        self._take_up_begun()
+
+    def close(self) -> None:
+        """End what was begun and not asked for; trials may follow all the same."""
+        self._begun = []
+        self._copies.close()
+
+    def _is_known(self, way: Asked) -> bool:
+        known = self._known.get(way.key)
+        if isinstance(known, Tried):
+            return known.trace.calls is not None or not way.with_calls
+        return known is not None
+
+    def _begin(self, ways: list[Asked]) -> None:
+        self.num_trials += len(ways)
+        self._copies.begin([self._trial(way) for way in ways])
+        self._begun = ways
+
+    def _take_up_begun(self) -> None:
+        begun, self._begun = self._begun, []
+        for way, trace in zip(begun, self._copies.results() if begun else (), strict=True):
+            self._known[way.key] = trace if isinstance(trace, Exception) else self._tried(way, trace)
+
+    def _trial(self, way: Asked) -> Trial:
+        num_chunks, on = way.num_chunks, way.switched
+        settings = self.settings(num_chunks, way.segments) if way.size is None else ()
+        size, shown = way.size or self.size_of(num_chunks), min(num_chunks, SHOWN_CHUNKS)
         techniques = [*settings, *on.techniques, *on.stand_ins]
-        trial = Trial(
-            techniques=[(one.class_path, one.init_args, one.place) for one in techniques],
-            trainer_arguments=on.trainer_arguments,
+        return Trial(
+            techniques=[(one.class_path, dict(one.init_args), one.place) for one in techniques],
+            trainer_arguments=dict(on.trainer_arguments),
             first_batch=self.batch if num_chunks == 1 else take_samples(self.batch, size),
-            batch=self.batch if whole else take_samples(self.batch, size * shown),
+            batch=self.batch if shown == num_chunks else take_samples(self.batch, size * shown),
             num_chunks=shown,
-            with_calls=with_calls,
+            with_calls=way.with_calls,
             progress=self._progress,
+            most_seconds=self._most_seconds,
         )
-        trace = run_trial(self._model, self._options, self.device, trial, self._world)
+
+    def _tried(self, way: Asked, trace: StepTrace) -> Tried:
+        num_chunks, size = way.num_chunks, way.size or self.size_of(way.num_chunks)
         self.exact |= {(name, num_chunks > 1): one for name, one in trace.facts.exact.items()}
-        left_out = bytes_of(self.batch) - bytes_of(trial.batch) + (num_chunks - shown) * trace.growth_bytes
-        allocated = self._allocated_bytes(trace, segments) + left_out
+        left_out = 0
+        if num_chunks > SHOWN_CHUNKS:
+            shown_bytes = bytes_of(take_samples(self.batch, size * SHOWN_CHUNKS))
+            left_out = bytes_of(self.batch) - shown_bytes + (num_chunks - SHOWN_CHUNKS) * trace.growth_bytes
+        allocated = self._allocated_bytes(trace, way.segments) + left_out
         needed = allocated
         if self.device.is_cuda:
             needed = trace.reserved_bytes + left_out + self.device.context_bytes
-        self._known[key] = Tried(num_chunks, size, segments, allocated, needed, trace)
-        return self._known[key]
+        return Tried(num_chunks, size, way.segments, allocated, needed, trace)
 
     @property
     def can_time(self) -> bool:
@@ -277,10 +361,22 @@ class Workshop:
         """
         calls = tried.trace.calls
         assert calls is not None
-        within: list[tuple[int, int]] = []
-        if self._workspace is not None:
-            within = [(tick, self._workspace.peak_bytes(call)) for tick, call in calls.ticks]
+        within = self.within(tried)
         return StepProfile(calls, calls.records, self.times, call_seconds, least_bytes, within)
+
+    def within(self, tried: Tried) -> list[tuple[int, int]]:
+        """What each operator of a chunk holds while it runs, on the CPU.
+
+        Args:
+            tried: with its module calls.
+
+        Returns:
+            Ticks and bytes.
+        """
+        calls = tried.trace.calls
+        if self._workspace is None or calls is None:
+            return []
+        return [(tick, self._workspace.peak_bytes(call)) for tick, call in calls.ticks]
 
 
 def _policy(segments: Segments) -> Any:
