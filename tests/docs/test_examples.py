@@ -169,37 +169,11 @@ def examples_of(page: Path) -> list[Example]:
     return list(document.examples())
 
 
-class PageRun:
-    """The examples of one page, executed one after the other, each by the test that first asks for it."""
-
-    def __init__(self, page: Path) -> None:
-        self._examples = examples_of(page)
-        self._num_executed = 0
-
-    def execute(self, index: int) -> None:
-        """Execute an example, after those before it: they share their names."""
-        while self._num_executed <= index:
-            self._examples[self._num_executed].evaluate()
-            self._num_executed += 1
-
-
-@pytest.fixture(scope="module")
-def page_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageRun]:
-    with elsewhere(tmp_path_factory.mktemp("page")):
-        yield PageRun(request.param)
-
-
-@pytest.mark.parametrize(
-    ("page_run", "index"),
-    [
-        pytest.param(page, index, id=f"{page.relative_to(ROOT)}-{index}")
-        for page in PAGES
-        for index in range(len(examples_of(page)))
-    ],
-    indirect=["page_run"],
-)
-def test_examples_of_a_page(page_run: PageRun, index: int) -> None:
-    page_run.execute(index)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_examples_of_a_page(page: Path, tmp_path: Path) -> None:
+    with elsewhere(tmp_path):
+        for example in examples_of(page):
+            example.evaluate()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
