@@ -10,7 +10,7 @@ from itertools import product
 from lightning_memtrain.planning.fit.choice.family import BATCHNORM, Family
 from lightning_memtrain.planning.fit.choice.pairs import Pair
 from lightning_memtrain.planning.fit.techniques import Switch
-from lightning_memtrain.planning.fit.trials.workshop import Segments, Tried
+from lightning_memtrain.planning.fit.trials.tried_ways import Segments, Tried
 
 Found = tuple[Family, Pair]
 

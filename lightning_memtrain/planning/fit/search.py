@@ -14,9 +14,16 @@ import lightning.pytorch as pl
 from lightning_memtrain.checkpointing.selection.counted_step import call_seconds
 from lightning_memtrain.core import format_bytes
 from lightning_memtrain.planning.fit.choice.explorer import Explorer
-from lightning_memtrain.planning.fit.choice.family import BATCHNORM, Family
+from lightning_memtrain.planning.fit.choice.family import (
+    BATCHNORM,
+    NOTABLY_FASTER,
+    NOTABLY_LESS,
+    Family,
+    first_line,
+)
 from lightning_memtrain.planning.fit.choice.pairs import Pair
 from lightning_memtrain.planning.fit.choice.shown_pairs import front_of, lowest_of, thinned
+from lightning_memtrain.planning.fit.choice.usable_switches import UsableSwitches
 from lightning_memtrain.planning.fit.other_ways import recomputed_networks, unlocks
 from lightning_memtrain.planning.fit.showing.time_note import note_on_times
 from lightning_memtrain.planning.fit.techniques import FREE, SWITCHES, Switch
@@ -24,17 +31,14 @@ from lightning_memtrain.planning.fit.trials.given_way import WayPredictor
 from lightning_memtrain.planning.fit.trials.run_options import first_batches, run_options, sharded_world
 from lightning_memtrain.planning.fit.trials.run_progress import RunProgress
 from lightning_memtrain.planning.fit.trials.step_trace import RunFacts
-from lightning_memtrain.planning.fit.trials.workshop import Tried, Workshop, bytes_of
+from lightning_memtrain.planning.fit.trials.tried_ways import Tried
+from lightning_memtrain.planning.fit.trials.workshop import Workshop, largest_of
 from lightning_memtrain.planning.fit.way import Floor, FoundWays, Refused, Way
 from lightning_memtrain.planning.prediction.few_steps import PATTERNS_LEFT_OUT, needs_values
 from lightning_memtrain.tracing.device import Device
 
 # A way that takes no more than so many times the plain step is not worth looking for a faster one.
 _FAST_ENOUGH = 1.05
-# What is switched on beside costs something in Python that no operator shows: it has to be so much faster.
-_NOTABLY = 0.98
-# Of bytes: what saves less is not worth a line.
-_NOTABLY_LESS = 0.998
 # Steps that take less are not run for real.
 _LEAST_REAL_SECONDS = 0.1
 # After so long nothing more that leaves the result as it is is looked for beside what was found.
@@ -97,7 +101,8 @@ class _Search:
         options = run_options(trainer, device, world)
         if batch is None:
             is_sharded = world is not None
-            batch = self._largest(first_batches(model, datamodule, options, is_sharded=is_sharded))
+            batch, note = largest_of(first_batches(model, datamodule, options, is_sharded=is_sharded))
+            self._notes += [note] if note else []
         self._own = {type(one).__name__ for one in options.get("callbacks", ())}
         if not device.is_cuda and any(map(needs_values, options.get("callbacks", ()))):
             self._notes.append(f"{PATTERNS_LEFT_OUT}.")
@@ -105,7 +110,7 @@ class _Search:
         # On a GPU what Python does meanwhile runs beside its kernels, whose launches are counted.
         self._call_seconds = 0.0 if device.is_cuda else call_seconds()
         self._plain_seconds = 0.0
-        self._switches = (*SWITCHES, *techniques)
+        self._switches = UsableSwitches((*SWITCHES, *techniques), allow, self._own)
         self._free: tuple[Switch, ...] = ()
         self._can_chunk = self._can_recompute = True
         self._stateful: tuple[int, ...] = ()
@@ -153,8 +158,13 @@ class _Search:
         floor = self._floor(families, chosen)
         if chosen is None:
             lowest = lowest_of(families)
+            changing = self._switches.not_allowed(plain.trace.facts)
             found = unlocks(
-                lowest, with_batchnorm, self._not_allowed(plain), self._unlocking(plain), self._limit_bytes
+                lowest,
+                with_batchnorm,
+                changing,
+                self._unlocking(plain),
+                self._limit_bytes,
             )
             offered += [self._way(one) for one in found.ways if one[1].peak_bytes <= self._limit_bytes]
             floor = replace(floor, unlocks=found.least_bytes)
@@ -182,7 +192,7 @@ class _Search:
         if self._may_free(plain):
             family = self._family(plain, (FREE,), may_chunk)
             with suppress(Exception):  # then without it
-                if family.explorer.trace(1).needed_bytes < _NOTABLY_LESS * plain.needed_bytes:
+                if family.explorer.trace(1).needed_bytes < NOTABLY_LESS * plain.needed_bytes:
                     self._free = (FREE,)
                     return family
         family = self._family(plain, (), may_chunk)
@@ -200,7 +210,7 @@ class _Search:
     def _may_free(self, plain: Tried) -> bool:
         facts = plain.trace.facts
         needs_other = self._least_bytes(plain) > self._limit_bytes  # something else is to be switched on
-        return not (needs_other or FREE.refusal(facts, 1) or self._is_own(FREE, facts))
+        return not (needs_other or FREE.refusal(facts, 1) or self._switches.is_own(FREE, facts))
 
     def _begin_first(self, plain: Tried) -> None:
         """Begin what :meth:`_first` asks for, and ask for bytes of operators, which nothing disturbs."""
@@ -230,14 +240,11 @@ class _Search:
             return False
         return with_batchnorm or not facts.has_batchnorm or BATCHNORM in self._allow
 
-    def _is_own(self, switch: Switch, facts: RunFacts) -> bool:
-        return bool(self._own & {one.name for one in switch.settings(facts, 1)})
-
     def _is_enough(self) -> bool:
         return self._chosen is not None and self._chosen[1].seconds <= self._plain_seconds * _FAST_ENOUGH
 
     def _beats(self, pair: Pair) -> bool:
-        return self._chosen is None or pair.seconds < _NOTABLY * self._chosen[1].seconds
+        return self._chosen is None or pair.seconds < NOTABLY_FASTER * self._chosen[1].seconds
 
     def _best(self, family: Family) -> tuple[Family, Pair] | None:
         whole = family.explorer.whole()
@@ -253,7 +260,9 @@ class _Search:
         try:
             return self._best(family)
         except Exception as error:  # what goes wrong in a trial is the answer
-            self._refused.append(Refused(" + ".join(switch.name for switch in family.switches), _said(error)))
+            self._refused.append(
+                Refused(" + ".join(switch.name for switch in family.switches), first_line(error))
+            )
             return None
 
     def _best_of_first(self, family: Family) -> tuple[Family, Pair] | None:
@@ -267,7 +276,7 @@ class _Search:
             try:
                 found = self._best(family)
             except Exception as error:  # what goes wrong in a trial is the answer
-                said = said or _said(error)
+                said = said or first_line(error)
                 continue
             names = [("Microbatching", chunks), ("ActivationCheckpointing", recomputation)]
             self._refused += [Refused(name, said) for name, is_used in names if not is_used]
@@ -278,7 +287,8 @@ class _Search:
         """What may be switched on, one by one and together; what is of no use is noted."""
         facts, useful = plain.trace.facts, []
         least_bytes = self._least_bytes(plain)
-        usable = self._usable(facts)
+        usable, refused = self._switches.usable(facts)
+        self._refused += refused
         for place, switch in enumerate(usable):
             if not self._is_wanted(switch, facts, 0):
                 continue
@@ -320,57 +330,11 @@ class _Search:
         free = () if any(switch.frees_gradients for switch in switches) else self._free
         return (*free, *switches)
 
-    def _usable(self, facts: RunFacts) -> list[Switch]:
-        found = []
-        changing: dict[str, list[str]] = {}
-        for switch in self._switches:
-            if not switch.is_of_use(facts):
-                continue
-            if switch.allow and switch.allow not in self._allow:
-                changing.setdefault(switch.allow, []).append(switch.name)
-            elif self._is_own(switch, facts):
-                self._refused.append(Refused(switch.name, "the Trainer has it already"))
-            elif switch.refusal(facts, 1):
-                self._refused.append(Refused(switch.name, switch.refusal(facts, 1)))
-            else:
-                found.append(switch)
-        for allow, names in changing.items():
-            self._refused.append(Refused(", ".join(names), "changes the result", allow))
-        return found
-
     def _is_useful(self, family: Family, switch: Switch, first: Family) -> bool:
-        """Whether it saves something or is faster, and says what it changes."""
-        try:
-            tried = family.explorer.trace(1)
-        except Exception as error:  # what goes wrong in a trial is the answer
-            self._refused.append(Refused(switch.name, _said(error)))
-            return False
-        before = first.explorer.tried[1, ()]
-        unnamed = family.unnamed_change()
-        if unnamed:
-            self._refused.append(Refused(switch.name, f"{unnamed} says that it changes the result, unasked"))
-            return False
-        is_faster = self._workshop.seconds(tried) < _NOTABLY * self._workshop.seconds(before)
-        saves = tried.needed_bytes < _NOTABLY_LESS * before.needed_bytes or self._saves_later(family, first)
-        if not (saves or is_faster):
-            needed = f"{format_bytes(tried.needed_bytes)} for {format_bytes(before.needed_bytes)}"
-            self._refused.append(Refused(switch.name, f"saves next to nothing here: {needed}"))
-            return False
-        return True
-
-    def _saves_later(self, family: Family, first: Family) -> bool:
-        """Whether it saves where less is held already, such as gradients beside few activations."""
-        lowest = first.explorer.front()[-1].peak_bytes
-        if self._chosen is None and family.explorer.front()[-1].peak_bytes < _NOTABLY_LESS * lowest:
-            return True
-        pair = first.explorer.front()[-1] if self._chosen is None else self._chosen[1]
-        if pair.num_chunks > 1 and not family.explorer.may_chunk:
-            return False
-        with suppress(Exception):
-            return family.explorer.at(pair.num_chunks, pair.segments).peak_bytes < (
-                _NOTABLY_LESS * pair.peak_bytes
-            )
-        return False
+        why = family.why_useless(first, None if self._chosen is None else self._chosen[1])
+        if why:
+            self._refused.append(Refused(switch.name, why))
+        return not why
 
     # ------------------------------------------------------------------ what was not allowed
 
@@ -388,17 +352,6 @@ class _Search:
         if other is None or (chosen is not None and other[1].seconds >= chosen[1].seconds):
             return []
         return [self._way(other)]
-
-    def _not_allowed(self, plain: Tried) -> list[Switch]:
-        facts = plain.trace.facts
-        return [
-            switch
-            for switch in self._switches
-            if (switch.allow and switch.allow not in self._allow)
-            and switch.is_of_use(facts)
-            and not switch.refusal(facts, 1)
-            and not self._is_own(switch, facts)
-        ]
 
     def _unlocking(self, plain: Tried) -> Callable[..., Family]:
         return lambda *switches: self._family(plain, switches, self._may_chunk(plain))
@@ -442,15 +395,3 @@ class _Search:
             stateful=self._stateful,
             predict_way=WayPredictor(self._workshop, plain, self._plain_seconds),
         )
-
-    def _largest(self, batches: list[Any]) -> Any:
-        largest = max(batches, key=bytes_of)
-        if len({bytes_of(batch) for batch in batches}) > 1:
-            self._notes.append(
-                f"Batches differ in size: the plan is for the largest of the first {len(batches)}."
-            )
-        return largest
-
-
-def _said(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else repr(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -13,11 +12,11 @@ from lightning_memtrain.planning.fit.choice.sized_steps import SizedStep, SizedS
 from lightning_memtrain.planning.fit.trials.real_rounds import Candidate
 from lightning_memtrain.planning.fit.trials.switched_on import SwitchedOn
 from lightning_memtrain.planning.fit.trials.timed_trial import RealSeconds
-from lightning_memtrain.planning.fit.trials.workshop import Asked, Segments, Tried, Workshop
+from lightning_memtrain.planning.fit.trials.tried_ways import Asked, Segments, Tried
+from lightning_memtrain.planning.fit.trials.workshop import Workshop
 
 # So many finalists are tried for one limit, and so many for the floor.
-_MOST_FINALISTS = 10
-_MOST_FLOORS = 3
+_MOST_FINALISTS, _MOST_FLOORS = 10, 3
 # The pair that is to be tried, and the one that would be next if it does not fit.
 _SIDE_BY_SIDE = 2
 # What is not so much faster than what was found is not tried.
@@ -273,9 +272,9 @@ class Explorer:
         for pair in others[:num_others]:
             self._try(pair)
             bounds.note(pair, self._as_tried(pair).peak_bytes)
-        fitting = [pair for pair in self._tried_pairs() if pair.peak_bytes <= limit_bytes]
         near = max(near, best.seconds)
-        found = sorted((pair for pair in fitting if pair.seconds <= near), key=lambda pair: pair.seconds)
+        fitting = [pair for pair in self._tried_pairs() if pair.peak_bytes <= limit_bytes]
+        found = sorted((one for one in fitting if one.seconds <= near), key=lambda one: one.seconds)
         if plain is not None:  # it tells most of the plain run
             found = [*found[:1], plain, *(pair for pair in found[1:] if pair != plain)]
             found = found[1:] if found[0] == plain else found
@@ -375,20 +374,12 @@ class Explorer:
         return self._tried_pair(key, self.tried[key]) if key in self.tried else pair
 
     def _tried_pair(self, key: tuple[int, Segments], tried: Tried) -> Pair:
-        timed, real = self._timed.get(key), self._steps.real
         if key in self._others:
+            real = self._steps.real
             chunk, update = self._workshop.parts_in_seconds(tried)
             chunks = real.of_size(tried.size) * key[0] * chunk
             return self.pair_of(tried, chunks + real.batch_seconds + update)
-        operators = self._steps.operator_seconds(key[0], tried.size, key[1])
-        if timed is not None:
-            seconds = timed.seconds + timed.batch_seconds
-        elif operators is not None:
-            chunks = operators.chunks + real.of_recomputation * operators.recomputed
-            seconds = real.of_size(tried.size) * chunks + real.batch_seconds
-        else:
-            seconds = math.inf  # a size that no line leads to
-        return self.pair_of(tried, seconds + (0.0 if operators is None else operators.update))
+        return self.pair_of(tried, self._steps.seconds(key[0], tried.size, key[1], self._timed.get(key)))
 
     def _try(self, pair: Pair) -> None:
         tried = self._workshop.run(pair.num_chunks, pair.segments, self._switched(pair.num_chunks))
@@ -404,13 +395,6 @@ class Explorer:
         return key in self._others or (key[0] in self._counts and (self._may_recompute or not key[1]))
 
     def best_tried(self, limit_bytes: int) -> Pair | None:
-        """The fastest pair within a limit of those that were tried.
-
-        Args:
-            limit_bytes: most bytes that the device must have.
-
-        Returns:
-            The pair; ``None`` if there is none.
-        """
+        """The fastest pair within a limit in bytes of those that were tried; ``None`` if there is none."""
         fitting = [pair for pair in self._tried_pairs() if pair.peak_bytes <= limit_bytes]
         return min(fitting, key=lambda pair: (pair.seconds, pair.peak_bytes), default=None)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
+from lightning_memtrain.core import format_bytes
 from lightning_memtrain.planning.fit.allowed import PERMISSIONS
 from lightning_memtrain.planning.fit.choice.explorer import Explorer
 from lightning_memtrain.planning.fit.choice.pairs import Pair
 from lightning_memtrain.planning.fit.techniques import FREE, Switch
 from lightning_memtrain.planning.fit.trials.step_trace import RunFacts
 from lightning_memtrain.planning.fit.trials.switched_on import SwitchedOn
-from lightning_memtrain.planning.fit.trials.workshop import Tried, Workshop
+from lightning_memtrain.planning.fit.trials.tried_ways import Tried
+from lightning_memtrain.planning.fit.trials.workshop import Workshop
 from lightning_memtrain.planning.fit.way import Way
 
 BATCHNORM = "batchnorm-statistics"
+#: What is switched on beside costs something in Python that no operator shows: it has to be so much faster.
+NOTABLY_FASTER = 0.98
+#: Of bytes: what saves less is not worth a line.
+NOTABLY_LESS = 0.998
 
 
 class Family:
@@ -55,6 +62,44 @@ class Family:
             is_late,
             is_thorough=set(self.switches) <= {FREE},
         )
+
+    def why_useless(self, first: Family, chosen: Pair | None) -> str:
+        """Why it is not worth a try beside what there is; tries the batch as a whole.
+
+        Args:
+            first: without what this one has switched on.
+            chosen: the best pair so far; ``None`` if nothing keeps the limit.
+
+        Returns:
+            The reason; empty if it saves something or is faster, and says what it changes.
+        """
+        try:
+            tried = self.explorer.trace(1)
+        except Exception as error:  # what goes wrong in a trial is the answer
+            return first_line(error)
+        before = first.explorer.tried[1, ()]
+        unnamed = self.unnamed_change()
+        if unnamed:
+            return f"{unnamed} says that it changes the result, unasked"
+        is_faster = self._workshop.seconds(tried) < NOTABLY_FASTER * self._workshop.seconds(before)
+        saves = tried.needed_bytes < NOTABLY_LESS * before.needed_bytes or self._saves_later(first, chosen)
+        if saves or is_faster:
+            return ""
+        needed = f"{format_bytes(tried.needed_bytes)} for {format_bytes(before.needed_bytes)}"
+        return f"saves next to nothing here: {needed}"
+
+    def _saves_later(self, first: Family, chosen: Pair | None) -> bool:
+        """Whether it saves where less is held already, such as gradients beside few activations."""
+        lowest = first.explorer.front()[-1]
+        if chosen is None and self.explorer.front()[-1].peak_bytes < NOTABLY_LESS * lowest.peak_bytes:
+            return True
+        pair = chosen or lowest
+        if pair.num_chunks > 1 and not self.explorer.may_chunk:
+            return False
+        with suppress(Exception):
+            here = self.explorer.at(pair.num_chunks, pair.segments)
+            return here.peak_bytes < NOTABLY_LESS * pair.peak_bytes
+        return False
 
     def _switched(self, num_chunks: int) -> SwitchedOn:
         facts = self._facts
@@ -118,3 +163,8 @@ class Family:
             trainer_arguments=on.trainer_arguments,
             by_hand=self.by_hand,
         )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).splitlines()[0] if str(error) else repr(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from lightning_memtrain.checkpointing.selection.pareto_schedules import pareto
 from lightning_memtrain.checkpointing.selection.step_chain import ChainStage, CheckpointSchedule, simulate
 from lightning_memtrain.planning.fit.choice.between_sizes import alike, between, on_line
 from lightning_memtrain.planning.fit.choice.pairs import SizeCurve
-from lightning_memtrain.planning.fit.choice.real_times import RealTimes
+from lightning_memtrain.planning.fit.choice.real_times import RealTimes, TimedPair
 
 _HARDLY_ANOTHER = 1.3
 
@@ -134,6 +135,29 @@ class SizedSteps:
         chunks = self.full_chunks(num_chunks, size)
         more = simulate(step.chain, segments).seconds if segments else 0.0
         return OperatorSeconds(chunks * step.chunk_seconds, chunks * more, step.update_seconds)
+
+    def seconds(
+        self, num_chunks: int, size: int, segments: Sequence[Sequence[str]], timed: TimedPair | None
+    ) -> float:
+        """What a batch takes.
+
+        Args:
+            num_chunks: of the batch.
+            size: samples of the largest chunk.
+            segments: what is recomputed in each.
+            timed: what its chunks took for real; ``None`` if they were not run.
+
+        Returns:
+            The seconds; infinitely many where nothing like it was traced.
+        """
+        operators = self.operator_seconds(num_chunks, size, segments)
+        update = 0.0 if operators is None else operators.update
+        if timed is not None:
+            return timed.seconds + timed.batch_seconds + update
+        if operators is None:
+            return math.inf  # a size that no line leads to
+        chunks = operators.chunks + self.real.of_recomputation * operators.recomputed
+        return self.real.of_size(size) * chunks + self.real.batch_seconds + update
 
     def full_chunks(self, num_chunks: int, size: int) -> float:
         """Chunks of that size that take as long as all, since those of an uneven batch are not all as large.

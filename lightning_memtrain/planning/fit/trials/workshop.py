@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from lightning_memtrain.planning.fit.trials.switched_on import SwitchedOn
 from lightning_memtrain.planning.fit.trials.timed_trial import RealSeconds, time_trial
 from lightning_memtrain.planning.fit.trials.trial import Trial
 from lightning_memtrain.planning.fit.trials.trial_copies import TrialCopies
+from lightning_memtrain.planning.fit.trials.tried_ways import Asked, Segments, Tried
 from lightning_memtrain.planning.fit.way import TechniqueSettings
 from lightning_memtrain.planning.prediction.cpu.calibration import AskedWorkspace, measure_call
 from lightning_memtrain.planning.prediction.few_steps import Model, is_module
@@ -43,60 +43,6 @@ _HOST_BANDWIDTH = 12e9
 
 MICROBATCHING = "lightning_memtrain.Microbatching"
 CHECKPOINTING = "lightning_memtrain.ActivationCheckpointing"
-Segments = tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
-class Tried:
-    """What a trial came to.
-
-    Args:
-        num_chunks: of the batch.
-        size: samples of the largest chunk.
-        segments: what is recomputed.
-        allocated_bytes: the peak of the device's allocator.
-        needed_bytes: what the device must have: reserved bytes and context on a GPU.
-        trace: all else.
-    """
-
-    num_chunks: int
-    size: int
-    segments: Segments
-    allocated_bytes: int
-    needed_bytes: int
-    trace: StepTrace
-
-    @property
-    def held(self) -> tuple[tuple[str, int], ...]:
-        """Bytes by category at the peak, most first."""
-        rows = [(str(category), num) for category, num in self.trace.at_peak.items() if num > 0]
-        return tuple(sorted(rows, key=lambda row: -row[1]))
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A way that is to be tried.
-
-    Args:
-        num_chunks: of the batch.
-        segments: what is recomputed.
-        switched: further techniques.
-        with_calls: whether module calls are followed.
-        size: samples of the largest chunk, where ``switched`` has all techniques.
-    """
-
-    num_chunks: int
-    segments: Segments = ()
-    switched: SwitchedOn = field(default_factory=SwitchedOn)
-    with_calls: bool = False
-    size: int | None = None
-
-    @property
-    def key(self) -> Any:
-        """What tells it from others; following calls changes nothing of it."""
-        on = self.switched
-        arguments = tuple(on.trainer_arguments.items())
-        return self.num_chunks, self.segments, on.techniques, on.stand_ins, arguments, self.size
 
 
 class Workshop:
@@ -403,3 +349,17 @@ def bytes_of(batch: Any) -> int:
 
 #: Tells what goes on.
 Say = Callable[[str], None]
+
+
+def largest_of(batches: list[Any]) -> tuple[Any, str]:
+    """The batch to plan for.
+
+    Args:
+        batches: the first ones of a run.
+
+    Returns:
+        The one of most bytes, and what the user must know of that; empty if all are alike.
+    """
+    differ = len({bytes_of(batch) for batch in batches}) > 1
+    note = f"Batches differ in size: the plan is for the largest of the first {len(batches)}."
+    return max(batches, key=bytes_of), note if differ else ""
