@@ -52,6 +52,17 @@ class HeldBeside:
             self._most_allocated_bytes = -1 if allocated_bytes is None else allocated_bytes
         return self._num_bytes
 
+    def num_bytes_beside_model(self, batch: Iterable[Tensor]) -> int:
+        """What they hold on the device without parameters and buffers, such as copies of weights.
+
+        Args:
+            batch: tensors of any shape and dtype that do not count.
+
+        Returns:
+            The bytes.
+        """
+        return self.num_bytes([*batch, *self._model.parameters(), *self._model.buffers()])
+
     def _bytes_of(self, tensors: Iterable[Tensor], batch: Iterable[Tensor]) -> int:
         found: dict[int, torch.UntypedStorage] = {}
         for tensor in tensors:

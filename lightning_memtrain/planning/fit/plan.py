@@ -108,6 +108,23 @@ class Plan:
         """
         return None if way.reserved_bytes is None else way.reserved_bytes + self.device.context_bytes
 
+    @property
+    def spare_bytes(self) -> int | None:
+        """What the chosen way leaves of the limit; ``None`` if nobody predicted it."""
+        needed_bytes = None if self.chosen is None else self.needed_bytes(self.chosen)
+        return None if needed_bytes is None else self.limit_bytes - needed_bytes
+
+    def has_room_for(self, num_bytes: int) -> bool:
+        """Whether the chosen way leaves so many bytes, as one that nobody predicted is taken to do.
+
+        Args:
+            num_bytes: more than was planned for.
+
+        Returns:
+            ``False`` only where it is known that it does not.
+        """
+        return self.spare_bytes is None or num_bytes <= self.spare_bytes
+
     # ------------------------------------------------------------------ using it
 
     def callbacks(self) -> list[pl.Callback]:
@@ -143,7 +160,7 @@ class Plan:
                     f"`Plan.trainer_kwargs({name})` is a part of the plan, {arguments[name]!r}, but got "
                     f"{own[name]!r}. Leave it out, or change the plan: plan.edit({name}={own[name]!r})."
                 )
-        guard = PlanGuard(self.fingerprint, self.found.batch_shapes)
+        guard = PlanGuard(self.fingerprint, self.found.batch_shapes, self.found.held_bytes, self.spare_bytes)
         callbacks = [*_listed(own.get("callbacks")), guard, *self._made("callbacks")]
         plugins = [*_listed(own.get("plugins")), *self._made("plugins")]
         _refuse_twice(callbacks, "callbacks")

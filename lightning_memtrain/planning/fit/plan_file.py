@@ -119,6 +119,7 @@ def found_to_dict(found: FoundWays) -> dict[str, Any]:
         "notes": list(found.notes),
         "batch_shapes": [list(shape) for shape in found.batch_shapes],
         "stateful": list(found.stateful),
+        "held_bytes": found.held_bytes,
         "seconds": found.seconds,
     }
 
@@ -201,6 +202,7 @@ def plan_from_dict(
             batch_size=batch_size,
             batch_shapes=tuple(tuple(shape) for shape in data["batch_shapes"]),
             stateful=tuple(data.get("stateful") or ()),
+            held_bytes=data["held_bytes"],
             seconds=data["seconds"],
         )
         capability = data["device"]["compute_capability"]

@@ -113,7 +113,7 @@ class _Search:
         self._switches = UsableSwitches((*SWITCHES, *techniques), allow, self._own)
         self._free: tuple[Switch, ...] = ()
         self._can_chunk = self._can_recompute = True
-        self._stateful: tuple[int, ...] = ()
+        self._kept: dict[str, Any] = {}
         self._chosen: tuple[Family, Pair] | None = None
         self._base: Explorer | None = None
 
@@ -122,7 +122,8 @@ class _Search:
 
     def run(self) -> FoundWays:
         plain = self._workshop.run(1, with_calls=True)
-        self._stateful = plain.trace.facts.stateful
+        facts = plain.trace.facts
+        self._kept = {"stateful": facts.stateful, "held_bytes": facts.held_bytes}
         if plain.needed_bytes > self._limit_bytes:
             self._begin_first(plain)
         as_it_is = self._family(plain, ())
@@ -392,6 +393,6 @@ class _Search:
             notes=tuple(self._notes),
             batch_size=self._workshop.batch_size,
             seconds=time.perf_counter() - self._start,
-            stateful=self._stateful,
+            **self._kept,
             predict_way=WayPredictor(self._workshop, plain, self._plain_seconds),
         )

@@ -190,6 +190,7 @@ class FoundWays:
         batch_shapes: shapes of that batch's tensors, in the order in which they are found; none if unknown.
         stateful: for each optimizer, for how many parameters it keeps something in the steps that were tried;
             none if unknown.
+        held_bytes: what lived on the device beside the model then, such as copies of its weights.
         seconds: how long the search took.
         predict_way: predicts a way with other settings; ``None`` where that is no longer possible.
     """
@@ -204,6 +205,7 @@ class FoundWays:
     batch_size: int | None = None
     batch_shapes: tuple[tuple[int, ...], ...] = ()
     stateful: tuple[int, ...] = ()
+    held_bytes: int = 0
     seconds: float = 0.0
     predict_way: Callable[[Way], Way] | None = field(default=None, repr=False, compare=False)
 

@@ -15,8 +15,8 @@ from lightning_memtrain.microbatching.automatic_size.fitting_size import Shapes,
 from lightning_memtrain.microbatching.splitting.batches import batch_size_of
 from lightning_memtrain.planning.fit.way import FoundWays
 
-# What the first step has logged, which the trial of a plan holds, too, is no more than was planned for.
-_LOGGED_BYTES = 4 * KIB
+#: What the first step has logged, which the trial of a plan holds, too, is no more than was planned for.
+LOGGED_BYTES = 4 * KIB
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Circumstances:
         Returns:
             The bytes.
         """
-        return max(0, self.held_bytes - planned.held_bytes - _LOGGED_BYTES)
+        return max(0, self.held_bytes - planned.held_bytes - LOGGED_BYTES)
 
     def _newly_stepped(self, planned: Circumstances) -> list[int]:
         """Optimizers that keep something for more parameters than planned."""

@@ -8,8 +8,11 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_memtrain.checkpointing.selection.held_beside import HeldBeside
+from lightning_memtrain.core import format_bytes
+from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.microbatching.automatic_size.fitting_size import Shapes, shape_growth
-from lightning_memtrain.planning.fit.holding.circumstances import Circumstances
+from lightning_memtrain.planning.fit.holding.circumstances import LOGGED_BYTES, Circumstances
 from lightning_memtrain.planning.fit.holding.fingerprint import Fingerprint
 
 
@@ -21,17 +24,32 @@ class PlanGuard(pl.Callback):
     Args:
         fingerprint: of the run that was planned.
         shapes: of the tensors of the batch that was planned for; none if unknown.
+        held_bytes: what lived on the device beside the model when it was planned.
+        spare_bytes: what the plan leaves of its limit; ``None`` if nobody knows what it needs.
     """
 
-    def __init__(self, fingerprint: Fingerprint, shapes: Shapes = ()) -> None:
+    def __init__(
+        self,
+        fingerprint: Fingerprint,
+        shapes: Shapes = (),
+        held_bytes: int = 0,
+        spare_bytes: int | None = None,
+    ) -> None:
         super().__init__()
         self._fingerprint = fingerprint
         self._shapes = shapes
+        self._held_bytes = held_bytes
+        self._spare_bytes = spare_bytes
         self._begun: Circumstances | None = None
+        self._held: HeldBeside | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}  # it is of the run that goes on here
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse another model; it is complete by now."""
         self._begun = None
+        self._held = HeldBeside(trainer, pl_module)
         refuse_other_run(self._fingerprint, pl_module)
 
     def on_train_batch_start(
@@ -55,6 +73,37 @@ class PlanGuard(pl.Callback):
                 "knows whether that keeps the limit. Plan with the largest batch of the run and all "
                 "parameters that it will train, or use FitMemory(...), which plans again by itself."
             )
+        self._refuse_more_held(batch, trainer.global_step)
+
+    def _refuse_more_held(self, batch: Any, step: int) -> None:
+        more_bytes = unplanned_bytes(self._held, batch, self._held_bytes)
+        if self._spare_bytes is not None and more_bytes > self._spare_bytes:
+            raise MisconfigurationException(
+                f"`Plan` leaves {format_bytes(self._spare_bytes)} of its limit, but step {step} finds "
+                f"{format_bytes(more_bytes)} more on the device beside the model than when it was planned, "
+                "such as copies of weights that a callback keeps. Plan with the callbacks of the run, "
+                "mt.plan(..., trainer=trainer), or use FitMemory(...), which counts what is there."
+            )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let go of the run."""
+        self._held = None
+
+
+def unplanned_bytes(held: HeldBeside | None, batch: Any, planned_bytes: int) -> int:
+    """What lives on the device beside the model that a plan does not know.
+
+    Args:
+        held: looks for it; ``None`` before a run.
+        batch: of the step that begins, which does not count.
+        planned_bytes: what lived there when it was planned.
+
+    Returns:
+        The bytes, but for those of what the first steps log.
+    """
+    if held is None:
+        return 0
+    return max(0, held.num_bytes_beside_model(find_tensors(batch)) - planned_bytes - LOGGED_BYTES)
 
 
 def refuse_other_run(planned: Fingerprint, model: pl.LightningModule) -> None:

@@ -17,4 +17,4 @@ class FileGuard(PlanGuard):
 
     def __init__(self, path: str) -> None:
         plan = Plan.load(Path(path))
-        super().__init__(plan.fingerprint, plan.found.batch_shapes)
+        super().__init__(plan.fingerprint, plan.found.batch_shapes, plan.found.held_bytes, plan.spare_bytes)

@@ -21,7 +21,7 @@ from lightning_memtrain.planning.fit.allowed import checked_allow
 from lightning_memtrain.planning.fit.find_ways import find_ways
 from lightning_memtrain.planning.fit.holding.circumstances import Circumstances
 from lightning_memtrain.planning.fit.holding.fingerprint import Fingerprint
-from lightning_memtrain.planning.fit.holding.plan_guard import refuse_other_run
+from lightning_memtrain.planning.fit.holding.plan_guard import refuse_other_run, unplanned_bytes
 from lightning_memtrain.planning.fit.limits import (
     Limit,
     check_limit,
@@ -183,7 +183,12 @@ class FitMemory(pl.Callback):
             self._take_resumed(trainer, pl_module, in_training=True)
         now = Circumstances.of(trainer, pl_module, batch, self._held)
         held = self._known.plan_for(now, self._limit_bytes, self._in_force)
-        if held is None and self._given is not None and not self._known and self._is_for(self._given, now):
+        if (
+            held is None
+            and self._given is not None
+            and not self._known
+            and self._is_for(self._given, now, batch)
+        ):
             held = self._known.add(now.with_steps_of(self._given.found), self._given)
         if any_rank(trainer, held is None):
             if is_fsdp2(trainer.strategy):
@@ -243,10 +248,9 @@ class FitMemory(pl.Callback):
                 batch_shapes=now.shapes,
                 predict_way=None,
             )
-            fingerprint = Fingerprint.of(model, now.batch_size)
+            known = Fingerprint.of(model, now.batch_size)
             device = device_of(trainer.strategy.root_device)
-            planned = now.with_steps_of(found)
-            return Plan(found, device, self._limit_bytes, self.allow, fingerprint), planned
+            return Plan(found, device, self._limit_bytes, self.allow, known), now.with_steps_of(found)
 
         try:
             plan, planned = plan_of_largest(trainer, now.batch_bytes, make)
@@ -287,9 +291,10 @@ class FitMemory(pl.Callback):
         if is_new or why:
             self._say(trainer, f"{in_words(plan)}{f' (planned again: {why})' if why else ''}")
 
-    def _is_for(self, plan: Plan, now: Circumstances) -> bool:
+    def _is_for(self, plan: Plan, now: Circumstances, batch: Any) -> bool:
         planned = plan.fingerprint.batch_size
-        return planned is None or (now.batch_size or 0) <= planned
+        held_bytes = unplanned_bytes(self._held, batch, plan.found.held_bytes)
+        return (planned is None or (now.batch_size or 0) <= planned) and plan.has_room_for(held_bytes)
 
     def _learn_smaller_size(self, trainer: pl.Trainer) -> None:
         applied, plan = self._applied, self._in_force

@@ -63,6 +63,7 @@ class RunFacts:
         precision: what Trainer calls it.
         takes_all_at_once: whether an optimizer makes temporaries of all parameters (`foreach`).
         stateful: per optimizer, for how many parameters it keeps something after the steps.
+        held_bytes: what lives on the device beside the model, such as copies of its weights.
         networks: children of the module that have parameters, and the names of their own children.
     """
 
@@ -75,6 +76,7 @@ class RunFacts:
     precision: str = "32-true"
     takes_all_at_once: bool = False
     stateful: tuple[int, ...] = ()
+    held_bytes: int = 0
     networks: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 

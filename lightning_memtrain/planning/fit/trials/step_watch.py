@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_memtrain.checkpointing.existing_checkpoints import ExistingCheckpoints, is_backward
 from lightning_memtrain.checkpointing.selection.call_profiler import CallProfiler
+from lightning_memtrain.checkpointing.selection.held_beside import HeldBeside
 from lightning_memtrain.compat import wrap_training_step
 from lightning_memtrain.compat.lightning_private import should_accumulate
 from lightning_memtrain.compat.torch_private import BatchNorm
@@ -21,6 +22,7 @@ from lightning_memtrain.core import Category, is_technique
 from lightning_memtrain.ledger import MemoryLedger, OpWorkspace
 from lightning_memtrain.ledger.observers.dispatch_mode import OperatorMode, OperatorTraits
 from lightning_memtrain.ledger.operators.workspace import OpCall, op_call
+from lightning_memtrain.ledger.tensors.tensor_search import find_tensors
 from lightning_memtrain.planning.fit.trials.step_trace import RunFacts, StepOperators, StepTrace, WatchedCalls
 from lightning_memtrain.tracing.user_state.held_tensors import HeldTensors
 
@@ -56,6 +58,7 @@ class StepWatch(pl.Callback):
         self._begins: list[int] = []
         self._ticks: list[tuple[int, OpCall]] = []
         self._steps = 0
+        self._held_bytes = 0
         self._was_backward = False
         self._host_bytes = 0
         self._update_begin: int | None = None
@@ -104,6 +107,7 @@ class StepWatch(pl.Callback):
         if should_accumulate(trainer):
             return
         self._steps += 1
+        self._held_bytes = HeldBeside(trainer, pl_module).num_bytes_beside_model(find_tensors(batch))
         self._calls_undo.close()
         if self._steps in (_WATCHED_STEP, self.num_steps(pl_module)):
             self._step_undo.close()
@@ -216,6 +220,7 @@ class StepWatch(pl.Callback):
             precision=str(trainer.precision),
             takes_all_at_once=any(map(self._takes_all_at_once, optimizers)),
             stateful=tuple(len(one.state) for one in optimizers),
+            held_bytes=self._held_bytes,
             networks=tuple(
                 (name, tuple(f"{name}.{inner}" for inner, _ in child.named_children()))
                 for name, child in self._model.named_children()

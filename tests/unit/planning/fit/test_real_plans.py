@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
@@ -45,6 +46,37 @@ class Net(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Copy(pl.Callback):
+    """Holds a second model from the beginning."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.kept = torch.zeros(100 * 1024)
+
+
+def test_what_a_callback_holds_beside_a_plan_is_known_to_it_or_refused(tmp_path: Path) -> None:
+    batch = torch.randn(512, 64)
+    data = DataLoader([batch] * 2, batch_size=None)  # type: ignore[arg-type]
+    trainer = quiet_trainer(tmp_path, Copy())
+    alone = mt.plan(Net(), batch, limit=LIMIT, device="cpu")
+    beside = mt.plan(Net(), batch, limit=LIMIT + 4 * 100 * 1024, device="cpu", trainer=trainer)
+    assert beside.found.held_bytes - alone.found.held_bytes == 4 * 100 * 1024
+    assert mt.planning.Plan.from_dict(beside.to_dict()) == beside
+    for plan, expected in ((beside, 2), (alone, 0)):
+        model = Net()
+        kwargs = plan.trainer_kwargs()
+        followed = quiet_trainer(tmp_path, Copy(), *kwargs.pop("callbacks"), **kwargs)
+        if expected:
+            followed.fit(model, data)
+        else:
+            with pytest.raises(MisconfigurationException, match=r"finds 395\.97 KiB more on the device"):
+                followed.fit(model, data)
+        assert sum(model.seen) == expected * 512
+    again = mt.FitMemory(limit=LIMIT + 4 * 100 * 1024, plan=alone)
+    quiet_trainer(tmp_path, Copy(), again).fit(Net(), data)
+    assert again.plan is not None
+    assert again.plan.found.held_bytes == beside.found.held_bytes
 
 
 def test_the_run_keeps_the_limit_that_was_planned(tmp_path: Path) -> None:
