@@ -16,9 +16,9 @@ from lightning_memtrain.planning.fit import search
 from lightning_memtrain.planning.fit.allowed import PERMISSIONS
 from lightning_memtrain.planning.fit.choice.family import Family
 from lightning_memtrain.planning.fit.techniques import FREE, SWITCHES
-from lightning_memtrain.planning.fit.techniques.half_precision import WeightsInBfloat16
 from lightning_memtrain.planning.fit.techniques.small_state import StateIn8Bits
 from lightning_memtrain.planning.fit.techniques.sparse_weights import FewWeights
+from lightning_memtrain.planning.fit.techniques.two_byte_numbers import WeightsInBfloat16
 from lightning_memtrain.planning.fit.trials.tried_ways import Tried
 from lightning_memtrain.planning.fit.trials.workshop import Workshop
 from lightning_memtrain.tracing.cuda_twin import why_no_twin
