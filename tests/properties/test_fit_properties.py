@@ -133,6 +133,7 @@ class Shop:
 
     times = SimpleNamespace(seconds=sum)
     batch_size = BATCH_SIZE
+    device = SimpleNamespace(context_bytes=0)
 
     def __init__(self, stages: Sequence[tuple[int, int, float]]) -> None:
         self._stages = stages
@@ -153,9 +154,13 @@ class Shop:
             needed_bytes=simulate(traced, segments).peak_bytes + 7,
             trace=SimpleNamespace(
                 calls=None,
+                state_bytes=7,
                 operators=SimpleNamespace(forward=[forward], backward=[2 * forward], update=[5.0]),
             ),
         )
+
+    def ahead(self, ways: Any) -> None:
+        """Nothing is gained here by trying ways side by side."""
 
     def parts_in_seconds(self, tried: SimpleNamespace) -> tuple[float, float]:
         operators = tried.trace.operators

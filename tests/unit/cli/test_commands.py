@@ -218,7 +218,7 @@ def test_no_command(capsys):
     assert "commands:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["run", "x", "-h"], ["demo", "--help"]])
+@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["run", "-h"], ["demo", "--help"]])
 def test_help(args, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(args)
