@@ -51,16 +51,25 @@ def run_demo(run_dir: Path | None, overrides: list[str]) -> int:
         offline = " ".join(str(path) for path in sorted(folder.path.glob("wandb/offline-run-*")))
     else:
         offline = "none, as wandb is not installed (pip install 'lightning-memtrain[wandb]')"
-    plan = folder.path / "plan.yaml"
+    print_plan(folder.path)
+    print(f"Memory report: {folder.path / 'memory' / 'memory_report.html'}")
+    print(f"W&B offline run: {offline}")
+    return exit_code
+
+
+def print_plan(folder: Path) -> None:
+    """Say how the demo's network would keep to little of a GPU.
+
+    Args:
+        folder: gets the plan and its page.
+    """
+    plan = folder / "plan.yaml"
     table = io.StringIO()
     with contextlib.redirect_stdout(table), contextlib.redirect_stderr(io.StringIO()):
         show_plan(RECIPE, limit=_LIMIT, device=_DEVICE, output=plan, overrides=_PLAN_OVERRIDES)
     print(f'\n$ memtrain plan {RECIPE} --limit {_LIMIT} --device "{_DEVICE}"\n')
     print(_beginning(table.getvalue()))
     print(f"\nPlan: {plan.with_suffix('.html')}")
-    print(f"Memory report: {folder.path / 'memory' / 'memory_report.html'}")
-    print(f"W&B offline run: {offline}")
-    return exit_code
 
 
 def _beginning(table: str) -> str:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lightning_memtrain.cli import main
+from lightning_memtrain.cli.demo import print_plan
 from lightning_memtrain.core import NoEffectWarning
 from tests.helpers.cli import IGNORED, TINY, memtrain, memtrain_forked, python_forked
 
@@ -337,10 +338,16 @@ SMALL_DEMO = (
 )
 
 
-def test_demo(tmp_path):
-    result = memtrain_forked("demo", *SMALL_DEMO, cwd=tmp_path, WANDB_MODE="")
-    assert result.returncode == 0, result.stderr
-    report, wandb = result.stdout.splitlines()[-2:]
+def test_demo(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(
+        "lightning_memtrain.cli.demo.print_plan", lambda folder: None
+    )  # the test below has it
+    monkeypatch.setenv("WANDB_MODE", "")
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(NoEffectWarning, match=r"`SparseTraining\(update\)` has no effect.*in the 2 steps"):
+        assert main(["demo", *SMALL_DEMO]) == 0
+    printed = capfd.readouterr().out
+    report, wandb = printed.splitlines()[-2:]
     page = tmp_path / report.removeprefix("Memory report: ")
     assert page.name == "memory_report.html"
     assert page.is_file()
@@ -349,16 +356,21 @@ def test_demo(tmp_path):
     assert list(run.glob("*.wandb"))
     # Everything lies in the run's folder.
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-    assert "activations" in result.stdout
+    assert "activations" in printed
+
+
+def test_the_plan_of_the_demo(tmp_path, capsys):
+    print_plan(tmp_path)
+    printed = capsys.readouterr().out
     # How a GPU with less memory would do, the same on every run; the page has the other ways.
-    (plan,) = (tmp_path / "runs").glob("**/plan.html")
-    assert f"Plan: {plan.relative_to(tmp_path)}" in result.stdout
-    assert "on RTX 3060 12GB, batches of 100, limit 760.00 MiB: fits" in result.stdout
+    assert "on RTX 3060 12GB, batches of 100, limit 760.00 MiB: fits" in printed
+    assert printed.endswith(f"\nPlan: {tmp_path / 'plan.html'}\n")
+    assert (tmp_path / "plan.html").is_file()
 
 
 def test_demo_without_wandb(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr("lightning_memtrain.cli.demo.show_plan", lambda *args, **kwargs: 0)
+    monkeypatch.setattr("lightning_memtrain.cli.demo.print_plan", lambda folder: None)
     monkeypatch.chdir(tmp_path)
     with pytest.warns(NoEffectWarning, match=r"`SparseTraining\(update\)` has no effect.*in the 2 steps"):
         assert main(["demo", *SMALL_DEMO, "--run-dir=run"]) == 0
