@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_memtrain.cli import main
-from lightning_memtrain.cli.demo import print_plan
+from lightning_memtrain.cli import demo, main
 from lightning_memtrain.core import NoEffectWarning
 from tests.helpers.cli import IGNORED, TINY, memtrain, memtrain_forked, python_forked
 
@@ -359,11 +358,14 @@ def test_demo(tmp_path, monkeypatch, capfd):
     assert "activations" in printed
 
 
-def test_the_plan_of_the_demo(tmp_path, capsys):
-    print_plan(tmp_path)
+def test_the_plan_of_the_demo(tmp_path, monkeypatch, capsys):
+    # A network of less depth, which needs a plan at a lower limit.
+    monkeypatch.setattr(demo, "_PLAN_OVERRIDES", [*demo._PLAN_OVERRIDES, "--model.depth=16"])
+    monkeypatch.setattr(demo, "_LIMIT", "700MiB")
+    demo.print_plan(tmp_path)
     printed = capsys.readouterr().out
     # How a GPU with less memory would do, the same on every run; the page has the other ways.
-    assert "on RTX 3060 12GB, batches of 100, limit 760.00 MiB: fits" in printed
+    assert "on RTX 3060 12GB, batches of 100, limit 700.00 MiB: fits, a" in printed
     assert printed.endswith(f"\nPlan: {tmp_path / 'plan.html'}\n")
     assert (tmp_path / "plan.html").is_file()
 
