@@ -180,12 +180,22 @@ def _demo(argv: list[str]) -> int:
     return run_demo(args.run_dir, overrides)
 
 
-def _predict(argv: list[str]) -> int:
+def _of_target(
+    argv: list[str], command: str, options: argparse.ArgumentParser
+) -> tuple[str, argparse.Namespace, list[str]]:
+    """What a command is about, its options, and those that are not its own."""
     # By hand, as for `run`.
     target = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    args, overrides = predict_options().parse_known_args(argv)
+    args, overrides = options.parse_known_args(argv)
     if target is None:
-        raise CommandError("`memtrain predict` needs a recipe or file.py:Class before its options.")
+        raise CommandError(
+            f"`memtrain {command}` needs a recipe, a configuration or file.py:Class before its options."
+        )
+    return target, args, overrides
+
+
+def _predict(argv: list[str]) -> int:
+    target, args, overrides = _of_target(argv, "predict", predict_options())
     from lightning_memtrain.cli.planning.predict_command import show_prediction
 
     return show_prediction(
@@ -201,13 +211,7 @@ def _predict(argv: list[str]) -> int:
 
 
 def _plan(argv: list[str]) -> int:
-    # By hand, as for `run`.
-    target = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    args, overrides = plan_options().parse_known_args(argv)
-    if target is None:
-        raise CommandError(
-            "`memtrain plan` needs a recipe, a configuration or file.py:Class before its options."
-        )
+    target, args, overrides = _of_target(argv, "plan", plan_options())
     from lightning_memtrain.cli.planning.plan_command import show_plan
 
     return show_plan(
@@ -224,13 +228,7 @@ def _plan(argv: list[str]) -> int:
 
 
 def _profile(argv: list[str]) -> int:
-    # By hand, as for `run`.
-    target = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    args, overrides = profile_options().parse_known_args(argv)
-    if target is None:
-        raise CommandError(
-            "`memtrain profile` needs a recipe, a configuration or file.py:Class before its options."
-        )
+    target, args, overrides = _of_target(argv, "profile", profile_options())
     from lightning_memtrain.cli.planning.profile_command import show_profile
 
     return show_profile(

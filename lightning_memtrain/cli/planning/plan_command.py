@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_memtrain.cli import recipes
 from lightning_memtrain.cli.errors import CommandError
-from lightning_memtrain.cli.planning.predict_command import (
-    DOES_NOT_FIT,
+from lightning_memtrain.cli.planning.named_target import (
+    assembled,
     class_of_file,
-    refuse_options_of_recipes,
+    configurations_of,
+    refuse_fixed_batch_size,
+    refuse_small_batch,
+    split_class,
 )
-from lightning_memtrain.cli.run import configurations
-from lightning_memtrain.cli.run_folder import RunFolder
+from lightning_memtrain.cli.planning.predict_command import DOES_NOT_FIT
 from lightning_memtrain.cli.writable import require_writable
 
 if TYPE_CHECKING:
@@ -62,17 +61,15 @@ def show_plan(
     require_writable(output.parent, "the plan's folder")
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    if batch_size is not None and batch_size < 1:
-        raise CommandError(f"--batch-size must be at least 1, but got {batch_size}.")
+    refuse_small_batch(batch_size)
+    named = split_class(target, variants, overrides)
     options: dict[str, Any] = {"limit": _number_or_text(limit), "device": device, "allow": allow}
-    file, colon, name = target.rpartition(":")
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the answer alone is printed
-            if colon and file.endswith(".py"):
-                refuse_options_of_recipes(variants, overrides)
-                plan = _of_class(Path(file), name, batch_size, options)
+            if named is not None:
+                plan = _of_class(*named, batch_size, options)
             else:
-                plan = _of_recipe(target, variants, batch_size, overrides, options)
+                plan = _of_configurations(configurations_of(target, variants), batch_size, overrides, options)
     except (MisconfigurationException, OSError, RuntimeError, TypeError, ValueError) as error:
         raise CommandError(str(error), exit_code=1) from error
     print(json.dumps(plan.to_dict(), indent=2) if as_json else plan)
@@ -84,39 +81,12 @@ def show_plan(
     return 0
 
 
-def _of_recipe(
-    target: str,
-    variants: Sequence[str],
-    batch_size: int | None,
-    overrides: Sequence[str],
-    options: dict[str, Any],
+def _of_configurations(
+    configs: Sequence[str], batch_size: int | None, overrides: Sequence[str], options: dict[str, Any]
 ) -> Plan:
-    if target.endswith((".yaml", ".yml")):
-        if variants:
-            raise CommandError("--variant is for recipes, but a configuration was named; leave it out.")
-        if not Path(target).is_file():
-            raise CommandError(f"`{target}` is no file.", exit_code=1)
-        configs = [target]
-        sys.path.insert(0, "")  # as for a script that makes a LightningCLI
-    else:
-        recipe = recipes.find(target)
-        configs = configurations(recipe, variants)
-        if recipe not in recipes.installed().values():
-            recipe.make_importable()
-
-    from lightning.pytorch.cli import SaveConfigCallback
-
-    from lightning_memtrain.cli.training.lightning_cli import RecipeCLI
     from lightning_memtrain.planning import plan
 
-    arguments = [*(f"--config={config}" for config in configs), *overrides]
-    if batch_size is not None:
-        arguments.append(f"--data.batch_size={batch_size}")
-    with tempfile.TemporaryDirectory() as folder:
-        cli = RecipeCLI(RunFolder(Path(folder)), arguments)
-        trainer: Any = cli.trainer
-        # What saves the configuration to the run's folder: there is no run.
-        trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, SaveConfigCallback)]
+    with assembled(configs, batch_size, overrides) as (cli, trainer):
         return plan(cli.model, cli.datamodule, trainer=trainer, **options)
 
 
@@ -126,10 +96,7 @@ def _of_class(file: Path, name: str, batch_size: int | None, options: dict[str, 
     kind = class_of_file(file, name)
     if batch_size is None:
         return plan(kind, **options)
-    if "batch_size" not in inspect.signature(kind).parameters:
-        raise CommandError(
-            f"--batch-size needs a class with an argument `batch_size`, but `{name}` of `{file}` has none."
-        )
+    refuse_fixed_batch_size(kind, file, name)
     return plan(lambda: kind(batch_size=batch_size), **options)
 
 

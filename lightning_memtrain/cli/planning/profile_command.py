@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_memtrain.cli import recipes
 from lightning_memtrain.cli.errors import CommandError
-from lightning_memtrain.cli.planning.predict_command import class_of_file, refuse_options_of_recipes
-from lightning_memtrain.cli.run import configurations, require_jsonargparse
-from lightning_memtrain.cli.run_folder import RunFolder
+from lightning_memtrain.cli.planning.named_target import (
+    assembled,
+    class_of_file,
+    configurations_of,
+    refuse_fixed_batch_size,
+    split_class,
+)
 from lightning_memtrain.cli.writable import require_writable
 
 
@@ -49,16 +50,8 @@ def show_profile(
     for name, value in (("--steps", steps), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise CommandError(f"{name} must be at least 1, but got {value}.")
-    file, colon, name = target.rpartition(":")
-    is_class = bool(colon) and file.endswith(".py")
-    if is_class:
-        refuse_options_of_recipes(variants, overrides)
-    elif target.endswith((".yaml", ".yml")):
-        if variants:
-            raise CommandError("`--variant` is for recipes, but a configuration was named; leave it out.")
-        if not Path(target).is_file():
-            raise CommandError(f"`{target}` is no file.", exit_code=1)
-        require_jsonargparse()
+    named = split_class(target, variants, overrides)
+    configs = [] if named is not None else configurations_of(target, variants)
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from lightning_memtrain.report import MemoryProfiler
@@ -66,10 +59,10 @@ def show_profile(
     profiler = MemoryProfiler(every_n_steps=1, report_dir=output, stacks=stacks)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            if is_class:
-                _of_class(Path(file), name, batch_size, steps, profiler, folder)
+            if named is not None:
+                _of_class(*named, batch_size, steps, profiler, folder)
             else:
-                _of_recipe(target, variants, batch_size, overrides, steps, profiler, folder)
+                _of_configurations(configs, batch_size, overrides, steps, profiler)
     except MisconfigurationException as error:
         raise CommandError(str(error), exit_code=1) from error
     if profiler.report is None:
@@ -79,10 +72,8 @@ def show_profile(
 
 def _of_class(file: Path, name: str, batch_size: int | None, steps: int, profiler: Any, folder: str) -> None:
     kind = class_of_file(file, name)
-    if batch_size is not None and "batch_size" not in inspect.signature(kind).parameters:
-        raise CommandError(
-            f"--batch-size needs a class with an argument `batch_size`, but `{name}` of `{file}` has none."
-        )
+    if batch_size is not None:
+        refuse_fixed_batch_size(kind, file, name)
     model = kind() if batch_size is None else kind(batch_size=batch_size)
     from lightning.pytorch import LightningModule
 
@@ -102,36 +93,15 @@ def _of_class(file: Path, name: str, batch_size: int | None, steps: int, profile
     ).fit(model)
 
 
-def _of_recipe(
-    target: str,
-    variants: Sequence[str],
-    batch_size: int | None,
-    overrides: Sequence[str],
-    steps: int,
-    profiler: Any,
-    folder: str,
+def _of_configurations(
+    configs: Sequence[str], batch_size: int | None, overrides: Sequence[str], steps: int, profiler: Any
 ) -> None:
-    if target.endswith((".yaml", ".yml")):
-        configs = [target]
-        sys.path.insert(0, "")  # as for a script that makes a LightningCLI
-    else:
-        recipe = recipes.find(target)
-        configs = configurations(recipe, variants)
-        if recipe not in recipes.installed().values():
-            recipe.make_importable()
-    from lightning.pytorch.cli import SaveConfigCallback
-
-    from lightning_memtrain.cli.training.lightning_cli import RecipeCLI
     from lightning_memtrain.report import MemoryProfiler
 
-    arguments = [*(f"--config={config}" for config in configs), *overrides]
-    if batch_size is not None:
-        arguments.append(f"--data.batch_size={batch_size}")
-    arguments += [f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1", "--trainer.limit_val_batches=0"]
-    arguments += ["--trainer.logger=false", "--trainer.enable_checkpointing=false"]
-    arguments += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-    cli = RecipeCLI(RunFolder(Path(folder)), arguments)
-    trainer: Any = cli.trainer
-    others = [one for one in trainer.callbacks if not isinstance(one, (SaveConfigCallback, MemoryProfiler))]
-    trainer.callbacks = [*others, profiler]
-    trainer.fit(cli.model, cli.datamodule)
+    ours = [f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1", "--trainer.limit_val_batches=0"]
+    ours += ["--trainer.logger=false", "--trainer.enable_checkpointing=false"]
+    ours += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    with assembled(configs, batch_size, [*overrides, *ours]) as (cli, trainer):
+        others = [one for one in trainer.callbacks if not isinstance(one, MemoryProfiler)]
+        trainer.callbacks = [*others, profiler]
+        trainer.fit(cli.model, cli.datamodule)

@@ -166,7 +166,7 @@ def test_a_recipe_with_a_variant(recipe: Path, capsys: pytest.CaptureFixture[str
 
 def test_what_is_wrong_is_said_in_a_line(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert failure(capsys, "--device", "T4") == (
-        "`memtrain predict` needs a recipe or file.py:Class before its options."
+        "`memtrain predict` needs a recipe, a configuration or file.py:Class before its options."
     )
     assert "must have a LightningModule of the name `Nett`" in failure(capsys, f"{model}:Nett")
     assert "Did you mean `Net`?" in failure(capsys, f"{model}:Nett")

@@ -55,7 +55,7 @@ def test_a_module_of_a_file(
         (["profiled_other.py:Net"], "`profiled_other.py` is no file"),
         (["cifar10_wrn28_2", "--steps", "0"], "--steps must be at least 1, but got 0."),
         ([], "`memtrain profile` needs a recipe, a configuration or file.py:Class"),
-        (["no.yaml"], "`no.yaml` is no file."),
+        (["no.yaml"], "`no.yaml` is no file; name a configuration of LightningCLI."),
     ],
 )
 def test_what_is_wrong_is_one_line(
