@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +207,52 @@ def test_a_model_is_as_before_after_a_fit(tmp_path: Path) -> None:
     with recomputations() as recomputed:
         run[0].blocks(torch.randn(4, WIDTH)).sum().backward()
     assert recomputed == []
+
+
+class _AsksForItsLoss(LightningModule):
+    """Keeps a running sum of numbers, as meters do."""
+
+    total = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = (nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(4))
+        self.net = nn.Sequential(*blocks)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.net(batch).square().mean()
+        self.total += float(loss.detach())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class _GradientsOfTheFirstStep(Callback):
+    """Sees whether they are gone when the second step has zeroed them, without Python's collector."""
+
+    def __init__(self) -> None:
+        self.first: list[weakref.ref[Tensor]] = []
+        self.num_left = -1
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:
+            found = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self.first = [weakref.ref(gradient) for gradient in found]
+        else:
+            self.num_left = sum(one() is not None for one in self.first)
+
+
+def test_choosing_what_to_recompute_keeps_no_gradients_alive(tmp_path: Path) -> None:
+    seen = _GradientsOfTheFirstStep()
+    gc.collect()
+    gc.disable()
+    try:
+        data = DataLoader([torch.ones(256, 64)] * 3, batch_size=None)  # type: ignore[arg-type]
+        quiet_trainer(tmp_path, ActivationCheckpointing("3.5MiB"), seen).fit(_AsksForItsLoss(), data)
+    finally:
+        gc.enable()
+    assert len(seen.first) > 2
+    assert seen.num_left == 0

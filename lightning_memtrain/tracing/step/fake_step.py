@@ -170,14 +170,14 @@ class FakeStep:
             raise
         except Exception as error:
             if self._unknown:  # it may come of the zero that a metric returned in place of what it asked for
-                raise self._unknown[0] from error
+                raise self._unknown.pop(0) from error  # kept, it would keep its frames, and these it
             raise
         loss = output["loss"] if isinstance(output, dict) else output
         if self._zeroes_after_forward:
             self._zero_grad()
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             if self._unknown:  # the loss may be what a metric could not tell
-                raise self._unknown[0]
+                raise self._unknown.pop(0)
             return None
         loss.backward()  # type: ignore[no-untyped-call]
         self.has_backward = True
@@ -201,8 +201,10 @@ class FakeStep:
             closure_step(optimizer, closure)
         except Exception as error:
             if own:
-                raise own[0] from None
+                raise own.pop(0) from None
             self._fake_optimizers.note_uncounted(optimizer, error)
+        finally:
+            own.clear()  # a frame that holds its own error would keep the tensors of all frames
 
     def prepare(self, watch: Callable[[], Watch]) -> Watch:
         """Run the step once: to see whether it can, what it asks for, and which gradients the next one finds.

@@ -113,7 +113,7 @@ class TrialCopies:
 
     def _alone(self, trial: Trial) -> StepTrace:
         given = with_techniques(self._model, self._options, self._device, trial)
-        with on_twin(self._model, self._device, self._world) as place:
+        with on_twin(self._model, self._device, self._world) as place, _for_at_most(trial.most_seconds):
             return trial_on_twin(place, given, trial)
 
 
